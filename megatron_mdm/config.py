@@ -1,0 +1,134 @@
+"""The settings of the objective: one dataclass that is also the source of the `--mdm-*` flags.
+
+Megatron's ArgumentGroupFactory turns every field into a flag and the text under it into the flag's
+help, which is why annotations here must stay real types (no `from __future__ import annotations`).
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_mdm.errors import UserError
+
+
+@dataclass(frozen=True)
+class MDMConfig:
+    """The masked-diffusion objective (arXiv 2511.18159 and LLaDA, arXiv 2502.09992)."""
+
+    mdm_device: Literal["cuda", "cpu"] = "cuda"
+    """Device to train on. `cpu` runs the same program over gloo, without a GPU."""
+
+    mdm_mask_token_id: int | None = None
+    """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
+
+    mdm_rate_sampler: Literal["uniform"] = "uniform"
+    """Density of the masking rate t on (0, 1]; the loss is weighted by one over it."""
+
+    mdm_quantiles: Literal["iid", "strata", "lattice"] = "lattice"
+    """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
+    over windows of --mdm-strata-window rows; `lattice`, a golden-ratio sequence on the row number,
+    which stratifies every contiguous window of rows."""
+
+    mdm_strata: int | None = None
+    """Number of strata in a window. Default: the square root of the window, as the paper's."""
+
+    mdm_strata_window: int | None = None
+    """Rows over which `strata` stratifies. Default: the global batch size."""
+
+    mdm_mask: Literal["bernoulli", "exact-count"] = "bernoulli"
+    """`bernoulli`: every eligible token is masked with probability p(t) = (1 - eps) t + eps and
+    weighted by 1/p(t). `exact-count`: k = ceil(t L) of the L eligible tokens are masked, weighted
+    by L/k; the same objective in the limit eps -> 0, without the noise of the count."""
+
+    mdm_eps: float = 1e-3
+    """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks."""
+
+    mdm_normalization: Literal["tokens", "rows"] = "tokens"
+    """`tokens`: sum of weighted losses over the global batch / its eligible tokens (pretraining).
+    `rows`: mean over rows of the loss per eligible token of the row (LLaDA's fine-tuning)."""
+
+    mdm_eod_eligible: bool = True
+    """Leave end-of-document tokens out of masking and of the loss."""
+
+    mdm_eod_attended: bool = True
+    """Hide end-of-document tokens from the attention of all positions."""
+
+    mdm_pad_eligible: bool = False
+    """Let padding take part in masking and in the loss (LLaDA's fine-tuning pads with EOS so)."""
+
+    mdm_pad_attended: bool = True
+    """Hide padding from the attention of all positions. Visible by default, as in LLaDA."""
+
+    mdm_rate_bins: int = 10
+    """Number of equal bins of t in which the logs show the loss."""
+
+    mdm_allow_flag_change: bool = False
+    """Resume although objective flags differ from the checkpoint's."""
+
+    def __post_init__(self) -> None:
+        """Checks every value by itself.
+
+        Raises:
+            UserError: a value is out of range; the message names the flag.
+        """
+        _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
+        _choice(self, "mdm_normalization")
+        if not 0.0 < self.mdm_eps < 1.0:
+            raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
+        if self.mdm_rate_bins < 1:
+            raise UserError(f"--mdm-rate-bins must be at least 1, got {self.mdm_rate_bins}")
+        if self.mdm_mask_token_id is not None and self.mdm_mask_token_id < 0:
+            raise UserError(
+                f"--mdm-mask-token-id must not be negative, got {self.mdm_mask_token_id}"
+            )
+        if self.mdm_quantiles != "strata" and (self.mdm_strata or self.mdm_strata_window):
+            raise UserError(
+                "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata, "
+                f"got --mdm-quantiles {self.mdm_quantiles}"
+            )
+        for name in ("mdm_strata", "mdm_strata_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} must be at least 1, got {value}")
+        if self.mdm_strata and self.mdm_strata_window and self.mdm_strata > self.mdm_strata_window:
+            raise UserError(
+                f"--mdm-strata {self.mdm_strata} exceeds the --mdm-strata-window of "
+                f"{self.mdm_strata_window} rows: use at most one stratum a row"
+            )
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "MDMConfig":
+        """Takes the `mdm_*` values out of Megatron's parsed arguments."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether every position attends to every other, so that no attention mask is needed."""
+        return self.mdm_eod_attended and self.mdm_pad_attended
+
+
+def requested_device() -> str:
+    """The value of --mdm-device on the command line, needed before Megatron can be imported.
+
+    Asking for help needs no GPU.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mdm-device", default=MDMConfig.mdm_device)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return "cpu"
+    return str(parser.parse_known_args()[0].mdm_device)
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: mdm_eps -> --mdm-eps."""
+    return "--" + name.replace("_", "-")
+
+
+def _choice(config: MDMConfig, *names: str) -> None:
+    """Checks fields of Literal type, which a dataclass does not do by itself."""
+    for name in names:
+        choices = MDMConfig.__annotations__[name].__args__
+        value = getattr(config, name)
+        if value not in choices:
+            raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""The binding to Megatron: the only folder that imports megatron."""

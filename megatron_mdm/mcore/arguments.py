@@ -1,0 +1,224 @@
+"""The `--mdm-*` flags beside Megatron's, and what is refused in one line before anything starts."""
+
+import importlib.util
+import os
+from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_mdm.config import MDMConfig, flag, requested_device
+from megatron_mdm.data.tokenizer import MASK_PIECE
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.device import CPU_DEFAULTS
+
+# Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
+MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mdm_mask|>", "<|mask|>")
+
+# Megatron flags that make no sense here, or are not supported, and what to do instead.
+REFUSED = {
+    "yaml_cfg": "give the settings as flags",
+    "mtp_num_layers": "multi-token prediction is causal; leave it out",
+    "flash_decode": "decoding with a key-value cache is causal; leave it out",
+    "window_size": "sliding-window attention is causal here; leave it out",
+    "reset_attention_mask": "attention inside documents is not supported; leave it out",
+    "reset_position_ids": "positions inside documents are not supported; leave it out",
+    "dataloader_inter_document_masking": "attention inside documents is not supported; "
+    "leave it out",
+    "eod_mask_loss": "use --no-mdm-eod-eligible",
+    "fim_data": "fill-in-the-middle is causal; a masked-diffusion model infills by itself",
+    "sft": "Megatron's SFT datasets have shifted labels; leave it out",
+    "perform_rl_step": "reinforcement learning is not supported",
+    "hybrid_layer_pattern": "HybridModel is not supported yet; use --num-layers",
+    "hybrid_context_parallel": "it packs rows by length, which would renumber them",
+    "experimental_attention_variant": "these variants are causal; leave it out",
+    "full_validation": "validation uses fixed rows; set --eval-iters",
+    "multiple_validation_sets": "blend the sets with weights in --valid-data-path",
+    "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
+    "rampup_batch_size": "use --step-batch-size-schedule",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
+
+    Also sets the defaults that the objective needs: gradients are summed and divided by the global
+    count of eligible tokens (or rows), which is what --calculate-per-token-loss means.
+    """
+    ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
+    parser.set_defaults(calculate_per_token_loss=True)
+    if requested_device() == "cpu":
+        parser.set_defaults(**CPU_DEFAULTS)
+    return parser
+
+
+def parse() -> Namespace:
+    """Parses and validates sys.argv as Megatron does, with one clear line for what we refuse.
+
+    Afterwards Megatron's globals are set and the arguments hold resolved values: the id of the mask
+    token and the window of the strata, so that a checkpoint records what was really used.
+
+    Raises:
+        UserError: a flag, or a combination, that cannot work.
+    """
+    # Megatron validates with assertions and builds the tokenizer on the way, so ours comes first.
+    check(parse_args(add_arguments))
+    args = parse_and_validate_args(add_arguments)
+    return resolve(args)
+
+
+def resolve(args: Namespace) -> Namespace:
+    """Fills in what depends on the tokenizer and the batch size, and checks a resume.
+
+    For scripts of your own: call it on what `parse_and_validate_args` returned.
+
+    Raises:
+        UserError: no mask token, or objective flags that differ from the checkpoint's.
+    """
+    args.mdm_mask_token_id = _mask_token_id(args)
+    if args.mdm_quantiles == "strata":
+        args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
+        args.mdm_strata = args.mdm_strata or max(1, round(args.mdm_strata_window**0.5))
+        MDMConfig.from_args(args)
+    check_resume(args)
+    return args
+
+
+def check(args: Namespace) -> None:
+    """Checks parsed arguments before Megatron validates them.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    MDMConfig.from_args(args)
+    for name, advice in REFUSED.items():
+        if getattr(args, name, None):
+            raise UserError(f"{flag(name)} cannot be used with masked diffusion: {advice}")
+    if args.dataloader_type not in (None, "single"):
+        raise UserError(
+            f"--dataloader-type {args.dataloader_type} renumbers the rows, which their masks "
+            "depend on: use --dataloader-type single"
+        )
+    if args.context_parallel_size > 1:
+        raise UserError("--context-parallel-size above 1 is not supported yet: set it to 1")
+    if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
+        if args.mdm_strata_window is None:
+            raise UserError(
+                "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch "
+                "to stratify over: give --mdm-strata-window"
+            )
+    _check_transformer_engine(args)
+    _check_batch_sizes(args)
+
+
+def _check_transformer_engine(args: Namespace) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        for name in ("fp8", "fp4"):
+            if getattr(args, name, None):
+                raise UserError(
+                    f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
+                    "would silently ignore the flag): pip install 'megatron-mdm[gpu]'"
+                )
+        if args.transformer_impl == "transformer_engine":
+            raise UserError(
+                "--transformer-impl transformer_engine needs Transformer Engine, which is not "
+                "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
+            )
+    if args.transformer_impl == "inference_optimized":
+        raise UserError(
+            "--transformer-impl inference_optimized cannot train: use transformer_engine or local"
+        )
+
+
+def _check_batch_sizes(args: Namespace) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    if world % model:
+        raise UserError(
+            f"{world} ranks cannot be divided into model replicas of {model} "
+            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}): "
+            "change --nproc-per-node or the sizes"
+        )
+    if args.micro_batch_size is None:
+        raise UserError("--micro-batch-size is missing: rows that one rank processes at a time")
+    replicas = world // model
+    for prefix in ("", "eval_"):
+        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        total = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
+        if micro < 1:
+            raise UserError(f"{flag(prefix + 'micro_batch_size')} must be at least 1, got {micro}")
+        if total is not None and (total < 1 or total % (micro * replicas)):
+            raise UserError(
+                f"{flag(prefix + 'global_batch_size')} {total} is not a multiple of "
+                f"{flag(prefix + 'micro_batch_size')} {micro} x {replicas} data-parallel ranks"
+            )
+
+
+def _mask_token_id(args: Namespace) -> int:
+    """The id given by the flag, else the tokenizer's, checked against the embedding table."""
+    mask = args.mdm_mask_token_id
+    if mask is None:
+        mask = tokenizer_mask_id(get_tokenizer())
+    if mask is None:
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} has no mask piece: give "
+            "--mdm-mask-token-id, or train one with tools/train_tokenizer.py"
+        )
+    if not 0 <= mask < args.padded_vocab_size:
+        raise UserError(
+            f"--mdm-mask-token-id {mask} lies outside the vocabulary of {args.padded_vocab_size} "
+            "(padding included): choose a smaller id, or enlarge --make-vocab-size-divisible-by"
+        )
+    return mask
+
+
+def tokenizer_mask_id(tokenizer: Any) -> int | None:
+    """The id of the mask token of a Megatron text tokenizer, None if it has none."""
+    library = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
+    inner = getattr(library, "tokenizer", None)
+    if getattr(inner, "mask_token_id", None) is not None:  # Hugging Face
+        return inner.mask_token_id
+    if hasattr(inner, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
+        candidates = {piece: inner.piece_to_id(piece) for piece in MASK_PIECES}
+        return next((i for i in candidates.values() if i != inner.unk_id()), None)
+    if hasattr(inner, "get_vocab"):  # Hugging Face without a mask token set
+        vocab = inner.get_vocab()
+        return next((vocab[piece] for piece in MASK_PIECES if piece in vocab), None)
+    return None
+
+
+def check_resume(args: Namespace) -> None:
+    """Compares the objective flags with those of the checkpoint that is about to be resumed.
+
+    Masks and rates are functions of the seed, the flags and the row number: a change would train
+    another objective from here on, silently.
+
+    Raises:
+        UserError: names every flag that differs, unless --mdm-allow-flag-change.
+    """
+    from megatron.training.checkpointing import _load_base_checkpoint
+
+    if args.load is None or args.finetune or args.mdm_allow_flag_change:
+        return
+    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
+    saved = vars(state["args"]) if state and state.get("args") else {}
+    ignored = {"mdm_device", "mdm_rate_bins", "mdm_allow_flag_change"}
+    names = [field.name for field in fields(MDMConfig) if field.name not in ignored]
+    changes = [
+        f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
+        for name in [*names, "seed", "seq_length"]
+        if name in saved and saved[name] != getattr(args, name)
+    ]
+    if changes:
+        raise UserError(
+            f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
+            "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
+        )

@@ -1,0 +1,98 @@
+"""Bidirectional attention in Megatron's layer specs, and a norm without fused kernels."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+
+
+def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: int | None) -> Any:
+    """Megatron's layer spec for this configuration, with attention in both directions.
+
+    Args:
+        model_config: as made by Megatron's `gpt_config_from_args`.
+        mdm: settings of the objective: with `attends_everywhere` no mask at all, so that fused
+            kernels stay available; else a padding mask (see `attention_mask`).
+        vp_stage: virtual pipeline stage.
+
+    Returns:
+        A ModuleSpec or TransformerBlockSubmodules.
+    """
+    mask_type = AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
+    transformer = model_config.transformer
+    if transformer.transformer_impl == "local":
+        spec = get_gpt_decoder_block_spec(
+            transformer,
+            use_transformer_engine=False,
+            normalization=transformer.normalization,
+            qk_l2_norm=transformer.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+        spec.layer_norm = Norm
+        for layer in spec.layer_specs:
+            _use_own_norm(layer.submodules)
+    else:
+        spec = default_layer_spec(model_config, vp_stage)
+    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    for layer in layers:
+        layer.submodules.self_attention.params["attn_mask_type"] = mask_type
+    return spec
+
+
+def _use_own_norm(submodules: Any) -> None:
+    submodules.input_layernorm = Norm
+    if submodules.pre_mlp_layernorm is not IdentityOp:
+        submodules.pre_mlp_layernorm = Norm
+
+
+class Norm:
+    """RMSNorm or LayerNorm of torch for the local spec, also under sequence parallelism.
+
+    Megatron's wrapper of the torch norms refuses sequence parallelism because their gradients are
+    sums over a part of the sequence; marking the parameters lets Megatron all-reduce these over the
+    tensor-parallel group, as it does for its own norms.
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+        """Builds the norm that `config.normalization` names."""
+        if config.layernorm_zero_centered_gamma:
+            raise UserError(
+                "--apply-layernorm-1p needs Transformer Engine: leave it out, or use "
+                "--transformer-impl transformer_engine"
+            )
+        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+        norm = kinds[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+def attention_mask(
+    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+) -> torch.Tensor | None:
+    """The positions that no position attends to, in Megatron's convention.
+
+    Args:
+        tokens: clean tokens, int64 [b, s].
+        padding: bool [b, s].
+        eod_id: end-of-document token.
+        mdm: settings of the objective.
+
+    Returns:
+        bool [b, 1, 1, s], True = hidden; None if every position is attended to.
+    """
+    if mdm.attends_everywhere:
+        return None
+    hidden = torch.zeros_like(padding)
+    if not mdm.mdm_pad_attended:
+        hidden |= padding
+    if not mdm.mdm_eod_attended:
+        hidden |= (tokens == eod_id) & ~padding
+    return hidden[:, None, None, :]

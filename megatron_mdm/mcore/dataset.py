@@ -1,0 +1,265 @@
+"""Rows of training data: Megatron's GPTDataset with the random numbers of each row beside it.
+
+Blending, splitting, shuffling and caching stay Megatron's. A row carries its clean tokens and its
+own random numbers, but neither its rate t nor its mask: these depend on the rate sampler, which may
+move while a prefetched row waits in a loader.
+"""
+
+import os
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.utils import Split as MegatronSplit
+from megatron.training import get_args
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms
+
+SPLITS = {
+    MegatronSplit.train: Split.TRAIN,
+    MegatronSplit.valid: Split.VALID,
+    MegatronSplit.test: Split.TEST,
+}
+
+
+class _CleanTokens:
+    """Rows as tokens and their count, instead of GPTDataset's shifted labels and causal masks.
+
+    GPTDataset itself overwrites every token that equals the tokenizer's padding id with 0, which
+    destroys the end-of-document tokens of the many tokenizers that pad with them.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens, _, lengths = self._query_document_sample_shuffle_indices(index)
+        return {"tokens": tokens.astype(np.int64), "num_tokens": sum(lengths)}
+
+
+class CleanTokensDataset(_CleanTokens, GPTDataset):
+    """Rows of real data."""
+
+
+class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
+    """Rows of made-up data, for --mock-data."""
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows by their position in the run, for Megatron's `single` loader.
+
+    A row is a dict of int64 tensors:
+        tokens [L]: clean tokens, padding as `pad_id`.
+        num_tokens []: positions from here on are padding.
+        row []: number of the row, its position in the run.
+        uniforms [L], quantile []: grid integers (objective/randomness.py).
+
+    Args:
+        dataset: top-level dataset (a BlendedDataset passes its own numbers inward).
+        config: settings of the objective.
+        seed: seed of the run.
+        mask_token_id: must not occur in the data.
+        pad_id: id that stands at padding, inside the vocabulary.
+        period: for validation and test: the rows start over after this many, so that every
+            evaluation sees the same rows under the same masks, wherever Megatron's loader stands.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        config: MDMConfig,
+        seed: int,
+        mask_token_id: int,
+        pad_id: int,
+        period: int | None = None,
+    ) -> None:
+        self.dataset = dataset
+        # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
+        self.split = getattr(dataset, "split", None) or dataset.index_split
+        self.seed = seed
+        self.mask_token_id = mask_token_id
+        self.pad_id = pad_id
+        self.period = period
+        self.quantiles = Quantiles(
+            config.mdm_quantiles,
+            seed,
+            SPLITS[self.split],
+            config.mdm_strata_window or 1,
+            config.mdm_strata or 1,
+        )
+
+    def __len__(self) -> int:
+        # Evaluations may go on for ever; 2^62 keeps sums with it inside int64.
+        return 2**62 if self.period else len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = index % self.period if self.period else index
+        item = self.dataset[row]
+        tokens = torch.from_numpy(item["tokens"])
+        num_tokens = int(item["num_tokens"])
+        tokens[num_tokens:] = self.pad_id
+        self._check_no_mask(row, tokens[:num_tokens])
+        return {
+            "tokens": tokens,
+            "num_tokens": torch.tensor(num_tokens),
+            "row": torch.tensor(row),
+            "uniforms": torch.from_numpy(
+                row_uniforms(self.seed, self.quantiles.split, row, len(tokens))
+            ),
+            "quantile": torch.tensor(self.quantiles(row)),
+        }
+
+    def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
+        places = (tokens == self.mask_token_id).nonzero()
+        if len(places):
+            raise UserError(
+                f"row {row} of the {self.split.name} data contains the mask token "
+                f"{self.mask_token_id} at position {int(places[0])}: the model would take it for a "
+                "masked position. Tokenize the data again, or give another --mdm-mask-token-id"
+            )
+
+
+def train_valid_test_datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> list[RowDataset | None]:
+    """Builds the three datasets from Megatron's arguments; its `dataset_provider`.
+
+    Args:
+        num_samples: rows that training, all evaluations and the test will take.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        UserError: data files that are missing, damaged, or shorter than one row.
+    """
+    args = get_args()
+    config = MDMConfig.from_args(args)
+    dataset_config = _dataset_config(args)
+    if not args.mock_data:
+        check_data_files(dataset_config)
+    eval_rows = args.eval_iters * args.eval_global_batch_size
+    periods = [None, eval_rows or None, eval_rows or None]
+    datasets = BlendedMegatronDatasetBuilder(
+        MockCleanTokensDataset if args.mock_data else CleanTokensDataset,
+        [num_samples[0], eval_rows, eval_rows],
+        lambda: loads_rows(config, vp_stage),
+        dataset_config,
+    ).build()
+    tokenizer = dataset_config.tokenizer
+    return [
+        None
+        if dataset is None
+        else RowDataset(
+            dataset,
+            config,
+            args.seed,
+            args.mdm_mask_token_id,
+            pad_id(tokenizer),
+            period,
+        )
+        for dataset, period in zip(datasets, periods, strict=True)
+    ]
+
+
+# Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+    """Whether this rank loads rows: tensor rank 0 of the stages that need them."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and needs_rows(config, vp_stage)
+
+
+def needs_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+    """Whether this stage needs rows: the first for its input, the last for the loss.
+
+    Stages between need them too where an attention mask follows from the tokens.
+    """
+    return (
+        not config.attends_everywhere
+        or mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    )
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that stands at padding: the tokenizer's, or else its end of document."""
+    for name in ("pad", "eod"):
+        value = getattr(tokenizer, name, None)
+        if value is not None and value >= 0:
+            return value
+    return 0
+
+
+def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        # A row is L tokens: nothing is predicted from its predecessor.
+        add_extra_token_to_sequence=False,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+    )
+
+
+def check_data_files(config: GPTDatasetConfig) -> None:
+    """Checks every .bin/.idx pair of the blend, and that each split holds at least one row.
+
+    Raises:
+        UserError: names the file.
+    """
+    blends = config.blend_per_split or [config.blend]
+    prefixes = [prefix for blend in blends if blend is not None for prefix in blend[0]]
+    if not prefixes:
+        raise UserError("no data: give --data-path PREFIX (without .bin), or --mock-data")
+    for prefix in dict.fromkeys(prefixes):
+        if "://" not in prefix:  # object storage is checked by Megatron
+            _check_data_file(prefix)
+
+
+def _check_data_file(prefix: str) -> None:
+    bin_path, idx_path = get_bin_path(prefix), get_idx_path(prefix)
+    for path in (bin_path, idx_path):
+        if not os.path.isfile(path):
+            raise UserError(
+                f"{path} does not exist: make it with tools/preprocess_data.py "
+                f"--output-prefix {prefix}"
+            )
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path} is empty: run tools/preprocess_data.py again")
+    try:
+        # Without the .bin mapped, so that a truncated one is told apart from a damaged index.
+        index = IndexedDataset(prefix, multimodal=False, mmap=False).index
+        pointers, lengths = index.sequence_pointers, index.sequence_lengths
+        expected = int(pointers[-1]) + int(lengths[-1]) * index.dtype_size if len(lengths) else 0
+    except (AssertionError, ValueError, IndexError, KeyError, OSError) as error:
+        raise UserError(
+            f"{idx_path} is not a Megatron index, or is cut short ({error}): "
+            "run tools/preprocess_data.py again"
+        ) from error
+    if expected == 0:
+        raise UserError(f"{idx_path} lists no documents: run tools/preprocess_data.py again")
+    if os.path.getsize(bin_path) != expected:
+        raise UserError(
+            f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
+            "is cut short or of another index; run tools/preprocess_data.py again"
+        )

@@ -1,0 +1,244 @@
+"""Megatron on a CPU: what `--mdm-device cpu` changes, and nothing of it is active on CUDA.
+
+Megatron names the device `cuda` in some hundred places. Rather than editing it, the seam below
+makes these places mean the CPU for as long as it is entered:
+
+1. a TorchFunctionMode that rewrites `device="cuda"` to the CPU in every torch call of this thread;
+2. stand-ins for the functions of torch.cuda that Megatron calls (streams, memory, generators);
+3. repairs of four spots of Megatron that fail, or differ between layouts, without a GPU.
+
+It works on a machine that has a GPU as well, which then stays idle.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_mdm.errors import UserError
+
+CPU = torch.device("cpu")
+
+# Defaults that a CPU needs in place of Megatron's; a flag given by hand still wins.
+CPU_DEFAULTS = {
+    "transformer_impl": "local",
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+
+
+@contextlib.contextmanager
+def training_device(device: str) -> Iterator[None]:
+    """Context in which Megatron trains on `device`, `cuda` or `cpu`.
+
+    Raises:
+        UserError: `cuda` is asked for and there is none.
+    """
+    if device == "cpu":
+        with cpu_mode():
+            yield
+        return
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device was found: add --mdm-device cpu to train on the CPU")
+    yield
+
+
+@contextlib.contextmanager
+def cpu_mode() -> Iterator[None]:
+    """Context in which `cuda` means the CPU for this thread (see the module's text)."""
+    with contextlib.ExitStack() as stack:
+        for name, value in _cuda_stand_ins().items():
+            stack.enter_context(_replaced(torch.cuda, name, value))
+        stack.enter_context(_replaced(torch.cuda.random, "get_rng_state", _get_rng_state))
+        # Loader workers would otherwise try to pin memory through the accelerator interface.
+        stack.enter_context(_replaced(torch.accelerator, "is_available", _false))
+        for owner, name, value in _megatron_repairs():
+            stack.enter_context(_replaced(owner, name, value))
+        stack.enter_context(_CudaMeansCpu())
+        logger = logging.getLogger("megatron.core.tensor_parallel.random")
+        logger.addFilter(_is_not_about_generators)
+        stack.callback(logger.removeFilter, _is_not_about_generators)
+        yield
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites the device of torch calls; see cpu_mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Optimizers sort parameters by names such as torch.cuda.FloatTensor.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class _Event:
+    """A CUDA event on a device where everything is synchronous."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: "_Event") -> float:
+        return 0.0
+
+
+class _Stream(_Event):
+    """A CUDA stream on a device where everything is synchronous."""
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    def wait_event(self, *_: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+
+class _Generators(list):
+    """torch.cuda.default_generators: here every device has the CPU's generator."""
+
+    def __getitem__(self, _: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _is_not_about_generators(record: logging.LogRecord) -> bool:
+    """Drops a warning that holds for every draw here, where both devices share a generator."""
+    return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _false() -> bool:
+    return False
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _cuda_stand_ins() -> dict[str, Any]:
+    """Stand-ins by name. Each a function of its own: torch keeps tables keyed by function."""
+
+    def memory(name: str) -> tuple[str, Any]:
+        return name, lambda *_, **__: 0
+
+    return {
+        "is_available": lambda: True,
+        "current_device": lambda: CPU,
+        "device_count": lambda: 1,
+        "set_device": lambda *_, **__: None,
+        "synchronize": lambda *_, **__: None,
+        "empty_cache": lambda *_, **__: None,
+        "current_stream": lambda *_: _Stream(),
+        "default_stream": lambda *_: _Stream(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda _: contextlib.nullcontext(),
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(major=9, minor=0, name="cpu"),
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.manual_seed(seed),
+        "manual_seed_all": lambda *_: None,
+        "is_current_stream_capturing": lambda: False,
+        "default_generators": _Generators(),
+        "_lazy_call": lambda function, **_: function(),
+        "_lazy_init": lambda *_, **__: None,
+        **dict(
+            memory(name)
+            for name in (
+                "memory_allocated",
+                "max_memory_allocated",
+                "memory_reserved",
+                "max_memory_reserved",
+                "device_memory_used",
+                "reset_peak_memory_stats",
+            )
+        ),
+    }
+
+
+def _megatron_repairs() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, replacement) of the spots in Megatron that need a GPU."""
+    import megatron.training.initialize as initialize
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.moe import token_dispatcher
+
+    state_dict = DistributedOptimizer.state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict_with_moments(self: Any) -> dict:
+        """Allocates AdamW's state first: Megatron reads its step before anything was stepped."""
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return state_dict(self)
+
+    @torch.no_grad()
+    def set_states_and_step(self: Any, model_param: Any, tensors: dict) -> None:
+        """Passes AdamW's step on: Megatron expects it among the loaded tensors, where it is not."""
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        # A copy of its own, since a loaded step is one tensor shared by all parameters.
+        state["step"] = state["step"].clone()
+        set_states(self, model_param, {**tensors, "step": state["step"]})
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """The tensor itself, on the CPU already (Megatron's own asserts that it is not)."""
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    return [
+        # Draws random numbers by amounts that depend on the layout, so that initial weights would.
+        (initialize, "_warmup_jit_function", lambda *_, **__: None),
+        (DistributedOptimizer, "state_dict", state_dict_with_moments),
+        (DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_and_step),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu),
+    ]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets owner.name to value, and back on leaving."""
+    missing = object()
+    before = getattr(owner, name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,166 @@
+"""One micro-batch: rows, masked rows, model, loss; Megatron's `forward_step`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.attention import attention_mask
+from megatron_mdm.mcore.dataset import needs_rows
+from megatron_mdm.mcore.metrics import recorder
+from megatron_mdm.objective.corruption import Corruption, corrupt
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.objective.samplers import build_sampler
+
+NANS_NOT_ALLOWED = 0.0  # tolerance of Megatron's rerun machine for values that must be finite
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of b rows of s positions, on the device; see RowDataset."""
+
+    tokens: torch.Tensor
+    num_tokens: torch.Tensor
+    row: torch.Tensor
+    uniforms: torch.Tensor
+    quantile: torch.Tensor
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """Positions that hold no token, bool [b, s]."""
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return positions >= self.num_tokens[:, None]
+
+    def eligible(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
+        """Positions that may be masked and count in the loss, bool [b, s]."""
+        eligible = self.padding if mdm.mdm_pad_eligible else torch.zeros_like(self.padding)
+        real = ~self.padding
+        if not mdm.mdm_eod_eligible:
+            real = real & (self.tokens != eod_id)
+        return eligible | real
+
+
+def forward_step(
+    data_iterator: Iterator | None, model: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple] | None]:
+    """Runs one micro-batch through this pipeline stage.
+
+    Args:
+        data_iterator: of this virtual stage's RowDataset; used on tensor rank 0 only.
+        model: the stage.
+
+    Returns:
+        The stage's output (at the last stage the cross entropy, float [b, s], nats) and the loss
+        function that Megatron applies to it at the last stage.
+    """
+    args = get_args()
+    mdm = MDMConfig.from_args(args)
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    if not needs_rows(mdm, vp_stage):
+        return model(None, None, None), None
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    training = model.training
+    rows = load_rows(data_iterator, training)
+    eod_id = get_tokenizer().eod
+    eligible = rows.eligible(eod_id, mdm)
+    corrupted = corrupt(
+        rows.tokens,
+        eligible,
+        rows.uniforms,
+        rows.quantile,
+        sampler=_sampler(mdm.mdm_rate_sampler),
+        mask_kind=mdm.mdm_mask,
+        mask_token_id=args.mdm_mask_token_id,
+        eps=mdm.mdm_eps,
+    )
+    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm)
+    timers("batch-generator").stop()
+
+    position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+    output = model(
+        corrupted.tokens,
+        position_ids.expand_as(rows.tokens),
+        hidden,
+        labels=rows.tokens,
+    )
+    return output, partial(loss_func, rows, corrupted, eligible.sum(dim=1), training)
+
+
+def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
+    """The next micro-batch on every tensor-parallel rank, by one broadcast of one tensor.
+
+    Args:
+        data_iterator: None on tensor ranks other than 0.
+        training: whether the micro-batch is training's or an evaluation's, which differ in size.
+    """
+    args = get_args()
+    b = args.micro_batch_size if training else args.eval_micro_batch_size
+    s = args.seq_length
+    device = torch.cuda.current_device()
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        batch = next(data_iterator)
+        parts = [batch["tokens"], batch["uniforms"]]
+        parts += [batch[name][:, None] for name in ("num_tokens", "row", "quantile")]
+        packed = torch.cat(parts, dim=1).to(device, non_blocking=True)
+    else:
+        packed = torch.empty((b, 2 * s + 3), dtype=torch.int64, device=device)
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            packed,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+    tokens, uniforms, numbers = packed.split([s, s, 3], dim=1)
+    num_tokens, row, quantile = numbers.unbind(dim=1)
+    return Rows(tokens.contiguous(), num_tokens, row, uniforms, quantile)
+
+
+def loss_func(
+    rows: Rows,
+    corrupted: Corruption,
+    num_eligible: torch.Tensor,
+    training: bool,
+    cross_entropy: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
+
+    Returns:
+        Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
+        pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
+    """
+    args = get_args()
+    losses = row_losses(
+        cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
+    )
+    if args.check_for_nan_in_loss_and_grad:
+        for reason, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            get_rerun_state_machine().validate_result(
+                result=losses.numerator,
+                rejection_func=is_bad,
+                message=f"found {reason} in the loss of a micro-batch",
+                tolerance=NANS_NOT_ALLOWED,
+                fatal=True,
+            )
+    recorder(training).add(
+        t=corrupted.t,
+        loss=losses.per_row,
+        num_masked=corrupted.mask.sum(dim=1),
+        num_eligible=num_eligible,
+    )
+    report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
+    return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+
+
+@lru_cache
+def _sampler(name: str) -> Any:
+    return build_sampler(name)

@@ -1,0 +1,60 @@
+"""From cross entropies to the numerator and denominator of the objective.
+
+With CE_i the cross entropy of the clean token at i given the masked row (nats), m the mask, w its
+weight (importance weight of t included) and L_e the number of eligible tokens, the loss of a row is
+
+    l = (1 / L_e) sum_i m_i w CE_i                                            nats per token.
+
+The denominator counts ELIGIBLE tokens, never masked ones: dividing by the count of masked tokens
+would be a ratio estimator, which is biased.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of B rows.
+
+    Attributes:
+        per_row: l of each row [B], nats per eligible token; 0 where nothing is eligible.
+        numerator: what is summed over the global batch, scalar, with gradient.
+        denominator: what it is divided by after summing over the global batch, int64 scalar.
+    """
+
+    per_row: torch.Tensor
+    numerator: torch.Tensor
+    denominator: torch.Tensor
+
+
+def row_losses(
+    cross_entropy: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor,
+    num_eligible: torch.Tensor,
+    normalization: Literal["tokens", "rows"],
+) -> RowLosses:
+    """Weights and sums cross entropies.
+
+    Numerators and denominators add up over micro-batches and data-parallel ranks, so that any split
+    of a global batch gives the same objective: under `tokens` the sum of all weighted losses over
+    the number of all eligible tokens, under `rows` the mean of l over all rows.
+
+    Args:
+        cross_entropy: CE, nats, float [B, L].
+        mask: bool [B, L].
+        weight: float64 [B].
+        num_eligible: L_e, int64 [B].
+        normalization: see above.
+    """
+    dtype = torch.promote_types(cross_entropy.dtype, torch.float32)
+    per_token = torch.where(mask, cross_entropy.to(dtype), 0.0)
+    sums = (per_token * weight[:, None].to(dtype)).sum(dim=1)
+    per_row = sums / num_eligible.clamp(min=1).to(dtype)
+    if normalization == "rows":
+        count = torch.tensor(mask.shape[0], dtype=torch.int64, device=mask.device)
+        return RowLosses(per_row, per_row.sum(), count)
+    return RowLosses(per_row, sums.sum(), num_eligible.sum())

@@ -1,0 +1,115 @@
+"""A slow float64 oracle of the objective: enumerates every mask and integrates over t.
+
+The loss is linear in the cross entropies CE_i(m), where CE_i(m) is what some model predicts for
+position i when the positions in m are masked. The objective is therefore fixed by its coefficients
+
+    J = sum over patterns m and positions i of  c[m, i] CE_i(m),
+
+and an estimator whose coefficients have the mean c is unbiased for the loss AND for its gradient,
+whatever the model. Everything here is a few lines of textbook probability, independent of the code
+that it judges. Patterns are numbered by their bits: position i is masked where bit i is set.
+"""
+
+import itertools
+from collections.abc import Callable
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+def patterns(length: int) -> list[tuple[bool, ...]]:
+    """All 2^length masks; pattern number n has bit i set where position i is masked."""
+    return [tuple(bool(n >> i & 1) for i in range(length)) for n in range(2**length)]
+
+
+def objective_coefficients(eligible: list[bool], eps: float) -> Floats:
+    """c[m, i] of J = E_t E_m [(1/L_e) sum_i m_i CE_i / p(t)] for one row (method of LLaDA).
+
+    Args:
+        eligible: which positions may be masked [L].
+        eps: p(t) = (1 - eps) t + eps. With eps = 0 the limit that exact-count masks compute, in
+            which every count k = 1..L_e is equally likely and weighs L_e/k.
+
+    Returns:
+        float64 [2^L, L]; all 0 if nothing is eligible.
+    """
+    L, num_eligible = len(eligible), sum(eligible)
+    c = np.zeros((2**L, L))
+    for n, mask in enumerate(patterns(L)):
+        if any(m and not e for m, e in zip(mask, eligible, strict=True)):
+            continue
+        k = sum(mask)
+        for i in range(L):
+            if mask[i]:
+                c[n, i] = _mean_over_p(k, num_eligible, eps) / num_eligible
+    return c
+
+
+def _mean_over_p(k: int, num_eligible: int, eps: float) -> float:
+    """Integral over t in (0, 1) of p^(k-1) (1-p)^(L_e-k), with p uniform over (eps, 1)."""
+    if eps == 0.0:
+        return 1.0 / (k * comb(num_eligible, k))  # the beta function B(k, L_e - k + 1)
+    return integrate(lambda p: p ** (k - 1) * (1 - p) ** (num_eligible - k), eps, 1.0) / (1 - eps)
+
+
+def integrate(f: Callable[[float], float], low: float, high: float, order: int = 40) -> float:
+    """Gauss-Legendre quadrature, exact for polynomials of degree below 2 * order."""
+    nodes, weights = np.polynomial.legendre.leggauss(order)
+    middle, half = (low + high) / 2, (high - low) / 2
+    return float(sum(w * f(middle + half * x) for x, w in zip(nodes, weights, strict=True)) * half)
+
+
+def expected_coefficients(
+    estimator: Callable[[Floats, float], tuple[tuple[bool, ...], Floats]],
+    length: int,
+    thresholds: Callable[[float], list[Floats]],
+    breaks: list[float],
+    order: int = 40,
+) -> Floats:
+    """Mean coefficients of an estimator over its uniforms u in (0,1)^L and its quantile.
+
+    Args:
+        estimator: (u [L], quantile) -> (mask, weight of each position's CE [L]): one draw.
+        length: L.
+        thresholds: quantile -> cuts of (0, 1) for each position, between which the mask does not
+            depend on u_i except through the order of the uniforms inside one cell.
+        breaks: quantiles between which the estimator is smooth, from 0 to 1.
+        order: of the quadrature.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(order)
+    c = np.zeros((2**length, length))
+    for low, high in itertools.pairwise(breaks):
+        for x, w in zip(nodes, weights, strict=True):
+            quantile = (low + high) / 2 + (high - low) / 2 * x
+            for u, probability in _cells(thresholds(quantile)):
+                mask, weight = estimator(u, quantile)
+                n = sum(1 << i for i, m in enumerate(mask) if m)
+                c[n] += w * (high - low) / 2 * probability * np.where(mask, weight, 0.0)
+    return c
+
+
+def _cells(cuts: list[Floats]) -> list[tuple[Floats, float]]:
+    """One representative u for every cell and every order of the uniforms within equal cells."""
+    L = len(cuts)
+    edges = [np.concatenate([[0.0], np.sort(cut), [1.0]]) for cut in cuts]
+    result = []
+    for cell in itertools.product(*(range(len(e) - 1) for e in edges)):
+        bounds = [(edges[i][cell[i]], edges[i][cell[i] + 1]) for i in range(L)]
+        volume = float(np.prod([high - low for low, high in bounds]))
+        if volume == 0.0:
+            continue
+        orders = (
+            list(itertools.permutations(range(L))) if len(set(bounds)) == 1 else [tuple(range(L))]
+        )
+        for order in orders:
+            u = np.array(
+                [
+                    low + (high - low) * (order[i] + 1) / (L + 1)
+                    for i, (low, high) in enumerate(bounds)
+                ]
+            )
+            result.append((u, volume / len(orders)))
+    return result

@@ -1,0 +1,68 @@
+"""`torchrun ... -m megatron_mdm.pretrain <Megatron's flags> --mdm-...`: trains a model."""
+
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from megatron_mdm.config import requested_device
+from megatron_mdm.errors import UserError, exit_with
+
+PROGRAM_START = time.time()
+MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
+
+
+def main() -> None:
+    """Runs the program; a `UserError` ends it with one line and status 2."""
+    prepare_environment(requested_device())
+    # Records the exception for torchrun, whose report then ends with the message of the rank that
+    # failed first, whatever the others print when their connections break.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(_run)()
+    except UserError as error:
+        exit_with(error)
+
+
+def prepare_environment(device: str) -> None:
+    """Sets what must stand in the environment before torch and megatron are imported."""
+    # Megatron requires it for overlapping communication with tensor or context parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if device == "cpu":
+        # Megatron decorates functions with torch.compile while it is imported; on the CPU that
+        # would compile for minutes at the first call, and round differently between layouts.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
+
+def _run() -> None:
+    check_megatron_version()
+    from megatron_mdm.mcore.device import training_device
+
+    with training_device(requested_device()):
+        from megatron_mdm.mcore.pretrain import run
+
+        run(PROGRAM_START)
+
+
+def check_megatron_version() -> None:
+    """Checks the installed megatron-core.
+
+    Raises:
+        UserError: it is missing, or of a version whose hooks differ.
+    """
+    try:
+        installed = version("megatron-core")
+    except PackageNotFoundError:
+        raise UserError(
+            "megatron-core is not installed: pip install megatron-core==0.19.2"
+        ) from None
+    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    least, below = MEGATRON_VERSIONS
+    if not least <= numbers < below:
+        raise UserError(
+            f"megatron-core {installed} is not supported: pip install 'megatron-core>=0.19.2,<0.20'"
+        )
+
+
+if __name__ == "__main__":
+    main()

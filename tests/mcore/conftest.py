@@ -1,0 +1,25 @@
+import pytest
+
+from tests import ranks
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prefix of an indexed dataset of about 20,000 tokens."""
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    ranks.write_documents(prefix, ranks.random_documents(600))
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, data):
+    """A checkpoint that all layouts start from: PP changes Megatron's initial weights by design."""
+    directory = tmp_path_factory.mktemp("base")
+    flags = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
+    ranks.launch(
+        directory,
+        1,
+        *flags,
+        *["--train-iters", "20", "--save", str(directory / "checkpoint"), "--save-interval", "20"],
+    )
+    return [*flags, "--load", str(directory / "checkpoint"), "--finetune"]

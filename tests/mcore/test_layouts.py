@@ -1,0 +1,98 @@
+"""One run under every layout: the same rows, masks, losses, gradients and weights.
+
+Slow (about a minute), and worth it: this is the claim that the plugin stands on.
+"""
+
+import pytest
+import torch
+
+from tests import ranks
+
+# SGD at a constant rate: the weights after 5 steps are the sum of the gradients.
+SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.1", "--weight-decay", "0"]
+LAYOUTS = {
+    "micro-batch 1": (1, "--micro-batch-size 1"),
+    "micro-batch 4": (1, "--micro-batch-size 4"),
+    "DP 2": (2, ""),
+    "TP 2": (2, "--tensor-model-parallel-size 2"),
+    "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2 x VP 2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+}
+# Splitting the sums differently rounds differently; these layouts add in the same order.
+BITWISE_LOSS = {"PP 2", "PP 2 x VP 2"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base):
+    def run(name, count, flags):
+        directory = tmp_path_factory.mktemp("run")
+        save = ["--save", str(directory / "checkpoint"), "--save-interval", "5"]
+        result = ranks.launch(directory, count, *base, *SGD, *save, *flags.split())
+        result.weights = ranks.weights(directory / "checkpoint")
+        return result
+
+    layouts = {"1 rank": (1, "")} | LAYOUTS
+    return {name: run(name, count, flags) for name, (count, flags) in layouts.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_are_bitwise_equal(runs, layout):
+    masks = runs[layout].masks()
+    assert masks == runs["1 rank"].masks()
+    assert len(masks) == 40
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradient_norms_are_equal(runs, layout):
+    run, reference = runs[layout], runs["1 rank"]
+    assert len(run.losses) == 5
+    if layout in BITWISE_LOSS:
+        assert run.losses == reference.losses
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_equal(runs, layout):
+    """The weights after SGD, tensor by tensor: every gradient, not only the norm of all."""
+    weights, reference = runs[layout].weights, runs["1 rank"].weights
+    assert weights.keys() == reference.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2", "TP 2 x PP 2"])
+def test_rows_differ_between_data_parallel_ranks_only(runs, layout):
+    rows = [{row for _, row in trace} for trace in runs[layout].traces]
+    if layout == "DP 2":
+        assert not rows[0] & rows[1]
+    else:
+        assert all(r == rows[0] for r in rows)
+
+
+@pytest.fixture(scope="module")
+def adam(tmp_path_factory, base):
+    flags = ["--lr", "1e-3"]
+    return {
+        (count, distributed): ranks.launch(
+            tmp_path_factory.mktemp("adam"),
+            count,
+            *base,
+            *flags,
+            *(["--use-distributed-optimizer"] if distributed else []),
+        )
+        for count, distributed in [(1, False), (2, False), (2, True)]
+    }
+
+
+def test_the_distributed_optimizer_changes_nothing(adam):
+    reference = adam[1, False]
+    for run in (adam[2, False], adam[2, True]):
+        assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+        assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+        assert run.masks() == reference.masks()

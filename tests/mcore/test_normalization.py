@@ -1,0 +1,47 @@
+"""Both normalizations are exact when rows differ in eligible tokens, under DP and accumulation."""
+
+import pytest
+import torch
+
+from tests import ranks
+
+RATE = 1000.0  # so large a step shows the gradient in the weights, free of their rounding
+ONE_STEP = f"--optimizer sgd --sgd-momentum 0 --weight-decay 0 --clip-grad 0 --lr {RATE}".split()
+
+
+# Checkpoints name the norms of a layer as Transformer Engine's fused modules do.
+NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def layer_of(name):
+    """decoder.layers.2.x -> (decoder.layers.x, 2): checkpoints stack the layers."""
+    for module, key in NORMS.items():
+        name = name.replace(module, key)
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        return name, None
+    return ".".join(parts[:2] + parts[3:]), int(parts[2])
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "rows"])
+def test_the_objective_of_the_whole_batch(normalization, base, tmp_path):
+    flags = [*base, "--no-mdm-eod-eligible", "--mdm-normalization", normalization, *ONE_STEP]
+    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
+    loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
+
+    save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
+    run = ranks.launch(tmp_path / "run", 2, *flags, *save)  # DP 2, two micro-batches each
+    assert run.losses[0] == pytest.approx(loss, rel=1e-5)
+
+    before = ranks.weights(ranks.Path(base[base.index("--load") + 1]))
+    after = ranks.weights(tmp_path / "checkpoint")
+    names = {layer_of(name)[0] for name in gradients}
+    assert names == {n for n in after if "_extra_state" not in n}
+    for name, gradient in gradients.items():
+        key, layer = layer_of(name)
+        step = (before[key] - after[key]) / RATE
+        step = step if layer is None else step[layer]
+        torch.testing.assert_close(step, gradient, rtol=1e-4, atol=1e-7, msg=name)

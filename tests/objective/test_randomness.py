@@ -1,0 +1,127 @@
+"""Golden values, uniformity and independence of the draws (fixed seeds, corrected for number)."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from megatron_mdm.objective.randomness import (
+    GRID_BITS,
+    PHI64,
+    Quantiles,
+    Split,
+    row_uniforms,
+    to_unit,
+)
+
+# All tests of this module that can fail by chance share this error probability.
+ALPHA = 0.01
+NUM_TESTS = 12
+
+
+def unit(grid):
+    return to_unit(torch.as_tensor(np.asarray(grid))).numpy()
+
+
+def test_golden_values():
+    """A change of the random stream would silently change every run that is resumed."""
+    assert row_uniforms(1234, Split.TRAIN, 0, 4).tolist() == GOLDEN["train row 0"]
+    assert row_uniforms(1234, Split.TRAIN, 10**12, 2).tolist() == GOLDEN["train row 10^12"]
+    assert row_uniforms(1234, Split.VALID, 0, 2).tolist() == GOLDEN["valid row 0"]
+    assert [Quantiles("iid", 1234, Split.TRAIN)(i) for i in range(2)] == GOLDEN["iid"]
+    assert [Quantiles("lattice", 1234, Split.TRAIN)(i) for i in range(2)] == GOLDEN["lattice"]
+    strata = Quantiles("strata", 1234, Split.TRAIN, window=8, strata=3)
+    assert [strata(i) for i in range(2)] == GOLDEN["strata"]
+
+
+GOLDEN = {
+    "train row 0": [1507461446366697, 2655908582797320, 3115435859733323, 1501779103692484],
+    "train row 10^12": [4339847828626958, 1952875365197839],
+    "valid row 0": [1708904279213099, 3825589913221770],
+    "iid": [799667007395279, 3349447903494274],
+    "lattice": [3807782228806062, 2087560242871894],
+    "strata": [1235121755135415, 4349571687806488],
+}
+
+
+def test_unit_is_open_exact_and_symmetric():
+    ends = torch.tensor([0, 2**GRID_BITS - 1])
+    u = to_unit(ends)
+    assert 0.0 < u[0] and u[1] < 1.0
+    # The mirror image 1 - u is on the grid too: MIRROR's second member has the same law.
+    k = torch.from_numpy(row_uniforms(0, Split.TRAIN, 0, 1000))
+    assert torch.equal(1.0 - to_unit(k), to_unit(2**GRID_BITS - 1 - k))
+
+
+def test_a_longer_row_starts_like_a_shorter_one():
+    assert (row_uniforms(5, Split.TRAIN, 3, 64)[:10] == row_uniforms(5, Split.TRAIN, 3, 10)).all()
+
+
+@pytest.mark.parametrize("split", list(Split))
+def test_uniforms_are_uniform(split):
+    u = unit([row_uniforms(7, split, row, 128) for row in range(200)])
+    assert stats.kstest(u.ravel(), "uniform").pvalue > ALPHA / NUM_TESTS
+
+
+def test_rows_positions_splits_and_seeds_are_independent():
+    def draw(seed, split, shift=0):
+        return unit([row_uniforms(seed, split, row + shift, 64) for row in range(400)])
+
+    base = draw(7, Split.TRAIN)
+    pairs = {
+        "neighbouring rows": (base[:-1], base[1:]),
+        "neighbouring positions": (base[:, :-1], base[:, 1:]),
+        "splits": (base, draw(7, Split.VALID)),
+        "seeds": (base, draw(8, Split.TRAIN)),
+    }
+    for name, (a, b) in pairs.items():
+        # Chi-squared over a 10 x 10 table: sees any dependence, not only correlation.
+        table = np.histogram2d(a.ravel(), b.ravel(), bins=10, range=[[0, 1], [0, 1]])[0]
+        assert stats.chi2_contingency(table).pvalue > ALPHA / NUM_TESTS, name
+
+
+@pytest.mark.parametrize("kind", ["iid", "strata", "lattice"])
+def test_a_rows_quantile_is_uniform_over_seeds(kind):
+    q = unit([Quantiles(kind, seed, Split.TRAIN, 10, 4)(13) for seed in range(4000)])
+    assert stats.kstest(q, "uniform").pvalue > ALPHA / NUM_TESTS
+
+
+def test_iid_quantiles_are_uniform_and_independent():
+    quantiles = Quantiles("iid", 3, Split.TRAIN)
+    q = unit([quantiles(i) for i in range(20_000)])
+    assert stats.kstest(q, "uniform").pvalue > ALPHA / NUM_TESTS
+    table = np.histogram2d(q[:-1], q[1:], bins=10, range=[[0, 1], [0, 1]])[0]
+    assert stats.chi2_contingency(table).pvalue > ALPHA / NUM_TESTS
+
+
+@pytest.mark.parametrize("start", [0, 17, 10**9, 2**40])
+@pytest.mark.parametrize("size", [8, 100, 256])
+def test_every_window_of_the_lattice_is_nearly_stratified(start, size):
+    """Any rows [start, start + size): at most 3 distinct gaps, the largest below 3/size."""
+    quantiles = Quantiles("lattice", 11, Split.TRAIN)
+    q = np.sort(unit([quantiles(start + i) for i in range(size)]))
+    gaps = np.diff(np.concatenate([q, [q[0] + 1.0]]))
+    assert gaps.max() < 3.0 / size
+    assert len(np.unique(np.round(gaps, 9))) <= 3  # the three-gap theorem
+
+
+def test_lattice_arithmetic_is_exact_for_huge_rows():
+    quantiles = Quantiles("lattice", 1, Split.TRAIN)
+    row = 2**50 + 12345
+    step = ((quantiles(row + 1) - quantiles(row)) << (64 - GRID_BITS)) % 2**64
+    assert abs(step - PHI64) <= 2 ** (64 - GRID_BITS)
+
+
+@pytest.mark.parametrize(("window", "strata"), [(16, 4), (16, 16), (10, 3), (7, 7), (5, 1)])
+def test_strata_hold_equal_numbers(window, strata):
+    quantiles = Quantiles("strata", 2, Split.TRAIN, window, strata)
+    for w in range(50):
+        q = unit([quantiles(w * window + i) for i in range(window)])
+        counts = np.bincount((q * strata).astype(int), minlength=strata)
+        assert counts.max() - counts.min() <= (0 if window % strata == 0 else 1)
+
+
+def test_strata_are_shuffled():
+    quantiles = Quantiles("strata", 2, Split.TRAIN, 16, 16)
+    first = [quantiles(16 * w) * 16 >> GRID_BITS for w in range(800)]
+    assert stats.chisquare(np.bincount(first, minlength=16)).pvalue > ALPHA / NUM_TESTS
