@@ -17,20 +17,16 @@ def train() -> None:
     load_rows, corrupt = step.load_rows, step.corrupt
     seen: dict = {}
 
-    def recording_load_rows(iterator, training):
-        seen["rows"], seen["split"] = load_rows(iterator, training), training
+    def recording_load_rows(*args):
+        seen["rows"] = load_rows(*args)
         return seen["rows"]
 
     def recording_corrupt(*args, **kwargs):
         corruption = corrupt(*args, **kwargs)
-        for row, t, tokens in zip(
-            seen["rows"].row.tolist(),
-            corruption.t.tolist(),
-            corruption.tokens.tolist(),
-            strict=True,
-        ):
-            trace.setdefault((bool(seen["split"]), row), (t, tokens))
-            assert trace[bool(seen["split"]), row] == (t, tokens)
+        keys = zip(seen["rows"].split.tolist(), seen["rows"].row.tolist(), strict=True)
+        values = zip(corruption.t.tolist(), corruption.tokens.tolist(), strict=True)
+        for key, value in zip(keys, values, strict=True):
+            assert trace.setdefault(key, value) == value
         return corruption
 
     step.load_rows, step.corrupt = recording_load_rows, recording_corrupt

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import mpu
+from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
@@ -57,7 +58,7 @@ class RowDataset(torch.utils.data.Dataset):
     A row is a dict of int64 tensors:
         tokens [L]: clean tokens, padding as `pad_id`.
         num_tokens []: positions from here on are padding.
-        row []: number of the row, its position in the run.
+        split [], row []: part of the data (objective's Split), and position in the run.
         uniforms [L], quantile []: grid integers (objective/randomness.py).
 
     Args:
@@ -108,6 +109,7 @@ class RowDataset(torch.utils.data.Dataset):
         return {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
+            "split": torch.tensor(int(self.quantiles.split)),
             "row": torch.tensor(row),
             "uniforms": torch.from_numpy(
                 row_uniforms(self.seed, self.quantiles.split, row, len(tokens))
@@ -263,3 +265,13 @@ def _check_data_file(prefix: str) -> None:
             f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
             "is cut short or of another index; run tools/preprocess_data.py again"
         )
+
+
+def use_shipped_dataset_helpers() -> None:
+    """Lets Megatron use the compiled helpers of its wheel.
+
+    It would call make first, for which the wheel has no Makefile, and exit.
+    """
+    import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, in one line, if missing)
+
+    dataset_utils.compile_helpers = lambda: None

@@ -20,6 +20,7 @@ from megatron_mdm.objective.corruption import Corruption, corrupt
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import build_sampler
 
+NUMBERS = ("num_tokens", "split", "row", "quantile")  # of a row, beside its two vectors
 NANS_NOT_ALLOWED = 0.0  # tolerance of Megatron's rerun machine for values that must be finite
 
 
@@ -29,6 +30,7 @@ class Rows:
 
     tokens: torch.Tensor
     num_tokens: torch.Tensor
+    split: torch.Tensor
     row: torch.Tensor
     uniforms: torch.Tensor
     quantile: torch.Tensor
@@ -110,19 +112,19 @@ def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
         parts = [batch["tokens"], batch["uniforms"]]
-        parts += [batch[name][:, None] for name in ("num_tokens", "row", "quantile")]
+        parts += [batch[name][:, None] for name in NUMBERS]
         packed = torch.cat(parts, dim=1).to(device, non_blocking=True)
     else:
-        packed = torch.empty((b, 2 * s + 3), dtype=torch.int64, device=device)
+        packed = torch.empty((b, 2 * s + len(NUMBERS)), dtype=torch.int64, device=device)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             packed,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    tokens, uniforms, numbers = packed.split([s, s, 3], dim=1)
-    num_tokens, row, quantile = numbers.unbind(dim=1)
-    return Rows(tokens.contiguous(), num_tokens, row, uniforms, quantile)
+    tokens, uniforms, numbers = packed.split([s, s, len(NUMBERS)], dim=1)
+    named = dict(zip(NUMBERS, numbers.unbind(dim=1), strict=True))
+    return Rows(tokens=tokens.contiguous(), uniforms=uniforms, **named)
 
 
 def loss_func(
@@ -152,7 +154,9 @@ def loss_func(
                 fatal=True,
             )
     recorder(training).add(
+        split=rows.split,
         t=corrupted.t,
+        rate_weight=corrupted.rate_weight,
         loss=losses.per_row,
         num_masked=corrupted.mask.sum(dim=1),
         num_eligible=num_eligible,

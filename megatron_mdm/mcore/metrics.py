@@ -2,7 +2,7 @@
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
 Recording costs no synchronisation with the device; once per interval it costs one all-reduce of
-2 bins + 3 numbers over the data-parallel ranks of the last pipeline stage.
+3 (2 bins + 5) numbers over the data-parallel ranks of the last pipeline stage.
 """
 
 import math
@@ -16,9 +16,15 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
+from megatron_mdm.objective.randomness import Split
+
 
 class Recorder:
-    """Sums over the rows of an interval, on the device; lives on the last pipeline stage.
+    """Sums over rows, on the device; lives on the last pipeline stage.
+
+    The sums are a matrix with a line for each split of the data and these columns: weighted loss
+    per rate bin, importance weight per rate bin, weighted loss per eligible token, its square, the
+    numbers of masked and of eligible tokens, and of rows.
 
     Args:
         num_bins: number of equal bins of the masking rate.
@@ -32,26 +38,30 @@ class Recorder:
 
     def add(
         self,
+        split: torch.Tensor,
         t: torch.Tensor,
+        rate_weight: torch.Tensor,
         loss: torch.Tensor,
         num_masked: torch.Tensor,
         num_eligible: torch.Tensor,
     ) -> None:
-        """Adds b rows.
+        """Adds b rows; no synchronisation with the device.
 
         Args:
+            split: part of the data, int64 [b].
             t: masking rates, float64 [b].
-            loss: loss of each row, nats per eligible token [b].
+            rate_weight: importance weights 1/q(t), float64 [b].
+            loss: weighted loss of each row, nats per eligible token [b].
             num_masked: masked positions [b].
             num_eligible: eligible positions [b].
         """
         bins = (t * self.num_bins).long().clamp(max=self.num_bins - 1)
-        sums = torch.zeros(2 * self.num_bins + 3, dtype=torch.float64, device=t.device)
-        sums.index_add_(0, bins, loss.detach().double())
-        sums.index_add_(0, self.num_bins + bins, torch.ones_like(t))
-        sums[-3] = num_masked.sum()
-        sums[-2] = num_eligible.sum()
-        sums[-1] = len(t)
+        in_bin = torch.nn.functional.one_hot(bins, self.num_bins).double()
+        loss = loss.detach().double()[:, None]
+        counts = torch.stack([num_masked, num_eligible, torch.ones_like(num_masked)], dim=1)
+        columns = [in_bin * loss, in_bin * rate_weight[:, None], loss, loss.square(), counts]
+        rows = torch.cat([column.double() for column in columns], dim=1)
+        sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
 
     def commit(self, iteration: int) -> None:
@@ -64,28 +74,40 @@ class Recorder:
         self.iteration = iteration
         self.pending = None
 
-    def reduce(self) -> "Summary":
-        """Sums over the data-parallel ranks and starts over; a collective call."""
+    def reduce(self) -> dict[Split, "Summary"]:
+        """Sums over the data-parallel ranks and starts over; a collective call.
+
+        Returns:
+            A summary for each split that has rows.
+        """
         total, self.total = self.total, None
         group = mpu.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
-        return Summary(total.tolist(), self.num_bins)
+        lines = zip(Split, total.tolist(), strict=True)
+        return {split: Summary(line, self.num_bins) for split, line in lines if line[-1]}
 
 
 class Summary:
-    """Means over an interval.
+    """Means over the rows of one split.
 
     Attributes:
         loss_per_bin: mean loss of the rows in each rate bin, nats per token, NaN if there is none.
+        loss: mean loss, an estimate of the NELBO, nats per token.
+        loss_stderr: its standard error, as if the rows were independent: stratified rates make the
+            true one smaller.
         masked_fraction: masked / eligible tokens.
         rows: number of rows.
     """
 
-    def __init__(self, sums: list[float], num_bins: int) -> None:
-        losses, counts = sums[:num_bins], sums[num_bins : 2 * num_bins]
-        self.loss_per_bin = [a / n if n else math.nan for a, n in zip(losses, counts, strict=True)]
-        self.masked_fraction = sums[-3] / sums[-2] if sums[-2] else 0.0
-        self.rows = int(sums[-1])
+    def __init__(self, line: list[float], num_bins: int) -> None:
+        losses, weights = line[:num_bins], line[num_bins : 2 * num_bins]
+        self.loss_per_bin = [x / w if w else math.nan for x, w in zip(losses, weights, strict=True)]
+        loss, square, masked, eligible, rows = line[2 * num_bins :]
+        self.rows = int(rows)
+        self.loss = loss / rows
+        variance = max(0.0, square / rows - self.loss**2)
+        self.loss_stderr = math.sqrt(variance / (rows - 1)) if rows > 1 else math.nan
+        self.masked_fraction = masked / eligible if eligible else 0.0
 
     def text(self) -> str:
         """`0.05: 3.1416` and so on: the middle of each bin of t and its loss."""
@@ -108,7 +130,7 @@ def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwar
     iteration = args.curr_iteration + 1
     recorder(True).commit(iteration)
     if iteration % args.log_interval == 0:
-        summary = recorder(True).reduce()
+        summary = recorder(True).reduce()[Split.TRAIN]
         seconds = _seconds_since_last_call()
         if is_last_rank():
             _log_training(summary, iteration, seconds)
@@ -122,10 +144,16 @@ def evaluation_hook(model: list) -> None:
     # Evaluations never repeat, and their iteration may equal the last one's.
     recorder(False).iteration = -1
     recorder(False).commit(iteration)
-    summary = recorder(False).reduce()
-    if is_last_rank():
-        print(f" validation loss per rate (t: nats/token) | {summary.text()}", flush=True)
-        _write({f"mdm/validation {k}": v for k, v in _bins(summary).items()}, iteration)
+    for split, summary in recorder(False).reduce().items():
+        name = {Split.VALID: "validation", Split.TEST: "test"}[split]
+        if is_last_rank():
+            print(
+                f" {name} NELBO: {summary.loss:.4f} +- {summary.loss_stderr:.4f} nats/token (mean "
+                f"over {summary.rows} rows) | per rate (t: nats/token) | {summary.text()}",
+                flush=True,
+            )
+            scalars = {"NELBO": summary.loss, "NELBO stderr": summary.loss_stderr, **_bins(summary)}
+            _write({f"mdm/{name} {key}": value for key, value in scalars.items()}, iteration)
 
 
 @lru_cache

@@ -3,13 +3,15 @@
 import time
 
 import torch
-from megatron.core.datasets import utils as dataset_utils
 from megatron.core.enums import ModelType
 from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_mdm.mcore.arguments import parse
-from megatron_mdm.mcore.dataset import train_valid_test_datasets_provider
+from megatron_mdm.mcore.dataset import (
+    train_valid_test_datasets_provider,
+    use_shipped_dataset_helpers,
+)
 from megatron_mdm.mcore.forward_step import forward_step
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
@@ -41,13 +43,3 @@ def run(program_start: float) -> None:
         # Megatron leaves its groups and their threads alive, which can abort the process at exit.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def use_shipped_dataset_helpers() -> None:
-    """Lets Megatron use the compiled helpers of its wheel.
-
-    It would call make first, for which the wheel has no Makefile, and exit.
-    """
-    import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, in one line, if missing)
-
-    dataset_utils.compile_helpers = lambda: None

@@ -19,12 +19,14 @@ class Corruption:
         mask: bool [B, L].
         weight: importance weight of t times the weight of the mask, float64 [B].
         t: masking rates, float64 [B].
+        rate_weight: importance weight 1/q(t) alone, float64 [B].
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor
     weight: torch.Tensor
     t: torch.Tensor
+    rate_weight: torch.Tensor
 
 
 def corrupt(
@@ -57,4 +59,5 @@ def corrupt(
         mask=mask,
         weight=rate_weight * mask_weight,
         t=t,
+        rate_weight=rate_weight,
     )

@@ -1,8 +1,18 @@
 """Samplers of the masking rate t: from a quantile to t and its importance weight 1/q(t)."""
 
+import hashlib
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from megatron_mdm.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+# How far the integral of a table may lie from 1: wide enough for rounding, and far below the 1e-9
+# by which a weight may be off.
+INTEGRAL_TOLERANCE = 1e-10
 
 
 class RateSampler(Protocol):
@@ -16,15 +26,187 @@ class RateSampler(Protocol):
         """(t, weight), float64, of the shape of `quantile`, which lies in (0, 1)."""
         ...
 
+    def density(self, t: torch.Tensor) -> torch.Tensor:
+        """q(t), float64, of the shape of `t`, which lies in (0, 1]."""
+        ...
+
+    @property
+    def breaks(self) -> list[float]:
+        """Quantiles from 0 to 1 between which t and weight are smooth functions of quantile."""
+        ...
+
 
 class Uniform:
     """t ~ U(0, 1): q = 1 (method of LLaDA; `standard` in arXiv 2511.18159)."""
+
+    breaks = [0.0, 1.0]
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(quantile, 1)."""
         return quantile, torch.ones_like(quantile)
 
+    def density(self, t: torch.Tensor) -> torch.Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+
+class Clipped:
+    """t ~ U(low, high) with weight 1 (the clipped schedule of block diffusion, arXiv 2503.09573).
+
+    This CHANGES THE OBJECTIVE: the mean of the loss over rates between `low` and `high` takes the
+    place of the mean over all rates, and rates outside are never trained. It is therefore the one
+    sampler whose weight is not 1/q(t), and its loss is no bound on the likelihood.
+    """
+
+    breaks = [0.0, 1.0]
+
+    def __init__(self, low: float, high: float):
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(f"clipped rates need 0 <= low < high <= 1, got low {low}, high {high}")
+        self.low, self.high = low, high
+
+    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(low + (high - low) quantile, 1)."""
+        t = self.low + (self.high - self.low) * quantile
+        return t.clamp(max=self.high), torch.ones_like(quantile)
+
+    def density(self, t: torch.Tensor) -> torch.Tensor:
+        """1 / (high - low) between `low` and `high`, 0 outside."""
+        inside = (t > self.low) & (t <= self.high)
+        return inside.to(torch.float64) / (self.high - self.low)
+
+
+class PiecewiseSampler:
+    """A density that is linear between its values at K + 1 edges, sampled exactly.
+
+    Within a cell [e, e'] of slope c, with q its density at e and r = quantile - Q(e), the
+    distribution function is a parabola, whose inverse and density have the closed forms
+
+        q(t) = sqrt(q^2 + 2 c r),    t = e + 2 r / (q + q(t)),    weight = 1 / q(t).
+
+    Up to rounding t increases strictly with the quantile. Equal tables are equal samplers.
+
+    Attributes:
+        edges: 0 = e_0 < ... < e_K = 1, float64 [K + 1].
+        values: density at the edges, positive, of integral 1, float64 [K + 1].
+    """
+
+    def __init__(self, edges: npt.ArrayLike, density: npt.ArrayLike):
+        """Takes copies.
+
+        Raises:
+            ValueError: this is not a positive density on (0, 1]; the message says why.
+        """
+        self.edges = np.array(edges, dtype=np.float64)
+        self.values = np.array(density, dtype=np.float64)
+        _check(self.edges, self.values)
+        self.edges.setflags(write=False)
+        self.values.setflags(write=False)
+        self._cdf = np.concatenate([[0.0], np.cumsum(_masses(self.edges, self.values))])
+        self._tables: dict[torch.device, list[torch.Tensor]] = {}
+
+    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Q^-1(quantile), 1/q of it), float64, on the device of `quantile`."""
+        edges, values, cdf = self._on(quantile.device)
+        cell = _cell(cdf, quantile)
+        start, end = edges[cell], edges[cell + 1]
+        left, right = values[cell], values[cell + 1]
+        slope = (right - left) / (end - start)
+        below = quantile - cdf[cell]
+        above = (cdf[cell + 1] - quantile).clamp(min=0.0)
+        # Measured from the end where the density is lower, all terms are positive: nothing cancels.
+        square = torch.where(
+            slope > 0, left * left + 2 * slope * below, right * right - 2 * slope * above
+        )
+        # The bounds are for rounding: they keep weight <= 1 / (least value) exactly.
+        q = square.sqrt().clamp(torch.minimum(left, right), torch.maximum(left, right))
+        return torch.minimum(start + 2 * below / (left + q), end), 1.0 / q
+
+    def density(self, t: torch.Tensor) -> torch.Tensor:
+        """q(t), float64, of the shape and on the device of `t`."""
+        edges, values, _ = self._on(t.device)
+        cell = _cell(edges, t)
+        fraction = (t - edges[cell]) / (edges[cell + 1] - edges[cell])
+        return torch.lerp(values[cell], values[cell + 1], fraction.to(torch.float64))
+
+    @property
+    def breaks(self) -> list[float]:
+        """The distribution function at the edges."""
+        return [0.0, *self._cdf[1:-1].tolist(), 1.0]
+
+    def digest(self) -> str:
+        """SHA-256 of the table (edges, then values, as little-endian float64), in hex."""
+        table = np.concatenate([self.edges, self.values]).astype("<f8")
+        return hashlib.sha256(table.tobytes()).hexdigest()
+
+    def _on(self, device: torch.device) -> list[torch.Tensor]:
+        # Copied to a device once: a copy in every step would make the host wait for the device.
+        if device not in self._tables:
+            arrays = (self.edges, self.values, self._cdf)
+            self._tables[device] = [torch.tensor(array, device=device) for array in arrays]
+        return self._tables[device]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PiecewiseSampler):
+            return NotImplemented
+        return np.array_equal(self.edges, other.edges) and np.array_equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __reduce__(self) -> tuple[type["PiecewiseSampler"], tuple[Floats, Floats]]:
+        return PiecewiseSampler, (self.edges, self.values)
+
+
+def mixture(edges: npt.ArrayLike, density: npt.ArrayLike, lam: float = 0.1) -> PiecewiseSampler:
+    """The defensive mixture q = (1 - lam) q_fit + lam, whose weights are at most 1/lam.
+
+    Hesterberg (1995), Technometrics 37(2): a share of uniform draws bounds the harm that a wrong
+    fit can do.
+
+    Args:
+        edges: 0 = e_0 < ... < e_K = 1, [K + 1].
+        density: q_fit at the edges up to a factor, linear between them; not negative [K + 1].
+        lam: share of the uniform density, in (0, 1].
+
+    Raises:
+        UserError: `lam` is out of range.
+        ValueError: `density` is not a density up to a factor.
+    """
+    if not 0.0 < lam <= 1.0:
+        raise UserError(f"the uniform share of a rate density must lie in (0, 1], got {lam}")
+    edges = np.asarray(edges, dtype=np.float64)
+    density = np.asarray(density, dtype=np.float64)
+    total = _masses(edges, density).sum()
+    if not (total > 0.0 and np.isfinite(total) and (density >= 0.0).all()):
+        raise ValueError("the values of a density must be finite and not negative, and not all 0")
+    return PiecewiseSampler(edges, (1.0 - lam) * (density / total) + lam)
+
 
 def build_sampler(name: str) -> RateSampler:
     """The sampler that `--mdm-rate-sampler` names."""
     return {"uniform": Uniform}[name]()
+
+
+def _cell(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Index of the cell of a sorted table that holds x; ends belong to the outer cells."""
+    return (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)
+
+
+def _masses(edges: Floats, values: Floats) -> Floats:
+    """Integral of the density over each cell [K]."""
+    return np.diff(edges) * (values[:-1] + values[1:]) / 2
+
+
+def _check(edges: Floats, values: Floats) -> None:
+    if edges.ndim != 1 or edges.shape != values.shape or len(edges) < 2:
+        raise ValueError("it needs two or more edges and one value for each")
+    if not (np.isfinite(edges).all() and np.isfinite(values).all()):
+        raise ValueError("it holds a number that is not finite")
+    if edges[0] != 0.0 or edges[-1] != 1.0 or not (np.diff(edges) > 0.0).all():
+        raise ValueError("its edges do not increase from 0 to 1")
+    if not (values > 0.0).all():
+        raise ValueError("it is not positive everywhere, so some rates would never be trained")
+    integral = float(_masses(edges, values).sum())
+    if abs(integral - 1.0) > INTEGRAL_TOLERANCE:
+        raise ValueError(f"its integral is {integral:.6g}, not 1")

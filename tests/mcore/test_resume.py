@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_mdm.objective.randomness import Split
 from tests import ranks
 
 TRAIN = [
@@ -58,6 +59,10 @@ def runs(request, tmp_path_factory, base, data):
     )
 
 
+def split(run, which):
+    return {key: value for key, value in run.masks().items() if key[0] == which}
+
+
 def test_losses_and_gradient_norms_go_on(runs):
     whole, parts, *_ = runs
     losses = [x for part in parts for x in part.losses]
@@ -71,10 +76,10 @@ def test_rows_and_masks_go_on(runs):
     whole, parts, *_ = runs
     merged = {}
     for part in parts:
-        training = {key: value for key, value in part.masks().items() if key[0]}
+        training = split(part, Split.TRAIN)
         assert not merged.keys() & training.keys(), "a row was trained twice"
         merged |= training
-    assert merged == {key: value for key, value in whole.masks().items() if key[0]}
+    assert merged == split(whole, Split.TRAIN)
 
 
 def test_learning_rate_and_batch_size_go_on(runs):
@@ -92,12 +97,8 @@ def test_final_weights_are_equal(runs):
 
 def test_validation_uses_the_same_rows_under_the_same_masks(runs):
     whole, parts, *_ = runs
-
-    def validation(run):
-        return {key: value for key, value in run.masks().items() if not key[0]}
-
-    assert len(validation(whole)) == 8
+    assert len(split(whole, Split.VALID)) == 8
     for part in parts:
-        assert validation(part) == validation(whole)
+        assert split(part, Split.VALID) == split(whole, Split.VALID)
     values = [x for part in parts for x in part.scalars["mdm loss validation"]]
     assert values == pytest.approx(whole.scalars["mdm loss validation"], rel=1e-5)

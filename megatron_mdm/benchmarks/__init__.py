@@ -1,0 +1,1 @@
+"""Measurements of this package, run with tools/benchmark.py."""

@@ -1,0 +1,1 @@
+"""From text to Megatron's indexed datasets: tokenizer training and tokenization."""

@@ -1,0 +1,101 @@
+"""Text to token ids, in worker processes.
+
+Imports neither torch nor megatron nor transformers, so that a worker starts in a moment.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_mdm.data.documents import BadDocumentError, Document, document_text
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerData:
+    """A tokenizer in a form that travels to worker processes.
+
+    Exactly one of `sentencepiece_model` (the bytes of a `.model` file) and `tokenizer_json` (the
+    JSON of a `tokenizers.Tokenizer`) is set. `vocab_size` is larger than every id; `eod` is the
+    id of the end-of-document token, if there is one.
+    """
+
+    vocab_size: int
+    eod: int | None
+    sentencepiece_model: bytes | None = None
+    tokenizer_json: str | None = None
+
+    def load(self) -> Callable[[str], list[int]]:
+        """Returns a function from a text to its ids, with no special tokens among them.
+
+        Text that spells a special token, such as "<mask>", is encoded like any other text.
+        """
+        if self.sentencepiece_model is not None:
+            import sentencepiece
+
+            return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model).encode
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+class EncodedChunk(NamedTuple):
+    """The tokens of successive documents.
+
+    Attributes:
+        tokens: One array with all documents, each with its end-of-document token.
+        lengths: Tokens per document.
+        text_bytes: Length of the documents as UTF-8.
+        empty: How many documents without any token were left out.
+        bad: `FILE:LINE: REASON` of the documents that could not be read.
+        position: Where the input had been read to, as `Document.position`.
+    """
+
+    tokens: np.ndarray
+    lengths: list[int]
+    text_bytes: int
+    empty: int
+    bad: list[str]
+    position: int
+
+
+class ChunkEncoder:
+    """Maps lists of documents to `EncodedChunk`.
+
+    Args:
+        tokenizer: What to encode with.
+        json_key: Where a JSONL line holds its text.
+        append_eod: Whether to end each document with `tokenizer.eod`.
+    """
+
+    def __init__(self, tokenizer: TokenizerData, json_key: str, append_eod: bool) -> None:
+        self._encode = tokenizer.load()
+        self._json_key = json_key
+        self._ending = [tokenizer.eod] if append_eod else []
+        # Small, because it travels to the parent, which converts it to Megatron's choice.
+        self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+    def __call__(self, documents: Sequence[Document]) -> EncodedChunk:
+        """Encodes one chunk, which must not be empty."""
+        arrays, bad = [], []
+        text_bytes = empty = 0
+        for document in documents:
+            try:
+                text = document_text(document, self._json_key)
+            except BadDocumentError as error:
+                bad.append(str(error))
+                continue
+            ids = self._encode(text)
+            if not ids:
+                empty += 1
+                continue
+            text_bytes += len(text.encode())
+            arrays.append(np.array(ids + self._ending, dtype=self._dtype))
+        tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
+        lengths = [len(array) for array in arrays]
+        return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)

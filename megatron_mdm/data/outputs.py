@@ -1,0 +1,87 @@
+"""Output files that are there complete or not at all."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from megatron_mdm.errors import UserError
+
+
+@contextmanager
+def complete_or_absent(*targets: str) -> Iterator[list[str]]:
+    """Yields temporary names beside `targets`, and renames them when the block has ended well.
+
+    After an exception, Ctrl-C included, the temporary files are gone and files that `targets`
+    named before are as they were. Several targets belong together: the last one, which is taken
+    for the sign that the others are valid, is removed first and appears last, and an interruption
+    in between leaves none of them. Directories that are missing are made.
+
+    Raises:
+        UserError: A file cannot be put in its place.
+    """
+    temporary = [f"{target}.tmp-{os.getpid()}" for target in targets]
+    doomed = list(temporary)
+    try:
+        directory = os.path.dirname(os.path.abspath(targets[0]))
+        with write_errors(directory):
+            os.makedirs(directory, exist_ok=True)
+        yield temporary
+        with write_errors(targets[0]):
+            for name in temporary:
+                _flush_to_disk(name)
+            if len(targets) > 1:
+                doomed += targets
+                with suppress(FileNotFoundError):
+                    os.unlink(targets[-1])
+            for name, target in zip(temporary, targets, strict=True):
+                os.replace(name, target)
+    except BaseException:
+        for name in doomed:
+            with suppress(OSError):
+                os.unlink(name)
+        raise
+
+
+def _flush_to_disk(path: str) -> None:
+    """Makes the contents durable before the name is, and brings out write errors that wait."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def write_errors(path: str) -> Iterator[None]:
+    """Turns an `OSError` of the block, such as a full disk, into a `UserError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into `SystemExit`, so that the block's clean-up runs.
+
+    Does nothing outside the main thread, and leaves alone signals that are ignored (`nohup`) or
+    that have a handler already.
+    """
+
+    def raise_exit(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the clean-up
+        raise SystemExit(128 + number)
+
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        candidates = (signal.SIGTERM, signal.SIGHUP)
+        numbers = [n for n in candidates if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, raise_exit)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

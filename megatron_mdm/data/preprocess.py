@@ -1,0 +1,304 @@
+"""Text to Megatron's indexed datasets (`.bin` and `.idx`), with several processes.
+
+The parent reads the files and hands chunks of documents to workers, which parse and tokenize
+them; it writes the results in the order of the input, hence the same bytes for every number of
+workers. Chunks bound the memory: a few per worker are in progress at a time.
+
+What is done with documents that are not as they should be:
+
+* A document without any token (an empty file, `{"text": ""}`) is left out and counted, since
+  there is nothing to learn from it. It is not an error: source trees have many empty files.
+* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate)
+  stops the run, or is left out and counted with `skip_bad_lines`.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from tqdm import tqdm
+
+from megatron_mdm.data.documents import Document, read_documents
+from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
+from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
+from megatron_mdm.data.workers import Workers
+from megatron_mdm.errors import UserError
+
+# Large enough that handing it over costs nothing beside tokenizing it, small enough that the
+# workers finish together.
+CHUNK_BYTES = 1 << 18
+_BAD_SHOWN = 5
+
+
+@dataclasses.dataclass
+class PreprocessSummary:
+    """What `preprocess` wrote.
+
+    Attributes:
+        output_prefix: The files are this with `.bin` and `.idx`.
+        dtype: Type of a token in the `.bin` file.
+        workers: Number of worker processes.
+        documents: Documents written.
+        tokens: Tokens written, end-of-document tokens included.
+        text_bytes: Length of the documents as UTF-8.
+        empty_documents: Documents left out because they have no tokens.
+        bad_documents: Documents left out because they cannot be read.
+        bad_examples: `FILE:LINE: REASON` for the first few of those.
+        seconds: Time it took.
+    """
+
+    output_prefix: str
+    dtype: str
+    workers: int
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty_documents: int = 0
+    bad_documents: int = 0
+    bad_examples: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.output_prefix}.bin, .idx: {self.documents:,} documents, "
+            f"{self.tokens:,} tokens ({self.dtype}), {self.text_bytes:,} bytes of text",
+            f"{self.seconds:.1f} s with {self.workers} worker(s): "
+            f"{self.tokens / self.seconds:,.0f} tokens/s, "
+            f"{self.text_bytes / self.seconds / 1e6:.2f} MB/s; "
+            f"{self.text_bytes / self.tokens:.3f} bytes per token",
+            f"skipped: {self.empty_documents:,} empty, {self.bad_documents:,} bad documents",
+        ]
+        lines += [f"  {example}" for example in self.bad_examples]
+        if self.bad_documents > len(self.bad_examples):
+            lines.append("  ...")
+        return "\n".join(lines)
+
+
+def default_workers() -> int:
+    """Returns the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def load_sentencepiece(path: str) -> TokenizerData:
+    """Reads a sentencepiece model file.
+
+    Raises:
+        UserError: The file is missing or is no such model.
+    """
+    import sentencepiece
+
+    try:
+        with open(path, "rb") as file:
+            model = file.read()
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)  # raises for an empty file, too
+    except OSError as error:
+        raise UserError(f"--tokenizer-model {path}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        raise UserError(f"--tokenizer-model {path}: not a sentencepiece model") from error
+    eod = processor.eos_id()
+    return TokenizerData(
+        vocab_size=processor.get_piece_size(),
+        eod=eod if eod >= 0 else None,
+        sentencepiece_model=model,
+    )
+
+
+def load_hugging_face(directory: str) -> TokenizerData:
+    """Reads a Hugging Face tokenizer from a local directory; nothing is downloaded.
+
+    The end-of-document token is the tokenizer's eos token, as in Megatron.
+
+    Raises:
+        UserError: transformers is not installed, the directory is missing or holds no tokenizer,
+            or the tokenizer is one of the few without a `tokenizers` backend.
+    """
+    if not os.path.isdir(directory):
+        raise UserError(f"--hf-tokenizer {directory}: no such directory")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(
+            "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--hf-tokenizer {directory}: cannot be loaded ({lines[0].rstrip(' :')}); it needs the "
+            "files that save_pretrained() writes, tokenizer.json among them"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--hf-tokenizer {directory}: not a fast tokenizer (one with a tokenizer.json); "
+            "for a sentencepiece model use --tokenizer-model"
+        )
+    return TokenizerData(
+        vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
+        eod=tokenizer.eos_token_id,
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+    )
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str,
+    tokenizer: TokenizerData,
+    *,
+    file_format: str = "auto",
+    json_key: str = "text",
+    append_eod: bool = True,
+    workers: int | None = None,
+    skip_bad_lines: bool = False,
+    progress: bool = True,
+) -> PreprocessSummary:
+    """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`, complete or not at all.
+
+    Files that exist are replaced. Starts processes by the `spawn` method, so that a script that
+    calls this needs the usual `if __name__ == "__main__"`.
+
+    Args:
+        inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
+        output_prefix: The two files without their suffixes.
+        tokenizer: From `load_sentencepiece` or `load_hugging_face`.
+        file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
+        json_key: Where a JSONL line holds its text.
+        append_eod: Whether to end each document with the end-of-document token.
+        workers: Number of processes; `default_workers()` if None. Does not change the output.
+        skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
+        progress: Whether to show a progress bar on stderr.
+
+    Raises:
+        UserError: An unreadable document, no documents, no end-of-document token, an output that
+            cannot be written, or a worker that died.
+    """
+    start = time.perf_counter()
+    workers = default_workers() if workers is None else workers
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    if append_eod and tokenizer.eod is None:
+        raise UserError(
+            "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
+        )
+    summary = PreprocessSummary(output_prefix, "", workers)
+    with (
+        termination_raises(),
+        complete_or_absent(f"{output_prefix}.bin", f"{output_prefix}.idx") as (bin_path, idx_path),
+        Workers(workers, ChunkEncoder, tokenizer, json_key, append_eod) as pool,
+        _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
+        _Progress(inputs, progress) as bar,
+    ):
+        summary.dtype = builder.dtype.__name__
+        for result in pool.map(_chunks(read_documents(inputs, file_format))):
+            _count(summary, result, skip_bad_lines)
+            _write(builder, result, output_prefix)
+            bar.show(result.position, summary.documents)
+        if summary.documents == 0:
+            raise UserError(
+                f"no documents in {len(inputs)} input file(s): {summary.empty_documents:,} empty, "
+                f"{summary.bad_documents:,} bad"
+            )
+    summary.seconds = time.perf_counter() - start
+    return summary
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.data)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: bool) -> None:
+    if result.bad and not skip_bad_lines:
+        raise UserError(f"{result.bad[0]}; mend it or pass --skip-bad-lines")
+    summary.documents += len(result.lengths)
+    summary.tokens += len(result.tokens)
+    summary.text_bytes += result.text_bytes
+    summary.empty_documents += result.empty
+    summary.bad_documents += len(result.bad)
+    room = _BAD_SHOWN - len(summary.bad_examples)
+    summary.bad_examples += result.bad[:room]
+
+
+def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
+    start = 0
+    with write_errors(f"{output_prefix}.bin"):
+        for length in result.lengths:
+            builder.add_document(result.tokens[start : start + length], [length])
+            start += length
+
+
+@contextmanager
+def _indexed_dataset(bin_path: str, idx_path: str, vocab_size: int, output_prefix: str):
+    """Yields Megatron's builder, and finishes its files unless the block fails."""
+    with silent_import():
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    with write_errors(f"{output_prefix}.bin"):
+        builder = IndexedDatasetBuilder(bin_path, dtype=DType.optimal_dtype(vocab_size))
+    try:
+        yield builder
+        with write_errors(f"{output_prefix}.bin"):
+            builder.data_file.close()
+        with write_errors(f"{output_prefix}.idx"):
+            builder.finalize(idx_path)
+    finally:
+        with suppress(OSError):  # the disk is full, and what could not be written goes away
+            builder.data_file.close()
+
+
+@contextmanager
+def silent_import() -> Iterator[None]:
+    """Keeps back what Megatron and torch say on import about kernels that are not used here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _Progress:
+    """Progress bar over the bytes of the input files, with the rate of documents."""
+
+    def __init__(self, inputs: Sequence[str], enabled: bool) -> None:
+        self._total = sum(os.path.getsize(path) for path in inputs)
+        self._enabled = enabled
+
+    def __enter__(self) -> "_Progress":
+        # In a log file every update is a line.
+        interval = 0.5 if sys.stderr.isatty() else 30
+        self._bar = tqdm(
+            total=self._total,
+            unit="B",
+            unit_scale=True,
+            mininterval=interval,
+            maxinterval=max(10, interval),
+            disable=not self._enabled,
+        )
+        self._start = time.perf_counter()
+        return self
+
+    def show(self, position: int, documents: int) -> None:
+        rate = documents / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{rate:,.0f} docs/s", refresh=False)
+        self._bar.update(position - self._bar.n)
+
+    def __exit__(self, *_exception: object) -> None:
+        self._bar.close()

@@ -1,0 +1,240 @@
+"""Training of a sentencepiece tokenizer for masked diffusion.
+
+The vocabulary begins with `<pad>`, `<eod>` (sentencepiece's eos piece, where Megatron looks for
+the end-of-document token), `<unk>`, and the control symbol `<mask>`; there is no bos. Text never
+encodes to any of these: a control symbol has no surface form, and bytes stand in for characters
+that are not in the vocabulary.
+
+Encoding is lossless: no normalisation, no added or removed spaces; tabs and line ends survive.
+The one exception is the character U+2581, sentencepiece's own sign for a space, which decodes to
+a space.
+"""
+
+import dataclasses
+import heapq
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from megatron_mdm.data.documents import BadDocumentError, document_text, read_documents
+from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
+from megatron_mdm.data.workers import Workers
+from megatron_mdm.errors import UserError
+
+MASK_PIECE = "<mask>"
+EOD_PIECE = "<eod>"
+MODEL_TYPES = ("bpe", "unigram")
+DEFAULT_VOCAB_SIZE = 8192
+DEFAULT_MAX_BYTES = 100_000_000
+
+# sentencepiece passes over lines of more than 4192 bytes; a character has at most 4.
+_LINE_CHARACTERS = 1000
+_QUIET = 2  # of sentencepiece's log levels: errors only, and those come as exceptions as well
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSummary:
+    """What `train_tokenizer` did.
+
+    Attributes:
+        output: The model file.
+        vocab_size: Number of pieces.
+        eod_id: Id of the end-of-document piece.
+        mask_id: Id of the mask piece.
+        documents: How many documents were read.
+        text_bytes: Length of the text, as UTF-8, that was read.
+        used_bytes: Length of the part that was trained on.
+        bad_documents: How many documents were skipped as unreadable.
+        seconds: Time it took.
+    """
+
+    output: str
+    vocab_size: int
+    eod_id: int
+    mask_id: int
+    documents: int
+    text_bytes: int
+    used_bytes: int
+    bad_documents: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.text_bytes / 1e6:,.1f} MB"
+        if self.used_bytes < self.text_bytes:
+            text = f"a sample of {self.used_bytes / 1e6:,.1f} MB from {text}"
+        skipped = f", {self.bad_documents:,} bad skipped" if self.bad_documents else ""
+        return (
+            f"{self.output}: {self.vocab_size:,} pieces (eod {self.eod_id}, mask {self.mask_id}) "
+            f"from {text} in {self.documents:,} documents{skipped}, {self.seconds:.1f} s"
+        )
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str,
+    *,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    model_type: str = "bpe",
+    file_format: str = "auto",
+    json_key: str = "text",
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    skip_bad_lines: bool = False,
+) -> TokenizerSummary:
+    """Trains a sentencepiece model and writes it to `output`, complete or not at all.
+
+    The same input gives the same model. The work is done in a process of its own, so that Ctrl-C
+    ends it at once.
+
+    Args:
+        inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
+        output: The model file, `SOMETHING.model`; replaced if it exists.
+        vocab_size: Number of pieces, special ones and the 256 bytes included.
+        model_type: `bpe` or `unigram`.
+        file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
+        json_key: Where a JSONL line holds its text.
+        max_bytes: If there is more text, a random sample of its lines of this size is used.
+        skip_bad_lines: Whether to pass over documents that cannot be read.
+
+    Raises:
+        UserError: No text, an unreadable document, a vocabulary size that does not suit the text,
+            or an output that cannot be written.
+    """
+    start = time.perf_counter()
+    if not output.endswith(".model"):
+        # Also keeps a mixed-up command line from replacing a corpus.
+        raise UserError(f"--output {output}: must end in .model")
+    if max_bytes < 1:
+        raise UserError(f"--max-bytes {max_bytes}: must be at least 1")
+    corpus = _Corpus(list(inputs), file_format, json_key, max_bytes, skip_bad_lines)
+    with (
+        termination_raises(),
+        complete_or_absent(output) as (temporary,),
+        Workers(1, _Trainer, corpus, vocab_size, model_type) as workers,
+    ):
+        (summary, model) = next(workers.map([output]))
+        with write_errors(output), open(temporary, "wb") as file:
+            file.write(model)
+    return dataclasses.replace(summary, seconds=time.perf_counter() - start)
+
+
+@dataclasses.dataclass
+class _Corpus:
+    """The lines to train on; the counts are right once `lines` has returned."""
+
+    inputs: list[str]
+    file_format: str
+    json_key: str
+    max_bytes: int
+    skip_bad_lines: bool
+    documents: int = 0
+    bad_documents: int = 0
+    text_bytes: int = 0
+    used_bytes: int = 0
+
+    def lines(self) -> list[str]:
+        """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
+        # Every line draws a key, and those with the smallest keys stay: one pass, and no more
+        # than max_bytes of text in memory.
+        draw = random.Random(0).random
+        heap: list[tuple[float, int, str]] = []
+        for number, line in enumerate(self._all_lines()):
+            size = len(line.encode())
+            self.text_bytes += size
+            self.used_bytes += size
+            heapq.heappush(heap, (-draw(), number, line))
+            while self.used_bytes > self.max_bytes:
+                self.used_bytes -= len(heapq.heappop(heap)[2].encode())
+        heap.sort(key=lambda item: item[1])
+        return [line for _, _, line in heap]
+
+    def _all_lines(self) -> Iterator[str]:
+        for document in read_documents(self.inputs, self.file_format):
+            try:
+                text = document_text(document, self.json_key)
+            except BadDocumentError as error:
+                if not self.skip_bad_lines:
+                    raise UserError(f"{error}; mend it or pass --skip-bad-lines") from error
+                self.bad_documents += 1
+                continue
+            self.documents += 1
+            for line in text.splitlines(keepends=True):
+                for begin in range(0, len(line), _LINE_CHARACTERS):
+                    yield line[begin : begin + _LINE_CHARACTERS]
+
+
+class _Trainer:
+    """Maps the name of the output to a summary and the bytes of a model, in a worker process."""
+
+    def __init__(self, corpus: _Corpus, vocab_size: int, model_type: str) -> None:
+        self._corpus = corpus
+        self._vocab_size = vocab_size
+        self._model_type = model_type
+
+    def __call__(self, output: str) -> tuple[TokenizerSummary, bytes]:
+        import sentencepiece
+
+        corpus = self._corpus
+        lines = corpus.lines()
+        if not lines:
+            raise UserError(f"--input: no text to train on in {len(corpus.inputs)} file(s)")
+        model = _train(lines, self._vocab_size, self._model_type)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        summary = TokenizerSummary(
+            output=os.fspath(output),
+            vocab_size=processor.get_piece_size(),
+            eod_id=processor.eos_id(),
+            mask_id=processor.piece_to_id(MASK_PIECE),
+            documents=corpus.documents,
+            text_bytes=corpus.text_bytes,
+            used_bytes=corpus.used_bytes,
+            bad_documents=corpus.bad_documents,
+            seconds=0.0,
+        )
+        return summary, model
+
+
+def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # Indentation is common in source code.
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            eos_piece=EOD_PIECE,
+            unk_piece="<unk>",
+            control_symbols=[MASK_PIECE],
+            # Fixed, because the order of the sums, hence a unigram model, depends on it.
+            num_threads=4,
+            minloglevel=_QUIET,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), vocab_size) from error
+    return model.getvalue()
+
+
+def _training_error(message: str, vocab_size: int) -> UserError:
+    flag = f"--vocab-size {vocab_size}"
+    if match := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+        return UserError(f"{flag}: too large for this text, which allows {match[1]} at most")
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(f"{flag}: too small, this text needs {match[1]} at least")
+    if "!sentences_.empty()" in message:
+        return UserError("--input: no text to train on")
+    return UserError(f"{flag}: sentencepiece refuses: {' '.join(message.split())}")

@@ -1,0 +1,83 @@
+"""Files of fitted rate densities: JSON, versioned, read back bit for bit."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.objective.fits import PotsFit
+from megatron_mdm.objective.pots import RateMoments
+from megatron_mdm.objective.samplers import PiecewiseSampler
+
+FORMAT, VERSION = "megatron-mdm rate density", 1
+
+
+def save_sampler(path: str | Path, fit: PotsFit) -> None:
+    """Writes a fit as JSON; a reader never sees half a file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "target": fit.target,
+        "family": fit.family,
+        "parameters": fit.parameters,
+        "kl": fit.kl,
+        "kls": fit.kls,
+        "lam": fit.lam,
+        "eps": fit.eps,
+        "moments": fit.moments.vector().tolist(),
+        "edges": fit.table.edges.tolist(),
+        "density": fit.table.values.tolist(),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Python writes floats by their shortest exact decimals: they are read back bit for bit.
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_sampler(path: str | Path) -> PotsFit:
+    """Reads what `save_sampler` wrote, bit for bit; use `.sampler()` of the result.
+
+    Raises:
+        UserError: no such file, damaged, of another version, or not a density.
+    """
+    again = "measure and fit it again"
+    try:
+        content: Any = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the rate density {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a rate density (not JSON): {again}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a rate density ('format' is not '{FORMAT}'): {again}")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path} is of version {content.get('version')}, this program reads {VERSION}: {again}"
+        )
+    try:
+        if content["target"] not in ("loss", "gradient"):
+            raise ValueError(f"'target' is {content['target']!r}")
+        return PotsFit(
+            target=content["target"],
+            family=str(content["family"]),
+            parameters={str(k): float(v) for k, v in content["parameters"].items()},
+            kl=float(content["kl"]),
+            kls={str(k): float(v) for k, v in content["kls"].items()},
+            lam=float(content["lam"]),
+            eps=float(content["eps"]),
+            moments=RateMoments.from_vector(content["moments"]),
+            table=PiecewiseSampler(content["edges"], content["density"]),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: {again}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not hold a density on (0, 1]: {error}; {again}") from error

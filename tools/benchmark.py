@@ -1,0 +1,39 @@
+"""Command line of megatron_mdm.benchmarks: one subcommand per module."""
+
+import argparse
+
+from megatron_mdm.benchmarks import data
+from megatron_mdm.errors import run_tool
+
+# Worker processes import this file: the modules leave imports such as torch to their functions.
+BENCHMARKS = {"data": data}
+
+EXAMPLES = """\
+example:
+  python tools/benchmark.py data --mb 16 --json data.json
+"""
+
+
+def main() -> None:
+    """Hands over to the subcommand."""
+    parser = argparse.ArgumentParser(
+        description="Measure this package on this machine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="BENCHMARK", required=True)
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(
+            name,
+            help=module.DESCRIPTION,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run_tool(main)

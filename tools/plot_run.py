@@ -1,0 +1,104 @@
+"""Shows a run: validation loss before and after, and a picture of loss and of loss against t.
+
+python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from megatron_mdm.errors import UserError, run_tool
+
+BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
+
+
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tensorboard-dir", required=True, help="the run's --tensorboard-dir")
+    parser.add_argument("--output", required=True, help="PNG, SVG or PDF to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Reads, prints, draws."""
+    options = parse()
+    scalars = read_scalars(options.tensorboard_dir)
+    nelbo = scalars.get("mdm/validation NELBO", [])
+    if not nelbo or "mdm loss" not in scalars:
+        raise UserError(
+            f"{options.tensorboard_dir} has no run of megatron_mdm with a validation: "
+            "give the directory that the run named as --tensorboard-dir"
+        )
+    errors = dict(scalars["mdm/validation NELBO stderr"])
+    for (step, value), when in zip((nelbo[0], nelbo[-1]), ("before", "after"), strict=True):
+        print(
+            f"validation NELBO {when:6s} ({step} steps): {value:.3f} +- {errors[step]:.3f} "
+            "nats/token"
+        )
+    draw(scalars, options.output)
+    print(f"picture: {options.output}")
+
+
+def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
+    """All scalars of a TensorBoard directory: name -> (step, value), in order of the steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(directory, size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
+    """Loss against steps on the left, validation loss against the masking rate on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps, losses = zip(*scalars["mdm loss"], strict=True)
+    left.plot(steps, losses, color="0.8", linewidth=0.7, label="training, each step")
+    left.plot(steps, smooth(losses), color="C0", label="training, mean of 50 steps")
+    left.plot(*zip(*scalars["mdm/validation NELBO"], strict=True), "C3o", label="validation")
+    left.set(xlabel="step", ylabel="loss (nats/token)", title="Loss")
+    left.legend()
+
+    bins = sorted(
+        (float(match[1]), float(match[2]), values)
+        for name, values in scalars.items()
+        if (match := BIN.fullmatch(name))
+    )
+    for index, when, color in ((0, "before", "0.6"), (-1, "after", "C3")):
+        right.plot(
+            [(low + high) / 2 for low, high, _ in bins],
+            [values[index][1] for *_, values in bins],
+            "o-",
+            color=color,
+            label=f"{when} training",
+        )
+    right.set(
+        xlabel="masking rate t", ylabel="validation loss (nats/token)", title="Loss against t"
+    )
+    right.set(xlim=(0, 1), ylim=(0, None))
+    right.legend()
+    path = Path(output)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, path)
+
+
+def smooth(values: tuple[float, ...], window: int = 50) -> list[float]:
+    """Mean of the last `window` values at each place."""
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+if __name__ == "__main__":
+    run_tool(main)

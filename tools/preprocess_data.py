@@ -1,0 +1,104 @@
+"""Command line of megatron_mdm.data.preprocess."""
+
+import argparse
+
+from megatron_mdm.data import preprocess
+from megatron_mdm.data.documents import FORMATS, resolve_inputs
+from megatron_mdm.errors import run_tool
+
+DESCRIPTION = """\
+Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
+
+Documents keep their order, and the output is the same for every number of workers. Each document
+ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
+is encoded as ordinary text. Empty documents are left out and counted. If the run fails or is
+interrupted, nothing is written.
+"""
+
+EXAMPLES = """\
+examples:
+  python tools/preprocess_data.py --input corpus.jsonl.gz --tokenizer-model code.model \\
+      --output-prefix data/corpus
+  find src -name '*.py' | sort > files.txt
+  python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my-tokenizer/ \\
+      --output-prefix data/source --skip-bad-lines
+"""
+
+
+def main() -> None:
+    """Parses, tokenizes, prints a summary."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", nargs="+", default=[], metavar="PATH", help="text or JSONL files, plain or .gz"
+    )
+    parser.add_argument("--input-list", metavar="FILE", help="file with one such path per line")
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P.bin and P.idx; replaced if they exist",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tokenizer-model", metavar="X.model", help="sentencepiece model")
+    which.add_argument(
+        "--hf-tokenizer",
+        metavar="DIR",
+        help="local directory of a Hugging Face tokenizer; needs transformers",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="jsonl: a document per line; text: a document per file; auto: jsonl for .jsonl and "
+        ".json, text for the rest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="where JSONL lines hold the text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-append-eod",
+        dest="append_eod",
+        action="store_false",
+        help="do not end each document with the end-of-document token",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=preprocess.default_workers(),
+        metavar="N",
+        help="worker processes (default: the CPUs that are available, here %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="skip and count documents that cannot be read (bad JSON, no such key, not a string, "
+        "not UTF-8) instead of stopping at the first; in text files that is the whole file",
+    )
+    args = parser.parse_args()
+    inputs = resolve_inputs(args.input, args.input_list)
+    if args.tokenizer_model is not None:
+        tokenizer = preprocess.load_sentencepiece(args.tokenizer_model)
+    else:
+        tokenizer = preprocess.load_hugging_face(args.hf_tokenizer)
+    summary = preprocess.preprocess(
+        inputs,
+        args.output_prefix,
+        tokenizer,
+        file_format=args.format,
+        json_key=args.json_key,
+        append_eod=args.append_eod,
+        workers=args.workers,
+        skip_bad_lines=args.skip_bad_lines,
+    )
+    print(summary)
+
+
+if __name__ == "__main__":
+    run_tool(main)
