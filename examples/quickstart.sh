@@ -41,10 +41,10 @@ pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summa
         --attention-dropout 0 --hidden-dropout 0 \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model $run/tokenizer.model \
         --data-path $run/text --data-cache-path $run/cache --split 95,5,0 --num-workers 1 \
-        --micro-batch-size 32 --global-batch-size 32 --train-iters 800 \
+        --micro-batch-size 32 --global-batch-size 32 --train-iters 500 \
         --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 50 --lr-decay-style cosine \
         --weight-decay 0.1 --clip-grad 1.0 \
-        --log-interval 20 --eval-interval 800 --eval-iters 16 \
+        --log-interval 20 --eval-interval 500 --eval-iters 16 \
         --tensorboard-dir $run/tensorboard "$@" >"$log" 2>&1; then
         tail -n 20 "$log" >&2
         echo "error: training failed; all of its output is in $log" >&2
@@ -57,8 +57,8 @@ if [ ! -e $run/checkpoint/latest_checkpointed_iteration.txt ]; then
     echo "== validation before training"
     pretrain before --skip-train
     grep "validation NELBO" $run/before.log | tail -n 1
-    echo "== training (800 steps; follow it with: tail -f $run/train.log)"
-    pretrain train --save $run/checkpoint --save-interval 800
+    echo "== training (500 steps; follow it with: tail -f $run/train.log)"
+    pretrain train --save $run/checkpoint --save-interval 500
 fi
 echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png

@@ -1,18 +1,44 @@
 """Mistakes that a user can mend: one line that names the flag or file and says what to do."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+# Seconds that a rank waits for local rank 0 to print the mistake they share.
+PATIENCE = 20.0
 
 
 class UserError(ValueError):
     """Bad input. The message is one line, names the flag, file or row, and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        # A loader's worker hands its error on with the traceback before the message.
+        super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].strip())
 
 
 def exit_with(error: UserError) -> NoReturn:
     """Prints the one line of `error` to stderr and ends the process with status 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def exit_rank_with(error: UserError) -> NoReturn:
+    """Ends one rank of a training run with the one line of `error` and status 2.
+
+    Before the ranks are connected all of them find the same mistake, and the first of each node
+    prints it. Later on it is a matter of this rank, which the line then names.
+    """
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None and state.is_initialized():
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
+    elif os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+        # A launcher stops all ranks when the first one ends: that has to be the one that prints.
+        time.sleep(PATIENCE)
+        sys.exit(2)
+    exit_with(error)
 
 
 def run_tool(main: Callable[[], None]) -> None:

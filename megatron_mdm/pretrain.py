@@ -1,11 +1,12 @@
 """`torchrun ... -m megatron_mdm.pretrain <Megatron's flags> --mdm-...`: trains a model."""
 
 import os
+import re
 import time
 from importlib.metadata import PackageNotFoundError, version
 
 from megatron_mdm.config import requested_device
-from megatron_mdm.errors import UserError, exit_with
+from megatron_mdm.errors import UserError, exit_rank_with
 
 PROGRAM_START = time.time()
 MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
@@ -21,7 +22,7 @@ def main() -> None:
     try:
         record(_run)()
     except UserError as error:
-        exit_with(error)
+        exit_rank_with(error)
 
 
 def prepare_environment(device: str) -> None:
@@ -56,7 +57,7 @@ def check_megatron_version() -> None:
         raise UserError(
             "megatron-core is not installed: pip install megatron-core==0.19.2"
         ) from None
-    numbers = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
     least, below = MEGATRON_VERSIONS
     if not least <= numbers < below:
         raise UserError(

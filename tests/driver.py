@@ -1,13 +1,17 @@
 """What the ranks of the tests run: the program, with a record of the rows that each rank saw."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
+from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.device import training_device
 from megatron_mdm.pretrain import main
 
 
@@ -70,3 +74,69 @@ def whole_batch() -> None:
 
     program.forward_step = forward_step
     main()
+
+
+def readme_script() -> None:
+    """The script of README's section on own scripts, word for word, on the CPU."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    with training_device("cpu"):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def transformer_engine_spec() -> None:
+    """Builds the model from both specs, compares their checkpoint keys, and asks for FP8."""
+    import dataclasses
+
+    import torch.distributed
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.attention import bidirectional_spec
+
+    with training_device("cpu"):
+        torch.distributed.init_process_group("gloo")
+        mpu.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        transformer = TransformerConfig(
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=128,
+            use_cpu_initialization=True,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+        )
+
+        def build(mdm, **changes):
+            config = dataclasses.replace(transformer, **changes)
+            spec = bidirectional_spec(GPTModelConfig(transformer=config, vocab_size=128), mdm, None)
+            return GPTModel(config, spec, 128, 64, position_embedding_type="rope")
+
+        def keys(model):
+            state = model.sharded_state_dict()
+            names = {getattr(v, "key", k) for k, v in state.items() if v is not None}
+            return {name for name in names if not name.endswith("_extra_state")}  # FP8 scales
+
+        everywhere, hidden = MDMConfig(), MDMConfig(mdm_pad_attended=False)
+        local = build(everywhere, transformer_impl="local")
+        te = build(everywhere, transformer_impl="transformer_engine")
+        assert keys(te) == keys(local), keys(te) ^ keys(local)
+        fp8 = {"fp8": "hybrid", "bf16": True, "params_dtype": torch.bfloat16}
+        for mdm, mask_type in ((everywhere, AttnMaskType.no_mask), (hidden, AttnMaskType.padding)):
+            for changes in ({}, fp8):
+                model = build(mdm, transformer_impl="transformer_engine", **changes)
+                for layer in model.decoder.layers:
+                    assert layer.self_attention.attn_mask_type == mask_type
+                    assert "TE" in type(layer.self_attention.core_attention).__name__
+        Path(os.environ["TRACE_DIR"], "built").write_text("done")
+        torch.distributed.destroy_process_group()

@@ -116,7 +116,7 @@ def launch(
     run = Run([p.exitcode for p in processes], output)
     if check:
         assert run.status == [0] * ranks, "\n".join(text[-3000:] for text in output)
-        run.scalars = read_scalars(directory / "tb")
+        run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
         run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
     return run
 

@@ -39,12 +39,15 @@ def main() -> None:
     import torch
 
     from megatron_mdm.generation import fill_masks
-    from megatron_mdm.mcore.device import training_device
-    from megatron_mdm.mcore.inference import loaded_model
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(training_device(options.device))
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron's messages; the text stays alone
+        # Megatron's messages go to stderr, its loggers' too, which keep the stream that they find
+        # while they are imported; the text stays alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            from megatron_mdm.mcore.device import training_device
+            from megatron_mdm.mcore.inference import loaded_model
+
+            stack.enter_context(training_device(options.device))
             loaded = stack.enter_context(loaded_model(options.load, options.device))
         prompt = loaded.tokenizer.tokenize(options.prompt) if options.prompt else []
         mask = loaded.args.mdm_mask_token_id

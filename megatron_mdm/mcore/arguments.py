@@ -2,17 +2,21 @@
 
 import importlib.util
 import os
+import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.global_vars import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig, flag, requested_device
 from megatron_mdm.data.tokenizer import MASK_PIECE
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
@@ -64,10 +68,32 @@ def parse() -> Namespace:
     Raises:
         UserError: a flag, or a combination, that cannot work.
     """
+    # Megatron replaces all flags by the file's settings while it parses.
+    if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+        raise _refusal("yaml_cfg")
     # Megatron validates with assertions and builds the tokenizer on the way, so ours comes first.
-    check(parse_args(add_arguments))
-    args = parse_and_validate_args(add_arguments)
-    return resolve(args)
+    check(parse_args(_add_arguments_in_one_line))
+    try:
+        args = parse_and_validate_args(add_arguments)
+        blends = get_blend_and_blend_per_split(args)
+    except (AssertionError, OSError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split()) or where.line
+        raise UserError(f"Megatron rejects these flags or their files: {reason}") from error
+    resolve(args)
+    if not args.mock_data:
+        check_data_files(*blends)
+    return args
+
+
+def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
+    """Adds our flags, and makes wrong ones a line without the hundreds of lines of the usage."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags)")
+
+    parser.error = error
+    return add_arguments(parser)
 
 
 def resolve(args: Namespace) -> Namespace:
@@ -94,9 +120,9 @@ def check(args: Namespace) -> None:
         UserError: names the flag and what to do.
     """
     MDMConfig.from_args(args)
-    for name, advice in REFUSED.items():
-        if getattr(args, name, None):
-            raise UserError(f"{flag(name)} cannot be used with masked diffusion: {advice}")
+    for name in REFUSED:
+        if getattr(args, name):
+            raise _refusal(name)
     if args.dataloader_type not in (None, "single"):
         raise UserError(
             f"--dataloader-type {args.dataloader_type} renumbers the rows, which their masks "
@@ -114,10 +140,14 @@ def check(args: Namespace) -> None:
     _check_batch_sizes(args)
 
 
+def _refusal(name: str) -> UserError:
+    return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
+
+
 def _check_transformer_engine(args: Namespace) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         for name in ("fp8", "fp4"):
-            if getattr(args, name, None):
+            if getattr(args, name):
                 raise UserError(
                     f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
                     "would silently ignore the flag): pip install 'megatron-mdm[gpu]'"
@@ -135,6 +165,14 @@ def _check_transformer_engine(args: Namespace) -> None:
 
 def _check_batch_sizes(args: Namespace) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    ):
+        if getattr(args, name) < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
     model = (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
@@ -146,6 +184,16 @@ def _check_batch_sizes(args: Namespace) -> None:
             f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}): "
             "change --nproc-per-node or the sizes"
+        )
+    experts = (
+        (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+        * args.expert_model_parallel_size
+        * args.pipeline_model_parallel_size
+    )
+    if world % experts:
+        raise UserError(
+            f"{world} ranks cannot be divided into replicas of the experts of {experts}: change "
+            "--nproc-per-node, --expert-model-parallel-size or --expert-tensor-parallel-size"
         )
     if args.micro_batch_size is None:
         raise UserError("--micro-batch-size is missing: rows that one rank processes at a time")
@@ -159,6 +207,13 @@ def _check_batch_sizes(args: Namespace) -> None:
             raise UserError(
                 f"{flag(prefix + 'global_batch_size')} {total} is not a multiple of "
                 f"{flag(prefix + 'micro_batch_size')} {micro} x {replicas} data-parallel ranks"
+            )
+    for entry in (args.step_batch_size_schedule or "").replace(",", " ").split():
+        size = entry.rpartition(":")[2]
+        if size.isdigit() and int(size) % (args.micro_batch_size * replicas):
+            raise UserError(
+                f"--step-batch-size-schedule: {size} of {entry} is not a multiple of "
+                f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel ranks"
             )
 
 

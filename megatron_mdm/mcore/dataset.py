@@ -6,6 +6,7 @@ move while a prefetched row waits in a loader.
 """
 
 import os
+import struct
 from argparse import Namespace
 from typing import Any
 
@@ -15,7 +16,13 @@ from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import (
+    _INDEX_HEADER,
+    DType,
+    IndexedDataset,
+    get_bin_path,
+    get_idx_path,
+)
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
@@ -45,7 +52,34 @@ class _CleanTokens:
 
 
 class CleanTokensDataset(_CleanTokens, GPTDataset):
-    """Rows of real data."""
+    """Rows of real data.
+
+    Raises:
+        UserError: rows are asked of fewer tokens than one row has. (Megatron would repeat the few
+            tokens inside one row, and loop for ever over none.)
+    """
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str | None,
+        indexed_indices: np.ndarray | None,
+        num_samples: int | None,
+        index_split: MegatronSplit,
+        config: GPTDatasetConfig,
+    ) -> None:
+        # Without indices (--dataloader-fast-cache-load) the rows were built, and checked, before.
+        if num_samples != 0 and indexed_indices is not None:
+            tokens = int(indexed_dataset.sequence_lengths[indexed_indices].sum())
+            if tokens < config.sequence_length:
+                raise UserError(
+                    f"the {index_split.name} split of {dataset_path} has {tokens} tokens, fewer "
+                    f"than one row of --seq-length {config.sequence_length}: add data, change "
+                    "--split, or choose shorter rows"
+                )
+        super().__init__(
+            indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
+        )
 
 
 class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
@@ -137,13 +171,13 @@ def train_valid_test_datasets_provider(
         vp_stage: virtual pipeline stage.
 
     Raises:
-        UserError: data files that are missing, damaged, or shorter than one row.
+        UserError: data files that are missing or damaged, or a split shorter than one row.
     """
     args = get_args()
     config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     if not args.mock_data:
-        check_data_files(dataset_config)
+        check_data_files(dataset_config.blend, dataset_config.blend_per_split)
     eval_rows = args.eval_iters * args.eval_global_batch_size
     periods = [None, eval_rows or None, eval_rows or None]
     datasets = BlendedMegatronDatasetBuilder(
@@ -223,13 +257,15 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def check_data_files(config: GPTDatasetConfig) -> None:
-    """Checks every .bin/.idx pair of the blend, and that each split holds at least one row.
+def check_data_files(
+    blend: tuple[list[str], Any] | None, blend_per_split: list[Any] | None
+) -> None:
+    """Checks every .bin/.idx pair of what Megatron's get_blend_and_blend_per_split returned.
 
     Raises:
         UserError: names the file.
     """
-    blends = config.blend_per_split or [config.blend]
+    blends = blend_per_split or [blend]
     prefixes = [prefix for blend in blends if blend is not None for prefix in blend[0]]
     if not prefixes:
         raise UserError("no data: give --data-path PREFIX (without .bin), or --mock-data")
@@ -249,13 +285,10 @@ def _check_data_file(prefix: str) -> None:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path} is empty: run tools/preprocess_data.py again")
     try:
-        # Without the .bin mapped, so that a truncated one is told apart from a damaged index.
-        index = IndexedDataset(prefix, multimodal=False, mmap=False).index
-        pointers, lengths = index.sequence_pointers, index.sequence_lengths
-        expected = int(pointers[-1]) + int(lengths[-1]) * index.dtype_size if len(lengths) else 0
-    except (AssertionError, ValueError, IndexError, KeyError, OSError) as error:
+        expected = _indexed_bytes(idx_path)
+    except (ValueError, struct.error) as error:
         raise UserError(
-            f"{idx_path} is not a Megatron index, or is cut short ({error}): "
+            f"{idx_path} is not a Megatron index, or is damaged or cut short ({error}): "
             "run tools/preprocess_data.py again"
         ) from error
     if expected == 0:
@@ -265,6 +298,43 @@ def _check_data_file(prefix: str) -> None:
             f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
             "is cut short or of another index; run tools/preprocess_data.py again"
         )
+
+
+def _indexed_bytes(idx_path: str) -> int:
+    """The size that an index implies for its .bin.
+
+    Megatron's IndexedDataset reads the same, but trusts what it finds, and prints an ignored
+    exception when it is dropped after a failure.
+
+    Raises:
+        ValueError, struct.error: not an index, or one that contradicts itself.
+    """
+    with open(idx_path, "rb") as stream:
+        if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise ValueError("wrong header")
+        version, code, sequences, documents = struct.unpack("<QBQQ", stream.read(25))
+        start = stream.tell()
+    if version != 1:
+        raise ValueError(f"version {version}")
+    size = DType.size(DType.dtype_from_code(code))
+    expected = start + sequences * (4 + 8) + documents * 8
+    if os.path.getsize(idx_path) != expected:
+        raise ValueError(f"{os.path.getsize(idx_path)} bytes instead of {expected}")
+    if sequences == 0:
+        return 0
+    lengths = np.memmap(idx_path, np.int32, "r", start, (sequences,))
+    pointers = np.memmap(idx_path, np.int64, "r", start + 4 * sequences, (sequences,))
+    ends = np.memmap(idx_path, np.int64, "r", start + 12 * sequences, (documents,))
+    if documents == 0 or ends[-1] != sequences:
+        raise ValueError("its counts of documents and sequences differ")
+    end = 0
+    for i in range(0, sequences, 1 << 20):  # by parts: there may be billions
+        part = lengths[i : i + (1 << 20)].astype(np.int64) * size
+        after = end + part.cumsum()
+        if part.min() < 0 or not np.array_equal(pointers[i : i + (1 << 20)], after - part):
+            raise ValueError("its lengths and positions differ")
+        end = int(after[-1])
+    return end
 
 
 def use_shipped_dataset_helpers() -> None:

@@ -140,7 +140,10 @@ def evaluation_hook(model: list) -> None:
     """Megatron's `non_loss_data_func`: called on all ranks at the end of every evaluation."""
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
-    iteration = get_args().curr_iteration
+    # Megatron counts the step that was just finished from 0; with --skip-train there is none, only
+    # the iteration that was loaded.
+    args = get_args()
+    iteration = args.iteration if args.skip_train else args.curr_iteration + 1
     # Evaluations never repeat, and their iteration may equal the last one's.
     recorder(False).iteration = -1
     recorder(False).commit(iteration)

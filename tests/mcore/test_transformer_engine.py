@@ -1,0 +1,22 @@
+"""Transformer Engine's spec: builds with bidirectional attention, and shares the local keys.
+
+Nothing of Transformer Engine computes without a GPU, but its modules can be built where its
+libraries load.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests import ranks
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None,
+    reason="Transformer Engine is not installed (extra `gpu`)",
+)
+
+
+def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
+    ranks.launch(tmp_path, 1, entry="transformer_engine_spec")
+    assert (Path(tmp_path) / "built").read_text() == "done"
