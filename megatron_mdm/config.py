@@ -22,8 +22,16 @@ class MDMConfig:
     mdm_mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
 
-    mdm_rate_sampler: Literal["uniform"] = "uniform"
-    """Density of the masking rate t on (0, 1]; the loss is weighted by one over it."""
+    mdm_rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
+    """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `clipped` draws from
+    --mdm-clip without a weight, which changes the objective; `ppots` is the paper's P-POTS, read
+    from --mdm-ppots-file."""
+
+    mdm_clip: list[float] | None = None
+    """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
+
+    mdm_ppots_file: str | None = None
+    """A density of t made by tools/fit_ppots.py (arXiv 2511.18159)."""
 
     mdm_quantiles: Literal["iid", "strata", "lattice"] = "lattice"
     """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
@@ -40,6 +48,22 @@ class MDMConfig:
     """`bernoulli`: every eligible token is masked with probability p(t) = (1 - eps) t + eps and
     weighted by 1/p(t). `exact-count`: k = ceil(t L) of the L eligible tokens are masked, weighted
     by L/k; the same objective in the limit eps -> 0, without the noise of the count."""
+
+    mdm_views: int = 1
+    """Rows made of each text, with the same t and different masks; must divide the micro-batch
+    size. 2 is MIRROR of the paper, uniforms u and 1 - u; K turns them: frac(u + j/K). Compare at
+    equal rows: K views see a K-th of the texts."""
+
+    mdm_isad_token_ids: list[int] | None = None
+    """Tokens that ISAD of the paper masks more often. Bernoulli masks only."""
+
+    mdm_isad_delta: float = 0.1
+    """What ISAD adds to the masking probability of its tokens, in [0, 1]."""
+
+    mdm_isad_weight: Literal["inclusion", "exact"] = "inclusion"
+    """`inclusion` weighs each token by one over its own masking probability, which shifts what the
+    others are predicted from; `exact` weighs the row by the likelihood ratio of its mask, which is
+    unbiased, and heavy-tailed when many tokens are chosen."""
 
     mdm_eps: float = 1e-3
     """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks."""
@@ -73,7 +97,7 @@ class MDMConfig:
             UserError: a value is out of range; the message names the flag.
         """
         _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
-        _choice(self, "mdm_normalization")
+        _choice(self, "mdm_normalization", "mdm_isad_weight")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
         if self.mdm_rate_bins < 1:
@@ -82,6 +106,13 @@ class MDMConfig:
             raise UserError(
                 f"--mdm-mask-token-id must not be negative, got {self.mdm_mask_token_id}"
             )
+        self._check_sampler()
+        if self.mdm_views < 1:
+            raise UserError(f"--mdm-views must be at least 1, got {self.mdm_views}")
+        if not 0.0 <= self.mdm_isad_delta <= 1.0:
+            raise UserError(f"--mdm-isad-delta must lie in [0, 1], got {self.mdm_isad_delta}")
+        if self.mdm_isad_token_ids and self.mdm_mask != "bernoulli":
+            raise UserError("--mdm-isad-token-ids needs --mdm-mask bernoulli")
         if self.mdm_quantiles != "strata" and (self.mdm_strata or self.mdm_strata_window):
             raise UserError(
                 "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata, "
@@ -96,6 +127,19 @@ class MDMConfig:
                 f"--mdm-strata {self.mdm_strata} exceeds the --mdm-strata-window of "
                 f"{self.mdm_strata_window} rows: use at most one stratum a row"
             )
+
+    def _check_sampler(self) -> None:
+        owner = {"mdm_clip": "clipped", "mdm_ppots_file": "ppots"}
+        for name, sampler in owner.items():
+            given, needed = getattr(self, name) is not None, self.mdm_rate_sampler == sampler
+            if given and not needed:
+                raise UserError(f"{flag(name)} needs --mdm-rate-sampler {sampler}")
+            if needed and not given:
+                raise UserError(f"--mdm-rate-sampler {sampler} needs {flag(name)}")
+        if self.mdm_clip is not None:
+            if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
+                ends = " ".join(map(str, self.mdm_clip))
+                raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MDMConfig":

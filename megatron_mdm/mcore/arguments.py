@@ -18,6 +18,7 @@ from megatron_mdm.data.tokenizer import MASK_PIECE
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.objective.fit_file import load_sampler
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
 MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mdm_mask|>", "<|mask|>")
@@ -109,6 +110,16 @@ def resolve(args: Namespace) -> Namespace:
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         args.mdm_strata = args.mdm_strata or max(1, round(args.mdm_strata_window**0.5))
         MDMConfig.from_args(args)
+    for token in args.mdm_isad_token_ids or ():
+        if not 0 <= token < args.padded_vocab_size:
+            raise UserError(
+                f"--mdm-isad-token-ids {token} lies outside the vocabulary of "
+                f"{args.padded_vocab_size}"
+            )
+    # A checkpoint records the density itself: its file may move, or change.
+    args.mdm_ppots_digest = (
+        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
+    )
     check_resume(args)
     return args
 
@@ -203,6 +214,11 @@ def _check_batch_sizes(args: Namespace) -> None:
         total = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
         if micro < 1:
             raise UserError(f"{flag(prefix + 'micro_batch_size')} must be at least 1, got {micro}")
+        if not prefix and micro % args.mdm_views:
+            raise UserError(
+                f"--micro-batch-size {micro} is not a multiple of --mdm-views {args.mdm_views}: "
+                "the views of a text must lie in one micro-batch"
+            )
         if total is not None and (total < 1 or total % (micro * replicas)):
             raise UserError(
                 f"{flag(prefix + 'global_batch_size')} {total} is not a multiple of "
@@ -265,11 +281,11 @@ def check_resume(args: Namespace) -> None:
         return
     state = _load_base_checkpoint(args.load, args, rank0=True)[0]
     saved = vars(state["args"]) if state and state.get("args") else {}
-    ignored = {"mdm_device", "mdm_rate_bins", "mdm_allow_flag_change"}
+    ignored = {"mdm_device", "mdm_rate_bins", "mdm_allow_flag_change", "mdm_ppots_file"}
     names = [field.name for field in fields(MDMConfig) if field.name not in ignored]
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
-        for name in [*names, "seed", "seq_length"]
+        for name in [*names, "mdm_ppots_digest", "seed", "seq_length"]
         if name in saved and saved[name] != getattr(args, name)
     ]
     if changes:

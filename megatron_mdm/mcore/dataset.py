@@ -30,7 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms
+from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, view_of
 
 SPLITS = {
     MegatronSplit.train: Split.TRAIN,
@@ -95,6 +95,10 @@ class RowDataset(torch.utils.data.Dataset):
         split [], row []: part of the data (objective's Split), and position in the run.
         uniforms [L], quantile []: grid integers (objective/randomness.py).
 
+    With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i: one text,
+    one quantile and so one t, and the uniforms of the draw seen from K sides. Evaluations take
+    every text once, and their quantiles always from the lattice.
+
     Args:
         dataset: top-level dataset (a BlendedDataset passes its own numbers inward).
         config: settings of the objective.
@@ -121,34 +125,37 @@ class RowDataset(torch.utils.data.Dataset):
         self.mask_token_id = mask_token_id
         self.pad_id = pad_id
         self.period = period
-        self.quantiles = Quantiles(
-            config.mdm_quantiles,
-            seed,
-            SPLITS[self.split],
-            config.mdm_strata_window or 1,
-            config.mdm_strata or 1,
-        )
+        split = SPLITS[self.split]
+        if split is Split.TRAIN:
+            self.views = config.mdm_views
+            # A window is given in rows, and the quantiles belong to draws.
+            window = (config.mdm_strata_window or 1) // self.views
+            strata = min(config.mdm_strata or 1, window) if window else 1
+            self.quantiles = Quantiles(config.mdm_quantiles, seed, split, window or 1, strata)
+        else:
+            self.views = 1
+            self.quantiles = Quantiles("lattice", seed, split)
 
     def __len__(self) -> int:
         # Evaluations may go on for ever; 2^62 keeps sums with it inside int64.
-        return 2**62 if self.period else len(self.dataset)
+        return 2**62 if self.period else len(self.dataset) * self.views
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = index % self.period if self.period else index
-        item = self.dataset[row]
+        draw, view = divmod(row, self.views)
+        item = self.dataset[draw]
         tokens = torch.from_numpy(item["tokens"])
         num_tokens = int(item["num_tokens"])
         tokens[num_tokens:] = self.pad_id
         self._check_no_mask(row, tokens[:num_tokens])
+        uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         return {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
             "split": torch.tensor(int(self.quantiles.split)),
             "row": torch.tensor(row),
-            "uniforms": torch.from_numpy(
-                row_uniforms(self.seed, self.quantiles.split, row, len(tokens))
-            ),
-            "quantile": torch.tensor(self.quantiles(row)),
+            "uniforms": torch.from_numpy(view_of(uniforms, view, self.views)),
+            "quantile": torch.tensor(self.quantiles(draw)),
         }
 
     def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
@@ -174,31 +181,35 @@ def train_valid_test_datasets_provider(
         UserError: data files that are missing or damaged, or a split shorter than one row.
     """
     args = get_args()
+    eval_rows = args.eval_iters * args.eval_global_batch_size
+    return build_datasets(args, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+
+def build_datasets(
+    args: Namespace, num_rows: list[int], vp_stage: int | None = None
+) -> list[RowDataset | None]:
+    """Builds the training, validation and test datasets of so many rows each.
+
+    Raises:
+        UserError: data files that are missing or damaged, or a split shorter than one row.
+    """
     config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     if not args.mock_data:
         check_data_files(dataset_config.blend, dataset_config.blend_per_split)
-    eval_rows = args.eval_iters * args.eval_global_batch_size
-    periods = [None, eval_rows or None, eval_rows or None]
+    train, valid, test = num_rows
     datasets = BlendedMegatronDatasetBuilder(
         MockCleanTokensDataset if args.mock_data else CleanTokensDataset,
-        [num_samples[0], eval_rows, eval_rows],
+        [-(-train // config.mdm_views), valid, test],
         lambda: loads_rows(config, vp_stage),
         dataset_config,
     ).build()
-    tokenizer = dataset_config.tokenizer
+    pad = pad_id(dataset_config.tokenizer)
     return [
         None
         if dataset is None
-        else RowDataset(
-            dataset,
-            config,
-            args.seed,
-            args.mdm_mask_token_id,
-            pad_id(tokenizer),
-            period,
-        )
-        for dataset, period in zip(datasets, periods, strict=True)
+        else RowDataset(dataset, config, args.seed, args.mdm_mask_token_id, pad, period)
+        for dataset, period in zip(datasets, [None, valid or None, test or None], strict=True)
     ]
 
 

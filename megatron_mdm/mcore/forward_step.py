@@ -16,9 +16,10 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import needs_rows
 from megatron_mdm.mcore.metrics import recorder
-from megatron_mdm.objective.corruption import Corruption, corrupt
+from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.samplers import build_sampler
+from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
 
 NUMBERS = ("num_tokens", "split", "row", "quantile")  # of a row, beside its two vectors
 NANS_NOT_ALLOWED = 0.0  # tolerance of Megatron's rerun machine for values that must be finite
@@ -75,16 +76,7 @@ def forward_step(
     rows = load_rows(data_iterator, training)
     eod_id = get_tokenizer().eod
     eligible = rows.eligible(eod_id, mdm)
-    corrupted = corrupt(
-        rows.tokens,
-        eligible,
-        rows.uniforms,
-        rows.quantile,
-        sampler=_sampler(mdm.mdm_rate_sampler),
-        mask_kind=mdm.mdm_mask,
-        mask_token_id=args.mdm_mask_token_id,
-        eps=mdm.mdm_eps,
-    )
+    corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile)
     hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm)
     timers("batch-generator").stop()
 
@@ -166,5 +158,30 @@ def loss_func(
 
 
 @lru_cache
-def _sampler(name: str) -> Any:
-    return build_sampler(name)
+def corrupter(training: bool) -> Corrupter:
+    """What masks the rows of training, or of evaluations.
+
+    Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
+    have the least variance: numbers of runs that train differently can then be compared.
+    """
+    args = get_args()
+    mdm = MDMConfig.from_args(args)
+    if not training:
+        return Corrupter(Uniform(), "exact-count", args.mdm_mask_token_id, mdm.mdm_eps)
+    return Corrupter(
+        sampler=_sampler(mdm),
+        mask_kind=mdm.mdm_mask,
+        mask_token_id=args.mdm_mask_token_id,
+        eps=mdm.mdm_eps,
+        isad_token_ids=tuple(mdm.mdm_isad_token_ids or ()),
+        isad_delta=mdm.mdm_isad_delta,
+        isad_weight=mdm.mdm_isad_weight,
+    )
+
+
+def _sampler(mdm: MDMConfig) -> RateSampler:
+    if mdm.mdm_rate_sampler == "clipped":
+        return Clipped(*mdm.mdm_clip)
+    if mdm.mdm_rate_sampler == "ppots":
+        return load_sampler(mdm.mdm_ppots_file).sampler()
+    return Uniform()

@@ -38,8 +38,17 @@ def run(program_start: float) -> None:
             forward_step,
             non_loss_data_func=evaluation_hook,
         )
-        torch.distributed.barrier()
-    finally:
-        # Megatron leaves its groups and their threads alive, which can abort the process at exit.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except SystemExit as end:  # how Megatron ends at --exit-interval and the like
+        if not end.code:
+            _disconnect()
+        raise
+    _disconnect()
+
+
+def _disconnect() -> None:
+    """Ends the process groups, whose threads Megatron leaves alive: they can abort the exit.
+
+    Only after success: a rank that failed must not wait for the others, which wait for it.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

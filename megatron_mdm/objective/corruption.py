@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from megatron_mdm.objective.masks import draw_mask
+from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_mask
 from megatron_mdm.objective.randomness import to_unit
 from megatron_mdm.objective.samplers import RateSampler
 
@@ -17,7 +17,7 @@ class Corruption:
     Attributes:
         tokens: x_m, int64 [B, L]: the clean tokens with the mask token at masked positions.
         mask: bool [B, L].
-        weight: importance weight of t times the weight of the mask, float64 [B].
+        weight: importance weight of t times the weight of the mask, float64 [B, 1] or [B, L].
         t: masking rates, float64 [B].
         rate_weight: importance weight 1/q(t) alone, float64 [B].
     """
@@ -29,35 +29,60 @@ class Corruption:
     rate_weight: torch.Tensor
 
 
-def corrupt(
-    tokens: torch.Tensor,
-    eligible: torch.Tensor,
-    uniforms: torch.Tensor,
-    quantile: torch.Tensor,
-    *,
-    sampler: RateSampler,
-    mask_kind: Literal["bernoulli", "exact-count"],
-    mask_token_id: int,
-    eps: float,
-) -> Corruption:
+@dataclass(frozen=True)
+class Corrupter:
     """Draws rates and masks from the rows' own random numbers; deterministic.
 
-    Args:
-        tokens: clean tokens x0, int64 [B, L].
-        eligible: positions that may be masked, bool [B, L].
-        uniforms: grid integers (see randomness.py), int64 [B, L].
-        quantile: grid integers, int64 [B].
+    Attributes:
         sampler: sampler of t.
         mask_kind: `bernoulli` or `exact-count`.
         mask_token_id: id put at masked positions.
         eps: least masking probability of Bernoulli masks.
+        isad_token_ids: tokens that ISAD masks more often; Bernoulli masks only.
+        isad_delta: what ISAD adds to their masking probability.
+        isad_weight: see `isad_mask`.
     """
-    t, rate_weight = sampler(to_unit(quantile))
-    mask, mask_weight = draw_mask(mask_kind, to_unit(uniforms), eligible, t, eps)
-    return Corruption(
-        tokens=torch.where(mask, mask_token_id, tokens),
-        mask=mask,
-        weight=rate_weight * mask_weight,
-        t=t,
-        rate_weight=rate_weight,
-    )
+
+    sampler: RateSampler
+    mask_kind: Literal["bernoulli", "exact-count"]
+    mask_token_id: int
+    eps: float
+    isad_token_ids: tuple[int, ...] = ()
+    isad_delta: float = 0.0
+    isad_weight: Literal["inclusion", "exact"] = "inclusion"
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        eligible: torch.Tensor,
+        uniforms: torch.Tensor,
+        quantile: torch.Tensor,
+    ) -> Corruption:
+        """Masks rows.
+
+        Args:
+            tokens: clean tokens x0, int64 [B, L].
+            eligible: positions that may be masked, bool [B, L].
+            uniforms: grid integers (see randomness.py), int64 [B, L].
+            quantile: grid integers, int64 [B].
+        """
+        t, rate_weight = self.sampler(to_unit(quantile))
+        mask, mask_weight = self._mask(tokens, eligible, to_unit(uniforms), t)
+        return Corruption(
+            tokens=torch.where(mask, self.mask_token_id, tokens),
+            mask=mask,
+            weight=rate_weight[:, None] * mask_weight,
+            t=t,
+            rate_weight=rate_weight,
+        )
+
+    def _mask(
+        self, tokens: torch.Tensor, eligible: torch.Tensor, u: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.isad_token_ids:
+            ids = torch.tensor(self.isad_token_ids, device=tokens.device)
+            chosen = torch.isin(tokens, ids)
+            return isad_mask(u, eligible, t, self.eps, chosen, self.isad_delta, self.isad_weight)
+        if self.mask_kind == "exact-count":
+            return exact_count_mask(u, eligible, t)
+        return bernoulli_mask(u, eligible, t, self.eps)

@@ -46,13 +46,13 @@ def row_losses(
     Args:
         cross_entropy: CE, nats, float [B, L].
         mask: bool [B, L].
-        weight: float64 [B].
+        weight: float64 [B, 1] or [B, L].
         num_eligible: L_e, int64 [B].
         normalization: see above.
     """
     dtype = torch.promote_types(cross_entropy.dtype, torch.float32)
     per_token = torch.where(mask, cross_entropy.to(dtype), 0.0)
-    sums = (per_token * weight[:, None].to(dtype)).sum(dim=1)
+    sums = (per_token * weight.to(dtype)).sum(dim=1)
     per_row = sums / num_eligible.clamp(min=1).to(dtype)
     if normalization == "rows":
         count = torch.tensor(mask.shape[0], dtype=torch.int64, device=mask.device)

@@ -22,10 +22,10 @@ def bernoulli_mask(
         eps: see `masking_probability`.
 
     Returns:
-        mask, bool [B, L], and the weight 1/p(t) of its tokens, float64 [B].
+        mask, bool [B, L], and the weight 1/p(t) of its tokens, float64 [B, 1].
     """
-    p = masking_probability(t, eps)
-    return (u < p[:, None]) & eligible, 1.0 / p
+    p = masking_probability(t, eps)[:, None]
+    return (u < p) & eligible, 1.0 / p
 
 
 def exact_count_mask(
@@ -39,24 +39,58 @@ def exact_count_mask(
         t: masking rates, float64 [B].
 
     Returns:
-        mask, bool [B, L], and the weight L_e/k of its tokens, float64 [B] (1 where L_e = 0).
+        mask, bool [B, L], and the weight L_e/k of its tokens, float64 [B, 1] (1 where L_e = 0).
     """
     num_eligible = eligible.sum(dim=1)
     k = masked_count(t, num_eligible)
     order = torch.where(eligible, u, 2.0).argsort(dim=1, stable=True)
     chosen = torch.arange(u.shape[1], device=u.device) < k[:, None]
     mask = torch.zeros_like(eligible).scatter(1, order, chosen)
-    return mask, num_eligible.clamp(min=1).to(torch.float64) / k.clamp(min=1)
+    weight = num_eligible.clamp(min=1).to(torch.float64) / k.clamp(min=1)
+    return mask, weight[:, None]
 
 
-def draw_mask(
-    kind: Literal["bernoulli", "exact-count"],
+def isad_mask(
     u: torch.Tensor,
     eligible: torch.Tensor,
     t: torch.Tensor,
     eps: float,
+    chosen: torch.Tensor,
+    delta: float,
+    weight: Literal["inclusion", "exact"],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask that `--mdm-mask` names and its weights; see the two functions above."""
-    if kind == "exact-count":
-        return exact_count_mask(u, eligible, t)
-    return bernoulli_mask(u, eligible, t, eps)
+    """ISAD (arXiv 2511.18159): Bernoulli masks in which chosen tokens are masked more often.
+
+    Chosen positions are masked with probability p_i = min(p + delta, 1), the others with p.
+    `inclusion` weighs the cross entropy at i by 1/p_i (the paper's idea): right for how often token
+    i itself is predicted, but the others now see the chosen tokens masked more often, so the
+    objective shifts a little. `exact` weighs the whole row by the likelihood ratio of its pattern,
+    prod_j (p/p_j)^m_j ((1-p)/(1-p_j))^(1-m_j), on top of 1/p: exactly unbiased, but heavy-tailed
+    when many tokens are chosen. Where p_i = 1 the ratio of an unmasked pattern never arises, and
+    those patterns, which the objective has, are lost: `exact` caps p_i below 1 at (1 + p)/2.
+
+    Args:
+        u: uniforms in (0, 1), float64 [B, L].
+        eligible: positions that may be masked, bool [B, L].
+        t: masking rates, float64 [B].
+        eps: see `masking_probability`.
+        chosen: positions masked more often, bool [B, L].
+        delta: what is added to their probability, in [0, 1].
+        weight: see above.
+
+    Returns:
+        mask, bool [B, L], and the weight of the cross entropy at each position, float64 [B, L].
+    """
+    p = masking_probability(t, eps)[:, None]
+    raised = (p + delta).clamp(max=1.0)
+    if weight == "exact":
+        raised = torch.minimum(raised, (1.0 + p) / 2.0)
+    probability = torch.where(chosen, raised, p)
+    mask = (u < probability) & eligible
+    if weight == "inclusion":
+        return mask, 1.0 / probability
+    # p = 1 makes p_j = 1 and masks everything: 0/0 at positions that are then masked anyway.
+    kept = torch.where(mask, 1.0, (1.0 - p) / (1.0 - probability).clamp(min=1e-300))
+    ratio = torch.where(mask, p / probability, kept)
+    row = torch.where(eligible, ratio, 1.0).prod(dim=1, keepdim=True)
+    return mask, (row / p).expand_as(probability)

@@ -68,6 +68,7 @@ def expected_coefficients(
     thresholds: Callable[[float], list[Floats]],
     breaks: list[float],
     order: int = 40,
+    ranked: bool = False,
 ) -> Floats:
     """Mean coefficients of an estimator over its uniforms u in (0,1)^L and its quantile.
 
@@ -75,41 +76,35 @@ def expected_coefficients(
         estimator: (u [L], quantile) -> (mask, weight of each position's CE [L]): one draw.
         length: L.
         thresholds: quantile -> cuts of (0, 1) for each position, between which the mask does not
-            depend on u_i except through the order of the uniforms inside one cell.
+            depend on u_i, except through ranks.
         breaks: quantiles between which the estimator is smooth, from 0 to 1.
         order: of the quadrature.
+        ranked: whether the mask depends on the ranks of the uniforms too.
     """
     nodes, weights = np.polynomial.legendre.leggauss(order)
     c = np.zeros((2**length, length))
     for low, high in itertools.pairwise(breaks):
         for x, w in zip(nodes, weights, strict=True):
             quantile = (low + high) / 2 + (high - low) / 2 * x
-            for u, probability in _cells(thresholds(quantile)):
+            for u, probability in _cells(thresholds(quantile), ranked):
                 mask, weight = estimator(u, quantile)
                 n = sum(1 << i for i, m in enumerate(mask) if m)
                 c[n] += w * (high - low) / 2 * probability * np.where(mask, weight, 0.0)
     return c
 
 
-def _cells(cuts: list[Floats]) -> list[tuple[Floats, float]]:
-    """One representative u for every cell and every order of the uniforms within equal cells."""
+def _cells(cuts: list[Floats], ranked: bool) -> list[tuple[Floats, float]]:
+    """One representative u for every cell and, if `ranked`, every order inside it."""
     L = len(cuts)
     edges = [np.concatenate([[0.0], np.sort(cut), [1.0]]) for cut in cuts]
+    orders = list(itertools.permutations(range(L))) if ranked else [tuple(range(L))]
     result = []
-    for cell in itertools.product(*(range(len(e) - 1) for e in edges)):
-        bounds = [(edges[i][cell[i]], edges[i][cell[i] + 1]) for i in range(L)]
+    for bounds in itertools.product(*(list(itertools.pairwise(e)) for e in edges)):
         volume = float(np.prod([high - low for low, high in bounds]))
         if volume == 0.0:
             continue
-        orders = (
-            list(itertools.permutations(range(L))) if len(set(bounds)) == 1 else [tuple(range(L))]
-        )
         for order in orders:
-            u = np.array(
-                [
-                    low + (high - low) * (order[i] + 1) / (L + 1)
-                    for i, (low, high) in enumerate(bounds)
-                ]
-            )
-            result.append((u, volume / len(orders)))
+            places = zip(bounds, order, strict=True)
+            u = [low + (high - low) * (place + 1) / (L + 1) for (low, high), place in places]
+            result.append((np.array(u), volume / len(orders)))
     return result

@@ -183,11 +183,6 @@ def mixture(edges: npt.ArrayLike, density: npt.ArrayLike, lam: float = 0.1) -> P
     return PiecewiseSampler(edges, (1.0 - lam) * (density / total) + lam)
 
 
-def build_sampler(name: str) -> RateSampler:
-    """The sampler that `--mdm-rate-sampler` names."""
-    return {"uniform": Uniform}[name]()
-
-
 def _cell(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Index of the cell of a sorted table that holds x; ends belong to the outer cells."""
     return (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)

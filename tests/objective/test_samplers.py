@@ -18,7 +18,6 @@ from megatron_mdm.objective.samplers import (
     Clipped,
     PiecewiseSampler,
     Uniform,
-    build_sampler,
     mixture,
 )
 
@@ -263,7 +262,3 @@ def test_tables_cannot_be_changed():
     sampler = random_sampler(0)
     with pytest.raises(ValueError, match="read-only"):
         sampler.values[0] = 2.0
-
-
-def test_build_sampler():
-    assert isinstance(build_sampler("uniform"), Uniform)

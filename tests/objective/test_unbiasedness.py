@@ -4,37 +4,46 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.objective.corruption import corrupt
+from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.randomness import GRID_BITS
+from megatron_mdm.objective.randomness import GRID_BITS, view_of
 from megatron_mdm.objective.reference import (
     expected_coefficients,
     integrate,
     objective_coefficients,
     patterns,
 )
-from megatron_mdm.objective.samplers import build_sampler
+from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
 
 EPS = 0.05
 MASK_ID = 99
 ROWS = [[True, True, True, True], [True, False, True, True], [False, False, True, False]]
 
 
-def estimator(eligible, sampler, mask_kind):
+FITTED = PiecewiseSampler([0.0, 0.1, 0.4, 1.0], np.array([4.0, 1.5, 0.8, 0.4]) / 0.98)
+SAMPLERS = {"uniform": Uniform(), "p-pots": FITTED}
+ISAD = {"isad_token_ids": (0, 2), "isad_delta": 0.3}
+# Mask settings, the extra share of the masking probability of chosen tokens, and views.
+MASKS = {
+    "bernoulli": {"mask_kind": "bernoulli"},
+    "exact-count": {"mask_kind": "exact-count"},
+    "isad exact": {"mask_kind": "bernoulli", **ISAD, "isad_weight": "exact"},
+}
+
+
+def estimator(eligible, sampler, view, **settings):
     """One draw of the code under test: from (u, quantile) to a mask and the weight of each CE."""
     tokens = torch.arange(len(eligible))[None]
     eligible = torch.tensor([eligible])
+    corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def draw(u, quantile):
-        corruption = corrupt(
+        grid = view_of((u * 2**GRID_BITS).astype(np.int64), *view)
+        corruption = corrupter(
             tokens,
             eligible,
-            torch.from_numpy((u * 2**GRID_BITS).astype(np.int64))[None],
+            torch.from_numpy(grid)[None],
             torch.tensor([int(quantile * 2**GRID_BITS)]),
-            sampler=build_sampler(sampler),
-            mask_kind=mask_kind,
-            mask_token_id=MASK_ID,
-            eps=EPS,
         )
         assert torch.equal(corruption.tokens == MASK_ID, corruption.mask)
         cross_entropy = torch.ones(1, len(u), dtype=torch.float64, requires_grad=True)
@@ -47,23 +56,86 @@ def estimator(eligible, sampler, mask_kind):
     return draw
 
 
-@pytest.mark.parametrize("eligible", ROWS)
-@pytest.mark.parametrize("mask_kind", ["bernoulli", "exact-count"])
-@pytest.mark.parametrize("sampler", ["uniform"])
-def test_mean_coefficients_are_the_objectives(sampler, mask_kind, eligible):
-    """Equal coefficients of every CE_i(m): unbiased loss and unbiased gradient for any model."""
+def expectation(eligible, sampler, view, name):
+    """Mean coefficients of a combination, and those of the objective that it should have."""
     L, num_eligible = len(eligible), sum(eligible)
-    if mask_kind == "bernoulli":
-        thresholds = [lambda q: [np.array([(1 - EPS) * q + EPS])] * L]
-        breaks, target = [0.0, 1.0], objective_coefficients(eligible, EPS)
-    else:
-        thresholds = [lambda q: [np.array([])] * L]
-        breaks = [k / num_eligible for k in range(num_eligible + 1)]
+    settings = MASKS[name]
+    if settings["mask_kind"] == "exact-count":
+        if view[1] > 2:  # the order of frac(u + j/K) also depends on which u wrap around
+            cuts = [np.array([1 - view[0] / view[1]])] * L
+        else:
+            cuts = [np.array([])] * L
+        rates = [k / num_eligible for k in range(num_eligible + 1)]
         target = objective_coefficients(eligible, eps=0.0)
-    mean = expected_coefficients(
-        estimator(eligible, sampler, mask_kind), L, thresholds[0], breaks, order=8
-    )
-    np.testing.assert_allclose(mean, target, rtol=0, atol=1e-12)
+    else:
+        cuts = None
+        # Where p + delta reaches (1 + p)/2, the cap of exact ISAD.
+        kink = (1 - 2 * 0.3 - EPS) / (1 - EPS)
+        rates = [0.0, kink, 1.0] if "isad" in name else [0.0, 1.0]
+        target = objective_coefficients(eligible, EPS)
+
+    def thresholds(quantile):
+        if cuts is not None:
+            return cuts
+        p = (1 - EPS) * float(sampler(torch.tensor([quantile]))[0]) + EPS
+        raised = min(p + 0.3, (1 + p) / 2) if "isad" in name else p
+        return [cut_points(raised if i in (0, 2) else p, view) for i in range(L)]
+
+    breaks = sorted({*sampler.breaks, *(quantile_of(sampler, t) for t in rates)})
+    draw = estimator(eligible, sampler, view, **settings)
+    mean = expected_coefficients(draw, L, thresholds, breaks, order=12, ranked=cuts is not None)
+    return mean, target
+
+
+def cut_points(p, view):
+    """Where [view(u) < p] changes as u goes from 0 to 1."""
+    j, views = view
+    if views == 2:
+        return np.array([1 - p if j else p])
+    start = (1 - j / views) % 1.0  # the view's 0
+    cuts = {start, (start + p) % 1.0} if j else {p}
+    return np.array(sorted(c for c in cuts if 0 < c < 1))
+
+
+def quantile_of(sampler, t):
+    """Q(t), by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(sampler(torch.tensor([middle], dtype=torch.float64))[0]) < t:
+            low = middle
+        else:
+            high = middle
+    return round((low + high) / 2, 15)
+
+
+@pytest.mark.parametrize("eligible", ROWS)
+@pytest.mark.parametrize("view", [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
+    """Equal coefficients of every CE_i(m): unbiased loss and unbiased gradient for any model."""
+    if name == "exact-count" and view[1] == 3:
+        eligible = eligible[:3]  # six cells a position, each with its orders: three will do
+    mean, target = expectation(eligible, SAMPLERS[sampler], view, name)
+    np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+
+
+def test_isad_with_inclusion_weights_shifts_the_objective():
+    """How often each token is predicted is right, and what it is predicted from is not."""
+    eligible = [True, True, True]
+    settings = {"mask_kind": "bernoulli", **ISAD, "isad_weight": "inclusion"}
+    draw = estimator(eligible, Uniform(), (0, 1), **settings)
+
+    def thresholds(t):
+        p = (1 - EPS) * t + EPS
+        return [np.array([min(p + 0.3, 1.0) if i in (0, 2) else p]) for i in range(3)]
+
+    kink = (1 - 0.3 - EPS) / (1 - EPS)
+    mean = expected_coefficients(draw, 3, thresholds, [0.0, kink, 1.0], order=12)
+    target = objective_coefficients(eligible, EPS)
+    np.testing.assert_allclose(mean.sum(axis=0), target.sum(axis=0), atol=1e-9)
+    assert np.abs(mean - target).max() > 0.01
 
 
 def test_the_oracle_agrees_with_its_own_definition():
@@ -100,10 +172,10 @@ def test_context_free_model_costs_its_entropy():
 def test_nothing_eligible_and_nothing_masked_count_with_loss_zero():
     cross_entropy = torch.ones(2, 3)
     mask = torch.zeros(2, 3, dtype=torch.bool)
-    losses = row_losses(cross_entropy, mask, torch.ones(2), torch.tensor([0, 3]), "rows")
+    losses = row_losses(cross_entropy, mask, torch.ones(2, 1), torch.tensor([0, 3]), "rows")
     assert losses.per_row.tolist() == [0.0, 0.0]
     assert losses.denominator == 2
-    losses = row_losses(cross_entropy, mask, torch.ones(2), torch.tensor([0, 3]), "tokens")
+    losses = row_losses(cross_entropy, mask, torch.ones(2, 1), torch.tensor([0, 3]), "tokens")
     assert losses.numerator == 0.0
     assert losses.denominator == 3
 
@@ -115,11 +187,11 @@ def test_normalization_over_uneven_splits(normalization):
     ce = torch.rand(6, 8, generator=generator, dtype=torch.float64)
     num_eligible = torch.tensor([8, 1, 5, 3, 8, 2])
     mask = torch.arange(8) < num_eligible[:, None]
-    weight = 1 + torch.rand(6, generator=generator, dtype=torch.float64)
+    weight = 1 + torch.rand(6, 1, generator=generator, dtype=torch.float64)
     if normalization == "tokens":
-        expected = (ce * mask * weight[:, None]).sum() / num_eligible.sum()
+        expected = (ce * mask * weight).sum() / num_eligible.sum()
     else:
-        expected = ((ce * mask * weight[:, None]).sum(1) / num_eligible).mean()
+        expected = ((ce * mask * weight).sum(1) / num_eligible).mean()
     for sizes in ([6], [1, 5], [2, 2, 2], [4, 1, 1]):
         parts = [
             row_losses(c, m, w, n, normalization)

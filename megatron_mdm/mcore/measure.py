@@ -1,0 +1,121 @@
+"""Measures the second moments of a checkpoint per masking rate, for P-POTS (arXiv 2511.18159).
+
+Nothing of the training run is touched: the model is a copy of its own, loaded from the checkpoint,
+in evaluation mode, so FP8 scales and optimizer stay as they are.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.dataset import build_datasets
+from megatron_mdm.mcore.forward_step import Rows
+from megatron_mdm.mcore.inference import LoadedModel
+from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.objective.pots import RateMoments, accumulate
+from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
+from megatron_mdm.objective.samplers import Uniform
+
+
+def measure(
+    loaded: LoadedModel,
+    target: Literal["loss", "gradient"],
+    num_bins: int,
+    num_rows: int,
+    masks_per_bin: int,
+    micro_batch_size: int = 16,
+) -> Iterator[tuple[int, int, RateMoments]]:
+    """Measures E[value^2 | t] over rows of the training data and fresh masks.
+
+    Args:
+        loaded: the model.
+        target: value of a row: its loss l (nats per eligible token), or the norm of dl/dh with h
+            the final hidden states.
+        num_bins: equal bins of t; the rates of a row are stratified over each bin.
+        num_rows: rows of the training data.
+        masks_per_bin: draws for each row in each bin.
+        micro_batch_size: draws in one call of the model.
+
+    Yields:
+        (draws done, draws in all, moments so far); the last has everything.
+    """
+    args = loaded.args
+    mdm = MDMConfig.from_args(args)
+    dataset = build_datasets(args, [num_rows, 0, 0])[0]
+    draws_per_row = num_bins * masks_per_bin
+    total = num_rows * draws_per_row
+    # Masks as the run trains on, at uniform rates: what the density should suit.
+    corrupter = Corrupter(Uniform(), mdm.mdm_mask, args.mdm_mask_token_id, mdm.mdm_eps)
+    # Every row goes through all bins; where in its bin a draw lies comes from the lattice.
+    inside = Quantiles("lattice", args.seed, Split.TEST)
+    device = torch.cuda.current_device()
+    moments = RateMoments(num_bins)
+    for first in range(0, total, micro_batch_size):
+        draws = range(first, min(first + micro_batch_size, total))
+        items = [dataset[draw // draws_per_row] for draw in draws]
+        columns = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        columns["uniforms"] = torch.stack(
+            [
+                torch.from_numpy(row_uniforms(args.seed, Split.TEST, draw, args.seq_length))
+                for draw in draws
+            ]
+        )
+        columns["quantile"] = torch.tensor(
+            [((draw % num_bins) * 2**GRID_BITS + inside(draw)) // num_bins for draw in draws]
+        )
+        rows = Rows(**{name: column.to(device) for name, column in columns.items()})
+        moments.add(_draw(loaded, mdm, corrupter, rows, target, num_bins).numpy())
+        yield draws.stop, total, moments
+
+
+def _draw(
+    loaded: LoadedModel,
+    mdm: MDMConfig,
+    corrupter: Corrupter,
+    rows: Rows,
+    target: str,
+    num_bins: int,
+) -> torch.Tensor:
+    """The sums of `accumulate` over one micro-batch, on the CPU."""
+    eligible = rows.eligible(get_tokenizer().eod, mdm)
+    num_eligible = eligible.sum(dim=1)
+    corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
+
+    def value(
+        hidden_states: torch.Tensor,
+        output_layer: Any,
+        output_weight: torch.Tensor | None,
+        labels: torch.Tensor,
+        compute_language_model_loss: Any,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Loss and gradient at the final hidden states [s, b, h], instead of logits."""
+        if output_layer.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        with torch.enable_grad():
+            hidden = hidden_states.detach().requires_grad_()
+            logits, _ = output_layer(hidden, weight=output_weight)
+            cross_entropy = compute_language_model_loss(labels, logits)
+            losses = row_losses(
+                cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
+            )
+            if target == "loss":
+                return losses.per_row.detach()
+            (gradient,) = torch.autograd.grad(losses.numerator, hidden)
+            return gradient.float().square().sum(dim=(0, 2)).sqrt()
+
+    with torch.no_grad():
+        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+        values = loaded.model(
+            corrupted.tokens,
+            positions.expand_as(rows.tokens),
+            None,
+            labels=rows.tokens,
+            output_processor=value,
+        )
+    return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()

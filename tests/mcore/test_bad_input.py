@@ -1,0 +1,413 @@
+"""Bad input ends with one clear line, a status other than 0, and no rank left waiting."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from megatron.core import parallel_state
+from megatron.training.arguments import parse_args
+
+from megatron_mdm import errors, pretrain
+from megatron_mdm.config import flag
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore import arguments, dataset
+from tests import ranks
+
+COMMON = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING]
+
+
+def parsed(monkeypatch, *flags, world=1):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *COMMON, "--mock-data", *flags])
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    return parse_args(arguments._add_arguments_in_one_line)
+
+
+def the_error_line(output):
+    """The only line of these logs that says what is wrong; nothing else looks like a failure."""
+    text = "".join(output)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text[-3000:]
+    assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
+    return lines[0]
+
+
+# -- flags
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--mdm-eps 0", "--mdm-eps must lie in"),
+        ("--mdm-eps 1", "--mdm-eps must lie in"),
+        ("--mdm-eps nan", "--mdm-eps must lie in"),
+        ("--mdm-mask-token-id -1", "--mdm-mask-token-id must not be negative"),
+        ("--mdm-rate-sampler gauss", "argument --mdm-rate-sampler: invalid choice: 'gauss'"),
+        ("--mdm-quantiles sobol", "argument --mdm-quantiles: invalid choice: 'sobol'"),
+        ("--mdm-mask span", "argument --mdm-mask: invalid choice: 'span'"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--mdm-strata 2", "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata"),
+        ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must be at least 1"),
+        (
+            "--mdm-quantiles strata --mdm-strata 9 --mdm-strata-window 8",
+            "--mdm-strata 9 exceeds the --mdm-strata-window of 8",
+        ),
+        (
+            "--mdm-quantiles strata --step-batch-size-schedule 0:4",
+            "give --mdm-strata-window",
+        ),
+        ("--dataloader-type cyclic", "use --dataloader-type single"),
+        ("--dataloader-type external", "use --dataloader-type single"),
+        ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
+        ("--micro-batch-size 0", "--micro-batch-size must be at least 1"),
+        ("--global-batch-size 0", "--global-batch-size 0 is not a multiple"),
+        ("--global-batch-size 7", "--global-batch-size 7 is not a multiple of --micro-batch-size"),
+        ("--eval-global-batch-size 3", "--eval-global-batch-size 3 is not a multiple"),
+        ("--eval-micro-batch-size 3", "--eval-micro-batch-size 3 x 1"),
+        ("--step-batch-size-schedule 0:4,99:5", "--step-batch-size-schedule: 5 of 99:5"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
+        ("--tensor-model-parallel-size 2", "1 ranks cannot be divided into model replicas of 2"),
+        ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
+    ],
+)
+def test_flags_that_cannot_work(flags, message, monkeypatch):
+    with pytest.raises(UserError) as caught:
+        arguments.check(parsed(monkeypatch, *flags.split()))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_and_sizes_count_the_ranks(monkeypatch):
+    arguments.check(parsed(monkeypatch, world=4))  # 2 x 4 = 8
+    with pytest.raises(UserError, match="--global-batch-size 8 is not .* 2 x 8 data-parallel"):
+        arguments.check(parsed(monkeypatch, world=8))
+    with pytest.raises(UserError, match="3 ranks .* --pipeline-model-parallel-size 2"):
+        arguments.check(parsed(monkeypatch, "--pipeline-model-parallel-size", "2", world=3))
+
+
+REFUSED_VALUES = {
+    "mtp_num_layers": "1",
+    "window_size": "8,0",
+    "hybrid_layer_pattern": "M*",
+    "experimental_attention_variant": "gated_delta_net",
+    "phase_transition_iterations": "5",
+    "rampup_batch_size": "2 2 8",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in arguments.REFUSED if name != "yaml_cfg"])
+def test_refused_flags_are_real_and_refused(name, monkeypatch):
+    """The flag in the message is one of Megatron's, and giving it is what is refused."""
+    words = [flag(name), *REFUSED_VALUES.get(name, "").split()]
+    args = parsed(monkeypatch, *words)  # fails if Megatron has no such flag
+    with pytest.raises(UserError, match=f"^{flag(name)} cannot be used with masked diffusion: "):
+        arguments.check(args)
+
+
+def test_a_yaml_file_is_refused_before_megatron_reads_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--yaml-cfg=missing.yaml"])
+    with pytest.raises(UserError, match="^--yaml-cfg cannot be used with masked diffusion: "):
+        arguments.parse()
+
+
+def test_defaults_are_not_refused(monkeypatch):
+    arguments.check(parsed(monkeypatch))
+
+
+@pytest.mark.parametrize("words", ["--fp8-format hybrid", "--transformer-impl transformer_engine"])
+def test_transformer_engine_is_asked_for_and_missing(words, monkeypatch):
+    args = parsed(monkeypatch, *words.split())
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"^{words.split()[0]}.* needs Transformer Engine"):
+        arguments.check(args)
+
+
+def test_fp4_without_transformer_engine(monkeypatch):
+    args = parsed(monkeypatch, "--fp4-format", "e2m1")
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="^--fp4-format needs Transformer Engine"):
+        arguments.check(args)
+
+
+# -- versions and devices
+
+
+@pytest.mark.parametrize("installed", ["0.18.0", "0.19.1", "0.20.0", "1.0"])
+def test_other_versions_of_megatron(installed, monkeypatch):
+    monkeypatch.setattr(pretrain, "version", lambda name: installed)
+    with pytest.raises(UserError, match=f"^megatron-core {installed} is not supported: pip"):
+        pretrain.check_megatron_version()
+
+
+@pytest.mark.parametrize("installed", ["0.19.2", "0.19.2+cu13", "0.19.10", "0.19.3rc1"])
+def test_supported_versions_of_megatron(installed, monkeypatch):
+    monkeypatch.setattr(pretrain, "version", lambda name: installed)
+    pretrain.check_megatron_version()
+
+
+def test_no_megatron(monkeypatch):
+    def version(name):
+        raise pretrain.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pretrain, "version", version)
+    with pytest.raises(UserError, match="^megatron-core is not installed: pip install"):
+        pretrain.check_megatron_version()
+
+
+def run_main(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # so that main's setting is undone
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main()
+    return caught.value.code
+
+
+def test_no_gpu_names_the_flag(monkeypatch, capfd):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_main(monkeypatch, *ranks.MODEL) == 2
+    assert "add --mdm-device cpu" in the_error_line(capfd.readouterr())
+
+
+# -- which rank prints
+
+
+def exit_output(monkeypatch, capsys, message, connected, **environment):
+    monkeypatch.setattr(parallel_state, "_DATA_PARALLEL_GROUP", object() if connected else None)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        errors.exit_rank_with(UserError(message))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "connected, environment, printed",
+    [
+        (False, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "error: oh\n"),
+        (False, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ""),
+        (False, {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: oh\n"),
+        (True, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
+        (True, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "error: oh\n"),
+    ],
+)
+def test_who_prints(connected, environment, printed, monkeypatch, capsys):
+    assert exit_output(monkeypatch, capsys, "oh", connected, **environment) == printed
+
+
+def test_the_message_of_a_loader_worker_is_one_line():
+    text = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 1\nmegatron_mdm.errors.UserError: row 3 contains it\n'
+    )
+    assert str(UserError(text)) == "row 3 contains it"
+
+
+# -- data files
+
+
+def truncate(path, keep):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+def damage(path, at, value):
+    content = bytearray(path.read_bytes())
+    content[at : at + len(value)] = value
+    path.write_bytes(bytes(content))
+
+
+FILES = {
+    "missing bin": (lambda b, i: b.unlink(), "{b} does not exist"),
+    "missing idx": (lambda b, i: i.unlink(), "{i} does not exist"),
+    "empty bin": (lambda b, i: truncate(b, 0), "{b} is empty"),
+    "empty idx": (lambda b, i: truncate(i, 0), "{i} is empty"),
+    "truncated bin": (lambda b, i: truncate(b, 0.5), "{b} has 148 bytes where its index says 296"),
+    "header cut": (lambda b, i: i.write_bytes(i.read_bytes()[:20]), "{i} is not a Megatron index"),
+    "lengths cut": (lambda b, i: truncate(i, 0.5), "{i} is not a Megatron index"),
+    "end cut": (lambda b, i: i.write_bytes(i.read_bytes()[:-1]), "{i} is not a Megatron index"),
+    "other magic": (lambda b, i: damage(i, 0, b"X"), "wrong header"),
+    "other version": (lambda b, i: damage(i, 9, b"\7"), "version 7"),
+    "unknown type": (lambda b, i: damage(i, 17, b"\77"), "{i} is not a Megatron index"),
+    "wrong count": (lambda b, i: damage(i, 18, b"\377" * 8), "{i} is not a Megatron index"),
+    "wrong length": (lambda b, i: damage(i, 34, b"\1"), "lengths and positions differ"),
+    "wrong position": (lambda b, i: damage(i, 34 + 3 * 4 + 8, b"\1"), "positions differ"),
+    "last length": (lambda b, i: damage(i, 34 + 2 * 4, b"\1"), "{b} has 296 bytes where"),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    prefix = tmp_path / "text"
+    ranks.write_documents(prefix, [[5] * 30, [6] * 4, [7] * 40])
+    return prefix
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_files(case, files):
+    dataset.check_data_files(([str(files)], None), None)
+    change, message = FILES[case]
+    paths = {"b": files.with_suffix(".bin"), "i": files.with_suffix(".idx")}
+    change(*paths.values())
+    for blend in [(([str(files)], None), None), (None, [None, ([str(files)], None), None])]:
+        with pytest.raises(UserError) as caught:
+            dataset.check_data_files(*blend)
+        assert message.format(**paths) in str(caught.value)
+
+
+def test_an_index_of_nothing(tmp_path):
+    ranks.write_documents(tmp_path / "text", [])
+    (tmp_path / "text.bin").write_bytes(b"1234")
+    with pytest.raises(UserError, match="text.idx lists no documents"):
+        dataset.check_data_files(([str(tmp_path / "text")], None), None)
+
+
+def test_an_index_in_several_parts(tmp_path):
+    """Lengths and positions are compared in parts of 2^20 documents."""
+    count = (1 << 20) + 5
+    start = 9 + 8 + 1 + 16
+    ranks.write_documents(tmp_path / "text", [[1, 2]])
+    idx = tmp_path / "text.idx"
+    header = idx.read_bytes()[:18]
+    arrays = [
+        np.array([count, count + 1], np.int64),
+        np.full(count, 2, np.int32),
+        np.arange(count, dtype=np.int64) * 8,
+        np.arange(count + 1, dtype=np.int64),
+    ]
+    idx.write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    assert dataset._indexed_bytes(str(idx)) == 8 * count
+    damage(idx, start + 4 * count + 8 * (count - 2), b"\1")
+    with pytest.raises(ValueError, match="positions differ"):
+        dataset._indexed_bytes(str(idx))
+
+
+def test_no_data():
+    with pytest.raises(UserError, match="give --data-path"):
+        dataset.check_data_files(None, None)
+
+
+# -- mask tokens and resumed runs
+
+
+def mask_args(**values):
+    return SimpleNamespace(
+        mdm_mask_token_id=None, tokenizer_model="some.model", padded_vocab_size=128, **values
+    )
+
+
+def test_a_tokenizer_without_mask_piece(monkeypatch):
+    pieces = SimpleNamespace(piece_to_id=lambda piece: 0, unk_id=lambda: 0)
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(tokenizer=pieces))
+    with pytest.raises(UserError, match="some.model has no mask piece: give --mdm-mask-token-id"):
+        arguments._mask_token_id(mask_args())
+
+
+def test_a_mask_inside_the_padding_of_the_vocabulary():
+    args = mask_args()
+    args.mdm_mask_token_id = 127
+    assert arguments._mask_token_id(args) == 127
+    args.mdm_mask_token_id = 128
+    with pytest.raises(UserError, match="--mdm-mask-token-id 128 lies outside the .* of 128"):
+        arguments._mask_token_id(args)
+
+
+def test_a_resumed_run_with_other_flags(base, monkeypatch):
+    words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
+    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
+    args = parsed(monkeypatch, *words)
+    with pytest.raises(UserError) as caught:
+        arguments.check_resume(args)
+    message = str(caught.value)
+    assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
+    assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
+    assert "--seed 7 (checkpoint: 1234)" in message
+    assert "--mdm-eod-eligible False (checkpoint: True)" in message
+    assert message.count("(checkpoint: ") == 4
+    assert "add --mdm-allow-flag-change" in message
+
+    for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
+        arguments.check_resume(parsed(monkeypatch, *words, *words_that_allow))
+    arguments.check_resume(parsed(monkeypatch, *words[:2]))
+
+
+# -- the program
+
+
+@pytest.mark.parametrize(
+    "flags, drop, message",
+    [
+        ("--mdm-quantiles sobol", [], "argument --mdm-quantiles: invalid choice: 'sobol'"),
+        ("--mdm-mask-token-id 128", [], "--mdm-mask-token-id 128 lies outside the vocabulary"),
+        ("", ["--mdm-mask-token-id"], "the tokenizer NullTokenizer has no mask piece"),
+        ("--num-attention-heads 5", [], "Megatron rejects these flags or their files: "),
+        ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
+        # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
+        ("--data-path {short}", [], "the train split of {short} has 31 tokens, fewer than one row"),
+        ("--data-path {none}", [], "the test split of {none} has 0 tokens, fewer than one row"),
+    ],
+)
+def test_mistakes_end_the_program(flags, drop, message, files, tmp_path):
+    names = {name: str(tmp_path / name) for name in ("files", "short", "none")}
+    ranks.write_documents(tmp_path / "files", [[5] * 30, [6] * 4, [7] * 40])
+    truncate(tmp_path / "files.bin", 0.5)
+    ranks.write_documents(tmp_path / "short", [[5] * 30, [6], [7] * 40])
+    ranks.write_documents(tmp_path / "none", [[5] * 30, [6] * 4, [7] * 40])
+    words = flags.format(**names).split()
+    if "--data-path" not in words:
+        words.append("--mock-data")
+    words += ["--split", "67,33,0" if "{none}" not in flags else "67,32,1", "--eval-iters", "1"]
+    save = tmp_path / "checkpoint"
+    run = ranks.launch(
+        tmp_path / "run",
+        1,
+        *words,
+        "--save",
+        str(save),
+        "--save-interval",
+        "1",
+        check=False,
+        drop=drop,
+    )
+    assert run.status == [2]
+    assert message.format(**names) in the_error_line(run.output)
+    assert not list(tmp_path.rglob("checkpoint/*"))
+
+
+def test_a_mistake_of_all_ranks_is_printed_once(tmp_path):
+    run = ranks.launch(tmp_path, 2, "--data-path", str(tmp_path / "nothing"), check=False)
+    assert run.status[0] == 2 and run.status[1] != 0
+    assert "nothing.bin does not exist" in the_error_line(run.output)
+
+
+# Documents of one row each, of which this one comes to rank 1 in the first step.
+ROW_OF_RANK_1 = 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_rank_fails_while_the_other_waits(workers, tmp_path):
+    """Under torchrun itself: rank 1 reads a mask token, rank 0 waits for its gradients."""
+    documents = [[5] * 32 for _ in range(40)]
+    documents[ROW_OF_RANK_1][9] = ranks.MASK_ID
+    ranks.write_documents(tmp_path / "text", documents)
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        *["-m", "megatron_mdm.pretrain", *COMMON, "--split", "1,0,0"],
+        *["--data-path", str(tmp_path / "text"), "--num-workers", str(workers)],
+        *["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode != 0
+    message = f"of the train data contains the mask token {ranks.MASK_ID} at position 9"
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: rank 1: row "), run.stderr[-3000:]
+    assert message in lines[0]
+    # torchrun's report comes last, and shows the message of this rank.
+    report = run.stderr[run.stderr.rindex("Root Cause") :]
+    assert "rank      : 1 " in report and message in report
+    assert not list(tmp_path.rglob("checkpoint/iter_*"))

@@ -1,0 +1,105 @@
+"""Views, densities of t and ISAD through the program: layouts, resume, and a fitted density."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_mdm.objective.randomness import Split
+from tests import ranks
+
+ISAD = ["--mdm-isad-token-ids", "10", "11", "12", "--mdm-isad-weight", "exact"]
+
+
+@pytest.fixture(scope="module")
+def density(base, tmp_path_factory):
+    """A density fitted to the base checkpoint by the tool."""
+    path = tmp_path_factory.mktemp("fit") / "ppots.json"
+    command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--output", str(path)]
+    command += ["--load", base[base.index("--load") + 1], "--target", "gradient"]
+    command += ["--rates", "8", "--rows", "4", "--masks", "4", "--family", "piecewise"]
+    result = subprocess.run(
+        command, cwd=ranks.Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "gradient over 128 draws" in result.stdout
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(base, density, tmp_path_factory):
+    """Everything at once, under four layouts."""
+    methods = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(density)]
+    methods += ["--mdm-mask", "exact-count", "--mdm-views", "2", "--train-iters", "3"]
+    layouts = {
+        "1 rank": (1, "--micro-batch-size 4"),
+        "DP 2": (2, ""),
+        "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        "PP 2 x VP 2": (
+            2,
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        ),
+    }
+    return {
+        name: ranks.launch(
+            tmp_path_factory.mktemp("methods"), count, *base, *methods, *flags.split()
+        )
+        for name, (count, flags) in layouts.items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 + SP", "PP 2 x VP 2"])
+def test_all_methods_at_once_are_equal_under_every_layout(runs, layout):
+    run, reference = runs[layout], runs["1 rank"]
+    assert run.masks() == reference.masks()
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+
+
+def test_pairs_share_text_and_rate_and_mask_complements(runs):
+    rows = {row: value for (split, row), value in runs["1 rank"].masks().items() if not split}
+    assert len(rows) == 24
+    for i in range(0, 24, 2):
+        (t, first), (other_t, second) = rows[i], rows[i + 1]
+        assert t == other_t
+        masked = [
+            {j for j, x in enumerate(tokens) if x == ranks.MASK_ID} for tokens in (first, second)
+        ]
+        k = int(np.ceil(t * 32))
+        assert len(masked[0]) == len(masked[1]) == k
+        assert len(masked[0] & masked[1]) == max(0, 2 * k - 32)  # the least overlap there can be
+        kept = [j for j in range(32) if j not in masked[0] | masked[1]]
+        assert [first[j] for j in kept] == [second[j] for j in kept]
+
+
+def test_rates_follow_the_fitted_density(runs, density):
+    table = json.loads(density.read_text())
+    assert table["target"] == "gradient"
+    ts = [t for (split, _), (t, _) in runs["1 rank"].masks().items() if split == Split.TRAIN]
+    assert len(set(ts)) == 12
+    assert all(0 < t <= 1 for t in ts)
+
+
+def test_isad_is_equal_under_layouts(base, tmp_path):
+    flags = [*base, *ISAD, "--train-iters", "2"]
+    one = ranks.launch(tmp_path / "one", 1, *flags)
+    two = ranks.launch(tmp_path / "two", 2, *flags, "--tensor-model-parallel-size", "2")
+    assert two.masks() == one.masks()
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
+
+
+def test_another_density_is_named_at_resume(base, density, tmp_path):
+    flags = ["--train-iters", "2", "--save-interval", "1", "--save", str(tmp_path / "checkpoint")]
+    ppots = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(density)]
+    ranks.launch(tmp_path / "first", 1, *base, *ppots, *flags)
+    data = base[: base.index("--load")]
+    resumed = ranks.launch(
+        tmp_path / "second", 1, *data, *flags, "--load", str(tmp_path / "checkpoint"), check=False
+    )
+    assert resumed.status != [0]
+    assert "--mdm-rate-sampler uniform (checkpoint: ppots)" in resumed.output[0]
+    assert "--mdm-ppots-digest" in resumed.output[0]

@@ -1,0 +1,126 @@
+"""Fits the density of the masking rate (P-POTS, arXiv 2511.18159) to a checkpoint.
+
+    python tools/fit_ppots.py --load checkpoints --target gradient --output ppots.json
+
+measures the checkpoint on its training data and writes ppots.json, for --mdm-ppots-file, and
+ppots.png: the measured points, the fit and the density. Under torchrun the ranks share the model
+as tensor-parallel ranks. The paper measures the loss before fine-tuning: --target loss.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.pretrain import prepare_environment
+
+
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    parser.add_argument("--output", required=True, metavar="X.json", help="file to write")
+    parser.add_argument(
+        "--target",
+        choices=["loss", "gradient"],
+        default="loss",
+        help="loss: the paper's; gradient: at the final hidden states (default: loss)",
+    )
+    parser.add_argument(
+        "--family",
+        choices=["auto", "epr", "power", "piecewise"],
+        default="auto",
+        help="epr: the paper's (default: the best fit)",
+    )
+    parser.add_argument("--rates", type=int, default=30, help="bins of t (default: 30)")
+    parser.add_argument("--rows", type=int, default=10, help="rows of text (default: 10)")
+    parser.add_argument("--masks", type=int, default=10, help="masks per rate and row (default 10)")
+    parser.add_argument(
+        "--uniform-share", type=float, default=0.1, help="bounds the weight (default: 0.1)"
+    )
+    parser.add_argument("--data-path", nargs="+", help="other data than the run's")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, fits, writes, draws."""
+    options = parse()
+    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
+    if min(options.rates, options.rows, options.masks) < 1:
+        raise UserError("--rates, --rows and --masks must be at least 1")
+    prepare_environment(options.device)
+
+    from tqdm import tqdm
+
+    from megatron_mdm.objective.fit_file import save_sampler
+    from megatron_mdm.objective.fits import fit
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(sys.stderr):
+            from megatron_mdm.mcore.device import training_device
+            from megatron_mdm.mcore.inference import loaded_model
+            from megatron_mdm.mcore.measure import measure
+
+            stack.enter_context(training_device(options.device))
+            loaded = stack.enter_context(loaded_model(options.load, options.device))
+            if options.data_path:
+                loaded.args.data_path = options.data_path
+            done = 0
+            bar = tqdm(unit="draws", total=options.rates * options.rows * options.masks)
+            for done, _, moments in measure(  # noqa: B007
+                loaded, options.target, options.rates, options.rows, options.masks
+            ):
+                bar.update(done - bar.n)
+            bar.close()
+        result = fit(
+            moments,
+            family=options.family,
+            target=options.target,
+            lam=options.uniform_share,
+            eps=1.0 / loaded.args.seq_length
+            if loaded.args.mdm_mask == "exact-count"
+            else loaded.args.mdm_eps,
+        )
+        if loaded.args.rank == 0:
+            save_sampler(options.output, result)
+            picture = Path(options.output).with_suffix(".png")
+            draw(result, picture)
+            parameters = ", ".join(f"{k} {v:.4g}" for k, v in result.parameters.items())
+            print(
+                f"{options.output}: {result.family} fit of the {options.target} over {done} draws"
+            )
+            print(f"parameters: {parameters or 'the measured bins'}")
+            print("KL of each family: " + ", ".join(f"{k} {v:.2e}" for k, v in result.kls.items()))
+            print(f"picture: {picture}")
+
+
+def draw(result, picture: Path) -> None:
+    """Measured root mean squares, fit and density against t."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    import torch
+    from matplotlib import pyplot as plt
+
+    measured = np.sqrt(result.moments.second_moment())
+    n = len(measured)
+    t = np.linspace(1e-3, 1.0, 500)
+    density = result.sampler().density(torch.from_numpy(t)).numpy()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot((np.arange(n) + 0.5) / n, measured / measured.mean(), "ko", label="measured")
+    axes.plot(t, density, "C3", label=f"density ({result.family}, uniform share {result.lam:g})")
+    axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(0, 1), ylim=(0, None))
+    axes.legend()
+    temporary = picture.with_name(f".{picture.stem}.partial.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, picture)
+
+
+if __name__ == "__main__":
+    run_tool(main)
