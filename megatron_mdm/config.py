@@ -31,7 +31,21 @@ class MDMConfig:
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
 
     mdm_ppots_file: str | None = None
-    """A density of t made by tools/fit_ppots.py (arXiv 2511.18159)."""
+    """A density of t made by tools/fit_ppots.py (arXiv 2511.18159); with
+    --mdm-ppots-refit-interval the one to start from."""
+
+    mdm_ppots_refit_interval: int = 0
+    """Iterations between fits of the density of t to the losses of the run itself; 0: never."""
+
+    mdm_ppots_bins: int = 30
+    """Equal bins of t in which the run measures its losses for P-POTS."""
+
+    mdm_ppots_uniform_share: float = 0.1
+    """Share of the uniform in a density that the run fits, in (0, 1]; one over it bounds the
+    importance weight."""
+
+    mdm_ppots_decay: float = 0.5
+    """What older measurements count for after each fit, in [0, 1]."""
 
     mdm_quantiles: Literal["iid", "strata", "lattice"] = "lattice"
     """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
@@ -129,13 +143,29 @@ class MDMConfig:
             )
 
     def _check_sampler(self) -> None:
-        owner = {"mdm_clip": "clipped", "mdm_ppots_file": "ppots"}
-        for name, sampler in owner.items():
-            given, needed = getattr(self, name) is not None, self.mdm_rate_sampler == sampler
-            if given and not needed:
-                raise UserError(f"{flag(name)} needs --mdm-rate-sampler {sampler}")
-            if needed and not given:
-                raise UserError(f"--mdm-rate-sampler {sampler} needs {flag(name)}")
+        needs: dict[str, dict[str, object]] = {
+            "clipped": {"--mdm-clip": self.mdm_clip},
+            "ppots": {
+                "--mdm-ppots-file": self.mdm_ppots_file,
+                "--mdm-ppots-refit-interval": self.mdm_ppots_refit_interval,
+            },
+        }
+        for sampler, flags in needs.items():
+            given = [name for name, value in flags.items() if value]
+            if given and self.mdm_rate_sampler != sampler:
+                raise UserError(f"{given[0]} needs --mdm-rate-sampler {sampler}")
+            if not given and self.mdm_rate_sampler == sampler:
+                raise UserError(f"--mdm-rate-sampler {sampler} needs {' or '.join(flags)}")
+        if self.mdm_ppots_refit_interval < 0:
+            raise UserError(
+                f"--mdm-ppots-refit-interval must not be negative: {self.mdm_ppots_refit_interval}"
+            )
+        if not 0.0 < self.mdm_ppots_uniform_share <= 1.0:
+            raise UserError(
+                f"--mdm-ppots-uniform-share must lie in (0, 1]: {self.mdm_ppots_uniform_share}"
+            )
+        if not 0.0 <= self.mdm_ppots_decay <= 1.0:
+            raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.mdm_ppots_decay}")
         if self.mdm_clip is not None:
             if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
                 ends = " ".join(map(str, self.mdm_clip))

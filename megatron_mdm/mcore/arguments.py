@@ -116,10 +116,6 @@ def resolve(args: Namespace) -> Namespace:
                 f"--mdm-isad-token-ids {token} lies outside the vocabulary of "
                 f"{args.padded_vocab_size}"
             )
-    # A checkpoint records the density itself: its file may move, or change.
-    args.mdm_ppots_digest = (
-        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
-    )
     check_resume(args)
     return args
 
@@ -277,10 +273,18 @@ def check_resume(args: Namespace) -> None:
     """
     from megatron.training.checkpointing import _load_base_checkpoint
 
-    if args.load is None or args.finetune or args.mdm_allow_flag_change:
+    # A checkpoint records the density itself: its file may move, or change.
+    args.mdm_ppots_digest = (
+        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
+    )
+    args.mdm_sampler_state_in_checkpoint = False
+    if args.load is None or args.finetune:
         return
     state = _load_base_checkpoint(args.load, args, rank0=True)[0]
     saved = vars(state["args"]) if state and state.get("args") else {}
+    args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
+    if args.mdm_allow_flag_change:
+        return
     ignored = {"mdm_device", "mdm_rate_bins", "mdm_allow_flag_change", "mdm_ppots_file"}
     names = [field.name for field in fields(MDMConfig) if field.name not in ignored]
     changes = [

@@ -16,6 +16,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import needs_rows
 from megatron_mdm.mcore.metrics import recorder
+from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.loss import row_losses
@@ -153,6 +154,9 @@ def loss_func(
         num_masked=corrupted.mask.sum(dim=1),
         num_eligible=num_eligible,
     )
+    online = online_sampler()
+    if training and online is not None:
+        online.record(corrupted.t, losses.per_row, corrupted.rate_weight)
     report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
     return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
 
@@ -182,6 +186,9 @@ def corrupter(training: bool) -> Corrupter:
 def _sampler(mdm: MDMConfig) -> RateSampler:
     if mdm.mdm_rate_sampler == "clipped":
         return Clipped(*mdm.mdm_clip)
+    online = online_sampler()
+    if online is not None:
+        return online
     if mdm.mdm_rate_sampler == "ppots":
         return load_sampler(mdm.mdm_ppots_file).sampler()
     return Uniform()

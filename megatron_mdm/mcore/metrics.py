@@ -16,6 +16,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
+from megatron_mdm.mcore.sampler_state import online_sampler
+from megatron_mdm.objective.fits import PotsFit
 from megatron_mdm.objective.randomness import Split
 
 
@@ -124,6 +126,10 @@ def recorder(training: bool) -> Recorder:
 def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's `finalize_model_grads` once per step, and our log line at every log interval."""
     finalize_model_grads(model, num_tokens, **kwargs)
+    online = online_sampler()
+    refit = online.step(get_args().curr_iteration + 1) if online is not None else None
+    if refit is not None and is_last_rank():
+        _log_refit(refit, get_args().curr_iteration + 1)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     args = get_args()
@@ -187,6 +193,19 @@ def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
     if speed:
         scalars |= {"mdm/rows per s": rows_per_s, "mdm/tokens per s": tokens_per_s}
     _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
+
+
+def _log_refit(refit: PotsFit, iteration: int) -> None:
+    parameters = ", ".join(f"{name} {value:.4g}" for name, value in refit.parameters.items())
+    t = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
+    density = dict(zip(t.tolist(), refit.sampler().density(t).tolist(), strict=True))
+    text = " ".join(f"{t:.2f}: {q:.3f}" for t, q in density.items())
+    print(
+        f" mdm P-POTS refit at iteration {iteration} | {refit.family} of {refit.rows:.0f} rows, "
+        f"{refit.moments.skipped} skipped | {parameters} | density (t: q) | {text}",
+        flush=True,
+    )
+    _write({f"mdm/density at t {t:.2f}": q for t, q in density.items()}, iteration)
 
 
 def _bins(summary: Summary) -> dict[str, float]:

@@ -1,0 +1,168 @@
+"""P-POTS while training: measure, reduce, refit alike on every rank, and resume bit for bit.
+
+The losses of the rows are summed per rate bin on the device, at no extra pass. Every
+--mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 float64 numbers (968 bytes at 30
+bins) over the data-parallel ranks of the last pipeline stage, and one broadcast of as many to the
+other stages, give all ranks the same numbers, from which each fits the same density.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import get_args
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.objective.fit_file import load_sampler
+from megatron_mdm.objective.fits import FitError, PotsFit, fit
+from megatron_mdm.objective.pots import PotsState, RateMoments, accumulate
+from megatron_mdm.objective.samplers import PiecewiseSampler
+
+
+class OnlineSampler:
+    """The density in use, and what was measured since it was fitted.
+
+    Args:
+        config: settings of the objective.
+        seq_length: tokens in a row.
+    """
+
+    def __init__(self, config: MDMConfig, seq_length: int) -> None:
+        self.config = config
+        # Exact-count masks have no eps: there the least masked fraction is one token.
+        exact = config.mdm_mask == "exact-count"
+        self.eps = 1.0 / seq_length if exact else config.mdm_eps
+        start = config.mdm_ppots_file
+        sampler = load_sampler(start).sampler() if start else PiecewiseSampler([0, 1], [1, 1])
+        self.state = PotsState(sampler, RateMoments(config.mdm_ppots_bins))
+        self.pending: torch.Tensor | None = None
+        self.measured: torch.Tensor | None = None
+        self.iteration = -1
+
+    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(t, weight) under the density in use."""
+        return self.state.sampler(quantile)
+
+    def record(self, t: torch.Tensor, loss: torch.Tensor, rate_weight: torch.Tensor) -> None:
+        """Adds rows of one micro-batch; on the last stage, without waiting for the device.
+
+        Args:
+            t: masking rates [b].
+            loss: losses of the rows, importance weight included [b].
+            rate_weight: 1/q(t) [b].
+        """
+        value = loss.detach().double() / rate_weight
+        sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins)
+        self.pending = sums if self.pending is None else self.pending + sums
+
+    def step(self, iteration: int) -> PotsFit | None:
+        """Takes an iteration, on all ranks alike, and refits when it is time.
+
+        Returns:
+            The new fit, or None: it is not time, or a bin has no rows yet.
+
+        Raises:
+            RuntimeError: ranks have come to different densities.
+        """
+        if self.pending is not None and iteration != self.iteration:
+            before = self.measured
+            self.measured = self.pending if before is None else before + self.pending
+        self.iteration = iteration
+        self.pending = None
+        if iteration % self.config.mdm_ppots_refit_interval:
+            return None
+        self.reduce()
+        try:
+            result = fit(self.state.moments, lam=self.config.mdm_ppots_uniform_share, eps=self.eps)
+        except FitError:  # a bin without rows: measure on under the density in use
+            return None
+        self.state.sampler = result.sampler()
+        self.state.moments.decay(self.config.mdm_ppots_decay)
+        self._assert_equal_on_all_ranks()
+        return result
+
+    def reduce(self) -> None:
+        """Moves what was measured into the moments of all ranks; a collective call."""
+        size = 4 * self.config.mdm_ppots_bins + 1
+        sums = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
+        if self.measured is not None:
+            sums += self.measured
+        self.measured = None
+        if mpu.is_pipeline_last_stage(ignore_virtual=True):
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(sums, group=group)
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            last = mpu.get_pipeline_model_parallel_last_rank()
+            group = mpu.get_pipeline_model_parallel_group()
+            torch.distributed.broadcast(sums, src=last, group=group)
+        self.state.moments.add(sums.cpu().numpy())
+
+    def _assert_equal_on_all_ranks(self) -> None:
+        digest = int(self.state.sampler.digest()[:15], 16)
+        ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise RuntimeError(
+                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
+                f"than others at iteration {self.iteration}: the machines compute differently, or "
+                "their memory is faulty; train with --mdm-ppots-file instead"
+            )
+
+
+@lru_cache
+def online_sampler() -> OnlineSampler | None:
+    """The online sampler of this process; None if the density of t is fixed."""
+    args = get_args()
+    config = MDMConfig.from_args(args)
+    return OnlineSampler(config, args.seq_length) if config.mdm_ppots_refit_interval else None
+
+
+class SamplerState(MegatronModule):
+    """Carries the state of the online sampler through Megatron's checkpoints, in any layout.
+
+    Args:
+        config: Megatron's transformer configuration.
+        in_checkpoint: whether the checkpoint that is about to be loaded has such a state.
+    """
+
+    KEY = "mdm_sampler_state"
+
+    def __init__(self, config: Any, vp_stage: int | None, in_checkpoint: bool) -> None:
+        super().__init__(config)
+        self.stage = mpu.get_pipeline_model_parallel_rank() * 64 + (vp_stage or 0)
+        self.in_checkpoint = in_checkpoint
+        # As integers, which mixed precision does not round.
+        self.register_buffer("bits", self._bits(), persistent=False)
+
+    @staticmethod
+    def _bits() -> torch.Tensor:
+        return torch.from_numpy(online_sampler().state.state_vector()).view(torch.int64)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The state as one replicated tensor; collective, since it takes in what was measured."""
+        sampler = online_sampler()
+        if sampler.iteration < 0 and not self.in_checkpoint:
+            return {}  # nothing was trained yet: this is a load, of a checkpoint without it
+        sampler.reduce()
+        self.bits.copy_(self._bits())
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        replica = (self.stage, mpu.get_tensor_model_parallel_rank(), group.rank())
+        tensor = ShardedTensor.from_rank_offsets(self.KEY, self.bits, replica_id=replica)
+        return {f"{prefix}bits": tensor}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *_: Any) -> None:
+        """Called by `load_state_dict`."""
+        bits = state_dict.pop(f"{prefix}bits", None)
+        if bits is not None:
+            self.bits.copy_(bits)
+            vector = self.bits.cpu().view(torch.float64).numpy()
+            sampler = online_sampler()
+            sampler.state = PotsState.from_state_vector(
+                np.array(vector), sampler.config.mdm_ppots_bins
+            )
