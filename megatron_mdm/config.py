@@ -35,10 +35,14 @@ class MDMConfig:
     --mdm-ppots-refit-interval the one to start from."""
 
     mdm_ppots_refit_interval: int = 0
-    """Iterations between fits of the density of t to the losses of the run itself; 0: never."""
+    """Iterations between fits of the density of t to the rows of the run itself; 0: never."""
+
+    mdm_ppots_target: Literal["loss", "gradient"] = "loss"
+    """What such a fit measures of a row: its `loss`, the paper's, or the norm of the `gradient` of
+    its loss at the final hidden states, which is closer to what disturbs training."""
 
     mdm_ppots_bins: int = 30
-    """Equal bins of t in which the run measures its losses for P-POTS."""
+    """Equal bins of t in which the run measures its rows for P-POTS."""
 
     mdm_ppots_uniform_share: float = 0.1
     """Share of the uniform in a density that the run fits, in (0, 1]; one over it bounds the
@@ -111,7 +115,7 @@ class MDMConfig:
             UserError: a value is out of range; the message names the flag.
         """
         _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
-        _choice(self, "mdm_normalization", "mdm_isad_weight")
+        _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
         if self.mdm_rate_bins < 1:

@@ -15,6 +15,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import needs_rows
+from megatron_mdm.mcore.head import head_with_gradient_norms
 from megatron_mdm.mcore.metrics import recorder
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -82,13 +83,19 @@ def forward_step(
     timers("batch-generator").stop()
 
     position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+    num_eligible = eligible.sum(dim=1)
+    head = {}
+    if training and mdm.mdm_ppots_refit_interval and mdm.mdm_ppots_target == "gradient":
+        head["output_processor"] = head_with_gradient_norms
+        head["output_processor_context"] = partial(record_gradients, corrupted, num_eligible)
     output = model(
         corrupted.tokens,
         position_ids.expand_as(rows.tokens),
         hidden,
         labels=rows.tokens,
+        **head,
     )
-    return output, partial(loss_func, rows, corrupted, eligible.sum(dim=1), training)
+    return output, partial(loss_func, rows, corrupted, num_eligible, training)
 
 
 def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
@@ -155,10 +162,27 @@ def loss_func(
         num_eligible=num_eligible,
     )
     online = online_sampler()
-    if training and online is not None:
-        online.record(corrupted.t, losses.per_row, corrupted.rate_weight)
+    if training and online is not None and online.config.mdm_ppots_target == "loss":
+        value = losses.per_row.detach() / corrupted.rate_weight
+        online.record(corrupted.t, value, corrupted.rate_weight)
     report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
     return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+
+
+def record_gradients(
+    corrupted: Corruption, num_eligible: torch.Tensor, norms: torch.Tensor
+) -> None:
+    """Gives the online sampler ||dl/dh|| of each row, from the gradient of what is summed.
+
+    Args:
+        corrupted: the micro-batch's masks and weights.
+        num_eligible: L_e, int64 [b].
+        norms: of the gradient of the loss sum at the final hidden states [b].
+    """
+    value = norms / corrupted.rate_weight
+    if get_args().mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
+        value = value / num_eligible.clamp(min=1)
+    online_sampler().record(corrupted.t, value, corrupted.rate_weight)
 
 
 @lru_cache

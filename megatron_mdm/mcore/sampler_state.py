@@ -1,6 +1,7 @@
 """P-POTS while training: measure, reduce, refit alike on every rank, and resume bit for bit.
 
-The losses of the rows are summed per rate bin on the device, at no extra pass. Every
+The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
+summed per rate bin on the device, at no extra pass. Every
 --mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 float64 numbers (968 bytes at 30
 bins) over the data-parallel ranks of the last pipeline stage, and one broadcast of as many to the
 other stages, give all ranks the same numbers, from which each fits the same density.
@@ -47,15 +48,14 @@ class OnlineSampler:
         """(t, weight) under the density in use."""
         return self.state.sampler(quantile)
 
-    def record(self, t: torch.Tensor, loss: torch.Tensor, rate_weight: torch.Tensor) -> None:
+    def record(self, t: torch.Tensor, value: torch.Tensor, rate_weight: torch.Tensor) -> None:
         """Adds rows of one micro-batch; on the last stage, without waiting for the device.
 
         Args:
             t: masking rates [b].
-            loss: losses of the rows, importance weight included [b].
+            value: loss or gradient norm of each row, without the importance weight [b].
             rate_weight: 1/q(t) [b].
         """
-        value = loss.detach().double() / rate_weight
         sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins)
         self.pending = sums if self.pending is None else self.pending + sums
 

@@ -89,22 +89,32 @@ ONLINE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def online(base, tmp_path_factory):
+@pytest.fixture(scope="module", params=["loss", "gradient"])
+def online(request, base, tmp_path_factory):
     """P-POTS fitted while training: uninterrupted, and stopped between two fits under layouts."""
+    target = ["--mdm-ppots-target", request.param]
     directory = tmp_path_factory.mktemp("online")
     data, load = base[: base.index("--load")], base[base.index("--load") :]
-    whole = ranks.launch(directory / "whole", 1, *data, *ONLINE, *load)
+    whole = ranks.launch(directory / "whole", 1, *data, *ONLINE, *target, *load)
     checkpoint = str(directory / "checkpoint")
     parts = []
     for i, layout in enumerate(
         [
-            "--tensor-model-parallel-size 2 --exit-interval 3",
+            "--tensor-model-parallel-size 2 --sequence-parallel --exit-interval 3",
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         ]
     ):
         source = ["--load", checkpoint] if i else load
-        flags = [*ONLINE, *layout.split(), "--save", checkpoint, "--save-interval", "3", *source]
+        flags = [
+            *ONLINE,
+            *target,
+            *layout.split(),
+            "--save",
+            checkpoint,
+            "--save-interval",
+            "3",
+            *source,
+        ]
         parts.append(ranks.launch(directory / f"part{i}", 2, *data, *flags))
     return whole, parts
 
@@ -127,6 +137,22 @@ def test_online_training_goes_on_after_a_resume(online):
     resumed = {row: t for part in parts for (_, row), (t, _) in part.masks().items()}
     assert resumed.keys() == rates.keys()
     assert list(resumed.values()) == pytest.approx([rates[row] for row in resumed], rel=1e-3)
+
+
+def test_measured_gradients_are_those_of_a_row(base, tmp_path):
+    """Whatever the loss sum divides by, and however the batch is split, ||dl/dh|| is the row's."""
+    flags = [*base, "--no-mdm-eod-eligible", "--train-iters", "1"]
+    flags += "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 4".split()
+    flags += "--mdm-ppots-target gradient".split()
+    splits = {"tokens": "--micro-batch-size 2", "rows": "--micro-batch-size 4"}
+    tokens, rows = (
+        ranks.launch(tmp_path / name, 1, *flags, "--mdm-normalization", name, *split.split())
+        for name, split in splits.items()
+    )
+    names = [name for name in tokens.scalars if "density" in name]
+    assert len(names) == 10
+    for name in names:
+        assert tokens.scalars[name] == pytest.approx(rows.scalars[name], rel=1e-4)
 
 
 def test_isad_is_equal_under_layouts(base, tmp_path):
