@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -33,6 +34,9 @@ def prepare_environment(device: str) -> None:
         # Megatron decorates functions with torch.compile while it is imported; on the CPU that
         # would compile for minutes at the first call, and round differently between layouts.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        # On a machine with a GPU Megatron would take these libraries' CUDA optimizers and norms.
+        for library in ("transformer_engine", "apex", "amp_C"):
+            sys.modules[library] = None  # type: ignore[assignment]  # makes its import fail
 
 
 def _run() -> None:

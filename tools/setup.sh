@@ -8,7 +8,7 @@ find_python() {
         "$(command -v uv >/dev/null && uv python find 3.12 2>/dev/null)" python3 python; do
         # A pyenv shim may exist and answer with an error: ask, do not look.
         if [ -n "$candidate" ] && "$candidate" -c \
-            'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; then
+            'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; then
             echo "$candidate"
             return
         fi

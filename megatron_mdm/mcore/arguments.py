@@ -44,6 +44,9 @@ REFUSED = {
     "multiple_validation_sets": "blend the sets with weights in --valid-data-path",
     "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
     "rampup_batch_size": "use --step-batch-size-schedule",
+    "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
+    "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
+    "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
 
@@ -55,9 +58,21 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
     parser.set_defaults(calculate_per_token_loss=True)
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's apex
+        parser.set_defaults(gradient_accumulation_fusion=False)
+    _escape_help(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)
     return parser
+
+
+def _escape_help(parser: ArgumentParser) -> None:
+    """Mends help texts of Megatron in which a bare % makes --help fail."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError):
+            action.help = action.help.replace("%", "%%")
 
 
 def parse() -> Namespace:
@@ -76,15 +91,13 @@ def parse() -> Namespace:
     check(parse_args(_add_arguments_in_one_line))
     try:
         args = parse_and_validate_args(add_arguments)
-        blends = get_blend_and_blend_per_split(args)
-    except (AssertionError, OSError) as error:
+    except UserError:
+        raise
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split()) or where.line
         raise UserError(f"Megatron rejects these flags or their files: {reason}") from error
-    resolve(args)
-    if not args.mock_data:
-        check_data_files(*blends)
-    return args
+    return resolve(args)
 
 
 def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
@@ -105,11 +118,23 @@ def resolve(args: Namespace) -> Namespace:
     Raises:
         UserError: no mask token, or objective flags that differ from the checkpoint's.
     """
+    check(args)
     args.mdm_mask_token_id = _mask_token_id(args)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
-        args.mdm_strata = args.mdm_strata or max(1, round(args.mdm_strata_window**0.5))
+        draws = max(1, args.mdm_strata_window // args.mdm_views)
+        args.mdm_strata = args.mdm_strata or max(1, round(draws**0.5))
         MDMConfig.from_args(args)
+        if args.mdm_strata_window % args.mdm_views:
+            raise UserError(
+                f"--mdm-strata-window {args.mdm_strata_window} is not a multiple of --mdm-views "
+                f"{args.mdm_views}"
+            )
+        if args.mdm_strata > args.mdm_strata_window // args.mdm_views:
+            raise UserError(
+                f"--mdm-strata {args.mdm_strata} exceeds the texts in a window of "
+                f"{args.mdm_strata_window} rows with --mdm-views {args.mdm_views}"
+            )
     for token in args.mdm_isad_token_ids or ():
         if not 0 <= token < args.padded_vocab_size:
             raise UserError(
@@ -117,11 +142,27 @@ def resolve(args: Namespace) -> Namespace:
                 f"{args.padded_vocab_size}"
             )
     check_resume(args)
+    check_data(args)
     return args
 
 
+def check_data(args: Namespace) -> None:
+    """Checks the files that --data-path and its like name.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    if args.mock_data:
+        return
+    try:
+        blends = get_blend_and_blend_per_split(args)
+    except (AssertionError, OSError, ValueError) as error:
+        raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
+    check_data_files(*blends)
+
+
 def check(args: Namespace) -> None:
-    """Checks parsed arguments before Megatron validates them.
+    """Checks parsed arguments, before Megatron validates them or after.
 
     Raises:
         UserError: names the flag and what to do.
@@ -143,6 +184,13 @@ def check(args: Namespace) -> None:
                 "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch "
                 "to stratify over: give --mdm-strata-window"
             )
+    if args.step_batch_size_schedule and args.eval_iters and args.eval_global_batch_size is None:
+        raise UserError(
+            "--step-batch-size-schedule leaves the number of validation rows to the layout: give "
+            "--eval-global-batch-size"
+        )
+    if args.global_batch_size is None and not args.step_batch_size_schedule:
+        raise UserError("--global-batch-size is missing: rows that one step takes in all")
     _check_transformer_engine(args)
     _check_batch_sizes(args)
 
@@ -164,6 +212,13 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
                 "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
             )
+    if args.transformer_impl == "transformer_engine" and not (
+        args.mdm_pad_attended and args.mdm_eod_attended
+    ):
+        raise UserError(
+            "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl local "
+            "only: Transformer Engine takes a padding mask for a length"
+        )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"

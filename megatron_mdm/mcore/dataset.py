@@ -129,9 +129,9 @@ class RowDataset(torch.utils.data.Dataset):
         if split is Split.TRAIN:
             self.views = config.mdm_views
             # A window is given in rows, and the quantiles belong to draws.
-            window = (config.mdm_strata_window or 1) // self.views
-            strata = min(config.mdm_strata or 1, window) if window else 1
-            self.quantiles = Quantiles(config.mdm_quantiles, seed, split, window or 1, strata)
+            window = (config.mdm_strata_window or self.views) // self.views
+            strata = config.mdm_strata or 1
+            self.quantiles = Quantiles(config.mdm_quantiles, seed, split, window, strata)
         else:
             self.views = 1
             self.quantiles = Quantiles("lattice", seed, split)
@@ -178,7 +178,7 @@ def train_valid_test_datasets_provider(
         vp_stage: virtual pipeline stage.
 
     Raises:
-        UserError: data files that are missing or damaged, or a split shorter than one row.
+        UserError: a split shorter than one row.
     """
     args = get_args()
     eval_rows = args.eval_iters * args.eval_global_batch_size
@@ -191,12 +191,10 @@ def build_datasets(
     """Builds the training, validation and test datasets of so many rows each.
 
     Raises:
-        UserError: data files that are missing or damaged, or a split shorter than one row.
+        UserError: a split shorter than one row.
     """
     config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
-    if not args.mock_data:
-        check_data_files(dataset_config.blend, dataset_config.blend_per_split)
     train, valid, test = num_rows
     datasets = BlendedMegatronDatasetBuilder(
         MockCleanTokensDataset if args.mock_data else CleanTokensDataset,

@@ -22,7 +22,9 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
@@ -87,7 +89,13 @@ class LoadedModel:
             float [b, s, V], V the padded vocabulary, on all ranks.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        output = self.model(tokens, positions, None)
+        hidden = attention_mask(
+            tokens,
+            torch.zeros_like(tokens, dtype=torch.bool),
+            self.tokenizer.eod,
+            MDMConfig.from_args(self.args),
+        )
+        output = self.model(tokens, positions, hidden)
         return gather_from_tensor_model_parallel_region(output)
 
 

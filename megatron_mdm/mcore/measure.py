@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.arguments import check_data
+from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import build_datasets
 from megatron_mdm.mcore.forward_step import Rows
 from megatron_mdm.mcore.inference import LoadedModel
@@ -46,6 +48,7 @@ def measure(
     """
     args = loaded.args
     mdm = MDMConfig.from_args(args)
+    check_data(args)
     dataset = build_datasets(args, [num_rows, 0, 0])[0]
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
@@ -111,10 +114,11 @@ def _draw(
 
     with torch.no_grad():
         positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+        hidden = attention_mask(rows.tokens, rows.padding, get_tokenizer().eod, mdm)
         values = loaded.model(
             corrupted.tokens,
             positions.expand_as(rows.tokens),
-            None,
+            hidden,
             labels=rows.tokens,
             output_processor=value,
         )

@@ -6,14 +6,13 @@ Recording costs no synchronisation with the device; once per interval it costs o
 """
 
 import math
-import time
 from functools import lru_cache
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
 from megatron_mdm.mcore.sampler_state import online_sampler
@@ -135,9 +134,10 @@ def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwar
     args = get_args()
     iteration = args.curr_iteration + 1
     recorder(True).commit(iteration)
-    if iteration % args.log_interval == 0:
+    # Nothing is there when Megatron's rerun machine repeats an iteration that was logged already.
+    if iteration % args.log_interval == 0 and recorder(True).total is not None:
         summary = recorder(True).reduce()[Split.TRAIN]
-        seconds = _seconds_since_last_call()
+        seconds = _training_seconds()
         if is_last_rank():
             _log_training(summary, iteration, seconds)
 
@@ -149,7 +149,9 @@ def evaluation_hook(model: list) -> None:
     # Megatron counts the step that was just finished from 0; with --skip-train there is none, only
     # the iteration that was loaded.
     args = get_args()
-    iteration = args.iteration if args.skip_train else args.curr_iteration + 1
+    # A finished run that is started again does not train either.
+    trains = not args.skip_train and args.iteration < (args.train_iters or 0)
+    iteration = args.curr_iteration + 1 if trains else args.iteration
     # Evaluations never repeat, and their iteration may equal the last one's.
     recorder(False).iteration = -1
     recorder(False).commit(iteration)
@@ -167,31 +169,34 @@ def evaluation_hook(model: list) -> None:
 
 @lru_cache
 def _clock() -> dict[str, float]:
-    return {}
+    return {"last": 0.0}
 
 
-def _seconds_since_last_call() -> float:
-    """Seconds since the last log line; NaN at the first, which would include the start-up."""
-    now = time.perf_counter()
-    before = _clock().get("last", math.nan)
-    _clock()["last"] = now
-    return now - before
+def _training_seconds() -> float:
+    """Seconds of training since the last call, without evaluations and checkpoints.
+
+    By Megatron's own timer, which stands still during these.
+    """
+    timer = get_timers()("interval-time")
+    timer.elapsed(reset=False)  # brings the active time up to date
+    before, _clock()["last"] = _clock()["last"], timer.active_time()
+    return timer.active_time() - before
 
 
 def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
     rows_per_s = summary.rows / seconds
     tokens_per_s = rows_per_s * get_args().seq_length
-    speed = (
-        "" if math.isnan(seconds) else f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
-    )
     print(
-        f" mdm iteration {iteration:8d} | masked fraction: {summary.masked_fraction:.4f} |{speed}"
+        f" mdm iteration {iteration:8d} | masked fraction: {summary.masked_fraction:.4f} |"
+        f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
         f" loss per rate (t: nats/token) | {summary.text()}",
         flush=True,
     )
-    scalars = {"mdm/masked fraction": summary.masked_fraction}
-    if speed:
-        scalars |= {"mdm/rows per s": rows_per_s, "mdm/tokens per s": tokens_per_s}
+    scalars = {
+        "mdm/masked fraction": summary.masked_fraction,
+        "mdm/rows per s": rows_per_s,
+        "mdm/tokens per s": tokens_per_s,
+    }
     _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
 
 

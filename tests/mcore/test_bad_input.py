@@ -94,6 +94,8 @@ REFUSED_VALUES = {
     "experimental_attention_variant": "gated_delta_net",
     "phase_transition_iterations": "5",
     "rampup_batch_size": "2 2 8",
+    "iterations_to_skip": "3",
+    "spec": "module name",
 }
 
 
@@ -104,6 +106,32 @@ def test_refused_flags_are_real_and_refused(name, monkeypatch):
     args = parsed(monkeypatch, *words)  # fails if Megatron has no such flag
     with pytest.raises(UserError, match=f"^{flag(name)} cannot be used with masked diffusion: "):
         arguments.check(args)
+
+
+def test_help_shows_every_flag(monkeypatch, capsys):
+    """Megatron's own texts once made it fail."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--mdm-mask-token-id" in text
+    assert "--tensor-model-parallel-size" in text
+
+
+def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):
+    words = ["--eval-iters", "1", "--step-batch-size-schedule", "0:4 99:8"]
+    with pytest.raises(UserError, match="give --eval-global-batch-size$"):
+        arguments.check(parsed(monkeypatch, *words))
+    arguments.check(parsed(monkeypatch, *words, "--eval-global-batch-size", "8"))
+
+
+@pytest.mark.parametrize("flag_of", ["--no-mdm-pad-attended", "--no-mdm-eod-attended"])
+def test_hidden_tokens_need_local_layers(flag_of, monkeypatch):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    words = [flag_of, "--transformer-impl", "transformer_engine"]
+    with pytest.raises(UserError, match=flag_of):
+        arguments.check(parsed(monkeypatch, *words))
 
 
 def test_a_yaml_file_is_refused_before_megatron_reads_it(monkeypatch):
@@ -344,6 +372,16 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
         ("--mdm-quantiles sobol", [], "argument --mdm-quantiles: invalid choice: 'sobol'"),
         ("--mdm-mask-token-id 128", [], "--mdm-mask-token-id 128 lies outside the vocabulary"),
         ("", ["--mdm-mask-token-id"], "the tokenizer NullTokenizer has no mask piece"),
+        (
+            "--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model",
+            [],
+            "Megatron rejects these flags or their files: tokenizer_path: missing.model is invalid",
+        ),
+        (
+            "--step-batch-size-schedule abc --eval-global-batch-size 8",
+            ["--global-batch-size"],
+            "Megatron rejects these flags or their files: Invalid schedule entry",
+        ),
         ("--num-attention-heads 5", [], "Megatron rejects these flags or their files: "),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.

@@ -1,7 +1,10 @@
 """The lines of the README with which a script of one's own registers the objective."""
 
 import pytest
+import torch
 
+from megatron_mdm.mcore import metrics
+from megatron_mdm.objective.randomness import Split
 from tests import ranks
 
 
@@ -13,13 +16,39 @@ def test_readme_script_trains_as_the_program_does(base, tmp_path):
     assert script.grad_norms == program.grad_norms
 
 
+def test_one_model_has_one_validation_number(base, tmp_path):
+    """Whatever was evaluated before, whatever the layout and the training flags: lr is 0."""
+    flags = [*base, "--lr", "0", "--eval-interval", "1", "--eval-iters", "2", "--train-iters", "3"]
+    others = "--mdm-mask exact-count --mdm-quantiles iid --tensor-model-parallel-size 2".split()
+    one = ranks.launch(tmp_path / "one", 1, *flags)
+    two = ranks.launch(tmp_path / "two", 2, *flags, *others)
+    numbers = [*one.scalars["mdm loss validation"], *two.scalars["mdm loss validation"]]
+    assert len(numbers) == 8  # after each step, and at the end
+    assert numbers == pytest.approx([numbers[0]] * 8, rel=1e-6)
+    assert len(set(one.scalars["mdm/validation NELBO"])) == 1
+
+
+def test_a_repeated_iteration_is_logged_once(monkeypatch):
+    """Megatron's rerun machine repeats an iteration to validate a loss."""
+    recorder = metrics.Recorder(2)
+    row = [torch.zeros(1, dtype=torch.int64), torch.tensor([0.3]), torch.ones(1), torch.ones(1)]
+    counts = [torch.ones(1, dtype=torch.int64)] * 2
+    monkeypatch.setattr(metrics.mpu, "get_data_parallel_group", lambda **_: None)
+    monkeypatch.setattr(metrics.torch.distributed, "all_reduce", lambda *_, **__: None)
+    recorder.add(*row, *counts)
+    recorder.commit(1)
+    assert recorder.reduce()[Split.TRAIN].rows == 1
+    recorder.add(*row, *counts)
+    recorder.commit(1)
+    assert recorder.total is None
+
+
 def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
     flags = ["--log-interval", "2", "--eval-iters", "2", "--mdm-rate-bins", "4"]
     run = ranks.launch(tmp_path, 2, *base, *flags, "--pipeline-model-parallel-size", "2")
     bins = [f"mdm/loss at t {i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)]
-    for name in (*bins, "mdm/masked fraction"):
+    for name in (*bins, "mdm/masked fraction", "mdm/rows per s"):
         assert len(run.scalars[name]) == 2, name  # iterations 2 and 4
-    assert len(run.scalars["mdm/rows per s"]) == 1  # not for the first interval: it has the start
     assert run.scalars["mdm/tokens per s"][0] == pytest.approx(
         32 * run.scalars["mdm/rows per s"][0], rel=1e-6
     )
