@@ -2,15 +2,16 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import data
+from megatron_mdm.benchmarks import data, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
-BENCHMARKS = {"data": data}
+BENCHMARKS = {"data": data, "variance": variance}
 
 EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
+  python tools/benchmark.py variance --quick
 """
 
 

@@ -1,0 +1,265 @@
+"""How much each method lowers the variance of the gradient, on a small model trained here.
+
+A byte-level model is trained on the source of Python's standard library with the standard
+objective; then, with its weights fixed, gradients of whole batches are drawn again and again under
+every method. The figures are the trace of their covariance and the variance of the batch's loss,
+relative to `standard`. Batches hold equally many rows, which is equal compute; MIRROR stands in the
+table a second time at equal texts, where it has twice the rows. One training run and one kind of
+text: the shares of masking and data noise move with the length of a row and with training.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+DESCRIPTION = "variance of gradient and loss under each method, against standard"
+VOCABULARY, MASK, WIDTH = 257, 256, 64
+BATCH = 32
+EPS = 1e-3
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw the rates and masks of a batch.
+
+    Attributes:
+        quantiles: kind of `Quantiles`.
+        mask: kind of mask.
+        views: rows made of one text.
+        target: what a fitted density of t was measured on, None for the uniform.
+        batch: rows in a batch.
+        per: what is equal to `standard`: rows or texts.
+    """
+
+    quantiles: str = "iid"
+    mask: str = "bernoulli"
+    views: int = 1
+    target: str | None = None
+    batch: int = BATCH
+    per: str = "row"
+
+
+METHODS = {
+    "standard": Method(),
+    "strata": Method(quantiles="strata"),
+    "lattice": Method(quantiles="lattice"),
+    "exact count": Method(mask="exact-count"),
+    "mirror": Method(views=2),
+    "mirror (texts)": Method(views=2, batch=2 * BATCH, per="text"),
+    "p-pots loss": Method(target="loss"),
+    "p-pots gradient": Method(target="gradient"),
+    "p-pots loss + mirror": Method(target="loss", views=2),
+    "lattice + exact count": Method(quantiles="lattice", mask="exact-count"),
+    "p-pots gradient + lattice + exact count": Method(
+        quantiles="lattice", mask="exact-count", target="gradient"
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and draws")
+    parser.add_argument("--length", type=int, default=64, help="row length (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 2000; quick: 600)")
+    parser.add_argument("--draws", type=int, help="batches a method (default: 400; quick: 100)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, measures, prints a table, and writes `args.json` if it is set."""
+    import torch
+
+    torch.manual_seed(SEED)
+    steps = args.steps or (600 if args.quick else 2000)
+    draws = args.draws or (100 if args.quick else 400)
+    texts = _texts(args.length)
+    model = _model(args.length)
+    _train(model, texts, steps)
+    samplers = _fit(model, texts)
+    results = []
+    print(f"length {args.length}, {steps} steps, {draws} batches of {BATCH} rows a method")
+    print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
+    baseline = None
+    for name, method in METHODS.items():
+        measured = _measure(model, texts, method, samplers[method.target], draws)
+        baseline = baseline or measured
+        (g, dg), (v, dv) = (_ratio(a, b) for a, b in zip(measured, baseline, strict=True))
+        print(f"{name:42s} {method.per:5s} {g:7.3f} +- {dg:.3f} {v:7.3f} +- {dv:.3f}")
+        results.append(
+            {
+                "method": name,
+                "gradient_variance_ratio": g,
+                "gradient_variance_ratio_stderr": dg,
+                "loss_variance_ratio": v,
+                "loss_variance_ratio_stderr": dv,
+                "per": method.per,
+            }
+        )
+    if args.json:
+        target = pathlib.Path(args.json)
+        temporary = target.with_name(f".{target.name}.partial")
+        temporary.write_text(json.dumps({"length": args.length, "steps": steps, "rows": results}))
+        os.replace(temporary, target)
+
+
+def _texts(length: int) -> Any:
+    """Rows of bytes of the standard library, shuffled, int64 [N, L]."""
+    import torch
+
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    data = b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))
+    rows = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    rows = rows[: len(rows) // length * length].view(-1, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))]
+
+
+def _model(length: int) -> Any:
+    """A bidirectional transformer of about 0.2M parameters: tokens [B, L] -> (hidden, logits)."""
+    import torch
+    from torch import nn
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+            self.positions = nn.Parameter(0.02 * torch.randn(length, WIDTH))
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(
+                    WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+                )
+                for _ in range(3)
+            )
+            self.norm = nn.LayerNorm(WIDTH)
+            self.head = nn.Linear(WIDTH, VOCABULARY)
+
+        def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.tokens(tokens) + self.positions
+            for layer in self.layers:
+                hidden = layer(hidden)
+            hidden = self.norm(hidden)
+            return hidden, self.head(hidden)
+
+    return Model()
+
+
+def _batches(texts: Any, method: Method, sampler: Any, stream: int) -> Iterator[Any]:
+    """Endless batches of a method: (clean tokens, Corruption); rows numbered as in training."""
+    import numpy as np
+    import torch
+
+    from megatron_mdm.objective.corruption import Corrupter
+    from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, view_of
+
+    seed = SEED + stream
+    texts_in_batch = method.batch // method.views
+    strata = max(1, round(math.sqrt(texts_in_batch)))
+    quantiles = Quantiles(method.quantiles, seed, Split.TRAIN, texts_in_batch, strata)
+    corrupter = Corrupter(sampler, method.mask, MASK, EPS)
+    choice = torch.Generator().manual_seed(seed)
+    number = 0
+    while True:
+        draws = range(number, number + texts_in_batch)
+        number += texts_in_batch
+        chosen = texts[torch.randint(len(texts), (texts_in_batch,), generator=choice)]
+        tokens = chosen.repeat_interleave(method.views, dim=0)
+        uniforms = [
+            view_of(row_uniforms(seed, Split.TRAIN, draw, tokens.shape[1]), view, method.views)
+            for draw in draws
+            for view in range(method.views)
+        ]
+        quantile = torch.tensor([quantiles(d) for d in draws]).repeat_interleave(method.views)
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        yield tokens, corrupter(tokens, everywhere, torch.from_numpy(np.stack(uniforms)), quantile)
+
+
+def _losses(model: Any, tokens: Any, corruption: Any) -> tuple[Any, Any]:
+    """Losses of the rows, weights included, and the final hidden states."""
+    import torch
+
+    from megatron_mdm.objective.loss import row_losses
+
+    hidden, logits = model(corruption.tokens)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens, reduction="none"
+    )
+    eligible = torch.full((len(tokens),), tokens.shape[1])
+    losses = row_losses(cross_entropy, corruption.mask, corruption.weight, eligible, "rows")
+    return losses.per_row, hidden
+
+
+def _train(model: Any, texts: Any, steps: int) -> None:
+    """Trains with the standard objective and Adam."""
+    import torch
+
+    from megatron_mdm.objective.samplers import Uniform
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    batches = _batches(texts, METHODS["standard"], Uniform(), stream=1)
+    for _ in range(steps):
+        per_row, _ = _losses(model, *next(batches))
+        optimizer.zero_grad()
+        per_row.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
+    """Densities of t fitted to both targets, on rows that the measurement does not use."""
+    import torch
+
+    from megatron_mdm.objective.fits import fit
+    from megatron_mdm.objective.pots import RateMoments
+    from megatron_mdm.objective.samplers import Uniform
+
+    moments = {target: RateMoments(30) for target in ("loss", "gradient")}
+    batches = _batches(texts, METHODS["lattice"], Uniform(), stream=2)
+    for _ in range(200):
+        tokens, corruption = next(batches)
+        per_row, hidden = _losses(model, tokens, corruption)
+        (gradient,) = torch.autograd.grad(per_row.sum(), hidden)
+        norms = gradient.square().sum(dim=(1, 2)).sqrt()
+        for target, value in (("loss", per_row.detach()), ("gradient", norms)):
+            moments[target].update(corruption.t, value, corruption.rate_weight)
+    fitted = {target: fit(m, target=target, eps=EPS).sampler() for target, m in moments.items()}
+    return {None: Uniform(), **fitted}
+
+
+def _measure(
+    model: Any, texts: Any, method: Method, sampler: Any, draws: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(variance, its standard error) of the batch's gradient (trace) and of its loss."""
+    import torch
+
+    batches = _batches(texts, method, sampler, stream=3)
+    gradients, losses = [], []
+    for _ in range(draws):
+        loss = _losses(model, *next(batches))[0].mean()
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in gradient]))
+        losses.append(loss.detach())
+    return _variance(torch.stack(gradients)), _variance(torch.stack(losses)[:, None])
+
+
+def _variance(values: Any) -> tuple[float, float]:
+    """Trace of the covariance of rows [R, n], unbiased, and its standard error."""
+    R = len(values)
+    deviations = (values - values.mean(dim=0)).square().sum(dim=1).double() * R / (R - 1)
+    return float(deviations.mean()), float(deviations.std()) / math.sqrt(R)
+
+
+def _ratio(measured: tuple[float, float], baseline: tuple[float, float]) -> tuple[float, float]:
+    """Ratio of two independent figures, and its standard error to first order."""
+    ratio = measured[0] / baseline[0]
+    if measured == baseline:
+        return 1.0, 0.0
+    relative = math.hypot(measured[1] / measured[0], baseline[1] / baseline[0])
+    return ratio, ratio * relative
