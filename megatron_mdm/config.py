@@ -180,6 +180,10 @@ class MDMConfig:
         """Takes the `mdm_*` values out of Megatron's parsed arguments."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
+    def least_masked_fraction(self, seq_length: int) -> float:
+        """Least mean fraction of a row that is masked: eps, or one token of an exact count."""
+        return 1.0 / seq_length if self.mdm_mask == "exact-count" else self.mdm_eps
+
     @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
@@ -82,9 +83,7 @@ def main() -> None:
             family=options.family,
             target=options.target,
             lam=options.uniform_share,
-            eps=1.0 / loaded.args.seq_length
-            if loaded.args.mdm_mask == "exact-count"
-            else loaded.args.mdm_eps,
+            eps=MDMConfig.from_args(loaded.args).least_masked_fraction(loaded.args.seq_length),
         )
         if loaded.args.rank == 0:
             save_sampler(options.output, result)

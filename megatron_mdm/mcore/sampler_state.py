@@ -34,9 +34,7 @@ class OnlineSampler:
 
     def __init__(self, config: MDMConfig, seq_length: int) -> None:
         self.config = config
-        # Exact-count masks have no eps: there the least masked fraction is one token.
-        exact = config.mdm_mask == "exact-count"
-        self.eps = 1.0 / seq_length if exact else config.mdm_eps
+        self.eps = config.least_masked_fraction(seq_length)
         start = config.mdm_ppots_file
         sampler = load_sampler(start).sampler() if start else PiecewiseSampler([0, 1], [1, 1])
         self.state = PotsState(sampler, RateMoments(config.mdm_ppots_bins))
@@ -68,16 +66,22 @@ class OnlineSampler:
         Raises:
             RuntimeError: ranks have come to different densities.
         """
-        if self.pending is not None and iteration != self.iteration:
-            before = self.measured
-            self.measured = self.pending if before is None else before + self.pending
+        pending, self.pending = self.pending, None
+        if iteration == self.iteration:  # repeated by Megatron's rerun machine
+            return None
         self.iteration = iteration
-        self.pending = None
+        if pending is not None:
+            self.measured = pending if self.measured is None else self.measured + pending
         if iteration % self.config.mdm_ppots_refit_interval:
             return None
         self.reduce()
         try:
-            result = fit(self.state.moments, lam=self.config.mdm_ppots_uniform_share, eps=self.eps)
+            result = fit(
+                self.state.moments,
+                target=self.config.mdm_ppots_target,
+                lam=self.config.mdm_ppots_uniform_share,
+                eps=self.eps,
+            )
         except FitError:  # a bin without rows: measure on under the density in use
             return None
         self.state.sampler = result.sampler()

@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.sampler_state import OnlineSampler
 from megatron_mdm.objective.randomness import Split
 from tests import ranks
 
@@ -137,6 +139,17 @@ def test_online_training_goes_on_after_a_resume(online):
     resumed = {row: t for part in parts for (_, row), (t, _) in part.masks().items()}
     assert resumed.keys() == rates.keys()
     assert list(resumed.values()) == pytest.approx([rates[row] for row in resumed], rel=1e-3)
+
+
+def test_a_repeated_iteration_neither_counts_nor_fits_again():
+    """Megatron's rerun machine repeats an iteration: its moments would be decayed twice."""
+    config = MDMConfig(mdm_rate_sampler="ppots", mdm_ppots_refit_interval=2, mdm_ppots_bins=4)
+    sampler = OnlineSampler(config, 32)
+    sampler.iteration = 2
+    sampler.pending = ranks.torch.ones(17)
+    assert sampler.step(2) is None  # a fit would need the process groups, which are not there
+    assert sampler.pending is None
+    assert sampler.measured is None
 
 
 def test_measured_gradients_are_those_of_a_row(base, tmp_path):
