@@ -19,6 +19,11 @@ class MDMConfig:
     mdm_device: Literal["cuda", "cpu"] = "cuda"
     """Device to train on. `cpu` runs the same program over gloo, without a GPU."""
 
+    mdm_recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
+    """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
+    MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best at
+    equal compute here. Flags given by hand win."""
+
     mdm_mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from megatron_mdm.data.outputs import write_errors
+from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.preprocess import (
     default_workers,
     load_sentencepiece,
@@ -59,14 +59,10 @@ def run(args: argparse.Namespace) -> None:
     """Measures, prints a table, and writes `args.json` if it is set."""
     if args.mb < 1:
         raise UserError(f"--mb {args.mb:g}: must be at least 1")
-    if args.json and not os.path.isdir(os.path.dirname(os.path.abspath(args.json))):
-        raise UserError(f"--json {args.json}: its directory does not exist")
     results = measure(args.mb, args.workers)
     print(_table(results))
     if args.json:
-        with write_errors(args.json), open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
-            file.write("\n")
+        write_text(args.json, json.dumps(results, indent=2) + "\n")
 
 
 def measure(megabytes: float, workers: int) -> dict:

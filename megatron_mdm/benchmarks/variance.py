@@ -11,12 +11,13 @@ text: the shares of masking and data noise move with the length of a row and wit
 import argparse
 import json
 import math
-import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_mdm.data.outputs import write_text
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 VOCABULARY, MASK, WIDTH = 257, 256, 64
@@ -103,10 +104,8 @@ def run(args: argparse.Namespace) -> None:
             }
         )
     if args.json:
-        target = pathlib.Path(args.json)
-        temporary = target.with_name(f".{target.name}.partial")
-        temporary.write_text(json.dumps({"length": args.length, "steps": steps, "rows": results}))
-        os.replace(temporary, target)
+        document = {"length": args.length, "steps": steps, "rows": results}
+        write_text(args.json, json.dumps(document) + "\n")
 
 
 def _texts(length: int) -> Any:

@@ -44,6 +44,13 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
         raise
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes a small file, complete or not at all; raises a `UserError` if it cannot."""
+    with complete_or_absent(path) as (name,), write_errors(path):
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
 def _flush_to_disk(path: str) -> None:
     """Makes the contents durable before the name is, and brings out write errors that wait."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,6 +19,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.objective.fit_file import load_sampler
+from megatron_mdm.recipes import expansion, set_recipe_defaults
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
 MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mdm_mask|>", "<|mask|>")
@@ -57,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     count of eligible tokens (or rows), which is what --calculate-per-token-loss means.
     """
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
+    set_recipe_defaults(parser)
     parser.set_defaults(calculate_per_token_loss=True)
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's apex
         parser.set_defaults(gradient_accumulation_fusion=False)
@@ -119,6 +121,8 @@ def resolve(args: Namespace) -> Namespace:
         UserError: no mask token, or objective flags that differ from the checkpoint's.
     """
     check(args)
+    if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
+        print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
     args.mdm_mask_token_id = _mask_token_id(args)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
@@ -167,7 +171,12 @@ def check(args: Namespace) -> None:
     Raises:
         UserError: names the flag and what to do.
     """
-    MDMConfig.from_args(args)
+    try:
+        MDMConfig.from_args(args)
+    except UserError as error:
+        if args.mdm_recipe is None:
+            raise
+        raise UserError(f"{error} (--mdm-recipe {args.mdm_recipe}: {expansion(args)})") from error
     for name in REFUSED:
         if getattr(args, name):
             raise _refusal(name)
@@ -340,8 +349,8 @@ def check_resume(args: Namespace) -> None:
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
     if args.mdm_allow_flag_change:
         return
-    ignored = {"mdm_device", "mdm_rate_bins", "mdm_allow_flag_change", "mdm_ppots_file"}
-    names = [field.name for field in fields(MDMConfig) if field.name not in ignored]
+    ignored = {"device", "recipe", "rate_bins", "allow_flag_change", "ppots_file"}
+    names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
         for name in [*names, "mdm_ppots_digest", "seed", "seq_length"]
