@@ -110,6 +110,11 @@ class MDMConfig:
     mdm_rate_bins: int = 10
     """Number of equal bins of t in which the logs show the loss."""
 
+    mdm_ema_decay: float = 0.9
+    """What the moving average of the loss per rate keeps at each log line, in [0, 1]; it is the
+    control variate of the `controlled loss` in the logs (EMA of the paper). It cannot change
+    training."""
+
     mdm_allow_flag_change: bool = False
     """Resume although objective flags differ from the checkpoint's."""
 
@@ -175,6 +180,8 @@ class MDMConfig:
             )
         if not 0.0 <= self.mdm_ppots_decay <= 1.0:
             raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.mdm_ppots_decay}")
+        if not 0.0 <= self.mdm_ema_decay <= 1.0:
+            raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.mdm_ema_decay}")
         if self.mdm_clip is not None:
             if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
                 ends = " ".join(map(str, self.mdm_clip))

@@ -349,7 +349,7 @@ def check_resume(args: Namespace) -> None:
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
     if args.mdm_allow_flag_change:
         return
-    ignored = {"device", "recipe", "rate_bins", "allow_flag_change", "ppots_file"}
+    ignored = {"device", "recipe", "rate_bins", "ema_decay", "allow_flag_change", "ppots_file"}
     names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"

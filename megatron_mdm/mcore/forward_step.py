@@ -157,6 +157,7 @@ def loss_func(
         split=rows.split,
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
+        weight=corrupted.weight.amax(dim=1),
         loss=losses.per_row,
         num_masked=corrupted.mask.sum(dim=1),
         num_eligible=num_eligible,

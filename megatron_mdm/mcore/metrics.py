@@ -1,21 +1,25 @@
 """What the logs say beside Megatron's own line: loss per rate bin, masked fraction, throughput.
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
-Recording costs no synchronisation with the device; once per interval it costs one all-reduce of
-3 (2 bins + 5) numbers over the data-parallel ranks of the last pipeline stage.
+Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
+3 (2 bins + 5) numbers and of one, over the data-parallel ranks of the last pipeline stage.
 """
 
 import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
 from megatron.training.utils import is_last_rank
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.sampler_state import online_sampler
+from megatron_mdm.objective.control_variate import ControlVariate
 from megatron_mdm.objective.fits import PotsFit
 from megatron_mdm.objective.randomness import Split
 
@@ -35,6 +39,8 @@ class Recorder:
         self.num_bins = num_bins
         self.pending: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
+        self.pending_largest: torch.Tensor | None = None
+        self.largest: torch.Tensor | None = None
         self.iteration = -1
 
     def add(
@@ -42,6 +48,7 @@ class Recorder:
         split: torch.Tensor,
         t: torch.Tensor,
         rate_weight: torch.Tensor,
+        weight: torch.Tensor,
         loss: torch.Tensor,
         num_masked: torch.Tensor,
         num_eligible: torch.Tensor,
@@ -52,6 +59,7 @@ class Recorder:
             split: part of the data, int64 [b].
             t: masking rates, float64 [b].
             rate_weight: importance weights 1/q(t), float64 [b].
+            weight: largest weight of a token in each row, 1/q(t) times the mask's, float64 [b].
             loss: weighted loss of each row, nats per eligible token [b].
             num_masked: masked positions [b].
             num_eligible: eligible positions [b].
@@ -64,6 +72,7 @@ class Recorder:
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
+        self.pending_largest = _larger(self.pending_largest, weight.max())
 
     def commit(self, iteration: int) -> None:
         """Takes what an iteration has added; a repetition of the iteration is dropped.
@@ -72,8 +81,9 @@ class Recorder:
         """
         if self.pending is not None and iteration != self.iteration:
             self.total = self.pending if self.total is None else self.total + self.pending
+            self.largest = _larger(self.largest, self.pending_largest)
         self.iteration = iteration
-        self.pending = None
+        self.pending = self.pending_largest = None
 
     def reduce(self) -> dict[Split, "Summary"]:
         """Sums over the data-parallel ranks and starts over; a collective call.
@@ -81,11 +91,18 @@ class Recorder:
         Returns:
             A summary for each split that has rows.
         """
-        total, self.total = self.total, None
+        total, largest = self.total, self.largest
+        self.total = self.largest = None
         group = mpu.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         lines = zip(Split, total.tolist(), strict=True)
-        return {split: Summary(line, self.num_bins) for split, line in lines if line[-1]}
+        weight = float(largest)
+        return {split: Summary(line, self.num_bins, weight) for split, line in lines if line[-1]}
+
+
+def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
+    return b if a is None else torch.maximum(a, b)
 
 
 class Summary:
@@ -96,13 +113,18 @@ class Summary:
         loss: mean loss, an estimate of the NELBO, nats per token.
         loss_stderr: its standard error, as if the rows were independent: stratified rates make the
             true one smaller.
+        loss_sums, weight_sums: sums over the rows in each rate bin of weighted loss and of 1/q(t).
         masked_fraction: masked / eligible tokens.
         rows: number of rows.
+        largest_weight: of a token's loss, over the rows of all splits.
     """
 
-    def __init__(self, line: list[float], num_bins: int) -> None:
-        losses, weights = line[:num_bins], line[num_bins : 2 * num_bins]
-        self.loss_per_bin = [x / w if w else math.nan for x, w in zip(losses, weights, strict=True)]
+    def __init__(self, line: list[float], num_bins: int, largest_weight: float) -> None:
+        self.largest_weight = largest_weight
+        self.loss_sums = np.array(line[:num_bins])
+        self.weight_sums = np.array(line[num_bins : 2 * num_bins])
+        sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
+        self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
         loss, square, masked, eligible, rows = line[2 * num_bins :]
         self.rows = int(rows)
         self.loss = loss / rows
@@ -120,6 +142,13 @@ class Summary:
 def recorder(training: bool) -> Recorder:
     """The recorder of training, or of evaluations, of this process."""
     return Recorder(get_args().mdm_rate_bins)
+
+
+@lru_cache
+def control_variate() -> ControlVariate:
+    """The control variate of the reported training loss of this process."""
+    mdm = MDMConfig.from_args(get_args())
+    return ControlVariate(mdm.mdm_rate_bins, mdm.mdm_ema_decay, *(mdm.mdm_clip or (0.0, 1.0)))
 
 
 def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -184,15 +213,25 @@ def _training_seconds() -> float:
 
 
 def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
+    args = get_args()
     rows_per_s = summary.rows / seconds
-    tokens_per_s = rows_per_s * get_args().seq_length
+    tokens_per_s = rows_per_s * args.seq_length
+    # Megatron counts this iteration's rows after it.
+    texts = (args.consumed_train_samples + get_current_global_batch_size()) // args.mdm_views
+    controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.rows)
     print(
-        f" mdm iteration {iteration:8d} | masked fraction: {summary.masked_fraction:.4f} |"
+        f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
+        f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"
+        f" masked fraction: {summary.masked_fraction:.4f} |"
         f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
         f" loss per rate (t: nats/token) | {summary.text()}",
         flush=True,
     )
     scalars = {
+        "mdm/texts": texts,
+        "mdm/loss": summary.loss,
+        "mdm/controlled loss": controlled,
+        "mdm/largest weight": summary.largest_weight,
         "mdm/masked fraction": summary.masked_fraction,
         "mdm/rows per s": rows_per_s,
         "mdm/tokens per s": tokens_per_s,

@@ -141,6 +141,23 @@ def test_online_training_goes_on_after_a_resume(online):
     assert list(resumed.values()) == pytest.approx([rates[row] for row in resumed], rel=1e-3)
 
 
+def test_the_state_of_the_sampler_is_restored_bit_for_bit_in_another_layout(base, tmp_path):
+    """A run that has nothing left to train loads the state and saves it again."""
+    saved = tmp_path / "first"
+    online_flags = [*ONLINE, "--train-iters", "3", "--save-interval", "2"]
+    flags = [*base[: base.index("--load")], *online_flags]
+    tp = ["--tensor-model-parallel-size", "2", "--save", str(saved)]
+    pp = ["--pipeline-model-parallel-size", "2", "--save", str(tmp_path / "second")]
+    pp += ["--num-layers-per-virtual-pipeline-stage", "1", "--load", str(saved)]
+    ranks.launch(tmp_path / "tp", 2, *flags, *tp, *base[base.index("--load") :])
+    ranks.launch(tmp_path / "pp", 2, *flags, *pp)
+    before, after = ranks.weights(saved), ranks.weights(tmp_path / "second")
+    assert any("mdm_sampler_state" in name for name in before)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.equal(after[name]), name
+
+
 def test_a_repeated_iteration_neither_counts_nor_fits_again():
     """Megatron's rerun machine repeats an iteration: its moments would be decayed twice."""
     config = MDMConfig(mdm_rate_sampler="ppots", mdm_ppots_refit_interval=2, mdm_ppots_bins=4)

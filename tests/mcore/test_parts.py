@@ -31,7 +31,8 @@ def test_one_model_has_one_validation_number(base, tmp_path):
 def test_a_repeated_iteration_is_logged_once(monkeypatch):
     """Megatron's rerun machine repeats an iteration to validate a loss."""
     recorder = metrics.Recorder(2)
-    row = [torch.zeros(1, dtype=torch.int64), torch.tensor([0.3]), torch.ones(1), torch.ones(1)]
+    row = [torch.zeros(1, dtype=torch.int64), torch.tensor([0.3]), torch.ones(1)]
+    row += [torch.ones(1), torch.ones(1)]
     counts = [torch.ones(1, dtype=torch.int64)] * 2
     monkeypatch.setattr(metrics.mpu, "get_data_parallel_group", lambda **_: None)
     monkeypatch.setattr(metrics.torch.distributed, "all_reduce", lambda *_, **__: None)
