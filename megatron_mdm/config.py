@@ -21,8 +21,9 @@ class MDMConfig:
 
     mdm_recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
     """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
-    MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best at
-    equal compute here. Flags given by hand win."""
+    MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best, of
+    the unbiased ones, at equal compute: P-POTS on the gradient, lattice quantiles and exact-count
+    masks. Flags given by hand win."""
 
     mdm_mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
@@ -107,6 +108,21 @@ class MDMConfig:
     mdm_pad_attended: bool = True
     """Hide padding from the attention of all positions. Visible by default, as in LLaDA."""
 
+    mdm_sft: bool = False
+    """Supervised fine-tuning: rows are pairs of a prompt, which stays visible, and a response, made
+    by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible."""
+
+    mdm_syrm_token_ids: list[int] | None = None
+    """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
+    objective."""
+
+    mdm_syrm_fraction: float = 0.0
+    """Fraction of the prompt's other tokens that SyRM masks too, in [0, 1]."""
+
+    mdm_shift: bool = False
+    """The logits of a position predict the token after it, as in Dream and in models that were
+    trained autoregressively. The first token of a row is then never masked."""
+
     mdm_rate_bins: int = 10
     """Number of equal bins of t in which the logs show the loss."""
 
@@ -141,6 +157,11 @@ class MDMConfig:
             raise UserError(f"--mdm-isad-delta must lie in [0, 1], got {self.mdm_isad_delta}")
         if self.mdm_isad_token_ids and self.mdm_mask != "bernoulli":
             raise UserError("--mdm-isad-token-ids needs --mdm-mask bernoulli")
+        if not 0.0 <= self.mdm_syrm_fraction <= 1.0:
+            raise UserError(f"--mdm-syrm-fraction must lie in [0, 1], got {self.mdm_syrm_fraction}")
+        for name in ("mdm_syrm_token_ids", "mdm_syrm_fraction"):
+            if getattr(self, name) and not self.mdm_sft:
+                raise UserError(f"{flag(name)} needs --mdm-sft: only these rows have prompts")
         if self.mdm_quantiles != "strata" and (self.mdm_strata or self.mdm_strata_window):
             raise UserError(
                 "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata, "
@@ -189,8 +210,12 @@ class MDMConfig:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MDMConfig":
-        """Takes the `mdm_*` values out of Megatron's parsed arguments."""
-        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+        """Takes the `mdm_*` values out of Megatron's arguments.
+
+        Those of a checkpoint may be older than a flag, whose default then is how it was trained.
+        """
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
     def least_masked_fraction(self, seq_length: int) -> float:
         """Least mean fraction of a row that is masked: eps, or one token of an exact count."""

@@ -34,9 +34,11 @@ RECIPES: dict[str, dict[str, object]] = {
         "mdm_mask": "bernoulli",
         "mdm_views": 1,
     },
-    # What the races at equal compute support (tools/benchmark.py race).
+    # What trained best of the unbiased ones at equal compute (tools/benchmark.py race).
     "recommended": {
-        "mdm_rate_sampler": "uniform",
+        "mdm_rate_sampler": "ppots",
+        "mdm_ppots_refit_interval": _REFIT_INTERVAL,
+        "mdm_ppots_target": "gradient",
         "mdm_quantiles": "lattice",
         "mdm_mask": "exact-count",
         "mdm_views": 1,

@@ -54,12 +54,16 @@ def whole_batch() -> None:
         args = get_args()
         rows = {name: value.double() for name, value in next(iterator).items()}
         tokens = rows["tokens"].long()
-        eligible = tokens != 119
+        # In tests/ranks.py the tokens of a prompt, and no others, are below 50.
+        eligible = tokens >= 50 if args.mdm_sft else tokens != 119
+        eligible[:, 0] &= not args.mdm_shift
         eligible_counts = eligible.sum(dim=1)
         assert len(set(eligible_counts.tolist())) > 1, "rows should differ"
         p = (1 - args.mdm_eps) * (rows["quantile"] + 0.5) * 2.0**-52 + args.mdm_eps
         mask = ((rows["uniforms"] + 0.5) * 2.0**-52 < p[:, None]) & eligible
         logits = model(torch.where(mask, args.mdm_mask_token_id, tokens), None, None)
+        if args.mdm_shift:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         log_p = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
         weighted = -(log_p * mask / p[:, None]).sum(dim=1)
         if args.mdm_normalization == "tokens":

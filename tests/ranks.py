@@ -176,6 +176,25 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> None:
     builder.finalize(get_idx_path(str(prefix)))
 
 
+def write_pairs(prefix: Path, pairs: list[tuple[list[int], list[int]]]) -> None:
+    """A .bin/.idx pair of prompts and responses, as tools/preprocess_data.py writes them."""
+    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
+    for prompt, response in pairs:
+        builder.add_document([*prompt, *response], [len(prompt), len(response)])
+    builder.finalize(get_idx_path(str(prefix)))
+
+
+def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Prompts of tokens below 50, and responses of others with an end of document."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        prompt = rng.integers(3, 50, size=rng.integers(0, 14)).tolist()
+        response = rng.integers(50, 100, size=rng.integers(1, 16)).tolist()
+        pairs.append((prompt, [*response, EOD_ID]))
+    return pairs
+
+
 def random_documents(count: int, seed: int = 0) -> list[list[int]]:
     """Documents of 5 to 60 tokens that a model can learn from, each with its end of document."""
     rng = np.random.default_rng(seed)

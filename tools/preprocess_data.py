@@ -4,7 +4,8 @@ import argparse
 
 from megatron_mdm.data import preprocess
 from megatron_mdm.data.documents import FORMATS, resolve_inputs
-from megatron_mdm.errors import run_tool
+from megatron_mdm.data.pairs import PairKeys
+from megatron_mdm.errors import UserError, run_tool
 
 DESCRIPTION = """\
 Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
@@ -12,7 +13,8 @@ Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
 is encoded as ordinary text. Empty documents are left out and counted. If the run fails or is
-interrupted, nothing is written.
+interrupted, nothing is written. With --prompt-key or --messages-key the documents are pairs of a
+prompt and a response, for fine-tuning with --mdm-sft.
 """
 
 EXAMPLES = """\
@@ -22,6 +24,8 @@ examples:
   find src -name '*.py' | sort > files.txt
   python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my-tokenizer/ \\
       --output-prefix data/source --skip-bad-lines
+  python tools/preprocess_data.py --input chats.jsonl --messages-key messages \\
+      --hf-tokenizer my-tokenizer/ --output-prefix data/chats
 """
 
 
@@ -63,6 +67,20 @@ def main() -> None:
         help="where JSONL lines hold the text (default: %(default)s)",
     )
     parser.add_argument(
+        "--prompt-key",
+        metavar="KEY",
+        help="for --mdm-sft: where JSONL lines hold the prompt; each document is then a pair",
+    )
+    parser.add_argument(
+        "--response-key", metavar="KEY", help="where they hold the response (default: response)"
+    )
+    parser.add_argument(
+        "--messages-key",
+        metavar="KEY",
+        help="for --mdm-sft: where JSONL lines hold a conversation, which the chat template of "
+        "--hf-tokenizer renders; the last message, the assistant's, is the response",
+    )
+    parser.add_argument(
         "--no-append-eod",
         dest="append_eod",
         action="store_false",
@@ -87,17 +105,33 @@ def main() -> None:
         tokenizer = preprocess.load_sentencepiece(args.tokenizer_model)
     else:
         tokenizer = preprocess.load_hugging_face(args.hf_tokenizer)
+    pairs = _pairs(args)
     summary = preprocess.preprocess(
         inputs,
         args.output_prefix,
         tokenizer,
         file_format=args.format,
         json_key=args.json_key,
+        pairs=pairs,
         append_eod=args.append_eod,
         workers=args.workers,
         skip_bad_lines=args.skip_bad_lines,
     )
     print(summary)
+
+
+def _pairs(args: argparse.Namespace) -> PairKeys | None:
+    if args.messages_key is not None:
+        if args.prompt_key or args.response_key:
+            raise UserError("--messages-key excludes --prompt-key and --response-key")
+        if args.hf_tokenizer is None:
+            raise UserError("--messages-key needs --hf-tokenizer, which has the chat template")
+        if not preprocess.has_chat_template(args.hf_tokenizer):
+            raise UserError(f"--hf-tokenizer {args.hf_tokenizer}: it has no chat template")
+        return PairKeys(messages=args.messages_key, template=args.hf_tokenizer)
+    if args.prompt_key or args.response_key:
+        return PairKeys(args.prompt_key or "prompt", args.response_key or "response")
+    return None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_mdm.errors import UserError
 
@@ -115,30 +115,53 @@ def document_text(document: Document, json_key: str) -> str:
         BadDocumentError: Not UTF-8, not a JSON object, no such key, not a string, or a string
             with lone surrogates, which no tokenizer can take.
     """
-    path, line, data, _ = document
-    if line == 0:
-        return _decode(document, data)
-    if line == 1:
+    if document.line == 0:
+        return _decode(document, document.data)
+    return string_value(document, document_object(document), json_key, "--json-key")
+
+
+def document_object(document: Document) -> dict[str, Any]:
+    """Returns the JSON object of a line.
+
+    Raises:
+        BadDocumentError: Not a line, not UTF-8, or not a JSON object.
+    """
+    data = document.data
+    if document.line == 0:
+        raise bad_document(document, "a text file where JSONL is needed (see --format)")
+    if document.line == 1:
         data = data.removeprefix(_BOM)  # which JSON forbids and some editors write
     content = _decode(document, data.rstrip(b"\r\n"))  # or errors at the end are on line 2
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
-        raise _bad(document, f"bad JSON: {error.msg} (column {error.colno})") from None
+        raise bad_document(document, f"bad JSON: {error.msg} (column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise _bad(document, f"bad JSON: {error}") from None
+        raise bad_document(document, f"bad JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _bad(document, f"a JSON {_json_type(value)} where an object is needed")
-    if json_key not in value:
-        raise _bad(document, f'no key "{json_key}" (see --json-key)')
-    text = value[json_key]
+        raise bad_document(document, f"a JSON {_json_type(value)} where an object is needed")
+    return value
+
+
+def string_value(document: Document, value: dict[str, Any], key: str, flag: str) -> str:
+    """Returns the string under `key`, which the command line names with `flag`.
+
+    Raises:
+        BadDocumentError: No such key, not a string, or one with lone surrogates, which no
+            tokenizer can take.
+    """
+    if key not in value:
+        raise bad_document(document, f'no key "{key}" (see {flag})')
+    text = value[key]
     if not isinstance(text, str):
-        raise _bad(document, f'the value of "{json_key}" is a JSON {_json_type(text)}, no string')
+        raise bad_document(
+            document, f'the value of "{key}" is a JSON {_json_type(text)}, no string'
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(text[error.start]):04x}"
-        raise _bad(document, f"the text holds a lone surrogate ({surrogate})") from None
+        raise bad_document(document, f"the text holds a lone surrogate ({surrogate})") from None
     return text
 
 
@@ -147,10 +170,10 @@ def _decode(document: Document, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{data[error.start]:02x} ({error.reason})"
-        raise _bad(document, reason, data.count(b"\n", 0, error.start)) from None
+        raise bad_document(document, reason, data.count(b"\n", 0, error.start)) from None
 
 
-def _bad(document: Document, reason: str, line: int = 0) -> BadDocumentError:
+def bad_document(document: Document, reason: str, line: int = 0) -> BadDocumentError:
     """Makes the error; `line`, from 0, counts from the start of the document."""
     return BadDocumentError(f"{document.path}:{max(document.line, 1) + line}: {reason}")
 

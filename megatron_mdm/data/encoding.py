@@ -26,10 +26,11 @@ class TokenizerData:
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
 
-    def load(self) -> Callable[[str], list[int]]:
-        """Returns a function from a text to its ids, with no special tokens among them.
+    def load(self, special: bool = False) -> Callable[[str], list[int]]:
+        """Returns a function from a text to its ids; the tokenizer adds no special tokens.
 
-        Text that spells a special token, such as "<mask>", is encoded like any other text.
+        Text that spells a special token, such as "<mask>", is encoded like any other text, unless
+        `special` (which sentencepiece cannot do).
         """
         if self.sentencepiece_model is not None:
             import sentencepiece
@@ -38,7 +39,7 @@ class TokenizerData:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = not special
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -49,7 +50,7 @@ class EncodedChunk(NamedTuple):
 
     Attributes:
         tokens: One array with all documents, each with its end-of-document token.
-        lengths: Tokens per document.
+        lengths: Tokens of each sequence of each document.
         text_bytes: Length of the documents as UTF-8.
         empty: How many documents without any token were left out.
         bad: `FILE:LINE: REASON` of the documents that could not be read.
@@ -57,7 +58,7 @@ class EncodedChunk(NamedTuple):
     """
 
     tokens: np.ndarray
-    lengths: list[int]
+    lengths: list[list[int]]
     text_bytes: int
     empty: int
     bad: list[str]
@@ -82,20 +83,26 @@ class ChunkEncoder:
 
     def __call__(self, documents: Sequence[Document]) -> EncodedChunk:
         """Encodes one chunk, which must not be empty."""
-        arrays, bad = [], []
+        arrays, lengths, bad = [], [], []
         text_bytes = empty = 0
         for document in documents:
             try:
-                text = document_text(document, self._json_key)
+                texts = self._texts(document)
             except BadDocumentError as error:
                 bad.append(str(error))
                 continue
-            ids = self._encode(text)
-            if not ids:
+            sequences = [self._encode(text) for text in texts]
+            if not sequences[-1]:
                 empty += 1
                 continue
-            text_bytes += len(text.encode())
-            arrays.append(np.array(ids + self._ending, dtype=self._dtype))
+            text_bytes += sum(len(text.encode()) for text in texts)
+            if sequences[-1][-1:] != self._ending:
+                sequences[-1] = sequences[-1] + self._ending
+            arrays += [np.array(ids, dtype=self._dtype) for ids in sequences]
+            lengths.append([len(ids) for ids in sequences])
         tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
-        lengths = [len(array) for array in arrays]
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
+
+    def _texts(self, document: Document) -> Sequence[str]:
+        """The sequences of a document; without the last one there is nothing to learn from it."""
+        return [document_text(document, self._json_key)]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_mdm.data.documents import Document, read_documents
 from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
+from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError
 
@@ -148,6 +149,14 @@ def load_hugging_face(directory: str) -> TokenizerData:
     )
 
 
+def has_chat_template(directory: str) -> bool:
+    """Whether the Hugging Face tokenizer in a local directory has a chat template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return tokenizer.chat_template is not None
+
+
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -155,6 +164,7 @@ def preprocess(
     *,
     file_format: str = "auto",
     json_key: str = "text",
+    pairs: PairKeys | None = None,
     append_eod: bool = True,
     workers: int | None = None,
     skip_bad_lines: bool = False,
@@ -171,6 +181,7 @@ def preprocess(
         tokenizer: From `load_sentencepiece` or `load_hugging_face`.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
         json_key: Where a JSONL line holds its text.
+        pairs: Where it holds a prompt and a response instead: documents of two sequences.
         append_eod: Whether to end each document with the end-of-document token.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
@@ -189,10 +200,13 @@ def preprocess(
             "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
         )
     summary = PreprocessSummary(output_prefix, "", workers)
+    encoder = (
+        (ChunkEncoder, tokenizer, json_key) if pairs is None else (PairEncoder, tokenizer, pairs)
+    )
     with (
         termination_raises(),
         complete_or_absent(f"{output_prefix}.bin", f"{output_prefix}.idx") as (bin_path, idx_path),
-        Workers(workers, ChunkEncoder, tokenizer, json_key, append_eod) as pool,
+        Workers(workers, *encoder, append_eod) as pool,
         _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
         _Progress(inputs, progress) as bar,
     ):
@@ -237,9 +251,10 @@ def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: boo
 def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
     start = 0
     with write_errors(f"{output_prefix}.bin"):
-        for length in result.lengths:
-            builder.add_document(result.tokens[start : start + length], [length])
-            start += length
+        for lengths in result.lengths:
+            end = start + sum(lengths)
+            builder.add_document(result.tokens[start:end], lengths)
+            start = end
 
 
 @contextmanager

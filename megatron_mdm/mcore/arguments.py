@@ -36,7 +36,7 @@ REFUSED = {
     "leave it out",
     "eod_mask_loss": "use --no-mdm-eod-eligible",
     "fim_data": "fill-in-the-middle is causal; a masked-diffusion model infills by itself",
-    "sft": "Megatron's SFT datasets have shifted labels; leave it out",
+    "sft": "Megatron's SFT datasets have shifted labels; use --mdm-sft",
     "perform_rl_step": "reinforcement learning is not supported",
     "hybrid_layer_pattern": "HybridModel is not supported yet; use --num-layers",
     "hybrid_context_parallel": "it packs rows by length, which would renumber them",
@@ -139,11 +139,12 @@ def resolve(args: Namespace) -> Namespace:
                 f"--mdm-strata {args.mdm_strata} exceeds the texts in a window of "
                 f"{args.mdm_strata_window} rows with --mdm-views {args.mdm_views}"
             )
-    for token in args.mdm_isad_token_ids or ():
-        if not 0 <= token < args.padded_vocab_size:
+    for name in ("mdm_isad_token_ids", "mdm_syrm_token_ids"):
+        for token in getattr(args, name) or ():
+            if 0 <= token < args.padded_vocab_size:
+                continue
             raise UserError(
-                f"--mdm-isad-token-ids {token} lies outside the vocabulary of "
-                f"{args.padded_vocab_size}"
+                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}"
             )
     check_resume(args)
     check_data(args)
@@ -157,6 +158,8 @@ def check_data(args: Namespace) -> None:
         UserError: one is missing or damaged.
     """
     if args.mock_data:
+        if args.mdm_sft:
+            raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
         return
     try:
         blends = get_blend_and_blend_per_split(args)

@@ -30,7 +30,19 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, view_of
+from megatron_mdm.mcore.pairs import PairDataset
+from megatron_mdm.objective.masks import syrm
+from megatron_mdm.objective.randomness import (
+    Purpose,
+    Quantiles,
+    Split,
+    random_bits,
+    row_uniforms,
+    to_grid,
+    view_of,
+)
+
+FIXED = -1  # the uniform of a token that is never masked
 
 SPLITS = {
     MegatronSplit.train: Split.TRAIN,
@@ -93,7 +105,8 @@ class RowDataset(torch.utils.data.Dataset):
         tokens [L]: clean tokens, padding as `pad_id`.
         num_tokens []: positions from here on are padding.
         split [], row []: part of the data (objective's Split), and position in the run.
-        uniforms [L], quantile []: grid integers (objective/randomness.py).
+        uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
+            the tokens of a prompt, which are never masked.
 
     With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i: one text,
     one quantile and so one t, and the uniforms of the draw seen from K sides. Evaluations take
@@ -121,6 +134,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.dataset = dataset
         # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
         self.split = getattr(dataset, "split", None) or dataset.index_split
+        self.config = config
         self.seed = seed
         self.mask_token_id = mask_token_id
         self.pad_id = pad_id
@@ -149,14 +163,29 @@ class RowDataset(torch.utils.data.Dataset):
         tokens[num_tokens:] = self.pad_id
         self._check_no_mask(row, tokens[:num_tokens])
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
+        uniforms = view_of(uniforms, view, self.views)
+        if "num_prompt" in item:
+            uniforms[: item["num_prompt"]][~self._eligible_prompt(draw, item)] = FIXED
         return {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
             "split": torch.tensor(int(self.quantiles.split)),
             "row": torch.tensor(row),
-            "uniforms": torch.from_numpy(view_of(uniforms, view, self.views)),
+            "uniforms": torch.from_numpy(uniforms),
             "quantile": torch.tensor(self.quantiles(draw)),
         }
+
+    def _eligible_prompt(self, draw: int, item: dict[str, Any]) -> np.ndarray:
+        """Tokens of the prompt that SyRM makes eligible, bool [num_prompt]; training only."""
+        prompt = item["tokens"][: item["num_prompt"]]
+        if SPLITS[self.split] is not Split.TRAIN:
+            return np.zeros(len(prompt), dtype=bool)
+        return syrm(
+            prompt,
+            tuple(self.config.mdm_syrm_token_ids or ()),
+            self.config.mdm_syrm_fraction,
+            to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(prompt))),
+        )
 
     def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
         places = (tokens == self.mask_token_id).nonzero()
@@ -197,18 +226,25 @@ def build_datasets(
     dataset_config = _dataset_config(args)
     train, valid, test = num_rows
     datasets = BlendedMegatronDatasetBuilder(
-        MockCleanTokensDataset if args.mock_data else CleanTokensDataset,
+        _dataset_class(args),
         [-(-train // config.mdm_views), valid, test],
         lambda: loads_rows(config, vp_stage),
         dataset_config,
     ).build()
-    pad = pad_id(dataset_config.tokenizer)
+    # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
+    pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
         None
         if dataset is None
         else RowDataset(dataset, config, args.seed, args.mdm_mask_token_id, pad, period)
         for dataset, period in zip(datasets, [None, valid or None, test or None], strict=True)
     ]
+
+
+def _dataset_class(args: Namespace) -> type:
+    if args.mock_data:
+        return MockCleanTokensDataset
+    return PairDataset if args.mdm_sft else CleanTokensDataset
 
 
 # Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.

@@ -14,7 +14,7 @@ from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask
-from megatron_mdm.mcore.dataset import needs_rows
+from megatron_mdm.mcore.dataset import FIXED, needs_rows
 from megatron_mdm.mcore.head import head_with_gradient_norms
 from megatron_mdm.mcore.metrics import recorder
 from megatron_mdm.mcore.sampler_state import online_sampler
@@ -50,7 +50,10 @@ class Rows:
         real = ~self.padding
         if not mdm.mdm_eod_eligible:
             real = real & (self.tokens != eod_id)
-        return eligible | real
+        eligible = (eligible | real) & (self.uniforms != FIXED)
+        if mdm.mdm_shift:  # nothing predicts the first token
+            eligible[:, 0] = False
+        return eligible
 
 
 def forward_step(
@@ -92,10 +95,19 @@ def forward_step(
         corrupted.tokens,
         position_ids.expand_as(rows.tokens),
         hidden,
-        labels=rows.tokens,
+        labels=labels_of(rows.tokens, mdm),
         **head,
     )
     return output, partial(loss_func, rows, corrupted, num_eligible, training)
+
+
+def labels_of(tokens: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
+    """The token that each position's logits predict, int64 [b, s].
+
+    With --mdm-shift the next one; the last position's label is then the first token, which is not
+    eligible.
+    """
+    return tokens.roll(-1, dims=1) if mdm.mdm_shift else tokens
 
 
 def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
@@ -141,6 +153,8 @@ def loss_func(
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
     args = get_args()
+    if args.mdm_shift:  # from the positions of the logits to those of their tokens
+        cross_entropy = cross_entropy.roll(1, dims=1)
     losses = row_losses(
         cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
     )

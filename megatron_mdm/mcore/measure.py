@@ -14,8 +14,8 @@ from megatron.training.global_vars import get_tokenizer
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask
-from megatron_mdm.mcore.dataset import build_datasets
-from megatron_mdm.mcore.forward_step import Rows
+from megatron_mdm.mcore.dataset import FIXED, build_datasets
+from megatron_mdm.mcore.forward_step import Rows, labels_of
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
@@ -62,12 +62,14 @@ def measure(
         draws = range(first, min(first + micro_batch_size, total))
         items = [dataset[draw // draws_per_row] for draw in draws]
         columns = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        columns["uniforms"] = torch.stack(
+        uniforms = torch.stack(
             [
                 torch.from_numpy(row_uniforms(args.seed, Split.TEST, draw, args.seq_length))
                 for draw in draws
             ]
         )
+        fixed = columns["uniforms"] == FIXED
+        columns["uniforms"] = uniforms.masked_fill(fixed, FIXED)
         columns["quantile"] = torch.tensor(
             [((draw % num_bins) * 2**GRID_BITS + inside(draw)) // num_bins for draw in draws]
         )
@@ -104,6 +106,8 @@ def _draw(
             hidden = hidden_states.detach().requires_grad_()
             logits, _ = output_layer(hidden, weight=output_weight)
             cross_entropy = compute_language_model_loss(labels, logits)
+            if mdm.mdm_shift:
+                cross_entropy = cross_entropy.roll(1, dims=1)
             losses = row_losses(
                 cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
             )
@@ -119,7 +123,7 @@ def _draw(
             corrupted.tokens,
             positions.expand_as(rows.tokens),
             hidden,
-            labels=rows.tokens,
+            labels=labels_of(rows.tokens, mdm),
             output_processor=value,
         )
     return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()

@@ -5,8 +5,11 @@ Shapes: B rows of L positions. A row without a masked token is legitimate: its l
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.rates import masked_count, masking_probability
 
 
@@ -94,3 +97,26 @@ def isad_mask(
     ratio = torch.where(mask, p / probability, kept)
     row = torch.where(eligible, ratio, 1.0).prod(dim=1, keepdim=True)
     return mask, (row / p).expand_as(probability)
+
+
+def syrm(
+    prompt: npt.NDArray[np.int64],
+    token_ids: tuple[int, ...],
+    fraction: float,
+    uniforms: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:
+    """Prompt tokens that become eligible beside the response (SyRM, arXiv 2511.18159).
+
+    This CHANGES THE OBJECTIVE: the loss then counts prompt tokens too, and responses are predicted
+    from prompts with gaps.
+
+    Args:
+        prompt: int64 [n].
+        token_ids: structural tokens, always eligible.
+        fraction: of the others, each by its own draw.
+        uniforms: grid integers [n], apart from the masks' own; the views of a text share them.
+
+    Returns:
+        bool [n].
+    """
+    return np.isin(prompt, token_ids) | (uniforms < fraction * 2.0**GRID_BITS)

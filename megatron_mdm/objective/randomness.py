@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     QUANTILE = 1
     STRATA = 2
     OFFSET = 3
+    SYRM = 4
 
 
 class Split(IntEnum):

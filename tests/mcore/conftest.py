@@ -12,6 +12,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Prefix of an indexed dataset of 120 prompts and responses."""
+    prefix = tmp_path_factory.mktemp("pairs") / "pairs"
+    ranks.write_pairs(prefix, ranks.random_pairs(120))
+    return prefix
+
+
+@pytest.fixture(scope="session")
 def base(tmp_path_factory, data):
     """A checkpoint that all layouts start from: PP changes Megatron's initial weights by design."""
     directory = tmp_path_factory.mktemp("base")

@@ -26,9 +26,18 @@ def layer_of(name):
     return ".".join(parts[:2] + parts[3:]), int(parts[2])
 
 
-@pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_the_objective_of_the_whole_batch(normalization, base, tmp_path):
-    flags = [*base, "--no-mdm-eod-eligible", "--mdm-normalization", normalization, *ONE_STEP]
+OBJECTIVES = {
+    "tokens": "--no-mdm-eod-eligible",
+    "rows": "--no-mdm-eod-eligible --mdm-normalization rows",
+    "shift": "--no-mdm-eod-eligible --mdm-shift",
+    "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_of_the_whole_batch(name, base, pairs, tmp_path):
+    flags = [*base, *OBJECTIVES[name].split(), *ONE_STEP]
+    flags += ["--data-path", str(pairs)] if name == "sft" else []
     ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
     loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
 

@@ -1,0 +1,105 @@
+"""Fine-tuning on prompts and responses: what is masked, in which order, under which layout."""
+
+import pytest
+
+from tests import ranks
+
+SYRM = "--mdm-syrm-token-ids 5 6 7 --mdm-syrm-fraction 0.25".split()
+METHODS = "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2".split()
+
+
+@pytest.fixture(scope="module")
+def runs(base, pairs, tmp_path_factory):
+    """Everything at once, under three layouts; one of them without SyRM."""
+    directory = tmp_path_factory.mktemp("sft")
+    flags = [*base, *METHODS, "--data-path", str(pairs), "--mdm-recipe", "recommended"]
+    flags += ["--mdm-ppots-refit-interval", "3", "--mdm-ppots-bins", "4", "--eval-iters", "1"]
+    flags += ["--train-iters", "8"]
+    return {
+        "plain": ranks.launch(directory / "plain", 1, *flags),
+        "1 rank": ranks.launch(directory / "one", 1, *flags, *SYRM, "--micro-batch-size", "4"),
+        "DP 2": ranks.launch(directory / "dp", 2, *flags, *SYRM),
+        "PP 2": ranks.launch(
+            directory / "pp", 2, *flags, *SYRM, "--pipeline-model-parallel-size", "2"
+        ),
+    }
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "PP 2"])
+def test_layouts_are_equal(runs, layout):
+    assert runs[layout].masks().keys() == runs["1 rank"].masks().keys()
+    assert runs[layout].losses == pytest.approx(runs["1 rank"].losses, rel=1e-4)
+    assert runs[layout].grad_norms == pytest.approx(runs["1 rank"].grad_norms, rel=1e-4)
+
+
+def texts(run, split):
+    """(masked tokens, clean tokens) of each row; the clean ones found by the pair's response."""
+    return [tokens for (s, _), (_, tokens) in sorted(run.masks().items()) if s == split]
+
+
+def prompts_of(rows):
+    """The rows' prompts: what stands before the first token that is of a response, or masked."""
+    by_response = {}
+    for prompt, response in ranks.random_pairs(120):
+        by_response[tuple(prompt + response)] = len(prompt)
+    found = []
+    for row in rows:
+        matches = {
+            n
+            for clean, n in by_response.items()
+            if all(
+                x in (ranks.MASK_ID, clean[i] if i < len(clean) else ranks.EOD_ID)
+                for i, x in enumerate(row)
+            )
+        }
+        if len(matches) == 1:
+            n = matches.pop()
+            clean = next(
+                c
+                for c, m in by_response.items()
+                if m == n and all(x in (ranks.MASK_ID, y) for x, y in zip(row, c, strict=False))
+            )
+            found.append((row[:n], clean[:n]))
+    return found
+
+
+def test_prompts_stay_visible(runs):
+    found = prompts_of(texts(runs["plain"], 0))
+    assert len(found) > 30  # rows that are masked throughout cannot be told apart
+    assert all(list(row) == list(prompt) for row, prompt in found)
+
+
+def test_syrm_masks_structural_tokens_and_a_fraction_of_the_others(runs):
+    found = prompts_of(texts(runs["1 rank"], 0))
+    masked, structural = [], []
+    for row, prompt in found:
+        for x, clean in zip(row, prompt, strict=True):
+            (structural if clean in (5, 6, 7) else masked).append(x == ranks.MASK_ID)
+    assert any(structural) and any(masked)
+    assert sum(masked) / len(masked) < 0.25 < sum(structural) / len(structural)
+
+
+def test_validation_never_masks_prompts(runs):
+    found = prompts_of(texts(runs["1 rank"], 1))
+    assert found
+    assert all(list(row) == list(prompt) for row, prompt in found)
+
+
+def test_an_epoch_has_every_pair_once(runs, pairs):
+    """90% of 120 pairs are for training, and 8 steps take 4 texts in two views each."""
+    rows = texts(runs["plain"], 0)
+    assert len(rows) == 64
+    assert all(len(row) == 32 for row in rows)
+    assert any("108 pairs, 0 left out" in output for output in runs["plain"].output)
+
+
+def test_data_that_does_not_fit_is_named(base, data, pairs, tmp_path):
+    flags = [*base, "--mdm-sft"]
+    run = ranks.launch(tmp_path / "text", 1, *flags, check=False)
+    assert run.status == [2]
+    assert "does not consist of pairs" in run.output[0]
+    short = ["--data-path", str(pairs), "--seq-length", "1", "--max-position-embeddings", "1"]
+    flags = [*short, "--mdm-sft"]
+    run = ranks.launch(tmp_path / "short", 1, *flags, check=False)
+    assert run.status == [2]
+    assert "no pair of at most --seq-length 1 tokens" in run.output[0]
