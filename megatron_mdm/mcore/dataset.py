@@ -26,7 +26,7 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
@@ -92,6 +92,11 @@ class CleanTokensDataset(_CleanTokens, GPTDataset):
         super().__init__(
             indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
         )
+
+    @property
+    def texts_per_epoch(self) -> int:
+        """Whole rows of its tokens."""
+        return self._get_num_tokens_per_epoch() // self.config.sequence_length
 
 
 class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
@@ -231,6 +236,8 @@ def build_datasets(
         lambda: loads_rows(config, vp_stage),
         dataset_config,
     ).build()
+    if datasets[0] is not None and not args.mock_data and not vp_stage:
+        _print_epochs(datasets[0], train, config.mdm_views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
@@ -239,6 +246,20 @@ def build_datasets(
         else RowDataset(dataset, config, args.seed, args.mdm_mask_token_id, pad, period)
         for dataset, period in zip(datasets, [None, valid or None, test or None], strict=True)
     ]
+
+
+def _print_epochs(dataset: Any, rows: int, views: int) -> None:
+    """Says how often training will pass over its data: rows are `views` times the texts."""
+    texts = -(-rows // views)
+    parts = getattr(dataset, "datasets", [dataset])
+    weights = dataset.weights if len(parts) > 1 else [1.0]
+    for part, weight in zip(parts, weights, strict=True):
+        share = texts * weight / sum(weights)
+        print_rank_0(
+            f" > training takes {share * views:.0f} rows of {share:.0f} texts from "
+            f"{part.dataset_path}: {share / part.texts_per_epoch:.2f} epochs of "
+            f"{part.texts_per_epoch} texts"
+        )
 
 
 def _dataset_class(args: Namespace) -> type:

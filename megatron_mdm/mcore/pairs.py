@@ -65,6 +65,11 @@ class PairDataset(MegatronDataset):
 
     build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
 
+    @property
+    def texts_per_epoch(self) -> int:
+        """Pairs that are not left out."""
+        return len(self.pairs)
+
     def __len__(self) -> int:
         return max(len(self.pairs), self.num_samples or 0)
 

@@ -90,7 +90,10 @@ def test_an_epoch_has_every_pair_once(runs, pairs):
     rows = texts(runs["plain"], 0)
     assert len(rows) == 64
     assert all(len(row) == 32 for row in rows)
-    assert any("108 pairs, 0 left out" in output for output in runs["plain"].output)
+    output = runs["plain"].output[0]
+    assert "108 pairs, 0 left out" in output
+    # The default number of rows is 8 steps of 8.
+    assert f"takes 64 rows of 32 texts from {pairs}: 0.30 epochs of 108 texts" in output
 
 
 def test_data_that_does_not_fit_is_named(base, data, pairs, tmp_path):

@@ -13,7 +13,7 @@ from megatron_mdm.objective.reference import (
     objective_coefficients,
     patterns,
 )
-from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
+from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
 
 EPS = 0.05
 MASK_ID = 99
@@ -136,6 +136,52 @@ def test_isad_with_inclusion_weights_shifts_the_objective():
     target = objective_coefficients(eligible, EPS)
     np.testing.assert_allclose(mean.sum(axis=0), target.sum(axis=0), atol=1e-9)
     assert np.abs(mean - target).max() > 0.01
+
+
+def moved(mean, target):
+    """Share of the objective's weight, 1 in all, that stands at other (mask, position) than it."""
+    return np.abs(mean - target).sum() / 2
+
+
+def isad_shift(delta):
+    """One of four tokens chosen."""
+    settings = {"mask_kind": "bernoulli", "isad_token_ids": (0,), "isad_delta": delta}
+    draw = estimator([True] * 4, Uniform(), (0, 1), **settings, isad_weight="inclusion")
+
+    def thresholds(t):
+        p = (1 - EPS) * t + EPS
+        return [np.array([min(p + delta, 1.0) if i == 0 else p]) for i in range(4)]
+
+    kink = (1 - delta - EPS) / (1 - EPS)
+    mean = expected_coefficients(draw, 4, thresholds, [0.0, kink, 1.0], order=12)
+    return moved(mean, objective_coefficients([True] * 4, EPS))
+
+
+def clipped_shift(low, high):
+    draw = estimator([True] * 4, Clipped(low, high), (0, 1), mask_kind="bernoulli")
+
+    def thresholds(quantile):
+        return [np.array([(1 - EPS) * (low + (high - low) * quantile) + EPS])] * 4
+
+    mean = expected_coefficients(draw, 4, thresholds, [0.0, 1.0], order=12)
+    return moved(mean, objective_coefficients([True] * 4, EPS))
+
+
+def syrm_shift(fraction):
+    """One token of the prompt, three of the response."""
+    without = objective_coefficients([False, True, True, True], EPS)
+    mean = fraction * objective_coefficients([True] * 4, EPS) + (1 - fraction) * without
+    return moved(mean, without)
+
+
+def test_how_far_the_biased_methods_move_the_objective():
+    """The figures of the README, exactly."""
+    assert isad_shift(0.1) == pytest.approx(0.0711, abs=1e-4)
+    assert isad_shift(0.3) == pytest.approx(0.1895, abs=1e-4)
+    assert clipped_shift(0.3, 0.8) == pytest.approx(0.1553, abs=1e-4)
+    assert clipped_shift(0.0, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert syrm_shift(0.25) == pytest.approx(0.1609, abs=1e-4)
+    assert syrm_shift(1.0) == pytest.approx(0.6437, abs=1e-4)
 
 
 def test_the_oracle_agrees_with_its_own_definition():
