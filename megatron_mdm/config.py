@@ -123,6 +123,10 @@ class MDMConfig:
     """The logits of a position predict the token after it, as in Dream and in models that were
     trained autoregressively. The first token of a row is then never masked."""
 
+    mdm_anneal_attention_iters: int = 0
+    """Iterations in which attention goes from causal to bidirectional, for a model that was trained
+    autoregressively; 0: bidirectional from the start. Evaluations are always bidirectional."""
+
     mdm_rate_bins: int = 10
     """Number of equal bins of t in which the logs show the loss."""
 
@@ -201,6 +205,11 @@ class MDMConfig:
             )
         if not 0.0 <= self.mdm_ppots_decay <= 1.0:
             raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.mdm_ppots_decay}")
+        if self.mdm_anneal_attention_iters < 0:
+            raise UserError(
+                "--mdm-anneal-attention-iters must not be negative: "
+                f"{self.mdm_anneal_attention_iters}"
+            )
         if not 0.0 <= self.mdm_ema_decay <= 1.0:
             raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.mdm_ema_decay}")
         if self.mdm_clip is not None:
@@ -224,7 +233,9 @@ class MDMConfig:
     @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
-        return self.mdm_eod_attended and self.mdm_pad_attended
+        return (
+            self.mdm_eod_attended and self.mdm_pad_attended and not self.mdm_anneal_attention_iters
+        )
 
 
 def requested_device() -> str:

@@ -224,13 +224,17 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
                 "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
             )
-    if args.transformer_impl == "transformer_engine" and not (
-        args.mdm_pad_attended and args.mdm_eod_attended
-    ):
-        raise UserError(
-            "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl local "
-            "only: Transformer Engine takes a padding mask for a length"
-        )
+    if args.transformer_impl == "transformer_engine":
+        if not (args.mdm_pad_attended and args.mdm_eod_attended):
+            raise UserError(
+                "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
+                "local only: Transformer Engine takes a padding mask for a length"
+            )
+        if args.mdm_anneal_attention_iters:
+            raise UserError(
+                "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
+                "attention mask has no fused kernel"
+            )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"

@@ -75,24 +75,53 @@ class Norm:
 
 
 def attention_mask(
-    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+    tokens: torch.Tensor,
+    padding: torch.Tensor,
+    eod_id: int,
+    mdm: MDMConfig,
+    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The positions that no position attends to, in Megatron's convention.
+    """What positions do not attend to, in Megatron's convention.
 
     Args:
         tokens: clean tokens, int64 [b, s].
         padding: bool [b, s].
         eod_id: end-of-document token.
         mdm: settings of the objective.
+        ahead: positions that earlier ones attend to, bool [b, s] (see `seen_ahead`); None: all.
 
     Returns:
-        bool [b, 1, 1, s], True = hidden; None if every position is attended to.
+        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden; None if every position is attended to.
     """
-    if mdm.attends_everywhere:
+    if mdm.mdm_pad_attended and mdm.mdm_eod_attended and ahead is None:
         return None
     hidden = torch.zeros_like(padding)
     if not mdm.mdm_pad_attended:
         hidden |= padding
     if not mdm.mdm_eod_attended:
         hidden |= (tokens == eod_id) & ~padding
-    return hidden[:, None, None, :]
+    hidden = hidden[:, None, None, :]
+    if ahead is not None:
+        s = tokens.shape[1]
+        later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
+        hidden = hidden | (later & ~ahead[:, None, None, :])
+    return hidden
+
+
+def seen_ahead(uniforms: torch.Tensor, progress: float) -> torch.Tensor | None:
+    """Positions that earlier ones attend to on the way from causal to full attention.
+
+    Each position of a row opens at a time of its own, and then stays open, as the annealing of
+    DiffuLLaMA (arXiv 2410.17891) opens more and more of the positions ahead.
+
+    Args:
+        uniforms: grid integers of the masks [b, s]. Their last 20 bits, which decide no mask, are
+            the times: so these too are functions of (seed, row), and nothing more is loaded.
+        progress: 0 is causal, 1 full attention.
+
+    Returns:
+        bool [b, s]; None at the end.
+    """
+    if progress >= 1.0:
+        return None
+    return (uniforms & 0xFFFFF) < progress * 2**20

@@ -13,7 +13,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import attention_mask
+from megatron_mdm.mcore.attention import attention_mask, seen_ahead
 from megatron_mdm.mcore.dataset import FIXED, needs_rows
 from megatron_mdm.mcore.head import head_with_gradient_norms
 from megatron_mdm.mcore.metrics import recorder
@@ -82,7 +82,11 @@ def forward_step(
     eod_id = get_tokenizer().eod
     eligible = rows.eligible(eod_id, mdm)
     corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile)
-    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm)
+    progress = 1.0
+    if training and mdm.mdm_anneal_attention_iters:
+        progress = args.curr_iteration / mdm.mdm_anneal_attention_iters
+    ahead = seen_ahead(rows.uniforms, progress)
+    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, ahead)
     timers("batch-generator").stop()
 
     position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
