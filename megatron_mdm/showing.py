@@ -127,7 +127,7 @@ def order_frames(texts: Sequence[str], order: Sequence[int]) -> Iterator["Image"
             if done < call <= upto:
                 empty.paste(full.crop(box), box)
         done = upto
-        yield empty.copy()
+        yield empty.copy() if upto < calls else full
 
 
 def _grid(

@@ -169,9 +169,17 @@ def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespac
     args = state.get("args")
     if args is None:
         raise UserError(f"the checkpoint in {checkpoint} has no arguments: save it with Megatron")
+    # A Hugging Face tokenizer may be a name that is no file.
+    if args.tokenizer_type == "SentencePieceTokenizer" and not os.path.exists(args.tokenizer_model):
+        raise UserError(
+            f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
+            "directory that the training was started in, or put the file there"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
     own = {
+        # What the plugin has learnt since the checkpoint was written.
+        **{name: value for name, value in vars(MDMConfig()).items() if not hasattr(args, name)},
         **HERE,
         "rank": int(os.environ.get("RANK", "0")),
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),

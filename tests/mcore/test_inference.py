@@ -1,5 +1,7 @@
 """A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -108,3 +110,29 @@ def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
         line for line in log.splitlines() if message in line
     ]
     assert message in log
+
+
+def edited(base, directory, **changes):
+    """A copy of the checkpoint whose arguments were changed; None takes one away."""
+    copy = directory / "checkpoint"
+    shutil.copytree(checkpoint(base), copy)
+    (common,) = copy.glob("iter_*/common.pt")
+    state = torch.load(common, weights_only=False)
+    for name, value in changes.items():
+        delattr(state["args"], name)
+        if value is not None:
+            setattr(state["args"], name, value)
+    torch.save(state, common)
+    return ["--load", str(copy)]
+
+
+def test_a_checkpoint_from_before_a_flag_existed_opens(base, tmp_path):
+    older = edited(base, tmp_path, mdm_recipe=None, mdm_ema_decay=None)
+    assert generate(older, tmp_path / "run", "--prompt", "1 2", "--length", "2").startswith("1 2")
+
+
+def test_a_tokenizer_that_moved_is_named(base, tmp_path):
+    changes = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
+    log = generate(edited(base, tmp_path, **changes), tmp_path / "run", check=False)
+    assert "error: the tokenizer of" in log and "is not at gone.model" in log
+    assert "Traceback" not in log
