@@ -1,57 +1,205 @@
-"""Decoding: from masked positions to tokens, over a callable that gives logits."""
+"""Decoding: from masked positions to tokens, over a callable that gives logits.
 
-from collections.abc import Callable
+Greedy low-confidence decoding in blocks is the algorithm that LLaDA (arXiv 2502.09992) published,
+token for token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from megatron_mdm.errors import UserError
+
 LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
+Remasking = Literal["low-confidence", "random"]
 
 
-@torch.no_grad()
-def fill_masks(
-    logits: LogitsFunction,
-    tokens: torch.Tensor,
-    mask_token_id: int,
-    steps: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Fills the masked positions, the most confident predictions first.
+@dataclass(frozen=True)
+class Decoder:
+    """Fills the masked positions of rows of tokens, which may lie anywhere in a row.
 
-    Every step predicts all masked positions, keeps the predictions of highest probability and masks
-    the others again (low-confidence remasking, LLaDA, arXiv 2502.09992). The positions are spread
-    evenly over the steps.
+    The masked positions of a row are filled block by block, from the left. Every model call
+    predicts all masked positions of the row's current block, keeps some of the predictions and
+    leaves the others masked. What is kept never changes again.
+
+    Attributes:
+        mask_token_id: id of the mask token, which is never predicted.
+        steps: model calls for a row, spread evenly over its blocks (the first ones get the
+            remainder), and a block's tokens over its calls alike; calls beyond a block's tokens are
+            not made. Default: one call a token.
+        block_length: masked positions in a block; the last block takes the rest
+            (semi-autoregressive decoding). Default: one block.
+        remasking: which predictions a call keeps: `low-confidence` those of highest probability,
+            `random` any.
+        temperature: 0 takes the likeliest token; else the token of the greatest logit after adding
+            temperature times Gumbel noise, in float64 (arXiv 2409.02908 on why), which samples from
+            the softmax of logits / temperature. Confidence ignores it.
+        threshold: also keep all predictions of at least this probability, in (0, 1], so that a row
+            may need fewer calls (parallel decoding by confidence, arXiv 2505.22618). A block that
+            is filled early gives way to the next one at once.
+        end_token_ids: tokens that end a row: once such a token stands after the last given position
+            with no masked position before it, all masked positions become this token. What comes
+            before is the same as without.
+        vocab_size: ids from here on are padding of the vocabulary and never predicted.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    mask_token_id: int
+    steps: int | None = None
+    block_length: int | None = None
+    remasking: Remasking = "low-confidence"
+    temperature: float = 0.0
+    threshold: float | None = None
+    end_token_ids: tuple[int, ...] = ()
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value; see Raises of the class."""
+        for name in ("steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
+        if self.remasking not in ("low-confidence", "random"):
+            raise UserError(f"--remasking is low-confidence or random, not {self.remasking}")
+        if self.threshold is not None:
+            if not 0.0 < self.threshold <= 1.0:
+                raise UserError(f"--threshold must lie in (0, 1], got {self.threshold}")
+            if self.remasking == "random":
+                raise UserError("--threshold needs --remasking low-confidence: drop one of them")
+        if self.mask_token_id in self.end_token_ids:
+            raise UserError(f"the mask token {self.mask_token_id} cannot end a text")
+
+    def __call__(
+        self,
+        logits: LogitsFunction,
+        tokens: torch.Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """The last of `states`: int64 [B, L] without mask tokens."""
+        for state in self.states(logits, tokens, generators):
+            tokens = state
+        return tokens
+
+    @torch.no_grad()
+    def states(
+        self,
+        logits: LogitsFunction,
+        tokens: torch.Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Decodes call by call.
+
+        Args:
+            logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
+            tokens: int64 [B, L], the mask token where a token is wanted; the rest is kept.
+            generators: of the random numbers, one a row, on the device of `tokens`, so that a row
+                does not depend on the others; default: torch's own.
+
+        Yields:
+            int64 [B, L]: `tokens`, and what stands after each model call; rows that are done stay.
+
+        Raises:
+            UserError: there are fewer steps than blocks in a row.
+        """
+        masked = tokens == self.mask_token_id
+        wanted = masked.sum(dim=1)
+        length = wanted.clamp(min=1)
+        if self.block_length is not None:
+            length = torch.full_like(wanted, self.block_length)
+        blocks = (wanted + length - 1) // length
+        if self.steps is not None and (blocks > self.steps).any():
+            raise UserError(
+                f"--steps {self.steps} is less than one a block: {int(blocks.max())} blocks of "
+                f"--block-length {self.block_length} are to be filled"
+            )
+        ordinal = masked.cumsum(dim=1) - 1  # of a masked position among those of its row
+        block_of = ordinal // length[:, None]
+        after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()
+        block = torch.full_like(wanted, -1)
+        call = torch.zeros_like(wanted)
+        yield tokens
+        while masked.any():
+            leftmost = masked.int().argmax(dim=1)
+            previous, block = block, block_of.gather(1, leftmost[:, None])[:, 0]
+            call = torch.where(block == previous, call + 1, 0)  # within the block
+            candidates = masked & (block_of == block[:, None])
+            prediction, confidence = self._predict(logits(tokens), candidates, generators)
+
+            size = torch.minimum(wanted - block * length, length)
+            calls = size
+            if self.steps is not None:
+                share = blocks.clamp(min=1)  # a row that wants nothing divides by anything
+                calls = self.steps // share + (block < self.steps % share)
+            calls = calls.clamp(min=1)
+            count = size // calls + (call < size % calls)
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            keep = rank < count[:, None]
+            if self.threshold is not None:
+                keep = keep | (confidence >= self.threshold)
+            tokens = torch.where(candidates & keep, prediction, tokens)
+            if self.end_token_ids:
+                tokens = self._end(tokens, after_given)
+            masked = tokens == self.mask_token_id
+            yield tokens
+
+    def _predict(
+        self,
+        logits: torch.Tensor,
+        candidates: torch.Tensor,
+        generators: Sequence[torch.Generator] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions (int64 [B, L]) and what they are ranked by (float64 [B, L]) at candidates."""
+        scores = logits[candidates].double()  # [N, V], rows one after the other
+        probabilities = scores.softmax(dim=-1)
+        scores[:, self.mask_token_id] = -torch.inf
+        if self.vocab_size is not None:
+            scores[:, self.vocab_size :] = -torch.inf
+
+        def uniforms(*shape: int) -> torch.Tensor:
+            counts = candidates.sum(dim=1).tolist()
+            sources = generators or [None] * len(counts)
+            parts = [
+                torch.rand(n, *shape, dtype=scores.dtype, device=scores.device, generator=source)
+                for n, source in zip(counts, sources, strict=True)
+            ]
+            return torch.cat(parts)
+
+        if self.temperature > 0:
+            # LLaDA maximises exp(logit) / (-log u)^temperature; this is its logarithm.
+            scores -= self.temperature * uniforms(scores.shape[1]).log_().neg_().log_()
+        picks = scores.argmax(dim=-1)
+        if self.remasking == "random":
+            order = uniforms()
+        else:
+            order = probabilities.gather(-1, picks[:, None])[:, 0]
+        prediction = torch.zeros_like(candidates, dtype=torch.int64)
+        confidence = torch.full_like(candidates, -torch.inf, dtype=scores.dtype)
+        prediction[candidates], confidence[candidates] = picks, order
+        return prediction, confidence
+
+    def _end(self, tokens: torch.Tensor, after_given: torch.Tensor) -> torch.Tensor:
+        """Fills what is masked behind an end token that everything before is known of."""
+        masked = tokens == self.mask_token_id
+        ends = torch.isin(tokens, torch.tensor(self.end_token_ids, device=tokens.device))
+        ends &= after_given & (masked.cumsum(dim=1) == 0)
+        token = tokens.gather(1, ends.int().argmax(dim=1)[:, None])
+        return torch.where(masked & ends.any(dim=1)[:, None], token, tokens)
+
+
+def filling_order(states: Sequence[torch.Tensor], mask_token_id: int) -> torch.Tensor:
+    """After which model call each position was filled.
 
     Args:
-        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
-        tokens: int64 [B, L], `mask_token_id` where a token is wanted; the rest is kept.
-        mask_token_id: id of the mask token, which is never predicted.
-        steps: number of model calls, at least 1; never more than masked positions are used.
-        temperature: 0 takes the likeliest token; else tokens are sampled from the softmax of
-            logits / temperature.
-        generator: of the random numbers, on the device of `tokens`.
+        states: what `Decoder.states` yielded, n + 1 times int64 [B, L].
+        mask_token_id: id of the mask token.
 
     Returns:
-        int64 [B, L] without mask tokens.
+        int64 [B, L]: 1 to n, 0 for given positions.
     """
-    tokens = tokens.clone()
-    for remaining in range(steps, 0, -1):
-        masked = tokens == mask_token_id
-        left = masked.sum(dim=1)
-        if not left.any():
-            break
-        scores = logits(tokens).double()
-        scores[..., mask_token_id] = -torch.inf
-        probabilities = scores.softmax(dim=-1)
-        if temperature > 0:
-            tempered = (scores / temperature).softmax(dim=-1)
-            picks = torch.multinomial(tempered.flatten(0, 1), 1, generator=generator)
-            prediction = picks.view_as(tokens)
-        else:
-            prediction = probabilities.argmax(dim=-1)
-        confidence = probabilities.gather(-1, prediction[..., None])[..., 0]
-        confidence = confidence.masked_fill(~masked, -1.0)
-        count = -(-left // remaining)  # rounded up, so that the last step leaves nothing
-        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        tokens = torch.where(masked & (rank < count[:, None]), prediction, tokens)
-    return tokens
+    return torch.stack([state == mask_token_id for state in states]).sum(dim=0)

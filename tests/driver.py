@@ -1,7 +1,10 @@
 """What the ranks of the tests run: the program, with a record of the rows that each rank saw."""
 
+import contextlib
 import os
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +12,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.device import training_device
@@ -81,6 +85,29 @@ def whole_batch() -> None:
 
     program.forward_step = forward_step
     main()
+
+
+def tool() -> None:
+    """A command-line tool: the arguments after `--` are its file and its flags.
+
+    What it prints goes to `stdout<rank>` of its own, beside the log.
+    """
+    file, *sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    path = Path(os.environ["TRACE_DIR"], f"stdout{os.environ['RANK']}")
+    with open(path, "w", encoding="utf-8") as stdout, contextlib.redirect_stdout(stdout):
+        runpy.run_path(str(Path(__file__).parent.parent / file), run_name="__main__")
+
+
+def logits() -> None:
+    """Logits of a checkpoint on random rows, of two lengths, saved by every rank."""
+    load, stages = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu", int(stages)) as loaded:
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(0, 128, shape, generator=generator) for shape in ((3, 32), (1, 7))]
+        plain = [loaded.logits(tokens) for tokens in rows]
+        loaded.args.mdm_shift = True
+        shifted = [loaded.logits(tokens) for tokens in rows]
+        torch.save((plain, shifted), f"{os.environ['TRACE_DIR']}/logits{os.environ['RANK']}.pt")
 
 
 def readme_script() -> None:

@@ -13,9 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError, run_tool
-from megatron_mdm.pretrain import prepare_environment
 
 
 def parse() -> argparse.Namespace:
@@ -51,24 +51,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures, fits, writes, draws."""
     options = parse()
-    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
     if min(options.rates, options.rows, options.masks) < 1:
         raise UserError("--rates, --rows and --masks must be at least 1")
-    prepare_environment(options.device)
 
-    from tqdm import tqdm
+    with open_checkpoint(options.load, options.device) as loaded:
+        from tqdm import tqdm
 
-    from megatron_mdm.objective.fit_file import save_sampler
-    from megatron_mdm.objective.fits import fit
+        from megatron_mdm.mcore.measure import measure
+        from megatron_mdm.objective.fit_file import save_sampler
+        from megatron_mdm.objective.fits import fit
 
-    with contextlib.ExitStack() as stack:
+        # Megatron says where the data comes from.
         with contextlib.redirect_stdout(sys.stderr):
-            from megatron_mdm.mcore.device import training_device
-            from megatron_mdm.mcore.inference import loaded_model
-            from megatron_mdm.mcore.measure import measure
-
-            stack.enter_context(training_device(options.device))
-            loaded = stack.enter_context(loaded_model(options.load, options.device))
             if options.data_path:
                 loaded.args.data_path = options.data_path
             done = 0

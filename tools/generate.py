@@ -1,16 +1,20 @@
-"""Writes text with a trained checkpoint.
+"""Writes text with a trained checkpoint, or fills gaps in it.
 
     python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def "
+    python tools/generate.py ... --prompt "def f(<mask><mask>):" --suffix "    return a" --length 8
 
-Under torchrun the ranks share the model as tensor-parallel ranks.
+Under torchrun the ranks share the model: as pipeline stages, and tensor-parallel ranks in each.
 """
 
 import argparse
-import contextlib
 import sys
 
+import numpy as np
+
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError, run_tool
-from megatron_mdm.pretrain import prepare_environment
+from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
+from megatron_mdm.showing import Screen, check_picture, draw_order
 
 
 def parse() -> argparse.Namespace:
@@ -19,56 +23,173 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
-    parser.add_argument("--prompt", default="", help="text that the output starts with")
-    parser.add_argument("--length", type=int, default=64, help="tokens to write (default: 64)")
-    parser.add_argument("--steps", type=int, help="model calls (default: one a token)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    return parser.parse_args()
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline stages under torchrun; the ranks of a stage share its tensors (default: 1)",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--prompt", action="append", help="text that the output starts with; may be given again"
+    )
+    text.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help="a prompt a line, or a JSONL file, whose prompts may have several lines",
+    )
+    text.add_argument("--json-key", default="prompt", help="of the prompts in JSONL (prompt)")
+    text.add_argument(
+        "--length", type=int, default=64, help="tokens to write after the prompt (default: 64)"
+    )
+    text.add_argument("--suffix", default="", help="text that follows what is written")
+    text.add_argument(
+        "--mask-marker",
+        default="<mask>",
+        metavar="TEXT",
+        help="stands for one token to fill in, in prompt and suffix (default: <mask>)",
+    )
+    text.add_argument(
+        "--eos-token-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="tokens that end a text (default: the tokenizer's end of document)",
+    )
+    text.add_argument(
+        "--no-stop-at-eos", action="store_true", help="write on after a token that ends a text"
+    )
+    decoder = parser.add_argument_group("decoder")
+    decoder.add_argument("--steps", type=int, help="model calls (default: one a token)")
+    decoder.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="fill N positions after N, from left to right (default: all at once)",
+    )
+    decoder.add_argument(
+        "--remasking",
+        choices=["low-confidence", "random"],
+        default="low-confidence",
+        help="what a call keeps: the most confident predictions (default), or any",
+    )
+    decoder.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="keep all predictions of at least this probability: fewer calls",
+    )
+    decoder.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
+    decoder.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    decoder.add_argument(
+        "--batch-size", type=int, default=8, help="prompts of one length in a call (default: 8)"
+    )
+    shown = parser.add_argument_group("to look at")
+    shown.add_argument(
+        "--show", action="store_true", help="the text after each call, in place on a terminal"
+    )
+    shown.add_argument(
+        "--picture",
+        metavar="FILE",
+        help=".png: the order in which the tokens came; .gif: the same, moving (one prompt)",
+    )
+    options = parser.parse_args()
+    for name, least in (("length", 0), ("batch_size", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
+    if not options.mask_marker:
+        raise UserError("--mask-marker must not be empty")
+    return options
 
 
 def main() -> None:
     """Loads, decodes, prints."""
     options = parse()
-    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
-    if options.length < 1 or (options.steps is not None and options.steps < 1):
-        raise UserError("--length and --steps must be at least 1")
-    prepare_environment(options.device)
+    prompts = options.prompt or []
+    if options.prompts_file:
+        prompts = prompts + read_prompts(options.prompts_file, options.json_key)
+    prompts = prompts or [""]
+    if options.picture:
+        check_picture(options.picture)
+        if len(prompts) > 1:
+            raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 
-    import torch
+    pipeline_parallel = options.pipeline_model_parallel_size
+    with open_checkpoint(options.load, options.device, pipeline_parallel) as loaded:
+        import torch
 
-    from megatron_mdm.generation import fill_masks
+        from megatron_mdm.generation import Decoder, filling_order
 
-    with contextlib.ExitStack() as stack:
-        # Megatron's messages go to stderr, its loggers' too, which keep the stream that they find
-        # while they are imported; the text stays alone.
-        with contextlib.redirect_stdout(sys.stderr):
-            from megatron_mdm.mcore.device import training_device
-            from megatron_mdm.mcore.inference import loaded_model
-
-            stack.enter_context(training_device(options.device))
-            loaded = stack.enter_context(loaded_model(options.load, options.device))
-        prompt = loaded.tokenizer.tokenize(options.prompt) if options.prompt else []
-        mask = loaded.args.mdm_mask_token_id
-        if len(prompt) + options.length > loaded.args.seq_length:
-            raise UserError(
-                f"the prompt's {len(prompt)} tokens and --length {options.length} exceed the "
-                f"model's {loaded.args.seq_length} positions: shorten one of them"
-            )
-        device = torch.cuda.current_device()
-        tokens = torch.tensor([prompt + [mask] * options.length], device=device)
-        generator = torch.Generator(device=device).manual_seed(options.seed)
-        filled = fill_masks(
-            loaded.logits,
-            tokens,
+        tokenizer, mask = loaded.tokenizer, loaded.args.mdm_mask_token_id
+        ends = () if options.no_stop_at_eos else (options.eos_token_ids or [tokenizer.eod])
+        decoder = Decoder(
             mask,
-            options.steps or options.length,
+            options.steps,
+            options.block_length,
+            options.remasking,
             options.temperature,
-            generator,
+            options.threshold,
+            tuple(ends),
+            tokenizer.vocab_size,
         )
+        rows = [
+            prompt_tokens(
+                tokenizer.tokenize, text, options.length, options.suffix, options.mask_marker, mask
+            )
+            for text in prompts
+        ]
+        for number, row in enumerate(rows, 1):
+            check_row(row, f"prompt {number}", mask, loaded.args.seq_length)
+        spelling = Spelling(tokenizer.tokenize, tokenizer.detokenize, mask)
+        device = torch.cuda.current_device()
+        screen = Screen(sys.stdout) if options.show and loaded.args.rank == 0 else None
+        texts = {}
+        for batch in same_lengths(rows, options.batch_size):
+            # A generator a row: a text does not depend on what it shares a call with.
+            seeds = [np.random.SeedSequence([options.seed, i]).generate_state(1)[0] for i in batch]
+            generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+            states = []
+            tokens = torch.tensor([rows[i] for i in batch], device=device)
+            for step, tokens in enumerate(decoder.states(loaded.logits, tokens, generators)):
+                if screen:
+                    screen.show(step, [spelling.partial(row) for row in tokens.tolist()])
+                if options.picture:
+                    states.append(tokens)
+            if screen:
+                screen.clear()
+            if options.picture and loaded.args.rank == 0:
+                pieces = [spelling.inside([token]) for token in tokens[0].tolist()]
+                draw_order(options.picture, pieces, filling_order(states, mask)[0].tolist())
+            for i, row in zip(batch, tokens.tolist(), strict=True):
+                given = [token != mask for token in rows[i]]
+                texts[i] = tokenizer.detokenize(until_end(row, given, ends))
         if loaded.args.rank == 0:
-            print(loaded.tokenizer.detokenize(filled[0].tolist()))
+            for i in range(len(prompts)):
+                if len(prompts) > 1:
+                    print(f"== prompt {i + 1}")
+                print(texts[i])
+            if options.picture:
+                print(f"picture: {options.picture}", file=sys.stderr)
+
+
+def check_row(row: list[int], name: str, mask_token_id: int, positions: int) -> None:
+    """Checks that a row fits into the model and has something to fill.
+
+    Raises:
+        UserError: it does not, or has not.
+    """
+    if len(row) > positions:
+        raise UserError(
+            f"{name}: its tokens, --length and --suffix make {len(row)} positions, and the model "
+            f"has {positions}: shorten one of them"
+        )
+    if mask_token_id not in row:
+        raise UserError(
+            f"{name}: nothing to write: give a --length of at least 1, or mark gaps in the text "
+            "with the --mask-marker"
+        )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.utils import unwrap_model
@@ -31,7 +32,11 @@ from megatron_mdm.mcore.model import model_config
 
 # What the checkpoint's arguments say of the run that wrote it, and how it is here instead.
 HERE = {
-    "pipeline_model_parallel_size": 1,
+    # Derived from the tensor-parallel size of that run, and None derives them anew.
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "num_layers_per_virtual_pipeline_stage": None,
     "pipeline_model_parallel_layout": None,
@@ -86,32 +91,59 @@ class LoadedModel:
             tokens: int64 [b, s], the same on all ranks.
 
         Returns:
-            float [b, s, V], V the padded vocabulary, on all ranks.
+            float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
+            for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        b, s = tokens.shape
+        positions = torch.arange(s, device=tokens.device).expand_as(tokens)
         hidden = attention_mask(
             tokens,
             torch.zeros_like(tokens, dtype=torch.bool),
             self.tokenizer.eod,
             MDMConfig.from_args(self.args),
         )
-        output = self.model(tokens, positions, hidden)
-        return gather_from_tensor_model_parallel_region(output)
+        outputs = get_forward_backward_func()(
+            forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=s,
+            micro_batch_size=b,
+            forward_only=True,
+        )
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            if not mpu.is_pipeline_last_stage():
+                columns = self.args.padded_vocab_size // self.args.tensor_model_parallel_size
+                outputs = [tokens.new_empty((b, s, columns), dtype=self.args.params_dtype)]
+            torch.distributed.broadcast(
+                outputs[0],
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        logits = gather_from_tensor_model_parallel_region(outputs[0])
+        if getattr(self.args, "mdm_shift", False):  # the first position has only its own
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        return logits
 
 
 @contextlib.contextmanager
-def loaded_model(checkpoint: str, device: str) -> Iterator[LoadedModel]:
-    """Loads a checkpoint, whatever layout wrote it, over all ranks as tensor parallel ranks.
+def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> Iterator[LoadedModel]:
+    """Loads a checkpoint, whatever layout wrote it, over all ranks.
 
     To be entered inside `training_device(device)`; without torchrun it is a single process.
 
+    Args:
+        checkpoint: directory that the run named as --save.
+        device: `cuda` or `cpu`.
+        pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
+
     Raises:
-        UserError: there is no checkpoint, or it has no arguments.
+        UserError: there is no checkpoint, it has no arguments, or the model cannot be divided so.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    args = _arguments(checkpoint, device)
+    args = _arguments(checkpoint, device, pipeline_parallel)
     set_global_variables(args)
     use_shipped_dataset_helpers()
     initialize_megatron()
@@ -128,7 +160,7 @@ def loaded_model(checkpoint: str, device: str) -> Iterator[LoadedModel]:
         torch.distributed.destroy_process_group()
 
 
-def _arguments(checkpoint: str, device: str) -> Namespace:
+def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:
     """The checkpoint's own arguments, which Megatron saved validated, with this layout."""
     probe = parse_args(_accept_anything, ignore_unknown_args=True)
     state = _load_base_checkpoint(checkpoint, probe, rank0=True)[0]
@@ -137,14 +169,25 @@ def _arguments(checkpoint: str, device: str) -> Namespace:
     args = state.get("args")
     if args is None:
         raise UserError(f"the checkpoint in {checkpoint} has no arguments: save it with Megatron")
+    # A Hugging Face tokenizer may be a name that is no file.
+    if args.tokenizer_type == "SentencePieceTokenizer" and not os.path.exists(args.tokenizer_model):
+        raise UserError(
+            f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
+            "directory that the training was started in, or put the file there"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
     own = {
+        # What the plugin has learnt since the checkpoint was written.
+        **{name: value for name, value in vars(MDMConfig()).items() if not hasattr(args, name)},
         **HERE,
         "rank": int(os.environ.get("RANK", "0")),
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "world_size": world,
-        "tensor_model_parallel_size": world,
-        "expert_tensor_parallel_size": world,
+        "tensor_model_parallel_size": tensor_parallel,
+        "expert_tensor_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": pipeline_parallel,
+        "transformer_pipeline_model_parallel_size": pipeline_parallel,
         "load": checkpoint,
         "mdm_device": device,
         **(CPU_DEFAULTS if device == "cpu" else {}),
@@ -152,6 +195,35 @@ def _arguments(checkpoint: str, device: str) -> Namespace:
     for name, value in own.items():
         setattr(args, name, value)
     return args
+
+
+def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:
+    """Tensor-parallel ranks of a stage, checked against the model.
+
+    Raises:
+        UserError: ranks, layers, heads or vocabulary cannot be divided so.
+    """
+    name = "--pipeline-model-parallel-size"
+    if pipeline_parallel < 1 or world % pipeline_parallel:
+        raise UserError(
+            f"{name} {pipeline_parallel} does not divide the {world} ranks: start a multiple of "
+            "it with torchrun --nproc-per-node"
+        )
+    if args.num_layers % pipeline_parallel:
+        raise UserError(f"{name} {pipeline_parallel} does not divide the {args.num_layers} layers")
+    tensor_parallel = world // pipeline_parallel
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for what, count in (
+        ("attention heads", args.num_attention_heads),
+        ("query groups", groups),
+        ("entries of the padded vocabulary", args.padded_vocab_size),
+    ):
+        if count % tensor_parallel:
+            raise UserError(
+                f"{tensor_parallel} tensor-parallel ranks do not divide the {count} {what}: start "
+                f"another number of ranks, or give {name}"
+            )
+    return tensor_parallel
 
 
 def _accept_anything(parser: Any) -> Any:

@@ -1,0 +1,41 @@
+"""How a command-line tool opens a checkpoint."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_mdm.pretrain import prepare_environment
+
+if TYPE_CHECKING:
+    from megatron_mdm.mcore.inference import LoadedModel
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    checkpoint: str, device: str, pipeline_parallel: int = 1
+) -> Iterator["LoadedModel"]:
+    """Loads a checkpoint as `mcore.inference.loaded_model` does, from outside Megatron.
+
+    To be entered after the tool's own flags were parsed, before anything imports torch. Megatron's
+    messages go to stderr while it loads, its loggers' for good, since they keep the stream that
+    they find while they are imported: stdout stays the tool's.
+
+    Args:
+        checkpoint: directory that the run named as --save.
+        device: `cuda` or `cpu`.
+        pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
+
+    Raises:
+        UserError: no such device or checkpoint, or a layout that the model does not allow.
+    """
+    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
+    prepare_environment(device)
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(sys.stderr):
+            from megatron_mdm.mcore.device import training_device
+            from megatron_mdm.mcore.inference import loaded_model
+
+            stack.enter_context(training_device(device))
+            loaded = stack.enter_context(loaded_model(checkpoint, device, pipeline_parallel))
+        yield loaded

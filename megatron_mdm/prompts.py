@@ -1,0 +1,117 @@
+"""Prompts: from text with marked gaps to rows of tokens, and back."""
+
+import os
+from collections.abc import Callable, Sequence
+
+from megatron_mdm.data.documents import document_text, read_documents
+from megatron_mdm.errors import UserError
+
+Tokenize = Callable[[str], list[int]]
+Detokenize = Callable[[list[int]], str]
+
+
+def read_prompts(path: str, json_key: str = "prompt") -> list[str]:
+    """Reads prompts: one a line (blank lines are passed over), or `json_key` of each JSONL line.
+
+    Raises:
+        UserError: the file cannot be read, or holds no prompt.
+    """
+    prompts = []
+    for document in read_documents([path]):
+        text = document_text(document, json_key)
+        if document.line:
+            prompts.append(text)
+        else:
+            prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts-file {path} holds no prompt: write one a line")
+    return prompts
+
+
+def prompt_tokens(
+    tokenize: Tokenize, prompt: str, length: int, suffix: str, marker: str, mask_token_id: int
+) -> list[int]:
+    """Tokens of `prompt`, `length` mask tokens, and those of `suffix`.
+
+    Args:
+        tokenize: text -> ids.
+        prompt: text in which `marker` stands for a token that is wanted.
+        length: tokens wanted after the prompt.
+        suffix: text behind these, with markers or without.
+        marker: what stands for one mask token. The texts between are tokenized one by one.
+        mask_token_id: id of the mask token.
+    """
+    # What the tokenizer puts in front of any text (bos) belongs to the first part only.
+    opening = os.path.commonprefix([tokenize("0"), tokenize("1")])
+    tokens: list[int] = []
+    for part, wanted in ((prompt, length), (suffix, 0)):
+        pieces = part.split(marker)
+        for number, piece in enumerate(pieces):
+            ids = tokenize(piece) if piece else []
+            inside = bool(tokens) and ids[: len(opening)] == opening
+            tokens += ids[len(opening) :] if inside else ids
+            tokens += [mask_token_id] * (number + 1 < len(pieces))
+        tokens += [mask_token_id] * wanted
+    return tokens
+
+
+def same_lengths(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Batches of at most `batch_size` indices of rows that are equally long.
+
+    Rows of one batch need no padding, so none can see any.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(index)
+    return [
+        group[first : first + batch_size]
+        for group in by_length.values()
+        for first in range(0, len(group), batch_size)
+    ]
+
+
+def until_end(
+    tokens: Sequence[int], given: Sequence[bool], end_token_ids: Sequence[int]
+) -> list[int]:
+    """The tokens up to the first end token after the last given position, without it."""
+    start = max((i + 1 for i, known in enumerate(given) if known), default=0)
+    ends = (i for i in range(start, len(tokens)) if tokens[i] in end_token_ids)
+    return list(tokens[: next(ends, len(tokens))])
+
+
+class Spelling:
+    """Text of single tokens and of partly filled rows, as they stand inside a text.
+
+    Decoders drop a space at the start of a text, which a token in its midst keeps: a known token is
+    put in front, and taken away from the result.
+
+    Attributes:
+        tokenize: text -> ids.
+        detokenize: ids -> text.
+        mask_token_id: id of the mask token.
+    """
+
+    GAP = "▒"
+
+    def __init__(self, tokenize: Tokenize, detokenize: Detokenize, mask_token_id: int) -> None:
+        self.detokenize = detokenize
+        self.mask_token_id = mask_token_id
+        self.anchor = tokenize("0")[-1:]
+        self.width = len(detokenize(self.anchor))
+
+    def inside(self, ids: Sequence[int]) -> str:
+        """Text of a run of tokens that is not the start of a text."""
+        return self.detokenize([*self.anchor, *ids])[self.width :]
+
+    def partial(self, ids: Sequence[int]) -> str:
+        """Text of a row, a shaded box for each mask token."""
+        text, run = "", []  # type: tuple[str, list[int]]
+        for token in [*ids, self.mask_token_id]:
+            if token != self.mask_token_id:
+                run.append(token)
+                continue
+            if run:
+                text += self.inside(run) if text else self.detokenize(run)
+            run = []
+            text += self.GAP
+        return text.removesuffix(self.GAP)

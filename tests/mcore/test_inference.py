@@ -1,0 +1,138 @@
+"""A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests import ranks
+
+LAYOUTS = {"TP 1": (1, 1), "TP 2": (2, 1), "PP 2": (2, 2), "TP 2 x PP 2": (4, 2)}
+
+
+def checkpoint(base):
+    return base[base.index("--load") + 1]
+
+
+@pytest.fixture(scope="module")
+def logits(base, tmp_path_factory):
+    """Layout -> what each rank has, (plain, shifted), each for rows of two lengths."""
+    found = {}
+    for layout, (world, stages) in LAYOUTS.items():
+        directory = tmp_path_factory.mktemp("logits")
+        ranks.launch(directory, world, "--", checkpoint(base), str(stages), entry="logits")
+        found[layout] = [torch.load(directory / f"logits{rank}.pt") for rank in range(world)]
+    return found
+
+
+def test_every_layout_gives_the_same_logits_on_all_ranks(logits):
+    one = logits["TP 1"][0][0]
+    assert [x.shape for x in one] == [(3, 32, 128), (1, 7, 128)]
+    assert one[0].std() > 0.1
+    for layout, per_rank in logits.items():
+        for plain, _ in per_rank:
+            for x, y, first in zip(plain, one, per_rank[0][0], strict=True):
+                assert torch.equal(x, first), layout  # or ranks would decode different texts
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=layout)
+
+
+def test_logits_of_a_shifted_model_stand_where_their_token_is(logits):
+    for plain, shifted in logits["PP 2"]:
+        for x, y in zip(plain, shifted, strict=True):
+            assert torch.equal(y[:, 1:], x[:, :-1])
+            assert torch.equal(y[:, 0], x[:, 0])
+
+
+def generate(base, directory, *flags, world=1, check=True):
+    """Runs the tool; returns what it printed, or its log if it failed."""
+    command = ["tools/generate.py", "--device", "cpu", "--load", checkpoint(base), *flags]
+    run = ranks.launch(directory, world, "--", *command, entry="tool", check=check)
+    if not check:
+        assert set(run.status) != {0}
+        return run.output[0]
+    assert all((directory / f"stdout{rank}").read_text() == "" for rank in range(1, world))
+    return (directory / "stdout0").read_text()
+
+
+def test_texts_do_not_depend_on_layout_and_company(base, tmp_path):
+    """Sampled; prompts of different lengths, with gaps, from flags and a file."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("3 4 5 6\n\n8 9<mask>11\n")
+    common = ["--length", "9", "--steps", "6", "--block-length", "4", "--temperature", "1"]
+    common += ["--no-stop-at-eos", "--prompt", "50 51", "--suffix", "7 8"]
+    many = [*common, "--prompt", "", "--prompt", "60 61", "--prompts-file", str(file)]
+    one = generate(base, tmp_path / "one", *many)
+    assert one == generate(base, tmp_path / "batches of 1", *many, "--batch-size", "1")
+    layout = ["--pipeline-model-parallel-size", "2"]
+    assert one == generate(base, tmp_path / "stages", *many, *layout, world=2)
+    lines = one.splitlines()
+    assert lines[::2] == [f"== prompt {i}" for i in range(1, 6)]
+    texts = [[int(token) for token in line.split()] for line in lines[1::2]]
+    assert [len(text) for text in texts] == [13, 11, 13, 15, 15]
+    starts = [[50, 51], [], [60, 61], [3, 4, 5, 6], [8, 9]]
+    for text, start in zip(texts, starts, strict=True):
+        assert text[: len(start)] == start and text[-2:] == [7, 8]
+        assert max(text) < ranks.VOCAB
+    assert texts[4][3] == 11
+    assert generate(base, tmp_path / "alone", *common).split() == lines[1].split()
+    assert generate(base, tmp_path / "seed", *common, "--seed", "1").split() != lines[1].split()
+
+
+def test_show_and_picture(base, tmp_path):
+    flags = ["--prompt", "5 6", "--length", "6", "--steps", "3", "--no-stop-at-eos"]
+    flags += ["--show", "--picture", str(tmp_path / "order.gif")]
+    lines = generate(base, tmp_path / "run", *flags).splitlines()
+    assert lines[0] == "step 0: 5 6" + "▒" * 6
+    assert [line.split(":")[0] for line in lines[:4]] == [f"step {i}" for i in range(4)]
+    assert [line.count("▒") for line in lines] == [6, 4, 2, 0, 0]
+    assert lines[3] == f"step 3: {lines[4]}"
+    assert (tmp_path / "order.gif").read_bytes()[:6] == b"GIF89a"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--length 0 --prompt 5", "prompt 1: nothing to write: give a --length of at least 1"),
+        ("--length -1", "--length must be at least 0"),
+        ("--length 30 --prompt 1<mask>2", "prompt 1: its tokens, --length and --suffix make 33"),
+        ("--length 5 --steps 2 --block-length 2", "--steps 2 is less than one a block: 3 blocks"),
+        ("--pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
+        ("--picture order.svg", "--picture order.svg: give a name that ends in .png or .gif"),
+        ("--picture a.png --prompt 1 --prompt 2", "--picture draws one prompt, and there are 2"),
+        ("--prompts-file nowhere.txt", "nowhere.txt: cannot be read"),
+        ("--mask-marker=", "--mask-marker must not be empty"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
+    log = generate(base, tmp_path, *flags.split(), check=False)
+    assert "Traceback" not in log, log[-2000:]
+    assert [line for line in log.splitlines() if line.startswith("error: ")] == [
+        line for line in log.splitlines() if message in line
+    ]
+    assert message in log
+
+
+def edited(base, directory, **changes):
+    """A copy of the checkpoint whose arguments were changed; None takes one away."""
+    copy = directory / "checkpoint"
+    shutil.copytree(checkpoint(base), copy)
+    (common,) = copy.glob("iter_*/common.pt")
+    state = torch.load(common, weights_only=False)
+    for name, value in changes.items():
+        delattr(state["args"], name)
+        if value is not None:
+            setattr(state["args"], name, value)
+    torch.save(state, common)
+    return ["--load", str(copy)]
+
+
+def test_a_checkpoint_from_before_a_flag_existed_opens(base, tmp_path):
+    older = edited(base, tmp_path, mdm_recipe=None, mdm_ema_decay=None)
+    assert generate(older, tmp_path / "run", "--prompt", "1 2", "--length", "2").startswith("1 2")
+
+
+def test_a_tokenizer_that_moved_is_named(base, tmp_path):
+    changes = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
+    log = generate(edited(base, tmp_path, **changes), tmp_path / "run", check=False)
+    assert "error: the tokenizer of" in log and "is not at gone.model" in log
+    assert "Traceback" not in log
