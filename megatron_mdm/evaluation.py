@@ -68,7 +68,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard errors (see the module); None where one text cannot give it."""
+    """A number with its standard errors (see the module).
+
+    `stderr` is None where a single group of texts has draws; `draw_stderr` needs draws in all
+    replicates, and so means nothing for a bin of few draws.
+    """
 
     value: float
     stderr: float | None
@@ -310,7 +314,7 @@ def _estimate(drawn: Draws, chosen: Floats, group_size: int) -> Estimate | None:
         return None
     value = nats.sum() / total
     residual = nats - value * weight
-    G, R = residual.shape
+    G, R = int((weight.sum(axis=1) > 0).sum()), residual.shape[1]
     spread = residual - residual.mean(axis=1, keepdims=True)
     draw_stderr = math.sqrt((spread**2).sum() * R / (R - 1)) / total
     stderr = None

@@ -1,6 +1,6 @@
 """A masked-diffusion model for the tasks of lm-evaluation-harness that compare likelihoods.
 
-    with loaded_model("checkpoints", "cuda") as loaded:
+    with training_device("cuda"), loaded_model("checkpoints", "cuda") as loaded:
         model = HarnessModel(loaded.logits, loaded.tokenizer.tokenize, mask_token_id, max_length)
         print(lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])["results"])
 

@@ -116,8 +116,11 @@ def report(options: argparse.Namespace, result, documents) -> None:
     for i, estimate in enumerate(result.bins):
         low, high = i * width, (i + 1) * width
         if estimate is not None:
-            lines.append(f"t in ({low:.2f}, {high:.2f}]  {_text(estimate)}")
-            bins.append({"low": low, "high": high, **_figures(estimate)})
+            stderr = "unknown" if estimate.stderr is None else f"{estimate.stderr:.4f}"
+            lines.append(f"t in ({low:.2f}, {high:.2f}]  {estimate.value:.4f} +- {stderr}")
+            bins.append(
+                {"low": low, "high": high, "value": estimate.value, "stderr": estimate.stderr}
+            )
     print("\n".join(lines))
     if options.json:
         write_text(options.json, json.dumps({**figures, "bins": bins}, indent=2) + "\n")

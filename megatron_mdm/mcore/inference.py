@@ -39,6 +39,11 @@ HERE = {
     "decoder_last_pipeline_num_layers": None,
     "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
+    # Megatron derives these from the tensor-parallel size, which is another one here.
+    "tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "expert_gtp_weight_remat_size": 1,
     "sequence_parallel": False,
     "data_parallel_size": 1,
     "micro_batch_size": 1,

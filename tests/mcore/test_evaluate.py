@@ -56,7 +56,6 @@ def test_files_indexed_data_and_layouts_give_one_number(base, documents, tmp_pat
     [
         (["--draws", "3"], "--draws must be even"),
         (["--rows", "0"], "must be at least 1"),
-        (["--json-key", "absent"], 'no key "absent"'),
     ],
 )
 def test_bad_input_is_one_line(base, documents, flags, message):
