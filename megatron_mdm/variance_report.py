@@ -117,7 +117,10 @@ class State:
         self.rows = [
             dict(zip(self.COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)
         ]
-        self.methods = {name: MethodVariance(**values) for name, values in methods.items()}
+        self.methods = {
+            name: MethodVariance(tuple(m["gradient"]), tuple(m["loss"]), m["masked_fraction"])
+            for name, m in methods.items()
+        }
 
     def save(self, interval: float = 0.0) -> None:
         """Writes the file, unless that was done less than `interval` seconds ago."""
@@ -151,7 +154,8 @@ def measure(
 
     Returns:
         The report, ready for JSON: `loss` and `gradient` with [estimate, standard error] of A, B,
-        C and total; `curves` over the bins of t; `methods`.
+        C and total of one row; `curves` over the bins of t; `standard batch`, the variance of a
+        batch; `methods`, relative to it.
 
     Raises:
         UserError: fewer texts than rows.
@@ -240,8 +244,11 @@ def _report(state: State, settings: Settings, length: int) -> dict[str, Any]:
             values = np.stack([getattr(row, part) for row in rows])
             report["curves"][f"{name} {letter}"] = curve(t, values, settings.bins)
     report["methods"] = []
+    if state.methods:
+        standard = state.methods["standard"]
+        report["standard batch"] = {"gradient": standard.gradient, "loss": standard.loss}
     for name, measured in state.methods.items():
-        standard, method = state.methods["standard"], METHODS[name]
+        method = METHODS[name]
         report["methods"].append(
             {
                 "method": name,
@@ -327,7 +334,7 @@ def draw_figure(report: dict[str, Any], path: str) -> None:
     methods.set(xlabel="variance relative to standard")
     methods.axvline(1.0, color="k", lw=0.8)
     if rows:
-        methods.legend()
+        methods.legend(loc="lower right")
     with complete_or_absent(path) as (temporary,), write_errors(path):
         figure.savefig(temporary, dpi=150, format=path.rpartition(".")[2])
     plt.close(figure)

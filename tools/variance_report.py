@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
@@ -98,8 +99,8 @@ def main() -> None:
         args = loaded.args
         pool = 20 * options.rows
         documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
-        rows = [r for r in rows_of(loaded, documents, True, pool) if len(r.tokens) > 0]
-        rows = [row for row in rows if len(row.tokens) == args.seq_length]
+        rows = rows_of(loaded, documents, packed=True, limit=pool)
+        rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
         if not rows:
             raise UserError(f"{options.data} is shorter than one row of {args.seq_length} tokens")
         order = torch.randperm(
@@ -118,7 +119,8 @@ def main() -> None:
             raise UserError(f"--parameters {options.parameters}: no parameter has that in its name")
         size = options.sketch or (SKETCH if count > MOST_WHOLE else None)
         step = gradient_step(loaded, Sketch(parameters, size, options.seed), options.micro_batch)
-        subject = [os.path.realpath(options.load), args.iteration, os.path.realpath(options.data)]
+        iteration = Path(options.load, "latest_checkpointed_iteration.txt").read_text().strip()
+        subject = [os.path.realpath(options.load), iteration, os.path.realpath(options.data)]
         settings = report.Settings(
             **numbers,
             mask_token_id=args.mdm_mask_token_id,
