@@ -5,6 +5,7 @@
 writes variance.json and variance.png, and prints the table. Nested draws of rows, rates and masks
 give the shares of the masking pattern (A), the masking rate (B) and the data (C) in the variance of
 the loss and of the gradient of one row; then batches are drawn under every method. On one rank.
+The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
 """
 
