@@ -34,6 +34,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "plot": ["matplotlib"],
         "hf": ["transformers"],
+        "eval": ["lm-eval"],
         "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "transformers"],
     },
 )

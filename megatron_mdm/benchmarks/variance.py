@@ -10,11 +10,9 @@ text: the shares of masking and data noise move with the length of a row and wit
 
 import argparse
 import json
-import math
 import pathlib
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_mdm.data.outputs import write_text
@@ -24,44 +22,6 @@ VOCABULARY, MASK, WIDTH = 257, 256, 64
 BATCH = 32
 EPS = 1e-3
 SEED = 1234
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to draw the rates and masks of a batch.
-
-    Attributes:
-        quantiles: kind of `Quantiles`.
-        mask: kind of mask.
-        views: rows made of one text.
-        target: what a fitted density of t was measured on, None for the uniform.
-        batch: rows in a batch.
-        per: what is equal to `standard`: rows or texts.
-    """
-
-    quantiles: str = "iid"
-    mask: str = "bernoulli"
-    views: int = 1
-    target: str | None = None
-    batch: int = BATCH
-    per: str = "row"
-
-
-METHODS = {
-    "standard": Method(),
-    "strata": Method(quantiles="strata"),
-    "lattice": Method(quantiles="lattice"),
-    "exact count": Method(mask="exact-count"),
-    "mirror": Method(views=2),
-    "mirror (texts)": Method(views=2, batch=2 * BATCH, per="text"),
-    "p-pots loss": Method(target="loss"),
-    "p-pots gradient": Method(target="gradient"),
-    "p-pots loss + mirror": Method(target="loss", views=2),
-    "lattice + exact count": Method(quantiles="lattice", mask="exact-count"),
-    "p-pots gradient + lattice + exact count": Method(
-        quantiles="lattice", mask="exact-count", target="gradient"
-    ),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Trains, measures, prints a table, and writes `args.json` if it is set."""
     import torch
 
+    from megatron_mdm.objective.variance import METHODS, Sketch, method_variance, ratio
+
     torch.manual_seed(SEED)
     steps = args.steps or (600 if args.quick else 2000)
     draws = args.draws or (100 if args.quick else 400)
@@ -84,14 +46,22 @@ def run(args: argparse.Namespace) -> None:
     model = _model(args.length)
     _train(model, texts, steps)
     samplers = _fit(model, texts)
+    parameters = Sketch(list(model.parameters()), size=None)
+
+    def step(tokens: Any, _: Any, corruption: Any) -> tuple[float, Any]:
+        loss = _losses(model, tokens, corruption)[0].mean()
+        return float(loss), parameters.gradient(loss)
+
     results = []
     print(f"length {args.length}, {steps} steps, {draws} batches of {BATCH} rows a method")
     print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
     baseline = None
     for name, method in METHODS.items():
-        measured = _measure(model, texts, method, samplers[method.target], draws)
+        source = _batches(texts, name, samplers[method.target], stream=3)
+        measured = method_variance(step, source, draws)
         baseline = baseline or measured
-        (g, dg), (v, dv) = (_ratio(a, b) for a, b in zip(measured, baseline, strict=True))
+        g, dg = ratio(measured.gradient, baseline.gradient)
+        v, dv = ratio(measured.loss, baseline.loss)
         print(f"{name:42s} {method.per:5s} {g:7.3f} +- {dg:.3f} {v:7.3f} +- {dv:.3f}")
         results.append(
             {
@@ -148,34 +118,14 @@ def _model(length: int) -> Any:
     return Model()
 
 
-def _batches(texts: Any, method: Method, sampler: Any, stream: int) -> Iterator[Any]:
-    """Endless batches of a method: (clean tokens, Corruption); rows numbered as in training."""
-    import numpy as np
+def _batches(texts: Any, name: str, sampler: Any, stream: int) -> Iterator[Any]:
+    """Endless batches of a method; see `objective.variance.batches`."""
     import torch
 
-    from megatron_mdm.objective.corruption import Corrupter
-    from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, view_of
+    from megatron_mdm.objective.variance import METHODS, batches
 
-    seed = SEED + stream
-    texts_in_batch = method.batch // method.views
-    strata = max(1, round(math.sqrt(texts_in_batch)))
-    quantiles = Quantiles(method.quantiles, seed, Split.TRAIN, texts_in_batch, strata)
-    corrupter = Corrupter(sampler, method.mask, MASK, EPS)
-    choice = torch.Generator().manual_seed(seed)
-    number = 0
-    while True:
-        draws = range(number, number + texts_in_batch)
-        number += texts_in_batch
-        chosen = texts[torch.randint(len(texts), (texts_in_batch,), generator=choice)]
-        tokens = chosen.repeat_interleave(method.views, dim=0)
-        uniforms = [
-            view_of(row_uniforms(seed, Split.TRAIN, draw, tokens.shape[1]), view, method.views)
-            for draw in draws
-            for view in range(method.views)
-        ]
-        quantile = torch.tensor([quantiles(d) for d in draws]).repeat_interleave(method.views)
-        everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        yield tokens, corrupter(tokens, everywhere, torch.from_numpy(np.stack(uniforms)), quantile)
+    everywhere = torch.ones_like(texts, dtype=torch.bool)
+    return batches(texts, everywhere, METHODS[name], sampler, MASK, EPS, BATCH, SEED + stream)
 
 
 def _losses(model: Any, tokens: Any, corruption: Any) -> tuple[Any, Any]:
@@ -201,9 +151,9 @@ def _train(model: Any, texts: Any, steps: int) -> None:
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    batches = _batches(texts, METHODS["standard"], Uniform(), stream=1)
+    batches = _batches(texts, "standard", Uniform(), stream=1)
     for _ in range(steps):
-        per_row, _ = _losses(model, *next(batches))
+        per_row, _ = _losses(model, *next(batches)[::2])
         optimizer.zero_grad()
         per_row.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,9 +170,9 @@ def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
     from megatron_mdm.objective.samplers import Uniform
 
     moments = {target: RateMoments(30) for target in ("loss", "gradient")}
-    batches = _batches(texts, METHODS["lattice"], Uniform(), stream=2)
+    batches = _batches(texts, "lattice", Uniform(), stream=2)
     for _ in range(200):
-        tokens, corruption = next(batches)
+        tokens, _, corruption = next(batches)
         per_row, hidden = _losses(model, tokens, corruption)
         (gradient,) = torch.autograd.grad(per_row.sum(), hidden)
         norms = gradient.square().sum(dim=(1, 2)).sqrt()
@@ -230,35 +180,3 @@ def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
             moments[target].update(corruption.t, value, corruption.rate_weight)
     fitted = {target: fit(m, target=target, eps=EPS).sampler() for target, m in moments.items()}
     return {None: Uniform(), **fitted}
-
-
-def _measure(
-    model: Any, texts: Any, method: Method, sampler: Any, draws: int
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(variance, its standard error) of the batch's gradient (trace) and of its loss."""
-    import torch
-
-    batches = _batches(texts, method, sampler, stream=3)
-    gradients, losses = [], []
-    for _ in range(draws):
-        loss = _losses(model, *next(batches))[0].mean()
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        gradients.append(torch.cat([g.flatten() for g in gradient]))
-        losses.append(loss.detach())
-    return _variance(torch.stack(gradients)), _variance(torch.stack(losses)[:, None])
-
-
-def _variance(values: Any) -> tuple[float, float]:
-    """Trace of the covariance of rows [R, n], unbiased, and its standard error."""
-    R = len(values)
-    deviations = (values - values.mean(dim=0)).square().sum(dim=1).double() * R / (R - 1)
-    return float(deviations.mean()), float(deviations.std()) / math.sqrt(R)
-
-
-def _ratio(measured: tuple[float, float], baseline: tuple[float, float]) -> tuple[float, float]:
-    """Ratio of two independent figures, and its standard error to first order."""
-    ratio = measured[0] / baseline[0]
-    if measured == baseline:
-        return 1.0, 0.0
-    relative = math.hypot(measured[1] / measured[0], baseline[1] / baseline[0])
-    return ratio, ratio * relative

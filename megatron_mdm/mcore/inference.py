@@ -53,6 +53,7 @@ HERE = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
     "recompute_granularity": None,
+    "gradient_accumulation_fusion": False,  # it would keep gradients from torch.autograd.grad
     "skip_train": True,
     "finetune": True,
     "no_load_optim": True,

@@ -1,4 +1,4 @@
-"""Measures the second moments of a checkpoint per masking rate, for P-POTS (arXiv 2511.18159).
+"""Measures a checkpoint: second moments per rate, for P-POTS (arXiv 2511.18159), and gradients.
 
 Nothing of the training run is touched: the model is a copy of its own, loaded from the checkpoint,
 in evaluation mode, so FP8 scales and optimizer stay as they are.
@@ -17,11 +17,12 @@ from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, labels_of
 from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import RateMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.variance import Sketch, Step
 
 
 def measure(
@@ -76,6 +77,38 @@ def measure(
         rows = Rows(**{name: column.to(device) for name, column in columns.items()})
         moments.add(_draw(loaded, mdm, corrupter, rows, target, num_bins).numpy())
         yield draws.stop, total, moments
+
+
+def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8) -> Step:
+    """The mean loss of masked rows, and its gradient, by a checkpoint; on one rank.
+
+    Args:
+        loaded: the model.
+        sketch: of the parameters that the gradient is of.
+        micro_batch_size: rows in one call of the model.
+    """
+    mdm = MDMConfig.from_args(loaded.args)
+    device = torch.cuda.current_device()
+
+    def step(
+        tokens: torch.Tensor, eligible: torch.Tensor, corruption: Corruption
+    ) -> tuple[float, torch.Tensor]:
+        total, gradient = 0.0, torch.zeros(())
+        for rows in torch.arange(len(tokens)).split(micro_batch_size):
+            clean, able = tokens[rows].to(device), eligible[rows].to(device)
+            positions = torch.arange(clean.shape[1], device=device).expand_as(clean)
+            hidden = attention_mask(clean, torch.zeros_like(able), get_tokenizer().eod, mdm)
+            cross_entropy = loaded.model(
+                corruption.tokens[rows].to(device), positions, hidden, labels=clean
+            )
+            mask, weight = corruption.mask[rows].to(device), corruption.weight[rows].to(device)
+            losses = row_losses(cross_entropy, mask, weight, able.sum(dim=1), "rows")
+            loss = losses.numerator / len(tokens)
+            total += float(loss)
+            gradient = gradient + sketch.gradient(loss)
+        return total, gradient
+
+    return step
 
 
 def _draw(

@@ -1,0 +1,55 @@
+"""tools/variance_report.py on a checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import ranks
+
+ROOT = ranks.Path(__file__).parents[2]
+
+
+def report(base, data, output, *flags):
+    command = [sys.executable, "tools/variance_report.py", "--device", "cpu", "--data", str(data)]
+    command += ["--load", base[base.index("--load") + 1], "--output", str(output)]
+    command += ["--rows", "40", "--batches", "0", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_checkpoint_gives_a_report(base, data, tmp_path):
+    runs = {
+        "whole": [],
+        "sketch": ["--sketch", "2000", "--micro-batch", "3"],
+        "group": ["--parameters", "output_layer", "--batches", "2", "--batch", "4"],
+    }
+    results = {}
+    for name, flags in runs.items():
+        run = report(base, data, tmp_path / f"{name}.json", *flags)
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert "A     mask pattern" in run.stdout
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".png"] * 3
+    for part, value in results["whole"]["loss"].items():
+        assert value == pytest.approx(results["sketch"]["loss"][part], rel=1e-4), part
+    whole, sketch, group = (results[name]["gradient"] for name in runs)
+    assert sketch["total"][0] == pytest.approx(whole["total"][0], rel=0.1)
+    assert 0 < group["A"][0] < whole["A"][0]
+    assert len(results["group"]["methods"]) == 11
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rates", "2"], "--rates 3"),
+        (["--figure", "x.pdf"], "must end in .png or .svg"),
+        (["--parameters", "nowhere"], "--parameters nowhere: no parameter has that"),
+    ],
+)
+def test_bad_input_is_one_line(base, data, tmp_path, flags, message):
+    run = report(base, data, tmp_path / "x.json", *flags)
+    assert run.returncode == 2
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not list(tmp_path.iterdir())

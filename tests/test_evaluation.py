@@ -1,0 +1,142 @@
+"""The NELBO against its exact value by enumeration, with its error bars."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.evaluation import Text, cut_rows, evaluate, lattice_quantiles, log_likelihoods
+from megatron_mdm.objective.randomness import GRID_BITS
+from megatron_mdm.objective.reference import objective_coefficients, patterns
+
+VOCABULARY, MASK = 4, 3
+
+
+def model(tokens):
+    """Logits that depend on everything in the row, in float64."""
+    B, L = tokens.shape
+    generator = torch.Generator().manual_seed(5)
+    table = torch.randn(8, 4, 8, generator=generator, dtype=torch.float64)
+    head = torch.randn(8, 8, VOCABULARY, generator=generator, dtype=torch.float64)
+    features = sum(table[i, tokens[:, i]] for i in range(L)).tanh() * 2
+    return torch.stack([features @ head[i] for i in range(L)], dim=1)
+
+
+def exact_nats(text):
+    """The NELBO of a text, summed over its tokens, over all masks."""
+    coefficients = objective_coefficients(text.eligible.tolist(), eps=0.0)
+    total = 0.0
+    for mask, c in zip(patterns(len(text.tokens)), coefficients, strict=True):
+        masked = torch.where(torch.tensor(mask), MASK, text.tokens)
+        log_p = model(masked[None])[0].log_softmax(-1)
+        cross_entropy = -log_p.gather(-1, text.tokens[:, None])[:, 0].numpy()
+        total += float(c @ cross_entropy)
+    return total * int(text.eligible.sum())
+
+
+def random_texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count):
+        L = rng.integers(2, 6)
+        eligible = torch.from_numpy(rng.random(L) < 0.8)
+        texts.append(Text(torch.from_numpy(rng.integers(0, 3, L)), eligible))
+    return texts
+
+
+@pytest.mark.parametrize("count", [3, 100], ids=["groups of one", "groups of two"])
+def test_the_estimate_and_its_error_bar_are_those_of_the_exact_nelbo(count):
+    texts = random_texts(count)
+    tokens = sum(int(text.eligible.sum()) for text in texts)
+    exact = sum(map(exact_nats, texts)) / tokens
+    repetitions = 100
+    runs = [
+        evaluate(model, texts, MASK, draws=16 if count < 10 else 4, seed=seed).nelbo
+        for seed in range(repetitions)
+    ]
+    errors = np.array([run.value - exact for run in runs])
+    spread = errors.std(ddof=1)
+    assert abs(errors.mean()) < 4 * spread / np.sqrt(repetitions)
+    assert spread < 0.15 * exact
+    # Squares of error bars have the mean of the true variance; with few groups they scatter.
+    variance = np.mean([run.draw_stderr**2 for run in runs])
+    low, high = stats.chi2.ppf([1e-3, 1 - 1e-3], repetitions - 1) / (repetitions - 1)
+    assert low * 0.9 < spread**2 / variance < high * 1.1
+    if count > 10:
+        inside = sum(abs(e) < 1.96 * run.draw_stderr for e, run in zip(errors, runs, strict=True))
+        assert stats.binomtest(inside, repetitions, 0.95).pvalue > 1e-3
+
+
+def test_the_error_bar_covers_the_choice_of_texts():
+    """Over fresh texts of one population, the estimate scatters as `stderr` says."""
+    runs = [
+        evaluate(model, random_texts(40, seed), MASK, draws=2, seed=seed).nelbo
+        for seed in range(80)
+    ]
+    spread = np.var([run.value for run in runs], ddof=1)
+    low, high = stats.chi2.ppf([1e-3, 1 - 1e-3], 79) / 79
+    assert low * 0.9 < spread / np.mean([run.stderr**2 for run in runs]) < high * 1.1
+    masks_alone = np.mean([run.draw_stderr**2 for run in runs])
+    assert masks_alone < 0.9 * np.mean([run.stderr**2 for run in runs])
+
+
+def test_bins_average_to_the_nelbo():
+    result = evaluate(model, random_texts(50), MASK, draws=64, num_bins=4)
+    assert np.mean([b.value for b in result.bins]) == pytest.approx(result.nelbo.value, rel=0.05)
+    assert result.bins[0].value != pytest.approx(result.bins[3].value, rel=0.01)
+    fine = evaluate(model, random_texts(1), MASK, draws=2, num_bins=50)
+    assert fine.bins.count(None) >= 48
+    assert fine.nelbo.stderr is None
+    assert all(b.stderr is None for b in fine.bins if b)
+
+
+def test_quantiles_are_stratified_and_differ_between_replicates():
+    unit = lattice_quantiles(64, 2, 4, seed=3, group_size=8) / 2.0**GRID_BITS
+    for group in unit.reshape(8, 8, 2, 4).transpose(0, 2, 1, 3).reshape(16, 32):
+        counts = np.histogram(group, bins=8, range=(0, 1))[0]
+        assert counts.min() >= 3 and counts.max() <= 5
+    assert len(np.unique(unit)) == unit.size
+    first = [lattice_quantiles(1, 2, 1, seed, 1)[0, :, 0] for seed in range(200)]
+    assert stats.kstest(np.ravel(first) / 2.0**GRID_BITS, "uniform").pvalue > 1e-3
+    correlation = np.corrcoef(np.array(first).T)[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(200)
+
+
+def test_conditional_likelihood_masks_only_the_continuation():
+    pairs = [([0, 1], [2, 1, 0]), ([2], [0]), ([], [1, 1]), ([1, 0], [])]
+    results = log_likelihoods(model, pairs, MASK, draws=2000)
+    for (context, continuation), (bound, error) in zip(pairs, results, strict=True):
+        tokens = torch.tensor([*context, *continuation])
+        eligible = torch.arange(len(tokens)) >= len(context)
+        exact = -exact_nats(Text(tokens, eligible))
+        assert abs(bound - exact) < max(5 * error, 1e-12)  # 3 degrees of freedom
+        assert error <= 0.05 * abs(exact)
+    assert results[1][1] == 0.0  # one token is exact
+    assert results[3] == (0.0, 0.0)
+
+
+def test_rows_of_any_batch_size_are_the_same_numbers():
+    texts = random_texts(20)
+    one, many = (evaluate(model, texts, MASK, batch_size=b).nelbo for b in (1, 7))
+    assert one.value == pytest.approx(many.value, rel=1e-12)
+
+
+def test_rows_are_cut_without_losing_a_token():
+    documents = [[1, 2, 3], [], [4], [5, 6, 7, 8, 9]]
+    packed = cut_rows(documents, 4, packed=True)
+    assert [row.tolist() for row in packed] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    apart = cut_rows(documents, 4, packed=False)
+    assert [row.tolist() for row in apart] == [[1, 2, 3], [4], [5, 6, 7, 8], [9]]
+
+
+def test_bad_input_is_one_line():
+    text = random_texts(1)
+    with pytest.raises(UserError, match="even"):
+        evaluate(model, text, MASK, draws=3)
+    with pytest.raises(UserError, match="multiple of 4"):
+        log_likelihoods(model, [([], [1])], MASK, draws=6)
+    with pytest.raises(UserError, match="text 0 contains the mask token 3"):
+        evaluate(model, [Text(torch.tensor([MASK]), torch.tensor([True]))], MASK)
+    with pytest.raises(UserError, match="no tokens"):
+        evaluate(model, [Text(torch.tensor([1]), torch.tensor([False]))], MASK)

@@ -1,0 +1,90 @@
+"""The adapter, by itself and inside lm-evaluation-harness where that is installed."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.harness import HarnessModel
+
+LETTERS = "abcdefgh "
+MASK = len(LETTERS)
+
+
+def logits(tokens):
+    """Wants the letter after the one before, whatever else is seen; surer of what it sees."""
+    before = torch.roll(tokens, 1, dims=1)
+    scores = torch.zeros(*tokens.shape, MASK + 1, dtype=torch.float64)
+    known = (before < 8)[..., None]
+    wanted = torch.nn.functional.one_hot((before + 1) % 8, MASK + 1)
+    return scores + torch.where(known, 3.0 * wanted, 0.0)
+
+
+def encode(text):
+    return [LETTERS.index(letter) for letter in text]
+
+
+@pytest.fixture
+def model():
+    return HarnessModel(logits, encode, MASK, max_length=8, draws=16)
+
+
+def request(*args):
+    return SimpleNamespace(args=args)
+
+
+def test_likelier_continuations_score_higher(model):
+    (right, greedy), (wrong, other) = model.loglikelihood(
+        [request("ab", "cd"), request("ab", "ga")]
+    )
+    assert right > wrong
+    assert (greedy, other) == (True, False)
+    ((one, _),) = model.loglikelihood([request("ab", "c")])
+    assert one == pytest.approx(-torch.log(1 + MASK * torch.exp(torch.tensor(-3.0))).item())
+
+
+def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(model):
+    assert model._pair("ab ", "c") == ([0, 1], [8, 2])
+    assert model._pair("abcdefgh", "abc") == (encode("defgh"), encode("abc"))
+    assert model._pair("", "abc") == ([], encode("abc"))
+    with pytest.raises(UserError, match="9 tokens and a row of the model 8"):
+        model._pair("a", "abcdefgha")
+
+
+def test_whole_texts_are_the_sum_over_rows(model):
+    text = "abcdefgh" * 2 + "a"
+    (whole,) = model.loglikelihood_rolling([request(text)])
+    parts = [model.loglikelihood([request("", t)])[0][0] for t in ("abcdefgh", "a")]
+    assert whole == pytest.approx(2 * parts[0] + parts[1], rel=0.3)
+
+
+def test_generation_is_refused_in_one_line(model):
+    with pytest.raises(UserError, match="multiple-choice"):
+        model.generate_until([])
+
+
+def test_a_local_task_in_the_harness(model, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    questions = [
+        {"start": LETTERS[i : i + 2], "answers": [LETTERS[i + 2], LETTERS[i]], "gold": 0}
+        for i in range(5)
+    ]
+    questions.append({"start": "ab", "answers": ["c", "d"], "gold": 1})  # it gets this one wrong
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    task = {
+        "task": "next_letter",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{start}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "answers",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
+    assert results["results"]["next_letter"]["acc,none"] == pytest.approx(5 / 6)

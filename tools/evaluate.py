@@ -1,0 +1,144 @@
+"""Estimates the NELBO of a checkpoint on text: nats per token and bits per byte, with error bars.
+
+    python tools/evaluate.py --load checkpoints --data held_out.jsonl --json nelbo.json
+    python tools/evaluate.py --load checkpoints --data my_text --rows 500 --draws 16
+
+--data is a text or JSONL file, or the prefix of a .bin/.idx pair. Rates are stratified, masks have
+an exact count, every row is masked --draws times. Of the two error bars the first is for the choice
+of texts and masks together, the second for the masks alone: take the second to compare two
+checkpoints on the same rows with the same seed. Under torchrun the ranks share the model.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+
+from megatron_mdm.data.outputs import write_text
+from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.pretrain import prepare_environment
+
+
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    parser.add_argument("--data", required=True, help="file, or prefix of .bin/.idx")
+    parser.add_argument(
+        "--rows", type=int, default=200, help="most rows to score (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=8, help="masks of a row, even (default: %(default)s)"
+    )
+    parser.add_argument("--bins", type=int, default=10, help="bins of t (default: %(default)s)")
+    parser.add_argument(
+        "--per-document",
+        action="store_true",
+        help="begin a row with every document, instead of packing them as pretraining does",
+    )
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="rows in a call (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Loads, draws, prints."""
+    options = parse()
+    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
+    if min(options.rows, options.bins, options.batch_size) < 1:
+        raise UserError("--rows, --bins and --batch-size must be at least 1")
+    if options.draws < 2 or options.draws % 2:
+        raise UserError(f"--draws must be even and at least 2, got {options.draws}")
+    prepare_environment(options.device)
+
+    import torch
+    from tqdm import tqdm
+
+    from megatron_mdm.evaluation import evaluate
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.redirect_stdout(sys.stderr):  # the result stays alone on stdout
+            from megatron_mdm.mcore.device import training_device
+            from megatron_mdm.mcore.inference import loaded_model
+            from megatron_mdm.mcore.texts import read_tokens, rows_of
+
+            stack.enter_context(training_device(options.device))
+            loaded = stack.enter_context(loaded_model(options.load, options.device))
+        most = options.rows * loaded.args.seq_length
+        documents = read_tokens(loaded, options.data, options.json_key, most)
+        rows = rows_of(loaded, documents, not options.per_document, options.rows)
+        bar = tqdm(unit="masks", total=len(rows) * options.draws, disable=loaded.args.rank != 0)
+        result = evaluate(
+            loaded.logits,
+            rows,
+            loaded.args.mdm_mask_token_id,
+            options.draws,
+            options.bins,
+            options.seed,
+            options.batch_size,
+            torch.cuda.current_device(),
+            bar.update,
+        )
+        bar.close()
+        if loaded.args.rank == 0:
+            report(options, result, documents)
+
+
+def report(options: argparse.Namespace, result, documents) -> None:
+    """Prints the results, and writes them to --json."""
+    lines = [
+        f"{result.num_tokens:,} tokens in {result.num_texts} rows, {result.num_draws} masks each",
+        f"NELBO {_text(result.nelbo)} nats/token",
+    ]
+    figures = {
+        "nelbo": _figures(result.nelbo),
+        "num_tokens": result.num_tokens,
+        "num_rows": result.num_texts,
+        "num_draws": result.num_draws,
+        "seed": options.seed,
+    }
+    if documents.num_bytes:
+        # Of all documents that were read, of whose last one the rows may hold a part.
+        tokens_per_byte = sum(map(len, documents.ids)) / documents.num_bytes
+        factor = tokens_per_byte / math.log(2)
+        lines.append(f"NELBO {_text(result.nelbo, factor)} bits/byte")
+        figures["bits_per_byte"] = _figures(result.nelbo, factor)
+    width = 1 / len(result.bins)
+    bins = []
+    for i, estimate in enumerate(result.bins):
+        low, high = i * width, (i + 1) * width
+        if estimate is not None:
+            stderr = "unknown" if estimate.stderr is None else f"{estimate.stderr:.4f}"
+            lines.append(f"t in ({low:.2f}, {high:.2f}]  {estimate.value:.4f} +- {stderr}")
+            bins.append(
+                {"low": low, "high": high, "value": estimate.value, "stderr": estimate.stderr}
+            )
+    print("\n".join(lines))
+    if options.json:
+        write_text(options.json, json.dumps({**figures, "bins": bins}, indent=2) + "\n")
+
+
+def _text(estimate, factor: float = 1.0) -> str:
+    stderr = "unknown" if estimate.stderr is None else f"{factor * estimate.stderr:.4f}"
+    masks = f"{factor * estimate.draw_stderr:.4f}"
+    return f"{factor * estimate.value:.4f} +- {stderr} (masks alone: {masks})"
+
+
+def _figures(estimate, factor: float = 1.0) -> dict[str, float | None]:
+    return {
+        "value": factor * estimate.value,
+        "stderr": None if estimate.stderr is None else factor * estimate.stderr,
+        "draw_stderr": factor * estimate.draw_stderr,
+    }
+
+
+if __name__ == "__main__":
+    run_tool(main)
