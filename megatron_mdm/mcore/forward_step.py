@@ -15,7 +15,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import needs_rows
-from megatron_mdm.mcore.head import head_with_gradient_norms
+from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -84,16 +84,17 @@ def forward_step(
 
     position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
     num_eligible = eligible.sum(dim=1)
-    head = {}
+    record = None
     if training and mdm.mdm_ppots_refit_interval and mdm.mdm_ppots_target == "gradient":
-        head["output_processor"] = head_with_gradient_norms
-        head["output_processor_context"] = partial(record_gradients, corrupted, num_eligible)
+        record = partial(record_gradients, corrupted, num_eligible)
+    positions = masked_positions(corrupted.mask) if mdm.mdm_head == "masked" else None
     output = model(
         corrupted.tokens,
         position_ids.expand_as(rows.tokens),
         hidden,
         labels=rows.tokens,
-        **head,
+        output_processor=head,
+        output_processor_context=HeadContext(positions, record),
     )
     return output, partial(loss_func, rows, corrupted, num_eligible, training)
 
@@ -168,6 +169,18 @@ def loss_func(
         online.record(corrupted.t, value, corrupted.rate_weight)
     report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
     return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+
+
+def masked_positions(mask: torch.Tensor) -> MaskedPositions:
+    """Where the head works in this rank's part of the positions.
+
+    Args:
+        mask: bool [b, s].
+    """
+    if not get_args().sequence_parallel:
+        return MaskedPositions(mask)
+    parts = mpu.get_tensor_model_parallel_world_size()
+    return MaskedPositions(mask, parts, mpu.get_tensor_model_parallel_rank())
 
 
 def record_gradients(
