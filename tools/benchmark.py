@@ -2,11 +2,11 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import data, race, variance
+from megatron_mdm.benchmarks import data, head, race, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
-BENCHMARKS = {"data": data, "race": race, "variance": variance}
+BENCHMARKS = {"data": data, "head": head, "race": race, "variance": variance}
 
 EXAMPLES = """\
 example:
