@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
@@ -16,6 +15,7 @@ from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import build_datasets
 from megatron_mdm.mcore.forward_step import Rows
+from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
@@ -89,21 +89,11 @@ def _draw(
     num_eligible = eligible.sum(dim=1)
     corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
 
-    def value(
-        hidden_states: torch.Tensor,
-        output_layer: Any,
-        output_weight: torch.Tensor | None,
-        labels: torch.Tensor,
-        compute_language_model_loss: Any,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Loss and gradient at the final hidden states [s, b, h], instead of logits."""
-        if output_layer.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+    def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
         with torch.enable_grad():
             hidden = hidden_states.detach().requires_grad_()
-            logits, _ = output_layer(hidden, weight=output_weight)
-            cross_entropy = compute_language_model_loss(labels, logits)
+            cross_entropy = head(hidden, **rest)
             losses = row_losses(
                 cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
             )
@@ -121,5 +111,6 @@ def _draw(
             hidden,
             labels=rows.tokens,
             output_processor=value,
+            output_processor_context=HeadContext(MaskedPositions(corrupted.mask)),
         )
     return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()

@@ -51,14 +51,17 @@ def test_loss_and_gradients_are_those_of_the_full_head(runs):
     assert masked.scalars[validation] == pytest.approx(full.scalars[validation], rel=1e-6)
     assert masked.weights.keys() == full.weights.keys()
     for name, value in full.weights.items():
+        if "mdm_sampler_state" in name:  # bits; what it stands for is compared below
+            continue
         difference = (masked.weights[name] - value).norm()
         assert difference <= 1e-6 * value.norm(), name
 
 
-def test_the_density_of_the_gradient_target_is_that_of_the_full_head(runs):
+def test_the_density_of_the_gradient_target_is_that_of_the_full_head(runs, request):
     masked, full = ({k: v for k, v in run.scalars.items() if "density" in k} for run in runs)
     assert masked.keys() == full.keys()
-    for name, value in full.items():  # none without the gradient target
+    assert len(full) == (10 if "methods" in request.node.callspec.params["runs"] else 0)
+    for name, value in full.items():
         assert masked[name] == pytest.approx(value, rel=1e-4)
 
 
