@@ -11,6 +11,7 @@ BENCHMARKS = {"data": data, "head": head, "race": race, "variance": variance}
 EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
+  python tools/benchmark.py head --json head.json
   python tools/benchmark.py variance --quick
   python tools/benchmark.py race --length 256 --batch 16 --jobs 2
 """
