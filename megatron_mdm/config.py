@@ -96,6 +96,10 @@ class MDMConfig:
     """`tokens`: sum of weighted losses over the global batch / its eligible tokens (pretraining).
     `rows`: mean over rows of the loss per eligible token of the row (LLaDA's fine-tuning)."""
 
+    mdm_head: Literal["masked", "full"] = "masked"
+    """Where logits and cross entropies are computed: at `masked` positions only, the others being
+    no part of the loss, or at all. Both give the same loss and gradients."""
+
     mdm_eod_eligible: bool = True
     """Leave end-of-document tokens out of masking and of the loss."""
 
@@ -145,7 +149,7 @@ class MDMConfig:
             UserError: a value is out of range; the message names the flag.
         """
         _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
-        _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target")
+        _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target", "mdm_head")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
         if self.mdm_rate_bins < 1:

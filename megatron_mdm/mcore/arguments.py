@@ -50,6 +50,9 @@ REFUSED = {
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
+# Megatron flags, with their value, under which all micro-batches must have logits of one shape.
+FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
+
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
@@ -203,6 +206,13 @@ def check(args: Namespace) -> None:
         )
     if args.global_batch_size is None and not args.step_batch_size_schedule:
         raise UserError("--global-batch-size is missing: rows that one step takes in all")
+    if args.mdm_head == "masked":
+        for name, value in FIXED_SHAPES.items():
+            if getattr(args, name) == value:
+                raise UserError(
+                    f"{flag(name)} needs logits of one shape, and those at masked positions change "
+                    "theirs with every micro-batch: add --mdm-head full"
+                )
     _check_transformer_engine(args)
     _check_batch_sizes(args)
 
@@ -356,7 +366,7 @@ def check_resume(args: Namespace) -> None:
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
     if args.mdm_allow_flag_change:
         return
-    ignored = {"device", "recipe", "rate_bins", "ema_decay", "allow_flag_change", "ppots_file"}
+    ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()
     names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"

@@ -15,7 +15,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask, seen_ahead
 from megatron_mdm.mcore.dataset import FIXED, needs_rows
-from megatron_mdm.mcore.head import head_with_gradient_norms
+from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -91,27 +91,34 @@ def forward_step(
 
     position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
     num_eligible = eligible.sum(dim=1)
-    head = {}
+    record = None
     if training and mdm.mdm_ppots_refit_interval and mdm.mdm_ppots_target == "gradient":
-        head["output_processor"] = head_with_gradient_norms
-        head["output_processor_context"] = partial(record_gradients, corrupted, num_eligible)
+        record = partial(record_gradients, corrupted, num_eligible)
+    positions = None
+    if mdm.mdm_head == "masked":
+        positions = masked_positions(at_logits(corrupted.mask, mdm))
     output = model(
         corrupted.tokens,
         position_ids.expand_as(rows.tokens),
         hidden,
-        labels=labels_of(rows.tokens, mdm),
-        **head,
+        labels=at_logits(rows.tokens, mdm),
+        output_processor=head,
+        output_processor_context=HeadContext(positions, record),
     )
     return output, partial(loss_func, rows, corrupted, num_eligible, training)
 
 
-def labels_of(tokens: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
-    """The token that each position's logits predict, int64 [b, s].
+def at_logits(values: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
+    """Moves what belongs to tokens, [b, s], to the positions of the logits that predict them.
 
-    With --mdm-shift the next one; the last position's label is then the first token, which is not
-    eligible.
+    With --mdm-shift these are one to the left. The first token, which is never masked, goes last.
     """
-    return tokens.roll(-1, dims=1) if mdm.mdm_shift else tokens
+    return values.roll(-1, dims=1) if mdm.mdm_shift else values
+
+
+def at_tokens(values: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
+    """The inverse of `at_logits`."""
+    return values.roll(1, dims=1) if mdm.mdm_shift else values
 
 
 def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
@@ -157,8 +164,7 @@ def loss_func(
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
     args = get_args()
-    if args.mdm_shift:  # from the positions of the logits to those of their tokens
-        cross_entropy = cross_entropy.roll(1, dims=1)
+    cross_entropy = at_tokens(cross_entropy, MDMConfig.from_args(args))
     losses = row_losses(
         cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
     )
@@ -186,6 +192,18 @@ def loss_func(
         online.record(corrupted.t, value, corrupted.rate_weight)
     report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
     return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+
+
+def masked_positions(mask: torch.Tensor) -> MaskedPositions:
+    """Where the head works in this rank's part of the positions.
+
+    Args:
+        mask: bool [b, s].
+    """
+    if not get_args().sequence_parallel:
+        return MaskedPositions(mask)
+    parts = mpu.get_tensor_model_parallel_world_size()
+    return MaskedPositions(mask, parts, mpu.get_tensor_model_parallel_rank())
 
 
 def record_gradients(

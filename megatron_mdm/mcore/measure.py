@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
-from megatron_mdm.mcore.forward_step import Rows, labels_of
+from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
+from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.loss import row_losses
@@ -99,10 +99,12 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
             positions = torch.arange(clean.shape[1], device=device).expand_as(clean)
             hidden = attention_mask(clean, torch.zeros_like(able), get_tokenizer().eod, mdm)
             cross_entropy = loaded.model(
-                corruption.tokens[rows].to(device), positions, hidden, labels=clean
+                corruption.tokens[rows].to(device), positions, hidden, labels=at_logits(clean, mdm)
             )
             mask, weight = corruption.mask[rows].to(device), corruption.weight[rows].to(device)
-            losses = row_losses(cross_entropy, mask, weight, able.sum(dim=1), "rows")
+            losses = row_losses(
+                at_tokens(cross_entropy, mdm), mask, weight, able.sum(dim=1), "rows"
+            )
             loss = losses.numerator / len(tokens)
             total += float(loss)
             gradient = gradient + sketch.gradient(loss)
@@ -124,23 +126,11 @@ def _draw(
     num_eligible = eligible.sum(dim=1)
     corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
 
-    def value(
-        hidden_states: torch.Tensor,
-        output_layer: Any,
-        output_weight: torch.Tensor | None,
-        labels: torch.Tensor,
-        compute_language_model_loss: Any,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Loss and gradient at the final hidden states [s, b, h], instead of logits."""
-        if output_layer.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+    def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
         with torch.enable_grad():
             hidden = hidden_states.detach().requires_grad_()
-            logits, _ = output_layer(hidden, weight=output_weight)
-            cross_entropy = compute_language_model_loss(labels, logits)
-            if mdm.mdm_shift:
-                cross_entropy = cross_entropy.roll(1, dims=1)
+            cross_entropy = at_tokens(head(hidden, **rest), mdm)
             losses = row_losses(
                 cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
             )
@@ -156,7 +146,8 @@ def _draw(
             corrupted.tokens,
             positions.expand_as(rows.tokens),
             hidden,
-            labels=labels_of(rows.tokens, mdm),
+            labels=at_logits(rows.tokens, mdm),
             output_processor=value,
+            output_processor_context=HeadContext(MaskedPositions(at_logits(corrupted.mask, mdm))),
         )
     return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()
