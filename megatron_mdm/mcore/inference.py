@@ -63,7 +63,6 @@ HERE = {
     "mdm_clip": None,
     "mdm_ppots_file": None,
     "mdm_ppots_refit_interval": 0,
-    "mdm_head": "masked",
     "save": None,
     "async_save": False,
     "tensorboard_dir": None,

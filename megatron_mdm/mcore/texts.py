@@ -95,5 +95,7 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int)
         eligible = torch.ones_like(row, dtype=torch.bool)
         if not mdm.mdm_eod_eligible:
             eligible = row != loaded.tokenizer.eod
+        if mdm.mdm_shift:  # nothing predicts the first token
+            eligible[0] = False
         texts.append(Text(row, eligible))
     return texts
