@@ -20,7 +20,7 @@ DESCRIPTION = (
     "num_query_groups",
     "kv_channels",
     "normalization",
-    "norm_epsilon",
+    "layernorm_epsilon",
     "swiglu",
     "add_bias_linear",
     "add_qkv_bias",
@@ -36,6 +36,9 @@ DESCRIPTION = (
     "mdm_shift",
 )
 
+# Megatron's flags that are not named like their argument.
+FLAGS = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear"}
+
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
     """Says which arguments describe another model, empty if none.
@@ -46,10 +49,16 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str)
         source: what the others come from.
     """
     return "; ".join(
-        f"{flag(name)} is {saved[name]} in the checkpoint and {given[name]} in {source}"
+        f"{FLAGS.get(name, flag(name))} is {_shown(name, saved)} in the checkpoint and "
+        f"{_shown(name, given)} in {source}"
         for name in DESCRIPTION
         if name in saved and name in given and not _same(name, saved, given)
     )
+
+
+def _shown(name: str, args: Mapping[str, Any]) -> Any:
+    """The value as the flag gives it."""
+    return not args[name] if name == "add_bias_linear" else args[name]
 
 
 def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
