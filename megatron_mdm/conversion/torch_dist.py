@@ -206,21 +206,26 @@ class DistCheckpoint:
 
     def __init__(self, directory: Path, iteration: int | None = None) -> None:
         self.path = directory / _subdirectory(directory, iteration)
+        self._reader = dcp.FileSystemReader(self.path)
         try:
-            common = load_common_state_dict(str(self.path))
-            self._reader = dcp.FileSystemReader(self.path)
             metadata = self._reader.read_metadata()
-        except (CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.path} is not a whole torch_dist checkpoint: {error}") from error
-        except (dcp.api.CheckpointException, RuntimeError) as error:
-            raise UserError(f"{self.path} is damaged: its arguments cannot be read") from error
-        if common.get("args") is None:
-            raise UserError(f"the checkpoint {self.path} has no arguments: save it with Megatron")
-        self.args: Namespace = common["args"]
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{self.path} is not a whole torch_dist checkpoint: its .metadata cannot be read"
+            ) from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         for file in {info.relative_path for info in metadata.storage_data.values()}:
             if not (self.path / file).exists():
                 raise UserError(f"{self.path / file} is missing: copy the checkpoint again")
+        try:
+            common = load_common_state_dict(str(self.path))
+        except (CheckpointingException, dcp.api.CheckpointException, RuntimeError) as error:
+            raise UserError(
+                f"{self.path} is damaged: its arguments cannot be read; copy the checkpoint again"
+            ) from error
+        if common.get("args") is None:
+            raise UserError(f"the checkpoint {self.path} has no arguments: save it with Megatron")
+        self.args: Namespace = common["args"]
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: item
             for key, item in metadata.state_dict_metadata.items()

@@ -68,6 +68,8 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
             for args in (saved, given)
         )
         return one == other
+    if name == "mdm_shift":  # an unshifted model may be continued with a shift, not the reverse
+        return not saved[name] or bool(given[name])
     return saved[name] == given[name] or (not saved[name] and not given[name])
 
 
