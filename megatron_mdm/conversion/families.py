@@ -154,7 +154,7 @@ def mask_token_id(family: Family, config: Config) -> int | None:
 
 
 def _head_dim(config: Config) -> int:
-    return config["hidden_size"] // config["num_attention_heads"]
+    return int(config["hidden_size"] // config["num_attention_heads"])
 
 
 _LAYER = "decoder.layers.{n}."
@@ -236,7 +236,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     sizes=_SIZES | {"kv_channels": ("head_dim", 128)},
-    fixed=QWEN2.fixed | {"attention_bias": (False,)},
+    fixed={**QWEN2.fixed, "attention_bias": (False,)},
     tensors=_decoder(_BLOCK | _QK_NORM),
     flags=("--qk-layernorm",),
 )

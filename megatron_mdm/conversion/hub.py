@@ -172,7 +172,7 @@ def write_model(directory: Path, outputs: Sequence[Output]) -> Iterator[int]:
         if files[-1] and sum(o.bytes for o in files[-1]) + output.bytes > MAX_FILE_BYTES:
             files.append([])
         files[-1].append(output)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, members in enumerate(files, start=1):
         name = SINGLE
         if len(files) > 1:

@@ -5,6 +5,7 @@ distributed checkpointing writes the same files from a plan whose tensors are ma
 comes; reading asks for one slice at a time, whatever layout wrote the checkpoint.
 """
 
+import gc
 import io
 import pickle
 from argparse import Namespace
@@ -181,16 +182,28 @@ def write(
     planner = _StreamingPlanner(pieces, dict.fromkeys(objects) | {COMMON_STATE: common}, progress)
     # One thread: a tensor at a time.
     writer = dcp.FileSystemWriter(release, thread_count=1)
+    failure: BaseException | None = None
     try:
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except dcp.api.CheckpointException as error:
-        # PyTorch wraps whatever went wrong, Ctrl-C included.
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, RuntimeError) and "PytorchStreamWriter" in str(cause):
-            raise OSError("the disk is full or the file too large") from error
-        raise cause from error
+        failure = _cause(error)
+    if failure is not None:
+        # Raised out here, and anew: PyTorch's writer, which the traceback holds, would otherwise
+        # outlive the interpreter and crash while it writes its last bytes.
+        gc.collect()
+        raise failure
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
     (directory / TRACKER).write_text("release")
+
+
+def _cause(error: dcp.api.CheckpointException) -> BaseException:
+    """What went wrong inside PyTorch's wrapping, Ctrl-C included, without its frames."""
+    cause = next(iter(error.failures.values()))[0]
+    if isinstance(cause, OSError):
+        return OSError(cause.errno, cause.strerror)
+    if isinstance(cause, RuntimeError) and "PytorchStreamWriter" in str(cause):
+        return OSError("the disk is full or the file too large")
+    return cause
 
 
 class DistCheckpoint:
