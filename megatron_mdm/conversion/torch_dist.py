@@ -113,18 +113,15 @@ class _Files(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
-            write = stream.write
-
-            def patient_write(data: Any) -> int:
-                try:
-                    if self._error is None:
-                        write(data)
-                except OSError as error:
-                    self._error = error
-                return len(data)
-
-            yield _Stream(stream, patient_write)
+            yield _Stream(stream, self._patient)
             self.check()
+
+    def _patient(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            if self._error is None:
+                call(*args)
+        except OSError as error:
+            self._error = OSError(error.errno, error.strerror)  # without the frames
 
     def check(self) -> None:
         """Raises the first `OSError` of a write, if there was one."""
@@ -133,11 +130,18 @@ class _Files(FileSystem):
 
 
 class _Stream:
-    """A stream with another way to write."""
+    """A stream whose writes do not fail; see `_Files`."""
 
-    def __init__(self, stream: Any, write: Callable[[Any], int]) -> None:
+    def __init__(self, stream: Any, patient: Callable[..., None]) -> None:
         self._stream = stream
-        self.write = write
+        self._patient = patient
+
+    def write(self, data: Any) -> int:
+        self._patient(self._stream.write, data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._patient(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
