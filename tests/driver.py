@@ -174,3 +174,27 @@ def transformer_engine_spec() -> None:
                     assert "TE" in type(layer.self_attention.core_attention).__name__
         Path(os.environ["TRACE_DIR"], "built").write_text("done")
         torch.distributed.destroy_process_group()
+
+
+def checkpoint_logits() -> None:
+    """Logits of a checkpoint: request.pt holds (checkpoint, tokens), logits.pt gets them.
+
+    A dictionary by attention, "full" and "causal".
+    """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_mdm.mcore.inference import loaded_model
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory = Path(os.environ["TRACE_DIR"])
+    checkpoint, tokens = torch.load(directory / "request.pt")
+    sys.argv = sys.argv[:1]
+    prepare_environment("cpu")
+    with training_device("cpu"), loaded_model(checkpoint, "cpu") as loaded:
+        logits = {"full": loaded.logits(tokens)}
+        for layer in loaded.model.decoder.layers:
+            softmax = layer.self_attention.core_attention.scale_mask_softmax
+            softmax.attn_mask_type = AttnMaskType.causal
+        logits["causal"] = loaded.logits(tokens)
+        if loaded.args.rank == 0:
+            torch.save(logits, directory / "logits.pt")

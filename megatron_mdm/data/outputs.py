@@ -1,6 +1,7 @@
 """Output files that are there complete or not at all."""
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,30 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
         for name in doomed:
             with suppress(OSError):
                 os.unlink(name)
+        raise
+
+
+@contextmanager
+def new_directory(target: str) -> Iterator[str]:
+    """Yields a temporary directory beside `target`, and renames it when the block has ended well.
+
+    After an exception, Ctrl-C included, it is gone with all that was in it.
+
+    Raises:
+        UserError: `target` exists already, or cannot be made.
+    """
+    target = os.path.abspath(target)
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already: remove it, or give another directory")
+    temporary = f"{target}.tmp-{os.getpid()}"
+    with write_errors(target):
+        os.makedirs(temporary)
+    try:
+        with write_errors(target):
+            yield temporary
+            os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -16,6 +16,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_mdm.config import MDMConfig, flag, requested_device
 from megatron_mdm.data.tokenizer import MASK_PIECE
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.objective.fit_file import load_sampler
@@ -149,6 +150,7 @@ def resolve(args: Namespace) -> Namespace:
             raise UserError(
                 f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}"
             )
+    check_model(args)
     check_resume(args)
     check_data(args)
     return args

@@ -50,6 +50,10 @@ def _use_own_norm(submodules: Any) -> None:
     submodules.input_layernorm = Norm
     if submodules.pre_mlp_layernorm is not IdentityOp:
         submodules.pre_mlp_layernorm = Norm
+    attention = submodules.self_attention.submodules
+    for name in ("q_layernorm", "k_layernorm"):  # --qk-layernorm
+        if getattr(attention, name) not in (None, IdentityOp):
+            setattr(attention, name, Norm)
 
 
 class Norm:

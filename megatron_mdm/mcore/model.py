@@ -45,6 +45,8 @@ def model_config(args: Namespace) -> MDMModelConfig:
         args: parsed and resolved arguments (mcore/arguments.py).
     """
     config = gpt_config_from_args(args, model_config_cls=MDMModelConfig)
+    # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
     config.transformer_layer_spec = partial(_layer_spec, mdm=MDMConfig.from_args(args))
     config.transformer.finalize_model_grads_func = finalize_and_log
     return config

@@ -1,0 +1,1 @@
+"""Checkpoints between Hugging Face safetensors and Megatron's torch_dist format."""

@@ -1,0 +1,118 @@
+"""What Megatron itself asks a checkpoint for: arguments from flags, keys and shapes from a model.
+
+The arguments are parsed from the very flags that are printed for the user, and the model is
+Megatron's, built without memory on PyTorch's meta device.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.arguments import add_arguments
+from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.model import model_config
+
+# Whatever is not the model's is left to the run that loads the checkpoint.
+_RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".split()
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What Megatron asks for.
+
+    Attributes:
+        shapes: key -> shape of every tensor.
+        objects: keys of the extra states.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    objects: list[str]
+
+
+def arguments(flags: Sequence[str]) -> Namespace:
+    """Megatron's validated arguments for these flags, as a checkpoint on GPUs records them."""
+    with training_device("cpu"):
+        return _parse(flags)
+
+
+def contract(flags: Sequence[str]) -> Contract:
+    """The keys and shapes of the model that these flags build."""
+    with training_device("cpu"):
+        args = _parse([*flags, "--mdm-device", "cpu"])
+        args.perform_initialization = False
+        config = model_config(args)
+        with _one_rank(), _quiet(), torch.device("meta"):
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            model = GPTModelBuilder(config).build_model(groups)
+            state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        apply_factories(state)
+    shapes, objects = {}, []
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor):
+            shapes[item.key] = tuple(item.global_shape)
+        else:
+            objects.append(item.unique_key)
+    layers = config.transformer.num_layers
+    # Transformer Engine's norms have an extra state too; Megatron's own have none.
+    objects.append("decoder.final_layernorm._extra_state/shard_0_1")
+    for key in shapes:
+        if key.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+            name = key.removesuffix("weight") + "_extra_state"
+            objects += [f"{name}/shard_{n}_{layers}" for n in range(layers)]
+    return Contract(shapes, sorted(set(objects)))
+
+
+def _parse(flags: Sequence[str]) -> Namespace:
+    before = sys.argv
+    sys.argv = ["pretrain", *flags, *_RUN]  # Megatron parses the command line itself
+    refusal = io.StringIO()
+    try:
+        with _quiet(), contextlib.redirect_stderr(refusal):
+            args = parse_args(add_arguments)
+            validate_args(args)
+    except (AssertionError, ValueError, SystemExit) as error:
+        reason = " ".join((refusal.getvalue() or str(error)).split()).rpartition("error: ")[2]
+        raise UserError(
+            f"Megatron rejects this model: {reason} (flags: {' '.join(flags)})"
+        ) from None
+    finally:
+        sys.argv = before
+    return args
+
+
+@contextlib.contextmanager
+def _one_rank() -> Iterator[None]:
+    """Process groups of this process alone, without a network."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Megatron's listing of its arguments and its notices to itself."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

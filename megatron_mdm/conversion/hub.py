@@ -1,0 +1,229 @@
+"""Hugging Face model directories: config.json and safetensors files, read and written in a stream.
+
+The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header
+in JSON with the dtype, shape and place of every tensor, then the tensors' bytes.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mdm.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Bytes of tensors in one file, as transformers does it.
+MAX_FILE_BYTES = 5 * 10**9
+# Weights, which are not copied along with the tokenizer and the model's code.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The raw config.json of a model directory.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    path = directory / "config.json"
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object: give a Hugging Face model directory")
+    return config
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+class HubModel:
+    """The tensors of a Hugging Face model directory, read one at a time.
+
+    Opening it reads the headers and checks that every file is there and whole.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.entries: dict[str, Entry] = {}
+        index = directory / INDEX
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map", {})
+            missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
+            if missing:
+                raise UserError(
+                    f"{directory}: {len(missing)} of the files that {INDEX} names are missing, "
+                    f"such as {min(missing)}: download the model again"
+                )
+            files = sorted(set(weight_map.values()))
+        else:
+            weight_map = {}
+            files = sorted(path.name for path in directory.glob("*.safetensors"))
+        if not files:
+            raise UserError(
+                f"{directory} has no *.safetensors files: give a directory with config.json and "
+                "safetensors (other formats are not read)"
+            )
+        for name in files:
+            self.entries |= read_header(directory / name)
+        for name, file in weight_map.items():
+            if name not in self.entries:
+                raise UserError(f"{directory / file} lacks the tensor {name} that {INDEX} promises")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        with open(entry.path, "rb") as file:
+            file.seek(entry.start)
+            if file.readinto(_bytes(tensor)) != entry.size:
+                raise UserError(f"{entry.path} ends before the tensor {name}: download it again")
+        return tensor
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The entries of a safetensors file.
+
+    Raises:
+        UserError: it cannot be read, is cut short, or has a dtype that is not a float.
+    """
+    damaged = UserError(f"{path} is cut short or not a safetensors file: download it again")
+    entries = {}
+    try:
+        with open(path, "rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if 8 + length > total:
+                raise damaged
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, item in header.items():
+            start, end = (8 + length + offset for offset in item["data_offsets"])
+            dtype = DTYPES.get(item["dtype"])
+            if dtype is None:
+                raise UserError(
+                    f"{path}: the tensor {name} has dtype {item['dtype']}: give weights in "
+                    f"{', '.join(DTYPES)} (quantized ones are not converted)"
+                )
+            shape = tuple(item["shape"])
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if end > total or end - start != size:
+                raise damaged
+            entries[name] = Entry(path, dtype, shape, start, size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged from error
+    return entries
+
+
+@dataclass(frozen=True)
+class Output:
+    """Tensors that are made together, by one call.
+
+    Attributes:
+        names: of the tensors.
+        shapes: of the tensors.
+        dtype: of all of them.
+        make: returns them.
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[tuple[int, ...]]
+    dtype: torch.dtype
+    make: Callable[[], list[torch.Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes) * self.dtype.itemsize
+
+
+def write_model(directory: Path, outputs: Sequence[Output]) -> Iterator[int]:
+    """Writes safetensors files and, for several, their index; one `Output` in memory at a time.
+
+    Yields:
+        Bytes of tensors written since the last time.
+    """
+    files: list[list[Output]] = [[]]
+    for output in outputs:
+        if files[-1] and sum(o.bytes for o in files[-1]) + output.bytes > MAX_FILE_BYTES:
+            files.append([])
+        files[-1].append(output)
+    weight_map: dict[str, str] = {}
+    for number, members in enumerate(files, start=1):
+        name = SINGLE
+        if len(files) > 1:
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        weight_map |= {tensor: name for output in members for tensor in output.names}
+        yield from _write_file(directory / name, members)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(output.bytes for output in outputs)},
+            "weight_map": weight_map,
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, outputs: Sequence[Output]) -> Iterator[int]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in outputs:
+        for name, shape in zip(output.names, output.shapes, strict=True):
+            size = torch.Size(shape).numel() * output.dtype.itemsize
+            header[name] = {
+                "dtype": NAMES[output.dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for output in outputs:
+            for tensor, shape in zip(output.make(), output.shapes, strict=True):
+                assert tensor.dtype == output.dtype and tuple(tensor.shape) == tuple(shape)
+                file.write(_bytes(tensor.contiguous()))
+            yield output.bytes
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def side_files(directory: Path) -> list[Path]:
+    """What lies beside the weights: tokenizer, model code, model card; config.json left out."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith((*WEIGHTS, ".index.json"))
+        and path.name != "config.json"
+    ]

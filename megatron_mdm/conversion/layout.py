@@ -1,0 +1,62 @@
+"""How Megatron arranges the tensors that Hugging Face keeps apart: pure tensor arithmetic.
+
+`linear_qkv` holds, per query group, its queries, then its key, then its value (Megatron's
+SelfAttention.get_query_key_value_tensors); `linear_fc1` holds the gate above the up projection
+(its gated MLP activates the first half). Everything else is the same on both sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads: `queries` query heads share `groups` key-value heads."""
+
+    queries: int
+    groups: int
+
+
+def part_shapes(target: str, shape: Shape, parts: int, heads: Heads) -> list[Shape]:
+    """Shapes of the Hugging Face tensors that make up a Megatron tensor.
+
+    Args:
+        target: its name, which says how the parts are arranged.
+        shape: its shape; rows are output features.
+        parts: number of the Hugging Face tensors.
+        heads: of the attention.
+    """
+    rows, rest = shape[0], tuple(shape[1:])
+    if ".linear_qkv." in target and parts == 3:
+        per_head = rows // (heads.queries + 2 * heads.groups)
+        counts = [heads.queries * per_head, heads.groups * per_head, heads.groups * per_head]
+    else:
+        counts = [rows // parts] * parts
+    return [(count, *rest) for count in counts]
+
+
+def join(target: str, parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
+    """Megatron's tensor from the Hugging Face tensors, both [output features, ...]."""
+    if len(parts) == 1:
+        return parts[0]
+    if ".linear_qkv." in target:
+        grouped = [part.unflatten(0, (heads.groups, -1)) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+    return torch.cat(list(parts))
+
+
+def split(target: str, tensor: torch.Tensor, parts: int, heads: Heads) -> list[torch.Tensor]:
+    """The inverse of `join`."""
+    if parts == 1:
+        return [tensor]
+    if ".linear_qkv." in target:
+        share = heads.queries // heads.groups
+        per_head = tensor.shape[0] // (heads.queries + 2 * heads.groups)
+        grouped = tensor.unflatten(0, (heads.groups, -1))
+        sizes = [share * per_head, per_head, per_head]
+        return [part.flatten(0, 1).contiguous() for part in grouped.split(sizes, dim=1)]
+    return list(tensor.chunk(parts))

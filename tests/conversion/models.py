@@ -1,0 +1,236 @@
+"""Tiny random models of every family, as Hugging Face directories, and what they compute.
+
+Llama and Qwen come from transformers. LLaDA and Dream are written down here from their published
+architecture, functionally and on the published tensor names, without anything of ours.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear, silu
+
+VOCAB = 96
+ROPE = 5000.0
+
+LLADA = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "mlp_hidden_size": 48,
+    "max_sequence_length": 64,
+    "rope_theta": ROPE,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "embedding_size": VOCAB,
+    "mask_token_id": 90,
+    "eos_token_id": 81,
+    "pad_token_id": 81,
+    "weight_tying": False,
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "rope": True,
+    "alibi": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "attention_layer_norm": False,
+    "scale_logits": False,
+    "input_emb_norm": False,
+    "block_group_size": 1,
+    "torch_dtype": "float32",
+}
+
+DREAM = {
+    "architectures": ["DreamModel"],
+    "model_type": "Dream",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": ROPE,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": VOCAB,
+    "mask_token_id": 90,
+    "eos_token_id": 81,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "torch_dtype": "float32",
+}
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "eos_token_id": 81,
+    "bos_token_id": 80,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": ROPE,
+}
+
+
+def make(kind: str, directory: Path, **changes) -> Path:
+    """Writes the model `kind` with changes to its config.json."""
+    torch.manual_seed(len(kind))
+    directory.mkdir(parents=True)
+    if kind in ("llada", "dream"):
+        config = {**(LLADA if kind == "llada" else DREAM), **changes}
+        save_file(random_tensors(config), directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+    import transformers as hf
+
+    config_class, model_class, own = {
+        "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
+        "llama-mha": (hf.LlamaConfig, hf.LlamaForCausalLM, {"num_key_value_heads": 4}),
+        "llama3.1": (
+            hf.LlamaConfig,
+            hf.LlamaForCausalLM,
+            {"rope_parameters": LLAMA3_SCALING, "head_dim": 16},
+        ),
+        "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {}),
+        "qwen2-tied": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+        "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {"head_dim": 16}),
+    }[kind]
+    config = config_class(**{**SMALL, **own, **changes})
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms and biases too: a model at initialization hides where they go.
+            scale = 0.5 if "norm" in name else 0.2
+            parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
+    model.save_pretrained(directory)
+    return directory
+
+
+def random_tensors(config: dict) -> dict[str, torch.Tensor]:
+    """Tensors of a LLaDA or Dream model by their published names."""
+    if config["model_type"] == "llada":
+        h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
+        kv = h // config["n_heads"] * config["n_kv_heads"]
+        layer = {
+            "attn_norm.weight": [h],
+            "ff_norm.weight": [h],
+            "q_proj.weight": [h, h],
+            "k_proj.weight": [kv, h],
+            "v_proj.weight": [kv, h],
+            "attn_out.weight": [h, h],
+            "ff_proj.weight": [f, h],
+            "up_proj.weight": [f, h],
+            "ff_out.weight": [h, f],
+        }
+        prefix = "model.transformer."
+        shapes = {f"{prefix}blocks.{i}.{k}": s for i in range(n) for k, s in layer.items()}
+        shapes |= {
+            f"{prefix}wte.weight": [config["embedding_size"], h],
+            f"{prefix}ln_f.weight": [h],
+            f"{prefix}ff_out.weight": [config["embedding_size"], h],
+        }
+    else:
+        h, f, n = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
+        layer = {
+            "input_layernorm.weight": [h],
+            "post_attention_layernorm.weight": [h],
+            "self_attn.q_proj.weight": [h, h],
+            "self_attn.k_proj.weight": [kv, h],
+            "self_attn.v_proj.weight": [kv, h],
+            "self_attn.q_proj.bias": [h],
+            "self_attn.k_proj.bias": [kv],
+            "self_attn.v_proj.bias": [kv],
+            "self_attn.o_proj.weight": [h, h],
+            "mlp.gate_proj.weight": [f, h],
+            "mlp.up_proj.weight": [f, h],
+            "mlp.down_proj.weight": [h, f],
+        }
+        shapes = {f"model.layers.{i}.{k}": s for i in range(n) for k, s in layer.items()}
+        shapes |= {
+            "model.embed_tokens.weight": [config["vocab_size"], h],
+            "model.norm.weight": [h],
+            "lm_head.weight": [config["vocab_size"], h],
+        }
+    return {
+        name: torch.randn(shape) * 0.2 + ("norm" in name or "ln_f" in name)
+        for name, shape in shapes.items()
+    }
+
+
+def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What the model in a directory computes, fp32: tokens [b, s] -> [b, s, V]."""
+    config = json.loads((directory / "config.json").read_text())
+    if config["model_type"] in ("llada", "Dream"):
+        return published_logits(config, load_file(directory / "model.safetensors"), tokens)
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    mask = None
+    if not causal:
+        s = tokens.shape[1]
+        mask = torch.zeros(tokens.shape[0], 1, s, s)  # added to the scores: nothing is hidden
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask).logits
+
+
+def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
+    """LLaDA's or Dream's network with attention in both directions."""
+    llada = config["model_type"] == "llada"
+    heads = config["n_heads" if llada else "num_attention_heads"]
+    groups = config["n_kv_heads" if llada else "num_key_value_heads"]
+    eps = config["rms_norm_eps"]
+    p = "model.transformer." if llada else "model."
+    x = w[p + ("wte.weight" if llada else "embed_tokens.weight")][tokens]
+    for i in range(config["n_layers" if llada else "num_hidden_layers"]):
+        b = f"{p}blocks.{i}." if llada else f"{p}layers.{i}."
+        a = b if llada else b + "self_attn."
+        y = _norm(x, w[b + ("attn_norm.weight" if llada else "input_layernorm.weight")], eps)
+        q, k, v = (
+            linear(y, w[f"{a}{name}_proj.weight"], w.get(f"{a}{name}_proj.bias"))
+            .unflatten(-1, (count, -1))
+            .transpose(1, 2)
+            for name, count in (("q", heads), ("k", groups), ("v", groups))
+        )
+        q, k = _rotate(q, config["rope_theta"]), _rotate(k, config["rope_theta"])
+        k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        y = (scores @ v).transpose(1, 2).flatten(2)
+        x = x + y @ w[b + ("attn_out.weight" if llada else "self_attn.o_proj.weight")].T
+        y = _norm(x, w[b + ("ff_norm.weight" if llada else "post_attention_layernorm.weight")], eps)
+        names = ("ff_proj", "up_proj", "ff_out")
+        if not llada:
+            names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        gate, up, down = (w[f"{b}{name}.weight"] for name in names)
+        x = x + (silu(y @ gate.T) * (y @ up.T)) @ down.T
+    x = _norm(x, w[p + ("ln_f.weight" if llada else "norm.weight")], eps)
+    return x @ w["model.transformer.ff_out.weight" if llada else "lm_head.weight"].T
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary embedding over halves: dimension i turns with i + d/2."""
+    s, d = x.shape[-2:]
+    angle = torch.arange(s)[:, None] * theta ** (-torch.arange(0, d, 2) / d)
+    first, second = x[..., : d // 2], x[..., d // 2 :]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

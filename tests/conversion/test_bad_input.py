@@ -1,0 +1,195 @@
+"""One clear line, nothing half-written, and what was there before is untouched."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+from megatron_mdm.errors import UserError
+from tests.conversion import models
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return models.make("llada", tmp_path / "hf")
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(directory, **changes):
+    tensors = {**load_file(directory / hub.SINGLE), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, directory / hub.SINGLE)
+
+
+def cut(path, keep=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+def index(directory):
+    weights = {name: hub.SINGLE for name in load_file(directory / hub.SINGLE)}
+    weights["more"] = "model-2.safetensors"
+    (directory / hub.INDEX).write_text(json.dumps({"weight_map": weights}))
+
+
+Q = "model.transformer.blocks.1.q_proj.weight"
+CASES = {
+    "a missing shard": (index, "model-2.safetensors"),
+    "a shard cut short": (lambda d: cut(d / hub.SINGLE), "model.safetensors is cut short"),
+    "an empty shard": (lambda d: cut(d / hub.SINGLE, 0), "model.safetensors is cut short"),
+    "no shard": (lambda d: (d / hub.SINGLE).unlink(), "no *.safetensors files"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: No such file"),
+    "a broken config": (lambda d: cut(d / "config.json"), "config.json is not valid JSON"),
+    "another family": (
+        lambda d: change_config(d, architectures=["LLaDAMoEModelLM"]),
+        "no table for the architecture LLaDAMoEModelLM",
+    ),
+    "an unknown computation": (
+        lambda d: change_config(d, scale_logits=True),
+        "scale_logits = True is not supported for llada",
+    ),
+    "a missing size": (lambda d: change_config(d, d_model=None), "no 'd_model'"),
+    "sizes that do not fit": (
+        lambda d: change_config(d, mlp_hidden_size=64),
+        "has shape [48, 32], config.json implies [64, 32]",
+    ),
+    "a missing tensor": (lambda d: change_tensors(d, **{Q: None}), f"lacks the tensor {Q}"),
+    "an unknown tensor": (
+        lambda d: change_tensors(d, **{"q_norm.weight": torch.ones(3)}),
+        "has the tensor q_norm.weight, which the family llada has no place for",
+    ),
+    "mixed dtypes": (
+        lambda d: change_tensors(d, **{Q: torch.zeros(32, 32).bfloat16()}),
+        "choose one with --dtype",
+    ),
+    "a quantized tensor": (
+        lambda d: change_tensors(d, **{Q: torch.zeros(32, 32, dtype=torch.int8)}),
+        f"the tensor {Q} has dtype I8",
+    ),
+    "a mask outside": (lambda d: change_config(d, mask_token_id=96), "mask token 96 lies outside"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_model_is_named_and_nothing_is_written(case, source, tmp_path):
+    damage, message = CASES[case]
+    damage(source)
+    with pytest.raises(UserError) as caught:
+        to_megatron(str(source), str(tmp_path / "out"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_existing_output_is_left_alone(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    for convert in (to_megatron, to_hugging_face):
+        with pytest.raises(UserError, match="exists already"):
+            convert(str(source), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+def damage_largest(checkpoint):
+    cut(checkpoint / "release" / "__0_0.distcp")
+
+
+BACK = {
+    "no checkpoint": (
+        lambda c: (c / "latest_checkpointed_iteration.txt").unlink(),
+        "no checkpoint",
+    ),
+    "a missing file": (lambda c: (c / "release" / "__0_0.distcp").unlink(), "__0_0.distcp"),
+    "a file cut short": (damage_largest, "is damaged"),
+    "no metadata": (lambda c: (c / "release" / ".metadata").unlink(), "release"),
+    "another model": (
+        lambda c: change_config(c / "huggingface", rms_norm_eps=1e-6),
+        "--norm-epsilon is 1e-05 in the checkpoint and 1e-06 in config.json",
+    ),
+    "another family": (
+        lambda c: shutil.copy(c / "release" / "metadata.json", c / "huggingface" / "config.json"),
+        "no table for the architecture None",
+    ),
+    "a larger vocabulary": (
+        lambda c: change_config(c / "huggingface", vocab_size=99, embedding_size=99),
+        "has 99 tokens, the checkpoint 96",
+    ),
+    "no config": (lambda c: shutil.rmtree(c / "huggingface"), "--hf-config"),
+}
+
+
+@pytest.mark.parametrize("case", BACK)
+def test_a_bad_checkpoint_is_named_and_nothing_is_written(case, converted, tmp_path):
+    shutil.copytree(converted("llada")[1], tmp_path / "mg")
+    damage, message = BACK[case]
+    damage(tmp_path / "mg")
+    with pytest.raises(UserError) as caught:
+        to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "out"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["mg"]
+
+
+def test_verify_sees_a_flipped_bit(source, tmp_path, monkeypatch):
+    from megatron_mdm.conversion import torch_dist
+
+    write = torch_dist.write
+
+    def write_and_flip(directory, *rest):
+        write(directory, *rest)
+        path = directory / "release" / "__0_0.distcp"
+        data = bytearray(path.read_bytes())
+        tensor = load_file(source / hub.SINGLE)["model.transformer.ff_out.weight"]
+        place = data.find(tensor.numpy().tobytes())
+        assert place > 0
+        data[place] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(torch_dist, "write", write_and_flip)
+    # The container's checksum may see it before the comparison does.
+    with pytest.raises(UserError, match="--verify: .*ff_out.weight|is damaged"):
+        to_megatron(str(source), str(tmp_path / "out"), verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["megatron", "huggingface"])
+def test_a_full_disk(to, source, converted, tmp_path):
+    """The tool in a process that may not write files of more than 20 kB."""
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    given = source if to == "megatron" else converted("llada")[1]
+    argv = [str(TOOL), "--to", to, "--input", str(given), "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 2, run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert f"cannot write {tmp_path / 'out'}" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_flags_of_the_other_direction():
+    run = subprocess.run(
+        [sys.executable, str(TOOL), "--to", "megatron", "--input", "a", "--output", "b"]
+        + ["--iteration", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr == "error: --iteration does not go with --to megatron: leave it out\n"

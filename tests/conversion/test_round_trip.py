@@ -1,0 +1,115 @@
+"""Hugging Face -> Megatron -> Hugging Face keeps every bit, and the model computes the same."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+from tests.conversion import models
+
+KINDS = ["llama", "llama-mha", "llama3.1", "qwen2", "qwen2-tied", "qwen3", "llada", "dream"]
+TOLERANCE = 1e-4
+silent = {"say": lambda line: None}
+
+
+def same_files(one, other):
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name])
+        for name in first
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_round_trip_is_bitwise(kind, converted, tmp_path):
+    source, checkpoint, _ = converted(kind)
+    said = []
+    to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, say=said.append)
+    assert same_files(source / hub.SINGLE, tmp_path / "hf" / hub.SINGLE)
+    before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "hf"))
+    assert before == after
+    assert any(line.startswith("verified") for line in said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_megatron_computes_the_same_logits(kind, converted, megatron_logits):
+    source, checkpoint, _ = converted(kind)
+    tokens = torch.randint(0, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+    ours = megatron_logits(checkpoint, tokens)
+    published = kind in ("llada", "dream")
+    for attention in ("full",) if published else ("full", "causal"):
+        reference = models.logits(source, tokens, causal=attention == "causal")
+        assert reference.abs().max() > 1, "too small to show a difference"
+        assert (ours[attention] - reference).abs().max() < TOLERANCE
+    assert (ours["full"] - ours["causal"]).abs().max() > 0.1
+
+
+def test_two_tensor_parallel_ranks_compute_the_same_logits(converted, megatron_logits):
+    source, checkpoint, _ = converted("qwen3")
+    tokens = torch.arange(32)[None]
+    ours = megatron_logits(checkpoint, tokens, 2)["full"]
+    assert (ours - models.logits(source, tokens, causal=False)).abs().max() < TOLERANCE
+
+
+def test_low_precision_and_another_dtype(tmp_path):
+    source = models.make("dream", tmp_path / "hf")
+    halves = {k: v.bfloat16() for k, v in load_file(source / hub.SINGLE).items()}
+    save_file(halves, source / hub.SINGLE)
+    to_megatron(str(source), str(tmp_path / "mg"), verify=True, **silent)
+    assert "--bf16" in (tmp_path / "mg" / "launch.txt").read_text()
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), verify=True, **silent)
+    assert same_files(source / hub.SINGLE, tmp_path / "back" / hub.SINGLE)
+    to_hugging_face(
+        str(tmp_path / "mg"), str(tmp_path / "wide"), dtype=torch.float32, verify=True, **silent
+    )
+    wide = load_file(tmp_path / "wide" / hub.SINGLE)
+    assert all(torch.equal(wide[name], halves[name].float()) for name in halves)
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_several_files_and_their_index(converted, tmp_path, monkeypatch):
+    source, checkpoint, _ = converted("llada")
+    monkeypatch.setattr(hub, "MAX_FILE_BYTES", 20_000)
+    to_hugging_face(str(checkpoint), str(tmp_path / "many"), verify=True, **silent)
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    index = json.loads((tmp_path / "many" / hub.INDEX).read_text())
+    assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
+    merged = {k: v for f in files for k, v in load_file(tmp_path / "many" / f).items()}
+    original = load_file(source / hub.SINGLE)
+    assert merged.keys() == original.keys() == index["weight_map"].keys()
+    assert all(torch.equal(merged[name], original[name]) for name in original)
+    to_megatron(str(tmp_path / "many"), str(tmp_path / "mg"), **silent)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "one"), **silent)
+    index_bytes = index["metadata"]["total_size"]
+    assert index_bytes == sum(tensor.nbytes for tensor in original.values())
+
+
+def test_the_tables_fit_their_families(converted):
+    """Wrong arrangements are far outside the tolerance: the parity above can fail."""
+    source, _, _ = converted("qwen2")
+    tokens = torch.arange(32)[None]
+    right = models.logits(source, tokens, causal=True)
+    weights = load_file(source / hub.SINGLE)
+    other = source.parent / "swapped"
+    shutil.copytree(source, other, dirs_exist_ok=True)
+    for i in range(2):
+        gate, up = (f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+        weights[gate], weights[up] = weights[up], weights[gate]
+    save_file(weights, other / hub.SINGLE, {"format": "pt"})
+    assert (models.logits(other, tokens, causal=True) - right).abs().max() > 100 * TOLERANCE
+
+
+def test_what_the_megatron_side_needs_is_there(converted):
+    _, checkpoint, said = converted("dream")
+    launch = (checkpoint / "launch.txt").read_text()
+    assert "--mdm-shift" in launch and "--mdm-mask-token-id 90" in launch
+    assert launch.strip() in "\n".join(said)
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    args = load_common_state_dict(str(checkpoint / "release"))["args"]
+    assert args.mdm_shift is True and args.layernorm_epsilon == 1e-6 and args.rotary_base == 5000
+    assert args.padded_vocab_size == models.VOCAB

@@ -1,0 +1,130 @@
+"""Command line of megatron_mdm.conversion."""
+
+import argparse
+
+from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.pretrain import check_megatron_version, prepare_environment
+
+DESCRIPTION = """\
+Convert checkpoints between Hugging Face safetensors and Megatron's torch_dist, both ways, without a
+GPU.
+
+Families, detected from config.json: Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), Dream.
+One tensor is in memory at a time. What cannot be converted exactly is refused, and a failed run
+leaves nothing behind. The Megatron checkpoint loads under every tensor- and pipeline-parallel
+layout, carries its arguments (--use-checkpoint-args), config.json and tokenizer, and comes with the
+line that trains it (launch.txt). The way back reads what a run saved under any layout.
+"""
+
+EXAMPLES = """\
+examples:
+  python tools/convert_checkpoint.py --to megatron --input LLaDA-8B-Base --output llada
+  python tools/convert_checkpoint.py --to megatron --input Qwen2.5-7B --output qwen --add-mask-token
+  python tools/convert_checkpoint.py --to huggingface --input runs/llada --output LLaDA-mine
+"""
+
+
+def parse() -> argparse.Namespace:
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--to", required=True, choices=["megatron", "huggingface"])
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="DIR",
+        help="model directory of Hugging Face, or the directory that a run's --save named",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="directory to be made; must not exist"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype to write (default: that of the input)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the output again and compare every tensor bitwise",
+    )
+    there = parser.add_argument_group("--to megatron")
+    there.add_argument(
+        "--add-mask-token",
+        action="store_true",
+        help="give an autoregressive model a mask token: the first id after the tokenizer's, with "
+        "the mean of the embeddings; the vocabulary grows if it has no unused row",
+    )
+    there.add_argument(
+        "--pad-vocab-to-multiple-of",
+        type=int,
+        metavar="M",
+        help="pad the vocabulary with zeros, so that the tensor-parallel size divides it; the "
+        "padding takes part in the softmax (default: no padding)",
+    )
+    back = parser.add_argument_group("--to huggingface")
+    back.add_argument(
+        "--hf-config",
+        metavar="DIR",
+        help="directory with config.json and tokenizer (default: those that the converted "
+        "checkpoint, or the run's --tokenizer-model, came with)",
+    )
+    back.add_argument(
+        "--iteration", type=int, metavar="N", help="checkpoint of the run (default: its last)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parses, converts, prints."""
+    options = parse()
+    if options.to == "megatron":
+        _refuse(options, "hf_config", "iteration")
+    else:
+        _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of")
+    multiple = options.pad_vocab_to_multiple_of
+    if multiple is not None and multiple < 1:
+        raise UserError("--pad-vocab-to-multiple-of must be at least 1")
+    check_megatron_version()
+    prepare_environment("cpu")
+
+    import torch
+
+    from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+    from megatron_mdm.data.outputs import termination_raises
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with termination_raises():
+        if options.to == "megatron":
+            to_megatron(
+                options.input,
+                options.output,
+                add_mask=options.add_mask_token,
+                multiple=multiple or 1,
+                dtype=dtype,
+                verify=options.verify,
+            )
+        else:
+            to_hugging_face(
+                options.input,
+                options.output,
+                config_from=options.hf_config,
+                iteration=options.iteration,
+                dtype=dtype,
+                verify=options.verify,
+            )
+
+
+def _refuse(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise UserError(
+                f"--{name.replace('_', '-')} does not go with --to {options.to}: leave it out"
+            )
+
+
+if __name__ == "__main__":
+    run_tool(main)
