@@ -10,14 +10,12 @@ checkpoints on the same rows with the same seed. Under torchrun the ranks share 
 """
 
 import argparse
-import contextlib
 import json
 import math
-import sys
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError, run_tool
-from megatron_mdm.pretrain import prepare_environment
 
 
 def parse() -> argparse.Namespace:
@@ -46,32 +44,32 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline stages under torchrun; the ranks of a stage share its tensors (default: 1)",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Loads, draws, prints."""
     options = parse()
-    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
     if min(options.rows, options.bins, options.batch_size) < 1:
         raise UserError("--rows, --bins and --batch-size must be at least 1")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
-    prepare_environment(options.device)
+    with open_checkpoint(
+        options.load, options.device, options.pipeline_model_parallel_size
+    ) as loaded:
+        import torch
+        from tqdm import tqdm
 
-    import torch
-    from tqdm import tqdm
+        from megatron_mdm.evaluation import evaluate
+        from megatron_mdm.mcore.texts import read_tokens, rows_of
 
-    from megatron_mdm.evaluation import evaluate
-
-    with contextlib.ExitStack() as stack:
-        with contextlib.redirect_stdout(sys.stderr):  # the result stays alone on stdout
-            from megatron_mdm.mcore.device import training_device
-            from megatron_mdm.mcore.inference import loaded_model
-            from megatron_mdm.mcore.texts import read_tokens, rows_of
-
-            stack.enter_context(training_device(options.device))
-            loaded = stack.enter_context(loaded_model(options.load, options.device))
         most = options.rows * loaded.args.seq_length
         documents = read_tokens(loaded, options.data, options.json_key, most)
         rows = rows_of(loaded, documents, not options.per_document, options.rows)

@@ -10,11 +10,10 @@ Interrupted, it keeps what was measured in variance.json.partial, and the same c
 """
 
 import argparse
-import contextlib
 import os
-import sys
 from pathlib import Path
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
@@ -64,7 +63,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints, writes, draws."""
     options = parse()
-    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("tools/variance_report.py runs on one rank: start it without torchrun")
     if not options.output.endswith(".json"):
@@ -88,15 +86,10 @@ def main() -> None:
     names = ("rows", "rates", "masks", "batches", "batch", "bins", "seed")
     numbers = {name: getattr(options, name) for name in names}
     report.Settings(**numbers, mask_token_id=0, eps=0.5, subject="")  # complain before loading
-    with contextlib.ExitStack() as stack:
-        with contextlib.redirect_stdout(sys.stderr):  # the table stays alone on stdout
-            from megatron_mdm.mcore.device import training_device
-            from megatron_mdm.mcore.inference import loaded_model
-            from megatron_mdm.mcore.measure import gradient_step
-            from megatron_mdm.mcore.texts import read_tokens, rows_of
+    with open_checkpoint(options.load, options.device) as loaded:
+        from megatron_mdm.mcore.measure import gradient_step
+        from megatron_mdm.mcore.texts import read_tokens, rows_of
 
-            stack.enter_context(training_device(options.device))
-            loaded = stack.enter_context(loaded_model(options.load, options.device))
         args = loaded.args
         pool = 20 * options.rows
         documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
