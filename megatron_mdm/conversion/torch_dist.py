@@ -5,11 +5,12 @@ distributed checkpointing writes the same files from a plan whose tensors are ma
 comes; reading asks for one slice at a time, whatever layout wrote the checkpoint.
 """
 
-import gc
 import io
+import os
 import pickle
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.core import (
     save_config,
 )
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -98,6 +100,53 @@ class Piece:
     make: Callable[[], torch.Tensor]
 
 
+class _Files(FileSystem):
+    """Files that report a failed write between tensors.
+
+    torch.save crashes the interpreter when a write fails under it: it cannot abandon its archive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._error: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            yield _Stream(stream, self._patient)
+            self.check()
+
+    def _patient(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            if self._error is None:
+                call(*args)
+        except OSError as error:
+            self._error = OSError(error.errno, error.strerror)  # without the frames
+
+    def check(self) -> None:
+        """Raises the first `OSError` of a write, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+
+class _Stream:
+    """A stream whose writes do not fail; see `_Files`."""
+
+    def __init__(self, stream: Any, patient: Callable[..., None]) -> None:
+        self._stream = stream
+        self._patient = patient
+
+    def write(self, data: Any) -> int:
+        self._patient(self._stream.write, data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._patient(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _StreamingPlanner(DefaultSavePlanner):
     """Plans without tensors: each one is made when it is written."""
 
@@ -106,10 +155,12 @@ class _StreamingPlanner(DefaultSavePlanner):
         pieces: Sequence[Piece],
         objects: dict[str, Any],
         progress: Callable[[int], object],
+        files: "_Files",
     ) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._objects = objects
         self._progress = progress
+        self._files = files
         self._pieces: dict[MetadataIndex, Piece] = {}
         self._items = [
             WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in sorted(objects)
@@ -128,6 +179,7 @@ class _StreamingPlanner(DefaultSavePlanner):
             buffer = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], buffer)
             return buffer
+        self._files.check()
         # The plan's index has been given a number on the way.
         piece = self._pieces[replace(write_item.index, index=None)]
         tensor = piece.make()
@@ -179,31 +231,19 @@ def write(
     }
     release = directory / "release"
     release.mkdir()
-    planner = _StreamingPlanner(pieces, dict.fromkeys(objects) | {COMMON_STATE: common}, progress)
+    files = _Files()
+    state = dict.fromkeys(objects) | {COMMON_STATE: common}
+    planner = _StreamingPlanner(pieces, state, progress, files)
     # One thread: a tensor at a time.
     writer = dcp.FileSystemWriter(release, thread_count=1)
-    failure: BaseException | None = None
+    writer.fs = files
     try:
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except dcp.api.CheckpointException as error:
-        failure = _cause(error)
-    if failure is not None:
-        # Raised out here, and anew: PyTorch's writer, which the traceback holds, would otherwise
-        # outlive the interpreter and crash while it writes its last bytes.
-        gc.collect()
-        raise failure
+        # PyTorch wraps whatever went wrong, Ctrl-C included.
+        raise next(iter(error.failures.values()))[0] from error
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
     (directory / TRACKER).write_text("release")
-
-
-def _cause(error: dcp.api.CheckpointException) -> BaseException:
-    """What went wrong inside PyTorch's wrapping, Ctrl-C included, without its frames."""
-    cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, OSError):
-        return OSError(cause.errno, cause.strerror)
-    if isinstance(cause, RuntimeError) and "PytorchStreamWriter" in str(cause):
-        return OSError("the disk is full or the file too large")
-    return cause
 
 
 class DistCheckpoint:
