@@ -145,6 +145,8 @@ def _arguments(checkpoint: str, device: str) -> Namespace:
         "world_size": world,
         "tensor_model_parallel_size": world,
         "expert_tensor_parallel_size": world,
+        "tensor_parallel_num_weight_shards": world,
+        "expert_tensor_parallel_num_weight_shards": world,
         "load": checkpoint,
         "mdm_device": device,
         **(CPU_DEFAULTS if device == "cpu" else {}),
