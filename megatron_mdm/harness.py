@@ -14,7 +14,7 @@ import torch
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import cut_rows, log_likelihoods
-from megatron_mdm.generation import LogitsFunction, fill_masks
+from megatron_mdm.generation import Decoder, LogitsFunction
 
 try:
     from lm_eval.api.model import LM
@@ -115,5 +115,5 @@ class HarnessModel(LM):
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
         blank = [self._mask_token_id] * len(continuation)
         tokens = torch.tensor([context + blank], device=self._settings["device"])
-        filled = fill_masks(self._logits, tokens, self._mask_token_id, max(1, len(continuation)))
+        filled = Decoder(self._mask_token_id)(self._logits, tokens)
         return bool(filled[0, len(context) :].tolist() == continuation)
