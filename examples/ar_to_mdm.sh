@@ -12,8 +12,6 @@ source tools/setup.sh hf
 RUN=runs/ar_to_mdm
 mkdir -p $RUN
 source examples/common.sh
-MODEL=${1:-}
-TEXT=${2:-}
 [ -n "$MODEL" ] || tiny_model qwen2
 [ -n "$TEXT" ] || some_text
 
@@ -21,7 +19,7 @@ echo "== conversion, with a mask token"
 [ -e $RUN/megatron ] || python tools/convert_checkpoint.py --to megatron --input "$MODEL" \
     --output $RUN/megatron --add-mask-token --verify
 echo "== data"
-preprocess $RUN/megatron
+preprocess $RUN/megatron/huggingface
 echo "== training"
 if [ -n "${1:-}" ]; then # 20 billion tokens; batches of 2 million
     train --mdm-shift --mdm-recipe recommended --seq-length 4096 --micro-batch-size 4 \

@@ -1,15 +1,16 @@
-# Sourced by the examples that continue from a model of Hugging Face. Sets MODEL, TEXT, RUN, and
-# LAUNCH, the command that trains what `convert` converted.
+# Sourced by the examples that continue from a model of Hugging Face, with their arguments. Expects
+# RUN, a directory; sets MODEL and TEXT, and runs what `convert_checkpoint.py` says to launch.
 
-# On a machine with GPUs the real thing; else the same steps on the CPU, with a small random model.
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
-    HARDWARE=(--bf16 --use-distributed-optimizer --sequence-parallel)
-    LAYOUT=(--tensor-model-parallel-size "$GPUS")
-else
+MODEL=${1:-}
+TEXT=${2:-}
+if [ -n "$MODEL" ]; then # the real thing, on GPUs
+    GPUS=${GPUS:-8}
+    HARDWARE=(--tensor-model-parallel-size "$GPUS" --sequence-parallel --bf16
+        --use-distributed-optimizer)
+    [ -n "$TEXT" ] || { echo "error: name a file with the paths of your texts after $MODEL" >&2; exit 2; }
+else # the same steps with a small random model, on the CPU
     GPUS=2
-    HARDWARE=(--mdm-device cpu)
-    LAYOUT=(--tensor-model-parallel-size 2)
+    HARDWARE=(--tensor-model-parallel-size 2 --mdm-device cpu)
     export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
 fi
 
@@ -34,5 +35,5 @@ train() { # FLAGS: runs the launch line of the conversion, with these flags afte
     local command
     command=$(sed -e "s#MY_RUN#$RUN/checkpoint#" -e "s#MY_DATA#$RUN/text#" \
         -e "s#--nproc-per-node [0-9]*#--standalone --nproc-per-node $GPUS#" "$RUN/megatron/launch.txt")
-    eval "$command \"\${HARDWARE[@]}\" \"\${LAYOUT[@]}\" \"\$@\""
+    eval "$command --split 95,5,0 --data-cache-path \"$RUN/cache\" \"\${HARDWARE[@]}\" \"\$@\""
 }

@@ -12,8 +12,6 @@ source tools/setup.sh hf
 RUN=runs/continue_llada
 mkdir -p $RUN
 source examples/common.sh
-MODEL=${1:-}
-TEXT=${2:-}
 [ -n "$MODEL" ] || tiny_model llada
 [ -n "$TEXT" ] || some_text
 
@@ -21,7 +19,7 @@ echo "== conversion"
 [ -e $RUN/megatron ] || python tools/convert_checkpoint.py --to megatron --input "$MODEL" \
     --output $RUN/megatron --verify
 echo "== data"
-preprocess $RUN/megatron
+preprocess $RUN/megatron/huggingface
 echo "== training"
 if [ -n "${1:-}" ]; then
     train --mdm-recipe recommended --seq-length 4096 --micro-batch-size 4 --global-batch-size 256 \
