@@ -112,6 +112,9 @@ class MDMConfig:
     mdm_pad_attended: bool = True
     """Hide padding from the attention of all positions. Visible by default, as in LLaDA."""
 
+    mdm_isolate_documents: bool = False
+    """Attention stays inside each document of a packed row, and positions start over with it."""
+
     mdm_sft: bool = False
     """Supervised fine-tuning: rows are pairs of a prompt, which stays visible, and a response, made
     by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible."""

@@ -65,7 +65,13 @@ def whole_batch() -> None:
         assert len(set(eligible_counts.tolist())) > 1, "rows should differ"
         p = (1 - args.mdm_eps) * (rows["quantile"] + 0.5) * 2.0**-52 + args.mdm_eps
         mask = ((rows["uniforms"] + 0.5) * 2.0**-52 < p[:, None]) & eligible
-        logits = model(torch.where(mask, args.mdm_mask_token_id, tokens), None, None)
+        corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
+        if args.mdm_isolate_documents:
+            logits = torch.cat(
+                [_each_document(model, *row) for row in zip(tokens, corrupted, strict=True)]
+            )
+        else:
+            logits = model(corrupted, None, None)
         if args.mdm_shift:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         log_p = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
@@ -108,6 +114,15 @@ def logits() -> None:
         loaded.args.mdm_shift = True
         shifted = [loaded.logits(tokens) for tokens in rows]
         torch.save((plain, shifted), f"{os.environ['TRACE_DIR']}/logits{os.environ['RANK']}.pt")
+
+
+def _each_document(model, tokens, corrupted):
+    """Logits of one row [1, s, V] whose documents the model sees one at a time."""
+    ends = [i + 1 for i, token in enumerate(tokens.tolist()) if token == 119]
+    starts = [0, *ends]
+    bounds = zip(starts, [*ends, len(tokens)], strict=True)
+    parts = [corrupted[None, low:high] for low, high in bounds if low < high]
+    return torch.cat([model(part, None, None) for part in parts], dim=1)
 
 
 def readme_script() -> None:

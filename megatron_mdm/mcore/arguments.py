@@ -31,10 +31,9 @@ REFUSED = {
     "mtp_num_layers": "multi-token prediction is causal; leave it out",
     "flash_decode": "decoding with a key-value cache is causal; leave it out",
     "window_size": "sliding-window attention is causal here; leave it out",
-    "reset_attention_mask": "attention inside documents is not supported; leave it out",
-    "reset_position_ids": "positions inside documents are not supported; leave it out",
-    "dataloader_inter_document_masking": "attention inside documents is not supported; "
-    "leave it out",
+    "reset_attention_mask": "use --mdm-isolate-documents",
+    "reset_position_ids": "use --mdm-isolate-documents",
+    "dataloader_inter_document_masking": "use --mdm-isolate-documents",
     "eod_mask_loss": "use --no-mdm-eod-eligible",
     "fim_data": "fill-in-the-middle is causal; a masked-diffusion model infills by itself",
     "sft": "Megatron's SFT datasets have shifted labels; use --mdm-sft",
@@ -242,11 +241,12 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
                 "local only: Transformer Engine takes a padding mask for a length"
             )
-        if args.mdm_anneal_attention_iters:
-            raise UserError(
-                "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
-                "attention mask has no fused kernel"
-            )
+        for name in ("mdm_anneal_attention_iters", "mdm_isolate_documents"):
+            if getattr(args, name):
+                raise UserError(
+                    f"{flag(name)} works with --transformer-impl local only: its attention mask "
+                    "has no fused kernel"
+                )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"

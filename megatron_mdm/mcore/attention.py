@@ -97,7 +97,8 @@ def attention_mask(
     Returns:
         bool [b, 1, 1, s] or [b, 1, s, s], True = hidden; None if every position is attended to.
     """
-    if mdm.mdm_pad_attended and mdm.mdm_eod_attended and ahead is None:
+    whole = mdm.mdm_pad_attended and mdm.mdm_eod_attended and not mdm.mdm_isolate_documents
+    if whole and ahead is None:
         return None
     hidden = torch.zeros_like(padding)
     if not mdm.mdm_pad_attended:
@@ -109,7 +110,27 @@ def attention_mask(
         s = tokens.shape[1]
         later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
         hidden = hidden | (later & ~ahead[:, None, None, :])
+    if mdm.mdm_isolate_documents:
+        document = document_numbers(tokens, eod_id)
+        hidden = hidden | (document[:, None, :, None] != document[:, None, None, :])
     return hidden
+
+
+def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """Which document of its row each position is of, int64 [b, s]; a document ends with EOD."""
+    ends = (tokens == eod_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def position_ids(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
+    """Positions for learned embeddings, int64 [b, s]; rotary ones are relative anyhow."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if not mdm.mdm_isolate_documents:
+        return positions
+    document = document_numbers(tokens, eod_id)
+    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    return positions - (positions * begins).cummax(dim=1).values
 
 
 def seen_ahead(uniforms: torch.Tensor, progress: float) -> torch.Tensor | None:

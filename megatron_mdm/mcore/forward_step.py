@@ -13,7 +13,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import attention_mask, seen_ahead
+from megatron_mdm.mcore.attention import attention_mask, position_ids, seen_ahead
 from megatron_mdm.mcore.dataset import FIXED, needs_rows
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
@@ -89,7 +89,6 @@ def forward_step(
     hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, ahead)
     timers("batch-generator").stop()
 
-    position_ids = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
     num_eligible = eligible.sum(dim=1)
     record = None
     if training and mdm.mdm_ppots_refit_interval and mdm.mdm_ppots_target == "gradient":
@@ -99,7 +98,7 @@ def forward_step(
         positions = masked_positions(at_logits(corrupted.mask, mdm))
     output = model(
         corrupted.tokens,
-        position_ids.expand_as(rows.tokens),
+        position_ids(rows.tokens, eod_id, mdm),
         hidden,
         labels=at_logits(rows.tokens, mdm),
         output_processor=head,

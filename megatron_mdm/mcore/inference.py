@@ -5,7 +5,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,12 +97,10 @@ class LoadedModel:
         """
         b, s = tokens.shape
         positions = torch.arange(s, device=tokens.device).expand_as(tokens)
-        hidden = attention_mask(
-            tokens,
-            torch.zeros_like(tokens, dtype=torch.bool),
-            self.tokenizer.eod,
-            MDMConfig.from_args(self.args),
-        )
+        # A text to fill in is one document, whose end is still to be found.
+        mdm = replace(MDMConfig.from_args(self.args), mdm_isolate_documents=False)
+        no_padding = torch.zeros_like(tokens, dtype=torch.bool)
+        hidden = attention_mask(tokens, no_padding, self.tokenizer.eod, mdm)
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
             data_iterator=None,

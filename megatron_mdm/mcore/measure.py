@@ -12,7 +12,7 @@ from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.arguments import check_data
-from megatron_mdm.mcore.attention import attention_mask
+from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
@@ -96,7 +96,7 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
         total, gradient = 0.0, torch.zeros(())
         for rows in torch.arange(len(tokens)).split(micro_batch_size):
             clean, able = tokens[rows].to(device), eligible[rows].to(device)
-            positions = torch.arange(clean.shape[1], device=device).expand_as(clean)
+            positions = position_ids(clean, get_tokenizer().eod, mdm)
             hidden = attention_mask(clean, torch.zeros_like(able), get_tokenizer().eod, mdm)
             cross_entropy = loaded.model(
                 corruption.tokens[rows].to(device), positions, hidden, labels=at_logits(clean, mdm)
@@ -140,11 +140,11 @@ def _draw(
             return gradient.float().square().sum(dim=(0, 2)).sqrt()
 
     with torch.no_grad():
-        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+        positions = position_ids(rows.tokens, get_tokenizer().eod, mdm)
         hidden = attention_mask(rows.tokens, rows.padding, get_tokenizer().eod, mdm)
         values = loaded.model(
             corrupted.tokens,
-            positions.expand_as(rows.tokens),
+            positions,
             hidden,
             labels=at_logits(rows.tokens, mdm),
             output_processor=value,

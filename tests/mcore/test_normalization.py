@@ -30,6 +30,7 @@ OBJECTIVES = {
     "tokens": "--no-mdm-eod-eligible",
     "rows": "--no-mdm-eod-eligible --mdm-normalization rows",
     "shift": "--no-mdm-eod-eligible --mdm-shift",
+    "documents": "--no-mdm-eod-eligible --mdm-isolate-documents",
     "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
 }
 
