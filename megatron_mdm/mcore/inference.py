@@ -160,7 +160,11 @@ def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> It
 
 
 def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:
-    """The checkpoint's own arguments, which Megatron saved validated, with this layout."""
+    """The checkpoint's own arguments, which Megatron saved validated, with this layout.
+
+    Raises:
+        UserError: see `loaded_model`.
+    """
     probe = parse_args(_accept_anything, ignore_unknown_args=True)
     state = _load_base_checkpoint(checkpoint, probe, rank0=True)[0]
     if not state:
@@ -168,6 +172,21 @@ def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespac
     args = state.get("args")
     if args is None:
         raise UserError(f"the checkpoint in {checkpoint} has no arguments: save it with Megatron")
+    return adapted(args, checkpoint, device, pipeline_parallel)
+
+
+def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:
+    """Arguments that a checkpoint recorded, changed in place for the process that loads it.
+
+    Args:
+        args: of the run that wrote the checkpoint, perhaps with an earlier version of the plugin.
+        checkpoint: its directory.
+        device: `cuda` or `cpu`.
+        pipeline_parallel: pipeline stages.
+
+    Raises:
+        UserError: the tokenizer is not where it was, or the model cannot be divided so.
+    """
     # A Hugging Face tokenizer may be a name that is no file.
     if args.tokenizer_type == "SentencePieceTokenizer" and not os.path.exists(args.tokenizer_model):
         raise UserError(

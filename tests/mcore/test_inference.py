@@ -1,10 +1,14 @@
 """A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
 
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.inference import adapted
 from tests import ranks
 
 LAYOUTS = {"TP 1": (1, 1), "TP 2": (2, 1), "PP 2": (2, 2), "TP 2 x PP 2": (4, 2)}
@@ -112,27 +116,37 @@ def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
     assert message in log
 
 
-def edited(base, directory, **changes):
-    """A copy of the checkpoint whose arguments were changed; None takes one away."""
-    copy = directory / "checkpoint"
-    shutil.copytree(checkpoint(base), copy)
-    (common,) = copy.glob("iter_*/common.pt")
-    state = torch.load(common, weights_only=False)
-    for name, value in changes.items():
-        delattr(state["args"], name)
-        if value is not None:
-            setattr(state["args"], name, value)
-    torch.save(state, common)
-    return ["--load", str(copy)]
+@pytest.fixture
+def recorded(base):
+    """The arguments in the checkpoint."""
+    (directory,) = Path(checkpoint(base)).glob("iter_*")
+    return load_common_state_dict(str(directory))["args"]
 
 
-def test_a_checkpoint_from_before_a_flag_existed_opens(base, tmp_path):
-    older = edited(base, tmp_path, mdm_recipe=None, mdm_ema_decay=None)
-    assert generate(older, tmp_path / "run", "--prompt", "1 2", "--length", "2").startswith("1 2")
+def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
+    del recorded.mdm_ema_decay
+    recorded.mdm_rate_bins = 7
+    adapted(recorded, "checkpoint", "cpu", 1)
+    assert MDMConfig.from_args(recorded) == MDMConfig(
+        mdm_device="cpu", mdm_rate_bins=7, mdm_mask_token_id=ranks.MASK_ID
+    )
 
 
-def test_a_tokenizer_that_moved_is_named(base, tmp_path):
-    changes = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "gone.model"}
-    log = generate(edited(base, tmp_path, **changes), tmp_path / "run", check=False)
-    assert "error: the tokenizer of" in log and "is not at gone.model" in log
-    assert "Traceback" not in log
+def test_a_tokenizer_that_moved_is_named(recorded):
+    recorded.tokenizer_type, recorded.tokenizer_model = "SentencePieceTokenizer", "gone.model"
+    with pytest.raises(UserError, match="the tokenizer of here is not at gone.model"):
+        adapted(recorded, "here", "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    "world, stages, message",
+    [
+        (6, 3, "--pipeline-model-parallel-size 3 does not divide the 4 layers"),
+        (3, 1, "3 tensor-parallel ranks do not divide the 4 attention heads"),
+        (2, 0, "--pipeline-model-parallel-size 0 does not divide the 2 ranks"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model(world, stages, message, recorded, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(UserError, match=message):
+        adapted(recorded, "here", "cpu", stages)
