@@ -2,10 +2,11 @@
 # From an autoregressive model to a masked-diffusion model (as Dream came from Qwen2.5):
 #   bash examples/ar_to_mdm.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
 # for example with a Qwen2.5-7B directory on 8 GPUs. Without arguments it takes a small random model and Python's
-# own source, and runs on the CPU in about two minutes. Writes runs/ar_to_mdm/{megatron,checkpoint,hf}.
+# own source, and runs on the CPU in a minute or two. Writes runs/ar_to_mdm/{megatron,checkpoint,hf}.
 #
-# The logits keep predicting the next token (--mdm-shift), so that little has to be learned anew, and
-# attention opens from causal to bidirectional over the first part of the run. The learning rate warms up again.
+# The logits keep predicting the next token (--mdm-shift), so that little has to be learned anew. In
+# the small run attention opens from causal to bidirectional over its first part, which needs Megatron's
+# local layers. The learning rate warms up again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh hf

@@ -2,7 +2,7 @@
 # Continues the pretraining of a LLaDA model:
 #   bash examples/continue_llada.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
 # for example with a LLaDA-8B-Base directory on 8 GPUs. Without arguments it takes a small random model and
-# Python's own source, and runs on the CPU in about two minutes. Writes
+# Python's own source, and runs on the CPU in a minute or two. Writes
 # runs/continue_llada/{megatron,checkpoint,hf}.
 #
 # LLaDA was trained with row lengths of 4096 and learning rates down to 1e-5: warm up again from there.

@@ -173,6 +173,16 @@ class MDMConfig:
         for name in ("mdm_syrm_token_ids", "mdm_syrm_fraction"):
             if getattr(self, name) and not self.mdm_sft:
                 raise UserError(f"{flag(name)} needs --mdm-sft: only these rows have prompts")
+        for name in ("mdm_isolate_documents", "mdm_anneal_attention_iters"):
+            if getattr(self, name) and self.mdm_sft:
+                raise UserError(f"{flag(name)} does not go with --mdm-sft: leave one of them out")
+        if self.mdm_anneal_attention_iters < 0:
+            raise UserError(
+                "--mdm-anneal-attention-iters must not be negative: "
+                f"{self.mdm_anneal_attention_iters}"
+            )
+        if not 0.0 <= self.mdm_ema_decay <= 1.0:
+            raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.mdm_ema_decay}")
         if self.mdm_quantiles != "strata" and (self.mdm_strata or self.mdm_strata_window):
             raise UserError(
                 "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata, "
@@ -212,13 +222,6 @@ class MDMConfig:
             )
         if not 0.0 <= self.mdm_ppots_decay <= 1.0:
             raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.mdm_ppots_decay}")
-        if self.mdm_anneal_attention_iters < 0:
-            raise UserError(
-                "--mdm-anneal-attention-iters must not be negative: "
-                f"{self.mdm_anneal_attention_iters}"
-            )
-        if not 0.0 <= self.mdm_ema_decay <= 1.0:
-            raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.mdm_ema_decay}")
         if self.mdm_clip is not None:
             if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
                 ends = " ".join(map(str, self.mdm_clip))
@@ -241,7 +244,10 @@ class MDMConfig:
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
         return (
-            self.mdm_eod_attended and self.mdm_pad_attended and not self.mdm_anneal_attention_iters
+            self.mdm_eod_attended
+            and self.mdm_pad_attended
+            and not self.mdm_isolate_documents
+            and not self.mdm_anneal_attention_iters
         )
 
 

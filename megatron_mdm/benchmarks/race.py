@@ -95,9 +95,16 @@ def run(args: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _write_data(directory)
     names = list(dict.fromkeys(["standard", *args.competitors]))
-    tasks = [(name, seed) for seed in args.seeds for name in names]
+    # Two names may stand for the same settings, which are trained once.
+    aliases = {str(COMPETITORS[name]): name for name in reversed(names)}
+    tasks = [(name, seed) for seed in args.seeds for name in reversed(aliases.values())]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        curves = dict(zip(tasks, pool.map(lambda task: _curve(args, *task), tasks), strict=True))
+        trained = dict(zip(tasks, pool.map(lambda task: _curve(args, *task), tasks), strict=True))
+    curves = {
+        (name, seed): trained[aliases[str(COMPETITORS[name])], seed]
+        for name in names
+        for seed in args.seeds
+    }
     results = {
         name: {
             str(seed): {

@@ -132,6 +132,8 @@ def to_megatron(
         model = hub.HubModel(directory)
         words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         kind = dtype or _common_dtype(model)
+        # What was trained autoregressively goes on predicting the token after each position.
+        shifted = family.shifted or words.added
         flags = [
             *model_flags(family, config),
             *["--padded-vocab-size", str(words.padded)],
@@ -141,7 +143,7 @@ def to_megatron(
         ]
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
-        args.mdm_shift = family.shifted
+        args.mdm_shift = shifted
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
         found = pairs(
@@ -162,7 +164,7 @@ def to_megatron(
         with _progress(total, "converting") as advance:
             torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
         _write_hub_files(directory, Path(temporary) / HUB_FILES, family, config, words)
-        if family.shifted:
+        if shifted:
             flags.append("--mdm-shift")
         launch = _launch_line(output, flags)
         (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
@@ -433,7 +435,7 @@ def _remarks(family: Family, words: Vocabulary, tied: bool) -> Iterator[str]:
             f"padded the vocabulary from {words.size} to {words.padded} rows: the padding is zeros "
             "and takes part in the softmax"
         )
-    if family.shifted:
+    if family.shifted or words.added:
         yield "the logits of position i - 1 predict token i: --mdm-shift"
 
 

@@ -370,6 +370,8 @@ def check_resume(args: Namespace) -> None:
         return
     ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()
     names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
+    if any(name.startswith("mdm_") for name in saved):  # a flag that is newer had its default
+        saved = {f.name: f.default for f in fields(MDMConfig)} | saved
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
         for name in [*names, "mdm_ppots_digest", "seed", "seq_length"]

@@ -51,8 +51,8 @@ class Rows:
         if not mdm.mdm_eod_eligible:
             real = real & (self.tokens != eod_id)
         eligible = (eligible | real) & (self.uniforms != FIXED)
-        if mdm.mdm_shift:  # nothing predicts the first token
-            eligible[:, 0] = False
+        if mdm.mdm_shift:  # nothing predicts the first token of what attention sees
+            eligible &= position_ids(self.tokens, eod_id, mdm) > 0
         return eligible
 
 

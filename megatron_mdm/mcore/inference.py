@@ -59,6 +59,7 @@ HERE = {
     "no_load_optim": True,
     "no_load_rng": True,
     "exit_on_missing_checkpoint": True,
+    "mdm_views": 1,  # rows are counted as texts
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
     "mdm_ppots_file": None,
@@ -120,7 +121,7 @@ class LoadedModel:
                 group=mpu.get_pipeline_model_parallel_group(),
             )
         logits = gather_from_tensor_model_parallel_region(outputs[0])
-        if getattr(self.args, "mdm_shift", False):  # the first position has only its own
+        if mdm.mdm_shift:  # the first position has only its own
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 

@@ -53,7 +53,7 @@ def measure(
     dataset = build_datasets(args, [num_rows, 0, 0])[0]
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
-    # Masks as the run trains on, at uniform rates: what the density should suit.
+    # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.
     corrupter = Corrupter(Uniform(), mdm.mdm_mask, args.mdm_mask_token_id, mdm.mdm_eps)
     # Every row goes through all bins; where in its bin a draw lies comes from the lattice.
     inside = Quantiles("lattice", args.seed, Split.TEST)

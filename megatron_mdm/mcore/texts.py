@@ -12,6 +12,7 @@ from megatron_mdm.data.documents import document_text, read_documents
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
+from megatron_mdm.mcore.attention import position_ids
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.inference import LoadedModel
 
@@ -57,7 +58,13 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
                 break
     else:
         check_data_files(([data], None), None)
-        for sequence in IndexedDataset(data):
+        dataset = IndexedDataset(data)
+        if len(dataset.document_indices) != len(dataset) + 1:
+            raise UserError(
+                f"{data} consists of prompts and responses, which have no likelihood as one text: "
+                "give plain text"
+            )
+        for sequence in dataset:
             ids.append(sequence.tolist())
             num_tokens += len(sequence)
             if has_text:
@@ -96,6 +103,6 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int)
         if not mdm.mdm_eod_eligible:
             eligible = row != loaded.tokenizer.eod
         if mdm.mdm_shift:  # nothing predicts the first token
-            eligible[0] = False
+            eligible &= position_ids(row[None], loaded.tokenizer.eod, mdm)[0] > 0
         texts.append(Text(row, eligible))
     return texts

@@ -48,8 +48,10 @@ class ControlVariate:
         if self.baseline is not None:
             mean += float(self.baseline @ (self.mass - weight_sums / rows))
         if self.decay < 1.0:
-            seen = weight_sums > 0
-            now = np.full_like(loss_sums, loss_sums.sum() / weight_sums.sum())
+            seen = (weight_sums > 0) & np.isfinite(loss_sums)  # a NaN would stay for good
+            if not seen.any():
+                return mean
+            now = np.full_like(loss_sums, loss_sums[seen].sum() / weight_sums[seen].sum())
             now[seen] = loss_sums[seen] / weight_sums[seen]
             if self.baseline is None:
                 self.baseline = now
