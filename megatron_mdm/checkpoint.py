@@ -1,5 +1,6 @@
 """How a command-line tool opens a checkpoint."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,25 @@ from megatron_mdm.pretrain import prepare_environment
 
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference import LoadedModel
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = True) -> None:
+    """Adds the flags that say which checkpoint to open, and where.
+
+    Args:
+        parser: of the tool.
+        pipeline: whether the tool's model may be split in pipeline stages.
+    """
+    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    if pipeline:
+        parser.add_argument(
+            "--pipeline-model-parallel-size",
+            type=int,
+            default=1,
+            metavar="N",
+            help="stages under torchrun; the ranks of a stage share its tensors (default: 1)",
+        )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 
-from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError, run_tool
 
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--data", required=True, help="file, or prefix of .bin/.idx")
     parser.add_argument(
         "--rows", type=int, default=200, help="most rows to score (default: %(default)s)"
@@ -43,14 +43,6 @@ def parse() -> argparse.Namespace:
         "--batch-size", type=int, default=16, help="rows in a call (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--pipeline-model-parallel-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pipeline stages under torchrun; the ranks of a stage share its tensors (default: 1)",
-    )
     return parser.parse_args()
 
 

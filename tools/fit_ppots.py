@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError, run_tool
 
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    add_checkpoint_arguments(parser, pipeline=False)
     parser.add_argument("--output", required=True, metavar="X.json", help="file to write")
     parser.add_argument(
         "--target",
@@ -44,7 +44,6 @@ def parse() -> argparse.Namespace:
         "--uniform-share", type=float, default=0.1, help="bounds the weight (default: 0.1)"
     )
     parser.add_argument("--data-path", nargs="+", help="other data than the run's")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     return parser.parse_args()
 
 

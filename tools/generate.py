@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
 from megatron_mdm.showing import Screen, check_picture, draw_order
@@ -22,15 +22,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--pipeline-model-parallel-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pipeline stages under torchrun; the ranks of a stage share its tensors (default: 1)",
-    )
+    add_checkpoint_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--prompt", action="append", help="text that the output starts with; may be given again"

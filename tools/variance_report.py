@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
+    add_checkpoint_arguments(parser, pipeline=False)
     parser.add_argument("--data", required=True, help="text or JSONL file, or .bin/.idx prefix")
     parser.add_argument("--output", required=True, metavar="X.json", help="file to write")
     parser.add_argument(
@@ -56,7 +56,6 @@ def parse() -> argparse.Namespace:
         f"(default: {SKETCH} above {MOST_WHOLE:,} parameters, else none)",
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     return parser.parse_args()
 
 

@@ -73,19 +73,16 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
     return saved[name] == given[name] or (not saved[name] and not given[name])
 
 
-def check_model(args: Namespace) -> None:
+def check_model(args: Namespace, saved: Mapping[str, Any]) -> None:
     """Compares the model of the flags with that of the checkpoint that is about to be loaded.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
 
     Raises:
         UserError: names every flag that differs.
     """
-    from megatron.training.checkpointing import _load_base_checkpoint
-
-    if args.load is None:
-        return
-    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
-    if not state or state.get("args") is None:
-        return
-    wrong = differences(vars(state["args"]), vars(args), "the flags")
+    wrong = differences(saved, vars(args), "the flags")
     if wrong:
         raise UserError(f"the checkpoint in {args.load} is of another model: {wrong}")

@@ -149,8 +149,9 @@ def resolve(args: Namespace) -> Namespace:
             raise UserError(
                 f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}"
             )
-    check_model(args)
-    check_resume(args)
+    saved = saved_arguments(args)
+    check_model(args, saved)
+    check_resume(args, saved)
     check_data(args)
     return args
 
@@ -345,17 +346,29 @@ def tokenizer_mask_id(tokenizer: Any) -> int | None:
     return None
 
 
-def check_resume(args: Namespace) -> None:
+def saved_arguments(args: Namespace) -> dict[str, Any]:
+    """The arguments in the checkpoint that is about to be loaded; empty if there are none."""
+    from megatron.training.checkpointing import _load_base_checkpoint
+
+    if args.load is None:
+        return {}
+    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
+    return vars(state["args"]) if state and state.get("args") else {}
+
+
+def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     """Compares the objective flags with those of the checkpoint that is about to be resumed.
 
     Masks and rates are functions of the seed, the flags and the row number: a change would train
     another objective from here on, silently.
 
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
+
     Raises:
         UserError: names every flag that differs, unless --mdm-allow-flag-change.
     """
-    from megatron.training.checkpointing import _load_base_checkpoint
-
     # A checkpoint records the density itself: its file may move, or change.
     args.mdm_ppots_digest = (
         load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
@@ -363,8 +376,6 @@ def check_resume(args: Namespace) -> None:
     args.mdm_sampler_state_in_checkpoint = False
     if args.load is None or args.finetune:
         return
-    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
-    saved = vars(state["args"]) if state and state.get("args") else {}
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
     if args.mdm_allow_flag_change:
         return

@@ -46,14 +46,29 @@ class Rows:
 
     def eligible(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
         """Positions that may be masked and count in the loss, bool [b, s]."""
-        eligible = self.padding if mdm.mdm_pad_eligible else torch.zeros_like(self.padding)
-        real = ~self.padding
-        if not mdm.mdm_eod_eligible:
-            real = real & (self.tokens != eod_id)
-        eligible = (eligible | real) & (self.uniforms != FIXED)
-        if mdm.mdm_shift:  # nothing predicts the first token of what attention sees
-            eligible &= position_ids(self.tokens, eod_id, mdm) > 0
-        return eligible
+        eligible = eligible_positions(self.tokens, self.padding, eod_id, mdm)
+        return eligible & (self.uniforms != FIXED)
+
+
+def eligible_positions(
+    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+) -> torch.Tensor:
+    """Positions of text without a prompt that may be masked, bool [b, s].
+
+    Args:
+        tokens: clean tokens, int64 [b, s].
+        padding: bool [b, s].
+        eod_id: end-of-document token.
+        mdm: settings of the objective.
+    """
+    eligible = ~padding
+    if not mdm.mdm_eod_eligible:
+        eligible &= tokens != eod_id
+    if mdm.mdm_pad_eligible:
+        eligible |= padding
+    if mdm.mdm_shift:  # nothing predicts the first token of what attention sees
+        eligible &= position_ids(tokens, eod_id, mdm) > 0
+    return eligible
 
 
 def forward_step(
@@ -95,29 +110,29 @@ def forward_step(
         record = partial(record_gradients, corrupted, num_eligible)
     positions = None
     if mdm.mdm_head == "masked":
-        positions = masked_positions(at_logits(corrupted.mask, mdm))
+        positions = masked_positions(at_logits(corrupted.mask, mdm.mdm_shift))
     output = model(
         corrupted.tokens,
         position_ids(rows.tokens, eod_id, mdm),
         hidden,
-        labels=at_logits(rows.tokens, mdm),
+        labels=at_logits(rows.tokens, mdm.mdm_shift),
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
     )
     return output, partial(loss_func, rows, corrupted, num_eligible, training)
 
 
-def at_logits(values: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
+def at_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
     """Moves what belongs to tokens, [b, s], to the positions of the logits that predict them.
 
     With --mdm-shift these are one to the left. The first token, which is never masked, goes last.
     """
-    return values.roll(-1, dims=1) if mdm.mdm_shift else values
+    return values.roll(-1, dims=1) if shift else values
 
 
-def at_tokens(values: torch.Tensor, mdm: MDMConfig) -> torch.Tensor:
+def at_tokens(values: torch.Tensor, shift: bool) -> torch.Tensor:
     """The inverse of `at_logits`."""
-    return values.roll(1, dims=1) if mdm.mdm_shift else values
+    return values.roll(1, dims=1) if shift else values
 
 
 def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
@@ -163,7 +178,7 @@ def loss_func(
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
     args = get_args()
-    cross_entropy = at_tokens(cross_entropy, MDMConfig.from_args(args))
+    cross_entropy = at_tokens(cross_entropy, args.mdm_shift)
     losses = row_losses(
         cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
     )

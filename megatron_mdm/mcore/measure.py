@@ -99,11 +99,14 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
             positions = position_ids(clean, get_tokenizer().eod, mdm)
             hidden = attention_mask(clean, torch.zeros_like(able), get_tokenizer().eod, mdm)
             cross_entropy = loaded.model(
-                corruption.tokens[rows].to(device), positions, hidden, labels=at_logits(clean, mdm)
+                corruption.tokens[rows].to(device),
+                positions,
+                hidden,
+                labels=at_logits(clean, mdm.mdm_shift),
             )
             mask, weight = corruption.mask[rows].to(device), corruption.weight[rows].to(device)
             losses = row_losses(
-                at_tokens(cross_entropy, mdm), mask, weight, able.sum(dim=1), "rows"
+                at_tokens(cross_entropy, mdm.mdm_shift), mask, weight, able.sum(dim=1), "rows"
             )
             loss = losses.numerator / len(tokens)
             total += float(loss)
@@ -130,7 +133,7 @@ def _draw(
         """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
         with torch.enable_grad():
             hidden = hidden_states.detach().requires_grad_()
-            cross_entropy = at_tokens(head(hidden, **rest), mdm)
+            cross_entropy = at_tokens(head(hidden, **rest), mdm.mdm_shift)
             losses = row_losses(
                 cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
             )
@@ -146,8 +149,10 @@ def _draw(
             corrupted.tokens,
             positions,
             hidden,
-            labels=at_logits(rows.tokens, mdm),
+            labels=at_logits(rows.tokens, mdm.mdm_shift),
             output_processor=value,
-            output_processor_context=HeadContext(MaskedPositions(at_logits(corrupted.mask, mdm))),
+            output_processor_context=HeadContext(
+                MaskedPositions(at_logits(corrupted.mask, mdm.mdm_shift))
+            ),
         )
     return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()

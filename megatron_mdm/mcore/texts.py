@@ -12,8 +12,8 @@ from megatron_mdm.data.documents import document_text, read_documents
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
-from megatron_mdm.mcore.attention import position_ids
 from megatron_mdm.mcore.dataset import check_data_files
+from megatron_mdm.mcore.forward_step import eligible_positions
 from megatron_mdm.mcore.inference import LoadedModel
 
 
@@ -99,10 +99,7 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int)
     mdm = MDMConfig.from_args(loaded.args)
     texts = []
     for row in cut_rows(documents.ids, loaded.args.seq_length, packed)[:limit]:
-        eligible = torch.ones_like(row, dtype=torch.bool)
-        if not mdm.mdm_eod_eligible:
-            eligible = row != loaded.tokenizer.eod
-        if mdm.mdm_shift:  # nothing predicts the first token
-            eligible &= position_ids(row[None], loaded.tokenizer.eod, mdm)[0] > 0
-        texts.append(Text(row, eligible))
+        no_padding = torch.zeros_like(row[None], dtype=torch.bool)
+        eligible = eligible_positions(row[None], no_padding, loaded.tokenizer.eod, mdm)
+        texts.append(Text(row, eligible[0]))
     return texts

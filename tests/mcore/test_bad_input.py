@@ -352,7 +352,7 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
     args = parsed(monkeypatch, *words)
     with pytest.raises(UserError) as caught:
-        arguments.check_resume(args)
+        arguments.check_resume(args, arguments.saved_arguments(args))
     message = str(caught.value)
     assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
@@ -362,8 +362,10 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
-        arguments.check_resume(parsed(monkeypatch, *words, *words_that_allow))
-    arguments.check_resume(parsed(monkeypatch, *words[:2]))
+        args = parsed(monkeypatch, *words, *words_that_allow)
+        arguments.check_resume(args, arguments.saved_arguments(args))
+    args = parsed(monkeypatch, *words[:2])
+    arguments.check_resume(args, arguments.saved_arguments(args))
 
 
 # -- the program
