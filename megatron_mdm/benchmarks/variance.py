@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from megatron_mdm.data.outputs import write_text
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
@@ -30,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps and draws")
     parser.add_argument("--length", type=int, default=64, help="row length (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps (default: 2000; quick: 600)")
+    parser.add_argument(
+        "--positions",
+        choices=["learned_absolute", "rope"],
+        default="learned_absolute",
+        help="with learned ones long rows stay on the plateau without context "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--draws", type=int, help="batches a method (default: 400; quick: 100)")
 
 
@@ -43,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps or (600 if args.quick else 2000)
     draws = args.draws or (100 if args.quick else 400)
     texts = _texts(args.length)
-    model = _model(args.length)
-    _train(model, texts, steps)
+    model = _model(args.length if args.positions == "learned_absolute" else None)
+    trained = _train(model, texts, steps)
     samplers = _fit(model, texts)
     parameters = Sketch(list(model.parameters()), size=None)
 
@@ -53,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         return float(loss), parameters.gradient(loss)
 
     results = []
-    print(f"length {args.length}, {steps} steps, {draws} batches of {BATCH} rows a method")
+    print(f"length {args.length}, {steps} steps to a loss of {trained:.2f} nats per token")
+    print(f"{draws} batches of {BATCH} rows a method")
     print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
     baseline = None
     for name, method in METHODS.items():
@@ -74,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
             }
         )
     if args.json:
-        document = {"length": args.length, "steps": steps, "rows": results}
+        setting = {"length": args.length, "steps": steps, "positions": args.positions}
+        document = {**setting, "loss": trained, "rows": results}
         write_text(args.json, json.dumps(document) + "\n")
 
 
@@ -89,22 +100,51 @@ def _texts(length: int) -> Any:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))]
 
 
-def _model(length: int) -> Any:
-    """A bidirectional transformer of about 0.2M parameters: tokens [B, L] -> (hidden, logits)."""
+def _model(length: int | None) -> Any:
+    """A bidirectional transformer of about 0.2M parameters: tokens [B, L] -> (hidden, logits).
+
+    Args:
+        length: of learned absolute positions; None for rotary ones.
+    """
     import torch
     from torch import nn
+
+    heads = 4
+    size = WIDTH // heads
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding of [B, heads, L, size]."""
+        if length:
+            return x
+        frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)
+        angle = torch.arange(x.shape[2])[:, None] * frequency
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+            self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+            self.output = nn.Linear(WIDTH, WIDTH)
+            self.mlp = nn.Sequential(
+                nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            )
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            qkv = self.query_key_value(self.norms[0](hidden))
+            q, k, v = qkv.unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)
+            mixed = nn.functional.scaled_dot_product_attention(rotated(q), rotated(k), v)
+            hidden = hidden + self.output(mixed.transpose(1, 2).flatten(2))
+            return hidden + self.mlp(self.norms[1](hidden))
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-            self.positions = nn.Parameter(0.02 * torch.randn(length, WIDTH))
-            self.layers = nn.ModuleList(
-                nn.TransformerEncoderLayer(
-                    WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
-                )
-                for _ in range(3)
-            )
+            self.positions = nn.Parameter(0.02 * torch.randn(length, WIDTH)) if length else 0.0
+            self.layers = nn.ModuleList(Layer() for _ in range(3))
             self.norm = nn.LayerNorm(WIDTH)
             self.head = nn.Linear(WIDTH, VOCABULARY)
 
@@ -143,8 +183,8 @@ def _losses(model: Any, tokens: Any, corruption: Any) -> tuple[Any, Any]:
     return losses.per_row, hidden
 
 
-def _train(model: Any, texts: Any, steps: int) -> None:
-    """Trains with the standard objective and Adam."""
+def _train(model: Any, texts: Any, steps: int) -> float:
+    """Trains with the standard objective and Adam; the mean loss of the last 100 steps."""
     import torch
 
     from megatron_mdm.objective.samplers import Uniform
@@ -152,13 +192,16 @@ def _train(model: Any, texts: Any, steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     batches = _batches(texts, "standard", Uniform(), stream=1)
+    losses = []
     for _ in range(steps):
         per_row, _ = _losses(model, *next(batches)[::2])
+        losses.append(float(per_row.mean().detach()))
         optimizer.zero_grad()
         per_row.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+    return float(np.mean(losses[-100:]))
 
 
 def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
