@@ -12,7 +12,8 @@ import argparse
 import json
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from megatron_mdm.data.outputs import write_text
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 VOCABULARY, MASK, WIDTH = 257, 256, 64
-BATCH = 32
 EPS = 1e-3
 SEED = 1234
 
@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps and draws")
     parser.add_argument("--length", type=int, default=64, help="row length (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps (default: 2000; quick: 600)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="rows of a batch (default: %(default)s)"
+    )
     parser.add_argument(
         "--positions",
         choices=["learned_absolute", "rope"],
@@ -52,9 +55,10 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps or (600 if args.quick else 2000)
     draws = args.draws or (100 if args.quick else 400)
     texts = _texts(args.length)
+    draw = partial(_batches, texts, args.batch)
     model = _model(args.length if args.positions == "learned_absolute" else None)
-    trained = _train(model, texts, steps)
-    samplers = _fit(model, texts)
+    trained = _train(model, draw, steps)
+    samplers = _fit(model, draw)
     parameters = Sketch(list(model.parameters()), size=None)
 
     def step(tokens: Any, _: Any, corruption: Any) -> tuple[float, Any]:
@@ -63,11 +67,11 @@ def run(args: argparse.Namespace) -> None:
 
     results = []
     print(f"length {args.length}, {steps} steps to a loss of {trained:.2f} nats per token")
-    print(f"{draws} batches of {BATCH} rows a method")
+    print(f"{draws} batches of {args.batch} rows a method")
     print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
     baseline = None
     for name, method in METHODS.items():
-        source = _batches(texts, name, samplers[method.target], stream=3)
+        source = draw(name, samplers[method.target], stream=3)
         measured = method_variance(step, source, draws)
         baseline = baseline or measured
         g, dg = ratio(measured.gradient, baseline.gradient)
@@ -84,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
             }
         )
     if args.json:
-        setting = {"length": args.length, "steps": steps, "positions": args.positions}
+        setting = {name: getattr(args, name) for name in ("length", "batch", "positions")}
+        setting["steps"] = steps
         document = {**setting, "loss": trained, "rows": results}
         write_text(args.json, json.dumps(document) + "\n")
 
@@ -158,14 +163,14 @@ def _model(length: int | None) -> Any:
     return Model()
 
 
-def _batches(texts: Any, name: str, sampler: Any, stream: int) -> Iterator[Any]:
+def _batches(texts: Any, size: int, name: str, sampler: Any, stream: int) -> Iterator[Any]:
     """Endless batches of a method; see `objective.variance.batches`."""
     import torch
 
     from megatron_mdm.objective.variance import METHODS, batches
 
     everywhere = torch.ones_like(texts, dtype=torch.bool)
-    return batches(texts, everywhere, METHODS[name], sampler, MASK, EPS, BATCH, SEED + stream)
+    return batches(texts, everywhere, METHODS[name], sampler, MASK, EPS, size, SEED + stream)
 
 
 def _losses(model: Any, tokens: Any, corruption: Any) -> tuple[Any, Any]:
@@ -183,7 +188,7 @@ def _losses(model: Any, tokens: Any, corruption: Any) -> tuple[Any, Any]:
     return losses.per_row, hidden
 
 
-def _train(model: Any, texts: Any, steps: int) -> float:
+def _train(model: Any, draw: Callable[..., Iterator[Any]], steps: int) -> float:
     """Trains with the standard objective and Adam; the mean loss of the last 100 steps."""
     import torch
 
@@ -191,7 +196,7 @@ def _train(model: Any, texts: Any, steps: int) -> float:
 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    batches = _batches(texts, "standard", Uniform(), stream=1)
+    batches = draw("standard", Uniform(), stream=1)
     losses = []
     for _ in range(steps):
         per_row, _ = _losses(model, *next(batches)[::2])
@@ -204,7 +209,7 @@ def _train(model: Any, texts: Any, steps: int) -> float:
     return float(np.mean(losses[-100:]))
 
 
-def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
+def _fit(model: Any, draw: Callable[..., Iterator[Any]]) -> dict[str | None, Any]:
     """Densities of t fitted to both targets, on rows that the measurement does not use."""
     import torch
 
@@ -213,7 +218,7 @@ def _fit(model: Any, texts: Any) -> dict[str | None, Any]:
     from megatron_mdm.objective.samplers import Uniform
 
     moments = {target: RateMoments(30) for target in ("loss", "gradient")}
-    batches = _batches(texts, "lattice", Uniform(), stream=2)
+    batches = draw("lattice", Uniform(), stream=2)
     for _ in range(200):
         tokens, _, corruption = next(batches)
         per_row, hidden = _losses(model, tokens, corruption)
