@@ -19,9 +19,11 @@ def test_variance_is_the_trace_of_the_covariance():
     assert stderr == pytest.approx(np.sqrt(2 * 7 / 49), rel=0.5)
 
 
-def test_the_table_has_every_method_relative_to_standard(tmp_path):
+@pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
+def test_the_table_has_every_method_relative_to_standard(positions, tmp_path):
     path = tmp_path / "variance.json"
-    variance.run(argparse.Namespace(json=str(path), quick=True, length=16, steps=5, draws=4))
+    sizes = dict(quick=True, length=16, batch=8, steps=5, draws=4, positions=positions)
+    variance.run(argparse.Namespace(json=str(path), **sizes))
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows] == list(METHODS)
     assert rows[0]["gradient_variance_ratio"] == 1.0
