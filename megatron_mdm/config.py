@@ -62,6 +62,10 @@ class MDMConfig:
     over windows of --mdm-strata-window rows; `lattice`, a golden-ratio sequence on the row number,
     which stratifies every contiguous window of rows."""
 
+    mdm_rate_per: Literal["row", "document"] = "row"
+    """What draws a masking rate and counts as one under --mdm-normalization rows: a `row`, or each
+    `document` of a packed row, which is then masked, weighted and measured as it would be alone."""
+
     mdm_strata: int | None = None
     """Number of strata in a window. Default: the square root of the window, as the paper's."""
 
@@ -115,9 +119,14 @@ class MDMConfig:
     mdm_isolate_documents: bool = False
     """Attention stays inside each document of a packed row, and positions start over with it."""
 
+    mdm_random_length_fraction: float = 0.0
+    """Fraction of the rows that end early, after a length uniform over 1 to --seq-length (LLaDA:
+    0.01), in [0, 1]. What follows is neither attended to nor predicted."""
+
     mdm_sft: bool = False
     """Supervised fine-tuning: rows are pairs of a prompt, which stays visible, and a response, made
-    by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible."""
+    by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible. With
+    --mdm-isolate-documents a row holds as many pairs as fit, none of which sees another."""
 
     mdm_syrm_token_ids: list[int] | None = None
     """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
@@ -153,6 +162,7 @@ class MDMConfig:
         """
         _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
         _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target", "mdm_head")
+        _choice(self, "mdm_rate_per")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
         if self.mdm_rate_bins < 1:
@@ -173,9 +183,24 @@ class MDMConfig:
         for name in ("mdm_syrm_token_ids", "mdm_syrm_fraction"):
             if getattr(self, name) and not self.mdm_sft:
                 raise UserError(f"{flag(name)} needs --mdm-sft: only these rows have prompts")
-        for name in ("mdm_isolate_documents", "mdm_anneal_attention_iters"):
+        if not 0.0 <= self.mdm_random_length_fraction <= 1.0:
+            raise UserError(
+                "--mdm-random-length-fraction must lie in [0, 1], got "
+                f"{self.mdm_random_length_fraction}"
+            )
+        for name in ("mdm_random_length_fraction", "mdm_anneal_attention_iters"):
             if getattr(self, name) and self.mdm_sft:
                 raise UserError(f"{flag(name)} does not go with --mdm-sft: leave one of them out")
+        if self.mdm_sft and self.mdm_rate_per == "document" and not self.mdm_isolate_documents:
+            raise UserError(
+                "--mdm-rate-per document with --mdm-sft needs --mdm-isolate-documents, which packs "
+                "several pairs into a row: it holds one otherwise"
+            )
+        if self.mdm_sft and self.mdm_isolate_documents and self.mdm_pad_eligible:
+            raise UserError(
+                "--mdm-pad-eligible does not go with the packed pairs of --mdm-sft and "
+                "--mdm-isolate-documents, which have no padding of their own: leave one of them out"
+            )
         if self.mdm_anneal_attention_iters < 0:
             raise UserError(
                 "--mdm-anneal-attention-iters must not be negative: "
@@ -247,6 +272,7 @@ class MDMConfig:
             self.mdm_eod_attended
             and self.mdm_pad_attended
             and not self.mdm_isolate_documents
+            and not self.mdm_random_length_fraction
             and not self.mdm_anneal_attention_iters
         )
 

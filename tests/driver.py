@@ -56,30 +56,17 @@ def whole_batch() -> None:
 
     def forward_step(iterator, model):
         args = get_args()
-        rows = {name: value.double() for name, value in next(iterator).items()}
-        tokens = rows["tokens"].long()
-        # In tests/ranks.py the tokens of a prompt, and no others, are below 50.
-        eligible = tokens >= 50 if args.mdm_sft else tokens != 119
-        eligible[:, 0] &= not args.mdm_shift
-        eligible_counts = eligible.sum(dim=1)
-        assert len(set(eligible_counts.tolist())) > 1, "rows should differ"
-        p = (1 - args.mdm_eps) * (rows["quantile"] + 0.5) * 2.0**-52 + args.mdm_eps
-        mask = ((rows["uniforms"] + 0.5) * 2.0**-52 < p[:, None]) & eligible
-        corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
-        if args.mdm_isolate_documents:
-            logits = torch.cat(
-                [_each_document(model, *row) for row in zip(tokens, corrupted, strict=True)]
-            )
-        else:
-            logits = model(corrupted, None, None)
-        if args.mdm_shift:
-            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-        log_p = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-        weighted = -(log_p * mask / p[:, None]).sum(dim=1)
+        batch = next(iterator)
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+        draws = [draw for row in rows for draw in _draws(row, model, args)]
+        sums, counts = zip(*draws, strict=True)
+        assert len(set(counts)) > 1, "rows should differ"
         if args.mdm_normalization == "tokens":
-            loss = weighted.sum() / eligible_counts.sum()
+            loss = sum(sums) / sum(counts)
         else:
-            loss = (weighted / eligible_counts).mean()
+            loss = sum(x / n for x, n in draws if n) / sum(n > 0 for n in counts)
         inner = unwrap_model(model)
         names, parameters = zip(*inner.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss, parameters)
@@ -116,13 +103,39 @@ def logits() -> None:
         torch.save((plain, shifted), f"{os.environ['TRACE_DIR']}/logits{os.environ['RANK']}.pt")
 
 
-def _each_document(model, tokens, corrupted):
-    """Logits of one row [1, s, V] whose documents the model sees one at a time."""
-    ends = [i + 1 for i, token in enumerate(tokens.tolist()) if token == 119]
-    starts = [0, *ends]
-    bounds = zip(starts, [*ends, len(tokens)], strict=True)
-    parts = [corrupted[None, low:high] for low, high in bounds if low < high]
-    return torch.cat([model(part, None, None) for part in parts], dim=1)
+def _draws(row, model, args):
+    """(weighted loss, eligible tokens) of each part of a row that has a rate of its own.
+
+    The model sees one document at a time with --mdm-isolate-documents, and never what lies beyond
+    the length of a row.
+    """
+    tokens = row["tokens"]
+    n, length = int(row["num_tokens"]), int(row["length"])
+    ends = [i + 1 for i in range(n) if tokens[i] == 119]
+    if "document" in row:
+        ends = [i + 1 for i in range(n - 1) if row["document"][i] != row["document"][i + 1]]
+    ends = sorted({*ends, n, length})
+    documents = [(low, high) for low, high in zip([0, *ends], ends, strict=False) if low < high]
+    seen = documents if args.mdm_isolate_documents else [(0, length)]
+    drawn = documents if args.mdm_rate_per == "document" else [(0, length)]
+
+    eligible = torch.zeros(len(tokens), dtype=torch.bool)
+    for i in range(length if args.mdm_pad_eligible else n):
+        # In tests/ranks.py the tokens of a prompt, and no others, are below 50.
+        eligible[i] = tokens[i] >= 50 if args.mdm_sft else tokens[i] != 119
+    if args.mdm_shift:
+        eligible[[low for low, _ in seen]] = False
+    p = torch.ones(len(tokens), dtype=torch.float64)
+    for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
+        p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
+    corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
+    logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
+    if args.mdm_shift:
+        logits = torch.cat([logits[:1], logits[:-1]])
+    log_p = logits.log_softmax(dim=-1).gather(-1, tokens[:length, None])[:, 0]
+    weighted = -(log_p * mask[:length] / p[:length])
+    return [(weighted[low:high].sum(), int(eligible[low:high].sum())) for low, high in drawn]
 
 
 def readme_script() -> None:

@@ -83,6 +83,7 @@ def attention_mask(
     padding: torch.Tensor,
     eod_id: int,
     mdm: MDMConfig,
+    documents: torch.Tensor | None,
     ahead: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """What positions do not attend to, in Megatron's convention.
@@ -92,13 +93,14 @@ def attention_mask(
         padding: bool [b, s].
         eod_id: end-of-document token.
         mdm: settings of the objective.
+        documents: number of each position's document, outside which it sees nothing, int64
+            [b, s]; None: rows are not divided.
         ahead: positions that earlier ones attend to, bool [b, s] (see `seen_ahead`); None: all.
 
     Returns:
         bool [b, 1, 1, s] or [b, 1, s, s], True = hidden; None if every position is attended to.
     """
-    whole = mdm.mdm_pad_attended and mdm.mdm_eod_attended and not mdm.mdm_isolate_documents
-    if whole and ahead is None:
+    if mdm.mdm_pad_attended and mdm.mdm_eod_attended and documents is None and ahead is None:
         return None
     hidden = torch.zeros_like(padding)
     if not mdm.mdm_pad_attended:
@@ -110,10 +112,14 @@ def attention_mask(
         s = tokens.shape[1]
         later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
         hidden = hidden | (later & ~ahead[:, None, None, :])
-    if mdm.mdm_isolate_documents:
-        document = document_numbers(tokens, eod_id)
-        hidden = hidden | (document[:, None, :, None] != document[:, None, None, :])
+    if documents is not None:
+        hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
     return hidden
+
+
+def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
+    """`documents` of `attention_mask` for rows of text, without padding."""
+    return document_numbers(tokens, eod_id) if mdm.mdm_isolate_documents else None
 
 
 def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
@@ -122,14 +128,13 @@ def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
     return ends.cumsum(dim=1) - ends
 
 
-def position_ids(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
+def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     """Positions for learned embeddings, int64 [b, s]; rotary ones are relative anyhow."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if not mdm.mdm_isolate_documents:
+    if documents is None:
         return positions
-    document = document_numbers(tokens, eod_id)
     begins = torch.ones_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return positions - (positions * begins).cummax(dim=1).values
 
 

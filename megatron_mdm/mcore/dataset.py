@@ -30,13 +30,14 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.pairs import PairDataset
+from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import (
     Purpose,
     Quantiles,
     Split,
     random_bits,
+    row_length,
     row_uniforms,
     to_grid,
     view_of,
@@ -103,15 +104,30 @@ class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
     """Rows of made-up data, for --mock-data."""
 
 
+def row_columns(config: MDMConfig, seq_length: int, training: bool) -> dict[str, int]:
+    """The tensors of a row and how many integers each has; see RowDataset."""
+    per_document = training and config.mdm_rate_per == "document"
+    columns = {"tokens": seq_length, "uniforms": seq_length}
+    if config.mdm_sft and config.mdm_isolate_documents:
+        columns["document"] = seq_length
+    columns["quantile"] = seq_length if per_document else 1
+    return columns | dict.fromkeys(("num_tokens", "length", "split", "row"), 1)
+
+
 class RowDataset(torch.utils.data.Dataset):
     """Rows by their position in the run, for Megatron's `single` loader.
 
     A row is a dict of int64 tensors:
         tokens [L]: clean tokens, padding as `pad_id`.
         num_tokens []: positions from here on are padding.
+        length []: positions from here on are not of the row, which ends early
+            (--mdm-random-length-fraction); at least num_tokens.
         split [], row []: part of the data (objective's Split), and position in the run.
         uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
-            the tokens of a prompt, which are never masked.
+            the tokens of a prompt, which are never masked. With --mdm-rate-per document quantile
+            [L], number d for document d of the row; evaluations have one rate a row.
+        document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
+            documents end with their end-of-document token.
 
     With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i: one text,
     one quantile and so one t, and the uniforms of the draw seen from K sides. Evaluations take
@@ -145,7 +161,8 @@ class RowDataset(torch.utils.data.Dataset):
         self.pad_id = pad_id
         self.period = period
         split = SPLITS[self.split]
-        if split is Split.TRAIN:
+        self.training = split is Split.TRAIN
+        if self.training:
             self.views = config.mdm_views
             # A window is given in rows, and the quantiles belong to draws.
             window = (config.mdm_strata_window or self.views) // self.views
@@ -164,32 +181,46 @@ class RowDataset(torch.utils.data.Dataset):
         draw, view = divmod(row, self.views)
         item = self.dataset[draw]
         tokens = torch.from_numpy(item["tokens"])
-        num_tokens = int(item["num_tokens"])
+        length = self._length(draw, len(tokens))
+        num_tokens = min(int(item["num_tokens"]), length)
         tokens[num_tokens:] = self.pad_id
         self._check_no_mask(row, tokens[:num_tokens])
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         uniforms = view_of(uniforms, view, self.views)
-        if "num_prompt" in item:
-            uniforms[: item["num_prompt"]][~self._eligible_prompt(draw, item)] = FIXED
-        return {
+        if "prompt" in item:
+            uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
+        columns = {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
+            "length": torch.tensor(length),
             "split": torch.tensor(int(self.quantiles.split)),
             "row": torch.tensor(row),
             "uniforms": torch.from_numpy(uniforms),
             "quantile": torch.tensor(self.quantiles(draw)),
         }
+        wanted = row_columns(self.config, len(tokens), self.training)
+        if wanted["quantile"] > 1:
+            columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
+        if "document" in wanted:
+            columns["document"] = torch.from_numpy(item["document"])
+        return columns
 
-    def _eligible_prompt(self, draw: int, item: dict[str, Any]) -> np.ndarray:
-        """Tokens of the prompt that SyRM makes eligible, bool [num_prompt]; training only."""
-        prompt = item["tokens"][: item["num_prompt"]]
-        if SPLITS[self.split] is not Split.TRAIN:
-            return np.zeros(len(prompt), dtype=bool)
+    def _length(self, draw: int, longest: int) -> int:
+        """Positions that the row has; training only."""
+        fraction = self.config.mdm_random_length_fraction
+        if not (self.training and fraction):
+            return longest
+        return row_length(self.seed, Split.TRAIN, draw, longest, fraction)
+
+    def _syrm(self, draw: int, tokens: np.ndarray) -> np.ndarray:
+        """Tokens that SyRM would make eligible in a prompt, bool [L]; training only."""
+        if not self.training:
+            return np.zeros(len(tokens), dtype=bool)
         return syrm(
-            prompt,
+            tokens,
             tuple(self.config.mdm_syrm_token_ids or ()),
             self.config.mdm_syrm_fraction,
-            to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(prompt))),
+            to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(tokens))),
         )
 
     def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
@@ -265,7 +296,9 @@ def _print_epochs(dataset: Any, rows: int, views: int) -> None:
 def _dataset_class(args: Namespace) -> type:
     if args.mock_data:
         return MockCleanTokensDataset
-    return PairDataset if args.mdm_sft else CleanTokensDataset
+    if args.mdm_sft:
+        return PackedPairDataset if args.mdm_isolate_documents else PairDataset
+    return CleanTokensDataset
 
 
 # Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.

@@ -13,8 +13,13 @@ from megatron.training import get_args, get_timers
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import attention_mask, position_ids, seen_ahead
-from megatron_mdm.mcore.dataset import FIXED, needs_rows
+from megatron_mdm.mcore.attention import (
+    attention_mask,
+    document_numbers,
+    position_ids,
+    seen_ahead,
+)
+from megatron_mdm.mcore.dataset import FIXED, needs_rows, row_columns
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
 from megatron_mdm.mcore.sampler_state import online_sampler
@@ -22,8 +27,8 @@ from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+from megatron_mdm.objective.segments import counts, totals
 
-NUMBERS = ("num_tokens", "split", "row", "quantile")  # of a row, beside its two vectors
 NANS_NOT_ALLOWED = 0.0  # tolerance of Megatron's rerun machine for values that must be finite
 
 
@@ -33,25 +38,52 @@ class Rows:
 
     tokens: torch.Tensor
     num_tokens: torch.Tensor
+    length: torch.Tensor
     split: torch.Tensor
     row: torch.Tensor
     uniforms: torch.Tensor
     quantile: torch.Tensor
+    document: torch.Tensor | None = None
 
     @property
     def padding(self) -> torch.Tensor:
         """Positions that hold no token, bool [b, s]."""
-        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return positions >= self.num_tokens[:, None]
+        return self._from(self.num_tokens)
 
     def eligible(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
         """Positions that may be masked and count in the loss, bool [b, s]."""
-        eligible = eligible_positions(self.tokens, self.padding, eod_id, mdm)
-        return eligible & (self.uniforms != FIXED)
+        documents = self.isolated(eod_id, mdm)
+        eligible = eligible_positions(self.tokens, self.padding, eod_id, mdm, documents)
+        return eligible & (self.uniforms != FIXED) & ~self._from(self.length)
+
+    def documents(self, eod_id: int) -> torch.Tensor:
+        """Which document of its row each position is of, int64 [b, s]; padding is one more."""
+        document = self.document
+        if document is None:
+            document = document_numbers(self.tokens, eod_id)
+        last = document.masked_fill(self.padding, -1).amax(dim=1, keepdim=True)
+        return torch.where(self.padding, last + 1, document)
+
+    def isolated(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
+        """What attention stays inside, int64 [b, s] (see `attention_mask`); None: the row."""
+        if mdm.mdm_isolate_documents:
+            return self.documents(eod_id)
+        if mdm.mdm_random_length_fraction:
+            return self._from(self.length).long()
+        return None
+
+    def _from(self, start: torch.Tensor) -> torch.Tensor:
+        """Positions from `start` [b] on, bool [b, s]."""
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return positions >= start[:, None]
 
 
 def eligible_positions(
-    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+    tokens: torch.Tensor,
+    padding: torch.Tensor,
+    eod_id: int,
+    mdm: MDMConfig,
+    documents: torch.Tensor | None,
 ) -> torch.Tensor:
     """Positions of text without a prompt that may be masked, bool [b, s].
 
@@ -60,6 +92,7 @@ def eligible_positions(
         padding: bool [b, s].
         eod_id: end-of-document token.
         mdm: settings of the objective.
+        documents: what attention stays inside, int64 [b, s]; None: the row.
     """
     eligible = ~padding
     if not mdm.mdm_eod_eligible:
@@ -67,7 +100,7 @@ def eligible_positions(
     if mdm.mdm_pad_eligible:
         eligible |= padding
     if mdm.mdm_shift:  # nothing predicts the first token of what attention sees
-        eligible &= position_ids(tokens, eod_id, mdm) > 0
+        eligible &= position_ids(tokens, documents) > 0
     return eligible
 
 
@@ -96,30 +129,32 @@ def forward_step(
     rows = load_rows(data_iterator, training)
     eod_id = get_tokenizer().eod
     eligible = rows.eligible(eod_id, mdm)
-    corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile)
+    segments = rows.documents(eod_id) if training and mdm.mdm_rate_per == "document" else None
+    corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
     progress = 1.0
     if training and mdm.mdm_anneal_attention_iters:
         progress = args.curr_iteration / mdm.mdm_anneal_attention_iters
     ahead = seen_ahead(rows.uniforms, progress)
-    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, ahead)
+    documents = rows.isolated(eod_id, mdm)
+    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, ahead)
     timers("batch-generator").stop()
 
-    num_eligible = eligible.sum(dim=1)
+    num_eligible = counts(eligible, segments)
     record = None
     if training and mdm.mdm_ppots_refit_interval and mdm.mdm_ppots_target == "gradient":
-        record = partial(record_gradients, corrupted, num_eligible)
+        record = partial(record_gradients, corrupted, num_eligible, segments)
     positions = None
     if mdm.mdm_head == "masked":
         positions = masked_positions(at_logits(corrupted.mask, mdm.mdm_shift))
     output = model(
         corrupted.tokens,
-        position_ids(rows.tokens, eod_id, mdm),
+        position_ids(rows.tokens, documents),
         hidden,
         labels=at_logits(rows.tokens, mdm.mdm_shift),
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
     )
-    return output, partial(loss_func, rows, corrupted, num_eligible, training)
+    return output, partial(loss_func, rows, corrupted, num_eligible, segments, training)
 
 
 def at_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
@@ -144,30 +179,33 @@ def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
     """
     args = get_args()
     b = args.micro_batch_size if training else args.eval_micro_batch_size
-    s = args.seq_length
+    columns = row_columns(MDMConfig.from_args(args), args.seq_length, training)
     device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
-        parts = [batch["tokens"], batch["uniforms"]]
-        parts += [batch[name][:, None] for name in NUMBERS]
+        parts = [batch[name].view(b, width) for name, width in columns.items()]
         packed = torch.cat(parts, dim=1).to(device, non_blocking=True)
     else:
-        packed = torch.empty((b, 2 * s + len(NUMBERS)), dtype=torch.int64, device=device)
+        packed = torch.empty((b, sum(columns.values())), dtype=torch.int64, device=device)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             packed,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    tokens, uniforms, numbers = packed.split([s, s, len(NUMBERS)], dim=1)
-    named = dict(zip(NUMBERS, numbers.unbind(dim=1), strict=True))
-    return Rows(tokens=tokens.contiguous(), uniforms=uniforms, **named)
+    parts = packed.split(list(columns.values()), dim=1)
+    named = {
+        name: part.contiguous() if part.shape[1] > 1 else part[:, 0]
+        for name, part in zip(columns, parts, strict=True)
+    }
+    return Rows(**named)
 
 
 def loss_func(
     rows: Rows,
     corrupted: Corruption,
     num_eligible: torch.Tensor,
+    segments: torch.Tensor | None,
     training: bool,
     cross_entropy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -180,7 +218,12 @@ def loss_func(
     args = get_args()
     cross_entropy = at_tokens(cross_entropy, args.mdm_shift)
     losses = row_losses(
-        cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
+        cross_entropy,
+        corrupted.mask,
+        corrupted.weight,
+        num_eligible,
+        args.mdm_normalization,
+        segments,
     )
     if args.check_for_nan_in_loss_and_grad:
         for reason, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
@@ -197,13 +240,13 @@ def loss_func(
         rate_weight=corrupted.rate_weight,
         weight=corrupted.weight.amax(dim=1),
         loss=losses.per_row,
-        num_masked=corrupted.mask.sum(dim=1),
+        num_masked=counts(corrupted.mask, segments),
         num_eligible=num_eligible,
     )
     online = online_sampler()
     if training and online is not None and online.config.mdm_ppots_target == "loss":
         value = losses.per_row.detach() / corrupted.rate_weight
-        online.record(corrupted.t, value, corrupted.rate_weight)
+        _record(corrupted, num_eligible, segments, value)
     report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
     return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
 
@@ -221,19 +264,40 @@ def masked_positions(mask: torch.Tensor) -> MaskedPositions:
 
 
 def record_gradients(
-    corrupted: Corruption, num_eligible: torch.Tensor, norms: torch.Tensor
+    corrupted: Corruption,
+    num_eligible: torch.Tensor,
+    segments: torch.Tensor | None,
+    squares: torch.Tensor,
 ) -> None:
-    """Gives the online sampler ||dl/dh|| of each row, from the gradient of what is summed.
+    """Gives the online sampler ||dl/dh|| of each row or document, from the gradient of the sum.
 
     Args:
         corrupted: the micro-batch's masks and weights.
-        num_eligible: L_e, int64 [b].
-        norms: of the gradient of the loss sum at the final hidden states [b].
+        num_eligible: L_e, int64 [b], or [b, s] with segments.
+        segments: documents with a rate of their own; None: rows.
+        squares: squared norms of the gradient of the loss sum at the final hidden states [b, s].
     """
+    args = get_args()
+    norms = totals(at_tokens(squares, args.mdm_shift), segments).sqrt()
     value = norms / corrupted.rate_weight
-    if get_args().mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
+    if args.mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
         value = value / num_eligible.clamp(min=1)
-    online_sampler().record(corrupted.t, value, corrupted.rate_weight)
+    _record(corrupted, num_eligible, segments, value)
+
+
+def _record(
+    corrupted: Corruption,
+    num_eligible: torch.Tensor,
+    segments: torch.Tensor | None,
+    value: torch.Tensor,
+) -> None:
+    """Gives the online sampler the values of rows or documents, per eligible token."""
+    args = get_args()
+    if segments is not None and args.mdm_normalization == "tokens":
+        # A document disturbs the sum as L_e l, so long ones say more of the best density.
+        value = value * num_eligible / args.seq_length
+    present = None if segments is None else num_eligible > 0
+    online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from megatron.core import mpu
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 ROW_MULTIPLE = 32  # what FP8 matrix products take: 16 rows, 32 under MXFP8
 
@@ -81,13 +81,13 @@ class HeadContext:
 
     Attributes:
         positions: where to compute them; None: everywhere.
-        record_norms: called in the backward pass with the norm of the gradient of the micro-batch's
-            loss sum at the final hidden states of each row, float32 [b], the same on all
-            tensor-parallel ranks; None: not at all.
+        record_squares: called in the backward pass with the square of the norm of the gradient of
+            the micro-batch's loss sum at the final hidden state of each position, float32 [b, s],
+            the same on all tensor-parallel ranks; None: not at all.
     """
 
     positions: MaskedPositions | None = None
-    record_norms: Callable[[torch.Tensor], None] | None = None
+    record_squares: Callable[[torch.Tensor], None] | None = None
 
 
 def head(
@@ -116,8 +116,8 @@ def head(
     Returns:
         Cross entropies, float [b, s], nats; 0 outside `context.positions`.
     """
-    if context.record_norms is not None:
-        _record_norms(hidden_states, output_layer, config, context.record_norms)
+    if context.record_squares is not None:
+        _record_squares(hidden_states, output_layer, config, context.record_squares)
     positions = context.positions
     if positions is not None:
         hidden_states = positions.compact(hidden_states)
@@ -127,7 +127,7 @@ def head(
     return cross_entropy if positions is None else positions.spread(cross_entropy)
 
 
-def _record_norms(
+def _record_squares(
     hidden_states: torch.Tensor,
     output_layer: Any,
     config: Any,
@@ -139,12 +139,12 @@ def _record_norms(
     """
 
     def look(gradient: torch.Tensor) -> None:
-        squares = gradient.detach().float().square().sum(dim=(0, 2))
+        norms = gradient.detach().float().norm(dim=2)
+        if config.grad_scale_func:
+            norms = norms / config.grad_scale_func(torch.ones_like(norms))
         if output_layer.sequence_parallel:  # each rank has a part of the positions
-            group = mpu.get_tensor_model_parallel_group()
-            torch.distributed.all_reduce(squares, group=group)
-        scale = config.grad_scale_func(torch.ones_like(squares)) if config.grad_scale_func else 1.0
-        record(squares.sqrt() / scale)
+            norms = gather_from_sequence_parallel_region(norms.contiguous())
+        record(norms.square().t())
 
     if hidden_states.requires_grad:
         hidden_states.register_hook(look)

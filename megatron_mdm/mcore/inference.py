@@ -5,7 +5,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,9 +99,9 @@ class LoadedModel:
         b, s = tokens.shape
         positions = torch.arange(s, device=tokens.device).expand_as(tokens)
         # A text to fill in is one document, whose end is still to be found.
-        mdm = replace(MDMConfig.from_args(self.args), mdm_isolate_documents=False)
+        mdm = MDMConfig.from_args(self.args)
         no_padding = torch.zeros_like(tokens, dtype=torch.bool)
-        hidden = attention_mask(tokens, no_padding, self.tokenizer.eod, mdm)
+        hidden = attention_mask(tokens, no_padding, self.tokenizer.eod, mdm, documents=None)
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
             data_iterator=None,

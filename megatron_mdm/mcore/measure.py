@@ -12,7 +12,7 @@ from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.arguments import check_data
-from megatron_mdm.mcore.attention import attention_mask, position_ids
+from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
@@ -96,11 +96,12 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
         total, gradient = 0.0, torch.zeros(())
         for rows in torch.arange(len(tokens)).split(micro_batch_size):
             clean, able = tokens[rows].to(device), eligible[rows].to(device)
-            positions = position_ids(clean, get_tokenizer().eod, mdm)
-            hidden = attention_mask(clean, torch.zeros_like(able), get_tokenizer().eod, mdm)
+            eod_id = get_tokenizer().eod
+            documents = isolated_documents(clean, eod_id, mdm)
+            hidden = attention_mask(clean, torch.zeros_like(able), eod_id, mdm, documents)
             cross_entropy = loaded.model(
                 corruption.tokens[rows].to(device),
-                positions,
+                position_ids(clean, documents),
                 hidden,
                 labels=at_logits(clean, mdm.mdm_shift),
             )
@@ -125,7 +126,9 @@ def _draw(
     num_bins: int,
 ) -> torch.Tensor:
     """The sums of `accumulate` over one micro-batch, on the CPU."""
-    eligible = rows.eligible(get_tokenizer().eod, mdm)
+    eod_id = get_tokenizer().eod
+    documents = rows.isolated(eod_id, mdm)
+    eligible = rows.eligible(eod_id, mdm)
     num_eligible = eligible.sum(dim=1)
     corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
 
@@ -143,12 +146,10 @@ def _draw(
             return gradient.float().square().sum(dim=(0, 2)).sqrt()
 
     with torch.no_grad():
-        positions = position_ids(rows.tokens, get_tokenizer().eod, mdm)
-        hidden = attention_mask(rows.tokens, rows.padding, get_tokenizer().eod, mdm)
         values = loaded.model(
             corrupted.tokens,
-            positions,
-            hidden,
+            position_ids(rows.tokens, documents),
+            attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents),
             labels=at_logits(rows.tokens, mdm.mdm_shift),
             output_processor=value,
             output_processor_context=HeadContext(

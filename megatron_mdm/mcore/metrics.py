@@ -2,7 +2,7 @@
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
 Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
-3 (2 bins + 5) numbers and of one, over the data-parallel ranks of the last pipeline stage.
+3 (2 bins + 6) numbers and of one, over the data-parallel ranks of the last pipeline stage.
 """
 
 import math
@@ -25,11 +25,12 @@ from megatron_mdm.objective.randomness import Split
 
 
 class Recorder:
-    """Sums over rows, on the device; lives on the last pipeline stage.
+    """Sums over draws of a rate, on the device; lives on the last pipeline stage.
 
-    The sums are a matrix with a line for each split of the data and these columns: weighted loss
-    per rate bin, importance weight per rate bin, weighted loss per eligible token, its square, the
-    numbers of masked and of eligible tokens, and of rows.
+    A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix with a line
+    for each split of the data and these columns: weighted loss per rate bin, importance weight per
+    rate bin, weighted loss per eligible token, its square, the numbers of masked and of eligible
+    tokens, of draws, and of rows.
 
     Args:
         num_bins: number of equal bins of the masking rate.
@@ -57,17 +58,22 @@ class Recorder:
 
         Args:
             split: part of the data, int64 [b].
-            t: masking rates, float64 [b].
-            rate_weight: importance weights 1/q(t), float64 [b].
+            t: masking rates of rows, float64 [b], or documents [b, s], as all that follows.
+            rate_weight: importance weights 1/q(t), float64.
             weight: largest weight of a token in each row, 1/q(t) times the mask's, float64 [b].
-            loss: weighted loss of each row, nats per eligible token [b].
-            num_masked: masked positions [b].
-            num_eligible: eligible positions [b].
+            loss: weighted loss of each draw, nats per eligible token.
+            num_masked: masked positions.
+            num_eligible: eligible positions; a document without any is no draw, a row is one.
         """
+        in_row = t[0].numel()
+        draws = torch.ones_like(num_eligible) if t.dim() == 1 else (num_eligible > 0).long()
+        share = torch.full_like(t, 1.0 / in_row)  # of a row: all of them make one
+        split = split.repeat_interleave(in_row)
+        t, rate_weight, loss = t.flatten(), (rate_weight * draws).flatten(), loss.flatten()
         bins = (t * self.num_bins).long().clamp(max=self.num_bins - 1)
         in_bin = torch.nn.functional.one_hot(bins, self.num_bins).double()
         loss = loss.detach().double()[:, None]
-        counts = torch.stack([num_masked, num_eligible, torch.ones_like(num_masked)], dim=1)
+        counts = torch.stack([num_masked, num_eligible, draws, share], dim=-1).view(len(t), 4)
         columns = [in_bin * loss, in_bin * rate_weight[:, None], loss, loss.square(), counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
@@ -106,16 +112,16 @@ def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
 
 
 class Summary:
-    """Means over the rows of one split.
+    """Means over the draws of one split: its rows, or documents with --mdm-rate-per document.
 
     Attributes:
-        loss_per_bin: mean loss of the rows in each rate bin, nats per token, NaN if there is none.
+        loss_per_bin: mean loss of those in each rate bin, nats per token, NaN if there is none.
         loss: mean loss, an estimate of the NELBO, nats per token.
-        loss_stderr: its standard error, as if the rows were independent: stratified rates make the
-            true one smaller.
-        loss_sums, weight_sums: sums over the rows in each rate bin of weighted loss and of 1/q(t).
+        loss_stderr: its standard error, as if the draws were independent: stratified rates make
+            the true one smaller.
+        loss_sums, weight_sums: sums over those in each rate bin of weighted loss and of 1/q(t).
         masked_fraction: masked / eligible tokens.
-        rows: number of rows.
+        draws, rows: their numbers.
         largest_weight: of a token's loss, over the rows of all splits.
     """
 
@@ -125,11 +131,11 @@ class Summary:
         self.weight_sums = np.array(line[num_bins : 2 * num_bins])
         sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
         self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
-        loss, square, masked, eligible, rows = line[2 * num_bins :]
-        self.rows = int(rows)
-        self.loss = loss / rows
-        variance = max(0.0, square / rows - self.loss**2)
-        self.loss_stderr = math.sqrt(variance / (rows - 1)) if rows > 1 else math.nan
+        loss, square, masked, eligible, draws, rows = line[2 * num_bins :]
+        self.draws, self.rows = int(draws), round(rows)
+        self.loss = loss / draws if draws else math.nan
+        variance = max(0.0, square / draws - self.loss**2) if draws else math.nan
+        self.loss_stderr = math.sqrt(variance / (draws - 1)) if draws > 1 else math.nan
         self.masked_fraction = masked / eligible if eligible else 0.0
 
     def text(self) -> str:
@@ -218,7 +224,7 @@ def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
     tokens_per_s = rows_per_s * args.seq_length
     # Megatron counts this iteration's rows after it.
     texts = (args.consumed_train_samples + get_current_global_batch_size()) // args.mdm_views
-    controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.rows)
+    controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.draws)
     print(
         f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
         f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"

@@ -11,18 +11,21 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training.utils import print_rank_0
 
+from megatron_mdm.data.packing import pack
 from megatron_mdm.errors import UserError
 
 
 class PairDataset(MegatronDataset):
     """A row for each document of two sequences, as tools/preprocess_data.py writes pairs.
 
-    Every epoch passes over all pairs in another order, a function of the seed alone. Pairs longer
+    Every epoch passes over all rows in another order, a function of the seed alone. Pairs longer
     than a row are left out, and their number is printed.
 
     Raises:
         UserError: a document is no pair, or no pair is short enough.
     """
+
+    packs = False
 
     def __init__(
         self,
@@ -52,11 +55,18 @@ class PairDataset(MegatronDataset):
                 f"--seq-length {config.sequence_length} tokens ({len(lengths)} in all): add data, "
                 "change --split, or choose longer rows"
             )
+        # Row r has the pairs from starts[r] on to starts[r + 1].
+        self.starts: npt.NDArray[np.int64] = np.arange(len(self.pairs) + 1)
+        if self.packs and index_split is MegatronSplit.train and len(self.pairs):
+            shuffled = self._permutation(len(self.pairs), epoch=0)
+            order, self.starts = pack(lengths[fits][shuffled], config.sequence_length)
+            self.pairs = self.pairs[shuffled[order]]
         print_rank_0(
             f" > {index_split.name} split of {dataset_path}: {len(self.pairs)} pairs, "
-            f"{len(lengths) - len(self.pairs)} left out, longer than {config.sequence_length}"
+            f"{len(lengths) - len(self.pairs)} left out, longer than {config.sequence_length}, in "
+            f"{self.texts_per_epoch} rows"
         )
-        self._order = lru_cache(2)(self._shuffled)
+        self._order = lru_cache(2)(lambda epoch: self._permutation(self.texts_per_epoch, epoch))
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
@@ -67,22 +77,42 @@ class PairDataset(MegatronDataset):
 
     @property
     def texts_per_epoch(self) -> int:
-        """Pairs that are not left out."""
-        return len(self.pairs)
+        """Rows."""
+        return len(self.starts) - 1
 
     def __len__(self) -> int:
-        return max(len(self.pairs), self.num_samples or 0)
+        return max(self.texts_per_epoch, self.num_samples or 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Tokens of the row int64 [L], undefined from `num_tokens` on; `num_prompt` come first."""
-        epoch, place = divmod(int(index), len(self.pairs))
-        pair = self.pairs[self._order(epoch)[place]]
-        prompt, response = self.dataset.get(2 * pair), self.dataset.get(2 * pair + 1)
-        tokens = np.zeros(self.config.sequence_length, dtype=np.int64)
-        num_tokens = len(prompt) + len(response)
-        tokens[:num_tokens] = np.concatenate([prompt, response])
-        return {"tokens": tokens, "num_tokens": num_tokens, "num_prompt": len(prompt)}
+        """A row, whose tokens, int64 [L], are undefined from `num_tokens` on.
 
-    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        `prompt`, bool [L], is true at the tokens of prompts; `document`, int64 [L], is the number
+        of each token's pair in the row.
+        """
+        epoch, place = divmod(int(index), self.texts_per_epoch)
+        row = self._order(epoch)[place]
+        length = self.config.sequence_length
+        tokens, document = np.zeros((2, length), dtype=np.int64)
+        is_prompt = np.zeros(length, dtype=bool)
+        end = 0
+        for number, pair in enumerate(self.pairs[self.starts[row] : self.starts[row + 1]]):
+            prompt, response = self.dataset.get(2 * pair), self.dataset.get(2 * pair + 1)
+            start, end = end, end + len(prompt) + len(response)
+            tokens[start:end] = np.concatenate([prompt, response])
+            is_prompt[start : start + len(prompt)] = True
+            document[start:] = number
+        return {"tokens": tokens, "num_tokens": end, "prompt": is_prompt, "document": document}
+
+    def _permutation(self, count: int, epoch: int) -> npt.NDArray[np.int64]:
         seed = [self.config.random_seed, self.index_split.value, epoch]
-        return np.random.default_rng(seed).permutation(len(self.pairs))
+        return np.random.default_rng(seed).permutation(count)
+
+
+class PackedPairDataset(PairDataset):
+    """As many pairs in each row of training as fit; evaluations have one in each.
+
+    Which pairs share a row is a function of the data and the seed, and the same in every epoch:
+    none sees another, so that nothing but the use of the room depends on it.
+    """
+
+    packs = True

@@ -46,15 +46,22 @@ class OnlineSampler:
         """(t, weight) under the density in use."""
         return self.state.sampler(quantile)
 
-    def record(self, t: torch.Tensor, value: torch.Tensor, rate_weight: torch.Tensor) -> None:
+    def record(
+        self,
+        t: torch.Tensor,
+        value: torch.Tensor,
+        rate_weight: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> None:
         """Adds rows of one micro-batch; on the last stage, without waiting for the device.
 
         Args:
-            t: masking rates [b].
-            value: loss or gradient norm of each row, without the importance weight [b].
-            rate_weight: 1/q(t) [b].
+            t: masking rates of rows [b] or documents [b, s].
+            value: loss or gradient norm of each, without the importance weight.
+            rate_weight: 1/q(t) of each.
+            present: which documents there are, bool [b, s]; None: all.
         """
-        sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins)
+        sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 
     def step(self, iteration: int) -> PotsFit | None:

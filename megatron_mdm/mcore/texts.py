@@ -12,6 +12,7 @@ from megatron_mdm.data.documents import document_text, read_documents
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
+from megatron_mdm.mcore.attention import isolated_documents
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.forward_step import eligible_positions
 from megatron_mdm.mcore.inference import LoadedModel
@@ -100,6 +101,8 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int)
     texts = []
     for row in cut_rows(documents.ids, loaded.args.seq_length, packed)[:limit]:
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
-        eligible = eligible_positions(row[None], no_padding, loaded.tokenizer.eod, mdm)
+        eod_id = loaded.tokenizer.eod
+        documents = isolated_documents(row[None], eod_id, mdm)
+        eligible = eligible_positions(row[None], no_padding, eod_id, mdm, documents)
         texts.append(Text(row, eligible[0]))
     return texts

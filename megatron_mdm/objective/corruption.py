@@ -8,18 +8,19 @@ import torch
 from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_mask
 from megatron_mdm.objective.randomness import to_unit
 from megatron_mdm.objective.samplers import RateSampler
+from megatron_mdm.objective.segments import spread
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """B masked rows of L positions.
+    """B masked rows of L positions, each with one rate, or one for each of its segments.
 
     Attributes:
         tokens: x_m, int64 [B, L]: the clean tokens with the mask token at masked positions.
         mask: bool [B, L].
         weight: importance weight of t times the weight of the mask, float64 [B, 1] or [B, L].
-        t: masking rates, float64 [B].
-        rate_weight: importance weight 1/q(t) alone, float64 [B].
+        t: masking rates, float64 [B], or [B, L] with segments.
+        rate_weight: importance weight 1/q(t) alone, of the shape of `t`.
     """
 
     tokens: torch.Tensor
@@ -57,6 +58,7 @@ class Corrupter:
         eligible: torch.Tensor,
         uniforms: torch.Tensor,
         quantile: torch.Tensor,
+        segments: torch.Tensor | None = None,
     ) -> Corruption:
         """Masks rows.
 
@@ -64,25 +66,32 @@ class Corrupter:
             tokens: clean tokens x0, int64 [B, L].
             eligible: positions that may be masked, bool [B, L].
             uniforms: grid integers (see randomness.py), int64 [B, L].
-            quantile: grid integers, int64 [B].
+            quantile: grid integers, int64 [B], or [B, L] with segments.
+            segments: see objective/segments.py; None: each row has one rate.
         """
         t, rate_weight = self.sampler(to_unit(quantile))
-        mask, mask_weight = self._mask(tokens, eligible, to_unit(uniforms), t)
+        mask, mask_weight = self._mask(tokens, eligible, to_unit(uniforms), t, segments)
         return Corruption(
             tokens=torch.where(mask, self.mask_token_id, tokens),
             mask=mask,
-            weight=rate_weight[:, None] * mask_weight,
+            weight=spread(rate_weight, segments) * mask_weight,
             t=t,
             rate_weight=rate_weight,
         )
 
     def _mask(
-        self, tokens: torch.Tensor, eligible: torch.Tensor, u: torch.Tensor, t: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        eligible: torch.Tensor,
+        u: torch.Tensor,
+        t: torch.Tensor,
+        segments: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.isad_token_ids:
             ids = torch.tensor(self.isad_token_ids, device=tokens.device)
             chosen = torch.isin(tokens, ids)
-            return isad_mask(u, eligible, t, self.eps, chosen, self.isad_delta, self.isad_weight)
+            isad = self.isad_delta, self.isad_weight
+            return isad_mask(u, eligible, t, self.eps, chosen, *isad, segments)
         if self.mask_kind == "exact-count":
-            return exact_count_mask(u, eligible, t)
-        return bernoulli_mask(u, eligible, t, self.eps)
+            return exact_count_mask(u, eligible, t, segments)
+        return bernoulli_mask(u, eligible, t, self.eps, segments)

@@ -1,12 +1,14 @@
 """From cross entropies to the numerator and denominator of the objective.
 
 With CE_i the cross entropy of the clean token at i given the masked row (nats), m the mask, w its
-weight (importance weight of t included) and L_e the number of eligible tokens, the loss of a row is
+weight (importance weight of t included) and L_e the number of eligible tokens, the loss of a row,
+or of each document that has a masking rate of its own (objective/segments.py), is
 
     l = (1 / L_e) sum_i m_i w CE_i                                            nats per token.
 
 The denominator counts ELIGIBLE tokens, never masked ones: dividing by the count of masked tokens
-would be a ratio estimator, which is biased.
+would be a ratio estimator, which is biased. A packed row of documents thus costs what its documents
+would cost as rows of their own.
 """
 
 from dataclasses import dataclass
@@ -14,13 +16,16 @@ from typing import Literal
 
 import torch
 
+from megatron_mdm.objective.segments import spread, totals
+
 
 @dataclass(frozen=True)
 class RowLosses:
     """The losses of B rows.
 
     Attributes:
-        per_row: l of each row [B], nats per eligible token; 0 where nothing is eligible.
+        per_row: l of each row [B], or segment [B, L], nats per eligible token; 0 where nothing is
+            eligible.
         numerator: what is summed over the global batch, scalar, with gradient.
         denominator: what it is divided by after summing over the global batch, int64 scalar.
     """
@@ -36,25 +41,32 @@ def row_losses(
     weight: torch.Tensor,
     num_eligible: torch.Tensor,
     normalization: Literal["tokens", "rows"],
+    segments: torch.Tensor | None = None,
 ) -> RowLosses:
     """Weights and sums cross entropies.
 
     Numerators and denominators add up over micro-batches and data-parallel ranks, so that any split
     of a global batch gives the same objective: under `tokens` the sum of all weighted losses over
-    the number of all eligible tokens, under `rows` the mean of l over all rows.
+    the number of all eligible tokens, under `rows` the mean of l over all rows, or over all
+    segments with eligible tokens (what pads a row is no document).
 
     Args:
         cross_entropy: CE, nats, float [B, L].
         mask: bool [B, L].
         weight: float64 [B, 1] or [B, L].
-        num_eligible: L_e, int64 [B].
+        num_eligible: L_e, int64 [B], or [B, L] with segments.
         normalization: see above.
+        segments: see objective/segments.py; None: whole rows.
     """
     dtype = torch.promote_types(cross_entropy.dtype, torch.float32)
-    per_token = torch.where(mask, cross_entropy.to(dtype), 0.0)
-    sums = (per_token * weight.to(dtype)).sum(dim=1)
-    per_row = sums / num_eligible.clamp(min=1).to(dtype)
-    if normalization == "rows":
-        count = torch.tensor(mask.shape[0], dtype=torch.int64, device=mask.device)
-        return RowLosses(per_row, per_row.sum(), count)
-    return RowLosses(per_row, sums.sum(), num_eligible.sum())
+    per_token = torch.where(mask, cross_entropy.to(dtype), 0.0) * weight.to(dtype)
+    size = num_eligible.clamp(min=1).to(dtype)
+    per_row = totals(per_token, segments) / size
+    if normalization == "tokens":
+        return RowLosses(per_row, per_token.sum(), num_eligible.sum())
+    if segments is not None:
+        return RowLosses(
+            per_row, (per_token / spread(size, segments)).sum(), (num_eligible > 0).sum()
+        )
+    count = torch.tensor(mask.shape[0], dtype=torch.int64, device=mask.device)
+    return RowLosses(per_row, per_row.sum(), count)

@@ -1,6 +1,7 @@
 """Masks of rows and their Horvitz-Thompson weights, from uniforms and rates.
 
-Shapes: B rows of L positions. A row without a masked token is legitimate: its loss is 0 and counts.
+Shapes: B rows of L positions, each with a rate of its own, or each of its segments
+(objective/segments.py). A row without a masked token is legitimate: its loss is 0 and counts.
 """
 
 from typing import Literal
@@ -11,46 +12,56 @@ import torch
 
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.rates import masked_count, masking_probability
+from megatron_mdm.objective.segments import counts, products, ranks, spread
 
 
 def bernoulli_mask(
-    u: torch.Tensor, eligible: torch.Tensor, t: torch.Tensor, eps: float
+    u: torch.Tensor,
+    eligible: torch.Tensor,
+    t: torch.Tensor,
+    eps: float,
+    segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks every eligible position independently where u_i < p(t).
 
     Args:
         u: uniforms in (0, 1), float64 [B, L].
         eligible: positions that may be masked, bool [B, L].
-        t: masking rates, float64 [B].
+        t: masking rates of the segments, float64 [B, L], or [B] for whole rows.
         eps: see `masking_probability`.
+        segments: see objective/segments.py.
 
     Returns:
-        mask, bool [B, L], and the weight 1/p(t) of its tokens, float64 [B, 1].
+        mask, bool [B, L], and the weight 1/p(t) of its tokens, float64 [B, L], or [B, 1] for whole
+        rows.
     """
-    p = masking_probability(t, eps)[:, None]
+    p = spread(masking_probability(t, eps), segments)
     return (u < p) & eligible, 1.0 / p
 
 
 def exact_count_mask(
-    u: torch.Tensor, eligible: torch.Tensor, t: torch.Tensor
+    u: torch.Tensor,
+    eligible: torch.Tensor,
+    t: torch.Tensor,
+    segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks the k = ceil(t L_e) eligible positions with the smallest uniforms.
+    """Masks the k = ceil(t L_e) eligible positions of a segment with the smallest uniforms.
 
     Args:
         u: uniforms in (0, 1), float64 [B, L].
-        eligible: positions that may be masked, bool [B, L]; L_e of them in a row.
-        t: masking rates, float64 [B].
+        eligible: positions that may be masked, bool [B, L]; L_e of them in a segment.
+        t: masking rates of the segments, float64 [B, L], or [B] for whole rows.
+        segments: see objective/segments.py.
 
     Returns:
-        mask, bool [B, L], and the weight L_e/k of its tokens, float64 [B, 1] (1 where L_e = 0).
+        mask, bool [B, L], and the weight L_e/k of its tokens (1 where L_e = 0), float64 [B, L], or
+        [B, 1] for whole rows.
     """
-    num_eligible = eligible.sum(dim=1)
+    num_eligible = counts(eligible, segments)
     k = masked_count(t, num_eligible)
-    order = torch.where(eligible, u, 2.0).argsort(dim=1, stable=True)
-    chosen = torch.arange(u.shape[1], device=u.device) < k[:, None]
-    mask = torch.zeros_like(eligible).scatter(1, order, chosen)
+    mask = ranks(torch.where(eligible, u, 2.0), segments) < spread(k, segments)
     weight = num_eligible.clamp(min=1).to(torch.float64) / k.clamp(min=1)
-    return mask, weight[:, None]
+    return mask, spread(weight, segments)
 
 
 def isad_mask(
@@ -61,30 +72,33 @@ def isad_mask(
     chosen: torch.Tensor,
     delta: float,
     weight: Literal["inclusion", "exact"],
+    segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ISAD (arXiv 2511.18159): Bernoulli masks in which chosen tokens are masked more often.
 
     Chosen positions are masked with probability p_i = min(p + delta, 1), the others with p.
     `inclusion` weighs the cross entropy at i by 1/p_i (the paper's idea): right for how often token
     i itself is predicted, but the others now see the chosen tokens masked more often, so the
-    objective shifts a little. `exact` weighs the whole row by the likelihood ratio of its pattern,
-    prod_j (p/p_j)^m_j ((1-p)/(1-p_j))^(1-m_j), on top of 1/p: exactly unbiased, but heavy-tailed
-    when many tokens are chosen. Where p_i = 1 the ratio of an unmasked pattern never arises, and
-    those patterns, which the objective has, are lost: `exact` caps p_i below 1 at (1 + p)/2.
+    objective shifts a little. `exact` weighs the whole segment by the likelihood ratio of its
+    pattern, prod_j (p/p_j)^m_j ((1-p)/(1-p_j))^(1-m_j), on top of 1/p: exactly unbiased, but
+    heavy-tailed when many tokens are chosen. Where p_i = 1 the ratio of an unmasked pattern never
+    arises, and those patterns, which the objective has, are lost: `exact` caps p_i below 1 at
+    (1 + p)/2.
 
     Args:
         u: uniforms in (0, 1), float64 [B, L].
         eligible: positions that may be masked, bool [B, L].
-        t: masking rates, float64 [B].
+        t: masking rates of the segments, float64 [B, L], or [B] for whole rows.
         eps: see `masking_probability`.
         chosen: positions masked more often, bool [B, L].
         delta: what is added to their probability, in [0, 1].
         weight: see above.
+        segments: see objective/segments.py.
 
     Returns:
         mask, bool [B, L], and the weight of the cross entropy at each position, float64 [B, L].
     """
-    p = masking_probability(t, eps)[:, None]
+    p = spread(masking_probability(t, eps), segments)
     raised = (p + delta).clamp(max=1.0)
     if weight == "exact":
         raised = torch.minimum(raised, (1.0 + p) / 2.0)
@@ -95,8 +109,8 @@ def isad_mask(
     # p = 1 makes p_j = 1 and masks everything: 0/0 at positions that are then masked anyway.
     kept = torch.where(mask, 1.0, (1.0 - p) / (1.0 - probability).clamp(min=1e-300))
     ratio = torch.where(mask, p / probability, kept)
-    row = torch.where(eligible, ratio, 1.0).prod(dim=1, keepdim=True)
-    return mask, (row / p).expand_as(probability)
+    whole = products(torch.where(eligible, ratio, 1.0), segments)
+    return mask, (spread(whole, segments) / p).expand_as(probability)
 
 
 def syrm(

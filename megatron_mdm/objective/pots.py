@@ -25,7 +25,11 @@ TABLE_SIZE = 1024
 
 
 def accumulate(
-    t: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, num_bins: int
+    t: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    num_bins: int,
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sums of `RateMoments.vector()` over B rows, on their device, without waiting for it.
 
@@ -36,13 +40,15 @@ def accumulate(
         value: value of each row, not weighted by 1/q(t) [B].
         weight: 1/q(t), the importance weight of the rate alone [B].
         num_bins: number of equal bins of t.
+        present: which of them are rows at all, bool [B]; None: all.
 
     Returns:
         float64 [4 num_bins + 1], additive over micro-batches and ranks.
     """
     t, value, weight = (x.detach().reshape(-1).to(torch.float64) for x in (t, value, weight))
     product = weight * value
-    good = torch.isfinite(product * value) & (weight > 0.0) & (t > 0.0) & (t <= 1.0)
+    there = torch.ones_like(t, dtype=torch.bool) if present is None else present.reshape(-1)
+    good = torch.isfinite(product * value) & (weight > 0.0) & (t > 0.0) & (t <= 1.0) & there
     sums = torch.stack([weight, product, product * value, torch.ones_like(t)])
     sums = torch.where(good, sums, 0.0)
     index = torch.ceil(torch.where(good, t, 1.0) * num_bins) - 1.0
@@ -50,7 +56,7 @@ def accumulate(
     # resumed would then not repeat bit for bit.
     indicator = index.clamp(min=0.0)[:, None] == torch.arange(num_bins, device=t.device)
     per_bin = sums @ indicator.to(torch.float64)
-    return torch.cat([per_bin.reshape(-1), (~good).sum().to(torch.float64)[None]])
+    return torch.cat([per_bin.reshape(-1), (there & ~good).sum().to(torch.float64)[None]])
 
 
 class RateMoments:

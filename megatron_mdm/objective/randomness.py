@@ -21,6 +21,9 @@ _MASK64 = 2**64 - 1
 # 2^64 / golden ratio, rounded to odd: the Kronecker sequence i * PHI64 mod 2^64 has the best
 # low-discrepancy constant of all, and odd makes it a full cycle over the 64-bit integers.
 PHI64 = 0x9E3779B97F4A7C15
+# The fraction of sqrt(2) on the 52-bit grid: together with the golden ratio, of which it is
+# independent, it stratifies rows x documents.
+SQRT2 = 0x6A09E667F3BCC
 
 
 class Purpose(IntEnum):
@@ -31,6 +34,7 @@ class Purpose(IntEnum):
     STRATA = 2
     OFFSET = 3
     SYRM = 4
+    LENGTH = 5
 
 
 class Split(IntEnum):
@@ -79,6 +83,20 @@ def to_unit(grid: torch.Tensor) -> torch.Tensor:
 def row_uniforms(seed: int, split: Split, row: int, length: int) -> npt.NDArray[np.int64]:
     """One uniform per position of a row, as grid integers [length]."""
     return to_grid(random_bits(seed, split, Purpose.MASK, row, length))
+
+
+def row_length(seed: int, split: Split, row: int, longest: int, fraction: float) -> int:
+    """Length of a row of which a fraction end early, at 1 to `longest`, each equally likely.
+
+    Args:
+        seed: seed of the run.
+        split: part of the data.
+        row: its number.
+        longest: of the others.
+        fraction: in [0, 1].
+    """
+    whether, where = to_grid(random_bits(seed, split, Purpose.LENGTH, row, 2)).tolist()
+    return 1 + (where * longest >> GRID_BITS) if whether < fraction * 2**GRID_BITS else longest
 
 
 def view_of(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
@@ -132,6 +150,18 @@ class Quantiles:
             return ((offset + row * PHI64) & _MASK64) >> (64 - GRID_BITS)
         window, place = divmod(row, self.window)
         return int(_stratified_window(self, window)[place])
+
+    def of_documents(self, row: int, count: int) -> npt.NDArray[np.int64]:
+        """Quantiles of the documents of `row`, each exactly uniform, as grid integers [count].
+
+        The first is the row's. `iid`: independent. Else they go on from it in steps of sqrt(2) mod
+        1: the documents of one row are stratified, and so is every d-th document over the rows.
+        """
+        if self.kind == "iid":
+            return to_grid(self._bits(Purpose.QUANTILE, row, count))
+        steps = np.arange(count, dtype=np.uint64) * np.uint64(SQRT2)  # modulo 2^64, so exact
+        last = np.uint64(2**GRID_BITS - 1)
+        return ((np.uint64(self(row)) + steps) & last).astype(np.int64)
 
     def _bits(self, purpose: Purpose, index: int, count: int) -> npt.NDArray[np.uint64]:
         return random_bits(self.seed, self.split, purpose, index, count)

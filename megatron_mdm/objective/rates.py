@@ -19,8 +19,8 @@ def masked_count(t: torch.Tensor, num_eligible: torch.Tensor) -> torch.Tensor:
     With t uniform every k in 1..L_e is equally likely.
 
     Args:
-        t: masking rates in (0, 1], float64 [B].
-        num_eligible: L_e, int64 [B].
+        t: masking rates in (0, 1], float64.
+        num_eligible: L_e, int64, of the shape of `t`.
     """
     k = torch.ceil(t * num_eligible).to(torch.int64)
     # t > 0 makes k at least 1 in exact arithmetic; the bounds are for rounding only.

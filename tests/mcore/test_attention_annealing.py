@@ -16,7 +16,7 @@ def visible(progress):
     uniforms = torch.stack(rows)
     ahead = seen_ahead(uniforms, progress)
     tokens = torch.zeros(50, 64, dtype=torch.int64)
-    mask = attention_mask(tokens, torch.zeros_like(tokens).bool(), 1, ANNEALING, ahead)
+    mask = attention_mask(tokens, torch.zeros_like(tokens).bool(), 1, ANNEALING, None, ahead)
     return None if mask is None else ~mask[:, 0]
 
 

@@ -1,10 +1,13 @@
-"""Attention inside the documents of a packed row; the loss is in test_normalization.py."""
+"""Documents of a packed row: what they see, and their own rates under every layout.
+
+That loss and gradients are those of the documents alone is in test_normalization.py.
+"""
 
 import pytest
 import torch
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import attention_mask, position_ids
+from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
 from tests import ranks
 
 EOD = 9
@@ -13,15 +16,17 @@ ISOLATED = MDMConfig(mdm_isolate_documents=True)
 
 
 def test_positions_start_over_and_attention_stays_inside():
-    assert position_ids(ROW, EOD, ISOLATED).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
-    hidden = attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED)
+    documents = isolated_documents(ROW, EOD, ISOLATED)
+    assert position_ids(ROW, documents).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    hidden = attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED, documents)
     inside = torch.block_diag(*(torch.ones(n, n) for n in (3, 2, 1, 2))).bool()
     assert torch.equal(~hidden[0, 0], inside)
 
 
 def test_without_the_flag_a_row_is_one_document():
-    assert position_ids(ROW, EOD, MDMConfig()).tolist() == [list(range(8))]
-    assert attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, MDMConfig()) is None
+    assert isolated_documents(ROW, EOD, MDMConfig()) is None
+    assert position_ids(ROW, None).tolist() == [list(range(8))]
+    assert attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, MDMConfig(), None) is None
 
 
 def test_layouts_are_equal(base, tmp_path):
@@ -36,3 +41,56 @@ def test_layouts_are_equal(base, tmp_path):
     firsts = [row[i + 1] for row in documents for i in range(31) if row[i] == ranks.EOD_ID]
     assert len(firsts) > 5
     assert ranks.MASK_ID not in firsts
+
+
+OWN_RATES = [
+    *"--mdm-isolate-documents --mdm-rate-per document --mdm-views 2 --train-iters 4".split(),
+    *"--mdm-recipe recommended --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
+    *"--no-mdm-eod-eligible --mdm-random-length-fraction 0.3 --eval-iters 1".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def own_rates(base, tmp_path_factory):
+    """Everything at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
+    directory = tmp_path_factory.mktemp("own_rates")
+    split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+    return {
+        "one": ranks.launch(directory / "one", 1, *base, *OWN_RATES, "--micro-batch-size", "4"),
+        "DP 2": ranks.launch(directory / "dp", 2, *base, *OWN_RATES),
+        "TP 2 SP": ranks.launch(directory / "tp", 2, *base, *OWN_RATES, *split),
+    }
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP"])
+def test_own_rates_are_equal_under_every_layout(own_rates, layout):
+    """The density is fitted to measurements of documents after two steps, and then used."""
+    one, run = own_rates["one"], own_rates[layout]
+    assert "P-POTS refit at iteration 2" in one.output[0]
+    assert run.losses == pytest.approx(one.losses, rel=1e-4)
+    assert run.grad_norms == pytest.approx(one.grad_norms, rel=1e-4)
+    assert run.masks().keys() == one.masks().keys()
+    for key, (t, tokens) in one.masks().items():
+        assert run.masks()[key][0] == pytest.approx(t, rel=1e-6)
+        different = [a != b for a, b in zip(tokens, run.masks()[key][1], strict=True)]
+        assert sum(different) <= 1  # a refit differs by rounding, and a count with it
+
+
+def test_documents_of_a_row_have_their_own_rates(own_rates):
+    training = {
+        row: value for (split, row), value in own_rates["one"].masks().items() if split == 0
+    }
+    validation = [value for (split, _), value in own_rates["one"].masks().items() if split == 1]
+    assert len(training) == 32
+    assert all(len(set(t)) == 32 for t, _ in training.values())  # a rate for every document
+    assert all(isinstance(t, float) for t, _ in validation)
+    pairs = [(training[row], training[row + 1]) for row in range(0, 32, 2)]  # views of a text
+    assert all(a[0] == b[0] for a, b in pairs)
+    assert sum(a[1] != b[1] for a, b in pairs) > 10  # rows of a few tokens may be masked alike
+
+
+def test_the_fit_counts_documents(own_rates):
+    """Two steps of 8 rows: more documents than rows, and no skipped ones."""
+    line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
+    assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
+    assert ", 0 skipped" in line

@@ -31,14 +31,19 @@ OBJECTIVES = {
     "rows": "--no-mdm-eod-eligible --mdm-normalization rows",
     "shift": "--no-mdm-eod-eligible --mdm-shift",
     "documents": "--no-mdm-eod-eligible --mdm-isolate-documents",
+    "own rates": "--no-mdm-eod-eligible --mdm-isolate-documents --mdm-rate-per document",
+    "own rates seen": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
+    "random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7",
     "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
+    "packed sft": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document "
+    "--mdm-normalization rows",
 }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_of_the_whole_batch(name, base, pairs, tmp_path):
     flags = [*base, *OBJECTIVES[name].split(), *ONE_STEP]
-    flags += ["--data-path", str(pairs)] if name == "sft" else []
+    flags += ["--data-path", str(pairs)] if "sft" in name else []
     ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
     loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
 
