@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
@@ -56,6 +58,7 @@ def whole_batch() -> None:
 
     def forward_step(iterator, model):
         args = get_args()
+        routers = _router_inputs(model)
         batch = next(iterator)
         rows = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
@@ -69,7 +72,11 @@ def whole_batch() -> None:
             loss = sum(x / n for x, n in draws if n) / sum(n > 0 for n in counts)
         inner = unwrap_model(model)
         names, parameters = zip(*inner.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters)
+        routed = sum(_router_losses(args, *router) for router in routers) / len(rows)
+        if args.mdm_normalization == "tokens":
+            routed = routed * batch["tokens"].numel() / sum(counts)
+        MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own stay out
+        gradients = torch.autograd.grad(loss + routed, parameters)
         torch.save(
             (loss.item(), dict(zip(names, gradients, strict=True))),
             f"{os.environ['TRACE_DIR']}/whole_batch.pt",
@@ -78,6 +85,26 @@ def whole_batch() -> None:
 
     program.forward_step = forward_step
     main()
+
+
+def _router_inputs(model):
+    """A list that a call of the model fills with (router, its input [s, b, h])."""
+    seen = []
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.register_forward_hook(lambda router, args, _: seen.append((router, args[0])))
+    return seen
+
+
+def _router_losses(args, router, x):
+    """Balance of each row (Switch Transformer's) and z-loss of each token: means, weighted."""
+    logits = x.double() @ router.weight.double().t()
+    num_experts = logits.shape[-1]
+    p = logits.softmax(dim=-1)
+    chosen = torch.zeros_like(p).scatter(-1, p.topk(args.moe_router_topk).indices, 1.0)
+    rows = num_experts * (chosen.mean(dim=0) * p.mean(dim=0)).sum(dim=-1) / args.moe_router_topk
+    z_loss = logits.logsumexp(dim=-1).square().mean()
+    return args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
 
 
 def tool() -> None:

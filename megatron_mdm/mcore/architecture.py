@@ -13,6 +13,7 @@ from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
 
 DESCRIPTION = (
+    "hybrid_layer_pattern",
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -33,6 +34,11 @@ DESCRIPTION = (
     "untie_embeddings_and_output_weights",
     "num_experts",
     "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size",
     "mdm_shift",
 )
 
@@ -68,9 +74,22 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
             for args in (saved, given)
         )
         return one == other
+    if name == "hybrid_layer_pattern":  # a pattern may continue a model without, not the reverse
+        return bool(given[name] or not saved[name]) and _layers(saved) == _layers(given)
+    if name == "num_layers" and given.get("hybrid_layer_pattern"):  # follows from the pattern
+        return True
     if name == "mdm_shift":  # an unshifted model may be continued with a shift, not the reverse
         return not saved[name] or bool(given[name])
     return saved[name] == given[name] or (not saved[name] and not given[name])
+
+
+def _layers(args: Mapping[str, Any]) -> str | None:
+    """The layers as a pattern of HybridModel's without its stages; None if no pattern says it."""
+    if args.get("hybrid_layer_pattern"):
+        return str(args["hybrid_layer_pattern"]).replace("|", "")
+    if not args.get("num_experts"):
+        return "*-" * args["num_layers"]
+    return "*E" * args["num_layers"] if args.get("moe_layer_freq", 1) == 1 else None
 
 
 def check_model(args: Namespace, saved: Mapping[str, Any]) -> None:

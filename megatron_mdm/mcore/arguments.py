@@ -19,6 +19,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -38,7 +39,8 @@ REFUSED = {
     "fim_data": "fill-in-the-middle is causal; a masked-diffusion model infills by itself",
     "sft": "Megatron's SFT datasets have shifted labels; use --mdm-sft",
     "perform_rl_step": "reinforcement learning is not supported",
-    "hybrid_layer_pattern": "HybridModel is not supported yet; use --num-layers",
+    "hybrid_override_pattern": "use --hybrid-layer-pattern",
+    "mtp_hybrid_override_pattern": "multi-token prediction is causal; leave it out",
     "hybrid_context_parallel": "it packs rows by length, which would renumber them",
     "experimental_attention_variant": "these variants are causal; leave it out",
     "full_validation": "validation uses fixed rows; set --eval-iters",
@@ -46,6 +48,8 @@ REFUSED = {
     "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
     "rampup_batch_size": "use --step-batch-size-schedule",
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
+    "moe_expert_capacity_factor": "experts that drop tokens predict a row by what else is in its "
+    "micro-batch; leave it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
@@ -215,6 +219,19 @@ def check(args: Namespace) -> None:
                     f"{flag(name)} needs logits of one shape, and those at masked positions change "
                     "theirs with every micro-batch: add --mdm-head full"
                 )
+    if args.hybrid_layer_pattern:
+        check_pattern(args.hybrid_layer_pattern, args.num_experts)
+        if args.use_rope_scaling:
+            raise UserError("--use-rope-scaling does not reach HybridModel: use --num-layers")
+        if args.qk_layernorm and args.transformer_impl != "local":
+            raise UserError(
+                "--qk-layernorm does not reach HybridModel's layers of Transformer Engine: use "
+                "--num-layers, or --transformer-impl local"
+            )
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        raise UserError(
+            "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel"
+        )
     _check_transformer_engine(args)
     _check_batch_sizes(args)
 

@@ -25,7 +25,6 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
     Returns:
         A ModuleSpec or TransformerBlockSubmodules.
     """
-    mask_type = AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
     transformer = model_config.transformer
     if transformer.transformer_impl == "local":
         spec = get_gpt_decoder_block_spec(
@@ -37,16 +36,22 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
         )
         spec.layer_norm = Norm
         for layer in spec.layer_specs:
-            _use_own_norm(layer.submodules)
+            use_own_norm(layer.submodules)
     else:
         spec = default_layer_spec(model_config, vp_stage)
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     for layer in layers:
-        layer.submodules.self_attention.params["attn_mask_type"] = mask_type
+        layer.submodules.self_attention.params["attn_mask_type"] = mask_type(mdm)
     return spec
 
 
-def _use_own_norm(submodules: Any) -> None:
+def mask_type(mdm: MDMConfig) -> AttnMaskType:
+    """What Megatron's attention is told of its mask: there is none, or one will come."""
+    return AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
+
+
+def use_own_norm(submodules: Any) -> None:
+    """Replaces the norms of a local layer by `Norm`."""
     submodules.input_layernorm = Norm
     if submodules.pre_mlp_layernorm is not IdentityOp:
         submodules.pre_mlp_layernorm = Norm

@@ -200,6 +200,8 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         # What the plugin has learnt since the checkpoint was written.
         **{name: value for name, value in vars(MDMConfig()).items() if not hasattr(args, name)},
         **HERE,
+        "hybrid_layer_pattern": (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
+        or None,
         "rank": int(os.environ.get("RANK", "0")),
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "world_size": world,

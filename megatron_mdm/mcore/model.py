@@ -1,4 +1,4 @@
-"""The model: all that is peculiar to Megatron's GPTModel, so that HybridModel can follow.
+"""The model: Megatron's GPTModel or, with --hybrid-layer-pattern, its HybridModel.
 
 Megatron marks GPTModel as deprecated in favour of HybridModel, into which its checkpoints load.
 """
@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import bidirectional_spec
+from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
 from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
 
@@ -25,10 +30,24 @@ class MDMBuilder(GPTModelBuilder):
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
         model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
-        if online_sampler() is not None:
-            in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
-            model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
-        return model
+        return _with_sampler_state(model, vp_stage)
+
+
+class MDMHybridBuilder(HybridModelBuilder):
+    """The same for HybridModel, whose class Megatron's builder fixes."""
+
+    def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> HybridModel:
+        """Builds one stage."""
+        model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
+        model.__class__ = HybridModelWithHead
+        return _with_sampler_state(model, vp_stage)
+
+
+def _with_sampler_state(model: Any, vp_stage: int | None) -> Any:
+    if online_sampler() is not None:
+        in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
+        model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
+    return model
 
 
 @dataclass(kw_only=True)
@@ -38,18 +57,51 @@ class MDMModelConfig(GPTModelConfig):
     builder: ClassVar[str] = f"{__name__}.MDMBuilder"
 
 
-def model_config(args: Namespace) -> MDMModelConfig:
+@dataclass(kw_only=True)
+class MDMHybridModelConfig(HybridModelConfig):
+    """Names the builder."""
+
+    builder: ClassVar[str] = f"{__name__}.MDMHybridBuilder"
+
+
+def model_config(args: Namespace) -> MDMModelConfig | MDMHybridModelConfig:
     """Megatron's model configuration with bidirectional attention and the once-per-step hook.
 
     Args:
         args: parsed and resolved arguments (mcore/arguments.py).
     """
-    config = gpt_config_from_args(args, model_config_cls=MDMModelConfig)
-    # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
-    config.rope_scaling_factor = args.rope_scaling_factor
-    config.transformer_layer_spec = partial(_layer_spec, mdm=MDMConfig.from_args(args))
+    mdm = MDMConfig.from_args(args)
+    config: Any
+    if args.hybrid_layer_pattern:
+        config = hybrid_config_from_args(args, model_config_cls=MDMHybridModelConfig)
+        config.hybrid_stack_spec = bidirectional_stack(config.transformer, mdm)
+    else:
+        config = gpt_config_from_args(args, model_config_cls=MDMModelConfig)
+        # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
+        config.rope_scaling_factor = args.rope_scaling_factor
+        config.transformer_layer_spec = partial(_layer_spec, mdm=mdm)
     config.transformer.finalize_model_grads_func = finalize_and_log
+    config.transformer.moe_grad_scale_func = partial(router_loss_scale, config.transformer, args)
     return config
+
+
+def router_loss_scale(transformer: TransformerConfig, args: Namespace) -> torch.Tensor:
+    """What multiplies the gradients of a router's own losses (balance, z) in the backward pass.
+
+    Megatron multiplies these losses by the positions of the micro-batch, expecting that all
+    gradients are divided by the number of positions of the global batch. With --mdm-normalization
+    rows they are divided by its rows, seq-length times fewer.
+
+    Args:
+        transformer: the configuration that Megatron's schedule looks at.
+        args: arguments of the run.
+
+    Returns:
+        Float32 [1].
+    """
+    one = torch.ones(1, device=torch.cuda.current_device())
+    scale = transformer.grad_scale_func(one) if transformer.grad_scale_func else one
+    return scale / args.seq_length if args.mdm_normalization == "rows" else scale
 
 
 def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, mdm: MDMConfig) -> Any:

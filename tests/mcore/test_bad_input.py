@@ -73,6 +73,12 @@ def the_error_line(output):
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
         ("--tensor-model-parallel-size 2", "1 ranks cannot be divided into model replicas of 2"),
         ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
+        ("--hybrid-layer-pattern M*M-", "M*M-: M is a Mamba layer, which is causal; use *"),
+        ("--hybrid-layer-pattern G-", "G-: G is a gated delta net, which is causal"),
+        ("--hybrid-layer-pattern *-/*-", "/ is the beginning of multi-token prediction"),
+        ("--hybrid-layer-pattern *x", "*x: x is not a layer of Megatron's"),
+        ("--hybrid-layer-pattern *E", "needs --num-experts for its E layers"),
+        ("--hybrid-layer-pattern *- --use-rope-scaling", "--use-rope-scaling does not reach"),
     ],
 )
 def test_flags_that_cannot_work(flags, message, monkeypatch):
@@ -93,7 +99,9 @@ def test_batches_and_sizes_count_the_ranks(monkeypatch):
 REFUSED_VALUES = {
     "mtp_num_layers": "1",
     "window_size": "8,0",
-    "hybrid_layer_pattern": "M*",
+    "hybrid_override_pattern": "*-",
+    "mtp_hybrid_override_pattern": "*-",
+    "moe_expert_capacity_factor": "1.0",
     "experimental_attention_variant": "gated_delta_net",
     "phase_transition_iterations": "5",
     "rampup_batch_size": "2 2 8",
@@ -120,6 +128,14 @@ def test_help_shows_every_flag(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "--mdm-mask-token-id" in text
     assert "--tensor-model-parallel-size" in text
+
+
+def test_experts_under_tensor_parallel_need_sequence_parallel(monkeypatch):
+    """Megatron would fail in the first forward pass."""
+    words = ["--num-experts", "4", "--tensor-model-parallel-size", "2"]
+    with pytest.raises(UserError, match="^--num-experts .* needs --sequence-parallel$"):
+        arguments.check(parsed(monkeypatch, *words, world=2))
+    arguments.check(parsed(monkeypatch, *words, "--sequence-parallel", world=2))
 
 
 def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):

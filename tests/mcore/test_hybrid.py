@@ -1,0 +1,34 @@
+"""HybridModel with attention and MLP layers is GPTModel, under every layout."""
+
+import pytest
+
+from tests import ranks
+
+# Without the optimizer, of which Megatron's translation of a checkpoint expects Adam's state.
+STEPS = "--no-load-optim --optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 0.1".split()
+STEPS += "--train-iters 2".split()
+METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
+METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient --eval-iters 1"
+LAYOUTS = {
+    "1 rank": (1, "--hybrid-layer-pattern *-*-*-*-"),
+    "1 rank, full head": (1, "--hybrid-layer-pattern *-*-*-*- --mdm-head full"),
+    "TP 2 + SP": (
+        2,
+        "--hybrid-layer-pattern *-*-*-*- --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "PP 2 x VP 2": (2, "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def gpt(base, tmp_path_factory):
+    return ranks.launch(tmp_path_factory.mktemp("gpt"), 1, *base, *STEPS, *METHODS.split())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_patterns_train_as_gpt_model_from_its_checkpoint(layout, gpt, base, tmp_path):
+    count, flags = LAYOUTS[layout]
+    run = ranks.launch(tmp_path, count, *base, *STEPS, *METHODS.split(), *flags.split())
+    assert run.masks().keys() == gpt.masks().keys()
+    for name in ("mdm loss", "grad-norm", "mdm/validation NELBO", "mdm/density at t 0.05"):
+        assert run.scalars[name] == pytest.approx(gpt.scalars[name], rel=1e-5), name
