@@ -9,11 +9,12 @@ DESCRIPTION = """\
 Convert checkpoints between Hugging Face safetensors and Megatron's torch_dist, both ways, without a
 GPU.
 
-Families, detected from config.json: Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), Dream.
-One tensor is in memory at a time. What cannot be converted exactly is refused, and a failed run
-leaves nothing behind. The Megatron checkpoint loads under every tensor- and pipeline-parallel
-layout, carries its arguments (--use-checkpoint-args), config.json and tokenizer, and comes with the
-line that trains it (launch.txt). The way back reads what a run saved under any layout.
+Families, detected from config.json: Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5),
+LLaDA-MoE, Dream. One tensor is in memory at a time. What cannot be converted exactly is refused,
+and a failed run leaves nothing behind. The Megatron checkpoint loads under every tensor-, pipeline-
+and expert-parallel layout, carries its arguments (--use-checkpoint-args), config.json and
+tokenizer, and comes with the line that trains it (launch.txt). The way back reads what a run saved
+under any layout.
 """
 
 EXAMPLES = """\
@@ -93,7 +94,8 @@ def main() -> None:
 
     import torch
 
-    from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+    from megatron_mdm.conversion.to_hugging_face import to_hugging_face
+    from megatron_mdm.conversion.to_megatron import to_megatron
     from megatron_mdm.data.outputs import termination_raises
 
     dtype = getattr(torch, options.dtype) if options.dtype else None

@@ -20,11 +20,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
+from megatron_mdm.conversion.families import LOCAL_NORM, TE_NORM
 from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.arguments import add_arguments
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.model import model_config
+
+_ROUTER = "mlp.router.weight"
 
 # Whatever is not the model's is left to the run that loads the checkpoint.
 _RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".split()
@@ -66,13 +69,15 @@ def contract(flags: Sequence[str]) -> Contract:
             shapes[item.key] = tuple(item.global_shape)
         else:
             objects.append(item.unique_key)
-    layers = config.transformer.num_layers
+    for key in [key for key in shapes if key.endswith(_ROUTER)]:
+        layer = key.removesuffix(_ROUTER)
+        shapes[layer + TE_NORM] = shapes[layer + LOCAL_NORM]
     # Transformer Engine's norms have an extra state too; Megatron's own have none.
-    objects.append("decoder.final_layernorm._extra_state/shard_0_1")
-    for key in shapes:
-        if key.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+    for key, shape in shapes.items():
+        if key.endswith("layernorm.weight"):
             name = key.removesuffix("weight") + "_extra_state"
-            objects += [f"{name}/shard_{n}_{layers}" for n in range(layers)]
+            count = shape[0] if len(shape) > 1 else 1
+            objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
     return Contract(shapes, sorted(set(objects)))
 
 

@@ -1,11 +1,11 @@
 """The model families: one declarative table each, from config.json and tensor names to Megatron's.
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
-transformers for Llama and Qwen; `modeling_llada.py`, `modeling_dream.py` for the two diffusion
-models).
+transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_dream.py`
+for the diffusion models).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,20 @@ class Family:
     Attributes:
         name: for messages.
         architecture: class name in config.json's `architectures`.
-        model_type: config.json's `model_type`.
+        model_type: config.json's `model_type`; several families may share it.
         sizes: Megatron argument -> (config.json key, default; a callable default reads the config).
         fixed: config.json key -> values that this table describes; an absent key passes. Any other
             value means another computation, and is refused.
-        tensors: Megatron's tensor -> the Hugging Face tensors that make it up, `{n}` the layer.
+        tensors: Megatron's tensor -> the Hugging Face tensors that make it up, `{n}` the layer and
+            `{e}` the expert.
         flags: Megatron's switches that all models of the family need.
         mask_token_id: mask token where config.json does not name it; None for an autoregressive
             family.
         shifted: the logits of position i - 1 predict token i.
+        other_architectures: further names of the same class.
+        experts_key: config.json's list of 1 (a layer of experts) and 0 (a dense one), one a layer;
+            None for a family without experts.
+        in_transformers: its class is part of Hugging Face transformers, with causal attention.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Family:
     flags: tuple[str, ...] = ()
     mask_token_id: int | None = None
     shifted: bool = False
+    other_architectures: tuple[str, ...] = ()
+    experts_key: str | None = None
+    in_transformers: bool = False
     tied_key: str = "tie_word_embeddings"
     tied_default: bool = False
 
@@ -72,19 +80,44 @@ class Family:
         """Whether the output layer is the embedding."""
         return bool(config.get(self.tied_key, self.tied_default))
 
+    def expert_layers(self, config: Config) -> list[bool]:
+        """Which layers have experts.
+
+        Raises:
+            UserError: config.json's list is none, or of another length.
+        """
+        layers = self.value(config, "num_layers")
+        if self.experts_key is None:
+            return [False] * layers
+        pattern = config.get(self.experts_key) or [1] * layers
+        if not isinstance(pattern, Sequence) or len(pattern) != layers or {*pattern} - {0, 1}:
+            raise UserError(
+                f"config.json: {self.experts_key!r} should be a list of 0 or 1 for each of the "
+                f"{layers} layers, got {pattern!r}"
+            )
+        return [bool(experts) for experts in pattern]
+
 
 def detect(config: Config) -> Family:
-    """The family of a config.json.
+    """The family of a config.json: by its architecture, else by `model_type` and keys.
 
     Raises:
         UserError: no table describes it; the message names the key that does not fit.
     """
     architectures = config.get("architectures") or []
-    names = {family.architecture: family for family in FAMILIES}
+    names = {
+        name: family
+        for family in FAMILIES
+        for name in (family.architecture, *family.other_architectures)
+    }
     family = next((names[name] for name in architectures if name in names), None)
     if family is None and not architectures:
-        types = {family.model_type: family for family in FAMILIES}
-        family = types.get(str(config.get("model_type")))
+        of_type = [family for family in FAMILIES if family.model_type == config.get("model_type")]
+        fitting = (f for f in of_type if all(config.get(key) for key in _needed_keys(f)))
+        family = next(fitting, of_type[0] if of_type else None)
+    for name in architectures:
+        if family is None and name in REFUSED:
+            raise UserError(f"config.json: {name} is not converted: {REFUSED[name]}")
     if family is None:
         raise UserError(
             f"config.json: no table for the architecture "
@@ -97,6 +130,10 @@ def detect(config: Config) -> Family:
                 f"(supported: {', '.join(map(repr, allowed))})"
             )
     return family
+
+
+def _needed_keys(family: Family) -> list[str]:
+    return [key for key, default in family.sizes.values() if default is NEEDED]
 
 
 def model_flags(family: Family, config: Config) -> list[str]:
@@ -122,6 +159,9 @@ def model_flags(family: Family, config: Config) -> list[str]:
     for name, value in values.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     flags += ["--group-query-attention"]
+    pattern = family.expert_layers(config)
+    if any(pattern) and not all(pattern):  # all alike is Megatron's default, with other keys
+        flags += ["--moe-layer-freq", "[" + ",".join(str(int(x)) for x in pattern) + "]"]
     flags += ["--seq-length", str(min(values["max_position_embeddings"], DEFAULT_SEQ_LENGTH))]
     if not family.tied(config):
         flags += ["--untie-embeddings-and-output-weights"]
@@ -158,6 +198,30 @@ def _head_dim(config: Config) -> int:
 
 
 _LAYER = "decoder.layers.{n}."
+# Megatron's tensors that only one kind of layer has.
+_OF_EXPERTS = (".mlp.router.", ".mlp.experts.")
+_OF_DENSE = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
+
+
+# A norm that the local layers keep with the experts, and Transformer Engine's by itself.
+LOCAL_NORM = "mlp.linear_fc1.layer_norm_weight"
+TE_NORM = "pre_mlp_layernorm.weight"
+
+
+def names_in_layer(target: str, experts: bool) -> list[str]:
+    """Megatron's names of a tensor in one layer: none, one, or one a layer specification.
+
+    Args:
+        target: from a table.
+        experts: whether the layer has experts or is a dense one.
+    """
+    if any(part in target for part in _OF_EXPERTS):
+        return [target] if experts else []
+    if experts and target.endswith(_OF_DENSE):
+        return []
+    if experts and target.endswith(LOCAL_NORM):
+        return [target, target.removesuffix(LOCAL_NORM) + TE_NORM]
+    return [target]
 
 
 def _tensors(
@@ -214,6 +278,7 @@ def _decoder(names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[str,
 
 LLAMA = Family(
     name="llama",
+    in_transformers=True,
     architecture="LlamaForCausalLM",
     model_type="llama",
     sizes=_SIZES,
@@ -223,6 +288,7 @@ LLAMA = Family(
 
 QWEN2 = Family(
     name="qwen2",
+    in_transformers=True,
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     sizes=_SIZES,
@@ -233,6 +299,7 @@ QWEN2 = Family(
 
 QWEN3 = Family(
     name="qwen3",
+    in_transformers=True,
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     sizes=_SIZES | {"kv_channels": ("head_dim", 128)},
@@ -302,4 +369,61 @@ LLADA = Family(
     tied_key="weight_tying",
 )
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, DREAM)
+_EXPERT = "mlp.experts.{e}."
+_EXPERTS: dict[str, str | tuple[str, ...]] = {
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.experts.experts.linear_fc1.weight": (
+        _EXPERT + "gate_proj.weight",
+        _EXPERT + "up_proj.weight",
+    ),
+    "mlp.experts.experts.linear_fc2.weight": _EXPERT + "down_proj.weight",
+}
+
+LLADA_MOE = Family(
+    name="llada-moe",
+    architecture="LLaDAMoEModelLM",
+    other_architectures=("LLaDAMoEModel",),
+    model_type="llada",
+    sizes=_SIZES
+    | {
+        "num_experts": ("num_experts", NEEDED),
+        "moe_router_topk": ("num_experts_per_tok", NEEDED),
+        "moe_ffn_hidden_size": ("expert_intermediate_size", NEEDED),
+        # Without dense layers nothing depends on it.
+        "ffn_hidden_size": (
+            "dense_intermediate_size",
+            lambda config: config["expert_intermediate_size"],
+        ),
+        "norm_epsilon": ("rms_norm_eps", 1e-5),
+        "rotary_base": ("rope_theta", NEEDED),
+    },
+    fixed={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "clip_qkv": (None,),
+        "qk_layernorm": (True,),
+        "partial_rotary_factor": (1,),
+        "shared_expert_intermediate_size": (None,),
+        # Softmax over all experts, whose largest values are the weights as they are.
+        "moe_router_score_function": ("softmax",),
+        "norm_topk_prob": (None, False),
+        "moe_router_enable_expert_bias": (None, False),
+        "routed_scaling_factor": (None, 1),
+        "router_num_group": (None,),
+        "router_topk_group": (None,),
+    },
+    tensors=_decoder(_BLOCK | _QK_NORM | _EXPERTS),
+    flags=("--qk-layernorm", "--moe-router-pre-softmax"),
+    mask_token_id=156895,
+    experts_key="moe_layer_freq",
+)
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM)
+
+# Models whose weights would convert, and would then compute something else.
+REFUSED = {
+    "LLaDA2MoeModelLM": (
+        "its attention is block-causal, and it is trained to fill one block after clean ones; with "
+        "the full attention and whole-row masks of this plugin it would be another model"
+    ),
+}

@@ -57,29 +57,35 @@ class Place:
 
     Attributes:
         key: name in the checkpoint.
-        layer: index on the first dimension, if all layers share one key; else None.
-        shape: without that dimension.
+        index: on the first dimensions of the key: the layer, if all layers share it, and the
+            expert, since those of a layer do.
+        shape: without these dimensions.
     """
 
     key: str
-    layer: int | None
+    index: tuple[int, ...]
     shape: tuple[int, ...]
 
 
-def locate(template: str, layer: int, shapes: dict[str, tuple[int, ...]]) -> Place | None:
+def locate(
+    template: str, layer: int, shapes: dict[str, tuple[int, ...]], expert: int | None = None
+) -> Place | None:
     """Where a tensor lies, None if nowhere: layers share a key if Megatron saw them all alike.
 
     Args:
         template: name of a tensor, with `{n}` for the layer if it belongs to one.
         layer: number of the layer.
         shapes: key -> shape of the checkpoint.
+        expert: number of the expert, None if it belongs to none.
     """
-    single = template.format(n=layer)
-    if single in shapes:
-        return Place(single, None, shapes[single])
-    shared = template.replace("{n}.", "")
-    if "{n}" in template and shared in shapes and layer < shapes[shared][0]:
-        return Place(shared, layer, shapes[shared][1:])
+    inner = () if expert is None else (expert,)
+    candidates = [(template.format(n=layer), inner)]
+    if "{n}" in template:
+        candidates.append((template.replace("{n}.", ""), (layer, *inner)))
+    for key, index in candidates:
+        sizes = shapes.get(key, ())
+        if len(sizes) > len(index) and all(i < n for i, n in zip(index, sizes, strict=False)):
+            return Place(key, index, sizes[len(index) :])
     return None
 
 
@@ -185,18 +191,24 @@ class _StreamingPlanner(DefaultSavePlanner):
         tensor = piece.make()
         assert tuple(tensor.shape) == piece.place.shape and tensor.dtype == piece.dtype, piece.place
         self._progress(tensor.nbytes)
-        return tensor if piece.place.layer is None else tensor[None]
+        return tensor.view(_chunk(piece.place).sizes)
+
+
+def _chunk(place: Place) -> ChunkStorageMetadata:
+    """The part of its key that a tensor takes."""
+    return ChunkStorageMetadata(
+        torch.Size((*place.index, *[0] * len(place.shape))),
+        torch.Size((*[1] * len(place.index), *place.shape)),
+    )
 
 
 def _write_item(piece: Piece) -> WriteItem:
-    leading = () if piece.place.layer is None else (piece.place.layer,)
-    offsets = torch.Size((*leading, *[0] * len(piece.place.shape)))
-    sizes = torch.Size((*[1] * len(leading), *piece.place.shape))
+    chunk = _chunk(piece.place)
     return WriteItem(
-        MetadataIndex(piece.place.key, offsets),
+        MetadataIndex(piece.place.key, chunk.offsets),
         WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            ChunkStorageMetadata(offsets, sizes),
+            chunk,
             TensorProperties(piece.dtype),
             torch.Size(piece.total),
         ),
@@ -300,11 +312,7 @@ class DistCheckpoint:
         Raises:
             UserError: its file is damaged.
         """
-        leading = () if place.layer is None else (place.layer,)
-        chunk = ChunkStorageMetadata(
-            torch.Size((*leading, *[0] * len(place.shape))),
-            torch.Size((*[1] * len(leading), *place.shape)),
-        )
+        chunk = _chunk(place)
         tensor = torch.empty(chunk.sizes, dtype=self.dtype(place.key))
         items = create_read_items_for_chunk_list(place.key, self._tensors[place.key], [chunk])
         if sum(item.lengths.numel() for item in items) != tensor.numel():
@@ -316,7 +324,7 @@ class DistCheckpoint:
                 f"{self.path} is damaged: the tensor {place.key} cannot be read; copy the "
                 "checkpoint again"
             ) from error
-        return tensor if place.layer is None else tensor[0]
+        return tensor.view(place.shape)
 
 
 class _Into(DefaultLoadPlanner):

@@ -8,7 +8,7 @@ from tests.conversion import models
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """kind -> (Hugging Face directory, Megatron directory, what was said), made once."""
-    from megatron_mdm.conversion.convert import to_megatron
+    from megatron_mdm.conversion.to_megatron import to_megatron
 
     made = {}
 

@@ -1,7 +1,7 @@
 """Tiny random models of every family, as Hugging Face directories, and what they compute.
 
-Llama and Qwen come from transformers. LLaDA and Dream are written down here from their published
-architecture, functionally and on the published tensor names, without anything of ours.
+Llama and Qwen come from transformers. LLaDA, LLaDA-MoE and Dream are written down here from their
+published architecture, functionally and on the published tensor names, without anything of ours.
 """
 
 import json
@@ -65,6 +65,50 @@ DREAM = {
     "torch_dtype": "float32",
 }
 
+LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "model_type": "llada",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "dense_intermediate_size": 48,
+    "expert_intermediate_size": 12,
+    "shared_expert_intermediate_size": None,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_layer_freq": [1, 1],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rope_theta": ROPE,
+    "partial_rotary_factor": 1,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "mask_token_id": 90,
+    "eos_token_id": 81,
+    "pad_token_id": 81,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "qk_layernorm": True,
+    "norm_topk_prob": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "routed_scaling_factor": 1,
+    "router_num_group": None,
+    "router_topk_group": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+# Kinds whose reference is the one below: their configurations, by name.
+PUBLISHED = {
+    "llada": LLADA,
+    "dream": DREAM,
+    "llada-moe": LLADA_MOE,
+    "llada-moe-dense": {**LLADA_MOE, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]},
+}
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -90,8 +134,8 @@ def make(kind: str, directory: Path, **changes) -> Path:
     """Writes the model `kind` with changes to its config.json."""
     torch.manual_seed(len(kind))
     directory.mkdir(parents=True)
-    if kind in ("llada", "dream"):
-        config = {**(LLADA if kind == "llada" else DREAM), **changes}
+    if kind in PUBLISHED:
+        config = {**PUBLISHED[kind], **changes}
         save_file(random_tensors(config), directory / "model.safetensors", {"format": "pt"})
         (directory / "config.json").write_text(json.dumps(config))
         return directory
@@ -121,8 +165,8 @@ def make(kind: str, directory: Path, **changes) -> Path:
 
 
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Tensors of a LLaDA or Dream model by their published names."""
-    if config["model_type"] == "llada":
+    """Tensors of a LLaDA, LLaDA-MoE or Dream model by their published names."""
+    if "d_model" in config:
         h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
         kv = h // config["n_heads"] * config["n_kv_heads"]
         layer = {
@@ -144,7 +188,8 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
             f"{prefix}ff_out.weight": [config["embedding_size"], h],
         }
     else:
-        h, f, n = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+        h, n = config["hidden_size"], config["num_hidden_layers"]
+        f = config.get("intermediate_size") or config["dense_intermediate_size"]
         kv = h // config["num_attention_heads"] * config["num_key_value_heads"]
         layer = {
             "input_layernorm.weight": [h],
@@ -152,15 +197,33 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
             "self_attn.q_proj.weight": [h, h],
             "self_attn.k_proj.weight": [kv, h],
             "self_attn.v_proj.weight": [kv, h],
-            "self_attn.q_proj.bias": [h],
-            "self_attn.k_proj.bias": [kv],
-            "self_attn.v_proj.bias": [kv],
             "self_attn.o_proj.weight": [h, h],
+        }
+        dense = {
             "mlp.gate_proj.weight": [f, h],
             "mlp.up_proj.weight": [f, h],
             "mlp.down_proj.weight": [h, f],
         }
-        shapes = {f"model.layers.{i}.{k}": s for i in range(n) for k, s in layer.items()}
+        experts = dict(dense)
+        if "num_experts" in config:
+            count, f = config["num_experts"], config["expert_intermediate_size"]
+            layer |= {
+                f"self_attn.{x}_norm.weight": [h // config["num_attention_heads"]] for x in "qk"
+            }
+            experts = {"mlp.gate.weight": [count, h]}
+            for e in range(count):
+                experts |= {f"mlp.experts.{e}.{x}_proj.weight": [f, h] for x in ("gate", "up")}
+                experts[f"mlp.experts.{e}.down_proj.weight"] = [h, f]
+        else:
+            layer |= {
+                "self_attn.q_proj.bias": [h],
+                "self_attn.k_proj.bias": [kv],
+                "self_attn.v_proj.bias": [kv],
+            }
+        shapes = {}
+        for i, has_experts in enumerate(config.get("moe_layer_freq", [0] * n)):
+            tensors = layer | (experts if has_experts else dense)
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in tensors.items()}
         shapes |= {
             "model.embed_tokens.weight": [config["vocab_size"], h],
             "model.norm.weight": [h],
@@ -191,8 +254,8 @@ def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """LLaDA's or Dream's network with attention in both directions."""
-    llada = config["model_type"] == "llada"
+    """LLaDA's, LLaDA-MoE's or Dream's network with attention in both directions."""
+    llada = "d_model" in config
     heads = config["n_heads" if llada else "num_attention_heads"]
     groups = config["n_kv_heads" if llada else "num_key_value_heads"]
     eps = config["rms_norm_eps"]
@@ -208,19 +271,38 @@ def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tenso
             .transpose(1, 2)
             for name, count in (("q", heads), ("k", groups), ("v", groups))
         )
+        if a + "q_norm.weight" in w:
+            q, k = _norm(q, w[a + "q_norm.weight"], eps), _norm(k, w[a + "k_norm.weight"], eps)
         q, k = _rotate(q, config["rope_theta"]), _rotate(k, config["rope_theta"])
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
         y = (scores @ v).transpose(1, 2).flatten(2)
         x = x + y @ w[b + ("attn_out.weight" if llada else "self_attn.o_proj.weight")].T
         y = _norm(x, w[b + ("ff_norm.weight" if llada else "post_attention_layernorm.weight")], eps)
-        names = ("ff_proj", "up_proj", "ff_out")
-        if not llada:
-            names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-        gate, up, down = (w[f"{b}{name}.weight"] for name in names)
-        x = x + (silu(y @ gate.T) * (y @ up.T)) @ down.T
+        if b + "mlp.gate.weight" in w:
+            x = x + _experts(y, w, b + "mlp.", config["num_experts_per_tok"])
+        elif llada:
+            x = x + _mlp(y, *(w[f"{b}{name}.weight"] for name in ("ff_proj", "up_proj", "ff_out")))
+        else:
+            x = x + _mlp(y, *(w[f"{b}mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
     x = _norm(x, w[p + ("ln_f.weight" if llada else "norm.weight")], eps)
     return x @ w["model.transformer.ff_out.weight" if llada else "lm_head.weight"].T
+
+
+def _mlp(y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return (silu(y @ gate.T) * (y @ up.T)) @ down.T
+
+
+def _experts(y: torch.Tensor, w: dict, prefix: str, chosen: int) -> torch.Tensor:
+    """The largest probabilities of a softmax over all experts weigh theirs, and are not scaled."""
+    probabilities = (y @ w[prefix + "gate.weight"].T).softmax(dim=-1)
+    least = probabilities.sort(dim=-1, descending=True).values[..., chosen - 1 : chosen]
+    weights = probabilities * (probabilities >= least)
+    outputs = []
+    for e in range(weights.shape[-1]):
+        names = (f"{prefix}experts.{e}.{x}_proj.weight" for x in ("gate", "up", "down"))
+        outputs.append(_mlp(y, *(w[name] for name in names)))
+    return torch.einsum("bse,ebsh->bsh", weights, torch.stack(outputs))
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+from megatron_mdm.conversion.to_hugging_face import to_hugging_face
+from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.errors import UserError
 from tests.conversion import models
 
@@ -55,8 +56,12 @@ CASES = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: No such file"),
     "a broken config": (lambda d: cut(d / "config.json"), "config.json is not valid JSON"),
     "another family": (
-        lambda d: change_config(d, architectures=["LLaDAMoEModelLM"]),
-        "no table for the architecture LLaDAMoEModelLM",
+        lambda d: change_config(d, architectures=["MoEModelLM"]),
+        "no table for the architecture MoEModelLM",
+    ),
+    "a model of another attention": (
+        lambda d: change_config(d, architectures=["LLaDA2MoeModelLM"]),
+        "LLaDA2MoeModelLM is not converted: its attention is block-causal",
     ),
     "an unknown computation": (
         lambda d: change_config(d, scale_logits=True),

@@ -8,10 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+from megatron_mdm.conversion.to_hugging_face import to_hugging_face
+from megatron_mdm.conversion.to_megatron import to_megatron
 from tests.conversion import models
 
-KINDS = ["llama", "llama-mha", "llama3.1", "qwen2", "qwen2-tied", "qwen3", "llada", "dream"]
+KINDS = [
+    *["llama", "llama-mha", "llama3.1", "qwen2", "qwen2-tied", "qwen3"],
+    *models.PUBLISHED,
+]
 TOLERANCE = 1e-4
 silent = {"say": lambda line: None}
 
@@ -40,7 +44,7 @@ def test_megatron_computes_the_same_logits(kind, converted, megatron_logits):
     source, checkpoint, _ = converted(kind)
     tokens = torch.randint(0, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
     ours = megatron_logits(checkpoint, tokens)
-    published = kind in ("llada", "dream")
+    published = kind in models.PUBLISHED
     for attention in ("full",) if published else ("full", "causal"):
         reference = models.logits(source, tokens, causal=attention == "causal")
         if kind == "dream":  # its decoder reads the logits of a token one position before it

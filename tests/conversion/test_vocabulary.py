@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.conversion.convert import to_hugging_face, to_megatron
+from megatron_mdm.conversion.to_hugging_face import to_hugging_face
+from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
 from megatron_mdm.conversion.vocabulary import MASK_TOKEN
 from megatron_mdm.errors import UserError

@@ -1,0 +1,174 @@
+"""What both directions share: which tensor is made of which, and how they are compared."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.families import Config, Family, names_in_layer
+from megatron_mdm.conversion.layout import Heads, part_shapes
+from megatron_mdm.conversion.torch_dist import Place, locate
+from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, add_mask_token
+from megatron_mdm.errors import UserError
+
+# Where a converted checkpoint keeps config.json and the tokenizer.
+HUB_FILES = "huggingface"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One Megatron tensor and the Hugging Face tensors that make it up.
+
+    Attributes:
+        target: the table's name of the Megatron tensor.
+        places: where it lies in the checkpoint, under each name that layer specifications give it.
+        names: the Hugging Face tensors.
+        shapes: theirs.
+    """
+
+    target: str
+    places: list[Place]
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def pairs(
+    family: Family,
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    heads: Heads,
+    rows: int,
+    where: str,
+) -> list[Pair]:
+    """Pairs every Megatron tensor with its sources.
+
+    Args:
+        family: the table.
+        config: config.json.
+        shapes: key -> shape of the model's tensors in the checkpoint.
+        heads: of the attention.
+        rows: of the Hugging Face model's embedding.
+        where: the checkpoint, for messages.
+
+    Raises:
+        UserError: a tensor is missing, or not in the table.
+    """
+    found = []
+    layers = family.expert_layers(config)
+    tied = family.tied(config)
+    for target, sources in family.tensors.items():
+        if tied and target == "output_layer.weight":
+            continue
+        experts: Sequence[int | None] = [None]
+        if "{e}" in sources[0]:
+            experts = range(family.value(config, "num_experts"))
+        for n, has_experts in enumerate(layers if "{n}" in target else [False]):
+            keys = names_in_layer(target, has_experts)
+            for e in experts if keys else []:
+                places = [place for key in keys if (place := locate(key, n, shapes, e))]
+                if not places:
+                    raise UserError(f"{where} lacks the tensor {target.format(n=n)}")
+                names = [source.format(n=n, e=e) for source in sources]
+                parts = part_shapes(target, places[0].shape, len(names), heads)
+                if target in TENSORS:
+                    parts = [(rows, *places[0].shape[1:])]
+                found.append(Pair(target, places, names, parts))
+    extra = sorted(set(shapes) - {place.key for pair in found for place in pair.places})
+    if extra:
+        raise UserError(
+            f"{where} has the tensor {extra[0]}, which the family {family.name} does not know"
+        )
+    return found
+
+
+def check_space(directory: str, needed: int) -> None:
+    """Checks that `needed` bytes are free on the disk of a directory.
+
+    Raises:
+        UserError: they are not.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{needed / 1e9:.1f} GB are needed beside {Path(directory).parent}, {free / 1e9:.1f} "
+            "GB are free: give --output on another disk"
+        )
+
+
+def write_hub_files(
+    source: Path, target: Path, family: Family, config: dict[str, Any], words: Vocabulary
+) -> None:
+    """config.json for this vocabulary, and the tokenizer, model code and card as they are."""
+    target.mkdir(exist_ok=True)
+    for path in hub.side_files(source):
+        shutil.copyfile(path, target / path.name)
+    sizes = {key: words.size for key in ("vocab_size", "embedding_size") if config.get(key)}
+    if words.added:
+        sizes["mask_token_id"] = words.mask
+        add_mask_token(target, words.mask)
+    if not words.added and words.size == words.source:
+        sizes = {}
+    names = {
+        "architectures": config.get("architectures") or [family.architecture],
+        "model_type": config.get("model_type") or family.model_type,
+    }
+    text = json.dumps(config | names | sizes, indent=2, ensure_ascii=False)
+    (target / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bitwise equality, of NaNs and of signed zeros too."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(
+            one.contiguous().view(-1).view(torch.uint8),
+            other.contiguous().view(-1).view(torch.uint8),
+        )
+    )
+
+
+def verify(
+    found: Sequence[Pair],
+    read: Callable[[Pair], Iterable[tuple[str, torch.Tensor, torch.Tensor]]],
+    say: Callable[[str], object],
+) -> None:
+    """Compares bitwise what was written with what it was made of.
+
+    Args:
+        found: the tensors.
+        read: for each of them, (name, tensor as written, tensor as it should be).
+        say: prints a line for the user.
+
+    Raises:
+        UserError: names the first tensor that differs.
+    """
+    with progress(sum(pair.parameters for pair in found), "verifying", "") as advance:
+        for pair in found:
+            for name, one, other in read(pair):
+                if not equal(one, other):
+                    raise UserError(
+                        f"--verify: {name} reads back differently from what was written: check "
+                        "the disk, nothing was kept"
+                    )
+            advance(pair.parameters)
+    say(f"verified: {sum(len(pair.names) for pair in found)} tensors are bitwise equal")
+
+
+@contextmanager
+def progress(total: int, text: str, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal, nothing elsewhere."""
+    with tqdm(total=total, desc=text, unit=unit, unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update

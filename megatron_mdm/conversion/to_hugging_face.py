@@ -1,0 +1,146 @@
+"""Megatron -> Hugging Face safetensors, from whatever layout wrote the checkpoint."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mdm.conversion import contract as megatron
+from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.common import (
+    HUB_FILES,
+    Pair,
+    check_space,
+    pairs,
+    progress,
+    write_hub_files,
+)
+from megatron_mdm.conversion.common import verify as verify_tensors
+from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
+from megatron_mdm.conversion.layout import Heads, split
+from megatron_mdm.conversion.torch_dist import DistCheckpoint
+from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
+from megatron_mdm.data.outputs import new_directory
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.architecture import differences
+
+
+def to_hugging_face(
+    source: str,
+    output: str,
+    *,
+    config_from: str | None = None,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Megatron torch_dist, written under any layout -> Hugging Face safetensors.
+
+    Args:
+        source: checkpoint directory.
+        output: model directory to be made.
+        config_from: directory with config.json and tokenizer; None for the one that the converted
+            checkpoint, or the run's tokenizer, has.
+        iteration: which checkpoint; None for the last.
+        dtype: dtype to write; None for the checkpoint's.
+        verify: read everything again and compare.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: the checkpoint is not the model that config.json describes, or is damaged.
+    """
+    with new_directory(output) as temporary:
+        checkpoint = DistCheckpoint(Path(source), iteration)
+        args = checkpoint.args
+        directory = _hub_directory(Path(source), args, config_from)
+        config = hub.read_config(directory)
+        family = detect(config)
+        _check_same_model(family, config, args, directory, source)
+        heads = Heads(args.num_attention_heads, args.num_query_groups)
+        rows = embedding_rows(config)
+        where = str(checkpoint.path)
+        found = pairs(family, config, checkpoint.shapes, heads, rows, where)
+        padded = checkpoint.shapes[TENSORS[0]][0]
+        if padded < rows:
+            raise UserError(
+                f"{directory / 'config.json'} has {rows} tokens, the checkpoint {padded}: give the "
+                "config.json of this model with --hf-config"
+            )
+
+        def make(pair: Pair) -> list[torch.Tensor]:
+            tensor = checkpoint.read(pair.places[0])
+            if pair.target in TENSORS:
+                tensor = tensor[:rows]
+            parts = split(pair.target, tensor, len(pair.names), heads)
+            return [part.to(dtype or part.dtype) for part in parts]
+
+        outputs = [
+            hub.Output(
+                pair.names,
+                pair.shapes,
+                dtype or checkpoint.dtype(pair.places[0].key),
+                partial(make, pair),
+            )
+            for pair in found
+        ]
+        total = sum(item.bytes for item in outputs)
+        check_space(temporary, total)
+        with progress(total, "converting") as advance:
+            for size in hub.write_model(Path(temporary), outputs):
+                advance(size)
+        kinds = {item.dtype for item in outputs}
+        words = Vocabulary(rows, rows, padded, mask_token_id(family, config))
+        written = config | {
+            next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
+                max(kinds, key=lambda kind: kind.itemsize)
+            ).removeprefix("torch.")
+        }
+        write_hub_files(directory, Path(temporary), family, written, words)
+        if verify:
+            model = hub.HubModel(Path(temporary))
+
+            def read_back(pair: Pair) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+                for name, part in zip(pair.names, make(pair), strict=True):
+                    yield name, model.read(name), part
+
+            verify_tensors(found, read_back, say)
+    if padded > rows:
+        say(f"left out {padded - rows} padding rows of the vocabulary")
+    parameters = sum(pair.parameters for pair in found)
+    say(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
+
+
+def _check_same_model(
+    family: Family, config: dict[str, Any], args: Namespace, directory: Path, source: str
+) -> None:
+    """The checkpoint's arguments build the model that config.json describes."""
+    expected = megatron.arguments(
+        [*model_flags(family, config), "--padded-vocab-size", str(args.padded_vocab_size)]
+    )
+    # Which token a position predicts is the run's own choice, and not in the weights' shapes.
+    described = {name: value for name, value in vars(expected).items() if name != "mdm_shift"}
+    wrong = differences(vars(args), described, "config.json")
+    if wrong:
+        raise UserError(
+            f"the checkpoint in {source} is not the model of {directory / 'config.json'}: {wrong}. "
+            "Give its config.json with --hf-config"
+        )
+
+
+def _hub_directory(source: Path, args: Namespace, given: str | None) -> Path:
+    if given is not None:
+        return Path(given)
+    candidates = [source / HUB_FILES]
+    if getattr(args, "tokenizer_model", None):
+        candidates.append(Path(args.tokenizer_model))
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(
+        f"no config.json for {source}: give --hf-config DIR, the directory of the model that it "
+        "was converted from, or of one of the same shape"
+    )

@@ -1,0 +1,241 @@
+"""Hugging Face safetensors -> Megatron: every tensor is read, arranged and written on its own."""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mdm.conversion import contract as megatron
+from megatron_mdm.conversion import hub, torch_dist
+from megatron_mdm.conversion.common import (
+    HUB_FILES,
+    Pair,
+    check_space,
+    equal,
+    pairs,
+    progress,
+    write_hub_files,
+)
+from megatron_mdm.conversion.common import verify as verify_tensors
+from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
+from megatron_mdm.conversion.layout import Heads, join, split
+from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
+from megatron_mdm.conversion.vocabulary import (
+    MASK_TOKEN,
+    TENSORS,
+    Vocabulary,
+    tokenizer_size,
+    vocabulary,
+)
+from megatron_mdm.data.outputs import new_directory
+from megatron_mdm.errors import UserError
+
+LAUNCH_FILE = "launch.txt"
+# Tensors that some releases carry along, computed from the configuration.
+COMPUTED = (".rotary_emb.inv_freq",)
+_PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
+
+
+def to_megatron(
+    source: str,
+    output: str,
+    *,
+    add_mask: bool = False,
+    multiple: int = 1,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    say: Callable[[str], object] = print,
+) -> None:
+    """Hugging Face safetensors -> Megatron torch_dist.
+
+    Args:
+        source: model directory.
+        output: checkpoint directory to be made.
+        add_mask: give an autoregressive model a mask token.
+        multiple: Megatron's vocabulary is padded to a multiple of it.
+        dtype: dtype to write; None for the source's.
+        verify: read everything again and compare.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: the model cannot be converted exactly, or the output not written.
+    """
+    with new_directory(output) as temporary:
+        directory = Path(source)
+        config = hub.read_config(directory)
+        family = detect(config)
+        model = hub.HubModel(directory)
+        words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
+        kind = dtype or _common_dtype(model)
+        # What was trained autoregressively goes on predicting the token after each position.
+        shifted = family.shifted or words.added
+        flags = [
+            *model_flags(family, config),
+            *["--padded-vocab-size", str(words.padded)],
+            *(["--mdm-mask-token-id", str(words.mask)] if words.mask is not None else []),
+            *_PRECISION.get(kind, []),
+            *_tokenizer_flags(directory, Path(output), words, config),
+        ]
+        agreed = megatron.contract(flags)
+        args = megatron.arguments(flags)
+        args.mdm_shift = shifted
+        heads = Heads(args.num_attention_heads, args.num_query_groups)
+        tied = family.tied(config)
+        found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
+        _check_sources(model, found, directory, family, tied)
+        check_space(temporary, sum(entry.size for entry in model.entries.values()))
+
+        def make(pair: Pair) -> torch.Tensor:
+            tensor = join(pair.target, [model.read(name) for name in pair.names], heads)
+            return (words.widen(tensor) if pair.target in TENSORS else tensor).to(kind)
+
+        pieces = [
+            Piece(place, agreed.shapes[place.key], kind, partial(make, pair))
+            for pair in found
+            for place in pair.places
+        ]
+        total = sum(torch.Size(p.place.shape).numel() for p in pieces) * kind.itemsize
+        with progress(total, "converting") as advance:
+            torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
+        write_hub_files(directory, Path(temporary) / HUB_FILES, family, config, words)
+        if shifted:
+            flags.append("--mdm-shift")
+        launch = _launch_line(output, flags)
+        (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
+        if verify:
+            checkpoint = DistCheckpoint(Path(temporary))
+
+            def read_back(pair: Pair) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+                """Takes what was written apart again."""
+                sources = [model.read(name) for name in pair.names]
+                if pair.target in TENSORS:
+                    sources = [words.widen(source) for source in sources]
+                for place in pair.places:
+                    parts = split(pair.target, checkpoint.read(place), len(sources), heads)
+                    for name, part, source in zip(pair.names, parts, sources, strict=True):
+                        yield name, part, source.to(kind)
+
+            verify_tensors(found, read_back, say)
+    for line in _remarks(family, words, tied):
+        say(line)
+    say(f"{output}: {family.name}, {sum(pair.parameters for pair in found):,} parameters, {kind}")
+    say(f"train it with (data, batch and schedule are yours):\n\n{launch}\n")
+
+
+def _check_sources(
+    model: hub.HubModel, found: Sequence[Pair], directory: Path, family: Family, tied: bool
+) -> None:
+    """Every tensor is there, in the right shape, and none is left over."""
+    used: set[str] = set()
+    for pair in found:
+        for name, shape in zip(pair.names, pair.shapes, strict=True):
+            entry = model.entries.get(name)
+            if entry is None:
+                raise UserError(
+                    f"{directory} lacks the tensor {name}, which the family {family.name} needs"
+                )
+            if entry.shape != shape:
+                raise UserError(
+                    f"{entry.path}: {name} has shape {list(entry.shape)}, config.json implies "
+                    f"{list(shape)}"
+                )
+        used.update(pair.names)
+    if tied:
+        used |= _check_tied(model, family)
+    unused = sorted(n for n in set(model.entries) - used if not n.endswith(COMPUTED))
+    if unused:
+        raise UserError(
+            f"{directory} has the tensor {unused[0]}, which the family {family.name} has no place "
+            f"for ({len(unused)} in all): the converted model would not be the same"
+        )
+
+
+def _check_tied(model: hub.HubModel, family: Family) -> set[str]:
+    """A tied model may be saved with its output layer, if that is the embedding."""
+    (embedding,), (output,) = (family.tensors[name] for name in TENSORS)
+    if output not in model.entries:
+        return set()
+    if not equal(model.read(embedding), model.read(output)):
+        raise UserError(
+            f"config.json ties the embeddings, but {output} differs from {embedding}: set "
+            f"{family.tied_key} to false"
+        )
+    return {output}
+
+
+def _common_dtype(model: hub.HubModel) -> torch.dtype:
+    kinds: dict[torch.dtype, str] = {}
+    for name, entry in model.entries.items():
+        if not name.endswith(COMPUTED):
+            kinds.setdefault(entry.dtype, name)
+    if len(kinds) > 1:
+        (one, first), (other, second) = list(kinds.items())[:2]
+        raise UserError(
+            f"the tensors differ in dtype ({first}: {one}, {second}: {other}): choose one with "
+            "--dtype"
+        )
+    return next(iter(kinds))
+
+
+def _tokenizer_flags(
+    directory: Path, output: Path, words: Vocabulary, config: dict[str, Any]
+) -> list[str]:
+    if tokenizer_size(directory) is None:
+        flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(words.size)]
+        end = config.get("eos_token_id")
+        return [*flags, *(["--null-tokenizer-eod-id", str(end)] if isinstance(end, int) else [])]
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer"]
+    flags += ["--tokenizer-model", str(output.absolute() / HUB_FILES)]
+    settings = directory / "tokenizer_config.json"
+    if settings.exists() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
+        flags.append("--trust-remote-code")
+    return flags
+
+
+def _launch_line(output: str, flags: Sequence[str]) -> str:
+    """The command that trains the converted model, a few flags to a line."""
+    words = [
+        *["--load", str(Path(output).absolute()), "--finetune", "--save", "MY_RUN"],
+        *flags,
+        *["--data-path", "MY_DATA", "--micro-batch-size", "1", "--global-batch-size", "64"],
+        *["--train-iters", "10000", "--lr", "1e-5", "--lr-warmup-iters", "100"],
+    ]
+    lines, line = [], "torchrun --nproc-per-node 8 -m megatron_mdm.pretrain"
+    for i, word in enumerate(words):
+        value = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else ""
+        if word.startswith("--") and len(f"{line} {word} {value}") > 96:
+            lines.append(line)
+            line = "   "
+        line += " " + shlex.quote(word)
+    return " \\\n".join([*lines, line])
+
+
+def _remarks(family: Family, words: Vocabulary, tied: bool) -> Iterator[str]:
+    if words.added:
+        yield (
+            f"added the mask token {MASK_TOKEN} with id {words.mask}"
+            + (
+                f", which enlarges the vocabulary to {words.size}"
+                if words.size > words.source
+                else ", an unused row of the vocabulary"
+            )
+            + "; its rows in the embedding"
+            + (" (which is the output layer)" if tied else " and the output layer")
+            + " are the mean of those before it"
+        )
+    if words.mask is None:
+        yield (
+            "this is an autoregressive model without a mask token: to train it as a diffusion "
+            "model, convert it with --add-mask-token"
+        )
+    if words.padded > words.size:
+        yield (
+            f"padded the vocabulary from {words.size} to {words.padded} rows: the padding is zeros "
+            "and takes part in the softmax"
+        )
+    if family.shifted or words.added:
+        yield "the logits of position i - 1 predict token i: --mdm-shift"
