@@ -1,6 +1,7 @@
 """What the ranks of the tests run: the program, with a record of the rows that each rank saw."""
 
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -231,6 +232,73 @@ def transformer_engine_spec() -> None:
         torch.distributed.destroy_process_group()
 
 
+def fp8_flags() -> None:
+    """Parses flags as the program does, and makes Transformer Engine's recipe of them."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
+
+    with training_device("cpu"):
+        config = model_config(parse()).transformer
+        recipe = get_fp8_recipe(config)
+    names = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    delayed = ("amax_history_len", "amax_compute_algo", "margin")
+    seen = {
+        "config": [getattr(config, name) for name in names],
+        "recipe": type(recipe).__name__,
+        "history": [getattr(recipe, name, None) for name in delayed],
+    }
+    Path(os.environ["TRACE_DIR"], "flags.json").write_text(json.dumps(seen))
+
+
+def delayed_scaling() -> None:
+    """Scales of Transformer Engine's own state after steps with evaluations between them.
+
+    Its layer, state, autocast and update are real; what the GPU's kernel does, to enter the largest
+    entry of a tensor, is done here.
+    """
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # the update in torch
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = te.Linear(16, 16, device="cpu")
+
+        def forward(self, largest):
+            recipe = DelayedScaling(amax_history_len=4, amax_compute_algo="max")
+            with te.fp8_autocast(enabled=True, fp8_recipe=recipe):
+                self.layer.init_fp8_metadata()
+                FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(self.layer.fp8_meta)
+                self.layer.fp8_meta["scaling_fwd"].amax_history[0].clamp_(min=largest)
+
+    def scales(keeps, evaluates):
+        FP8GlobalStateManager.reset()
+        model, seen = Model(), []
+        if keeps:
+            keep_scales_in_evaluation(model)
+        for number in range(4):
+            if evaluates:
+                with torch.no_grad():
+                    model.eval()(100.0 + number)
+            model.train()(1.0 + number)
+            seen.append(model.layer.fp8_meta["scaling_fwd"].scale.tolist())
+        return seen
+
+    with training_device("cpu"):
+        found = {
+            "without evaluation": scales(True, False),
+            "kept": scales(True, True),
+            "not kept": scales(False, True),
+        }
+    Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
+
+
 def checkpoint_logits() -> None:
     """Logits of a checkpoint: request.pt holds (checkpoint, tokens), logits.pt gets them.
 
@@ -253,3 +321,38 @@ def checkpoint_logits() -> None:
         logits["causal"] = loaded.logits(tokens)
         if loaded.args.rank == 0:
             torch.save(logits, directory / "logits.pt")
+
+
+def benchmark_sides() -> None:
+    """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
+    from megatron_mdm.benchmarks.overhead import model_flags
+    from megatron_mdm.benchmarks.race import write_data
+    from megatron_mdm.benchmarks.training import training_session
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory = Path(os.environ["TRACE_DIR"])
+    write_data(directory)
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 4, "length": 16}
+    flags = [*model_flags(sizes, 300, "cpu"), "--data-path", str(directory / "text")]
+    prepare_environment("cpu")
+    with training_device("cpu"), training_session(flags) as session:
+        session.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+        model, rows = session.model[0], session.rows(causal_datasets)
+        batch = next(rows)
+        tokens, labels = batch["tokens"], batch["labels"]
+        assert torch.equal(tokens[:, 1:], labels[:, :-1])
+        changed = tokens.clone()
+        changed[:, -1] = 299 - changed[:, -1]
+        for mask_type, is_causal in ((AttnMaskType.causal, True), (AttnMaskType.no_mask, False)):
+            session.attend(mask_type)
+            before, after = model(tokens, None, None), model(changed, None, None)
+            assert torch.equal(before[:, :-1], after[:, :-1]) == is_causal
+            losses, loss_func = causal_forward_step(iter([batch]), model)
+            loss, count, _ = loss_func(losses)
+            plain = torch.nn.functional.cross_entropy(before.flatten(0, 1), labels.flatten())
+            assert batch["loss_mask"].all() and count == labels.numel()
+            torch.testing.assert_close(loss / count, plain)
+        (directory / "sides").write_text("seen")

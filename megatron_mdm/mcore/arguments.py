@@ -19,6 +19,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.mcore.fp8 import check_fp8
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
@@ -253,6 +254,7 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
                 "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
             )
+    check_fp8(args)
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
             raise UserError(

@@ -70,6 +70,9 @@ HERE = {
     "wandb_project": "",
 }
 
+# A run on GPUs may have used what only Transformer Engine has.
+WITHOUT_FP8 = {"fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False}
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -211,7 +214,7 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         "transformer_pipeline_model_parallel_size": pipeline_parallel,
         "load": checkpoint,
         "mdm_device": device,
-        **(CPU_DEFAULTS if device == "cpu" else {}),
+        **(CPU_DEFAULTS | WITHOUT_FP8 if device == "cpu" else {}),
     }
     for name, value in own.items():
         setattr(args, name, value)

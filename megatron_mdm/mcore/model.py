@@ -19,18 +19,22 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import bidirectional_spec
+from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
 from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
 
 
 class MDMBuilder(GPTModelBuilder):
-    """Megatron's builder, with the state of an online sampler beside the weights."""
+    """Megatron's builder, with the state of an online sampler beside the weights.
+
+    Evaluations leave FP8 scales as they are.
+    """
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
         model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
-        return _with_sampler_state(model, vp_stage)
+        return _equipped(model, vp_stage)
 
 
 class MDMHybridBuilder(HybridModelBuilder):
@@ -40,10 +44,12 @@ class MDMHybridBuilder(HybridModelBuilder):
         """Builds one stage."""
         model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         model.__class__ = HybridModelWithHead
-        return _with_sampler_state(model, vp_stage)
+        return _equipped(model, vp_stage)
 
 
-def _with_sampler_state(model: Any, vp_stage: int | None) -> Any:
+def _equipped(model: Any, vp_stage: int | None) -> Any:
+    if model.config.fp8:
+        keep_scales_in_evaluation(model)
     if online_sampler() is not None:
         in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
         model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)

@@ -1,0 +1,97 @@
+"""FP8: what can use it is checked before anything starts, and evaluations leave its scales alone.
+
+Transformer Engine's delayed scaling follows the largest entries that tensors had. Without gradients
+it does not update scales, but each tensor that it rounds still enters its largest entry into the
+history, from which the next training step's scale then follows: rows of an evaluation would have a
+say in training, and two runs that evaluate at different times would differ.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_mdm.errors import UserError
+
+# Least compute capability of each --fp8-recipe in Transformer Engine.
+CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+ROW_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
+
+
+def check_fp8(args: Namespace) -> None:
+    """Checks that what --fp8-format asks for can be had here; Transformer Engine is installed.
+
+    Args:
+        args: parsed arguments, validated or not.
+
+    Raises:
+        UserError: no device or layers for it, or sizes that its products do not take.
+    """
+    if not args.fp8:
+        return
+    if args.mdm_device == "cpu":
+        raise UserError("--fp8-format needs a GPU: leave it out with --mdm-device cpu")
+    if args.transformer_impl != "transformer_engine":
+        raise UserError(
+            f"--fp8-format does nothing in the layers of --transformer-impl {args.transformer_impl}"
+            ": use --transformer-impl transformer_engine, or leave it out"
+        )
+    needed = CAPABILITY.get(args.fp8_recipe, (8, 9))
+    found = torch.cuda.get_device_capability()
+    if found < needed:
+        raise UserError(
+            f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability "
+            f"{needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}: use --bf16 alone"
+            + (", or --fp8-recipe delayed" if found >= CAPABILITY["delayed"] else "")
+        )
+    rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
+    sizes = {
+        "--micro-batch-size x --seq-length": rows,
+        "--hidden-size": args.hidden_size or 0,
+        "--ffn-hidden-size": args.ffn_hidden_size or 0,
+    }
+    for name, size in sizes.items():
+        if size % ROW_MULTIPLE:
+            raise UserError(
+                f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE}, got {size}"
+            )
+
+
+def keep_scales_in_evaluation(model: torch.nn.Module) -> None:
+    """Makes forward passes in evaluation mode leave the state of delayed scaling as it was.
+
+    They compute in FP8 as training does, with the scales of training. What they enter is taken back
+    afterwards, with two small copies for each layer; other recipes have no such state.
+
+    Args:
+        model: holds Transformer Engine's modules.
+    """
+    kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    def before(module: torch.nn.Module, _: Any) -> None:
+        if not module.training:
+            kept.append([(tensor, tensor.clone()) for tensor, _ in _delayed_scaling(module)])
+
+    def after(module: torch.nn.Module, *_: Any) -> None:
+        if not kept:
+            return
+        earlier = kept.pop()
+        for tensor, value in earlier:
+            tensor.copy_(value)
+        known = {id(tensor) for tensor, _ in earlier}
+        for tensor, initial in _delayed_scaling(module):
+            if id(tensor) not in known:  # made by this pass
+                tensor.fill_(initial)
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
+
+
+def _delayed_scaling(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+    """Scales and histories of the forward pass, with what Transformer Engine begins them with."""
+    for layer in module.modules():
+        state = getattr(layer, "fp8_meta", {}).get("scaling_fwd")
+        if hasattr(state, "amax_history"):
+            yield state.scale, 1.0
+            yield state.amax_history, 0.0

@@ -1,0 +1,130 @@
+"""FP8 without a GPU: what is refused, and that evaluations leave delayed scaling alone."""
+
+import json
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.training.arguments import parse_args
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore import arguments
+from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+from tests import ranks
+
+FP8 = "--mdm-device cuda --bf16 --transformer-impl transformer_engine --fp8-format hybrid".split()
+transformer_engine = pytest.mark.skipif(
+    find_spec("transformer_engine") is None,
+    reason="Transformer Engine is not installed (extra `gpu`)",
+)
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """Checks flags on a machine with Transformer Engine and a GPU of this capability."""
+
+    def run(*flags, capability=(9, 0)):
+        argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
+        monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+        monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        arguments.check(parse_args(arguments._add_arguments_in_one_line))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags, capability, message",
+    [
+        ("--mdm-device cpu", (9, 0), "--fp8-format needs a GPU: leave it out"),
+        ("--transformer-impl local", (9, 0), "use --transformer-impl transformer_engine, or"),
+        ("", (8, 0), "needs a GPU of compute capability 8.9, this one has 8.0: use --bf16 alone"),
+        ("--fp8-recipe blockwise", (8, 9), "capability 9.0, .* or --fp8-recipe delayed"),
+        ("--fp8-recipe mxfp8", (9, 0), "--fp8-recipe mxfp8 needs .* capability 10.0"),
+        ("--micro-batch-size 1 --seq-length 24", (9, 0), "--seq-length must be a multiple of 16"),
+        ("--hidden-size 40", (9, 0), "--hidden-size must be .* 16, got 40"),
+        ("--ffn-hidden-size 88", (9, 0), "--ffn-hidden-size must be .* 16, got 88"),
+    ],
+)
+def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check):
+    with pytest.raises(UserError, match=message) as caught:
+        check(*FP8, *flags.split(), capability=capability)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "recipe, capability",
+    [("delayed", (8, 9)), ("tensorwise", (8, 9)), ("blockwise", (9, 0)), ("mxfp8", (10, 0))],
+)
+def test_what_can_is_not(recipe, capability, check):
+    check(*FP8, "--fp8-recipe", recipe, capability=capability)
+    check(*FP8[:-2], capability=(7, 0))  # without FP8 any device will do
+
+
+class Layer(torch.nn.Module):
+    """What Transformer Engine's layers do to their state, with the kernel's part in torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fp8_meta = {}
+
+    def forward(self, x):
+        if not self.fp8_meta:
+            state = SimpleNamespace(scale=torch.ones(3), amax_history=torch.zeros(4, 3))
+            self.fp8_meta["scaling_fwd"] = state
+        state = self.fp8_meta["scaling_fwd"]
+        state.amax_history[0].clamp_(min=float(x.abs().max()))
+        if torch.is_grad_enabled():
+            state.scale.copy_(448.0 / state.amax_history.amax(dim=0))
+            state.amax_history.copy_(state.amax_history.roll(-1, dims=0))
+            state.amax_history[0].zero_()
+        if x.isnan().any():
+            raise FloatingPointError
+        return x
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_evaluations_leave_the_state_of_delayed_scaling_alone(keeps):
+    def trained(evaluates):
+        model = torch.nn.Sequential(Layer(), torch.nn.Linear(2, 2), Layer())
+        if keeps:
+            keep_scales_in_evaluation(model)
+        for step in range(4):
+            if evaluates:
+                model.eval()
+                with torch.no_grad():
+                    model(torch.full((2, 2), 100.0 + step))
+                with pytest.raises(FloatingPointError), torch.no_grad():
+                    model(torch.full((2, 2), torch.nan))
+                model.train()
+            model(torch.full((2, 2), 1.0 + step))
+        states = [model[i].fp8_meta["scaling_fwd"] for i in (0, 2)]
+        return torch.stack([torch.cat([s.scale[None], s.amax_history]) for s in states])
+
+    torch.manual_seed(0)
+    plain = trained(False)
+    torch.manual_seed(0)
+    assert torch.equal(trained(True), plain) == keeps
+
+
+@transformer_engine
+def test_the_state_of_transformer_engine_itself(tmp_path):
+    ranks.launch(tmp_path, 1, entry="delayed_scaling")
+    scales = json.loads((tmp_path / "scales.json").read_text())
+    assert scales["kept"] == scales["without evaluation"]
+    assert scales["not kept"] != scales["without evaluation"]
+
+
+@transformer_engine
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
+    flags = "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max --mock-data".split()
+    ranks.launch(tmp_path, 1, *FP8, "--fp8-recipe", recipe, *flags, entry="fp8_flags")
+    seen = json.loads((tmp_path / "flags.json").read_text())
+    assert seen["config"] == ["hybrid", recipe, 1024, "max"]
+    kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
+    assert seen["recipe"] == kinds.get(recipe, "TEDelayedScaling")
+    if recipe == "delayed":
+        assert seen["history"] == [1024, "max", 0]
