@@ -50,7 +50,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the output again and compare every tensor bitwise",
+        help="read the output again, compare every tensor bitwise, and the logits of both models "
+        "on a few tokens in float32, if Hugging Face's class is installed and the weights take no "
+        "more than 4 GB",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --verify: run the modeling code that lies beside config.json (LLaDA, LLaDA-MoE, "
+        "Dream), to compare logits with it",
     )
     there = parser.add_argument_group("--to megatron")
     there.add_argument(
@@ -87,6 +95,8 @@ def main() -> None:
     else:
         _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of")
     multiple = options.pad_vocab_to_multiple_of
+    if options.trust_remote_code and not options.verify:
+        raise UserError("--trust-remote-code is for --verify: add it, or leave this out")
     if multiple is not None and multiple < 1:
         raise UserError("--pad-vocab-to-multiple-of must be at least 1")
     check_megatron_version()
@@ -108,6 +118,7 @@ def main() -> None:
                 multiple=multiple or 1,
                 dtype=dtype,
                 verify=options.verify,
+                trust=options.trust_remote_code,
             )
         else:
             to_hugging_face(
@@ -117,6 +128,7 @@ def main() -> None:
                 iteration=options.iteration,
                 dtype=dtype,
                 verify=options.verify,
+                trust=options.trust_remote_code,
             )
 
 

@@ -1,7 +1,7 @@
 """What Megatron itself asks a checkpoint for: arguments from flags, keys and shapes from a model.
 
 The arguments are parsed from the very flags that are printed for the user, and the model is
-Megatron's, built without memory on PyTorch's meta device.
+Megatron's, built without memory on PyTorch's meta device, or with it to see what it computes.
 """
 
 import contextlib
@@ -11,9 +11,11 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -54,14 +56,8 @@ def arguments(flags: Sequence[str]) -> Namespace:
 
 def contract(flags: Sequence[str]) -> Contract:
     """The keys and shapes of the model that these flags build."""
-    with training_device("cpu"):
-        args = _parse([*flags, "--mdm-device", "cpu"])
-        args.perform_initialization = False
-        config = model_config(args)
-        with _one_rank(), _quiet(), torch.device("meta"):
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            model = GPTModelBuilder(config).build_model(groups)
-            state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+    with _model(flags, "meta") as model:
+        state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         apply_factories(state)
     shapes, objects = {}, []
     for item in nested_values(state):
@@ -79,6 +75,52 @@ def contract(flags: Sequence[str]) -> Contract:
             count = shape[0] if len(shape) > 1 else 1
             objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
     return Contract(shapes, sorted(set(objects)))
+
+
+@torch.no_grad()
+def logits(
+    flags: Sequence[str], checkpoint: Path, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """What Megatron's model computes from a checkpoint in float32, with full attention.
+
+    Args:
+        flags: of the model, without those of a precision.
+        checkpoint: directory with the files of one iteration.
+        tokens: int64 [b, s].
+        dtype: the weights are rounded to it first; None: they are not.
+
+    Returns:
+        float32 [b, s, padded vocabulary].
+    """
+    with _model(flags, "cpu") as model:
+        state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        names = set(state)
+        loaded = dist_checkpointing.load(state, str(checkpoint))  # with the arguments, among others
+        model.load_state_dict({name: loaded[name] for name in names})
+        round_weights(model, dtype)
+        # Attention asks for a generator of its own, although it drops nothing.
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model.eval()(tokens, positions, None)
+
+
+def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Rounds float32 weights to the values that `dtype` has, in place; None: leaves them."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+
+
+@contextlib.contextmanager
+def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
+    """Megatron's model on one rank, its weights not initialised."""
+    with training_device("cpu"), _one_rank(), _quiet():
+        args = _parse([*flags, "--mdm-device", "cpu"])
+        args.perform_initialization = False
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        with torch.device(device):
+            model = GPTModelBuilder(model_config(args)).build_model(groups)
+        yield model
 
 
 def _parse(flags: Sequence[str]) -> Namespace:
@@ -115,9 +157,10 @@ def _one_rank() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Megatron's listing of its arguments and its notices to itself."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

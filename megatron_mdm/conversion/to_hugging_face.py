@@ -21,6 +21,7 @@ from megatron_mdm.conversion.common import (
 from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
 from megatron_mdm.conversion.layout import Heads, split
+from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
 from megatron_mdm.data.outputs import new_directory
@@ -36,6 +37,7 @@ def to_hugging_face(
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    trust: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
     """Megatron torch_dist, written under any layout -> Hugging Face safetensors.
@@ -47,7 +49,8 @@ def to_hugging_face(
             checkpoint, or the run's tokenizer, has.
         iteration: which checkpoint; None for the last.
         dtype: dtype to write; None for the checkpoint's.
-        verify: read everything again and compare.
+        verify: read everything again and compare, logits too.
+        trust: run the modeling code that belongs to config.json for that.
         say: prints a line for the user.
 
     Raises:
@@ -70,6 +73,8 @@ def to_hugging_face(
                 f"{directory / 'config.json'} has {rows} tokens, the checkpoint {padded}: give the "
                 "config.json of this model with --hf-config"
             )
+
+        parameters = sum(pair.parameters for pair in found)
 
         def make(pair: Pair) -> list[torch.Tensor]:
             tensor = checkpoint.read(pair.places[0])
@@ -108,9 +113,20 @@ def to_hugging_face(
                     yield name, model.read(name), part
 
             verify_tensors(found, read_back, say)
+            compare_logits(
+                family,
+                config,
+                Path(temporary),
+                checkpoint.path,
+                rows,
+                padded=padded,
+                parameters=parameters,
+                dtype=dtype,
+                trust=trust,
+                say=say,
+            )
     if padded > rows:
         say(f"left out {padded - rows} padding rows of the vocabulary")
-    parameters = sum(pair.parameters for pair in found)
     say(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 

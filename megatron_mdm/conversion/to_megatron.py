@@ -23,6 +23,7 @@ from megatron_mdm.conversion.common import (
 from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
 from megatron_mdm.conversion.layout import Heads, join, split
+from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
 from megatron_mdm.conversion.vocabulary import (
     MASK_TOKEN,
@@ -48,6 +49,7 @@ def to_megatron(
     multiple: int = 1,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    trust: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
     """Hugging Face safetensors -> Megatron torch_dist.
@@ -58,7 +60,8 @@ def to_megatron(
         add_mask: give an autoregressive model a mask token.
         multiple: Megatron's vocabulary is padded to a multiple of it.
         dtype: dtype to write; None for the source's.
-        verify: read everything again and compare.
+        verify: read everything again and compare, logits too.
+        trust: run the modeling code of the directory for that.
         say: prints a line for the user.
 
     Raises:
@@ -87,6 +90,7 @@ def to_megatron(
         tied = family.tied(config)
         found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
         _check_sources(model, found, directory, family, tied)
+        parameters = sum(pair.parameters for pair in found)
         check_space(temporary, sum(entry.size for entry in model.entries.values()))
 
         def make(pair: Pair) -> torch.Tensor:
@@ -120,9 +124,21 @@ def to_megatron(
                         yield name, part, source.to(kind)
 
             verify_tensors(found, read_back, say)
+            compare_logits(
+                family,
+                config,
+                directory,
+                checkpoint.path,
+                words.source,
+                padded=words.padded,
+                parameters=parameters,
+                dtype=kind,
+                trust=trust,
+                say=say,
+            )
     for line in _remarks(family, words, tied):
         say(line)
-    say(f"{output}: {family.name}, {sum(pair.parameters for pair in found):,} parameters, {kind}")
+    say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
     say(f"train it with (data, batch and schedule are yours):\n\n{launch}\n")
 
 
