@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
+from megatron_mdm.mcore.forward_step import Rows
 from tests import ranks
 
 EOD = 9
@@ -94,3 +96,46 @@ def test_the_fit_counts_documents(own_rates):
     line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
     assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
     assert ", 0 skipped" in line
+
+
+def rows_of(tokens, num_tokens, length):
+    """Rows as the forward step has them."""
+    b, s = tokens.shape
+    zeros = torch.zeros(b, dtype=torch.int64)
+    numbers = {"num_tokens": num_tokens, "length": length}
+    numbers = {name: torch.full((b,), value) for name, value in numbers.items()}
+    uniforms = torch.zeros((b, s), dtype=torch.int64)
+    return Rows(tokens, split=zeros, row=zeros, uniforms=uniforms, quantile=zeros, **numbers)
+
+
+def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
+    short = MDMConfig(mdm_random_length_fraction=0.5)
+    rows = rows_of(ROW, num_tokens=5, length=5)
+    groups = rows.isolated(EOD, short)
+    assert groups.tolist() == [[0] * 5 + [1] * 3]
+    assert rows.eligible(EOD, short).tolist() == [[True] * 5 + [False] * 3]
+    # Padding that may be predicted ends with the row.
+    rows = rows_of(ROW, num_tokens=3, length=5)
+    eligible = MDMConfig(mdm_random_length_fraction=0.5, mdm_pad_eligible=True)
+    assert rows.eligible(EOD, eligible).tolist() == [[True] * 5 + [False] * 3]
+    both = MDMConfig(mdm_random_length_fraction=0.5, mdm_isolate_documents=True)
+    rows = rows_of(ROW, num_tokens=4, length=4)
+    assert rows.isolated(EOD, both).tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"mdm_rate_per": "token"}, "--mdm-rate-per must be one of row, document"),
+        ({"mdm_random_length_fraction": 1.5}, "--mdm-random-length-fraction must lie in"),
+        ({"mdm_random_length_fraction": 0.1, "mdm_sft": True}, "does not go with --mdm-sft"),
+        ({"mdm_rate_per": "document", "mdm_sft": True}, "needs --mdm-isolate-documents"),
+        (
+            {"mdm_isolate_documents": True, "mdm_sft": True, "mdm_pad_eligible": True},
+            "--mdm-pad-eligible does not go with",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        MDMConfig(**settings)
