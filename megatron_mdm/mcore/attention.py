@@ -1,5 +1,6 @@
 """Bidirectional attention in Megatron's layer specs, and a norm without fused kernels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
     Args:
         model_config: as made by Megatron's `gpt_config_from_args`.
         mdm: settings of the objective: with `attends_everywhere` no mask at all, so that fused
-            kernels stay available; else a padding mask (see `attention_mask`).
+            kernels stay available; else a padding mask (see `attention_mask`), or, by Transformer
+            Engine, attention inside documents (see `document_bounds`).
         vp_stage: virtual pipeline stage.
 
     Returns:
@@ -42,7 +44,12 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
         spec = default_layer_spec(model_config, vp_stage)
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     for layer in layers:
-        layer.submodules.self_attention.params["attn_mask_type"] = mask_type
+        attention = layer.submodules.self_attention
+        attention.params["attn_mask_type"] = mask_type
+        if mdm.divides_rows and transformer.transformer_impl == "transformer_engine":
+            from megatron_mdm.mcore.packed_attention import DocumentAttention
+
+            attention.submodules.core_attention = DocumentAttention
     return spec
 
 
@@ -85,6 +92,7 @@ def attention_mask(
     mdm: MDMConfig,
     documents: torch.Tensor | None,
     ahead: torch.Tensor | None = None,
+    as_bounds: bool = False,
 ) -> torch.Tensor | None:
     """What positions do not attend to, in Megatron's convention.
 
@@ -96,10 +104,14 @@ def attention_mask(
         documents: number of each position's document, outside which it sees nothing, int64
             [b, s]; None: rows are not divided.
         ahead: positions that earlier ones attend to, bool [b, s] (see `seen_ahead`); None: all.
+        as_bounds: for Transformer Engine, where documents are all that can divide a row.
 
     Returns:
-        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden; None if every position is attended to.
+        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden, or `document_bounds`; None if every
+        position is attended to.
     """
+    if as_bounds:
+        return None if documents is None else document_bounds(documents)
     if mdm.mdm_pad_attended and mdm.mdm_eod_attended and documents is None and ahead is None:
         return None
     hidden = torch.zeros_like(padding)
@@ -115,6 +127,45 @@ def attention_mask(
     if documents is not None:
         hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
     return hidden
+
+
+def document_bounds(documents: torch.Tensor) -> torch.Tensor:
+    """Where the documents of a micro-batch begin, its rows one after another, and their end.
+
+    The host waits for the device once: kernels are told how many documents there are.
+
+    Args:
+        documents: number of each position's document in its row, int64 [b, s].
+
+    Returns:
+        int32 [documents + 1], from 0 to b s: `cu_seqlens` of Transformer Engine.
+    """
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    bounds = begins.flatten().nonzero()[:, 0]
+    return torch.cat([bounds, bounds.new_tensor([documents.numel()])]).to(torch.int32)
+
+
+def attend_in_documents(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Lays the rows of a micro-batch one after another for attention, and back.
+
+    Args:
+        attend: from three tensors [b s, heads, head size] to one [b s, ...].
+        query: [s, b, heads, head size].
+        key: [s, b, groups, head size].
+        value: [s, b, groups, head size].
+
+    Returns:
+        [s, b, heads * head size].
+    """
+    s, b = query.shape[:2]
+    flat = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    return attend(*flat).reshape(b, s, -1).transpose(0, 1).contiguous()
 
 
 def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:

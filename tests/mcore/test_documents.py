@@ -8,7 +8,13 @@ import torch
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
+from megatron_mdm.mcore.attention import (
+    attend_in_documents,
+    attention_mask,
+    document_bounds,
+    isolated_documents,
+    position_ids,
+)
 from megatron_mdm.mcore.forward_step import Rows
 from tests import ranks
 
@@ -139,3 +145,38 @@ def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
 def test_what_cannot_be_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
         MDMConfig(**settings)
+
+
+def test_bounds_of_documents_say_what_the_mask_says():
+    """Attention over parts between bounds, as Transformer Engine computes it, by plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat(
+        [ROW, torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [EOD, 1, 2, EOD, 3, 4, 5, EOD]])]
+    )
+    documents = isolated_documents(rows, EOD, ISOLATED)
+    bounds = document_bounds(documents)
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
+    query, key, value, weight = (
+        torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+
+    def attention(q, k, v, seen=None):
+        """[b, heads, s, head size]"""
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+    def in_parts(q, k, v):
+        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        cut = [[x[part].transpose(0, 1)[None] for x in (q, k, v)] for part in parts]
+        return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
+
+    packed = attend_in_documents(in_parts, *inputs)
+    hidden = attention_mask(rows, torch.zeros_like(rows).bool(), EOD, ISOLATED, documents)
+    masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
+    masked = masked.permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
+    gradients = [
+        torch.autograd.grad((x * weight.flatten(2)).sum(), inputs) for x in (packed, masked)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
