@@ -266,13 +266,17 @@ class MDMConfig:
         return 1.0 / seq_length if self.mdm_mask == "exact-count" else self.mdm_eps
 
     @property
+    def divides_rows(self) -> bool:
+        """Whether attention stays inside parts of a row."""
+        return self.mdm_isolate_documents or self.mdm_random_length_fraction > 0.0
+
+    @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
         return (
             self.mdm_eod_attended
             and self.mdm_pad_attended
-            and not self.mdm_isolate_documents
-            and not self.mdm_random_length_fraction
+            and not self.divides_rows
             and not self.mdm_anneal_attention_iters
         )
 

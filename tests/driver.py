@@ -228,6 +228,11 @@ def transformer_engine_spec() -> None:
                 for layer in model.decoder.layers:
                     assert layer.self_attention.attn_mask_type == mask_type
                     assert "TE" in type(layer.self_attention.core_attention).__name__
+        isolated = build(
+            MDMConfig(mdm_isolate_documents=True), transformer_impl="transformer_engine"
+        )
+        assert keys(isolated) == keys(te)
+        _attention_in_documents(isolated.decoder.layers[0].self_attention.core_attention)
         Path(os.environ["TRACE_DIR"], "built").write_text("done")
         torch.distributed.destroy_process_group()
 
@@ -297,6 +302,45 @@ def delayed_scaling() -> None:
             "not kept": scales(False, True),
         }
     Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
+
+
+def _attention_in_documents(attention) -> None:
+    """What Transformer Engine is asked for: full attention inside each document, in plain torch."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    asked = []
+
+    def forward(self, query, key, value, attention_mask=None, **flags):
+        """[s, b, heads, d] or, with bounds, [t, heads, d]; `groups` heads of key and value."""
+        asked.append(flags)
+        assert attention_mask is None
+        repeat = query.shape[-2] // key.shape[-2]
+        q, k, v = query, *(x.repeat_interleave(repeat, dim=-2) for x in (key, value))
+        if "qkv_format" not in flags:
+            parts = [tuple(x.permute(1, 2, 0, 3) for x in (q, k, v))]
+        else:
+            bounds = flags["cu_seqlens_q"].tolist()
+            pairs = list(zip(bounds, bounds[1:], strict=False))
+            assert max(high - low for low, high in pairs) <= flags["max_seqlen_q"]
+            parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairs]
+        seen = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
+        if "qkv_format" not in flags:
+            return seen[0].permute(2, 0, 1, 3).flatten(2)
+        return torch.cat([x[0].transpose(0, 1) for x in seen]).flatten(1)
+
+    DotProductAttention.forward = forward
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(8, 2, 4, 16, generator=generator)
+    k, v = torch.randn(2, 8, 2, 2, 16, generator=generator)
+    bounds = torch.tensor([0, 3, 8, 16], dtype=torch.int32)
+    inside = attention(q, k, v, bounds, packed_seq_params=None, attention_bias=None)
+    assert asked[-1]["qkv_format"] == "thd" and asked[-1]["attn_mask_type"] == "padding"
+    parts = [(0, 0, 3), (0, 3, 8), (1, 0, 8)]
+    for row, low, high in parts:
+        one = [x[low:high, row : row + 1] for x in (q, k, v)]
+        alone = attention(*one, None, packed_seq_params=None, attention_bias=None)
+        assert asked[-1]["attn_mask_type"] == "no_mask"
+        torch.testing.assert_close(inside[low:high, row : row + 1], alone)
 
 
 def checkpoint_logits() -> None:

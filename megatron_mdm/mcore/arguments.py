@@ -261,16 +261,11 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
                 "local only: Transformer Engine takes a padding mask for a length"
             )
-        for name in (
-            "mdm_anneal_attention_iters",
-            "mdm_isolate_documents",
-            "mdm_random_length_fraction",
-        ):
-            if getattr(args, name):
-                raise UserError(
-                    f"{flag(name)} works with --transformer-impl local only: its attention mask "
-                    "has no fused kernel"
-                )
+        if args.mdm_anneal_attention_iters:
+            raise UserError(
+                "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
+                "attention mask has no fused kernel"
+            )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"

@@ -1,12 +1,15 @@
 """Bidirectional attention in Megatron's layer specs, and a norm without fused kernels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_mdm.config import MDMConfig
@@ -19,7 +22,8 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
     Args:
         model_config: as made by Megatron's `gpt_config_from_args`.
         mdm: settings of the objective: with `attends_everywhere` no mask at all, so that fused
-            kernels stay available; else a padding mask (see `attention_mask`).
+            kernels stay available; else a padding mask (see `attention_mask`), or, by Transformer
+            Engine, attention inside documents (see `document_bounds`).
         vp_stage: virtual pipeline stage.
 
     Returns:
@@ -41,13 +45,24 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
         spec = default_layer_spec(model_config, vp_stage)
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     for layer in layers:
-        layer.submodules.self_attention.params["attn_mask_type"] = mask_type(mdm)
+        attend_both_ways(layer.submodules.self_attention, mdm, transformer)
     return spec
 
 
-def mask_type(mdm: MDMConfig) -> AttnMaskType:
-    """What Megatron's attention is told of its mask: there is none, or one will come."""
-    return AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
+def attend_both_ways(attention: ModuleSpec, mdm: MDMConfig, transformer: TransformerConfig) -> None:
+    """Tells the spec of a self-attention that its mask is not causal.
+
+    Args:
+        attention: to be changed.
+        mdm: see `bidirectional_spec`.
+        transformer: Megatron's configuration.
+    """
+    mask_type = AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
+    attention.params["attn_mask_type"] = mask_type
+    if mdm.divides_rows and transformer.transformer_impl == "transformer_engine":
+        from megatron_mdm.mcore.packed_attention import DocumentAttention
+
+        attention.submodules.core_attention = DocumentAttention
 
 
 def use_own_norm(submodules: Any) -> None:
@@ -90,6 +105,7 @@ def attention_mask(
     mdm: MDMConfig,
     documents: torch.Tensor | None,
     ahead: torch.Tensor | None = None,
+    as_bounds: bool = False,
 ) -> torch.Tensor | None:
     """What positions do not attend to, in Megatron's convention.
 
@@ -101,10 +117,14 @@ def attention_mask(
         documents: number of each position's document, outside which it sees nothing, int64
             [b, s]; None: rows are not divided.
         ahead: positions that earlier ones attend to, bool [b, s] (see `seen_ahead`); None: all.
+        as_bounds: for Transformer Engine, where documents are all that can divide a row.
 
     Returns:
-        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden; None if every position is attended to.
+        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden, or `document_bounds`; None if every
+        position is attended to.
     """
+    if as_bounds:
+        return None if documents is None else document_bounds(documents)
     if mdm.mdm_pad_attended and mdm.mdm_eod_attended and documents is None and ahead is None:
         return None
     hidden = torch.zeros_like(padding)
@@ -120,6 +140,45 @@ def attention_mask(
     if documents is not None:
         hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
     return hidden
+
+
+def document_bounds(documents: torch.Tensor) -> torch.Tensor:
+    """Where the documents of a micro-batch begin, its rows one after another, and their end.
+
+    The host waits for the device once: kernels are told how many documents there are.
+
+    Args:
+        documents: number of each position's document in its row, int64 [b, s].
+
+    Returns:
+        int32 [documents + 1], from 0 to b s: `cu_seqlens` of Transformer Engine.
+    """
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    bounds = begins.flatten().nonzero()[:, 0]
+    return torch.cat([bounds, bounds.new_tensor([documents.numel()])]).to(torch.int32)
+
+
+def attend_in_documents(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """Lays the rows of a micro-batch one after another for attention, and back.
+
+    Args:
+        attend: from three tensors [b s, heads, head size] to one [b s, ...].
+        query: [s, b, heads, head size].
+        key: [s, b, groups, head size].
+        value: [s, b, groups, head size].
+
+    Returns:
+        [s, b, heads * head size].
+    """
+    s, b = query.shape[:2]
+    flat = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    return attend(*flat).reshape(b, s, -1).transpose(0, 1).contiguous()
 
 
 def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:

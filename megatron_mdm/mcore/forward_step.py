@@ -136,7 +136,8 @@ def forward_step(
         progress = args.curr_iteration / mdm.mdm_anneal_attention_iters
     ahead = seen_ahead(rows.uniforms, progress)
     documents = rows.isolated(eod_id, mdm)
-    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, ahead)
+    packed = args.transformer_impl == "transformer_engine"
+    hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, ahead, packed)
     timers("batch-generator").stop()
 
     num_eligible = counts(eligible, segments)

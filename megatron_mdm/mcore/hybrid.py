@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.attention import Norm, mask_type, use_own_norm
+from megatron_mdm.mcore.attention import Norm, attend_both_ways, use_own_norm
 
 # Layers that Megatron has beside `*`, `-` and `E`, and why they cannot be used.
 REFUSED_LAYERS = {
@@ -103,7 +103,7 @@ def bidirectional_stack(config: TransformerConfig, mdm: MDMConfig) -> ModuleSpec
     """
     spec = _local_stack(config) if config.transformer_impl == "local" else _fused_stack()
     attention = spec.submodules.attention_layer.submodules.self_attention
-    attention.params["attn_mask_type"] = mask_type(mdm)
+    attend_both_ways(attention, mdm, config)
     return spec
 
 

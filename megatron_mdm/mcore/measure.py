@@ -98,7 +98,9 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
             clean, able = tokens[rows].to(device), eligible[rows].to(device)
             eod_id = get_tokenizer().eod
             documents = isolated_documents(clean, eod_id, mdm)
-            hidden = attention_mask(clean, torch.zeros_like(able), eod_id, mdm, documents)
+            packed = loaded.args.transformer_impl == "transformer_engine"
+            no_padding = torch.zeros_like(able)
+            hidden = attention_mask(clean, no_padding, eod_id, mdm, documents, as_bounds=packed)
             cross_entropy = loaded.model(
                 corruption.tokens[rows].to(device),
                 position_ids(clean, documents),
@@ -145,11 +147,12 @@ def _draw(
             (gradient,) = torch.autograd.grad(losses.numerator, hidden)
             return gradient.float().square().sum(dim=(0, 2)).sqrt()
 
+    packed = loaded.args.transformer_impl == "transformer_engine"
     with torch.no_grad():
         values = loaded.model(
             corrupted.tokens,
             position_ids(rows.tokens, documents),
-            attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents),
+            attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, as_bounds=packed),
             labels=at_logits(rows.tokens, mdm.mdm_shift),
             output_processor=value,
             output_processor_context=HeadContext(

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.attention import (
+    attend_in_documents,
+    attention_mask,
+    document_bounds,
+    isolated_documents,
+    position_ids,
+)
+from megatron_mdm.mcore.forward_step import Rows
 from tests import ranks
 
 EOD = 9
@@ -94,3 +102,81 @@ def test_the_fit_counts_documents(own_rates):
     line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
     assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
     assert ", 0 skipped" in line
+
+
+def rows_of(tokens, num_tokens, length):
+    """Rows as the forward step has them."""
+    b, s = tokens.shape
+    zeros = torch.zeros(b, dtype=torch.int64)
+    numbers = {"num_tokens": num_tokens, "length": length}
+    numbers = {name: torch.full((b,), value) for name, value in numbers.items()}
+    uniforms = torch.zeros((b, s), dtype=torch.int64)
+    return Rows(tokens, split=zeros, row=zeros, uniforms=uniforms, quantile=zeros, **numbers)
+
+
+def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
+    short = MDMConfig(mdm_random_length_fraction=0.5)
+    rows = rows_of(ROW, num_tokens=5, length=5)
+    groups = rows.isolated(EOD, short)
+    assert groups.tolist() == [[0] * 5 + [1] * 3]
+    assert rows.eligible(EOD, short).tolist() == [[True] * 5 + [False] * 3]
+    # Padding that may be predicted ends with the row.
+    rows = rows_of(ROW, num_tokens=3, length=5)
+    eligible = MDMConfig(mdm_random_length_fraction=0.5, mdm_pad_eligible=True)
+    assert rows.eligible(EOD, eligible).tolist() == [[True] * 5 + [False] * 3]
+    both = MDMConfig(mdm_random_length_fraction=0.5, mdm_isolate_documents=True)
+    rows = rows_of(ROW, num_tokens=4, length=4)
+    assert rows.isolated(EOD, both).tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"mdm_rate_per": "token"}, "--mdm-rate-per must be one of row, document"),
+        ({"mdm_random_length_fraction": 1.5}, "--mdm-random-length-fraction must lie in"),
+        ({"mdm_random_length_fraction": 0.1, "mdm_sft": True}, "does not go with --mdm-sft"),
+        ({"mdm_rate_per": "document", "mdm_sft": True}, "needs --mdm-isolate-documents"),
+        (
+            {"mdm_isolate_documents": True, "mdm_sft": True, "mdm_pad_eligible": True},
+            "--mdm-pad-eligible does not go with",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        MDMConfig(**settings)
+
+
+def test_bounds_of_documents_say_what_the_mask_says():
+    """Attention over parts between bounds, as Transformer Engine computes it, by plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat(
+        [ROW, torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [EOD, 1, 2, EOD, 3, 4, 5, EOD]])]
+    )
+    documents = isolated_documents(rows, EOD, ISOLATED)
+    bounds = document_bounds(documents)
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
+    query, key, value, weight = (
+        torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+
+    def attention(q, k, v, seen=None):
+        """[b, heads, s, head size]"""
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+    def in_parts(q, k, v):
+        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        cut = [[x[part].transpose(0, 1)[None] for x in (q, k, v)] for part in parts]
+        return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
+
+    packed = attend_in_documents(in_parts, *inputs)
+    hidden = attention_mask(rows, torch.zeros_like(rows).bool(), EOD, ISOLATED, documents)
+    masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
+    masked = masked.permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
+    gradients = [
+        torch.autograd.grad((x * weight.flatten(2)).sum(), inputs) for x in (packed, masked)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)

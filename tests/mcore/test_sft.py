@@ -106,3 +106,69 @@ def test_data_that_does_not_fit_is_named(base, data, pairs, tmp_path):
     run = ranks.launch(tmp_path / "short", 1, *flags, check=False)
     assert run.status == [2]
     assert "no pair of at most --seq-length 1 tokens" in run.output[0]
+
+
+PACKED = [
+    *"--mdm-sft --mdm-isolate-documents --mdm-rate-per document".split(),
+    *"--mdm-normalization rows --mdm-views 2 --mdm-mask exact-count".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def packed(base, pairs, tmp_path_factory):
+    """Ten steps of four packed rows in two views; as many in two runs and another layout."""
+    directory = tmp_path_factory.mktemp("packed")
+    flags = [*base, *PACKED, "--data-path", str(pairs), "--eval-iters", "1"]
+    whole = ranks.launch(directory / "whole", 1, *flags, "--train-iters", "10")
+    save = ["--save", str(directory / "checkpoint"), "--save-interval", "4"]
+    first = ranks.launch(
+        directory / "first", 1, *flags, *save, "--train-iters", "10", "--exit-interval", "4"
+    )
+    resume = [x for x in flags if x != "--finetune"]
+    resume[resume.index("--load") + 1] = str(directory / "checkpoint")
+    stages = "--pipeline-model-parallel-size 2 --micro-batch-size 4".split()
+    second = ranks.launch(directory / "second", 2, *resume, "--train-iters", "10", *stages)
+    return whole, first, second
+
+
+def test_packed_rows_resume_under_another_layout(packed):
+    whole, first, second = packed
+    assert {**first.masks(), **second.masks()} == whole.masks()
+    assert first.losses + second.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def pairs_in(rows):
+    """Numbers of the pairs whose prompt and response stand in these rows, unless masked."""
+    pairs = [(p, [*p, *r]) for p, r in ranks.random_pairs(120)]
+    found = []
+    for row in rows:
+        start = 0
+        while start < len(row):
+            matches = [
+                n
+                for n, (prompt, clean) in enumerate(pairs)
+                if list(row[start : start + len(prompt)]) == prompt
+                and len(row[start:]) >= len(clean)
+                and all(
+                    x in (ranks.MASK_ID, y)
+                    for x, y in zip(row[start : start + len(clean)], clean, strict=True)
+                )
+            ]
+            if len(matches) != 1:
+                break  # the end of the row, or masks that fit several pairs
+            found += matches
+            start += len(pairs[matches[0]][1])
+    return found
+
+
+def test_packed_rows_hold_every_pair_once_an_epoch(packed):
+    rows = texts(packed[0], 0)
+    line = next(x for x in packed[0].output[0].splitlines() if "108 pairs" in x)
+    in_epoch = int(line.split(" in ")[1].split(" rows")[0])
+    tokens = sum(len(p) + len(r) for p, r in ranks.random_pairs(120))
+    assert in_epoch < 1.2 * tokens / 32
+    epoch = rows[0 : 2 * min(in_epoch, 40) : 2]  # one of the two views
+    found = pairs_in(epoch)
+    assert len(found) > len(epoch)
+    assert len(found) == len(set(found))
+    assert any("12 pairs" in x and "in 12 rows" in x for x in packed[0].output[0].splitlines())

@@ -10,6 +10,7 @@ from megatron_mdm.objective.randomness import (
     PHI64,
     Quantiles,
     Split,
+    row_length,
     row_uniforms,
     to_unit,
 )
@@ -125,3 +126,15 @@ def test_strata_are_shuffled():
     quantiles = Quantiles("strata", 2, Split.TRAIN, 16, 16)
     first = [quantiles(16 * w) * 16 >> GRID_BITS for w in range(800)]
     assert stats.chisquare(np.bincount(first, minlength=16)).pvalue > ALPHA / NUM_TESTS
+
+
+def test_a_fraction_of_the_rows_ends_early_after_any_length():
+    lengths = [row_length(5, Split.TRAIN, row, 8, 0.25) for row in range(8000)]
+    early = [n for row, n in enumerate(lengths) if n < 8]
+    # Of the short rows an eighth has the full length.
+    assert stats.binomtest(len(early), 8000, 0.25 * 7 / 8).pvalue > 0.001
+    assert stats.chisquare(np.bincount(early, minlength=8)[1:8]).pvalue > 0.001
+    assert min(early) == 1
+    assert {row_length(5, Split.TRAIN, row, 8, 0.0) for row in range(100)} == {8}
+    everything = [row_length(5, Split.TRAIN, row, 8, 1.0) for row in range(8000)]
+    assert stats.chisquare(np.bincount(everything, minlength=9)[1:9]).pvalue > 0.001

@@ -1,0 +1,64 @@
+"""Attention inside documents by Transformer Engine's kernels for sequences of varying lengths.
+
+Imported only where Transformer Engine is in use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_mdm.mcore.attention import attend_in_documents
+
+
+class DocumentAttention(TEDotProductAttention):
+    """Megatron's attention, where the attention mask is where documents begin.
+
+    Hidden states stay [s, b, h] everywhere else, so that the head, pipeline stages and sequence
+    parallelism see nothing of it; Megatron's own packed sequences flatten the whole model.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """Attention of a micro-batch.
+
+        Args:
+            query: [s, b, heads, head size].
+            key: [s, b, groups, head size].
+            value: [s, b, groups, head size].
+            attention_mask: bounds of documents (see `document_bounds`); None: none of them, every
+                position sees its whole row.
+            attn_mask_type: follows from `attention_mask`.
+            packed_seq_params: likewise.
+            rest: as Megatron gives it.
+
+        Returns:
+            [s, b, heads * head size].
+        """
+        attend: Callable = super().forward
+        if attention_mask is None:
+            return attend(query, key, value, None, attn_mask_type=AttnMaskType.no_mask, **rest)
+
+        def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            bounds = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=attention_mask,
+                cu_seqlens_kv=attention_mask,
+                max_seqlen_q=query.shape[0],  # a bound: no document is longer than a row
+                max_seqlen_kv=query.shape[0],
+            )
+            mask_type = AttnMaskType.padding  # what Transformer Engine calls full attention here
+            return attend(q, k, v, None, attn_mask_type=mask_type, packed_seq_params=bounds, **rest)
+
+        return attend_in_documents(packed, query, key, value)
