@@ -14,6 +14,7 @@ from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import attention_mask, position_ids, seen_ahead
+from megatron_mdm.mcore.context import counts_rows, in_whole_rows, part_of, sum_over_parts
 from megatron_mdm.mcore.dataset import FIXED, needs_rows
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
@@ -110,12 +111,12 @@ def forward_step(
         record = partial(record_gradients, corrupted, num_eligible)
     positions = None
     if mdm.mdm_head == "masked":
-        positions = masked_positions(at_logits(corrupted.mask, mdm.mdm_shift))
+        positions = masked_positions(part_of(at_logits(corrupted.mask, mdm.mdm_shift)))
     output = model(
-        corrupted.tokens,
-        position_ids(rows.tokens, eod_id, mdm),
+        part_of(corrupted.tokens),
+        part_of(position_ids(rows.tokens, eod_id, mdm)),
         hidden,
-        labels=at_logits(rows.tokens, mdm.mdm_shift),
+        labels=part_of(at_logits(rows.tokens, mdm.mdm_shift)),
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
     )
@@ -173,15 +174,26 @@ def loss_func(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
 
+    Args:
+        rows: the micro-batch.
+        corrupted: its masks and weights.
+        num_eligible: L_e, int64 [b].
+        training: whether it is training's.
+        cross_entropy: of the token that each position predicts, nats, float [b, s], or of this
+            rank's part of the positions under context parallelism.
+
     Returns:
         Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
     args = get_args()
-    cross_entropy = at_tokens(cross_entropy, args.mdm_shift)
+    cross_entropy = at_tokens(in_whole_rows(cross_entropy), args.mdm_shift)
     losses = row_losses(
         cross_entropy, corrupted.mask, corrupted.weight, num_eligible, args.mdm_normalization
     )
+    # Numerator and losses are of this rank's part of the positions, all else is of whole rows.
+    denominator = losses.denominator * counts_rows()
+    per_row = sum_over_parts(losses.per_row)
     if args.check_for_nan_in_loss_and_grad:
         for reason, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
@@ -196,23 +208,23 @@ def loss_func(
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
         weight=corrupted.weight.amax(dim=1),
-        loss=losses.per_row,
+        loss=per_row,
         num_masked=corrupted.mask.sum(dim=1),
         num_eligible=num_eligible,
     )
     online = online_sampler()
     if training and online is not None and online.config.mdm_ppots_target == "loss":
-        value = losses.per_row.detach() / corrupted.rate_weight
+        value = per_row / corrupted.rate_weight
         online.record(corrupted.t, value, corrupted.rate_weight)
-    report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
-    return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+    report = torch.stack([losses.numerator.detach(), denominator.float()])
+    return losses.numerator, denominator.to(torch.int), {"mdm loss": report}
 
 
 def masked_positions(mask: torch.Tensor) -> MaskedPositions:
     """Where the head works in this rank's part of the positions.
 
     Args:
-        mask: bool [b, s].
+        mask: bool [b, s], of this rank's positions under context parallelism.
     """
     if not get_args().sequence_parallel:
         return MaskedPositions(mask)
@@ -228,8 +240,9 @@ def record_gradients(
     Args:
         corrupted: the micro-batch's masks and weights.
         num_eligible: L_e, int64 [b].
-        norms: of the gradient of the loss sum at the final hidden states [b].
+        norms: of the gradient of the loss sum at this rank's final hidden states [b].
     """
+    norms = sum_over_parts(norms.square()).sqrt()
     value = norms / corrupted.rate_weight
     if get_args().mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
         value = value / num_eligible.clamp(min=1)

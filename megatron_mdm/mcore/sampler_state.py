@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.context import counts_rows
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.fits import FitError, PotsFit, fit
 from megatron_mdm.objective.pots import PotsState, RateMoments, accumulate
@@ -49,11 +50,15 @@ class OnlineSampler:
     def record(self, t: torch.Tensor, value: torch.Tensor, rate_weight: torch.Tensor) -> None:
         """Adds rows of one micro-batch; on the last stage, without waiting for the device.
 
+        Of context-parallel ranks, which have the same rows, one counts them.
+
         Args:
             t: masking rates [b].
             value: loss or gradient norm of each row, without the importance weight [b].
             rate_weight: 1/q(t) [b].
         """
+        if not counts_rows():
+            return
         sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins)
         self.pending = sums if self.pending is None else self.pending + sums
 
