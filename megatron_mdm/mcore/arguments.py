@@ -199,7 +199,7 @@ def check(args: Namespace) -> None:
             "depend on: use --dataloader-type single"
         )
     if args.context_parallel_size > 1:
-        raise UserError("--context-parallel-size above 1 is not supported yet: set it to 1")
+        _check_context_parallel(args)
     if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
         if args.mdm_strata_window is None:
             raise UserError(
@@ -239,6 +239,19 @@ def check(args: Namespace) -> None:
 
 def _refusal(name: str) -> UserError:
     return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    if args.transformer_impl == "local":
+        raise UserError(
+            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
+            "Megatron's local attention a position would see its own rank's part of the row only"
+        )
+    if args.mdm_isolate_documents:
+        raise UserError(
+            "--mdm-isolate-documents does not go with --context-parallel-size above 1, which cuts "
+            "rows without regard to their documents: leave one of them out"
+        )
 
 
 def _check_transformer_engine(args: Namespace) -> None:
@@ -291,8 +304,9 @@ def _check_batch_sizes(args: Namespace) -> None:
         raise UserError(
             f"{world} ranks cannot be divided into model replicas of {model} "
             f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}): "
-            "change --nproc-per-node or the sizes"
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {args.context_parallel_size}): change "
+            "--nproc-per-node or the sizes"
         )
     experts = (
         (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)

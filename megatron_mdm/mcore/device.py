@@ -3,7 +3,8 @@
 Megatron names the device `cuda` in some hundred places. Rather than editing it, the seam below
 makes these places mean the CPU for as long as it is entered:
 
-1. a TorchFunctionMode that rewrites `device="cuda"` to the CPU in every torch call of this thread;
+1. a TorchFunctionMode that rewrites `device="cuda"` to the CPU in every torch call of this thread,
+   and pins no memory;
 2. stand-ins for the functions of torch.cuda that Megatron calls (streams, memory, generators);
 3. repairs of four spots of Megatron that fail, or differ between layouts, without a GPU.
 
@@ -81,6 +82,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -19,6 +19,7 @@ from megatron_mdm.mcore.attention import (
     position_ids,
     seen_ahead,
 )
+from megatron_mdm.mcore.context import counts_rows, in_whole_rows, part_of, sum_over_parts
 from megatron_mdm.mcore.dataset import FIXED, needs_rows, row_columns
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
@@ -146,12 +147,12 @@ def forward_step(
         record = partial(record_gradients, corrupted, num_eligible, segments)
     positions = None
     if mdm.mdm_head == "masked":
-        positions = masked_positions(at_logits(corrupted.mask, mdm.mdm_shift))
+        positions = masked_positions(part_of(at_logits(corrupted.mask, mdm.mdm_shift)))
     output = model(
-        corrupted.tokens,
-        position_ids(rows.tokens, documents),
+        part_of(corrupted.tokens),
+        part_of(position_ids(rows.tokens, documents)),
         hidden,
-        labels=at_logits(rows.tokens, mdm.mdm_shift),
+        labels=part_of(at_logits(rows.tokens, mdm.mdm_shift)),
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
     )
@@ -212,12 +213,21 @@ def loss_func(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
 
+    Args:
+        rows: the micro-batch.
+        corrupted: its masks and weights.
+        num_eligible: L_e, int64 [b], or [b, s] with segments.
+        segments: documents with a rate of their own; None: rows.
+        training: whether it is training's.
+        cross_entropy: of the token that each position predicts, nats, float [b, s], or of this
+            rank's part of the positions under context parallelism.
+
     Returns:
         Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
     args = get_args()
-    cross_entropy = at_tokens(cross_entropy, args.mdm_shift)
+    cross_entropy = at_tokens(in_whole_rows(cross_entropy), args.mdm_shift)
     losses = row_losses(
         cross_entropy,
         corrupted.mask,
@@ -226,6 +236,9 @@ def loss_func(
         args.mdm_normalization,
         segments,
     )
+    # Numerator and losses are of this rank's part of the positions, all else is of whole rows.
+    denominator = losses.denominator * counts_rows()
+    per_row = sum_over_parts(losses.per_row)
     if args.check_for_nan_in_loss_and_grad:
         for reason, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             get_rerun_state_machine().validate_result(
@@ -240,23 +253,22 @@ def loss_func(
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
         weight=corrupted.weight.amax(dim=1),
-        loss=losses.per_row,
+        loss=per_row,
         num_masked=counts(corrupted.mask, segments),
         num_eligible=num_eligible,
     )
     online = online_sampler()
     if training and online is not None and online.config.mdm_ppots_target == "loss":
-        value = losses.per_row.detach() / corrupted.rate_weight
-        _record(corrupted, num_eligible, segments, value)
-    report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
-    return losses.numerator, losses.denominator.to(torch.int), {"mdm loss": report}
+        _record(corrupted, num_eligible, segments, per_row / corrupted.rate_weight)
+    report = torch.stack([losses.numerator.detach(), denominator.float()])
+    return losses.numerator, denominator.to(torch.int), {"mdm loss": report}
 
 
 def masked_positions(mask: torch.Tensor) -> MaskedPositions:
     """Where the head works in this rank's part of the positions.
 
     Args:
-        mask: bool [b, s].
+        mask: bool [b, s], of this rank's positions under context parallelism.
     """
     if not get_args().sequence_parallel:
         return MaskedPositions(mask)
@@ -276,10 +288,12 @@ def record_gradients(
         corrupted: the micro-batch's masks and weights.
         num_eligible: L_e, int64 [b], or [b, s] with segments.
         segments: documents with a rate of their own; None: rows.
-        squares: squared norms of the gradient of the loss sum at the final hidden states [b, s].
+        squares: squared norms of the gradient of the loss sum at this rank's final hidden states
+            [b, s / ranks].
     """
     args = get_args()
-    norms = totals(at_tokens(squares, args.mdm_shift), segments).sqrt()
+    squares = at_tokens(in_whole_rows(squares), args.mdm_shift)
+    norms = sum_over_parts(totals(squares, segments)).sqrt()
     value = norms / corrupted.rate_weight
     if args.mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
         value = value / num_eligible.clamp(min=1)

@@ -94,12 +94,14 @@ class Recorder:
     def reduce(self) -> dict[Split, "Summary"]:
         """Sums over the data-parallel ranks and starts over; a collective call.
 
+        Context-parallel ranks have the same rows, and so the same sums.
+
         Returns:
             A summary for each split that has rows.
         """
         total, largest = self.total, self.largest
         self.total = self.largest = None
-        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         lines = zip(Split, total.tolist(), strict=True)

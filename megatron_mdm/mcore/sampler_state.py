@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.context import counts_rows
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.fits import FitError, PotsFit, fit
 from megatron_mdm.objective.pots import PotsState, RateMoments, accumulate
@@ -55,12 +56,16 @@ class OnlineSampler:
     ) -> None:
         """Adds rows of one micro-batch; on the last stage, without waiting for the device.
 
+        Of context-parallel ranks, which have the same rows, one counts them.
+
         Args:
             t: masking rates of rows [b] or documents [b, s].
             value: loss or gradient norm of each, without the importance weight.
             rate_weight: 1/q(t) of each.
             present: which documents there are, bool [b, s]; None: all.
         """
+        if not counts_rows():
+            return
         sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 

@@ -138,6 +138,17 @@ def test_experts_under_tensor_parallel_need_sequence_parallel(monkeypatch):
     arguments.check(parsed(monkeypatch, *words, "--sequence-parallel", world=2))
 
 
+def test_context_parallel_needs_transformer_engine(monkeypatch):
+    words = ["--context-parallel-size", "2"]
+    with pytest.raises(UserError, match="^--context-parallel-size .* needs --transformer-impl tra"):
+        arguments.check(parsed(monkeypatch, *words, world=2))
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    words += ["--transformer-impl", "transformer_engine"]
+    arguments.check(parsed(monkeypatch, *words, world=2))
+    with pytest.raises(UserError, match="^--mdm-isolate-documents does not go with --context-p"):
+        arguments.check(parsed(monkeypatch, *words, "--mdm-isolate-documents", world=2))
+
+
 def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):
     words = ["--eval-iters", "1", "--step-batch-size-schedule", "0:4 99:8"]
     with pytest.raises(UserError, match="give --eval-global-batch-size$"):

@@ -27,8 +27,17 @@ LAYOUTS = {
     "micro-batch 4": (1, "--micro-batch-size 4"),
     "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
-    "EP 2": (2, "--expert-model-parallel-size 2"),
-    "EP 2, all-to-all": (2, "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"),
+    "EP 2, recomputed": (
+        2,
+        "--expert-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1 --overlap-grad-reduce",
+    ),
+    "EP 2, all-to-all, recomputed": (
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+        "--recompute-granularity selective --recompute-modules moe layernorm",
+    ),
+    "CP 2": (2, "--context-parallel-size 2"),
 }
 
 
@@ -40,9 +49,9 @@ def runs(moe, tmp_path_factory):
         directory = tmp_path_factory.mktemp("run")
         save = ["--save", str(directory / "checkpoint"), "--save-interval", "1"]
         steps = [*ONE_STEP, "--train-iters", "1"]
-        result = ranks.launch(
-            directory, count, *moe, *LOSSES, *METHODS, *steps, *save, *flags.split()
-        )
+        words = [*moe, *LOSSES, *METHODS, *steps, *save, *flags.split()]
+        entry = "context_parallel" if "--context-parallel-size" in words else "train"
+        result = ranks.launch(directory, count, *words, entry=entry)
         result.weights = ranks.weights(directory / "checkpoint")
         return result
 
