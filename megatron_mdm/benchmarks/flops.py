@@ -1,0 +1,143 @@
+"""Floating-point operations that training needs: the numerator of MFU, counting useful work only.
+
+Matrix products alone count, at two operations for a multiplication with its addition; norms,
+activations, softmax, embeddings and the optimizer are left out, as in PaLM's MFU (arXiv
+2204.02311, appendix B). A backward pass needs twice the products of its forward pass. What is done
+twice, padded or thrown away is not useful: recomputed activations, logits at positions that are
+not masked, and, under causal attention, scores of what lies ahead.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+BACKWARD = 2  # products of the backward pass per product of the forward pass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a transformer, as Megatron's flags name them.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of the feed-forward layer.
+        num_attention_heads: query heads.
+        vocab_size: rows of the output layer, padding of the vocabulary included.
+        seq_length: positions of a row.
+        num_query_groups: key and value heads; None: one for each query head.
+        kv_channels: width of a head; None: hidden_size / num_attention_heads.
+        gated: whether the feed-forward layer has a gate (SwiGLU), and so three matrices.
+        tied: whether embedding and output layer share their weights.
+        num_experts: experts of a mixture-of-experts layer; 0: all layers are dense.
+        moe_router_topk: experts that a token goes through.
+        moe_ffn_hidden_size: width of an expert; None: ffn_hidden_size.
+        moe_shared_expert_size: width of the expert that every token goes through; 0: none.
+        num_moe_layers: layers with experts; None: all, if there are experts.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    seq_length: int
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    gated: bool = True
+    tied: bool = False
+    num_experts: int = 0
+    moe_router_topk: int = 0
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_size: int = 0
+    num_moe_layers: int | None = None
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "ModelShape":
+        """Takes the sizes out of Megatron's validated arguments."""
+        experts = args.num_experts or 0
+        frequency = args.moe_layer_freq
+        if isinstance(frequency, int):
+            frequency = [int(i % frequency == 0) for i in range(args.num_layers)]
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            vocab_size=args.padded_vocab_size,
+            seq_length=args.seq_length,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            kv_channels=args.kv_channels,
+            gated=args.swiglu,
+            tied=not args.untie_embeddings_and_output_weights,
+            num_experts=experts,
+            moe_router_topk=args.moe_router_topk if experts else 0,
+            moe_ffn_hidden_size=args.moe_ffn_hidden_size if experts else None,
+            moe_shared_expert_size=(args.moe_shared_expert_intermediate_size or 0)
+            if experts
+            else 0,
+            num_moe_layers=sum(frequency) if experts else None,
+        )
+
+    @property
+    def _head_width(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def _attention_weights(self) -> int:
+        """Weights of queries, keys, values and of what follows attention, in one layer."""
+        groups = self.num_query_groups or self.num_attention_heads
+        return 2 * self.hidden_size * self._head_width * (self.num_attention_heads + groups)
+
+    @property
+    def _moe_layers(self) -> int:
+        if not self.num_experts:
+            return 0
+        return self.num_layers if self.num_moe_layers is None else self.num_moe_layers
+
+    def _feed_forward_weights(self, experts: int) -> int:
+        """Weights of the matrices of all feed-forward layers, `experts` of each MoE layer's."""
+        matrices = 3 if self.gated else 2
+        moe = self._moe_layers
+        dense = (self.num_layers - moe) * self.ffn_hidden_size
+        width = experts * (self.moe_ffn_hidden_size or self.ffn_hidden_size)
+        shared = moe * (width + self.moe_shared_expert_size)
+        router = moe * self.hidden_size * self.num_experts
+        return matrices * self.hidden_size * (dense + shared) + router
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all matrices, embeddings included; norms and biases are left out."""
+        embeddings = (1 if self.tied else 2) * self.hidden_size * self.vocab_size
+        layers = self.num_layers * self._attention_weights
+        return embeddings + layers + self._feed_forward_weights(self.num_experts)
+
+    def forward_flops(self, head_fraction: float = 1.0, causal: bool = False) -> float:
+        """Operations of a forward pass, per token of a row.
+
+        Args:
+            head_fraction: of the positions, those whose logits are needed: the masked ones, about
+                a half under uniform rates; 1 for an autoregressive model.
+            causal: attention sees what came before, (seq_length + 1) / 2 positions on average, and
+                else all of them.
+        """
+        seen = (self.seq_length + 1) / 2 if causal else self.seq_length
+        scores = 2 * self.num_layers * self.num_attention_heads * self._head_width * seen
+        weights = self.num_layers * self._attention_weights
+        weights += self._feed_forward_weights(self.moe_router_topk)
+        head = head_fraction * self.hidden_size * self.vocab_size
+        return 2 * (weights + scores + head)
+
+    def training_flops(self, head_fraction: float = 1.0, causal: bool = False) -> float:
+        """Operations of a forward and a backward pass, per token; see `forward_flops`."""
+        return (1 + BACKWARD) * self.forward_flops(head_fraction, causal)
+
+
+def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float) -> float:
+    """Model FLOPs utilisation: useful operations per second over what the devices could do.
+
+    Args:
+        flops_per_token: as from `ModelShape.training_flops`.
+        tokens_per_s: of all devices.
+        peak_flops: operations per second of all devices, dense, in the precision of training.
+    """
+    return flops_per_token * tokens_per_s / peak_flops
