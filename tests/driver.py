@@ -213,3 +213,38 @@ def checkpoint_logits() -> None:
         logits["causal"] = loaded.logits(tokens)
         if loaded.args.rank == 0:
             torch.save(logits, directory / "logits.pt")
+
+
+def benchmark_sides() -> None:
+    """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
+    from megatron_mdm.benchmarks.overhead import model_flags
+    from megatron_mdm.benchmarks.race import write_data
+    from megatron_mdm.benchmarks.training import training_session
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory = Path(os.environ["TRACE_DIR"])
+    write_data(directory)
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 4, "length": 16}
+    flags = [*model_flags(sizes, 300, "cpu"), "--data-path", str(directory / "text")]
+    prepare_environment("cpu")
+    with training_device("cpu"), training_session(flags) as session:
+        session.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+        model, rows = session.model[0], session.rows(causal_datasets)
+        batch = next(rows)
+        tokens, labels = batch["tokens"], batch["labels"]
+        assert torch.equal(tokens[:, 1:], labels[:, :-1])
+        changed = tokens.clone()
+        changed[:, -1] = 299 - changed[:, -1]
+        for mask_type, is_causal in ((AttnMaskType.causal, True), (AttnMaskType.no_mask, False)):
+            session.attend(mask_type)
+            before, after = model(tokens, None, None), model(changed, None, None)
+            assert torch.equal(before[:, :-1], after[:, :-1]) == is_causal
+            losses, loss_func = causal_forward_step(iter([batch]), model)
+            loss, count, _ = loss_func(losses)
+            plain = torch.nn.functional.cross_entropy(before.flatten(0, 1), labels.flatten())
+            assert batch["loss_mask"].all() and count == labels.numel()
+            torch.testing.assert_close(loss / count, plain)
+        (directory / "sides").write_text("seen")

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mdm.benchmarks.flops import ModelShape, mfu
-from megatron_mdm.benchmarks.head import _one_rank
+from megatron_mdm.benchmarks.head import one_rank
 from megatron_mdm.data.preprocess import silent_import
 
 ROWS = 2
@@ -83,7 +83,7 @@ def _counted(shape, fraction):
     """What torch counts of a forward and a backward pass, and the model's weights in matrices."""
     with silent_import():
         from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
-    with _one_rank("cpu"):
+    with one_rank("cpu"):
         model = _model(shape)
         tokens = torch.randint(shape.vocab_size, (ROWS, shape.seq_length))
         mask = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -2,16 +2,23 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import data, head, race, variance
+from megatron_mdm.benchmarks import data, head, overhead, race, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
-BENCHMARKS = {"data": data, "head": head, "race": race, "variance": variance}
+BENCHMARKS = {
+    "data": data,
+    "head": head,
+    "overhead": overhead,
+    "race": race,
+    "variance": variance,
+}
 
 EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
   python tools/benchmark.py head --json head.json
+  python tools/benchmark.py overhead --json overhead.json
   python tools/benchmark.py variance --quick
   python tools/benchmark.py race --length 256 --batch 16 --jobs 2
 """

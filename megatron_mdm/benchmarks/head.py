@@ -11,15 +11,12 @@ Linux of the process.
 
 import argparse
 import contextlib
-import ctypes
 import json
-import pathlib
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_mdm.benchmarks.measuring import device_name, measured
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.preprocess import silent_import
 from megatron_mdm.errors import UserError
@@ -71,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--vocabularies {min(args.vocabularies)}: must be at least 1")
     results = {
         "benchmark": "head",
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         **sizes,
@@ -103,7 +100,7 @@ def measure(
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks: dict[str, list[int | None]] = {side: [] for side in SIDES}
     fractions = []
-    with _one_rank(device):
+    with one_rank(device):
         layer, cross_entropy = _output_layer(vocabulary, hidden, device)
         generator = torch.Generator().manual_seed(SEED)
         states = torch.randn(length, rows, hidden, generator=generator)
@@ -120,7 +117,7 @@ def measure(
             mask = _mask(rows, length, repeat, generator).to(device)
             for side in SIDES if repeat % 2 else SIDES[::-1]:
                 layer.weight.grad = states.grad = None
-                spent, peak = _measured(lambda side=side: step(side, mask), device)
+                spent, peak = measured(lambda side=side: step(side, mask), device)
                 if repeat:
                     seconds[side].append(spent)
                     peaks[side].append(peak)
@@ -152,7 +149,7 @@ def _median_ratio(values: dict[str, list]) -> float:
 
 
 @contextlib.contextmanager
-def _one_rank(device: str) -> Iterator[None]:
+def one_rank(device: str) -> Iterator[None]:
     """Megatron's process groups over this process alone."""
     import torch
 
@@ -212,47 +209,6 @@ def _mask(rows: int, length: int, repeat: int, generator: "torch.Generator") -> 
     t = to_unit(torch.tensor([quantiles(number) for number in numbers]))
     u = torch.rand(rows, length, dtype=torch.float64, generator=generator)
     return exact_count_mask(u, torch.ones(rows, length, dtype=torch.bool), t)[0]
-
-
-def _measured(step: Callable[[], None], device: str) -> tuple[float, int | None]:
-    """Seconds of a step (CPU: of all threads), and the most bytes that it had at a time."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(OSError, AttributeError):  # which are of Linux with glibc
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory would be taken again unseen
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
-    resident = _resident("VmRSS")
-    start = time.process_time()
-    step()
-    spent = time.process_time() - start
-    peak = _resident("VmHWM")
-    return spent, None if resident is None or peak is None else peak - resident
-
-
-def _resident(name: str) -> int | None:
-    """Bytes of memory of this process, from Linux; None elsewhere."""
-    try:
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _table(results: dict[str, Any]) -> str:

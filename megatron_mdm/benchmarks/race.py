@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--steps {args.steps}: must be a multiple of {EVALUATIONS}")
     directory = pathlib.Path(args.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_data(directory)
+    write_data(directory)
     names = list(dict.fromkeys(["standard", *args.competitors]))
     # Two names may stand for the same settings, which are trained once.
     aliases = {str(COMPETITORS[name]): name for name in reversed(names)}
@@ -138,7 +138,7 @@ def steps_to(curve: list[float], target: float, interval: int) -> float | None:
     return None
 
 
-def _write_data(directory: pathlib.Path) -> None:
+def write_data(directory: pathlib.Path) -> None:
     """The bytes of the standard library's modules as a Megatron dataset, a document each."""
     if (directory / "text.idx").exists():
         return
