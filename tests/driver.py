@@ -1,6 +1,7 @@
 """What the ranks of the tests run: the program, with a record of the rows that each rank saw."""
 
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -248,3 +249,15 @@ def benchmark_sides() -> None:
             assert batch["loss_mask"].all() and count == labels.numel()
             torch.testing.assert_close(loss / count, plain)
         (directory / "sides").write_text("seen")
+
+
+def benchmark_costs() -> None:
+    """What tools/benchmark.py costs measures, of a tiny model."""
+    from megatron_mdm.benchmarks import costs
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory = Path(os.environ["TRACE_DIR"])
+    prepare_environment("cpu")
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 8, "length": 16}
+    results = costs.measure(directory, steps=100, checkpoints=1, sizes=sizes)
+    (directory / "costs.json").write_text(json.dumps(results))

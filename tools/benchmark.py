@@ -2,11 +2,12 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import data, head, overhead, race, variance
+from megatron_mdm.benchmarks import costs, data, head, overhead, race, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
 BENCHMARKS = {
+    "costs": costs,
     "data": data,
     "head": head,
     "overhead": overhead,
@@ -18,6 +19,7 @@ EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
   python tools/benchmark.py head --json head.json
+  python tools/benchmark.py costs --json costs.json
   python tools/benchmark.py overhead --json overhead.json
   python tools/benchmark.py variance --quick
   python tools/benchmark.py race --length 256 --batch 16 --jobs 2

@@ -139,7 +139,8 @@ def _record_norms(
     """
 
     def look(gradient: torch.Tensor) -> None:
-        squares = gradient.detach().float().square().sum(dim=(0, 2))
+        norms = torch.linalg.vector_norm(gradient.detach(), dim=2, dtype=torch.float32)
+        squares = norms.square().sum(dim=0)
         if output_layer.sequence_parallel:  # each rank has a part of the positions
             group = mpu.get_tensor_model_parallel_group()
             torch.distributed.all_reduce(squares, group=group)
