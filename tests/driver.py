@@ -453,3 +453,15 @@ class _Gathered(torch.autograd.Function):
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient, group=group)
         return gradient.chunk(group.size())[group.rank()]
+
+
+def benchmark_costs() -> None:
+    """What tools/benchmark.py costs measures, of a tiny model."""
+    from megatron_mdm.benchmarks import costs
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory = Path(os.environ["TRACE_DIR"])
+    prepare_environment("cpu")
+    sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 8, "length": 16}
+    results = costs.measure(directory, steps=100, checkpoints=1, sizes=sizes)
+    (directory / "costs.json").write_text(json.dumps(results))

@@ -2,11 +2,13 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import data, fp8, head, overhead, race, variance
+from megatron_mdm.benchmarks import baseline, costs, data, fp8, head, overhead, race, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
 BENCHMARKS = {
+    "baseline": baseline,
+    "costs": costs,
     "data": data,
     "fp8": fp8,
     "head": head,
@@ -20,6 +22,8 @@ example:
   python tools/benchmark.py data --mb 16 --json data.json
   python tools/benchmark.py fp8 --json fp8.json
   python tools/benchmark.py head --json head.json
+  python tools/benchmark.py baseline --json baseline.json
+  python tools/benchmark.py costs --json costs.json
   python tools/benchmark.py overhead --json overhead.json
   python tools/benchmark.py variance --quick
   python tools/benchmark.py race --length 256 --batch 16 --jobs 2

@@ -186,7 +186,8 @@ class RowDataset(torch.utils.data.Dataset):
         tokens[num_tokens:] = self.pad_id
         self._check_no_mask(row, tokens[:num_tokens])
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
-        uniforms = view_of(uniforms, view, self.views)
+        if self.views > 1:
+            uniforms = view_of(uniforms, view, self.views)
         if "prompt" in item:
             uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
         columns = {
@@ -224,11 +225,12 @@ class RowDataset(torch.utils.data.Dataset):
         )
 
     def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
-        places = (tokens == self.mask_token_id).nonzero()
-        if len(places):
+        is_mask = tokens.numpy() == self.mask_token_id
+        if is_mask.any():
+            place = is_mask.argmax()
             raise UserError(
                 f"row {row} of the {self.split.name} data contains the mask token "
-                f"{self.mask_token_id} at position {int(places[0])}: the model would take it for a "
+                f"{self.mask_token_id} at position {place}: the model would take it for a "
                 "masked position. Tokenize the data again, or give another --mdm-mask-token-id"
             )
 

@@ -139,7 +139,7 @@ def _record_squares(
     """
 
     def look(gradient: torch.Tensor) -> None:
-        norms = gradient.detach().float().norm(dim=2)
+        norms = torch.linalg.vector_norm(gradient.detach(), dim=2, dtype=torch.float32)
         if config.grad_scale_func:
             norms = norms / config.grad_scale_func(torch.ones_like(norms))
         if output_layer.sequence_parallel:  # each rank has a part of the positions

@@ -72,7 +72,7 @@ def random_bits(
 
 def to_grid(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """The 52 leading bits of each word: integers that `to_unit` maps to (0, 1)."""
-    return (words >> np.uint64(64 - GRID_BITS)).astype(np.int64)
+    return (words >> np.uint64(64 - GRID_BITS)).view(np.int64)
 
 
 def to_unit(grid: torch.Tensor) -> torch.Tensor:
