@@ -1,8 +1,9 @@
 """Where the noise of a model's training comes from, over a callable that gives loss and gradient.
 
-First nested draws of rows, rates and masks give A, B and C (objective/variance.py), then batches
-under every method give what each leaves of the variance of `standard`. What was measured is kept in
-a file, so that an interrupted measurement goes on where it was.
+First nested draws of rows, rates and masks give A, B and C (objective/variance.py), and the same
+rows under a causal mask the C of autoregressive training, which has no other; then batches under
+every method give what each leaves of the variance of `standard`. What was measured is kept in a
+file, so that an interrupted measurement goes on where it was.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms
 from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.variance import (
     METHODS,
+    CausalStep,
     Floats,
     MethodVariance,
     RowMoments,
@@ -84,16 +86,23 @@ class Settings:
 class State:
     """What was measured so far, in a file beside the report.
 
+    Args:
+        path: the file.
+        settings: what is measured.
+        writes: whether this process saves; one of several ranks does.
+
     Attributes:
         rows: for each row t [nt], loss [nt, nm], squared norm of the gradient [nt, nm], and
-            mean [d], pattern [nt] and rate [nt] of the gradient's `RowMoments`.
+            mean [d], pattern [nt] and rate [nt] of the gradient's `RowMoments`; and the loss [1]
+            and the gradient [d] of its next tokens, both empty without a `CausalStep`.
         methods: what each method was measured to have.
     """
 
-    COLUMNS = ("t", "loss", "norm2", "mean", "pattern", "rate")
+    COLUMNS = ("t", "loss", "norm2", "mean", "pattern", "rate", "causal_loss", "causal_gradient")
 
-    def __init__(self, path: str, settings: Settings):
+    def __init__(self, path: str, settings: Settings, writes: bool = True):
         self.path = path
+        self.writes = writes
         self.identity = json.dumps(dataclasses.asdict(settings))
         self.rows: list[dict[str, Floats]] = []
         self.methods: dict[str, MethodVariance] = {}
@@ -124,7 +133,7 @@ class State:
 
     def save(self, interval: float = 0.0) -> None:
         """Writes the file, unless that was done less than `interval` seconds ago."""
-        if time.monotonic() - self._saved < interval or not self.rows:
+        if not self.writes or time.monotonic() - self._saved < interval or not self.rows:
             return
         methods = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
         columns = {name: np.stack([row[name] for row in self.rows]) for name in self.COLUMNS}
@@ -141,6 +150,7 @@ def measure(
     settings: Settings,
     state: State,
     progress: Callable[[int], Any] = lambda rows: None,
+    causal: CausalStep | None = None,
 ) -> dict[str, Any]:
     """Measures what `state` does not have yet, and puts the report together.
 
@@ -151,11 +161,12 @@ def measure(
         settings: what to measure.
         state: what was measured before; kept on disk, also when this is interrupted.
         progress: called with rows that were done.
+        causal: the same network as an autoregressive model.
 
     Returns:
         The report, ready for JSON: `loss` and `gradient` with [estimate, standard error] of A, B,
-        C and total of one row; `curves` over the bins of t; `standard batch`, the variance of a
-        batch; `methods`, relative to it.
+        C and total of one row; `autoregressive`, with C of both, if there is `causal`; `curves`
+        over the bins of t; `standard batch`, the variance of a batch; `methods`, relative to it.
 
     Raises:
         UserError: fewer texts than rows.
@@ -168,7 +179,9 @@ def measure(
     try:
         progress(len(state.rows) * settings.rates * settings.masks)
         for number in range(len(state.rows), settings.rows):
-            state.rows.append(_nested(step, texts[number], eligible[number], settings, number))
+            row = _nested(step, texts[number], eligible[number], settings, number)
+            row |= _next_tokens(causal, texts[number], eligible[number])
+            state.rows.append(row)
             state.save(SAVE_EVERY)
             progress(settings.rates * settings.masks)
         if settings.batches:
@@ -217,6 +230,16 @@ def _nested(
     return {"t": rates, "loss": loss, "norm2": norm2, **vars(moments)}
 
 
+def _next_tokens(
+    causal: CausalStep | None, text: torch.Tensor, eligible: torch.Tensor
+) -> dict[str, Floats]:
+    """The same row as autoregressive training sees it, where nothing is drawn."""
+    if causal is None:
+        return {"causal_loss": np.zeros(0), "causal_gradient": np.zeros(0)}
+    loss, gradient = causal(text[None], eligible[None])
+    return {"causal_loss": np.array([loss]), "causal_gradient": gradient.numpy()}
+
+
 def _fit(state: State, settings: Settings) -> dict[str | None, RateSampler]:
     """Densities for P-POTS from the nested draws."""
     samplers: dict[str | None, RateSampler] = {None: Uniform()}
@@ -243,6 +266,15 @@ def _report(state: State, settings: Settings, length: int) -> dict[str, Any]:
         for letter, part in (("A", "pattern"), ("B", "rate")):
             values = np.stack([getattr(row, part) for row in rows])
             report["curves"][f"{name} {letter}"] = curve(t, values, settings.bins)
+    if len(state.rows[0]["causal_loss"]):
+        report["autoregressive"] = {}
+        for name in ("loss", "gradient"):
+            # Without rates and masks the variance between rows is C itself.
+            rows = [
+                RowMoments(row[f"causal_{name}"], np.zeros(1), np.zeros(1)) for row in state.rows
+            ]
+            found = decompose(rows, settings.masks, seed=settings.seed)
+            report["autoregressive"][name] = {"C": found.C}
     report["methods"] = []
     if state.methods:
         standard = state.methods["standard"]
@@ -274,6 +306,13 @@ def as_text(report: dict[str, Any]) -> str:
             share = value / report[name]["total"][0]
             cells += f"{value:12.4g} +- {error:<8.2g} {share:4.0%}"
         lines.append(f"{part:6s}{meaning:18s}{cells}")
+    if "autoregressive" in report:
+        cells = ""
+        for name in ("loss", "gradient"):
+            value, error = report["autoregressive"][name]["C"]
+            share = value / report[name]["total"][0]
+            cells += f"{value:12.4g} +- {error:<8.2g} {share:4.0%}"
+        lines.append(f"{'C     autoregressive':24s}{cells}")
     if report["methods"]:
         lines.append("")
         lines.append(
@@ -300,13 +339,21 @@ def draw_figure(report: dict[str, Any], path: str) -> None:
     figure, (shares, curves, methods) = plt.subplots(
         1, 3, figsize=(13, 4), layout="constrained", width_ratios=[1, 1.6, 1.6]
     )
-    labels = {"A": "A: mask pattern", "B": "B: rate", "C": "C: data"}
-    for i, (part, label) in enumerate(labels.items()):
+    bars = [
+        ("A: mask pattern", "A", report),
+        ("B: rate", "B", report),
+        ("C: data", "C", report),
+        ("C, autoregressive", "C", report.get("autoregressive")),
+    ]
+    for i, (label, part, source) in enumerate(bars):
+        if source is None:
+            continue
         values, errors = (
-            [report[n][part][k] / report[n]["total"][0] for n in names] for k in (0, 1)
+            [source[n][part][k] / report[n]["total"][0] for n in names] for k in (0, 1)
         )
-        places = [x + 0.27 * (i - 1) for x in range(2)]
-        shares.bar(places, values, 0.25, yerr=errors, capsize=3, label=label, color=colors[part])
+        places = [x + 0.21 * (i - 1.5) for x in range(2)]
+        color = colors[part] if source is report else "0.6"
+        shares.bar(places, values, 0.19, yerr=errors, capsize=3, label=label, color=color)
     shares.set(xticks=range(2), xticklabels=names, ylabel="share of the variance of one row")
     shares.legend()
     bins = report["settings"]["bins"]

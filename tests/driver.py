@@ -166,6 +166,69 @@ def _draws(row, model, args):
     return [(weighted[low:high].sum(), int(eligible[low:high].sum())) for low, high in drawn]
 
 
+def autoregressive() -> None:
+    """The autoregressive program of the reproduction, as a user starts it."""
+    path = Path(__file__).parent.parent / "examples/reproduce/autoregressive.py"
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def causal() -> None:
+    """What a checkpoint gives under a causal mask, for tests/mcore/test_causal.py."""
+    (load,) = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        from megatron_mdm.mcore.causal import causal_attention
+        from megatron_mdm.mcore.measure import ParallelSketch, causal_step
+
+        tokens = torch.randint(0, 119, (3, 32), generator=torch.Generator().manual_seed(0))
+        other = tokens.clone()
+        other[:, 20:] = 7
+        with causal_attention(loaded.model):
+            seen, unseen = loaded.logits(tokens), loaded.logits(other)
+        parameters = list(loaded.model.parameters())
+        eligible = torch.ones_like(tokens, dtype=torch.bool)
+        step = causal_step(loaded, ParallelSketch(parameters, None), micro_batch_size=2)
+        loss, gradient = step(tokens, eligible)
+        # Each token from its own prefix, where there is nothing later to be seen.
+        with causal_attention(loaded.model):
+            terms = [
+                torch.nn.functional.cross_entropy(
+                    loaded.model(tokens[:, :i], torch.arange(i).expand(3, i), None)[:, -1],
+                    tokens[:, i],
+                )
+                for i in range(1, 32)
+            ]
+        expected = torch.stack(terms).mean()
+        found = torch.autograd.grad(expected, parameters)
+        whole = torch.cat([g.flatten() for g in found])
+        torch.save(
+            {
+                "causal": (seen, unseen),
+                "full": (loaded.logits(tokens), loaded.logits(other)),
+                "step": (loss, gradient),
+                "expected": (float(expected), whole),
+                "responses": _response_losses(loaded),
+            },
+            f"{os.environ['TRACE_DIR']}/causal.pt",
+        )
+
+
+def _response_losses(loaded) -> float:
+    """Mean over the last 12 of `ranks.random_pairs(120)` of the loss of the response's tokens."""
+    from megatron_mdm.mcore.causal import causal_attention
+    from tests import ranks
+
+    losses = []
+    for prompt, response in ranks.random_pairs(120)[108:]:
+        tokens = torch.tensor([prompt + response])
+        with causal_attention(loaded.model):
+            log_p = loaded.logits(tokens)[0].log_softmax(dim=-1)
+        first = max(len(prompt), 1)
+        losses.append(
+            -log_p[torch.arange(first - 1, tokens.shape[1] - 1), tokens[0, first:]].mean()
+        )
+    return float(torch.stack(losses).mean())
+
+
 def readme_script() -> None:
     """The script of README's section on own scripts, word for word, on the CPU."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

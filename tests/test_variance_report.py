@@ -42,6 +42,21 @@ def texts():
     return rows, torch.ones_like(rows, dtype=torch.bool)
 
 
+@pytest.fixture(scope="module")
+def causal():
+    """Next-token losses that the tests can compute on their own: each token by itself."""
+    torch.manual_seed(0)
+    logits = torch.nn.Parameter(torch.randn(VOCABULARY))
+    parameters = Sketch([logits], None)
+
+    def step(tokens, eligible):
+        assert eligible.all()
+        loss = -logits.log_softmax(dim=0)[tokens[:, 1:]].mean()
+        return float(loss), parameters.gradient(loss)
+
+    return step
+
+
 def settings(**changes):
     values = {"rows": 300, "rates": 3, "masks": 2, "batches": 300, "batch": 4, "bins": 4}
     values |= {"mask_token_id": MASK, "eps": 0.1, "seed": 0, "subject": "toy"}
@@ -49,9 +64,9 @@ def settings(**changes):
 
 
 @pytest.fixture(scope="module")
-def report(model, texts, tmp_path_factory):
+def report(model, causal, texts, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.partial"
-    return measure(model, *texts, settings(), State(str(path), settings()))
+    return measure(model, *texts, settings(), State(str(path), settings()), causal=causal)
 
 
 def test_nested_draws_and_whole_batches_agree_on_the_variance(report):
@@ -63,6 +78,22 @@ def test_nested_draws_and_whole_batches_agree_on_the_variance(report):
         assert error < 0.2 * value and total_error < 0.2 * total
         parts = sum(report[name][part][0] for part in "ABC")
         assert parts == pytest.approx(total)
+
+
+def test_an_autoregressive_model_has_data_noise_only(report, causal, texts):
+    """The tokens are independent and uniform, so the variance of their mean is known."""
+    losses, gradients = zip(*(causal(row[None], row[None] >= 0) for row in texts[0]), strict=True)
+    for name, values in (("loss", torch.tensor(losses)[:, None]), ("gradient", gradients)):
+        value, error = report["autoregressive"][name]["C"]
+        # The report has 300 of these rows; a trace is a sum over columns.
+        rows = torch.stack(list(values))[:300].double()
+        assert value == pytest.approx(float(rows.var(dim=0).sum()), rel=1e-5)
+        assert 0 < error < 0.2 * value
+    # softmax - one-hot over the 7 tokens: the trace of the covariance of one token's one-hot.
+    expected = (1 - 1 / MASK) / (LENGTH - 1)
+    value, error = report["autoregressive"]["gradient"]["C"]
+    assert abs(value - expected) < 4 * error
+    assert "C     autoregressive" in as_text(report)
 
 
 def test_the_report_has_every_method_its_cost_and_its_figure(report, tmp_path):
@@ -81,9 +112,9 @@ def test_the_report_has_every_method_its_cost_and_its_figure(report, tmp_path):
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
 
-def test_an_interrupted_measurement_goes_on_where_it_was(model, texts, tmp_path):
+def test_an_interrupted_measurement_goes_on_where_it_was(model, causal, texts, tmp_path):
     few = settings(rows=6, batches=3)
-    whole = measure(model, *texts, few, State(str(tmp_path / "whole"), few))
+    whole = measure(model, *texts, few, State(str(tmp_path / "whole"), few), causal=causal)
     calls = []
 
     def interrupted(*args):
@@ -95,8 +126,8 @@ def test_an_interrupted_measurement_goes_on_where_it_was(model, texts, tmp_path)
     path = str(tmp_path / "partial")
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            measure(interrupted, *texts, few, State(path, few))
-    assert measure(interrupted, *texts, few, State(path, few)) == whole
+            measure(interrupted, *texts, few, State(path, few), causal=causal)
+    assert measure(interrupted, *texts, few, State(path, few), causal=causal) == whole
     # 20th call: row 3 anew; 60th: one method anew.
     assert len(calls) < 6 * 3 * 2 + 11 * 3 + 6 + 3 + 1
     with pytest.raises(UserError, match="other settings"):

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from megatron_mdm.benchmarks.runs import read_scalars
 from megatron_mdm.errors import UserError, run_tool
 
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
@@ -41,18 +42,6 @@ def main() -> None:
         )
     draw(scalars, options.output)
     print(f"picture: {options.output}")
-
-
-def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
-    """All scalars of a TensorBoard directory: name -> (step, value), in order of the steps."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(directory, size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        name: [(event.step, event.value) for event in events.Scalars(name)]
-        for name in events.Tags()["scalars"]
-    }
 
 
 def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:

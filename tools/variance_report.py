@@ -4,9 +4,11 @@
 
 writes variance.json and variance.png, and prints the table. Nested draws of rows, rates and masks
 give the shares of the masking pattern (A), the masking rate (B) and the data (C) in the variance of
-the loss and of the gradient of one row; then batches are drawn under every method. On one rank.
+the loss and of the gradient of one row, beside the data noise of the same network on the same rows
+as an autoregressive model: causal mask, next tokens. Then batches are drawn under every method.
 The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
+Under torchrun the ranks share the model as tensor-parallel ranks.
 """
 
 import argparse
@@ -62,8 +64,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints, writes, draws."""
     options = parse()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("tools/variance_report.py runs on one rank: start it without torchrun")
     if not options.output.endswith(".json"):
         raise UserError(f"--output {options.output}: must end in .json")
     figure = options.figure or options.output.removesuffix(".json") + ".png"
@@ -80,13 +80,12 @@ def main() -> None:
 
     from megatron_mdm import variance_report as report
     from megatron_mdm.data.outputs import termination_raises, write_text
-    from megatron_mdm.objective.variance import Sketch
 
     names = ("rows", "rates", "masks", "batches", "batch", "bins", "seed")
     numbers = {name: getattr(options, name) for name in names}
     report.Settings(**numbers, mask_token_id=0, eps=0.5, subject="")  # complain before loading
     with open_checkpoint(options.load, options.device) as loaded:
-        from megatron_mdm.mcore.measure import gradient_step
+        from megatron_mdm.mcore.measure import ParallelSketch, causal_step, gradient_step
         from megatron_mdm.mcore.texts import read_tokens, rows_of
 
         args = loaded.args
@@ -107,26 +106,37 @@ def main() -> None:
         parameters = [
             p for name, p in loaded.model.named_parameters() if options.parameters in name
         ]
-        count = sum(p.numel() for p in parameters)
-        if not count:
+        if not parameters:
             raise UserError(f"--parameters {options.parameters}: no parameter has that in its name")
+        sketch = ParallelSketch(parameters, None, options.seed)
+        count = sketch.count
         size = options.sketch or (SKETCH if count > MOST_WHOLE else None)
-        step = gradient_step(loaded, Sketch(parameters, size, options.seed), options.micro_batch)
+        if size is not None:
+            sketch = ParallelSketch(parameters, size, options.seed)
+        step = gradient_step(loaded, sketch, options.micro_batch)
+        causal = causal_step(loaded, sketch, options.micro_batch)
         iteration = Path(options.load, "latest_checkpointed_iteration.txt").read_text().strip()
         subject = [os.path.realpath(options.load), iteration, os.path.realpath(options.data)]
         settings = report.Settings(
             **numbers,
             mask_token_id=args.mdm_mask_token_id,
             eps=args.mdm_eps,
-            subject=" ".join(map(str, [*subject, options.parameters, count, size])),
+            subject=" ".join(
+                map(str, [*subject, options.parameters, count, size, args.world_size])
+            ),
         )
-        state = report.State(options.output + ".partial", settings)
-        with termination_raises(), tqdm(unit="rows", total=settings.work) as bar:
-            result = report.measure(step, texts, eligible, settings, state, bar.update)
-        print(report.as_text(result))
-        report.draw_figure(result, figure)
-        write_text(options.output, json.dumps(result, indent=2) + "\n")
-        os.unlink(state.path)
+        first = args.rank == 0
+        state = report.State(options.output + ".partial", settings, writes=first)
+        with (
+            termination_raises(),
+            tqdm(unit="rows", total=settings.work, disable=not first) as bar,
+        ):
+            result = report.measure(step, texts, eligible, settings, state, bar.update, causal)
+        if first:
+            print(report.as_text(result))
+            report.draw_figure(result, figure)
+            write_text(options.output, json.dumps(result, indent=2) + "\n")
+            os.unlink(state.path)
 
 
 if __name__ == "__main__":

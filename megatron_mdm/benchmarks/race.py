@@ -9,19 +9,17 @@ kept in --directory, so that an interrupted race goes on where it was.
 
 import argparse
 import concurrent.futures
-import hashlib
 import json
 import math
 import os
 import pathlib
 import re
 import statistics
-import subprocess
 import sys
 import sysconfig
 
-from megatron_mdm.config import flag
-from megatron_mdm.data.outputs import write_errors, write_text
+from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, kept, run_python
+from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.recipes import RECIPES
 
@@ -177,42 +175,20 @@ def _flags(args: argparse.Namespace, directory: pathlib.Path, seed: int) -> list
 def _curve(args: argparse.Namespace, name: str, seed: int) -> list[float]:
     """Trains one run, or reads it if it was finished: its NELBO at every evaluation."""
     directory = pathlib.Path(args.directory)
-    settings = [*_flags(args, directory, seed), *_as_flags(COMPETITORS[name])]
     # Named by its settings: a recipe that changes is trained again, two names for one share a run.
-    kept = directory / f"{hashlib.sha256(' '.join(settings).encode()).hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))["nelbo"]
-    log = kept.with_suffix(".log")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        # glibc gives large blocks back and takes them anew at every step: a quarter of the time.
-        "MALLOC_MMAP_THRESHOLD_": "4000000000",
-        "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    with write_errors(str(log)), open(log, "w", encoding="utf-8") as output:
-        status = subprocess.run(
-            [*command, "-m", "megatron_mdm.pretrain", *settings],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        ).returncode
-    values = re.findall(r"validation NELBO: ([0-9.]+)", log.read_text(encoding="utf-8"))
-    if status or len(values) < EVALUATIONS:
-        raise UserError(f"the run of {name} with seed {seed} failed: its output is in {log}")
-    nelbo = [float(value) for value in values[:EVALUATIONS]]
-    write_text(str(kept), json.dumps({"flags": settings, "nelbo": nelbo}) + "\n")
-    print(f"{name}, seed {seed}: {nelbo[-1]:.4f} nats/token", file=sys.stderr, flush=True)
-    return nelbo
+    settings = [*_flags(args, directory, seed), *as_flags(COMPETITORS[name])]
 
+    def train(path: pathlib.Path) -> dict:
+        log = path.with_suffix(".log")
+        output = run_python([*PROGRAM, *settings], log, f"the run of {name} with seed {seed}")
+        values = re.findall(r"validation NELBO: ([0-9.]+)", output)
+        if len(values) < EVALUATIONS:
+            raise UserError(f"the run of {name} with seed {seed} has no NELBO: its log is {log}")
+        nelbo = [float(value) for value in values[:EVALUATIONS]]
+        print(f"{name}, seed {seed}: {nelbo[-1]:.4f} nats/token", file=sys.stderr, flush=True)
+        return {"nelbo": nelbo}
 
-def _as_flags(settings: dict) -> list[str]:
-    flags = []
-    for key, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        flags += [flag(key), *map(str, values)]
-    return flags
+    return kept(directory, settings, train)["nelbo"]
 
 
 def _table(results: dict, args: argparse.Namespace) -> str:

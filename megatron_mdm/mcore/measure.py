@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from megatron.core import mpu
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
+from megatron_mdm.mcore.causal import causal_attention
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
@@ -22,7 +24,7 @@ from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import RateMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
-from megatron_mdm.objective.variance import Sketch, Step
+from megatron_mdm.objective.variance import CausalStep, Sketch, Step, gradients
 
 
 def measure(
@@ -79,8 +81,45 @@ def measure(
         yield draws.stop, total, moments
 
 
+class ParallelSketch(Sketch):
+    """A sketch of the whole gradient on every tensor-parallel rank.
+
+    Sharded parameters add their parts on all ranks, replicated ones count once, on the first.
+
+    Args:
+        parameters: this rank's.
+        size: as for `Sketch`.
+        seed: as for `Sketch`.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], size: int | None, seed: int = 0):
+        self.group = mpu.get_tensor_model_parallel_group()
+        rank, ranks = mpu.get_tensor_model_parallel_rank(), self.group.size()
+        self.counted = [not rank or getattr(p, "tensor_model_parallel", False) for p in parameters]
+        own = [p for p, counted in zip(parameters, self.counted, strict=True) if counted]
+        super().__init__(own, size, seed + (rank << 32))  # a projection of its own for each rank
+        self.parameters = parameters
+        counts = torch.zeros(ranks, dtype=torch.int64, device=torch.cuda.current_device())
+        counts[rank] = sum(p.numel() for p in own)
+        torch.distributed.all_reduce(counts, group=self.group)
+        self.count = int(counts.sum())
+        self._first = int(counts[:rank].sum())  # this rank's place in the whole gradient
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        """The (projected) gradient of a scalar, float32 [d], on the CPU; a collective call."""
+        # All of them, so that every rank takes the same way back through the collectives.
+        found = gradients(loss, self.parameters)
+        part = self._project([g for g, own in zip(found, self.counted, strict=True) if own])
+        whole = part.to(found[0].device)
+        if self.size is None:
+            whole = found[0].new_zeros(self.count, dtype=torch.float32)
+            whole[self._first : self._first + len(part)] = part
+        torch.distributed.all_reduce(whole, group=self.group)
+        return whole.cpu()
+
+
 def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8) -> Step:
-    """The mean loss of masked rows, and its gradient, by a checkpoint; on one rank.
+    """The mean loss of masked rows, and its gradient, by a checkpoint, the same on all ranks.
 
     Args:
         loaded: the model.
@@ -111,6 +150,47 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8
             losses = row_losses(
                 at_tokens(cross_entropy, mdm.mdm_shift), mask, weight, able.sum(dim=1), "rows"
             )
+            loss = losses.numerator / len(tokens)
+            total += float(loss)
+            gradient = gradient + sketch.gradient(loss)
+        return total, gradient
+
+    return step
+
+
+def causal_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8) -> CausalStep:
+    """The mean next-token loss of rows by the same network under a causal mask, and its gradient.
+
+    The loss of a row is the mean cross entropy of its eligible tokens but the first, which nothing
+    predicts, nats per token.
+
+    Args:
+        loaded: the model.
+        sketch: of the parameters that the gradient is of.
+        micro_batch_size: rows in one call of the model.
+    """
+    mdm = MDMConfig.from_args(loaded.args)
+    device, eod_id = torch.cuda.current_device(), get_tokenizer().eod
+    packed = loaded.args.transformer_impl == "transformer_engine"
+
+    def step(tokens: torch.Tensor, eligible: torch.Tensor) -> tuple[float, torch.Tensor]:
+        total, gradient = 0.0, torch.zeros(())
+        for rows in torch.arange(len(tokens)).split(micro_batch_size):
+            clean, able = tokens[rows].to(device), eligible[rows].to(device)
+            documents = isolated_documents(clean, eod_id, mdm)
+            positions = position_ids(clean, documents)
+            able = able & (positions > 0)
+            nothing = torch.zeros_like(able)
+            hidden = attention_mask(
+                clean, nothing, eod_id, mdm, documents, ahead=nothing, as_bounds=packed
+            )
+            with causal_attention(loaded.model):
+                cross_entropy = loaded.model(
+                    clean, positions, hidden, labels=at_logits(clean, shift=True)
+                )
+            values = at_tokens(cross_entropy, shift=True)
+            weight = torch.ones_like(values)
+            losses = row_losses(values, able, weight, able.sum(dim=1), "rows")
             loss = losses.numerator / len(tokens)
             total += float(loss)
             gradient = gradient + sketch.gradient(loss)

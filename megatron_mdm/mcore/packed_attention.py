@@ -39,16 +39,18 @@ class DocumentAttention(TEDotProductAttention):
             value: [s, b, groups, head size].
             attention_mask: bounds of documents (see `document_bounds`); None: none of them, every
                 position sees its whole row.
-            attn_mask_type: follows from `attention_mask`.
-            packed_seq_params: likewise.
+            attn_mask_type: `causal`, or else in both directions.
+            packed_seq_params: follows from `attention_mask`.
             rest: as Megatron gives it.
 
         Returns:
             [s, b, heads * head size].
         """
         attend: Callable = super().forward
+        causal = attn_mask_type is AttnMaskType.causal
         if attention_mask is None:
-            return attend(query, key, value, None, attn_mask_type=AttnMaskType.no_mask, **rest)
+            whole = AttnMaskType.causal if causal else AttnMaskType.no_mask
+            return attend(query, key, value, None, attn_mask_type=whole, **rest)
 
         def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             bounds = PackedSeqParams(
@@ -58,7 +60,8 @@ class DocumentAttention(TEDotProductAttention):
                 max_seqlen_q=query.shape[0],  # a bound: no document is longer than a row
                 max_seqlen_kv=query.shape[0],
             )
-            mask_type = AttnMaskType.padding  # what Transformer Engine calls full attention here
-            return attend(q, k, v, None, attn_mask_type=mask_type, packed_seq_params=bounds, **rest)
+            # What Transformer Engine calls causal and full attention here.
+            inside = AttnMaskType.padding_causal if causal else AttnMaskType.padding
+            return attend(q, k, v, None, attn_mask_type=inside, packed_seq_params=bounds, **rest)
 
         return attend_in_documents(packed, query, key, value)

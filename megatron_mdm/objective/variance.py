@@ -32,6 +32,8 @@ from megatron_mdm.objective.samplers import RateSampler
 Floats = npt.NDArray[np.float64]
 # (clean tokens [B, L], eligible [B, L], their corruption) -> mean loss, gradient [d]
 Step = Callable[[torch.Tensor, torch.Tensor, Corruption], tuple[float, torch.Tensor]]
+# (tokens [B, L], eligible [B, L]) -> mean next-token loss, gradient [d]
+CausalStep = Callable[[torch.Tensor, torch.Tensor], tuple[float, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -165,17 +167,21 @@ class Sketch:
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """The (projected) gradient of a scalar, float32 [d], on the CPU."""
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        parts = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.parameters, gradients, strict=True)
-        ]
+        return self._project(gradients(loss, self.parameters)).cpu()
+
+    def _project(self, parts: list[torch.Tensor]) -> torch.Tensor:
         if self.size is None:
-            return torch.cat([g.flatten().float() for g in parts]).cpu()
-        result = torch.zeros(self.size, device=parts[0].device)
+            return torch.cat([g.flatten().float() for g in parts]) if parts else torch.zeros(0)
+        result = torch.zeros(self.size, device=parts[0].device if parts else None)
         for g, (place, sign) in zip(parts, self._places, strict=True):
             result.index_add_(0, place, g.flatten().float() * sign)
-        return result.cpu()
+        return result
+
+
+def gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Gradients of a scalar; zeros for parameters that it does not depend on."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 @dataclass(frozen=True)

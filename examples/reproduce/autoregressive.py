@@ -1,0 +1,87 @@
+"""The same network on the same rows, trained autoregressively by Megatron.
+
+Takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
+position predict the token after it. Rows, their order and the tokens that count are those of masked
+diffusion; attention is causal and no token is masked.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+from megatron_mdm.config import MDMConfig, requested_device
+from megatron_mdm.errors import UserError, exit_rank_with
+from megatron_mdm.pretrain import prepare_environment
+
+
+def main() -> None:
+    """Trains; a `UserError` ends it with one line and status 2."""
+    prepare_environment(requested_device())
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_mdm.mcore import parts as mdm
+    from megatron_mdm.mcore.arguments import parse
+
+    with mdm.training_device(requested_device()):
+        set_startup_timestamps(program_start=time.time(), main_entry=time.time())
+        mdm.use_shipped_dataset_helpers()
+        args = parse()
+        if not args.mdm_shift:
+            raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
+        pretrain(
+            pretrain_cfg_container_from_args(args, mdm.model_config(args)),
+            mdm.train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+
+
+def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+    """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
+    from megatron.training import get_args
+    from megatron.training.global_vars import get_tokenizer
+
+    from megatron_mdm.mcore.attention import position_ids
+    from megatron_mdm.mcore.causal import causal_attention
+    from megatron_mdm.mcore.forward_step import at_logits, load_rows
+
+    mdm, eod_id = MDMConfig.from_args(get_args()), get_tokenizer().eod
+    rows = load_rows(data_iterator, model.training)
+    with causal_attention(model):
+        cross_entropy = model(
+            rows.tokens,
+            position_ids(rows.tokens, eod_id, mdm),
+            None,
+            labels=at_logits(rows.tokens, shift=True),
+        )
+    return cross_entropy, partial(loss_func, rows.eligible(eod_id, mdm), mdm.mdm_normalization)
+
+
+def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:
+    """Sums over a micro-batch, averaged like the loss of masked diffusion.
+
+    Args:
+        eligible: tokens that count, bool [b, s].
+        normalization: `tokens` or `rows`.
+        cross_entropy: of the token after each position, float [b, s], nats.
+    """
+    import torch
+
+    from megatron_mdm.mcore.forward_step import at_tokens
+    from megatron_mdm.objective.loss import row_losses
+
+    values = at_tokens(cross_entropy, shift=True)
+    losses = row_losses(
+        values, eligible, torch.ones_like(values), eligible.sum(dim=1), normalization
+    )
+    report = torch.stack([losses.numerator.detach(), losses.denominator.float()])
+    return losses.numerator, losses.denominator.to(torch.int), {"lm loss": report}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        exit_rank_with(error)

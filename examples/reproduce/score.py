@@ -1,0 +1,66 @@
+"""Share of held-out problems that a checkpoint solves under greedy decoding.
+
+    python examples/reproduce/score.py --load CHECKPOINT --problems test.jsonl --json score.json
+
+Masked diffusion keeps the likeliest of all predictions, one a model call; an autoregressive model
+(--causal) writes from left to right. A solution is right if its answer is.
+"""
+
+import argparse
+import json
+
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.outputs import write_text
+from megatron_mdm.errors import UserError, run_tool
+
+
+def main() -> None:
+    """Loads, decodes all problems, counts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_checkpoint_arguments(parser, pipeline=False)
+    parser.add_argument("--problems", required=True, metavar="FILE", help="JSONL of pairs")
+    parser.add_argument("--causal", action="store_true", help="autoregressive, from left to right")
+    parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
+    options = parser.parse_args()
+    with open(options.problems, encoding="utf-8") as file:
+        pairs = [json.loads(line) for line in file]
+    with open_checkpoint(options.load, options.device) as loaded:
+        import contextlib
+
+        import torch
+        from problems import answer
+
+        from megatron_mdm.generation import Decoder
+        from megatron_mdm.mcore.causal import causal_attention
+
+        tokenizer, mask = loaded.tokenizer, loaded.args.mdm_mask_token_id
+        decoder = Decoder(
+            mask,
+            block_length=1 if options.causal else None,
+            end_token_ids=(tokenizer.eod,),
+            vocab_size=tokenizer.vocab_size,
+        )
+        length = loaded.args.seq_length
+        prompts = [tokenizer.tokenize(pair["prompt"]) for pair in pairs]
+        if max(map(len, prompts)) >= length:
+            raise UserError(f"{options.problems}: a prompt is as long as the model's rows")
+        rows = torch.tensor([row + [mask] * (length - len(row)) for row in prompts])
+        rows = rows.to(torch.cuda.current_device())
+        attention = causal_attention(loaded.model) if options.causal else contextlib.nullcontext()
+        with attention:
+            written = [row for part in rows.split(256) for row in decoder(loaded.logits, part)]
+        right, texts = 0, []
+        for pair, prompt, row in zip(pairs, prompts, written, strict=True):
+            response = row.tolist()[len(prompt) :]
+            end = response.index(tokenizer.eod) if tokenizer.eod in response else len(response)
+            texts.append(tokenizer.detokenize(response[:end]))
+            right += answer(texts[-1]) == answer(pair["response"])
+    result = {"accuracy": right / len(pairs), "problems": len(pairs), "examples": texts[:3]}
+    write_text(options.json, json.dumps(result, indent=2) + "\n")
+    print(f"{right} of {len(pairs)} right")
+
+
+if __name__ == "__main__":
+    run_tool(main)

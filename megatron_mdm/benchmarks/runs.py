@@ -1,0 +1,94 @@
+"""Runs of the program that are kept: each is named by its flags, and done once."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_mdm.config import flag
+from megatron_mdm.data.outputs import write_errors, write_text
+from megatron_mdm.errors import UserError
+
+PROGRAM = ("-m", "megatron_mdm.pretrain")
+ENVIRONMENT = {
+    # One rank needs no launcher, which would import torch a second time.
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+    "OMP_NUM_THREADS": "1",
+    # glibc gives large blocks back and takes them anew at every step: a quarter of the time.
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings of the objective as flags: {"mdm_views": 2} -> ["--mdm-views", "2"]."""
+    flags = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [flag(key), *map(str, values)]
+    return flags
+
+
+def kept(
+    directory: pathlib.Path, flags: Sequence[str], work: Callable[[pathlib.Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of a run, from an earlier time if it was finished.
+
+    Args:
+        directory: where results are.
+        flags: name the run: whoever changes one asks for another run.
+        work: called if there is no result yet, with a name for files of the run beside it.
+
+    Returns:
+        What `work` returned, and `flags`.
+    """
+    name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
+    path = directory / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = {"flags": list(flags), **work(directory / name)}
+    write_text(str(path), json.dumps(result) + "\n")
+    return result
+
+
+def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
+    """Runs Python with these arguments as a single rank.
+
+    Args:
+        command: arguments of the interpreter, such as `PROGRAM` and flags.
+        log: file for all output.
+        name: what it is called when it fails, such as "the run of standard".
+
+    Returns:
+        The output.
+
+    Raises:
+        UserError: it failed.
+    """
+    with write_errors(str(log)), open(log, "w", encoding="utf-8") as output:
+        status = subprocess.run(
+            [sys.executable, *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+        ).returncode
+    if status:
+        raise UserError(f"{name} failed: its output is in {log}")
+    return log.read_text(encoding="utf-8")
+
+
+def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
+    """All scalars of a TensorBoard directory: name -> (step, value), in order of the steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(directory, size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
