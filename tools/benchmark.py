@@ -2,7 +2,17 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import baseline, costs, data, fp8, head, overhead, race, variance
+from megatron_mdm.benchmarks import (
+    baseline,
+    costs,
+    data,
+    fp8,
+    gpu,
+    head,
+    overhead,
+    race,
+    variance,
+)
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
@@ -11,6 +21,7 @@ BENCHMARKS = {
     "costs": costs,
     "data": data,
     "fp8": fp8,
+    "gpu": gpu,
     "head": head,
     "overhead": overhead,
     "race": race,
@@ -21,6 +32,7 @@ EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
   python tools/benchmark.py fp8 --json fp8.json
+  python tools/benchmark.py gpu --json gpu.json
   python tools/benchmark.py head --json head.json
   python tools/benchmark.py baseline --json baseline.json
   python tools/benchmark.py costs --json costs.json

@@ -5,9 +5,10 @@ objective. Then, with its weights fixed, the tensors that enter the two backward
 linear layer, x^T g and g W, are rounded to FP8 as Transformer Engine's per-tensor recipes do, and
 the products are compared with those in float32: the error of the gradient of the weights, summed
 over a batch, and of the input, and how many entries of g saturate or become 0. `current` scales a
-tensor by its own largest entry; `delayed` by the largest of earlier micro-batches, of the last one
-(Megatron's defaults) or of up to 1024 (--fp8-amax-history-len 1024 --fp8-amax-compute-algo max).
-`hybrid` rounds x and W to e4m3 and g to e5m2, `e4m3` all of them to e4m3.
+tensor by its own largest entry (--fp8-recipe tensorwise); `delayed` by the largest of earlier
+micro-batches, of the last one (Megatron's defaults) or of up to 1024 (--fp8-amax-history-len 1024
+--fp8-amax-compute-algo max), with --fp8-margin 0 or 4. x and W are rounded to e4m3, and g to e5m2
+(--fp8-format hybrid) or e4m3.
 
 Errors are those of single layers with exact inputs: they do not add up over the layers, and no
 kernel of a GPU has run. Rows hold few tokens, so an exact count's largest weight is small.
@@ -30,11 +31,33 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "simulated FP8: how the loss weight's tail affects quantised gradients"
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
-# What g is rounded to; of how many earlier micro-batches the scale is.
-FORMATS = {"hybrid": "float8_e5m2", "e4m3": "float8_e4m3fn"}
-HISTORIES = {"current": 0, "delayed 1": 1, "delayed 1024": 1024}
 ROWS = 32  # of a batch, in all its micro-batches
 SEED = 1234
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How tensors are scaled and rounded; x and W always to e4m3.
+
+    Attributes:
+        history: micro-batches whose largest entries make the scale; 0: the tensor's own.
+        gradient: format of g, a key of `LARGEST`.
+        margin: powers of two between the largest entry and the largest number of the format.
+    """
+
+    history: int
+    gradient: str = "float8_e5m2"
+    margin: int = 0
+
+
+SCALINGS = {
+    "current": Scaling(0),
+    "current, e4m3": Scaling(0, "float8_e4m3fn"),
+    "delayed 1": Scaling(1),
+    "delayed 1, margin 4": Scaling(1, margin=4),
+    "delayed 1024": Scaling(1024),
+    "delayed 1024, e4m3": Scaling(1024, "float8_e4m3fn"),
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     for name, value, text in (
         ("length", 128, "of a row"),
-        ("steps", 600, "of training"),
-        ("batches", 12, f"of {ROWS} rows that each setting is measured on"),
+        ("steps", 400, "of training"),
+        ("batches", 10, f"of {ROWS} rows that each setting is measured on"),
         ("micro-batch", 4, "rows that are scaled together"),
     ):
         parser.add_argument(
@@ -121,17 +144,18 @@ def run(args: argparse.Namespace) -> None:
 class Scale:
     """The scale of one tensor of one layer, from micro-batch to micro-batch.
 
-    As Transformer Engine's with margin 0: it never follows from zeros or infinities, where the one
-    before stays, and the first of a delayed one is 1.
+    As Transformer Engine's: it never follows from zeros or infinities, where the one before stays,
+    and the first of a delayed one is 1.
 
     Args:
-        history: micro-batches, a value of `HISTORIES`; 0: the tensor's own.
+        scaling: history and margin.
         largest: number of the format.
     """
 
-    def __init__(self, history: int, largest: float) -> None:
-        self.largest = largest
+    def __init__(self, scaling: Scaling, largest: float) -> None:
+        self.largest = largest / 2**scaling.margin
         self.value = 1.0
+        history = scaling.history
         self._earlier: deque[float] | None = deque(maxlen=history) if history else None
 
     def __call__(self, amax: float) -> float:
@@ -164,8 +188,7 @@ class Meter:
     """What the backward products of all linear layers lose under one way of rounding.
 
     Args:
-        history: a value of `HISTORIES`.
-        gradient: format of g, a value of `FORMATS`.
+        scaling: the way.
 
     Attributes:
         errors: of the gradient of the weights of each micro-batch: the length of the error over
@@ -174,12 +197,12 @@ class Meter:
         batch_lengths: component of that sum along the exact one; below 1 it is too short.
     """
 
-    def __init__(self, history: int, gradient: str) -> None:
+    def __init__(self, scaling: Scaling) -> None:
         self.errors: list[float] = []
         self.batch_errors: list[float] = []
         self.batch_lengths: list[float] = []
         self.counting = True
-        self._history, self._gradient = history, gradient
+        self._scaling = scaling
         self._scales: dict[tuple[str, str], Scale] = {}
         self._entries = self._saturated = self._zeroed = 0
         self._input_error = self._input_exact = 0.0
@@ -200,18 +223,18 @@ class Meter:
             for name, values, dtype in (
                 ("x", x, "float8_e4m3fn"),
                 ("w", w, "float8_e4m3fn"),
-                ("g", g, self._gradient),
+                ("g", g, self._scaling.gradient),
             )
         ]
         qx, qw = (rounded(v, "float8_e4m3fn", s) for v, s in zip((x, w), scales, strict=False))
-        qg = rounded(g, self._gradient, scales[2])
+        qg = rounded(g, self._scaling.gradient, scales[2])
         self._layers.append(((qg.t() @ qx).flatten(), (g.t() @ x).flatten()))
         if self.counting:
             exact = g @ w
             self._input_error += float((qg @ qw - exact).square().sum())
             self._input_exact += float(exact.square().sum())
             # A scale by the largest entry itself can end a rounding error above the limit.
-            top = LARGEST[self._gradient] * (1.0 + 1e-6) / scales[2]
+            top = LARGEST[self._scaling.gradient] * (1.0 + 1e-6) / scales[2]
             self._entries += int((g != 0).sum())
             self._saturated += int((g.abs() > top).sum())
             self._zeroed += int(((qg == 0) & (g != 0)).sum())
@@ -252,7 +275,7 @@ class Meter:
         }
 
     def _scale(self, layer: str, name: str, values: "torch.Tensor", dtype: str) -> float:
-        new = Scale(self._history, LARGEST[dtype])
+        new = Scale(self._scaling, LARGEST[dtype])
         return self._scales.setdefault((layer, name), new)(float(values.abs().max()))
 
 
@@ -280,11 +303,7 @@ def _measure(
     source = batches(
         texts, eligible, method, sampler, variance.MASK, setting.eps, args.micro_batch, SEED
     )
-    meters = {
-        (kind, formats): Meter(history, gradient)
-        for kind, history in HISTORIES.items()
-        for formats, gradient in FORMATS.items()
-    }
+    meters = {name: Meter(scaling) for name, scaling in SCALINGS.items()}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     weights: list[float] = []
     for batch in range(args.batches + 1):  # in the first one delayed scales settle
@@ -314,13 +333,8 @@ def _measure(
         for meter in meters.values():
             meter.end_batch()
     return [
-        {
-            "scaling": kind,
-            "formats": formats,
-            "largest_weight": max(weights),
-            **meter.summary(weights),
-        }
-        for (kind, formats), meter in meters.items()
+        {"scaling": name, "largest_weight": max(weights), **meter.summary(weights)}
+        for name, meter in meters.items()
     ]
 
 
@@ -354,7 +368,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row['scaling'] + ', ' + row['formats']:22s}{row['weight_gradient_error']:9.1%}"
+            f"{row['scaling']:22s}{row['weight_gradient_error']:9.1%}"
             f"{row['weight_gradient_error_heaviest']:9.1%}{row['weight_gradient_length']:8.3f}"
             f"{row['input_gradient_error']:9.1%}{row['saturated']:11.1e}{row['zeroed']:11.1e}"
         )

@@ -1,0 +1,94 @@
+"""Tests that need a GPU with Transformer Engine; elsewhere they skip, and say so.
+
+MDM_TEST_DEVICE=cpu runs all of them on the CPU with local layers, without FP8 and with few
+iterations: that shows that they run, and nothing about a GPU.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ranks
+
+DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
+HERE = Path(__file__).parent
+# Layers that FP8 products take, in all recipes, and fused attention; or what is there soon.
+WIDTH, LENGTH = (256, 128) if DEVICE == "cuda" else (32, 32)
+MODEL = [
+    *f"--hidden-size {WIDTH} --ffn-hidden-size {2 * WIDTH} --seq-length {LENGTH}".split(),
+    *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr 1e-3 --seed 7".split(),
+]
+FP8 = "--bf16 --fp8-format hybrid --fp8-recipe".split()
+PRECISIONS = {
+    "bf16": ["--bf16"],
+    "delayed": [*FP8, *"delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()],
+    "tensorwise": [*FP8, "tensorwise"],
+    "blockwise": [*FP8, "blockwise"],
+}
+
+
+def pytest_collection_modifyitems(items):
+    lacks = None
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        lacks = "needs a CUDA device (MDM_TEST_DEVICE=cpu for a dry run)"
+    elif DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+        lacks = "Transformer Engine is not installed (extra `gpu`)"
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if lacks:
+                item.add_marker(pytest.mark.skip(reason=lacks))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ranks_of_their_own():
+    """On a GPU ranks start from nothing: a forked process cannot use CUDA after its parent."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cuda":
+            patch.setattr(ranks, "_context", multiprocessing.get_context("spawn"))
+        patch.setattr(ranks, "TIMEOUT", 400)
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prefix of an indexed dataset of about 20,000 tokens."""
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    ranks.write_documents(prefix, ranks.random_documents(600))
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def train(data, tmp_path_factory):
+    """Trains on one rank; `dry` are the iterations of a dry run."""
+
+    def run(*flags, precision="bf16", device=DEVICE, iterations=20, dry=4, **options):
+        layers = PRECISIONS[precision] if precision else []
+        if device == "cuda":
+            layers = [*layers, "--transformer-impl", "transformer_engine"]
+        elif "--bf16" in layers:
+            layers = ["--bf16"]
+        return ranks.launch(
+            tmp_path_factory.mktemp("run"),
+            1,
+            *MODEL,
+            *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")],
+            *["--mdm-device", device, *layers],
+            *["--train-iters", str(iterations if DEVICE == "cuda" else dry)],
+            *flags,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(train, tmp_path_factory):
+    """A checkpoint in float32 from the CPU, of 20 iterations."""
+    directory = str(tmp_path_factory.mktemp("checkpoint") / "cpu")
+    train("--save", directory, "--save-interval", "20", precision=None, device="cpu", dry=20)
+    return directory

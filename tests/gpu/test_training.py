@@ -1,0 +1,78 @@
+"""Training on a GPU: FP8 against BF16, resuming, evaluations, and everything at once."""
+
+import math
+import statistics
+
+import pytest
+
+from tests.gpu.conftest import DEVICE, LENGTH, PRECISIONS
+
+FP8 = [name for name in PRECISIONS if name != "bf16"]
+EVERYTHING = [
+    *"--mdm-rate-sampler ppots --mdm-ppots-refit-interval 2 --mdm-ppots-target gradient".split(),
+    *"--mdm-ppots-bins 4 --mdm-views 2 --mdm-mask exact-count --mdm-head masked".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def bf16(train):
+    return train(iterations=200)
+
+
+@pytest.mark.parametrize("precision", FP8)
+def test_loss_curves_are_within_a_percent_of_bf16(precision, train, bf16):
+    fp8 = train(precision=precision, iterations=200)
+    assert fp8.masks() == bf16.masks()
+    windows = range(0, len(bf16.losses), 20)
+    for i in windows:
+        expected = statistics.mean(bf16.losses[i : i + 20])
+        assert statistics.mean(fp8.losses[i : i + 20]) == pytest.approx(expected, rel=0.01)
+    if DEVICE == "cuda":
+        assert fp8.losses != bf16.losses, "FP8 was not used"
+        assert bf16.losses[-1] < 0.7 * bf16.losses[0], "nothing was learnt"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "delayed"])
+def test_a_resumed_run_goes_on(precision, train, tmp_path):
+    save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
+    # The schedule of the learning rate is constant, so that it does not know of the end.
+    train(*save, precision=precision, iterations=10, dry=2)
+    resumed = train(*save, "--load", save[1], precision=precision)
+    whole = train(precision=precision)
+    count = len(resumed.losses)
+    assert 0 < count < len(whole.losses)
+    tail = {key: value for key, value in whole.masks().items() if key in resumed.masks()}
+    assert resumed.masks() == tail
+    assert resumed.losses == pytest.approx(whole.losses[-count:], rel=2e-3)
+
+
+def test_evaluations_do_not_move_the_scales_of_training(train):
+    """Kernels may add up in any order: two runs that are alike say how much that makes."""
+    evaluate = "--eval-interval 2 --eval-iters 2 --eval-global-batch-size 8".split()
+    first, second = (train(precision="delayed").losses for _ in range(2))
+    evaluated = train(*evaluate, precision="delayed")
+    assert len(evaluated.scalars["mdm/validation NELBO"]) > 1
+    noise = max(abs(a - b) for a, b in zip(first, second, strict=True))
+    gaps = (abs(a - b) for a, b in zip(first, evaluated.losses, strict=True))
+    assert max(gaps) <= 2 * noise
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_everything_at_once(precision, train):
+    run = train(*EVERYTHING, precision=precision, iterations=60, dry=6)
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert "P-POTS refit at iteration" in run.output[0]
+    weights = run.scalars["mdm/largest weight"]
+    # A row masks one token at least, and a tenth of the density is uniform.
+    assert all(1.0 <= weight <= LENGTH / 0.1 for weight in weights)
+    assert max(weights) > 1.0
+    if DEVICE == "cuda":
+        assert statistics.mean(run.losses[-20:]) < statistics.mean(run.losses[:20])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_masked_head_gives_the_full_heads_loss(precision, train):
+    masked, full = (train("--mdm-head", head, precision=precision) for head in ("masked", "full"))
+    assert masked.masks() == full.masks()
+    assert masked.losses[0] == pytest.approx(full.losses[0], rel=1e-3)
+    assert masked.losses == pytest.approx(full.losses, rel=1e-2)
