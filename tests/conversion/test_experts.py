@@ -72,6 +72,14 @@ def test_experts_over_ranks_have_the_same_loss_and_convert_back(layout, runs, mo
     assert all(torch.equal(original[name], back[name]) for name in original)
 
 
+def test_a_run_with_other_experts_a_rank_is_read_by_two_tensor_parallel_ranks(
+    runs, model, megatron_logits
+):
+    tokens = torch.arange(64).view(2, 32)
+    ours = megatron_logits(runs["TP 2 x EP 2"].checkpoint, tokens, 2)["full"]
+    assert (ours - models.logits(model / "hf", tokens, causal=False)).abs().max() < 1e-4
+
+
 def test_flags_of_other_experts_are_named(flags, tmp_path):
     changed = [*flags, "--moe-router-topk", "2", "--moe-ffn-hidden-size", "16"]
     changed.remove("--moe-router-pre-softmax")
