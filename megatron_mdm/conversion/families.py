@@ -5,7 +5,7 @@ transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `m
 for the diffusion models).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,8 @@ class Family:
         if self.experts_key is None:
             return [False] * layers
         pattern = config.get(self.experts_key) or [1] * layers
-        if not isinstance(pattern, Sequence) or len(pattern) != layers or {*pattern} - {0, 1}:
+        zeros_and_ones = isinstance(pattern, list) and all(x in (0, 1) for x in pattern)
+        if not zeros_and_ones or len(pattern) != layers:
             raise UserError(
                 f"config.json: {self.experts_key!r} should be a list of 0 or 1 for each of the "
                 f"{layers} layers, got {pattern!r}"
@@ -201,8 +202,6 @@ _LAYER = "decoder.layers.{n}."
 # Megatron's tensors that only one kind of layer has.
 _OF_EXPERTS = (".mlp.router.", ".mlp.experts.")
 _OF_DENSE = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
-
-
 # A norm that the local layers keep with the experts, and Transformer Engine's by itself.
 LOCAL_NORM = "mlp.linear_fc1.layer_norm_weight"
 TE_NORM = "pre_mlp_layernorm.weight"

@@ -21,7 +21,7 @@ from megatron_mdm.conversion.common import (
     write_hub_files,
 )
 from megatron_mdm.conversion.common import verify as verify_tensors
-from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
+from megatron_mdm.conversion.families import Config, Family, detect, mask_token_id, model_flags
 from megatron_mdm.conversion.layout import Heads, join, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
@@ -136,7 +136,7 @@ def to_megatron(
                 trust=trust,
                 say=say,
             )
-    for line in _remarks(family, words, tied):
+    for line in _remarks(family, config, words, tied):
         say(line)
     say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
     say(f"train it with (data, batch and schedule are yours):\n\n{launch}\n")
@@ -230,7 +230,7 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
     return " \\\n".join([*lines, line])
 
 
-def _remarks(family: Family, words: Vocabulary, tied: bool) -> Iterator[str]:
+def _remarks(family: Family, config: Config, words: Vocabulary, tied: bool) -> Iterator[str]:
     if words.added:
         yield (
             f"added the mask token {MASK_TOKEN} with id {words.mask}"
@@ -255,3 +255,8 @@ def _remarks(family: Family, words: Vocabulary, tied: bool) -> Iterator[str]:
         )
     if family.shifted or words.added:
         yield "the logits of position i - 1 predict token i: --mdm-shift"
+    if family.experts_key:
+        yield (
+            "how the experts are kept balanced is a choice of the training: --moe-aux-loss-coeff "
+            f"(config.json: {config.get('router_aux_loss_coef')})"
+        )

@@ -33,17 +33,17 @@ DESCRIPTION = (
     "rope_scaling_factor",
     "untie_embeddings_and_output_weights",
     "num_experts",
-    "moe_layer_freq",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
     "moe_router_topk",
-    "moe_router_pre_softmax",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
     "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size",
+    "mdm_shift",
     "moe_router_enable_expert_bias",
     "moe_router_topk_scaling_factor",
     "moe_router_num_groups",
     "moe_router_group_topk",
-    "mdm_shift",
 )
 
 # Megatron's flags that are not named like their argument.

@@ -36,6 +36,10 @@ CPU_DEFAULTS = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+    # Between tensor-parallel experts the other dispatcher gathers shares that gloo wants equal.
+    "moe_token_dispatcher_type": "allgather",
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
 }
 
 

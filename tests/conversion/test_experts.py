@@ -7,6 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.common import pairs
+from megatron_mdm.conversion.families import LLADA, LLADA_MOE, LOCAL_NORM, TE_NORM, detect
+from megatron_mdm.conversion.layout import Heads
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
@@ -72,6 +75,14 @@ def test_experts_over_ranks_have_the_same_loss_and_convert_back(layout, runs, mo
     assert all(torch.equal(original[name], back[name]) for name in original)
 
 
+def test_a_run_with_other_experts_a_rank_is_read_by_two_tensor_parallel_ranks(
+    runs, model, megatron_logits
+):
+    tokens = torch.arange(64).view(2, 32)
+    ours = megatron_logits(runs["TP 2 x EP 2"].checkpoint, tokens, 2)["full"]
+    assert (ours - models.logits(model / "hf", tokens, causal=False)).abs().max() < 1e-4
+
+
 def test_flags_of_other_experts_are_named(flags, tmp_path):
     changed = [*flags, "--moe-router-topk", "2", "--moe-ffn-hidden-size", "16"]
     changed.remove("--moe-router-pre-softmax")
@@ -88,6 +99,7 @@ def test_flags_of_other_experts_are_named(flags, tmp_path):
 
 def test_the_launch_line_describes_the_experts(converted):
     words = {}
+    assert any("--moe-aux-loss-coeff" in line for line in converted("llada-moe")[2])
     for kind in ("llada-moe", "llada-moe-dense"):
         words[kind] = (converted(kind)[1] / "launch.txt").read_text().replace("\\\n", "").split()
         text = " ".join(words[kind])
@@ -97,6 +109,21 @@ def test_the_launch_line_describes_the_experts(converted):
         assert "--moe-router-pre-softmax" in words[kind] and "--qk-layernorm" in words[kind]
     assert "--moe-layer-freq" not in words["llada-moe"]  # layers all alike share their keys
     assert "'[0,1,1]'" in words["llada-moe-dense"]
+
+
+def test_other_routing_is_far_outside_the_tolerance(converted, monkeypatch):
+    """Weights that add up to 1, as without --moe-router-pre-softmax: the parity can fail."""
+    source, _, _ = converted("llada-moe")
+    tokens = torch.arange(32)[None]
+    right, experts = models.logits(source, tokens, causal=False), models._experts
+
+    def renormalised(y, w, prefix, chosen):
+        probabilities = (y @ w[prefix + "gate.weight"].T).softmax(dim=-1)
+        kept = probabilities.topk(chosen).values.sum(dim=-1, keepdim=True)
+        return experts(y, w, prefix, chosen) / kept
+
+    monkeypatch.setattr(models, "_experts", renormalised)
+    assert (models.logits(source, tokens, causal=False) - right).abs().max() > 0.01
 
 
 def test_both_layer_specifications_find_their_norm(converted):
@@ -116,9 +143,24 @@ def test_both_layer_specifications_find_their_norm(converted):
                 assert torch.equal(opened.read(locate(key, n, opened.shapes)), norm)
 
 
-def test_a_family_without_architectures_is_told_by_its_keys():
-    from megatron_mdm.conversion.families import LLADA, LLADA_MOE, detect
+def test_the_norm_of_either_layer_specification_is_read(converted):
+    source, checkpoint, _ = converted("llada-moe")
+    config = json.loads((source / "config.json").read_text())
+    shapes = DistCheckpoint(checkpoint).shapes
+    keys = {f"decoder.layers.{name}" for name in (LOCAL_NORM, TE_NORM)}
+    for key in keys:
+        saved = {name: shape for name, shape in shapes.items() if name not in keys - {key}}
+        found = pairs(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
+        norms = [
+            pair for pair in found if pair.names[0].endswith("post_attention_layernorm.weight")
+        ]
+        assert [place.key for pair in norms for place in pair.places] == [key, key]
+    with pytest.raises(UserError, match=f"here lacks the tensor decoder.layers.0.{LOCAL_NORM}"):
+        saved = {name: shape for name, shape in shapes.items() if name not in keys}
+        pairs(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
 
+
+def test_a_family_without_architectures_is_told_by_its_keys():
     for config, family in ((models.LLADA, LLADA), (models.LLADA_MOE, LLADA_MOE)):
         assert detect({k: v for k, v in config.items() if k != "architectures"}) is family
     assert detect({**models.LLADA_MOE, "architectures": ["LLaDAMoEModel"]}) is LLADA_MOE

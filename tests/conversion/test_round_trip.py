@@ -54,8 +54,9 @@ def test_megatron_computes_the_same_logits(kind, converted, megatron_logits):
     assert (ours["full"] - ours["causal"]).abs().max() > 0.1
 
 
-def test_two_tensor_parallel_ranks_compute_the_same_logits(converted, megatron_logits):
-    source, checkpoint, _ = converted("qwen3")
+@pytest.mark.parametrize("kind", ["qwen3", "llada-moe-dense"])
+def test_two_tensor_parallel_ranks_compute_the_same_logits(kind, converted, megatron_logits):
+    source, checkpoint, _ = converted(kind)
     tokens = torch.arange(32)[None]
     ours = megatron_logits(checkpoint, tokens, 2)["full"]
     assert (ours - models.logits(source, tokens, causal=False)).abs().max() < TOLERANCE
