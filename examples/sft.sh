@@ -40,8 +40,8 @@ convert
 preprocess --messages-key messages
 if [ -n "$REAL" ]; then # LLaDA's learning rate and batch; choose the iterations for three epochs
     train "${ROWS[@]}" --seq-length 4096 --micro-batch-size 2 --global-batch-size 256 --train-iters 3000 \
-        --lr 2.5e-5 --lr-warmup-iters 50 --lr-decay-style WSD --lr-wsd-decay-iters 300 --min-lr 2.5e-6 \
-        --weight-decay 0.1 --save-interval 500 --eval-interval 250
+        --lr 2.5e-5 --lr-warmup-iters 50 --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 300 \
+        --min-lr 2.5e-6 --weight-decay 0.1 --save-interval 500 --eval-interval 250
 else
     train "${ROWS[@]}" --train-iters 200 --save-interval 200 --eval-interval 200 --lr 3e-3
     echo "== an answer"
