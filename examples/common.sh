@@ -29,10 +29,10 @@ convert() { # FLAGS: to Megatron, with these flags
         --output "$RUN/megatron" --verify "$@"
 }
 
-preprocess() { # tokenizes the files that $TEXT lists with the converted model's tokenizer
+preprocess() { # FLAGS: tokenizes the files that $TEXT lists with the converted model's tokenizer
     echo "== data"
     [ -e "$RUN/text.idx" ] || python tools/preprocess_data.py --input-list "$TEXT" \
-        --hf-tokenizer "$RUN/megatron/huggingface" --output-prefix "$RUN/text"
+        --hf-tokenizer "$RUN/megatron/huggingface" --output-prefix "$RUN/text" "$@"
 }
 
 train() { # FLAGS: runs the launch line of the conversion, with these flags after its own

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB, WIDTH, LAYERS, FFN, HEADS = 512, 64, 2, 176, 4
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
+CHAT = """{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 COMMON = {"vocab_size": VOCAB, "rope_theta": 10000.0, "torch_dtype": "float32"}
 CONFIGS = {
     "qwen2": COMMON
@@ -72,7 +74,9 @@ def tokenizer(with_mask: bool) -> PreTrainedTokenizerFast:
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     inner.train([str(library / name) for name in ("argparse.py", "ast.py")], trainer)
     mask = {"mask_token": MASK} if with_mask else {}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, pad_token=EOS, **mask)
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, pad_token=EOS, **mask)
+    words.chat_template = CHAT
+    return words
 
 
 def shapes(family: str) -> dict[str, tuple[int, ...]]:

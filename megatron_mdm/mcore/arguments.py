@@ -274,6 +274,12 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
                 "local only: Transformer Engine takes a padding mask for a length"
             )
+        if MDMConfig.from_args(args).divides_rows and args.cuda_graph_impl not in (None, "none"):
+            raise UserError(
+                f"--cuda-graph-impl {args.cuda_graph_impl} needs shapes that stay, and the number "
+                "of documents changes: leave it out, or --mdm-isolate-documents and "
+                "--mdm-random-length-fraction"
+            )
         if args.mdm_anneal_attention_iters:
             raise UserError(
                 "--mdm-anneal-attention-iters works with --transformer-impl local only: its "

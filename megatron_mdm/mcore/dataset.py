@@ -104,14 +104,14 @@ class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
     """Rows of made-up data, for --mock-data."""
 
 
-def row_columns(config: MDMConfig, seq_length: int, training: bool) -> dict[str, int]:
-    """The tensors of a row and how many integers each has; see RowDataset."""
-    per_document = training and config.mdm_rate_per == "document"
-    columns = {"tokens": seq_length, "uniforms": seq_length}
+def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
+    """The tensors of a row, and whether each is a vector or a number; see RowDataset."""
+    columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
+    columns |= {"tokens": True, "uniforms": True}
+    columns["quantile"] = training and config.mdm_rate_per == "document"
     if config.mdm_sft and config.mdm_isolate_documents:
-        columns["document"] = seq_length
-    columns["quantile"] = seq_length if per_document else 1
-    return columns | dict.fromkeys(("num_tokens", "length", "split", "row"), 1)
+        columns["document"] = True
+    return columns
 
 
 class RowDataset(torch.utils.data.Dataset):
@@ -199,10 +199,10 @@ class RowDataset(torch.utils.data.Dataset):
             "uniforms": torch.from_numpy(uniforms),
             "quantile": torch.tensor(self.quantiles(draw)),
         }
-        wanted = row_columns(self.config, len(tokens), self.training)
-        if wanted["quantile"] > 1:
+        is_vector = row_columns(self.config, self.training)
+        if is_vector["quantile"]:
             columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
-        if "document" in wanted:
+        if "document" in is_vector:
             columns["document"] = torch.from_numpy(item["document"])
         return columns
 

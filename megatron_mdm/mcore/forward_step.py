@@ -181,26 +181,25 @@ def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
     """
     args = get_args()
     b = args.micro_batch_size if training else args.eval_micro_batch_size
-    columns = row_columns(MDMConfig.from_args(args), args.seq_length, training)
+    is_vector = row_columns(MDMConfig.from_args(args), training)
+    widths = [args.seq_length if vector else 1 for vector in is_vector.values()]
     device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
-        parts = [batch[name].view(b, width) for name, width in columns.items()]
+        parts = [batch[name].view(b, -1) for name in is_vector]
         packed = torch.cat(parts, dim=1).to(device, non_blocking=True)
     else:
-        packed = torch.empty((b, sum(columns.values())), dtype=torch.int64, device=device)
+        packed = torch.empty((b, sum(widths)), dtype=torch.int64, device=device)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             packed,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    parts = packed.split(list(columns.values()), dim=1)
-    named = {
-        name: part.contiguous() if part.shape[1] > 1 else part[:, 0]
-        for name, part in zip(columns, parts, strict=True)
-    }
-    return Rows(**named)
+    parts = zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
+    return Rows(
+        **{name: part.contiguous() if vector else part[:, 0] for (name, vector), part in parts}
+    )
 
 
 def loss_func(

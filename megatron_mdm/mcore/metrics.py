@@ -226,7 +226,9 @@ def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
     tokens_per_s = rows_per_s * args.seq_length
     # Megatron counts this iteration's rows after it.
     texts = (args.consumed_train_samples + get_current_global_batch_size()) // args.mdm_views
-    controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.draws)
+    controlled = math.nan
+    if summary.draws:
+        controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.draws)
     print(
         f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
         f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"

@@ -3,8 +3,12 @@
 That loss and gradients are those of the documents alone is in test_normalization.py.
 """
 
+from argparse import Namespace
+from dataclasses import asdict
+
 import pytest
 import torch
+from megatron.training import global_vars
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
@@ -15,7 +19,11 @@ from megatron_mdm.mcore.attention import (
     isolated_documents,
     position_ids,
 )
-from megatron_mdm.mcore.forward_step import Rows
+from megatron_mdm.mcore.forward_step import Rows, record_gradients
+from megatron_mdm.mcore.sampler_state import online_sampler
+from megatron_mdm.objective.corruption import Corruption
+from megatron_mdm.objective.pots import accumulate
+from megatron_mdm.objective.segments import counts
 from tests import ranks
 
 EOD = 9
@@ -95,6 +103,10 @@ def test_documents_of_a_row_have_their_own_rates(own_rates):
     pairs = [(training[row], training[row + 1]) for row in range(0, 32, 2)]  # views of a text
     assert all(a[0] == b[0] for a, b in pairs)
     assert sum(a[1] != b[1] for a, b in pairs) > 10  # rows of a few tokens may be masked alike
+    # Ends of documents are never masked here, and fill what is beyond the length of a row.
+    ends = [[[x == ranks.EOD_ID for x in row] for _, row in pair] for pair in pairs]
+    assert all(a == b for a, b in ends)
+    assert sum(all(a[-4:]) for a, _ in ends) >= 2
 
 
 def test_the_fit_counts_documents(own_rates):
@@ -180,3 +192,35 @@ def test_bounds_of_documents_say_what_the_mask_says():
         torch.autograd.grad((x * weight.flatten(2)).sum(), inputs) for x in (packed, masked)
     ]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "rows"])
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypatch):
+    """From gradients of the sum at positions to moments of documents, in plain torch."""
+    mdm = MDMConfig(
+        mdm_rate_per="document",
+        mdm_normalization=normalization,
+        mdm_rate_sampler="ppots",
+        mdm_ppots_refit_interval=1,
+        mdm_ppots_bins=4,
+    )
+    args = Namespace(**asdict(mdm), seq_length=8)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    online_sampler.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
+    eligible = torch.ones(2, 8, dtype=torch.bool)
+    eligible[0, 5] = False  # document 2 of the first row has nothing to measure
+    t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
+    squares = torch.rand(2, 8, generator=generator)
+    corruption = Corruption(segments, eligible, q[:, :1], t, 1 / q)
+    record_gradients(corruption, counts(eligible, segments), segments, squares)
+    expected = 0
+    for row, d, part in ((0, 0, (0, 3)), (0, 1, (3, 5)), (0, 3, (6, 8)), (1, 0, (0, 8))):
+        norm = squares[row, slice(*part)].sum().sqrt() * q[row, d]
+        # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
+        value = norm / 8 if normalization == "tokens" else norm
+        one = (t[row, d][None], value[None], 1 / q[row, d][None])
+        expected = expected + accumulate(*one, num_bins=4)
+    torch.testing.assert_close(online_sampler().pending, expected, rtol=1e-6, atol=0)
+    online_sampler.cache_clear()
