@@ -103,10 +103,15 @@ def parse() -> Namespace:
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split()) or where.line
-        raise UserError(f"Megatron rejects these flags or their files: {reason}") from error
+        raise rejection(error) from error
     return resolve(args)
+
+
+def rejection(error: Exception) -> UserError:
+    """One line for an exception with which Megatron rejects its flags."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split()) or where.line
+    return UserError(f"Megatron rejects these flags or their files: {reason}")
 
 
 def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
@@ -265,6 +270,13 @@ def _check_transformer_engine(args: Namespace) -> None:
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
                 "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
+            )
+    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
+    for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
+        if args.transformer_impl == "local":
+            raise UserError(
+                f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
+                "it out"
             )
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
