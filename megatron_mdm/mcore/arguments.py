@@ -224,6 +224,13 @@ def check(args: Namespace) -> None:
                     f"{flag(name)} needs logits of one shape, and those at masked positions change "
                     "theirs with every micro-batch: add --mdm-head full"
                 )
+    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
+    for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
+        if args.transformer_impl == "local":
+            raise UserError(
+                f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
+                "it out"
+            )
     if args.hybrid_layer_pattern:
         check_pattern(args.hybrid_layer_pattern, args.num_experts)
         if args.use_rope_scaling:
@@ -270,13 +277,6 @@ def _check_transformer_engine(args: Namespace) -> None:
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
                 "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
-            )
-    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
-    for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
-        if args.transformer_impl == "local":
-            raise UserError(
-                f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
-                "it out"
             )
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
