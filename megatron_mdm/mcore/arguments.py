@@ -258,10 +258,10 @@ def _check_context_parallel(args: Namespace) -> None:
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
             "Megatron's local attention a position would see its own rank's part of the row only"
         )
-    if args.mdm_isolate_documents:
+    if not MDMConfig.from_args(args).attends_everywhere:
         raise UserError(
-            "--mdm-isolate-documents does not go with --context-parallel-size above 1, which cuts "
-            "rows without regard to their documents: leave one of them out"
+            "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
+            "leave out --mdm-isolate-documents and every other flag that limits attention"
         )
 
 
