@@ -104,10 +104,15 @@ def parse() -> Namespace:
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(str(error).split()) or where.line
-        raise UserError(f"Megatron rejects these flags or their files: {reason}") from error
+        raise rejection(error) from error
     return resolve(args)
+
+
+def rejection(error: Exception) -> UserError:
+    """One line for an exception with which Megatron rejects its flags."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split()) or where.line
+    return UserError(f"Megatron rejects these flags or their files: {reason}")
 
 
 def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
@@ -220,6 +225,13 @@ def check(args: Namespace) -> None:
                     f"{flag(name)} needs logits of one shape, and those at masked positions change "
                     "theirs with every micro-batch: add --mdm-head full"
                 )
+    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
+    for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
+        if args.transformer_impl == "local":
+            raise UserError(
+                f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
+                "it out"
+            )
     if args.hybrid_layer_pattern:
         check_pattern(args.hybrid_layer_pattern, args.num_experts)
         if args.use_rope_scaling:
@@ -247,10 +259,10 @@ def _check_context_parallel(args: Namespace) -> None:
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
             "Megatron's local attention a position would see its own rank's part of the row only"
         )
-    if args.mdm_isolate_documents:
+    if not MDMConfig.from_args(args).attends_everywhere:
         raise UserError(
-            "--mdm-isolate-documents does not go with --context-parallel-size above 1, which cuts "
-            "rows without regard to their documents: leave one of them out"
+            "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
+            "leave out --mdm-isolate-documents and every other flag that limits attention"
         )
 
 

@@ -73,6 +73,10 @@ def the_error_line(output):
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
         ("--tensor-model-parallel-size 2", "1 ranks cannot be divided into model replicas of 2"),
         ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
+        (
+            "--recompute-granularity selective --recompute-modules core_attn layernorm",
+            "--recompute-modules layernorm needs --transformer-impl transformer_engine",
+        ),
         ("--hybrid-layer-pattern M*M-", "M*M-: M is a Mamba layer, which is causal; use *"),
         ("--hybrid-layer-pattern G-", "G-: G is a gated delta net, which is causal"),
         ("--hybrid-layer-pattern *-/*-", "/ is the beginning of multi-token prediction"),
@@ -145,7 +149,7 @@ def test_context_parallel_needs_transformer_engine(monkeypatch):
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
     words += ["--transformer-impl", "transformer_engine"]
     arguments.check(parsed(monkeypatch, *words, world=2))
-    with pytest.raises(UserError, match="^--mdm-isolate-documents does not go with --context-p"):
+    with pytest.raises(UserError, match="leave out --mdm-isolate-documents and every other"):
         arguments.check(parsed(monkeypatch, *words, "--mdm-isolate-documents", world=2))
 
 
@@ -415,6 +419,11 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
             "Megatron rejects these flags or their files: Invalid schedule entry",
         ),
         ("--num-attention-heads 5", [], "Megatron rejects these flags or their files: "),
+        (
+            "--recompute-granularity selective --recompute-modules mla_up_proj",
+            [],
+            "Megatron rejects these flags or their files: mla_up_proj in recompute_modules is only",
+        ),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
         ("--data-path {short}", [], "the train split of {short} has 31 tokens, fewer than one row"),

@@ -1,6 +1,7 @@
 """HybridModel with attention and MLP layers is GPTModel, under every layout."""
 
 import pytest
+import torch
 
 from tests import ranks
 
@@ -32,3 +33,19 @@ def test_patterns_train_as_gpt_model_from_its_checkpoint(layout, gpt, base, tmp_
     assert run.masks().keys() == gpt.masks().keys()
     for name in ("mdm loss", "grad-norm", "mdm/validation NELBO", "mdm/density at t 0.05"):
         assert run.scalars[name] == pytest.approx(gpt.scalars[name], rel=1e-5), name
+
+
+def test_tools_open_its_checkpoints(base, tmp_path):
+    """Saved from stages, opened on one rank: the logits of the GPTModel that it began as."""
+    pattern = "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2".split()
+    still = ["--no-load-optim", "--lr", "0", "--train-iters", "1", "--save-interval", "1"]
+    save = ["--save", str(tmp_path / "checkpoint")]
+    ranks.launch(tmp_path / "run", 2, *base, *pattern, *still, *save)
+
+    def logits(name, checkpoint):
+        ranks.launch(tmp_path / name, 1, "--", checkpoint, "1", entry="logits")
+        return torch.load(tmp_path / name / "logits0.pt")[0]
+
+    gpt, hybrid = logits("gpt", base[base.index("--load") + 1]), logits("hybrid", save[1])
+    for ours, reference in zip(hybrid, gpt, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)

@@ -35,7 +35,7 @@ LAYOUTS = {
     "EP 2, all-to-all, recomputed": (
         2,
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
-        "--recompute-granularity selective --recompute-modules moe layernorm",
+        "--recompute-granularity selective --recompute-modules moe",
     ),
     "CP 2": (2, "--context-parallel-size 2"),
 }

@@ -11,14 +11,14 @@ STEPS = "--lr 1e-3 --train-iters 3 --eval-interval 2 --eval-iters 1 --save-inter
 FULL = "--recompute-granularity full --recompute-num-layers 1"
 RUNS = {
     "full": (1, f"{FULL} --recompute-method uniform"),
-    "full, distributed, TP 2 + SP": (
+    "full, distributed, TP 2": (
         2,
         f"{FULL} --recompute-method block --distribute-saved-activations "
-        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--tensor-model-parallel-size 2",
     ),
     "selective, overlapped, DP 2": (
         2,
-        "--recompute-granularity selective --recompute-modules core_attn mlp layernorm "
+        "--recompute-granularity selective --recompute-modules core_attn mlp "
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
     "selective, overlapped, PP 2 x VP 2": (
