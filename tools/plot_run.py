@@ -90,12 +90,10 @@ def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
     os.replace(temporary, path)
 
 
-def ends(validations: list) -> list[tuple[int, str]]:
-    """Which validations are shown, by index and name: the last one, and the first one if earlier.
-
-    The only one of a run is that at its end.
-    """
-    return [(0, "before"), (-1, "after")] if len(validations) > 1 else [(-1, "after")]
+def ends(validations: list[tuple[int, float]]) -> list[tuple[int, str]]:
+    """Index and name of the validations that are shown: the last one, and an earlier first one."""
+    earlier = validations[0][0] < validations[-1][0]  # Megatron repeats the last one
+    return [(0, "before"), (-1, "after")] if earlier else [(-1, "after")]
 
 
 def smooth(values: tuple[float, ...], window: int = 50) -> list[float]:
