@@ -1,4 +1,4 @@
-"""Shows a run: validation loss before and after, and a picture of loss and of loss against t.
+"""Shows a run: validation loss before and after, and a picture of loss, loss against t, gradient.
 
 python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
 """
@@ -35,7 +35,8 @@ def main() -> None:
             "give the directory that the run named as --tensorboard-dir"
         )
     errors = dict(scalars["mdm/validation NELBO stderr"])
-    for (step, value), when in zip((nelbo[0], nelbo[-1]), ("before", "after"), strict=True):
+    for index, when in ends(nelbo):
+        step, value = nelbo[index]
         print(
             f"validation NELBO {when:6s} ({step} steps): {value:.3f} +- {errors[step]:.3f} "
             "nats/token"
@@ -45,13 +46,13 @@ def main() -> None:
 
 
 def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
-    """Loss against steps on the left, validation loss against the masking rate on the right."""
+    """Loss against steps, validation loss against the masking rate, gradient norm against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     steps, losses = zip(*scalars["mdm loss"], strict=True)
     left.plot(steps, losses, color="0.8", linewidth=0.7, label="training, each step")
     left.plot(steps, smooth(losses), color="C0", label="training, mean of 50 steps")
@@ -64,23 +65,35 @@ def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
         for name, values in scalars.items()
         if (match := BIN.fullmatch(name))
     )
-    for index, when, color in ((0, "before", "0.6"), (-1, "after", "C3")):
-        right.plot(
+    colors = {"before": "0.6", "after": "C3"}
+    for index, when in ends(scalars["mdm/validation NELBO"]):
+        middle.plot(
             [(low + high) / 2 for low, high, _ in bins],
             [values[index][1] for *_, values in bins],
             "o-",
-            color=color,
+            color=colors[when],
             label=f"{when} training",
         )
-    right.set(
+    middle.set(
         xlabel="masking rate t", ylabel="validation loss (nats/token)", title="Loss against t"
     )
-    right.set(xlim=(0, 1), ylim=(0, None))
+    middle.set(xlim=(0, 1), ylim=(0, None))
+    middle.legend()
+    steps, norms = zip(*scalars["grad-norm"], strict=True)
+    right.plot(steps, norms, color="0.8", linewidth=0.7, label="each step, before clipping")
+    right.plot(steps, smooth(norms), color="C0", label="mean of 50 steps")
+    right.set(xlabel="step", ylabel="norm of the gradient", title="Gradient", yscale="log")
     right.legend()
     path = Path(output)
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=120)
+    figure.savefig(temporary, dpi=90)
     os.replace(temporary, path)
+
+
+def ends(validations: list[tuple[int, float]]) -> list[tuple[int, str]]:
+    """Index and name of the validations that are shown: the last one, and an earlier first one."""
+    earlier = validations[0][0] < validations[-1][0]  # Megatron repeats the last one
+    return [(0, "before"), (-1, "after")] if earlier else [(-1, "after")]
 
 
 def smooth(values: tuple[float, ...], window: int = 50) -> list[float]:

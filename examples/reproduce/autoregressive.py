@@ -17,14 +17,16 @@ from megatron_mdm.pretrain import prepare_environment
 def main() -> None:
     """Trains; a `UserError` ends it with one line and status 2."""
     prepare_environment(requested_device())
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron_mdm.mcore.device import training_device
 
-    from megatron_mdm.mcore import parts as mdm
-    from megatron_mdm.mcore.arguments import parse
+    with training_device(requested_device()):
+        from megatron.core.enums import ModelType
+        from megatron.training import pretrain, set_startup_timestamps
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    with mdm.training_device(requested_device()):
+        from megatron_mdm.mcore import parts as mdm
+        from megatron_mdm.mcore.arguments import parse
+
         set_startup_timestamps(program_start=time.time(), main_entry=time.time())
         mdm.use_shipped_dataset_helpers()
         args = parse()

@@ -323,6 +323,7 @@ def draw(results: Sequence[dict[str, Any]], path: str) -> None:
                 )
                 label = "_"  # one entry of the legend
     left.set(xlabel="problems solved (%)", yticks=[-i for i in range(len(METHODS))])
+    left.set_ylim(0.5 - len(METHODS), 0.5)
     left.set_yticklabels(METHODS)
     left.legend()
     right.set(xlabel="norm of a batch's gradient, root mean square of the last quarter")

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,8 +60,11 @@ def kept(
 def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
     """Runs Python with these arguments as a single rank.
 
+    In a fork of a process that has imported torch and Megatron, which takes longer than a short
+    run. Not where there is a GPU: what is imported there depends on the device.
+
     Args:
-        command: arguments of the interpreter, such as `PROGRAM` and flags.
+        command: arguments of the interpreter: a file, or -m and a module, and flags.
         log: file for all output.
         name: what it is called when it fails, such as "the run of standard".
 
@@ -70,16 +74,34 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
     Raises:
         UserError: it failed.
     """
-    with write_errors(str(log)), open(log, "w", encoding="utf-8") as output:
-        status = subprocess.run(
-            [sys.executable, *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | ENVIRONMENT,
-        ).returncode
-    if status:
+    os.environ.update(ENVIRONMENT)  # before the server starts, which hands it on
+    context = multiprocessing.get_context("forkserver")
+    if not os.path.exists("/dev/nvidiactl"):
+        context.set_forkserver_preload([f"{__package__}.warm"])
+    with write_errors(str(log)):
+        log.touch()
+    process = context.Process(target=_execute, args=(list(command), str(log)))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+    if process.exitcode:
         raise UserError(f"{name} failed: its output is in {log}")
     return log.read_text(encoding="utf-8")
+
+
+def _execute(command: list[str], log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,11 @@
+"""What the fork server of runs.py imports, once for all runs on the CPU: as the program does."""
+
+from megatron_mdm.pretrain import prepare_environment
+
+prepare_environment("cpu")
+
+from megatron_mdm.mcore.device import training_device  # noqa: E402
+
+with training_device("cpu"):
+    import megatron_mdm.mcore.inference
+    import megatron_mdm.mcore.pretrain  # noqa: F401
