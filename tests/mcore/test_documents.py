@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from megatron.core import mpu
 from megatron.training import global_vars
 
 from megatron_mdm.config import MDMConfig
@@ -19,6 +20,7 @@ from megatron_mdm.mcore.attention import (
     isolated_documents,
     position_ids,
 )
+from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.forward_step import Rows, record_gradients
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corruption
@@ -194,8 +196,20 @@ def test_bounds_of_documents_say_what_the_mask_says():
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    """Megatron's groups, of this process alone."""
+    with training_device("cpu"):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        mpu.initialize_model_parallel()
+        yield
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypatch):
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypatch, one_rank):
     """From gradients of the sum at positions to moments of documents, in plain torch."""
     mdm = MDMConfig(
         mdm_rate_per="document",
