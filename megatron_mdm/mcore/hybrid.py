@@ -5,6 +5,7 @@ layer in two, with the same weights: Megatron loads GPTModel's checkpoints into 
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +109,16 @@ def bidirectional_stack(config: TransformerConfig, mdm: MDMConfig) -> ModuleSpec
 
 
 def _fused_stack() -> ModuleSpec:
-    return copy.deepcopy(hybrid_stack_spec)
+    """Megatron's own, with its attention copied: the others hold what cannot be."""
+    layers = hybrid_stack_spec.submodules
+    parts = layers.attention_layer.submodules
+    attention = replace(
+        parts.self_attention,
+        params=dict(parts.self_attention.params),
+        submodules=copy.copy(parts.self_attention.submodules),
+    )
+    layer = replace(layers.attention_layer, submodules=replace(parts, self_attention=attention))
+    return replace(hybrid_stack_spec, submodules=replace(layers, attention_layer=layer))
 
 
 def _local_stack(config: TransformerConfig) -> ModuleSpec:

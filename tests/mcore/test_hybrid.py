@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.hybrid import bidirectional_stack
 from tests import ranks
 
 # Without the optimizer, of which Megatron's translation of a checkpoint expects Adam's state.
@@ -49,3 +54,16 @@ def test_tools_open_its_checkpoints(base, tmp_path):
     gpt, hybrid = logits("gpt", base[base.index("--load") + 1]), logits("hybrid", save[1])
     for ours, reference in zip(hybrid, gpt, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_transformer_engines_layers_attend_in_both_directions():
+    """The spec; its layers cannot be built here. Megatron's own stays as it was."""
+    config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2)
+    assert config.transformer_impl == "transformer_engine"
+
+    def mask_type(spec):
+        attention = spec.submodules.attention_layer.submodules.self_attention
+        return attention.params["attn_mask_type"]
+
+    assert mask_type(bidirectional_stack(config, MDMConfig())) == AttnMaskType.no_mask
+    assert mask_type(hybrid_stack_spec) == AttnMaskType.causal
