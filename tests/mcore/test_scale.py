@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mdm.mcore import dataset
 from tests import ranks
 
 ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
@@ -32,7 +33,7 @@ def calls_of(directory, data, world, *flags):
     return found
 
 
-@pytest.mark.parametrize("world", [1, 8])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, world):
     calls = calls_of(tmp_path, data, world)
     for rank in range(world):
@@ -64,3 +65,26 @@ def test_the_page_has_these_numbers():
     page = (Path(__file__).parent.parent.parent / "examples/scale/README.md").read_text()
     for number in (REFIT[0][1], REFIT[1][1], LOG[0][1], LOG[1][1]):
         assert f" {number} " in page
+
+
+def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
+    prefix = tmp_path / "text"
+    ranks.write_documents(prefix, ranks.random_documents(20))
+    monkeypatch.setattr(dataset, "INDEX_PART", 8)
+    index = Path(f"{prefix}.idx")
+    size = Path(f"{prefix}.bin").stat().st_size
+    for rank in ("0", "5"):
+        monkeypatch.setenv("RANK", rank)
+        assert dataset._indexed_bytes(str(index)) == size
+    whole = index.read_bytes()
+    lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
+    for sequence, seen_by_all in ((1, False), (18, True)):
+        place = lengths + 4 * sequence
+        index.write_bytes(whole[:place] + bytes([whole[place] + 1]) + whole[place + 1 :])
+        for rank in ("0", "5"):
+            monkeypatch.setenv("RANK", rank)
+            if rank == "0" or seen_by_all:
+                with pytest.raises(ValueError, match="lengths and positions differ"):
+                    dataset._indexed_bytes(str(index))
+            else:
+                assert dataset._indexed_bytes(str(index)) == size
