@@ -261,3 +261,56 @@ def benchmark_costs() -> None:
     sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 8, "length": 16}
     results = costs.measure(directory, steps=100, checkpoints=1, sizes=sizes)
     (directory / "costs.json").write_text(json.dumps(results))
+
+
+def only_these_flags() -> None:
+    """The program with the flags after `--` alone."""
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    main()
+
+
+def recipe() -> None:
+    """Sizes and expected memory of the flags after `--` on 8 ranks, of which this is the first."""
+    from megatron_mdm.benchmarks.flops import ModelShape
+    from megatron_mdm.benchmarks.memory import expected_bytes
+    from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.pretrain import prepare_environment
+
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    os.environ["WORLD_SIZE"] = "8"
+    prepare_environment("cpu")
+    with training_device("cpu"):
+        args = parse()
+    found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
+    Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
+
+
+def traffic() -> None:
+    """The program with the collective calls of our own code counted, as this rank makes them.
+
+    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each.
+    """
+    from torch import distributed
+
+    calls = []
+
+    def counted(name):
+        function = getattr(distributed, name)
+
+        def count(*args, **kwargs):
+            if f"{os.sep}megatron_mdm{os.sep}" in sys._getframe(1).f_code.co_filename:
+                size = sum(a.numel() * a.element_size() for a in args if torch.is_tensor(a))
+                ranks = distributed.get_world_size(kwargs.get("group"))
+                iteration = getattr(get_args(), "curr_iteration", -1)
+                calls.append((iteration, name, size, ranks))
+            return function(*args, **kwargs)
+
+        return count
+
+    for name in dir(distributed):
+        if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv")):
+            if callable(getattr(distributed, name)):
+                setattr(distributed, name, counted(name))
+    main()
+    path = Path(os.environ["TRACE_DIR"], f"calls{os.environ['RANK']}.json")
+    path.write_text(json.dumps(calls))

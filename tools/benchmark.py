@@ -2,11 +2,12 @@
 
 import argparse
 
-from megatron_mdm.benchmarks import costs, data, head, overhead, race, variance
+from megatron_mdm.benchmarks import baseline, costs, data, head, overhead, race, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
 BENCHMARKS = {
+    "baseline": baseline,
     "costs": costs,
     "data": data,
     "head": head,
@@ -19,6 +20,7 @@ EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
   python tools/benchmark.py head --json head.json
+  python tools/benchmark.py baseline --json baseline.json
   python tools/benchmark.py costs --json costs.json
   python tools/benchmark.py overhead --json overhead.json
   python tools/benchmark.py variance --quick

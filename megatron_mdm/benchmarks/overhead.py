@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in OPTIONS.items():
         default = ", ".join(f"{sizes[name]} on {device}" for device, sizes in SIZES.items())
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--window", type=int, default=1, metavar="N", help="steps (default: 1)")
+    parser.add_argument(
+        "--window", type=int, default=1, metavar="N", help="steps of a side in a round (default: 1)"
+    )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
 
 
@@ -69,12 +71,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a size that cannot work.
     """
-    for name in (*OPTIONS, "window", "rounds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if args.vocabulary <= MASK:
-        raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
+    check(args)
     device = use_device()
     sizes = {name: getattr(args, name) or SIZES[device][name] for name in OPTIONS}
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
@@ -86,6 +83,20 @@ def run(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(results, indent=2) + "\n")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Checks what `add_arguments` added.
+
+    Raises:
+        UserError: a size that cannot work.
+    """
+    for name in (*OPTIONS, "window", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if args.vocabulary <= MASK:
+        raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
+
+
 def use_device() -> str:
     """Prepares this process for Megatron on the GPU if there is one, or else on the CPU."""
     import torch
@@ -93,6 +104,11 @@ def use_device() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepare_environment(device)
     return device
+
+
+def ffn_size(hidden: int) -> int:
+    """Llama's width of the feed-forward layer, 8/3 of the hidden size, in multiples of 32."""
+    return -(-hidden * 8 // 3 // 32) * 32
 
 
 def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str]:
@@ -104,7 +120,7 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
         device: `cuda` or `cpu`.
     """
     layers, hidden, heads, rows, length = (sizes[name] for name in OPTIONS)
-    ffn = -(-hidden * 8 // 3 // 32) * 32
+    ffn = ffn_size(hidden)
     return [
         *f"--mdm-device {device} --num-layers {layers} --hidden-size {hidden}".split(),
         *f"--num-attention-heads {heads} --ffn-hidden-size {ffn} --seq-length {length}".split(),
@@ -112,7 +128,7 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
         *"--normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0".split(),
         *"--hidden-dropout 0 --untie-embeddings-and-output-weights --num-workers 0".split(),
         *f"--micro-batch-size {rows} --global-batch-size {rows} --train-iters 100000".split(),
-        *f"--tokenizer-type NullTokenizer --vocab-size {vocabulary - 1}".split(),
+        *f"--tokenizer-type NullTokenizer --vocab-size {vocabulary}".split(),
         *f"--make-vocab-size-divisible-by 1 --mdm-mask-token-id {MASK}".split(),
         *"--null-tokenizer-eod-id 0 --split 100,0,0 --eval-iters 0 --eval-interval 1000000".split(),
         *"--lr 1e-4 --lr-warmup-iters 10 --lr-decay-style constant --log-interval 20".split(),
@@ -152,24 +168,12 @@ def measure(
 
         with training_session(flags) as session:
             steps = _steps(session)
-            seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-            peaks: dict[str, list[int | None]] = {side: [] for side in SIDES}
-            for round_ in range(-1, rounds):  # the first one warms up
-                # Every side comes first, second and so on equally often.
-                for side in (*SIDES[round_ % 4 :], *SIDES[: round_ % 4]):
-                    spent = seconds_of(lambda side=side: _repeat(steps[side], window), device)
-                    if round_ >= 0:
-                        seconds[side].append(spent / window)
-            for _ in range(3):  # apart, since it sends freed memory back to the system
-                for side in SIDES:
-                    peaks[side].append(measured(steps[side], device)[1])
+            seconds, peaks = in_turns(steps, window, rounds, device)
             parameters = sum(p.numel() for chunk in session.model for p in chunk.parameters())
     ratios = {
         side: spread([gpt / x for gpt, x in zip(seconds["gpt"], seconds[side], strict=True)])
         for side in SIDES[1:]
     }
-    has_peaks = all(None not in values for values in peaks.values())
-    bytes_ = {side: statistics.median(peaks[side]) if has_peaks else None for side in SIDES}
     tokens = sizes["rows"] * sizes["length"]
     return {
         "benchmark": "overhead",
@@ -188,12 +192,14 @@ def measure(
             side: {
                 "tokens_per_s": tokens / statistics.median(seconds[side]),
                 "seconds": seconds[side],
-                "peak_bytes": bytes_[side],
+                "peak_bytes": peaks[side],
             }
             for side in SIDES
         },
         **{
-            f"peak_memory_ratio_{side}": bytes_[side] / bytes_["gpt"] if has_peaks else None
+            f"peak_memory_ratio_{side}": None
+            if peaks["gpt"] is None
+            else peaks[side] / peaks["gpt"]
             for side in SIDES[1:3]
         },
     }
@@ -226,6 +232,39 @@ def _steps(session: Any) -> dict[str, Callable[[], None]]:
         "full_head": lambda: ours("full"),
         "masked_head": lambda: ours("masked"),
         "causal": lambda: gpt(AttnMaskType.causal),
+    }
+
+
+def in_turns(
+    steps: dict[str, Callable[[], None]], window: int, rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Lets sides take turns.
+
+    Args:
+        steps: a step of each side.
+        window: steps of a side in a round.
+        rounds: number of measurements.
+        device: `cuda` or `cpu`.
+
+    Returns:
+        For each side the seconds of a step in every round, and the median of the most bytes that
+        a step takes, None where nothing says it.
+    """
+    sides = list(steps)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    peaks: dict[str, list[int | None]] = {side: [] for side in sides}
+    for round_ in range(-1, rounds):  # the first one warms up
+        first = round_ % len(sides)  # every side comes first, second and so on equally often
+        for side in (*sides[first:], *sides[:first]):
+            spent = seconds_of(lambda side=side: _repeat(steps[side], window), device)
+            if round_ >= 0:
+                seconds[side].append(spent / window)
+    for _ in range(3):  # apart, since it sends freed memory back to the system
+        for side in sides:
+            peaks[side].append(measured(steps[side], device)[1])
+    return seconds, {
+        side: None if None in values else statistics.median(values)
+        for side, values in peaks.items()
     }
 
 

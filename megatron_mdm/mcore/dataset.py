@@ -43,6 +43,7 @@ from megatron_mdm.objective.randomness import (
 )
 
 FIXED = -1  # the uniform of a token that is never masked
+INDEX_PART = 1 << 20  # sequences of an index that are checked at a time: there may be billions
 
 SPLITS = {
     MegatronSplit.train: Split.TRAIN,
@@ -395,11 +396,14 @@ def _indexed_bytes(idx_path: str) -> int:
     ends = np.memmap(idx_path, np.int64, "r", start + 12 * sequences, (documents,))
     if documents == 0 or ends[-1] != sequences:
         raise ValueError("its counts of documents and sequences differ")
-    end = 0
-    for i in range(0, sequences, 1 << 20):  # by parts: there may be billions
-        part = lengths[i : i + (1 << 20)].astype(np.int64) * size
+    starts = range(0, sequences, INDEX_PART)
+    if os.environ.get("RANK", "0") != "0":  # one reader is enough: others look at the end alone
+        starts = starts[-1:]
+    end = int(pointers[starts[0]]) if starts[0] else 0
+    for i in starts:
+        part = lengths[i : i + INDEX_PART].astype(np.int64) * size
         after = end + part.cumsum()
-        if part.min() < 0 or not np.array_equal(pointers[i : i + (1 << 20)], after - part):
+        if part.min() < 0 or not np.array_equal(pointers[i : i + INDEX_PART], after - part):
             raise ValueError("its lengths and positions differ")
         end = int(after[-1])
     return end

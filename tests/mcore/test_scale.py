@@ -1,0 +1,90 @@
+"""What our own code sends: the figures of examples/scale/README.md."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_mdm.mcore import dataset
+from tests import ranks
+
+ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
+REFIT = [("all_reduce", 8 * (4 * BINS + 1)), ("all_reduce", 16)]
+LOG = [("all_reduce", 8 * 3 * (2 * RATE_BINS + 5)), ("all_reduce", 8)]
+
+
+def calls_of(directory, data, world, *flags):
+    """(iteration, rank) -> [(function, bytes)], where the group has more than one rank."""
+    ranks.launch(
+        directory,
+        world,
+        *["--data-path", str(data), "--data-cache-path", str(directory / "cache")],
+        *"--mdm-recipe recommended --mdm-ppots-refit-interval 2".split(),
+        *f"--mdm-ppots-bins {BINS} --global-batch-size 64 --train-iters 4".split(),
+        *"--log-interval 4".split(),
+        *flags,
+        entry="traffic",
+    )
+    found = {}
+    for rank in range(world):
+        for iteration, name, size, _ in json.loads((directory / f"calls{rank}.json").read_text()):
+            found.setdefault((iteration, rank), []).append((name, size))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, world):
+    calls = calls_of(tmp_path, data, world)
+    for rank in range(world):
+        # Masks, rates and rows cost no message: a step sends nothing of ours.
+        assert calls.get((0, rank), []) == calls.get((2, rank), []) == []
+        # With 64 rows a step all 30 bins are filled by the fourth: the fit is checked for equality.
+        assert calls[1, rank][0] == REFIT[0]
+        assert Counter(calls[3, rank]) == Counter(REFIT + LOG)
+
+
+def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_another(
+    tmp_path, data
+):
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+    calls = calls_of(tmp_path, data, 4, *layout)
+    rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 4))] * 32  # micro-batches of 2 rows
+    moments = [("broadcast", REFIT[0][1])]
+    for rank in range(4):
+        is_last_stage = rank >= 2
+        assert calls[0, rank] == rows
+        at_refit = Counter(calls[3, rank])
+        assert at_refit >= Counter(rows + moments)
+        assert (at_refit >= Counter(LOG)) == is_last_stage
+        # The gradient's norms are sums over the stage's whole hidden states, which all ranks have.
+        assert at_refit - Counter(rows + moments + REFIT + LOG) == Counter()
+
+
+def test_the_page_has_these_numbers():
+    page = (Path(__file__).parent.parent.parent / "examples/scale/README.md").read_text()
+    for number in (REFIT[0][1], REFIT[1][1], LOG[0][1], LOG[1][1]):
+        assert f" {number} " in page
+
+
+def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
+    prefix = tmp_path / "text"
+    ranks.write_documents(prefix, ranks.random_documents(20))
+    monkeypatch.setattr(dataset, "INDEX_PART", 8)
+    index = Path(f"{prefix}.idx")
+    size = Path(f"{prefix}.bin").stat().st_size
+    for rank in ("0", "5"):
+        monkeypatch.setenv("RANK", rank)
+        assert dataset._indexed_bytes(str(index)) == size
+    whole = index.read_bytes()
+    lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
+    for sequence, seen_by_all in ((1, False), (18, True)):
+        place = lengths + 4 * sequence
+        index.write_bytes(whole[:place] + bytes([whole[place] + 1]) + whole[place + 1 :])
+        for rank in ("0", "5"):
+            monkeypatch.setenv("RANK", rank)
+            if rank == "0" or seen_by_all:
+                with pytest.raises(ValueError, match="lengths and positions differ"):
+                    dataset._indexed_bytes(str(index))
+            else:
+                assert dataset._indexed_bytes(str(index)) == size
