@@ -49,7 +49,7 @@ def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_an
 ):
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
     calls = calls_of(tmp_path, data, 4, *layout)
-    rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 4))] * 32  # micro-batches of 2 rows
+    rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 5))] * 32  # micro-batches of 2 rows
     moments = [("broadcast", REFIT[0][1])]
     for rank in range(4):
         is_last_stage = rank >= 2
