@@ -432,12 +432,11 @@ def checkpoint_logits() -> None:
 
 def benchmark_sides() -> None:
     """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
-    from megatron.core.transformer.enums import AttnMaskType
-
     from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
     from megatron_mdm.benchmarks.overhead import model_flags
     from megatron_mdm.benchmarks.race import write_data
     from megatron_mdm.benchmarks.training import training_session
+    from megatron_mdm.mcore.causal import causal_attention
     from megatron_mdm.pretrain import prepare_environment
 
     directory = Path(os.environ["TRACE_DIR"])
@@ -453,11 +452,11 @@ def benchmark_sides() -> None:
         assert torch.equal(tokens[:, 1:], labels[:, :-1])
         changed = tokens.clone()
         changed[:, -1] = 299 - changed[:, -1]
-        for mask_type, is_causal in ((AttnMaskType.causal, True), (AttnMaskType.no_mask, False)):
-            session.attend(mask_type)
-            before, after = model(tokens, None, None), model(changed, None, None)
+        for sees, is_causal in ((causal_attention(model), True), (contextlib.nullcontext(), False)):
+            with sees:
+                before, after = model(tokens, None, None), model(changed, None, None)
+                losses, loss_func = causal_forward_step(iter([batch]), model)
             assert torch.equal(before[:, :-1], after[:, :-1]) == is_causal
-            losses, loss_func = causal_forward_step(iter([batch]), model)
             loss, count, _ = loss_func(losses)
             plain = torch.nn.functional.cross_entropy(before.flatten(0, 1), labels.flatten())
             assert batch["loss_mask"].all() and count == labels.numel()

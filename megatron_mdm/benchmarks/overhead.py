@@ -208,9 +208,9 @@ def measure(
 def _steps(session: Any) -> dict[str, Callable[[], None]]:
     """A training step of each side, with rows of its own."""
     from megatron.core.distributed import finalize_model_grads
-    from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
+    from megatron_mdm.mcore.causal import causal_attention
     from megatron_mdm.mcore.dataset import train_valid_test_datasets_provider
     from megatron_mdm.mcore.forward_step import forward_step
     from megatron_mdm.mcore.metrics import finalize_and_log
@@ -218,20 +218,22 @@ def _steps(session: Any) -> dict[str, Callable[[], None]]:
     causal_rows = session.rows(causal_datasets)
     rows = session.rows(train_valid_test_datasets_provider)
 
-    def gpt(mask_type: AttnMaskType) -> None:
-        session.attend(mask_type)
+    def gpt() -> None:
         session.step(causal_forward_step, causal_rows, finalize_model_grads)
 
+    def causal() -> None:
+        with causal_attention(session.model[0]):
+            gpt()
+
     def ours(head: str) -> None:
-        session.attend(AttnMaskType.no_mask)
         session.args.mdm_head = head
         session.step(forward_step, rows, finalize_and_log)
 
     return {
-        "gpt": lambda: gpt(AttnMaskType.no_mask),
+        "gpt": gpt,
         "full_head": lambda: ours("full"),
         "masked_head": lambda: ours("masked"),
-        "causal": lambda: gpt(AttnMaskType.causal),
+        "causal": causal,
     }
 
 

@@ -13,7 +13,6 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_timers
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -75,16 +74,6 @@ class Session:
             iteration=self.iteration,
         )
         self.iteration += 1
-
-    def attend(self, mask_type: AttnMaskType) -> None:
-        """Lets attention see what `mask_type` says, in either of Megatron's implementations."""
-        for module in self.model[0].modules():
-            if hasattr(module, "attn_mask_type"):
-                module.attn_mask_type = mask_type
-            # The local one keeps it in an object that is no module.
-            softmax = getattr(module, "scale_mask_softmax", None)
-            if softmax is not None:
-                softmax.attn_mask_type = mask_type
 
 
 @contextlib.contextmanager
