@@ -117,7 +117,7 @@ def head(
         Cross entropies, float [b, s], nats; 0 outside `context.positions`.
     """
     if context.record_squares is not None:
-        _record_squares(hidden_states, output_layer, config, context.record_squares)
+        _record_norms(hidden_states, output_layer, config, context.record_squares)
     positions = context.positions
     if positions is not None:
         hidden_states = positions.compact(hidden_states)
@@ -127,7 +127,7 @@ def head(
     return cross_entropy if positions is None else positions.spread(cross_entropy)
 
 
-def _record_squares(
+def _record_norms(
     hidden_states: torch.Tensor,
     output_layer: Any,
     config: Any,
