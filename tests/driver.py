@@ -242,6 +242,7 @@ def transformer_engine_spec() -> None:
     import dataclasses
 
     import torch.distributed
+    from megatron.core import dist_checkpointing as checkpoints
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -249,7 +250,7 @@ def transformer_engine_spec() -> None:
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_mdm.config import MDMConfig
-    from megatron_mdm.mcore.attention import bidirectional_spec
+    from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 
     with training_device("cpu"):
         torch.distributed.init_process_group("gloo")
@@ -273,7 +274,9 @@ def transformer_engine_spec() -> None:
         def build(mdm, **changes):
             config = dataclasses.replace(transformer, **changes)
             spec = bidirectional_spec(GPTModelConfig(transformer=config, vocab_size=128), mdm, None)
-            return GPTModel(config, spec, 128, 64, position_embedding_type="rope")
+            model = GPTModel(config, spec, 128, 64, position_embedding_type="rope")
+            leave_out_state_of_norms(model)
+            return model
 
         def keys(model):
             state = model.sharded_state_dict()
@@ -284,6 +287,20 @@ def transformer_engine_spec() -> None:
         local = build(everywhere, transformer_impl="local")
         te = build(everywhere, transformer_impl="transformer_engine")
         assert keys(te) == keys(local), keys(te) ^ keys(local)
+        directory = Path(os.environ["TRACE_DIR"])
+        for name in ("local", "te0", "te1"):
+            (directory / name).mkdir()
+        checkpoints.save(local.sharded_state_dict(), directory / "local")
+        fp8 = {"fp8": "hybrid"}
+        for changes in ({}, fp8):  # from the CPU to the GPU and back
+            there = build(everywhere, transformer_impl="transformer_engine", **changes)
+            there.load_state_dict(checkpoints.load(there.sharded_state_dict(), directory / "local"))
+            path = directory / f"te{len(changes)}"
+            checkpoints.save(there.sharded_state_dict(), path)
+            back = build(everywhere, transformer_impl="local")
+            back.load_state_dict(checkpoints.load(back.sharded_state_dict(), path))
+            for name, value in local.named_parameters():
+                assert torch.equal(back.get_parameter(name), value), name
         fp8 = {"fp8": "hybrid", "bf16": True, "params_dtype": torch.bfloat16}
         for mdm, mask_type in ((everywhere, AttnMaskType.no_mask), (hidden, AttnMaskType.padding)):
             for changes in ({}, fp8):

@@ -29,11 +29,18 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from importlib.metadata import version
 from typing import Any
 
 from megatron_mdm.benchmarks.flops import ModelShape, mfu
-from megatron_mdm.benchmarks.measuring import device_name, measured, seconds_of, spread
-from megatron_mdm.benchmarks.overhead import LLADA_VOCABULARY, SIDES, _steps, model_flags
+from megatron_mdm.benchmarks.measuring import device_name, spread
+from megatron_mdm.benchmarks.overhead import (
+    LLADA_VOCABULARY,
+    SIDES,
+    _steps,
+    in_turns,
+    model_flags,
+)
 from megatron_mdm.benchmarks.race import write_data
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
@@ -110,16 +117,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("no CUDA device was found: --tiny shows on a CPU that it runs")
     if device == "cpu" and set(args.precisions) - {"bf16"}:
         raise UserError("--precisions: FP8 needs a GPU; give bf16, which is float32 on a CPU")
-    header = {
-        "benchmark": "gpu",
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "length": 64 if args.tiny else LENGTH,
-        "vocabulary": 1024 if args.tiny else LLADA_VOCABULARY,
-        "rounds": args.rounds,
-        "command": " ".join(["tools/benchmark.py", *sys.argv[1:]]),
-    }
-    results = _earlier(args.json, header)
+    about = header(device, args)
+    results = _earlier(args.json, about)
     sizes = list(TINY) if args.tiny else list(SIZES)
     longest = 0.0
     for name, precision in [(s, p) for s in sizes for p in args.precisions]:
@@ -132,24 +131,40 @@ def run(args: argparse.Namespace) -> None:
             break
         before = time.monotonic()
         patience = 60 * args.minutes - spent
-        done[f"{name} {precision}"] = _in_a_process(name, precision, header, device, patience)
+        done[f"{name} {precision}"] = _in_a_process(name, precision, about, device, patience)
         longest = max(longest, time.monotonic() - before)
         results["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         write_text(args.json, json.dumps(results, indent=2) + "\n")
-    print(_table(results, args.peak_tflops or _peaks(header["device"])))
+    print(_table(results, args.peak_tflops or _peaks(about["device"])))
 
 
-def _earlier(path: str, header: dict[str, Any]) -> dict[str, Any]:
+def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are of, beside the measurements themselves."""
+    import torch
+
+    return {
+        "benchmark": "gpu",
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "megatron": version("megatron-core"),
+        "length": 64 if args.tiny else LENGTH,
+        "vocabulary": 1024 if args.tiny else LLADA_VOCABULARY,
+        "rounds": args.rounds,
+        "command": " ".join(["tools/benchmark.py", *sys.argv[1:]]),
+    }
+
+
+def _earlier(path: str, about: dict[str, Any]) -> dict[str, Any]:
     """The results so far.
 
     Raises:
         UserError: they are of something else.
     """
     if not os.path.exists(path):
-        return {**header, "measurements": {}}
+        return {**about, "measurements": {}}
     try:
         results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        differs = [n for n in header if n != "command" and results[n] != header[n]]
+        differs = [n for n in about if n != "command" and results[n] != about[n]]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} does not hold results of this benchmark: remove it") from None
     if differs:
@@ -167,7 +182,7 @@ def _larger_fits(name: str, precisions: list[str], done: dict[str, Any]) -> bool
 
 
 def _in_a_process(
-    name: str, precision: str, header: dict[str, Any], device: str, patience: float
+    name: str, precision: str, about: dict[str, Any], device: str, patience: float
 ) -> dict[str, Any]:
     """A measurement in a process that leaves nothing behind, on the GPU or in Megatron's globals.
 
@@ -177,7 +192,7 @@ def _in_a_process(
     print(f"{name} in {precision} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as directory:
         process = multiprocessing.get_context("spawn").Process(
-            target=_measure, args=(name, precision, header, device, directory)
+            target=_measure, args=(name, precision, about, device, directory)
         )
         process.start()
         process.join(patience)
@@ -191,15 +206,15 @@ def _in_a_process(
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _measure(name: str, precision: str, header: dict, device: str, directory: str) -> None:
+def _measure(name: str, precision: str, about: dict, device: str, directory: str) -> None:
     """What a process measures, written to result.json in its directory."""
     prepare_environment(device)
     from megatron_mdm.mcore.device import training_device
 
-    sizes = {**(SIZES | TINY)[name], "length": header["length"]}
+    sizes = {**(SIZES | TINY)[name], "length": about["length"]}
     write_data(pathlib.Path(directory))
     flags = [
-        *model_flags(sizes, header["vocabulary"], device),
+        *model_flags(sizes, about["vocabulary"], device),
         *f"--data-path {directory}/text --data-cache-path {directory}/cache".split(),
         *f"--global-batch-size {sizes['rows'] * sizes['micro_batches']}".split(),
         *PRECISIONS[precision],
@@ -209,7 +224,7 @@ def _measure(name: str, precision: str, header: dict, device: str, directory: st
 
         try:
             with training_session(flags) as session:
-                result = _sides(session, header["rounds"], device)
+                result = _sides(session, about["rounds"], device)
         except RuntimeError as error:  # of torch's allocator, or of a library without memory
             if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
                 raise
@@ -221,13 +236,7 @@ def _sides(session: Any, rounds: int, device: str) -> dict[str, Any]:
     """Times, peaks and useful FLOPs of all sides of one model."""
     args = session.args
     steps = _steps(session)
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for round_ in range(-2, rounds):  # the first two warm up
-        for side in (*SIDES[round_ % 4 :], *SIDES[: round_ % 4]):
-            spent = seconds_of(steps[side], device)
-            if round_ >= 0:
-                seconds[side].append(spent)
-    peaks = {side: measured(steps[side], device)[1] for side in SIDES}
+    seconds, peaks = in_turns(steps, 1, rounds, device)
     shape = ModelShape.from_args(args)
     tokens = args.global_batch_size * args.seq_length
     return {

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import statistics
 import sys
 import sysconfig
@@ -78,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, one thread each (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--flags",
+        default="",
+        metavar="TEXT",
+        help="more flags of all runs, such as another model or --data-path; they win",
     )
 
 
@@ -155,7 +163,7 @@ def write_data(directory: pathlib.Path) -> None:
 
 def _flags(args: argparse.Namespace, directory: pathlib.Path, seed: int) -> list[str]:
     return [
-        *"--mdm-device cpu --tokenizer-type NullTokenizer --vocab-size 257".split(),
+        *f"--mdm-device {args.device} --tokenizer-type NullTokenizer --vocab-size 257".split(),
         *"--null-tokenizer-eod-id 0 --make-vocab-size-divisible-by 2".split(),
         *f"--mdm-mask-token-id {MASK} --data-path {directory / 'text'} --split 95,5,0".split(),
         *f"--data-cache-path {directory / 'cache'} --num-workers 0 --seed {seed}".split(),
@@ -169,6 +177,7 @@ def _flags(args: argparse.Namespace, directory: pathlib.Path, seed: int) -> list
         *f"--lr-warmup-iters {args.steps // 20} --clip-grad {args.clip_grad}".split(),
         *f"--eval-interval {args.steps // EVALUATIONS} --log-interval 50".split(),
         *f"--eval-iters {-(-512 // args.batch)} --eval-global-batch-size {args.batch}".split(),
+        *shlex.split(args.flags),
     ]
 
 

@@ -98,6 +98,28 @@ class Norm:
         return norm
 
 
+def leave_out_state_of_norms(model: torch.nn.Module) -> None:
+    """Takes Transformer Engine's extra state of norms, which is empty, out of checkpoints.
+
+    Norms of local layers have none, and a checkpoint of theirs would lack it.
+
+    Args:
+        model: with layers of either implementation.
+    """
+
+    def leave_out(_: Any, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        state.pop(f"{prefix}_extra_state", None)
+
+    def put_in(_: Any, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        state.setdefault(f"{prefix}_extra_state", None)
+
+    for module in model.modules():
+        kind = type(module)
+        if kind.__module__.startswith("transformer_engine") and kind.__name__.endswith("Norm"):
+            module.register_state_dict_post_hook(leave_out)
+            module.register_load_state_dict_pre_hook(put_in)
+
+
 def attention_mask(
     tokens: torch.Tensor,
     padding: torch.Tensor,

@@ -18,7 +18,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.attention import bidirectional_spec
+from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
@@ -28,7 +28,8 @@ from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
 class MDMBuilder(GPTModelBuilder):
     """Megatron's builder, with the state of an online sampler beside the weights.
 
-    Evaluations leave FP8 scales as they are.
+    Checkpoints of local and of Transformer Engine's layers have the same keys, and evaluations
+    leave FP8 scales as they are.
     """
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
@@ -48,6 +49,7 @@ class MDMHybridBuilder(HybridModelBuilder):
 
 
 def _equipped(model: Any, vp_stage: int | None) -> Any:
+    leave_out_state_of_norms(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)
     if online_sampler() is not None:

@@ -33,10 +33,11 @@ def test_loss_curves_are_within_a_percent_of_bf16(precision, train, bf16):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "delayed"])
-def test_a_resumed_run_goes_on(precision, train, tmp_path):
+def test_a_resumed_run_goes_on(precision, train, tmp_path, monkeypatch):
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
-    # The schedule of the learning rate is constant, so that it does not know of the end.
-    train(*save, precision=precision, iterations=10, dry=2)
+    # Transformer Engine keeps delayed scales in a pickle, which it does not read unasked.
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    train(*save, "--exit-interval", "10" if DEVICE == "cuda" else "2", precision=precision)
     resumed = train(*save, "--load", save[1], precision=precision)
     whole = train(precision=precision)
     count = len(resumed.losses)

@@ -10,7 +10,7 @@ import torch
 from megatron.training.arguments import parse_args
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import arguments
+from megatron_mdm.mcore import arguments, head
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
 from tests import ranks
 
@@ -52,6 +52,11 @@ def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check
     with pytest.raises(UserError, match=message) as caught:
         check(*FP8, *flags.split(), capability=capability)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_the_masked_head_suit_fp8_products():
+    """Multiples of them are what tests/mcore/test_head.py finds; MXFP8 takes 32."""
+    assert head.ROW_MULTIPLE % 32 == 0
 
 
 @pytest.mark.parametrize(

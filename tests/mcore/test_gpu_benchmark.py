@@ -1,7 +1,8 @@
-"""benchmark.py gpu, on the CPU with tiny models: that it runs, keeps, and goes on."""
+"""benchmark.py gpu and race as they run on a GPU, on the CPU with tiny models."""
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 
@@ -22,31 +23,29 @@ def parsed(*flags):
     return parser.parse_args(flags)
 
 
-def test_tiny_models_are_measured_kept_and_not_measured_again(tmp_path):
+def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path):
     path = tmp_path / "gpu.json"
+    there = {"sides": {}, "kept": True}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    header = gpu.header(device, parsed("--tiny", "--rounds", "1", "--json", str(path)))
+    path.write_text(json.dumps({**header, "measurements": {"small bf16": there}}))
     tool = [sys.executable, "tools/benchmark.py", "gpu", "--tiny", "--precisions", "bf16"]
-    tool += ["--rounds", "1", "--json", str(path), "--peak-tflops", "0.001", "1"]
+    tool += ["--json", str(path), "--peak-tflops", "0.001", "1"]
 
     def run(*flags):
         return subprocess.run([*tool, *flags], cwd=ROOT, capture_output=True, text=True)
 
-    first = run("--minutes", "0.9")  # enough for one, and none more after it or all
+    first = run("--rounds", "1")
     assert first.returncode == 0, first.stderr[-3000:]
-    kept = json.loads(path.read_text())["measurements"]
-    assert "tiny bf16" in kept
-    second = run()
-    assert second.returncode == 0, second.stderr[-3000:]
     results = json.loads(path.read_text())["measurements"]
-    assert list(results) == ["tiny bf16", "small bf16"]
-    assert results["tiny bf16"] == kept["tiny bf16"]
-    for measurement in results.values():
-        sides = measurement["sides"]
-        assert sides["gpt"]["ratio_to_gpt"]["median"] == 1.0
-        useful = {side: values["useful_flops_per_token"] for side, values in sides.items()}
-        assert useful["full_head"] == useful["masked_head"] < useful["gpt"] > useful["causal"]
-    line = next(x for x in second.stdout.splitlines() if x.startswith("small") and " gpt " in x)
-    values = results["small bf16"]["sides"]["gpt"]
-    mfu = values["tokens_per_s"] * values["useful_flops_per_token"] / 1e9
+    assert set(results) == {"tiny bf16", "small bf16"}
+    assert results["small bf16"] == there
+    sides = results["tiny bf16"]["sides"]
+    assert sides["gpt"]["ratio_to_gpt"]["median"] == 1.0
+    useful = {side: values["useful_flops_per_token"] for side, values in sides.items()}
+    assert useful["full_head"] == useful["masked_head"] < useful["gpt"] > useful["causal"]
+    line = next(x for x in first.stdout.splitlines() if x.startswith("tiny") and " gpt " in x)
+    mfu = sides["gpt"]["tokens_per_s"] * useful["gpt"] / 1e9
     assert f"{mfu:.1%}" in line
     other = run("--rounds", "2")
     assert other.returncode == 2
@@ -92,3 +91,17 @@ def test_sizes_are_what_they_are_named():
             seq_length=gpu.LENGTH,
         )
         assert shape.num_parameters == pytest.approx(1e9 * float(name[:-1]), rel=0.15)
+
+
+def test_a_race_of_another_model(tmp_path):
+    """Its flags win over the race's own, on either device."""
+    model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 16"
+    tool = [sys.executable, "tools/benchmark.py", "race", "--directory", str(tmp_path)]
+    tool += "--device cpu --length 8 --batch 16 --steps 20 --seeds 1 --competitors standard".split()
+    run = subprocess.run([*tool, "--flags", model], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (log,) = tmp_path.glob("*.log")
+    (kept,) = tmp_path.glob("*.json")
+    flags = json.loads(kept.read_text())["flags"]
+    assert flags.index("--hidden-size") < len(flags) - 1 - flags[::-1].index("--hidden-size")
+    assert re.search(r"\n  hidden_size \.+ 16\n", log.read_text())
