@@ -32,6 +32,8 @@ def main() -> None:
         args = parse()
         if not args.mdm_shift:
             raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
+        if args.mdm_isolate_documents:
+            raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
         pretrain(
             pretrain_cfg_container_from_args(args, mdm.model_config(args)),
             mdm.train_valid_test_datasets_provider,
@@ -54,7 +56,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     with causal_attention(model):
         cross_entropy = model(
             rows.tokens,
-            position_ids(rows.tokens, eod_id, mdm),
+            position_ids(rows.tokens, documents=None),
             None,
             labels=at_logits(rows.tokens, shift=True),
         )
