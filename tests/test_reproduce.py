@@ -66,12 +66,15 @@ def test_tables_of_both_accountings():
 
 def test_only_methods_of_several_views_run_twice():
     tasks = reproduce.tasks(reproduce.SCALES["laptop"])
-    assert len(tasks) == len(set(tasks)) == 3 * (11 + 2)
-    assert {m for m, _, epochs in tasks if epochs} == {"MIRROR", "P-POTS + MIRROR"}
-    # One seed is complete, but for EMA, before the next one begins.
-    assert [seed for m, seed, _ in tasks if m != "EMA"] == sorted(
-        (seed for m, seed, _ in tasks if m != "EMA"), key=reproduce.SEEDS.index
-    )
+    assert len(tasks) == len(set(tasks)) == 3 * (12 + 2)
+    assert {m for m, _, epochs in tasks if epochs} == {
+        "MIRROR",
+        "P-POTS + MIRROR",
+        reproduce.DOUBLED,
+    }
+    # One seed is complete, but for two controls, before the next one begins.
+    seeds = [seed for m, seed, _ in tasks if m not in (reproduce.DOUBLED, "EMA")]
+    assert seeds == sorted(seeds, key=reproduce.SEEDS.index) and len(seeds) == 36
 
 
 def test_a_run_is_kept_and_a_failed_one_leaves_nothing(tmp_path):

@@ -30,6 +30,7 @@ HERE = pathlib.Path(__file__).parent
 TOOLS = HERE.parents[1] / "tools"
 SEEDS = (42, 731, 20231)  # the paper's
 AUTOREGRESSIVE = "autoregressive"
+DOUBLED = "standard, rows x 2"  # what MIRROR at equal epochs is to be compared with
 STANDARD = {**RECIPES["standard"], "mdm_ema_decay": 1}
 # Words that ISAD masks more often, and that SyRM masks in prompts.
 DELIMITERS = ["=", ";", "#"]
@@ -45,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "StraTS": {**STANDARD, "mdm_quantiles": "strata"},
     "ISAD": {**STANDARD, "mdm_isad_token_ids": DELIMITERS},
     "SyRM": {**STANDARD, "mdm_syrm_token_ids": STRUCTURE, "mdm_syrm_fraction": 0.1},
+    DOUBLED: STANDARD,
     "EMA": {**STANDARD, "mdm_ema_decay": 0.9},
 }
 
@@ -157,7 +159,8 @@ class Study:
         """
         scale = self.scale
         causal = method == AUTOREGRESSIVE
-        batch = scale.batch * (METHODS[method].get("mdm_views", 1) if epochs else 1)
+        views = 2 if method == DOUBLED else METHODS[method].get("mdm_views", 1)
+        batch = scale.batch * (views if epochs else 1)
         flags = [
             *self._flags(scale.steps, batch, 1e-3, seed),
             *f"--data-path {self.path('pairs')} --split 90,10,0".split(),
@@ -247,15 +250,16 @@ class Study:
 def tasks(scale: Scale) -> list[tuple[str, int, bool]]:
     """Method, seed, and whether it is the run at equal epochs, in the order that is run.
 
-    Only methods with several views have such a run of their own. EMA comes last, since it cannot
-    but repeat what `standard` does.
+    Only methods with several views have such a run of their own. What says less comes last:
+    `standard` with the rows that these methods take, and EMA, which repeats what `standard` does.
     """
-    methods = [m for m in scale.methods if m != "EMA"]
+    methods = [m for m in scale.methods if m not in (DOUBLED, "EMA")]
     found = []
     for seed in scale.seeds:
         found += [(method, seed, False) for method in methods]
         found += [(m, seed, True) for m in methods if METHODS[m].get("mdm_views", 1) > 1]
-    return found + [(m, seed, False) for m in scale.methods if m == "EMA" for seed in scale.seeds]
+    last = [m for m in scale.methods if m not in methods]
+    return found + [(m, seed, m == DOUBLED) for m in last for seed in scale.seeds]
 
 
 def as_text(results: Sequence[dict[str, Any]]) -> str:
@@ -291,10 +295,8 @@ def _by_method(results: Sequence[dict[str, Any]], epochs: bool) -> dict[str, lis
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for method, settings in METHODS.items():
-        views = settings.get("mdm_views", 1)
-        runs = [
-            r for r in results if r["method"] == method and r["epochs"] == (epochs and views > 1)
-        ]
+        own = epochs and (method == DOUBLED or settings.get("mdm_views", 1) > 1)
+        runs = [r for r in results if r["method"] == method and r["epochs"] == own]
         if runs:
             found[method] = runs
     return found
@@ -313,7 +315,7 @@ def draw(results: Sequence[dict[str, Any]], path: str) -> None:
         for axes, key, factor in ((left, "accuracy", 100), (right, "gradient_norm", 1)):
             label = f"equal {name}"
             for method, runs in found.items():
-                if epochs and METHODS[method].get("mdm_views", 1) == 1:
+                if not runs[0]["epochs"] and epochs:
                     continue  # the same runs
                 y = shift - list(METHODS).index(method)
                 values = [factor * run[key] for run in runs]
@@ -388,10 +390,9 @@ def run_all(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     study = Study(scale, directory, options.device)
     study.prepare()
     for method, seed, epochs in tasks(scale):
-        results.append(
-            {"method": method, "seed": seed, "epochs": epochs}
-            | study.fine_tune(method, seed, epochs)
-        )
+        result = study.fine_tune(method, seed, epochs)
+        result["flags"] = " ".join(result["flags"])
+        results.append({"method": method, "seed": seed, "epochs": epochs, **result})
         if options.json:
             write_text(options.json, json.dumps(results, indent=1) + "\n")
 
