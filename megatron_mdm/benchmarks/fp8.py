@@ -20,6 +20,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_mdm.benchmarks import variance
@@ -125,8 +126,9 @@ def run(args: argparse.Namespace) -> None:
         )
     torch.manual_seed(SEED)
     model, texts = variance._model(None), variance._texts(args.length)
-    loss = variance._train(model, texts, args.steps)
-    samplers = variance._fit(model, texts)
+    draw = partial(variance._batches, texts, ROWS)
+    loss = variance._train(model, draw, args.steps)
+    samplers = variance._fit(model, draw)
     print(f"SIMULATED: length {args.length}, {args.steps} steps to a loss of {loss:.2f}, then")
     print(f"{args.batches} batches of {ROWS} rows a setting, {args.micro_batch} scaled together")
     rows = []
