@@ -48,10 +48,9 @@ def test_losses_of_a_cpu_checkpoint_in_float32(train, checkpoint):
     assert gpu.losses == pytest.approx(cpu.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--mdm-isolate-documents"]])
-def test_losses_of_a_cpu_checkpoint_in_bf16(flags, train, checkpoint):
+def test_losses_of_a_cpu_checkpoint_in_bf16(train, checkpoint):
     """Within twice the error that bfloat16 itself has, on the CPU against float32."""
-    load = ["--load", checkpoint, *STILL, *flags]
+    load = ["--load", checkpoint, *STILL]
     reference = train(*load, precision=None, device="cpu")
     baseline = train(*load, device="cpu")
     gpu = train(*load)
