@@ -34,6 +34,7 @@ from megatron_mdm.objective.variance import (
     batches,
     curve,
     decompose,
+    mean,
     method_variance,
     ratio,
     row_moments,
@@ -114,7 +115,7 @@ class State:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 kept = {name: file[name] for name in file}
-            identity, methods = str(kept["identity"]), json.loads(str(kept["methods"]))
+            identity, methods = str(kept["identity"]), json.loads(str(kept["scatter"]))
             columns = [kept[name] for name in self.COLUMNS]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path} is damaged: delete it to measure anew") from error
@@ -127,19 +128,22 @@ class State:
             dict(zip(self.COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)
         ]
         self.methods = {
-            name: MethodVariance(tuple(m["gradient"]), tuple(m["loss"]), m["masked_fraction"])
-            for name, m in methods.items()
+            name: MethodVariance(np.array(gradient), np.array(loss), masked_fraction)
+            for name, (gradient, loss, masked_fraction) in methods.items()
         }
 
     def save(self, interval: float = 0.0) -> None:
         """Writes the file, unless that was done less than `interval` seconds ago."""
         if not self.writes or time.monotonic() - self._saved < interval or not self.rows:
             return
-        methods = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
+        methods = {
+            name: (m.gradient.tolist(), m.loss.tolist(), m.masked_fraction)
+            for name, m in self.methods.items()
+        }
         columns = {name: np.stack([row[name] for row in self.rows]) for name in self.COLUMNS}
         with complete_or_absent(self.path) as (temporary,), write_errors(self.path):
             with open(temporary, "wb") as file:
-                np.savez(file, identity=self.identity, methods=json.dumps(methods), **columns)
+                np.savez(file, identity=self.identity, scatter=json.dumps(methods), **columns)
         self._saved = time.monotonic()
 
 
@@ -278,7 +282,10 @@ def _report(state: State, settings: Settings, length: int) -> dict[str, Any]:
     report["methods"] = []
     if state.methods:
         standard = state.methods["standard"]
-        report["standard batch"] = {"gradient": standard.gradient, "loss": standard.loss}
+        report["standard batch"] = {
+            "gradient": mean(standard.gradient),
+            "loss": mean(standard.loss),
+        }
     for name, measured in state.methods.items():
         method = METHODS[name]
         report["methods"].append(

@@ -7,16 +7,30 @@ import torch
 
 from megatron_mdm.benchmarks import head, variance
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.variance import METHODS
-from megatron_mdm.objective.variance import variance as variance_of
+from megatron_mdm.objective.variance import METHODS, mean, ratio, scatter
 
 
 def test_variance_is_the_trace_of_the_covariance():
     values = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    trace, stderr = variance_of(values)
+    trace, stderr = mean(scatter(values))
     assert trace == pytest.approx(np.trace(np.cov(values.numpy().T)))
     # The standard error against that of many repetitions: sum of 7 chi-squared with 49 degrees.
     assert stderr == pytest.approx(np.sqrt(2 * 7 / 49), rel=0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_error_bars_of_ratios_know_what_the_methods_share(share):
+    """Ratios of two variances of 100 batches each, with `share` of the noise in common."""
+    rng = np.random.default_rng(0)
+    common, own, other = rng.standard_normal((3, 500, 100, 5))
+    first, second = (share**0.5 * common + (1 - share) ** 0.5 * x for x in (own, other))
+    found = [
+        ratio(*(scatter(torch.from_numpy(x)) for x in pair))
+        for pair in zip(0.5 * first, second, strict=True)
+    ]
+    quotients, errors = np.array(found).T
+    assert quotients.mean() == pytest.approx(0.25, rel=0.02)
+    assert errors.mean() == pytest.approx(quotients.std(ddof=1), rel=0.1)
 
 
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope"])

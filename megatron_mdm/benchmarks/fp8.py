@@ -296,8 +296,8 @@ def _measure(
     from megatron_mdm.objective.variance import METHODS, batches
 
     method = METHODS[setting.method]
-    sampler = Clipped(*setting.clip) if setting.clip else samplers[method.target]
     method = replace(method, mask=setting.mask or method.mask)
+    sampler = Clipped(*setting.clip) if setting.clip else samplers[method.target, method.mask]
     eligible = torch.ones_like(texts, dtype=torch.bool)
     if setting.normalization:
         lengths = torch.randint(1, texts.shape[1] + 1, (len(texts), 1))

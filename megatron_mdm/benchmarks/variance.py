@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
     baseline = None
     for name, method in METHODS.items():
-        source = draw(name, samplers[method.target], stream=3)
+        source = draw(name, samplers[method.target, method.mask], stream=3)
         measured = method_variance(step, source, draws)
         baseline = baseline or measured
         g, dg = ratio(measured.gradient, baseline.gradient)
@@ -209,22 +209,30 @@ def _train(model: Any, draw: Callable[..., Iterator[Any]], steps: int) -> float:
     return float(np.mean(losses[-100:]))
 
 
-def _fit(model: Any, draw: Callable[..., Iterator[Any]]) -> dict[str | None, Any]:
-    """Densities of t fitted to both targets, on rows that the measurement does not use."""
+def _fit(model: Any, draw: Callable[..., Iterator[Any]]) -> dict[tuple[str | None, str], Any]:
+    """Densities of t for each target and kind of mask, on rows that the measurement does not use.
+
+    What a fit sees is what it is for: the noise of the count is a part of what Bernoulli masks do.
+    """
     import torch
 
     from megatron_mdm.objective.fits import fit
     from megatron_mdm.objective.pots import RateMoments
     from megatron_mdm.objective.samplers import Uniform
 
-    moments = {target: RateMoments(30) for target in ("loss", "gradient")}
-    batches = draw("lattice", Uniform(), stream=2)
-    for _ in range(200):
-        tokens, _, corruption = next(batches)
-        per_row, hidden = _losses(model, tokens, corruption)
-        (gradient,) = torch.autograd.grad(per_row.sum(), hidden)
-        norms = gradient.square().sum(dim=(1, 2)).sqrt()
-        for target, value in (("loss", per_row.detach()), ("gradient", norms)):
-            moments[target].update(corruption.t, value, corruption.rate_weight)
-    fitted = {target: fit(m, target=target, eps=EPS).sampler() for target, m in moments.items()}
-    return {None: Uniform(), **fitted}
+    samplers: dict[tuple[str | None, str], Any] = {}
+    for name, mask in (("lattice", "bernoulli"), ("lattice + exact count", "exact-count")):
+        moments = {target: RateMoments(30) for target in ("loss", "gradient")}
+        batches = draw(name, Uniform(), stream=2)
+        for _ in range(200):
+            tokens, _, corruption = next(batches)
+            per_row, hidden = _losses(model, tokens, corruption)
+            (gradient,) = torch.autograd.grad(per_row.sum(), hidden)
+            norms = gradient.square().sum(dim=(1, 2)).sqrt()
+            for target, value in (("loss", per_row.detach()), ("gradient", norms)):
+                moments[target].update(corruption.t, value, corruption.rate_weight)
+        eps = 1 / tokens.shape[1] if mask == "exact-count" else EPS
+        samplers[None, mask] = Uniform()
+        for target, measured in moments.items():
+            samplers[target, mask] = fit(measured, target=target, eps=eps).sampler()
+    return samplers

@@ -270,16 +270,17 @@ def batches(
 
 @dataclass(frozen=True)
 class MethodVariance:
-    """Variance of a method's batches, each (estimate, standard error), and what they cost.
+    """How a method's batches scatter, and what they cost.
 
     Attributes:
-        gradient: trace of the covariance of the batch's gradient.
-        loss: variance of the batch's loss.
+        gradient: squared distance of each batch's gradient from their mean, times R/(R - 1), [R]:
+            its mean is the trace of the covariance, unbiased.
+        loss: the same of the batch's loss [R].
         masked_fraction: share of the positions that are masked, and so go through the head.
     """
 
-    gradient: tuple[float, float]
-    loss: tuple[float, float]
+    gradient: Floats
+    loss: Floats
     masked_fraction: float
 
 
@@ -294,21 +295,28 @@ def method_variance(
         gradients.append(gradient)
         losses.append(loss)
         masked += float(corruption.mask.double().mean()) / draws
-    scatter = torch.tensor(losses, dtype=torch.float64)[:, None]
-    return MethodVariance(variance(torch.stack(gradients)), variance(scatter), masked)
+    values = torch.tensor(losses, dtype=torch.float64)[:, None]
+    return MethodVariance(scatter(torch.stack(gradients)), scatter(values), masked)
 
 
-def variance(values: torch.Tensor) -> tuple[float, float]:
-    """Trace of the covariance of rows [R, n], unbiased, and its standard error."""
+def scatter(values: torch.Tensor) -> Floats:
+    """Squared distance of each row of [R, n] from their mean, times R/(R - 1), float64 [R]."""
     R = len(values)
-    deviations = (values - values.mean(dim=0)).square().sum(dim=1).double() * R / (R - 1)
-    return float(deviations.mean()), float(deviations.std()) / math.sqrt(R)
+    distances: Floats = (values - values.mean(dim=0)).square().sum(dim=1).double().numpy()
+    return distances * R / (R - 1)
 
 
-def ratio(measured: tuple[float, float], baseline: tuple[float, float]) -> tuple[float, float]:
-    """Ratio of two independent figures, and its standard error to first order."""
-    quotient = measured[0] / baseline[0]
-    if measured == baseline:
-        return 1.0, 0.0
-    relative = math.hypot(measured[1] / measured[0], baseline[1] / baseline[0])
-    return quotient, quotient * relative
+def mean(values: Floats) -> tuple[float, float]:
+    """Mean of [R] and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def ratio(measured: Floats, baseline: Floats) -> tuple[float, float]:
+    """Ratio of two means over the same batches [R], and its standard error to first order.
+
+    Batch i of every method has the same texts and random numbers, so both means go up and down
+    together: the error is that of the difference of their parts.
+    """
+    quotient = float(measured.mean() / baseline.mean())
+    parts = measured / measured.mean() - baseline / baseline.mean()
+    return quotient, quotient * mean(parts)[1]
