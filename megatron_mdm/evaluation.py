@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.generation import LogitsFunction
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.randomness import (
@@ -35,6 +34,9 @@ from megatron_mdm.objective.randomness import (
 from megatron_mdm.objective.samplers import Uniform
 
 Floats = npt.NDArray[np.float64]
+# Tokens int64 [B, L] -> logits float [B, L, V]. Where texts have documents it also gets, by name,
+# `clean`, the tokens before masking, and `documents`, both int64 [B, L].
+LogitsFunction = Callable[..., torch.Tensor]
 GROUPS = 64  # at most; enough for an error bar to be known to a tenth
 
 
@@ -45,10 +47,13 @@ class Text:
     Attributes:
         tokens: clean tokens, int64 [L].
         eligible: the tokens that are masked and scored, bool [L]; the others are always seen.
+        documents: number of each token's document, outside which it sees nothing, int64 [L]; None:
+            it sees the whole row.
     """
 
     tokens: torch.Tensor
     eligible: torch.Tensor
+    documents: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,9 @@ def evaluate(
     """Estimates the NELBO per token: an upper bound on the negative log-likelihood.
 
     Args:
-        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
-        texts: what to score.
+        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted; see
+            `LogitsFunction`.
+        texts: what to score, all of them with documents or none.
         mask_token_id: id put at masked positions.
         draws: masks of each text, even.
         num_bins: bins of the rate.
@@ -253,7 +259,11 @@ def draw(
                 torch.from_numpy(np.stack(uniforms)),
                 torch.from_numpy(quantile[indices]),
             )
-            scores = logits(corrupted.tokens.to(device))[corrupted.mask.to(device)]
+            context = {}
+            if chosen[0].documents is not None:
+                documents = torch.stack([text.documents for text in chosen])
+                context = {"clean": tokens.to(device), "documents": documents.to(device)}
+            scores = logits(corrupted.tokens.to(device), **context)[corrupted.mask.to(device)]
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
             masked = torch.nn.functional.cross_entropy(
                 scores, tokens[corrupted.mask].to(device), reduction="none"

@@ -7,6 +7,7 @@
 `lm_eval` is optional: without it the class stands alone, with the same methods.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,7 +69,7 @@ class HarnessModel(LM):
             requests: with `args` = (context, continuation), strings.
 
         Raises:
-            UserError: a continuation longer than a row.
+            UserError: a continuation that is empty, or longer than a row.
         """
         pairs = [self._pair(*request.args) for request in requests]
         bounds = log_likelihoods(self._logits, pairs, self._mask_token_id, **self._settings)
@@ -99,11 +100,24 @@ class HarnessModel(LM):
         raise UserError("HarnessModel scores likelihoods only: choose multiple-choice tasks")
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids as one text would have them; a space between belongs to the continuation."""
+        """Token ids as one text would have them; a space between belongs to the continuation.
+
+        So does a token of both, as tokenizers make them that merge letters over the border: the
+        context is what the whole has in common with the context alone.
+
+        Raises:
+            UserError: nothing to score, or more than a row holds.
+        """
         stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
         before = self._encode(stripped) if stripped else []
-        after = self._encode(stripped + continuation)[len(before) :]
+        whole = self._encode(context + continuation)
+        common = len(os.path.commonprefix([before, whole]))
+        before, after = whole[:common], whole[common:]
+        if not continuation or not after:
+            raise UserError(
+                f"the continuation {continuation!r} of {context[-20:]!r} has no tokens of its own: "
+                "choose a task whose answers are not empty"
+            )
         room = self._max_length - len(after)
         if room < 0:
             raise UserError(

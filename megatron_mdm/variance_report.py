@@ -1,46 +1,57 @@
 """Where the noise of a model's training comes from, over a callable that gives loss and gradient.
 
-First nested draws of rows, rates and masks give A, B and C (objective/variance.py), and the same
-rows under a causal mask the C of autoregressive training, which has no other; then batches under
-every method give what each leaves of the variance of `standard`. What was measured is kept in a
-file, so that an interrupted measurement goes on where it was.
+Nested draws of rows, rates and masks give A, B and C (objective/variance.py) and, with other kinds
+of masks and several views of a text at the same rates, what every method leaves of the variance of
+`standard` (objective/methods.py). The same rows under a causal mask have the C of autoregressive
+training, which has no other part. What was measured is kept in a file, so that an interrupted
+measurement goes on where it was.
 """
 
 import dataclasses
-import json
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_mdm.data.outputs import complete_or_absent, write_errors
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.evaluation import Text
+from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.fits import fit
-from megatron_mdm.objective.pots import RateMoments
-from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms
-from megatron_mdm.objective.samplers import RateSampler, Uniform
-from megatron_mdm.objective.variance import (
+from megatron_mdm.objective.methods import (
+    CLIP,
     METHODS,
-    CausalStep,
+    Drawn,
+    MaskKind,
+    Method,
+    batch_variance,
+    bin_covariance,
+    corrupter_of,
+)
+from megatron_mdm.objective.pots import RateMoments
+from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, to_unit, view_of
+from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+from megatron_mdm.objective.variance import (
+    Cells,
     Floats,
-    MethodVariance,
-    RowMoments,
-    Step,
-    batches,
+    between,
     curve,
     decompose,
-    mean,
-    method_variance,
-    ratio,
-    row_moments,
+    nested_sampler,
+    resampled,
+    with_error,
 )
+from megatron_mdm.variance_state import Row, State
 
-SAVE_EVERY = 60.0  # seconds
+# (a text of L tokens, its corruption in K views [K, L]) -> mean loss of the views, the gradient of
+# that, float32 [d], and the norm of its gradient at the final hidden states
+Step = Callable[[Text, Corruption], tuple[float, torch.Tensor, float]]
+# a text -> mean next-token loss, gradient float32 [d]
+CausalStep = Callable[[Text], tuple[float, torch.Tensor]]
+Densities = dict[tuple[str | None, str], RateSampler]
+FIT_BINS = 30
+EMA_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -51,126 +62,76 @@ class Settings:
         rows: n0, of the nested draws.
         rates: nt of each row, at least 3.
         masks: nm at each rate, at least 2.
-        batches: of each method; 0 leaves the methods out.
-        batch: rows of a batch, even.
+        batch: rows of a batch in the table of the methods.
         bins: of t in the curves.
+        methods: names in `METHODS`; empty leaves them out.
         mask_token_id: id put at masked positions.
         eps: least masking probability of Bernoulli masks.
-        seed: of texts, rates and masks.
+        seed: of rates and masks.
+        isad_token_ids: what ISAD masks more often.
         subject: names the model, the parameters and the data.
     """
 
     rows: int
     rates: int
     masks: int
-    batches: int
     batch: int
     bins: int
+    methods: tuple[str, ...]
     mask_token_id: int
     eps: float
     seed: int
-    subject: str
+    isad_token_ids: tuple[int, ...] = ()
+    subject: str = ""
 
     @property
-    def work(self) -> int:
-        """Rows that go through the model in all."""
-        texts = sum(method.rows for method in METHODS.values()) * self.batches * self.batch
-        return self.rows * self.rates * self.masks + texts
+    def ways(self) -> list[tuple[MaskKind, int]]:
+        """Kinds of masks and numbers of views that are drawn, single views of a kind first."""
+        ways: dict[tuple[MaskKind, int], None] = {("bernoulli", 1): None}
+        for name in self.methods:
+            method = METHODS[name]
+            ways[method.mask, 1] = ways[method.mask, method.views] = None
+        return list(ways)
+
+    @property
+    def work_per_row(self) -> int:
+        """Times that each row goes through the model."""
+        return self.rates * self.masks * sum(views for _, views in self.ways)
 
     def __post_init__(self) -> None:
         if self.rows < 2 or self.rates < 3 or self.masks < 2:
             raise UserError("it takes --rows 2, --rates 3 and --masks 2 at least")
-        if self.batches == 1 or self.batches < 0 or self.batch < 2 or self.batch % 2:
-            raise UserError("--batches must be 0 or at least 2, and --batch even and positive")
-
-
-class State:
-    """What was measured so far, in a file beside the report.
-
-    Args:
-        path: the file.
-        settings: what is measured.
-        writes: whether this process saves; one of several ranks does.
-
-    Attributes:
-        rows: for each row t [nt], loss [nt, nm], squared norm of the gradient [nt, nm], and
-            mean [d], pattern [nt] and rate [nt] of the gradient's `RowMoments`; and the loss [1]
-            and the gradient [d] of its next tokens, both empty without a `CausalStep`.
-        methods: what each method was measured to have.
-    """
-
-    COLUMNS = ("t", "loss", "norm2", "mean", "pattern", "rate", "causal_loss", "causal_gradient")
-
-    def __init__(self, path: str, settings: Settings, writes: bool = True):
-        self.path = path
-        self.writes = writes
-        self.identity = json.dumps(dataclasses.asdict(settings))
-        self.rows: list[dict[str, Floats]] = []
-        self.methods: dict[str, MethodVariance] = {}
-        self._saved = time.monotonic()
-        if os.path.exists(path):
-            self._load()
-
-    def _load(self) -> None:
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                kept = {name: file[name] for name in file}
-            identity, methods = str(kept["identity"]), json.loads(str(kept["scatter"]))
-            columns = [kept[name] for name in self.COLUMNS]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged: delete it to measure anew") from error
-        if identity != self.identity:
-            raise UserError(
-                f"{self.path} is what was measured with other settings, another checkpoint or "
-                "other data: delete it to measure anew, or give another --output"
-            )
-        self.rows = [
-            dict(zip(self.COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)
-        ]
-        self.methods = {
-            name: MethodVariance(np.array(gradient), np.array(loss), masked_fraction)
-            for name, (gradient, loss, masked_fraction) in methods.items()
-        }
-
-    def save(self, interval: float = 0.0) -> None:
-        """Writes the file, unless that was done less than `interval` seconds ago."""
-        if not self.writes or time.monotonic() - self._saved < interval or not self.rows:
-            return
-        methods = {
-            name: (m.gradient.tolist(), m.loss.tolist(), m.masked_fraction)
-            for name, m in self.methods.items()
-        }
-        columns = {name: np.stack([row[name] for row in self.rows]) for name in self.COLUMNS}
-        with complete_or_absent(self.path) as (temporary,), write_errors(self.path):
-            with open(temporary, "wb") as file:
-                np.savez(file, identity=self.identity, scatter=json.dumps(methods), **columns)
-        self._saved = time.monotonic()
+        if self.bins < 1:
+            raise UserError("--bins must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise UserError(f"--methods: there is no {unknown[0]!r}; `all` shows their names")
+        views = [METHODS[name].views for name in self.methods]
+        if self.batch < 2 or any(self.batch % k for k in views):
+            raise UserError(f"--batch {self.batch}: must be a multiple of {max(views, default=2)}")
+        if any(METHODS[name].mask == "isad" for name in self.methods) and not self.isad_token_ids:
+            raise UserError("the method isad needs --isad-token-ids")
 
 
 def measure(
     step: Step,
-    texts: torch.Tensor,
-    eligible: torch.Tensor,
+    texts: Sequence[Text],
     settings: Settings,
     state: State,
     progress: Callable[[int], Any] = lambda rows: None,
     causal: CausalStep | None = None,
-) -> dict[str, Any]:
-    """Measures what `state` does not have yet, and puts the report together.
+) -> None:
+    """Measures the rows that `state` does not have yet.
 
     Args:
         step: the model.
-        texts: rows in random order, int64 [N, L]; the first n0 are the nested ones.
-        eligible: bool [N, L].
+        texts: rows in random order, of which the first n0 are taken.
         settings: what to measure.
         state: what was measured before; kept on disk, also when this is interrupted.
-        progress: called with rows that were done.
+        progress: called with rows that have gone through the model.
         causal: the same network as an autoregressive model.
-
-    Returns:
-        The report, ready for JSON: `loss` and `gradient` with [estimate, standard error] of A, B,
-        C and total of one row; `autoregressive`, with C of both, if there is `causal`; `curves`
-        over the bins of t; `standard batch`, the variance of a batch; `methods`, relative to it.
 
     Raises:
         UserError: fewer texts than rows.
@@ -181,214 +142,218 @@ def measure(
             "or lower --rows"
         )
     try:
-        progress(len(state.rows) * settings.rates * settings.masks)
+        progress(len(state.rows) * settings.work_per_row)
         for number in range(len(state.rows), settings.rows):
-            row = _nested(step, texts[number], eligible[number], settings, number)
-            row |= _next_tokens(causal, texts[number], eligible[number])
-            state.rows.append(row)
-            state.save(SAVE_EVERY)
-            progress(settings.rates * settings.masks)
-        if settings.batches:
-            samplers = _fit(state, settings)
-            for name, method in METHODS.items():
-                if name not in state.methods:
-                    source = batches(
-                        texts,
-                        eligible,
-                        method,
-                        samplers[method.target],
-                        settings.mask_token_id,
-                        settings.eps,
-                        settings.batch,
-                        settings.seed + 1,
-                    )
-                    state.methods[name] = method_variance(step, source, settings.batches)
-                    state.save()
-                progress(settings.batches * settings.batch * method.rows)
+            row = _nested(step, texts[number], settings, number, progress)
+            if causal is not None:
+                loss, gradient = causal(texts[number])
+                row |= {"causal loss": np.array([loss]), "causal gradient": gradient.numpy()}
+            state.add(row)
     finally:
         state.save()
-    return _report(state, settings, texts.shape[1])
 
 
 def _nested(
-    step: Step, text: torch.Tensor, eligible: torch.Tensor, settings: Settings, number: int
-) -> dict[str, Floats]:
-    """All draws of one row; rates are independent, as the analysis of variance asks."""
-    corrupter = Corrupter(Uniform(), "bernoulli", settings.mask_token_id, settings.eps)
+    step: Step,
+    text: Text,
+    settings: Settings,
+    number: int,
+    progress: Callable[[int], Any],
+) -> Row:
+    """All draws of one row, by column; rates are independent, and the same for all ways.
+
+    Columns are `t` and `weight` [nt], for each way its `loss`, `norm2` (of the gradient) and
+    `masked` fraction [nt, nm], and of single views `hidden` [nt, nm], the norm of the gradient at
+    the final hidden states, and `mean`, of the gradient over masks [nt, d].
+    """
+    sampler = nested_sampler(settings.eps)
     quantiles = Quantiles("iid", settings.seed, Split.TEST)
-    tokens, able = text[None], eligible[None]
-    shape = (settings.rates, settings.masks)
-    loss, gradients, rates = np.zeros(shape), [], np.zeros(settings.rates)
-    for i, k in np.ndindex(*shape):
-        cell = number * settings.rates + i
-        uniforms = row_uniforms(settings.seed, Split.TEST, cell * settings.masks + k, len(text))
-        corruption = corrupter(
-            tokens, able, torch.from_numpy(uniforms)[None], torch.tensor([quantiles(cell)])
+    cells = [number * settings.rates + i for i in range(settings.rates)]
+    quantile = torch.tensor([quantiles(cell) for cell in cells])
+    row: Row = {}
+    for mask, views in settings.ways:
+        corrupter = corrupter_of(
+            Method(mask=mask),
+            sampler,
+            settings.mask_token_id,
+            settings.eps,
+            settings.isad_token_ids,
         )
-        loss[i, k], gradient = step(tokens, able, corruption)
-        gradients.append(gradient.numpy())
-        rates[i] = float(corruption.t)
-    draws = np.stack(gradients).reshape(*shape, -1)
-    moments = row_moments(draws)
-    norm2 = (draws.astype(np.float64) ** 2).sum(axis=2)
-    return {"t": rates, "loss": loss, "norm2": norm2, **vars(moments)}
+        tokens, able = text.tokens.expand(views, -1), text.eligible.expand(views, -1)
+        shape = (settings.rates, settings.masks)
+        loss, norm2, hidden, masked = np.zeros((4, *shape))
+        means = []
+        for i, cell in enumerate(cells):
+            total = torch.zeros(())
+            for k in range(settings.masks):
+                draw = cell * settings.masks + k
+                u = row_uniforms(settings.seed, Split.TEST, draw, len(text.tokens))
+                grids = torch.from_numpy(np.stack([view_of(u, v, views) for v in range(views)]))
+                drawn = corrupter(tokens, able, grids, quantile[i].expand(views))
+                # The loss itself: the weight of the rate stands apart.
+                drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
+                loss[i, k], gradient, hidden[i, k] = step(text, drawn)
+                norm2[i, k] = float(gradient.double().square().sum())
+                masked[i, k] = float(drawn.mask.double().mean())
+                total = total + gradient
+                progress(views)
+            means.append(total.numpy() / settings.masks)
+        name = _way(mask, views)
+        row |= {f"{name} loss": loss, f"{name} norm2": norm2, f"{name} masked": masked}
+        if views == 1:
+            row |= {f"{name} hidden": hidden, f"{name} mean": np.stack(means)}
+    t, weight = sampler(to_unit(quantile))
+    return row | {"t": t.numpy(), "weight": weight.numpy()}
 
 
-def _next_tokens(
-    causal: CausalStep | None, text: torch.Tensor, eligible: torch.Tensor
-) -> dict[str, Floats]:
-    """The same row as autoregressive training sees it, where nothing is drawn."""
-    if causal is None:
-        return {"causal_loss": np.zeros(0), "causal_gradient": np.zeros(0)}
-    loss, gradient = causal(text[None], eligible[None])
-    return {"causal_loss": np.array([loss]), "causal_gradient": gradient.numpy()}
+def _way(mask: str, views: int) -> str:
+    return f"{mask} x {views}:"
 
 
-def _fit(state: State, settings: Settings) -> dict[str | None, RateSampler]:
-    """Densities for P-POTS from the nested draws."""
-    samplers: dict[str | None, RateSampler] = {None: Uniform()}
-    num_draws = settings.rows * settings.rates * settings.masks
-    for target, column, power in (("loss", "loss", 1.0), ("gradient", "norm2", 0.5)):
-        moments = RateMoments(min(30, max(2, num_draws // 20)))
-        values = np.stack([row[column] for row in state.rows]) ** power
-        t = np.stack([row["t"] for row in state.rows])[:, :, None] * np.ones(settings.masks)
-        flat = torch.from_numpy(values.ravel())
-        moments.update(torch.from_numpy(t.ravel()), flat, torch.ones_like(flat))
-        samplers[target] = fit(moments, target=target, eps=settings.eps).sampler()
-    return samplers
+def report(state: State, settings: Settings, texts: Sequence[Text]) -> dict[str, Any]:
+    """Puts the report together, ready for JSON.
 
+    Args:
+        state: all rows, measured.
+        settings: what was measured.
+        texts: as for `measure`.
 
-def _report(state: State, settings: Settings, length: int) -> dict[str, Any]:
-    t = np.stack([row["t"] for row in state.rows])
-    loss = [row_moments(row["loss"][:, :, None]) for row in state.rows]
-    gradient = [RowMoments(row["mean"], row["pattern"], row["rate"]) for row in state.rows]
-    report: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
-    means = np.stack([row["loss"].mean(axis=1) for row in state.rows])
-    report["curves"] = {"mean loss": curve(t, means, settings.bins)}
-    for name, rows in (("loss", loss), ("gradient", gradient)):
-        report[name] = dataclasses.asdict(decompose(rows, settings.masks, seed=settings.seed))
-        for letter, part in (("A", "pattern"), ("B", "rate")):
-            values = np.stack([getattr(row, part) for row in rows])
-            report["curves"][f"{name} {letter}"] = curve(t, values, settings.bins)
-    if len(state.rows[0]["causal_loss"]):
-        report["autoregressive"] = {}
-        for name in ("loss", "gradient"):
-            # Without rates and masks the variance between rows is C itself.
-            rows = [
-                RowMoments(row[f"causal_{name}"], np.zeros(1), np.zeros(1)) for row in state.rows
-            ]
-            found = decompose(rows, settings.masks, seed=settings.seed)
-            report["autoregressive"][name] = {"C": found.C}
-    report["methods"] = []
-    if state.methods:
-        standard = state.methods["standard"]
-        report["standard batch"] = {
-            "gradient": mean(standard.gradient),
-            "loss": mean(standard.loss),
+    Returns:
+        `loss` and `gradient` with [estimate, standard error] of A, B, C and total of one row;
+        `autoregressive`, if that was measured: C of both, the mean next-token loss and the entropy
+        of the rows' tokens taken one by one, nats; `curves` over the bins of t; `standard batch`,
+        the variance of a batch; `methods`, relative to it.
+    """
+    t, w = state.column("t"), state.column("weight")
+    losses = state.column(f"{_way('bernoulli', 1)} loss")
+    loss = Cells.of_draws(t, w, losses[..., None]).centred()
+    gradient = _gradient_cells(state, settings, "bernoulli")
+    length = max(len(text.tokens) for text in texts[: settings.rows])
+    result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
+    result["curves"] = {"mean loss": curve(t, losses.mean(axis=2), w, settings.bins)}
+    for name, cells in (("loss", loss), ("gradient", gradient.centred())):
+        result[name] = dataclasses.asdict(decompose(cells, seed=settings.seed))
+        for letter, part in (("A", cells.pattern), ("B", cells.rate)):
+            result["curves"][f"{name} {letter}"] = curve(t, part, w, settings.bins)
+    if "causal loss" in state.rows[0]:
+        counted = torch.cat([text.tokens[text.eligible] for text in texts[: settings.rows]])
+        causal = state.column("causal loss")
+        result["autoregressive"] = {
+            "loss": {"C": between(causal, seed=settings.seed)},
+            "gradient": {"C": between(state.column("causal gradient"), seed=settings.seed)},
+            "mean loss": with_error(
+                causal[:, 0] @ resampled(len(causal), 1000, settings.seed) / len(causal),
+                len(causal),
+            ),
+            "unigram entropy": entropy(counted),
         }
-    for name, measured in state.methods.items():
+    result["methods"] = _methods(state, settings, result, gradient)
+    return result
+
+
+def entropy(tokens: torch.Tensor) -> float:
+    """Entropy of the frequencies of token ids, nats: what a model reaches that sees no context."""
+    share = torch.unique(tokens, return_counts=True)[1].double() / tokens.numel()
+    return float(-(share * share.log()).sum())
+
+
+def densities(state: State, settings: Settings, length: int) -> Densities:
+    """The densities of t of all kinds of masks: uniform, and fitted to the draws for P-POTS.
+
+    As in training a row's value is its loss, or the norm of its gradient at the final hidden
+    states. What a fit sees is what it is for: the noise of the count is a part of what Bernoulli
+    masks do.
+
+    Args:
+        state: all rows, measured.
+        settings: what was measured.
+        length: of a row.
+    """
+    found: Densities = {}
+    targets = {METHODS[name].target for name in settings.methods} - {None}
+    for mask in {mask for mask, _ in settings.ways}:
+        found[None, mask] = Uniform()
+        for target in sorted(filter(None, targets)):
+            column = {"loss": "loss", "gradient": "hidden"}[target]
+            values = state.column(f"{_way(mask, 1)} {column}")
+            moments = RateMoments(min(FIT_BINS, max(2, values.size // 20)))
+            t, w = (np.repeat(state.column(x), settings.masks) for x in ("t", "weight"))
+            moments.update(t, values, w)
+            eps = 1 / length if mask == "exact-count" else settings.eps
+            found[target, mask] = fit(moments, target=target, eps=eps).sampler()
+    return found
+
+
+def _gradient_cells(state: State, settings: Settings, mask: str) -> Cells:
+    name = _way(mask, 1)
+    return Cells.of_means(
+        state.column("t"),
+        state.column("weight"),
+        state.column(f"{name} mean"),
+        state.column(f"{name} norm2").mean(axis=2),
+        settings.masks,
+    )
+
+
+def _methods(
+    state: State, settings: Settings, result: dict[str, Any], gradient: Cells
+) -> list[dict[str, Any]]:
+    """The table; adds the variance of a batch of `standard` to the result."""
+    t, w = state.column("t"), state.column("weight")
+    single = {"bernoulli": gradient}
+    drawn: dict[tuple[str, MaskKind, int], Drawn] = {}
+    for mask, views in settings.ways:
+        if mask not in single:
+            single[mask] = _gradient_cells(state, settings, mask)
+        losses, norm2 = (state.column(f"{_way(mask, views)} {x}") for x in ("loss", "norm2"))
+        drawn["loss", mask, views] = Drawn.of_losses(t, w, losses)
+        drawn["gradient", mask, views] = Drawn(single[mask], norm2.mean(axis=2))
+        if (mask, views) == ("bernoulli", 1):
+            controlled = losses - _binned_mean(t, w, losses)
+            drawn["controlled loss", mask, views] = Drawn.of_losses(t, w, controlled)
+    found = densities(state, settings, result["length"])
+    counts = resampled(settings.rows, 1000, settings.seed)
+
+    def sampler_of(method: Method) -> RateSampler:
+        return Clipped(*CLIP) if method.clipped else found[method.target, method.mask]
+
+    def variance(method: Method, what: str) -> Floats:
+        texts = settings.batch * method.rows // method.views
+        if method.controlled and what == "loss":
+            what = "controlled loss"
+        source = drawn[what, method.mask, method.views]
+        covariance = bin_covariance(method.quantiles, texts)
+        return batch_variance(source, sampler_of(method), covariance, texts, counts)
+
+    standard = {what: variance(METHODS["standard"], what) for what in ("loss", "gradient")}
+    result["standard batch"] = {k: with_error(v, settings.rows) for k, v in standard.items()}
+    rows = []
+    for name in settings.methods:
         method = METHODS[name]
-        report["methods"].append(
+        share = (w * sampler_of(method).density(torch.from_numpy(t)).numpy())[..., None]
+        masked = state.column(f"{_way(method.mask, method.views)} masked")
+        fraction = float((share * masked).sum() / (share.sum() * settings.masks))
+        ratios = {
+            what: with_error(variance(method, what) / standard[what], settings.rows)
+            for what in ("gradient", "loss")
+        }
+        rows.append(
             {
                 "method": name,
                 "per": method.per,
-                "gradient": ratio(measured.gradient, standard.gradient),
-                "loss": ratio(measured.loss, standard.loss),
+                "unbiased": method.unbiased,
+                **ratios,
                 "rows": settings.batch * method.rows,
                 "texts": settings.batch * method.rows // method.views,
-                "masked_fraction": measured.masked_fraction,
-                "head_tokens": measured.masked_fraction * settings.batch * method.rows * length,
+                "masked_fraction": fraction,
+                "head_tokens": fraction * settings.batch * method.rows * result["length"],
             }
         )
-    return report
+    return rows
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """The report as a table."""
-    lines = [f"{'variance of one row':24s}" + "".join(f"{k:>28s}" for k in ("loss", "gradient"))]
-    for part, meaning in (("A", "mask pattern"), ("B", "rate"), ("C", "data"), ("total", "")):
-        cells = ""
-        for name in ("loss", "gradient"):
-            value, error = report[name][part]
-            share = value / report[name]["total"][0]
-            cells += f"{value:12.4g} +- {error:<8.2g} {share:4.0%}"
-        lines.append(f"{part:6s}{meaning:18s}{cells}")
-    if "autoregressive" in report:
-        cells = ""
-        for name in ("loss", "gradient"):
-            value, error = report["autoregressive"][name]["C"]
-            share = value / report[name]["total"][0]
-            cells += f"{value:12.4g} +- {error:<8.2g} {share:4.0%}"
-        lines.append(f"{'C     autoregressive':24s}{cells}")
-    if report["methods"]:
-        lines.append("")
-        lines.append(
-            f"{'variance / standard':42s}{'per':5s}{'gradient':>17s}{'loss':>17s}"
-            f"{'rows':>6s}{'texts':>6s}{'masked':>7s}{'head tokens':>12s}"
-        )
-    for row in report["methods"]:
-        cells = "".join("{:8.3f} +- {:.3f}".format(*row[name]) for name in ("gradient", "loss"))
-        lines.append(
-            f"{row['method']:42s}{row['per']:5s}{cells}{row['rows']:6d}{row['texts']:6d}"
-            f"{row['masked_fraction']:7.0%}{row['head_tokens']:12.0f}"
-        )
-    return "\n".join(lines)
-
-
-def draw_figure(report: dict[str, Any], path: str) -> None:
-    """Bars of A, B and C, their curves over t, and the methods; PNG or SVG by the suffix."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names, colors = ("loss", "gradient"), {"A": "C0", "B": "C1", "C": "C2"}
-    figure, (shares, curves, methods) = plt.subplots(
-        1, 3, figsize=(13, 4), layout="constrained", width_ratios=[1, 1.6, 1.6]
-    )
-    bars = [
-        ("A: mask pattern", "A", report),
-        ("B: rate", "B", report),
-        ("C: data", "C", report),
-        ("C, autoregressive", "C", report.get("autoregressive")),
-    ]
-    for i, (label, part, source) in enumerate(bars):
-        if source is None:
-            continue
-        values, errors = (
-            [source[n][part][k] / report[n]["total"][0] for n in names] for k in (0, 1)
-        )
-        places = [x + 0.21 * (i - 1.5) for x in range(2)]
-        color = colors[part] if source is report else "0.6"
-        shares.bar(places, values, 0.19, yerr=errors, capsize=3, label=label, color=color)
-    shares.set(xticks=range(2), xticklabels=names, ylabel="share of the variance of one row")
-    shares.legend()
-    bins = report["settings"]["bins"]
-    for name, style in zip(names, ("--", "-"), strict=True):
-        total = report[name]["total"][0]
-        for part in ("A", "B"):
-            points = [
-                ((i + 0.5) / bins, point[0] / total, point[1] / total)
-                for i, point in enumerate(report["curves"][f"{name} {part}"])
-                if point is not None
-            ]
-            if points:
-                x, y, e = zip(*points, strict=True)
-                label = f"{part}(t), {name}"
-                curves.errorbar(x, y, e, fmt=f"o{style}", ms=3, label=label, color=colors[part])
-    curves.set(xlabel="masking rate t", ylabel="relative to the total", xlim=(0, 1))
-    curves.set_yscale("symlog", linthresh=0.1)
-    curves.legend()
-    rows = report["methods"][::-1]
-    for i, name in enumerate(names[::-1]):
-        values, errors = ([row[name][k] for row in rows] for k in (0, 1))
-        places = [y + 0.36 * (i - 0.5) for y in range(len(rows))]
-        methods.barh(places, values, 0.34, xerr=errors, label=name, color=f"C{4 - i}")
-    methods.set(yticks=range(len(rows)), yticklabels=[row["method"] for row in rows])
-    methods.set(xlabel="variance relative to standard")
-    methods.axvline(1.0, color="k", lw=0.8)
-    if rows:
-        methods.legend(loc="lower right")
-    with complete_or_absent(path) as (temporary,), write_errors(path):
-        figure.savefig(temporary, dpi=150, format=path.rpartition(".")[2])
-    plt.close(figure)
+def _binned_mean(t: Floats, weight: Floats, losses: Floats) -> Floats:
+    """Mean loss in the bin of t that each rate lies in [n0, nt, 1]."""
+    moments = RateMoments(EMA_BINS)
+    moments.update(t, losses.mean(axis=2), weight)
+    return moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]

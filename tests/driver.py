@@ -1,6 +1,7 @@
 """What the ranks of the tests run: the program, with a record of the rows that each rank saw."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.device import training_device
@@ -176,6 +178,7 @@ def causal() -> None:
     """What a checkpoint gives under a causal mask, for tests/mcore/test_causal.py."""
     (load,) = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
+        from megatron_mdm.evaluation import Text
         from megatron_mdm.mcore.causal import causal_attention
         from megatron_mdm.mcore.measure import ParallelSketch, causal_step
 
@@ -185,9 +188,9 @@ def causal() -> None:
         with causal_attention(loaded.model):
             seen, unseen = loaded.logits(tokens), loaded.logits(other)
         parameters = list(loaded.model.parameters())
-        eligible = torch.ones_like(tokens, dtype=torch.bool)
-        step = causal_step(loaded, ParallelSketch(parameters, None), micro_batch_size=2)
-        loss, gradient = step(tokens, eligible)
+        step = causal_step(loaded, ParallelSketch(parameters, None))
+        steps = [step(Text(row, torch.ones_like(row, dtype=torch.bool))) for row in tokens]
+        loss, gradient = (sum(x) / 3 for x in zip(*steps, strict=True))
         # Each token from its own prefix, where there is nothing later to be seen.
         with causal_attention(loaded.model):
             terms = [
@@ -210,6 +213,61 @@ def causal() -> None:
             },
             f"{os.environ['TRACE_DIR']}/causal.pt",
         )
+
+
+def measured_texts() -> None:
+    """What tools measure a checkpoint on, for tests/mcore/test_texts.py."""
+    load, text, pairs = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        from megatron_mdm.mcore.inference import other_weights
+        from megatron_mdm.mcore.texts import pair_rows, read_tokens, rows_of
+
+        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32), packed=True)[:8]
+        found = {"evaluated": _evaluated(loaded, rows), "validated": _validated(loaded, rows)}
+        one = [dataclasses.replace(row, documents=None) for row in rows]
+        found["not divided"] = _evaluated(loaded, one)
+        twin = other_weights(loaded, load)
+        assert twin.model is not loaded.model and loaded.args.load == load
+        found["logits"] = [x.logits(rows[0].tokens[None]) for x in (loaded, twin)]
+        loaded.args.swiglu = False
+        try:
+            other_weights(loaded, load)
+        except UserError as error:
+            found["refused"] = str(error)
+        for name in ("mdm_isolate_documents", "mdm_eod_attended"):
+            setattr(loaded.args, name, name == "mdm_eod_attended")
+        found["pairs"] = pair_rows(loaded, pairs, 200)
+        loaded.args.mdm_isolate_documents = True
+        found["packed pairs"] = pair_rows(loaded, pairs, 200)
+        torch.save(found, f"{os.environ['TRACE_DIR']}/texts.pt")
+
+
+def _evaluated(loaded, rows) -> torch.Tensor:
+    """Nats of rows of 32 tokens, four draws each."""
+    from megatron_mdm.evaluation import draw
+
+    drawn = draw(loaded.logits, rows, 127, 2, 2, seed=0, group_size=1, batch_size=3)
+    return torch.from_numpy(drawn.nats.reshape(-1))
+
+
+def _validated(loaded, rows) -> torch.Tensor:
+    """The same rows with the same masks, as the run's own validation scores them."""
+    from megatron_mdm.evaluation import lattice_quantiles
+    from megatron_mdm.mcore.forward_step import forward_step
+    from megatron_mdm.objective.randomness import Split, row_uniforms
+
+    loaded.args.eval_micro_batch_size = 1
+    loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+    sums = []
+    for job, quantile in enumerate(lattice_quantiles(len(rows), 2, 2, 0, 1).reshape(-1)):
+        numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
+        row = {name: torch.tensor([int(value)]) for name, value in numbers.items()}
+        row["tokens"] = rows[job // 4].tokens[None]
+        row["uniforms"] = torch.from_numpy(row_uniforms(0, Split.TEST, job, 32))[None]
+        with torch.no_grad():
+            output, loss = forward_step(iter([row]), loaded.model)
+            sums.append(loss(output)[0].double())
+    return torch.stack(sums)
 
 
 def _response_losses(loaded) -> float:

@@ -53,6 +53,40 @@ def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(mo
         model._pair("a", "abcdefgha")
 
 
+def merging(text):
+    """Ids of the longest of these, as BPE and unigram models merge letters over any border."""
+    pieces, ids = [*LETTERS, "ab", "bc", "c "], []
+    while text:
+        piece = max((p for p in pieces if text.startswith(p)), key=len)
+        text = text[len(piece) :]
+        ids.append(pieces.index(piece))
+    return ids
+
+
+def test_tokens_of_context_and_continuation_belong_to_the_continuation():
+    """Whatever the border, context and continuation are the tokens of the whole text."""
+    ab, bc = 9, 10
+    size = 12
+    model = HarnessModel(
+        lambda tokens: torch.zeros(*tokens.shape, size + 1, dtype=torch.float64),
+        merging,
+        size,
+        max_length=8,
+        draws=8,
+    )
+    assert model._pair("a", "b") == ([], [ab])
+    assert model._pair("a", "c") == ([0], [2])
+    assert model._pair("ca", "bb") == ([2], [ab, 1])  # no letter is lost
+    assert model._pair("da", "bcb") == ([3], [ab, 2, 1])
+    assert model._pair("db", "ca") == ([3], [bc, 0])
+    # One token of 13 that are equally likely; an answer is certain only if it has no token.
+    (bound, _), (other, _) = model.loglikelihood([request("a", "b"), request("a", "c")])
+    assert bound == other == pytest.approx(-torch.log(torch.tensor(13.0)).item())
+    for context, continuation in (("ab", ""), ("ab ", ""), ("", "")):
+        with pytest.raises(UserError, match="has no tokens of its own"):
+            model.loglikelihood([request(context, continuation)])
+
+
 def test_whole_texts_are_the_sum_over_rows(model):
     text = "abcdefgh" * 2 + "a"
     (whole,) = model.loglikelihood_rolling([request(text)])

@@ -42,6 +42,19 @@ def test_first_and_last_validation_are_shown_once(tmp_path, validations, shown):
     assert 5_000 < (tmp_path / "run.png").stat().st_size < 150_000
 
 
+def test_bad_output_is_one_line_and_missing_directories_are_made(tmp_path):
+    write_run(tmp_path / "run", [60])
+    run = plot(tmp_path / "run", tmp_path / "run.foo")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith("run.foo: must end in .png, .svg or .pdf")
+    (tmp_path / "file").write_text("")
+    run = plot(tmp_path / "run", tmp_path / "file" / "run.png")
+    assert run.returncode == 2 and "error: cannot write" in run.stderr.splitlines()[-1]
+    run = plot(tmp_path / "run", tmp_path / "new" / "run.svg")
+    assert run.returncode == 0, run.stderr
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.svg"]
+
+
 def test_a_directory_without_a_run_is_one_line(tmp_path):
     run = plot(tmp_path, tmp_path / "run.png")
     assert run.returncode == 2 and "has no run of megatron_mdm" in run.stderr.splitlines()[-1]

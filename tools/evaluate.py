@@ -6,7 +6,8 @@
 --data is a text or JSONL file, or the prefix of a .bin/.idx pair. Rates are stratified, masks have
 an exact count, every row is masked --draws times. Of the two error bars the first is for the choice
 of texts and masks together, the second for the masks alone: take the second to compare two
-checkpoints on the same rows with the same seed. Under torchrun the ranks share the model.
+checkpoints on the same rows with the same seed. Bits per byte count the tokens that are scored, as
+the checkpoint's run did. Under torchrun the ranks share the model.
 """
 
 import argparse
@@ -60,11 +61,12 @@ def main() -> None:
         from tqdm import tqdm
 
         from megatron_mdm.evaluation import evaluate
-        from megatron_mdm.mcore.texts import read_tokens, rows_of
+        from megatron_mdm.mcore.texts import read_tokens, rows_of, scored_per_byte
 
         most = options.rows * loaded.args.seq_length
         documents = read_tokens(loaded, options.data, options.json_key, most)
-        rows = rows_of(loaded, documents, not options.per_document, options.rows)
+        every = rows_of(loaded, documents, not options.per_document)
+        rows = every[: options.rows]
         bar = tqdm(unit="masks", total=len(rows) * options.draws, disable=loaded.args.rank != 0)
         result = evaluate(
             loaded.logits,
@@ -79,11 +81,18 @@ def main() -> None:
         )
         bar.close()
         if loaded.args.rank == 0:
-            report(options, result, documents)
+            # Of all documents that were read, of whose last one the rows may hold a part.
+            report(options, result, scored_per_byte(every, documents))
 
 
-def report(options: argparse.Namespace, result, documents) -> None:
-    """Prints the results, and writes them to --json."""
+def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -> None:
+    """Prints the results, and writes them to --json.
+
+    Args:
+        options: of the command line.
+        result: of `evaluate`.
+        tokens_per_byte: tokens that are scored for each byte of text, None if that is not known.
+    """
     lines = [
         f"{result.num_tokens:,} tokens in {result.num_texts} rows, {result.num_draws} masks each",
         f"NELBO {_text(result.nelbo)} nats/token",
@@ -95,9 +104,7 @@ def report(options: argparse.Namespace, result, documents) -> None:
         "num_draws": result.num_draws,
         "seed": options.seed,
     }
-    if documents.num_bytes:
-        # Of all documents that were read, of whose last one the rows may hold a part.
-        tokens_per_byte = sum(map(len, documents.ids)) / documents.num_bytes
+    if tokens_per_byte:
         factor = tokens_per_byte / math.log(2)
         lines.append(f"NELBO {_text(result.nelbo, factor)} bits/byte")
         figures["bits_per_byte"] = _figures(result.nelbo, factor)

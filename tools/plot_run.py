@@ -4,11 +4,10 @@ python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output 
 """
 
 import argparse
-import os
 import re
-from pathlib import Path
 
 from megatron_mdm.benchmarks.runs import read_scalars
+from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
 from megatron_mdm.errors import UserError, run_tool
 
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
@@ -27,6 +26,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Reads, prints, draws."""
     options = parse()
+    check_picture(options.output, "--output", (".png", ".svg", ".pdf"))
     scalars = read_scalars(options.tensorboard_dir)
     nelbo = scalars.get("mdm/validation NELBO", [])
     if not nelbo or "mdm loss" not in scalars:
@@ -84,10 +84,8 @@ def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
     right.plot(steps, smooth(norms), color="C0", label="mean of 50 steps")
     right.set(xlabel="step", ylabel="norm of the gradient", title="Gradient", yscale="log")
     right.legend()
-    path = Path(output)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=90)
-    os.replace(temporary, path)
+    with complete_or_absent(output) as (temporary,), write_errors(output):
+        figure.savefig(temporary, dpi=90, format=output.rpartition(".")[2])
 
 
 def ends(validations: list[tuple[int, float]]) -> list[tuple[int, str]]:

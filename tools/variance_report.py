@@ -2,10 +2,13 @@
 
     python tools/variance_report.py --load checkpoints --data my_text --output variance.json
 
-writes variance.json and variance.png, and prints the table. Nested draws of rows, rates and masks
+writes variance.json and variance.png, and prints the table. --data is text, or prompts and
+responses (.bin/.idx), of which only the responses are masked. Nested draws of rows, rates and masks
 give the shares of the masking pattern (A), the masking rate (B) and the data (C) in the variance of
 the loss and of the gradient of one row, beside the data noise of the same network on the same rows
-as an autoregressive model: causal mask, next tokens. Then batches are drawn under every method.
+as an autoregressive model: causal mask, next tokens. For that give the weights of one that was
+trained so (--autoregressive); a diffusion model's own predict no next tokens. Other masks of the
+same rows give the table of the methods.
 The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
 Under torchrun the ranks share the model as tensor-parallel ranks.
@@ -14,13 +17,18 @@ Under torchrun the ranks share the model as tensor-parallel ranks.
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.outputs import check_picture, termination_raises, write_text
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
-MOST_WHOLE = 1_000_000  # parameters up to which gradients are kept whole
-SKETCH = 65_536
+if TYPE_CHECKING:
+    from megatron_mdm.evaluation import Text
+    from megatron_mdm.mcore.inference import LoadedModel
+
+POOL = 20  # rows that are read for each one that is measured
 
 
 def parse() -> argparse.Namespace:
@@ -35,18 +43,37 @@ def parse() -> argparse.Namespace:
         "--figure", metavar="FILE", help="PNG or SVG to write (default: X.png beside --output)"
     )
     for name, default, meaning in (
-        ("--rows", 100, "rows of the nested draws; more tighten the error bars"),
+        ("--rows", 200, "rows of the nested draws; more tighten the error bars"),
         ("--rates", 4, "rates of each row"),
         ("--masks", 2, "masks at each rate"),
-        ("--batches", 100, "batches of each method; 0 leaves the methods out"),
-        ("--batch", 32, "rows of a batch"),
+        ("--batch", 32, "rows of a batch in the table of the methods"),
         ("--bins", 10, "bins of t in the curves"),
-        ("--micro-batch", 8, "rows in one call of the model"),
         ("--seed", 0, "of texts, rates and masks"),
     ):
         parser.add_argument(
             name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})"
         )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["important"],
+        metavar="NAME",
+        help="rows of the table: `important`, `all` (every combination), `none`, or names out of "
+        "these (default: important)",
+    )
+    parser.add_argument(
+        "--isad-token-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="tokens that ISAD masks more often (default: those of the checkpoint's run; without "
+        "any, ISAD is left out)",
+    )
+    parser.add_argument(
+        "--autoregressive",
+        metavar="CHECKPOINT",
+        help="the same network trained on next tokens (examples/reproduce/autoregressive.py)",
+    )
     parser.add_argument(
         "--parameters", default="", metavar="TEXT", help="only parameters with this in their name"
     )
@@ -54,8 +81,8 @@ def parse() -> argparse.Namespace:
         "--sketch",
         type=int,
         metavar="D",
-        help="project gradients at random on D numbers, which keeps variances in the mean "
-        f"(default: {SKETCH} above {MOST_WHOLE:,} parameters, else none)",
+        help="project gradients of more parameters at random on D numbers, which keeps variances "
+        "in the mean (default: 8192)",
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
     return parser.parse_args()
@@ -67,76 +94,116 @@ def main() -> None:
     if not options.output.endswith(".json"):
         raise UserError(f"--output {options.output}: must end in .json")
     figure = options.figure or options.output.removesuffix(".json") + ".png"
-    if not figure.endswith((".png", ".svg")):
-        raise UserError(f"--figure {figure}: must end in .png or .svg")
-    if min(options.bins, options.micro_batch) < 1 or (options.sketch or 1) < 1:
-        raise UserError("--bins, --micro-batch and --sketch must be at least 1")
+    check_picture(figure, "--figure")
+    if options.sketch is not None and options.sketch < 1:
+        raise UserError("--sketch must be at least 1")
     prepare_environment(options.device)
 
     import json
 
-    import torch
     from tqdm import tqdm
 
-    from megatron_mdm import variance_report as report
-    from megatron_mdm.data.outputs import termination_raises, write_text
+    from megatron_mdm import variance_figure, variance_report
+    from megatron_mdm.objective.methods import choose
+    from megatron_mdm.variance_state import State
 
-    names = ("rows", "rates", "masks", "batches", "batch", "bins", "seed")
+    names = ("rows", "rates", "masks", "batch", "bins", "seed")
     numbers = {name: getattr(options, name) for name in names}
-    report.Settings(**numbers, mask_token_id=0, eps=0.5, subject="")  # complain before loading
+    # Complain before loading.
+    methods = choose(options.methods, isad=True)
+    variance_report.Settings(
+        **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
+    )
     with open_checkpoint(options.load, options.device) as loaded:
-        from megatron_mdm.mcore.measure import ParallelSketch, causal_step, gradient_step
-        from megatron_mdm.mcore.texts import read_tokens, rows_of
+        from megatron_mdm.mcore.inference import other_weights
+        from megatron_mdm.mcore.measure import causal_step, gradient_step
 
         args = loaded.args
-        pool = 20 * options.rows
-        documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
-        rows = rows_of(loaded, documents, packed=True, limit=pool)
-        rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
-        if not rows:
-            raise UserError(f"{options.data} is shorter than one row of {args.seq_length} tokens")
-        order = torch.randperm(
-            len(rows), generator=torch.Generator().manual_seed(options.seed)
-        ).tolist()
-        texts = torch.stack([rows[i].tokens for i in order])
-        eligible = torch.stack([rows[i].eligible for i in order])
-        if (texts == args.mdm_mask_token_id).any():
-            raise UserError(f"{options.data} contains the mask token: tokenize it again without")
-
-        parameters = [
-            p for name, p in loaded.model.named_parameters() if options.parameters in name
-        ]
-        if not parameters:
-            raise UserError(f"--parameters {options.parameters}: no parameter has that in its name")
-        sketch = ParallelSketch(parameters, None, options.seed)
-        count = sketch.count
-        size = options.sketch or (SKETCH if count > MOST_WHOLE else None)
-        if size is not None:
-            sketch = ParallelSketch(parameters, size, options.seed)
-        step = gradient_step(loaded, sketch, options.micro_batch)
-        causal = causal_step(loaded, sketch, options.micro_batch)
-        iteration = Path(options.load, "latest_checkpointed_iteration.txt").read_text().strip()
-        subject = [os.path.realpath(options.load), iteration, os.path.realpath(options.data)]
-        settings = report.Settings(
+        texts = read_rows(loaded, options)
+        sketch = sketch_of(loaded, options)
+        step = gradient_step(loaded, sketch)
+        causal_model = loaded
+        if options.autoregressive:
+            causal_model = other_weights(loaded, options.autoregressive)
+            sketch = sketch_of(causal_model, options)
+        causal = causal_step(causal_model, sketch)
+        isad = tuple(options.isad_token_ids or args.mdm_isad_token_ids or ())
+        settings = variance_report.Settings(
             **numbers,
+            methods=choose(options.methods, isad=bool(isad)),
             mask_token_id=args.mdm_mask_token_id,
             eps=args.mdm_eps,
-            subject=" ".join(
-                map(str, [*subject, options.parameters, count, size, args.world_size])
-            ),
+            isad_token_ids=isad,
+            subject=" ".join(map(str, identity(options, sketch.size, args.world_size))),
         )
         first = args.rank == 0
-        state = report.State(options.output + ".partial", settings, writes=first)
+        state = State(settings, options.output + ".partial", writes=first)
         with (
             termination_raises(),
-            tqdm(unit="rows", total=settings.work, disable=not first) as bar,
+            tqdm(
+                unit="rows", total=settings.rows * settings.work_per_row, disable=not first
+            ) as bar,
         ):
-            result = report.measure(step, texts, eligible, settings, state, bar.update, causal)
+            variance_report.measure(step, texts, settings, state, bar.update, causal)
         if first:
-            print(report.as_text(result))
-            report.draw_figure(result, figure)
+            result = variance_report.report(state, settings, texts)
+            result["autoregressive"]["checkpoint"] = options.autoregressive
+            print(variance_figure.as_text(result))
             write_text(options.output, json.dumps(result, indent=2) + "\n")
+            variance_figure.draw_figure(result, figure)
             os.unlink(state.path)
+
+
+def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Text]":
+    """Rows in random order, more than are measured.
+
+    Raises:
+        UserError: data that is too short, or that cannot be measured on.
+    """
+    import torch
+
+    from megatron_mdm.mcore.texts import holds_pairs, pair_rows, read_tokens, rows_of
+
+    args, pool = loaded.args, POOL * options.rows
+    if not os.path.isfile(options.data) and holds_pairs(options.data):
+        rows = pair_rows(loaded, options.data, pool)
+    else:
+        documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
+        rows = rows_of(loaded, documents, packed=True)[:pool]
+        rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
+    if any((row.tokens == args.mdm_mask_token_id).any() for row in rows):
+        raise UserError(f"{options.data} contains the mask token: tokenize it again without")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
+    return [rows[i] for i in order.tolist()]
+
+
+def sketch_of(loaded: "LoadedModel", options: argparse.Namespace):
+    """The gradient of the parameters that --parameters names, projected if there are many.
+
+    Raises:
+        UserError: it names none.
+    """
+    from megatron_mdm.mcore.measure import ParallelSketch
+    from megatron_mdm.objective.sketch import MOST_WHOLE
+
+    parameters = [p for name, p in loaded.model.named_parameters() if options.parameters in name]
+    if not parameters:
+        raise UserError(f"--parameters {options.parameters}: no parameter has that in its name")
+    whole = ParallelSketch(parameters, None, options.seed)
+    size = options.sketch or MOST_WHOLE
+    if whole.count <= size:
+        return whole
+    return ParallelSketch(parameters, size, options.seed)
+
+
+def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list:
+    """What a measurement that goes on must have in common with the one before."""
+    checkpoints = [path for path in (options.load, options.autoregressive) if path]
+    files = [str(Path(path, "latest_checkpointed_iteration.txt")) for path in checkpoints]
+    files += [path for path in (options.data, f"{options.data}.bin") if os.path.isfile(path)]
+    stamps = [(os.path.realpath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
+    iterations = [Path(file).read_text().strip() for file in files[: len(checkpoints)]]
+    return [stamps, iterations, options.json_key, options.parameters, size, world_size]
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Setting:
     """What draws rates, masks and weights.
 
     Attributes:
-        method: name in `objective.variance.METHODS`.
+        method: name in `objective.methods.METHODS`.
         mask: kind of mask in place of the method's.
         eps: least masking probability of Bernoulli masks.
         clip: ends of rates without a weight, which is another objective.
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     model, texts = variance._model(None), variance._texts(args.length)
     draw = partial(variance._batches, texts, ROWS)
     loss = variance._train(model, draw, args.steps)
-    samplers = variance._fit(model, draw)
+    samplers = variance._densities(model, texts)
     print(f"SIMULATED: length {args.length}, {args.steps} steps to a loss of {loss:.2f}, then")
     print(f"{args.batches} batches of {ROWS} rows a setting, {args.micro_batch} scaled together")
     rows = []
@@ -292,8 +292,8 @@ def _measure(
     import torch
 
     from megatron_mdm.objective.loss import row_losses
+    from megatron_mdm.objective.methods import METHODS, batches
     from megatron_mdm.objective.samplers import Clipped
-    from megatron_mdm.objective.variance import METHODS, batches
 
     method = METHODS[setting.method]
     method = replace(method, mask=setting.mask or method.mask)

@@ -1,11 +1,12 @@
 """How much each method lowers the variance of the gradient, on a small model trained here.
 
 A byte-level model is trained on the source of Python's standard library with the standard
-objective; then, with its weights fixed, gradients of whole batches are drawn again and again under
-every method. The figures are the trace of their covariance and the variance of the batch's loss,
-relative to `standard`. Batches hold equally many rows, which is equal compute; MIRROR stands in the
-table a second time at equal texts, where it has twice the rows. One training run and one kind of
-text: the shares of masking and data noise move with the length of a row and with training.
+objective; then, with its weights fixed, losses and gradients of rows under nested rates and masks
+give the shares of masking and data noise, and what every method leaves of the variance of a batch
+(see tools/variance_report.py), relative to `standard`. Batches hold equally many rows, which is
+equal compute; MIRROR and other views stand in the table a second time at equal texts, where they
+have more rows. One training run and one kind of text: the shares of masking and data noise move
+with the length of a row and with training.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from megatron_mdm.data.outputs import write_text
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 VOCABULARY, MASK, WIDTH = 257, 256, 64
+DELIMITERS = tuple(b"\n:()")  # what ISAD masks more often
 EPS = 1e-3
 SEED = 1234
 
@@ -29,7 +31,7 @@ SEED = 1234
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
-    parser.add_argument("--quick", action="store_true", help="fewer steps and draws")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rows")
     parser.add_argument("--length", type=int, default=64, help="row length (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps (default: 2000; quick: 600)")
     parser.add_argument(
@@ -42,56 +44,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with learned ones long rows stay on the plateau without context "
         "(default: %(default)s)",
     )
-    parser.add_argument("--draws", type=int, help="batches a method (default: 400; quick: 100)")
+    parser.add_argument("--rows", type=int, help="rows measured (default: 400; quick: 100)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["important"],
+        metavar="NAME",
+        help="`important`, `all` (every combination), or names out of these (default: important)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains, measures, prints a table, and writes `args.json` if it is set."""
     import torch
 
-    from megatron_mdm.objective.variance import METHODS, Sketch, method_variance, ratio
+    from megatron_mdm.objective.methods import choose
+    from megatron_mdm.variance_figure import as_text
+    from megatron_mdm.variance_report import report
 
     torch.manual_seed(SEED)
     steps = args.steps or (600 if args.quick else 2000)
-    draws = args.draws or (100 if args.quick else 400)
+    rows = args.rows or (100 if args.quick else 400)
+    methods = choose(args.methods, isad=True)
+    settings = _settings(rows, args.batch, methods)  # complains before anything is trained
     texts = _texts(args.length)
-    draw = partial(_batches, texts, args.batch)
     model = _model(args.length if args.positions == "learned_absolute" else None)
-    trained = _train(model, draw, steps)
-    samplers = _fit(model, draw)
-    parameters = Sketch(list(model.parameters()), size=None)
-
-    def step(tokens: Any, _: Any, corruption: Any) -> tuple[float, Any]:
-        loss = _losses(model, tokens, corruption)[0].mean()
-        return float(loss), parameters.gradient(loss)
-
-    results = []
+    trained = _train(model, partial(_batches, texts, args.batch), steps)
     print(f"length {args.length}, {steps} steps to a loss of {trained:.2f} nats per token")
-    print(f"{draws} batches of {args.batch} rows a method")
-    print(f"{'method':42s} {'per':5s} {'gradient':>16s} {'loss':>16s}")
-    baseline = None
-    for name, method in METHODS.items():
-        source = draw(name, samplers[method.target, method.mask], stream=3)
-        measured = method_variance(step, source, draws)
-        baseline = baseline or measured
-        g, dg = ratio(measured.gradient, baseline.gradient)
-        v, dv = ratio(measured.loss, baseline.loss)
-        print(f"{name:42s} {method.per:5s} {g:7.3f} +- {dg:.3f} {v:7.3f} +- {dv:.3f}")
-        results.append(
-            {
-                "method": name,
-                "gradient_variance_ratio": g,
-                "gradient_variance_ratio_stderr": dg,
-                "loss_variance_ratio": v,
-                "loss_variance_ratio_stderr": dv,
-                "per": method.per,
-            }
-        )
+    print(f"{rows} rows, {settings.rates} rates, {settings.masks} masks; batches of {args.batch}")
+    measured = report(*_measured(model, texts, settings))
+    print(as_text(measured))
+    results = [
+        {
+            "method": row["method"],
+            "gradient_variance_ratio": row["gradient"][0],
+            "gradient_variance_ratio_stderr": row["gradient"][1],
+            "loss_variance_ratio": row["loss"][0],
+            "loss_variance_ratio_stderr": row["loss"][1],
+            "per": row["per"],
+            "unbiased": row["unbiased"],
+        }
+        for row in measured["methods"]
+    ]
     if args.json:
         setting = {name: getattr(args, name) for name in ("length", "batch", "positions")}
-        setting["steps"] = steps
-        document = {**setting, "loss": trained, "rows": results}
-        write_text(args.json, json.dumps(document) + "\n")
+        parts = {what: measured[what] for what in ("loss", "gradient")}
+        document = {**setting, "steps": steps, "loss": trained, "variance": parts}
+        write_text(args.json, json.dumps({**document, "rows": results}) + "\n")
+
+
+def _settings(rows: int, batch: int, methods: tuple[str, ...]) -> Any:
+    from megatron_mdm.variance_report import Settings
+
+    return Settings(
+        rows=rows,
+        rates=4,
+        masks=2,
+        batch=batch,
+        bins=10,
+        methods=methods,
+        mask_token_id=MASK,
+        eps=EPS,
+        seed=SEED,
+        isad_token_ids=DELIMITERS,
+    )
+
+
+def _measured(model: Any, texts: Any, settings: Any) -> tuple[Any, Any, list[Any]]:
+    """Nested draws of the first texts, as `variance_report.report` takes them."""
+    import torch
+    from tqdm import tqdm
+
+    from megatron_mdm.evaluation import Text
+    from megatron_mdm.objective.sketch import MOST_WHOLE, Sketch
+    from megatron_mdm.variance_report import measure
+    from megatron_mdm.variance_state import State
+
+    parameters = list(model.parameters())
+    sketch = Sketch(parameters, MOST_WHOLE)
+
+    def step(text: Any, corruption: Any) -> tuple[float, Any, float]:
+        per_row, hidden = _losses(model, text.tokens.expand_as(corruption.mask), corruption)
+        loss = per_row.mean()
+        return float(loss.detach()), *sketch.gradient_and_norm(loss, hidden)
+
+    everywhere = torch.ones_like(texts[0], dtype=torch.bool)
+    rows = [Text(tokens, everywhere) for tokens in texts[: settings.rows]]
+    state = State(settings)
+    with tqdm(unit="rows", total=settings.rows * settings.work_per_row) as bar:
+        measure(step, rows, settings, state, bar.update)
+    return state, settings, rows
+
+
+def _densities(model: Any, texts: Any) -> dict[tuple[str | None, str], Any]:
+    """Densities of t for each target and kind of mask, fitted to the model."""
+    from megatron_mdm.variance_report import densities
+
+    methods = ("p-pots loss", "p-pots gradient + lattice + exact count")
+    state, settings, _ = _measured(model, texts, _settings(200, 2, methods))
+    return densities(state, settings, texts.shape[1])
 
 
 def _texts(length: int) -> Any:
@@ -164,10 +215,10 @@ def _model(length: int | None) -> Any:
 
 
 def _batches(texts: Any, size: int, name: str, sampler: Any, stream: int) -> Iterator[Any]:
-    """Endless batches of a method; see `objective.variance.batches`."""
+    """Endless batches of a method; see `objective.methods.batches`."""
     import torch
 
-    from megatron_mdm.objective.variance import METHODS, batches
+    from megatron_mdm.objective.methods import METHODS, batches
 
     everywhere = torch.ones_like(texts, dtype=torch.bool)
     return batches(texts, everywhere, METHODS[name], sampler, MASK, EPS, size, SEED + stream)
@@ -207,32 +258,3 @@ def _train(model: Any, draw: Callable[..., Iterator[Any]], steps: int) -> float:
         optimizer.step()
         schedule.step()
     return float(np.mean(losses[-100:]))
-
-
-def _fit(model: Any, draw: Callable[..., Iterator[Any]]) -> dict[tuple[str | None, str], Any]:
-    """Densities of t for each target and kind of mask, on rows that the measurement does not use.
-
-    What a fit sees is what it is for: the noise of the count is a part of what Bernoulli masks do.
-    """
-    import torch
-
-    from megatron_mdm.objective.fits import fit
-    from megatron_mdm.objective.pots import RateMoments
-    from megatron_mdm.objective.samplers import Uniform
-
-    samplers: dict[tuple[str | None, str], Any] = {}
-    for name, mask in (("lattice", "bernoulli"), ("lattice + exact count", "exact-count")):
-        moments = {target: RateMoments(30) for target in ("loss", "gradient")}
-        batches = draw(name, Uniform(), stream=2)
-        for _ in range(200):
-            tokens, _, corruption = next(batches)
-            per_row, hidden = _losses(model, tokens, corruption)
-            (gradient,) = torch.autograd.grad(per_row.sum(), hidden)
-            norms = gradient.square().sum(dim=(1, 2)).sqrt()
-            for target, value in (("loss", per_row.detach()), ("gradient", norms)):
-                moments[target].update(corruption.t, value, corruption.rate_weight)
-        eps = 1 / tokens.shape[1] if mask == "exact-count" else EPS
-        samplers[None, mask] = Uniform()
-        for target, measured in moments.items():
-            samplers[target, mask] = fit(measured, target=target, eps=eps).sampler()
-    return samplers

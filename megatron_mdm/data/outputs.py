@@ -1,5 +1,6 @@
 """Output files that are there complete or not at all."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -74,6 +75,23 @@ def write_text(path: str, text: str) -> None:
     with complete_or_absent(path) as (name,), write_errors(path):
         with open(name, "w", encoding="utf-8") as file:
             file.write(text)
+
+
+def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".svg")) -> None:
+    """Complains before anything is computed about a picture that could not be drawn.
+
+    Args:
+        path: of the picture.
+        flag: that names it.
+        suffixes: what it may end in.
+
+    Raises:
+        UserError: another suffix, or no matplotlib.
+    """
+    if not path.endswith(suffixes):
+        raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{path} needs matplotlib: pip install 'megatron-mdm[plot]'")
 
 
 def _flush_to_disk(path: str) -> None:

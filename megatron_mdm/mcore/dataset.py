@@ -282,6 +282,21 @@ def build_datasets(
     ]
 
 
+def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
+    """All pairs of one file as a training dataset, on every rank and unsplit; --mdm-sft only.
+
+    Raises:
+        UserError: no pair is short enough.
+    """
+    config = _dataset_config(args)
+    kind = _dataset_class(args)
+    indexed = kind.build_low_level_dataset(prefix, config)
+    pairs = np.arange(kind.numel_low_level_dataset(indexed))
+    dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
+    mdm = MDMConfig.from_args(args)
+    return RowDataset(dataset, mdm, args.seed, args.mdm_mask_token_id, config.tokenizer.eod)
+
+
 def _print_epochs(dataset: Any, rows: int, views: int) -> None:
     """Says how often training will pass over its data: rows are `views` times the texts."""
     texts = -(-rows // views)

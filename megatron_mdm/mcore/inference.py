@@ -25,7 +25,8 @@ from megatron.training.training import setup_model_and_optimizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.attention import attention_mask
+from megatron_mdm.mcore.architecture import differences
+from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
@@ -89,22 +90,34 @@ class LoadedModel:
     tokenizer: Any
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        clean: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits of the clean tokens.
 
         Args:
             tokens: int64 [b, s], the same on all ranks.
+            clean: the tokens before masking, where they are known [b, s]: which of them are hidden
+                from attention follows from these.
+            documents: what attention stays inside, int64 [b, s], and where positions start over;
+                None: a text to fill in is one document, whose end is still to be found.
 
         Returns:
             float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
             for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
         """
         b, s = tokens.shape
-        positions = torch.arange(s, device=tokens.device).expand_as(tokens)
-        # A text to fill in is one document, whose end is still to be found.
+        clean = tokens if clean is None else clean
+        positions = position_ids(clean, documents)
         mdm = MDMConfig.from_args(self.args)
         no_padding = torch.zeros_like(tokens, dtype=torch.bool)
-        hidden = attention_mask(tokens, no_padding, self.tokenizer.eod, mdm, documents=None)
+        packed = self.args.transformer_impl == "transformer_engine"
+        hidden = attention_mask(
+            clean, no_padding, self.tokenizer.eod, mdm, documents, as_bounds=packed
+        )
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
             data_iterator=None,
@@ -146,25 +159,56 @@ def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> It
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    args = _arguments(checkpoint, device, pipeline_parallel)
+    args = adapted(_recorded(checkpoint), checkpoint, device, pipeline_parallel)
     set_global_variables(args)
     use_shipped_dataset_helpers()
     initialize_megatron()
-    container = pretrain_cfg_container_from_args(args, model_config(args))
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     try:
-        model, _, _ = setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
-        )
-        yield LoadedModel(unwrap_model(model[0]).eval(), args, get_tokenizer())
+        yield LoadedModel(_model(args), args, get_tokenizer())
         torch.distributed.barrier()
     finally:
         mpu.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:
-    """The checkpoint's own arguments, which Megatron saved validated, with this layout.
+def other_weights(loaded: LoadedModel, checkpoint: str) -> LoadedModel:
+    """The same network with the weights of another checkpoint, beside the first.
+
+    Args:
+        loaded: a model, whose layout and tokenizer stay.
+        checkpoint: of the same network, trained with --mdm-shift or without.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another network.
+    """
+    args, saved = loaded.args, vars(_recorded(checkpoint))
+    wrong = differences(saved, {**vars(args), "mdm_shift": saved.get("mdm_shift")}, args.load)
+    for name in ("padded_vocab_size", "max_position_embeddings"):
+        if saved[name] != getattr(args, name):
+            wrong = wrong or f"{name} is {saved[name]} and not {getattr(args, name)}"
+    if wrong:
+        raise UserError(f"the checkpoint in {checkpoint} is of another network: {wrong}")
+    own = args.load
+    args.load = checkpoint
+    try:
+        return LoadedModel(_model(args), args, loaded.tokenizer)
+    finally:
+        args.load = own
+
+
+def _model(args: Namespace) -> torch.nn.Module:
+    """Megatron's module with the weights of `args.load`, in evaluation mode."""
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    module: torch.nn.Module = unwrap_model(model[0]).eval()
+    return module
+
+
+def _recorded(checkpoint: str) -> Namespace:
+    """The checkpoint's own arguments, which Megatron saved validated.
 
     Raises:
         UserError: see `loaded_model`.
@@ -176,7 +220,7 @@ def _arguments(checkpoint: str, device: str, pipeline_parallel: int) -> Namespac
     args = state.get("args")
     if args is None:
         raise UserError(f"the checkpoint in {checkpoint} has no arguments: save it with Megatron")
-    return adapted(args, checkpoint, device, pipeline_parallel)
+    return args
 
 
 def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:

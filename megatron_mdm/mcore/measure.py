@@ -5,6 +5,7 @@ in evaluation mode, so FP8 scales and optimizer stay as they are.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,9 @@ from megatron.core import mpu
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.evaluation import Text
 from megatron_mdm.mcore.arguments import check_data
-from megatron_mdm.mcore.attention import attention_mask, isolated_documents, position_ids
+from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.causal import causal_attention
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
@@ -24,7 +26,8 @@ from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import RateMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
-from megatron_mdm.objective.variance import CausalStep, Sketch, Step, gradients
+from megatron_mdm.objective.sketch import Sketch, gradients
+from megatron_mdm.variance_report import CausalStep, Step
 
 
 def measure(
@@ -106,97 +109,126 @@ class ParallelSketch(Sketch):
         self._first = int(counts[:rank].sum())  # this rank's place in the whole gradient
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        """The (projected) gradient of a scalar, float32 [d], on the CPU; a collective call."""
+        """As `Sketch.gradient`; a collective call."""
         # All of them, so that every rank takes the same way back through the collectives.
-        found = gradients(loss, self.parameters)
-        part = self._project([g for g, own in zip(found, self.counted, strict=True) if own])
-        whole = part.to(found[0].device)
+        return self.project(gradients(loss, self.parameters))
+
+    def project(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """As `Sketch.project`, of all parameters of this rank; a collective call."""
+        part = self._sums([g for g, own in zip(parts, self.counted, strict=True) if own])
+        whole = part.to(parts[0].device)
         if self.size is None:
-            whole = found[0].new_zeros(self.count, dtype=torch.float32)
+            whole = parts[0].new_zeros(self.count, dtype=torch.float32)
             whole[self._first : self._first + len(part)] = part
         torch.distributed.all_reduce(whole, group=self.group)
         return whole.cpu()
 
 
-def gradient_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8) -> Step:
-    """The mean loss of masked rows, and its gradient, by a checkpoint, the same on all ranks.
+def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
+    """The mean loss of masked rows of a text, and its gradient, the same on all ranks.
 
     Args:
         loaded: the model.
         sketch: of the parameters that the gradient is of.
-        micro_batch_size: rows in one call of the model.
     """
     mdm = MDMConfig.from_args(loaded.args)
     device = torch.cuda.current_device()
+    at_head: list[torch.Tensor] = []
 
-    def step(
-        tokens: torch.Tensor, eligible: torch.Tensor, corruption: Corruption
-    ) -> tuple[float, torch.Tensor]:
-        total, gradient = 0.0, torch.zeros(())
-        for rows in torch.arange(len(tokens)).split(micro_batch_size):
-            clean, able = tokens[rows].to(device), eligible[rows].to(device)
-            eod_id = get_tokenizer().eod
-            documents = isolated_documents(clean, eod_id, mdm)
-            packed = loaded.args.transformer_impl == "transformer_engine"
-            no_padding = torch.zeros_like(able)
-            hidden = attention_mask(clean, no_padding, eod_id, mdm, documents, as_bounds=packed)
-            cross_entropy = loaded.model(
-                corruption.tokens[rows].to(device),
-                position_ids(clean, documents),
-                hidden,
-                labels=at_logits(clean, mdm.mdm_shift),
-            )
-            mask, weight = corruption.mask[rows].to(device), corruption.weight[rows].to(device)
-            losses = row_losses(
-                at_tokens(cross_entropy, mdm.mdm_shift), mask, weight, able.sum(dim=1), "rows"
-            )
-            loss = losses.numerator / len(tokens)
-            total += float(loss)
-            gradient = gradient + sketch.gradient(loss)
-        return total, gradient
+    def look_and_head(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        at_head[:] = [hidden_states]
+        return head(hidden_states, **rest)
+
+    def step(text: Text, corruption: Corruption) -> tuple[float, torch.Tensor, float]:
+        views = len(corruption.tokens)
+        inputs = _Inputs.of(loaded, mdm, text, views)
+        mask = corruption.mask.to(device)
+        cross_entropy = loaded.model(
+            corruption.tokens.to(device),
+            inputs.positions,
+            inputs.hidden,
+            labels=at_logits(inputs.clean, mdm.mdm_shift),
+            output_processor=look_and_head,
+            output_processor_context=HeadContext(MaskedPositions(at_logits(mask, mdm.mdm_shift))),
+        )
+        losses = row_losses(
+            at_tokens(cross_entropy, mdm.mdm_shift),
+            mask,
+            corruption.weight.to(device),
+            inputs.eligible.sum(dim=1),
+            "rows",
+        )
+        loss = losses.numerator / views
+        return float(loss), *sketch.gradient_and_norm(loss, at_head[0])
 
     return step
 
 
-def causal_step(loaded: LoadedModel, sketch: Sketch, micro_batch_size: int = 8) -> CausalStep:
-    """The mean next-token loss of rows by the same network under a causal mask, and its gradient.
+def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
+    """The next-token loss of a text by the same network under a causal mask, and its gradient.
 
-    The loss of a row is the mean cross entropy of its eligible tokens but the first, which nothing
-    predicts, nats per token.
+    The loss is the mean cross entropy of the eligible tokens but the first of each document, which
+    nothing predicts, nats per token.
 
     Args:
         loaded: the model.
         sketch: of the parameters that the gradient is of.
-        micro_batch_size: rows in one call of the model.
     """
     mdm = MDMConfig.from_args(loaded.args)
-    device, eod_id = torch.cuda.current_device(), get_tokenizer().eod
-    packed = loaded.args.transformer_impl == "transformer_engine"
 
-    def step(tokens: torch.Tensor, eligible: torch.Tensor) -> tuple[float, torch.Tensor]:
-        total, gradient = 0.0, torch.zeros(())
-        for rows in torch.arange(len(tokens)).split(micro_batch_size):
-            clean, able = tokens[rows].to(device), eligible[rows].to(device)
-            documents = isolated_documents(clean, eod_id, mdm)
-            positions = position_ids(clean, documents)
-            able = able & (positions > 0)
-            nothing = torch.zeros_like(able)
-            hidden = attention_mask(
-                clean, nothing, eod_id, mdm, documents, ahead=nothing, as_bounds=packed
+    def step(text: Text) -> tuple[float, torch.Tensor]:
+        inputs = _Inputs.of(loaded, mdm, text, 1, causal=True)
+        able = inputs.eligible & (inputs.positions > 0)
+        with causal_attention(loaded.model):
+            cross_entropy = loaded.model(
+                inputs.clean,
+                inputs.positions,
+                inputs.hidden,
+                labels=at_logits(inputs.clean, shift=True),
             )
-            with causal_attention(loaded.model):
-                cross_entropy = loaded.model(
-                    clean, positions, hidden, labels=at_logits(clean, shift=True)
-                )
-            values = at_tokens(cross_entropy, shift=True)
-            weight = torch.ones_like(values)
-            losses = row_losses(values, able, weight, able.sum(dim=1), "rows")
-            loss = losses.numerator / len(tokens)
-            total += float(loss)
-            gradient = gradient + sketch.gradient(loss)
-        return total, gradient
+        values = at_tokens(cross_entropy, shift=True)
+        losses = row_losses(values, able, torch.ones_like(values), able.sum(dim=1), "rows")
+        return float(losses.numerator), sketch.gradient(losses.numerator)
 
     return step
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A text for the model, on its device, `views` times.
+
+    Attributes:
+        clean: int64 [b, s].
+        eligible: bool [b, s].
+        positions: int64 [b, s].
+        hidden: attention mask (see `attention_mask`).
+    """
+
+    clean: torch.Tensor
+    eligible: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedModel, mdm: MDMConfig, text: Text, views: int, causal: bool = False
+    ) -> "_Inputs":
+        device = torch.cuda.current_device()
+        clean, eligible = (x.to(device).expand(views, -1) for x in (text.tokens, text.eligible))
+        documents = None
+        if text.documents is not None:
+            documents = text.documents.to(device).expand(views, -1)
+        nothing = torch.zeros_like(eligible)
+        hidden = attention_mask(
+            clean,
+            nothing,
+            loaded.tokenizer.eod,
+            mdm,
+            documents,
+            ahead=nothing if causal else None,
+            as_bounds=loaded.args.transformer_impl == "transformer_engine",
+        )
+        return cls(clean, eligible, position_ids(clean, documents), hidden)
 
 
 def _draw(

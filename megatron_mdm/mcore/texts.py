@@ -1,9 +1,11 @@
-"""Documents to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
+"""Texts to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
 
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -13,8 +15,8 @@ from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
 from megatron_mdm.mcore.attention import isolated_documents
-from megatron_mdm.mcore.dataset import check_data_files
-from megatron_mdm.mcore.forward_step import eligible_positions
+from megatron_mdm.mcore.dataset import check_data_files, rows_of_file
+from megatron_mdm.mcore.forward_step import Rows, eligible_positions
 from megatron_mdm.mcore.inference import LoadedModel
 
 
@@ -58,14 +60,13 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
             if num_tokens >= max_tokens:
                 break
     else:
-        check_data_files(([data], None), None)
-        dataset = IndexedDataset(data)
-        if len(dataset.document_indices) != len(dataset) + 1:
+        if holds_pairs(data):
             raise UserError(
                 f"{data} consists of prompts and responses, which have no likelihood as one text: "
                 "give plain text"
             )
-        for sequence in dataset:
+        for sequence in IndexedDataset(data):
+            _check_ids(loaded, data, sequence)
             ids.append(sequence.tolist())
             num_tokens += len(sequence)
             if has_text:
@@ -88,21 +89,87 @@ def encoder(loaded: LoadedModel) -> Callable[[str], list[int]]:
     return loaded.tokenizer.tokenize
 
 
-def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int) -> list[Text]:
-    """The first rows of documents, at most as long as the model's, with what it was trained on.
+def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Text]:
+    """Rows of documents, at most as long as the model's, as it was trained on them.
 
     Args:
         loaded: the checkpoint.
         documents: token ids.
         packed: see `cut_rows`.
-        limit: most rows.
     """
-    mdm = MDMConfig.from_args(loaded.args)
+    mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
     texts = []
-    for row in cut_rows(documents.ids, loaded.args.seq_length, packed)[:limit]:
+    for row in cut_rows(documents.ids, loaded.args.seq_length, packed):
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
-        eod_id = loaded.tokenizer.eod
-        documents = isolated_documents(row[None], eod_id, mdm)
-        eligible = eligible_positions(row[None], no_padding, eod_id, mdm, documents)
-        texts.append(Text(row, eligible[0]))
+        apart = isolated_documents(row[None], eod_id, mdm)
+        eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
+        if apart is None and not mdm.mdm_eod_attended:  # hidden are the ends as they were
+            apart = torch.zeros_like(row[None])
+        texts.append(Text(row, eligible[0], None if apart is None else apart[0]))
     return texts
+
+
+def scored_per_byte(rows: list[Text], documents: Documents) -> float | None:
+    """Tokens that are scored for each byte of text; None where bytes are not known.
+
+    Args:
+        rows: all of the documents.
+        documents: the documents.
+    """
+    if not documents.num_bytes:
+        return None
+    return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
+
+
+def holds_pairs(prefix: str) -> bool:
+    """Whether an indexed dataset consists of prompts and responses instead of running text.
+
+    Raises:
+        UserError: there is no such dataset, or it is damaged.
+    """
+    check_data_files(([prefix], None), None)
+    dataset = IndexedDataset(prefix)
+    return len(dataset.document_indices) != len(dataset) + 1
+
+
+def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:
+    """Rows of prompts and responses, as fine-tuning would take them from this file.
+
+    The settings of the objective are those of the checkpoint's run, as to padding and SyRM too.
+
+    Args:
+        loaded: the checkpoint.
+        prefix: of a .bin/.idx pair that `holds_pairs`.
+        limit: most rows.
+
+    Raises:
+        UserError: the checkpoint's settings do not go with pairs, or the data's tokens not with it.
+    """
+    args = Namespace(**{**vars(loaded.args), "mdm_sft": True})
+    mdm, eod_id = MDMConfig.from_args(args), loaded.tokenizer.eod
+    if not (mdm.mdm_eod_attended and mdm.mdm_pad_attended):
+        raise UserError(
+            f"{prefix} holds pairs, on which a checkpoint of --no-mdm-eod-attended or "
+            "--no-mdm-pad-attended cannot be measured"
+        )
+    dataset = rows_of_file(args, prefix)
+    texts = []
+    for number in range(min(limit, len(dataset))):
+        item = dataset[number]
+        _check_ids(loaded, prefix, item["tokens"].numpy())
+        rows = Rows(**{name: column[None] for name, column in item.items()})
+        apart = rows.isolated(eod_id, mdm)
+        eligible = rows.eligible(eod_id, mdm)[0]
+        texts.append(Text(rows.tokens[0], eligible, None if apart is None else apart[0]))
+    return texts
+
+
+def _check_ids(loaded: LoadedModel, data: str, ids: np.ndarray) -> None:
+    """Raises a `UserError` for token ids that the model does not have."""
+    size = loaded.args.padded_vocab_size
+    if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+        wrong = ids.max() if ids.max() >= size else ids.min()
+        raise UserError(
+            f"{data} contains the token id {wrong} and the model has {size} of them: tokenize the "
+            "data with the model's tokenizer"
+        )

@@ -1,4 +1,4 @@
-"""Where the variance of the loss and of the gradient comes from, and what each method leaves of it.
+"""Where the variance of the loss and of the gradient comes from.
 
 With l the loss of a row (or, for the gradient, the trace of the covariance in the place of Var),
 
@@ -6,317 +6,225 @@ With l the loss of a row (or, for the gradient, the trace of the covariance in t
             + E_x Var_t(E_m[l | x,t])          B  masking rate
             + Var_x(E_{t,m}[l | x])            C  data
 
-(arXiv 2511.18159). Nested draws, n0 rows x nt rates x nm masks, all independent, give unbiased
-estimates by random-effects analysis of variance: a variance of means also holds the noise of these
-means, which is taken off,
+(arXiv 2511.18159), t uniform. These are differences of four mean squares,
 
-    A = mean of s2,   B = mean of V - A / nm,   C = W - mean of V / nt,
+    S1 = E |l|^2,   S2 = E_{x,t} |E_m l|^2,   S3 = E_x |E_{t,m} l|^2,   S4 = |E l|^2,
+    A = S1 - S2,    B = S2 - S3,              C = S3 - S4.
 
-s2 the variance of a cell's masks, V of a row's rates' means, W of the rows' means. The estimates of
-B and C can come out negative where the truth is small.
+Nested draws, n0 rows x nt rates x nm masks, estimate them. The rates do not come from the uniform:
+l has the weight 1/p(t), E[l^2 | t] rises like 1/p and E[l^4 | t] like 1/p^3, so that under uniform
+rates the few draws near t = 0 would decide, and error bars that have not seen these would be far
+too short. They come from a density q, a mixture of the uniform and 1/p(t) (`nested_sampler`), and
+count with w = 1/q. With l_ijk mask k at rate j of row i and c_ij the mean over its masks,
+
+    S1 = mean of w_ij |l_ijk|^2
+    S2 = mean of w_ij <l_ijk, l_ijk'>             over pairs of masks,   k != k'
+    S3 = mean of w_ij w_ij' <c_ij, c_ij'>         over pairs of rates,   j != j'
+    S4 = mean of w_ij w_i'j' <c_ij, c_i'j'>       over pairs of rows,    i != i'
+
+are unbiased (U-statistics), since what is multiplied is independent. Estimates of B and C can come
+out negative where the truth is small. A constant taken off all draws changes none of A, B and C,
+but in S2 to S4 the noise of w multiplies what is left: the weighted mean of all cells is taken off.
+Of the uniform share more makes C better known, and A worse.
+
+Standard errors come from a bootstrap over rows. At a hundred rows they are about 10% short, since
+the distribution of a variance has a long tail; from some hundreds of rows on they are right.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from megatron_mdm.objective.corruption import Corrupter, Corruption
-from megatron_mdm.objective.randomness import Quantiles, Split, row_uniforms, view_of
-from megatron_mdm.objective.samplers import RateSampler
+from megatron_mdm.objective.fits import tabulate
+from megatron_mdm.objective.samplers import PiecewiseSampler, mixture
 
 Floats = npt.NDArray[np.float64]
-# (clean tokens [B, L], eligible [B, L], their corruption) -> mean loss, gradient [d]
-Step = Callable[[torch.Tensor, torch.Tensor, Corruption], tuple[float, torch.Tensor]]
-# (tokens [B, L], eligible [B, L]) -> mean next-token loss, gradient [d]
-CausalStep = Callable[[torch.Tensor, torch.Tensor], tuple[float, torch.Tensor]]
+Estimate = tuple[float, float]  # value, standard error
+UNIFORM_SHARE = 0.4
+
+
+def nested_sampler(eps: float, share: float = UNIFORM_SHARE) -> PiecewiseSampler:
+    """The density of nested rates: `share` uniform, the rest proportional to 1/p(t).
+
+    Args:
+        eps: p(t) = (1 - eps) t + eps.
+        share: in (0, 1].
+    """
+    return mixture(*tabulate(lambda t: 1.0 / ((1.0 - eps) * t + eps)), share)
 
 
 @dataclass(frozen=True)
-class RowMoments:
-    """What one row contributes.
+class Cells:
+    """Nested draws, their masks summed up: what A, B, C and the methods' variances are made of.
 
     Attributes:
-        mean: mean of all draws [d].
-        pattern: unbiased estimate of Var_m at each rate [nt]; traces if d > 1.
-        rate: unbiased estimate of (E_m at this rate - mean over rates)^2 at each rate [nt]; their
-            mean estimates the row's part of B.
+        t: rates [n0, nt].
+        weight: w, one over the density that they were drawn from [n0, nt].
+        gram: products <c_ij, c_i'j'> of the means over masks [n0 nt, n0 nt].
+        square: mean of the masks' squared norms [n0, nt].
+        masks: nm.
     """
 
-    mean: Floats
-    pattern: Floats
-    rate: Floats
+    t: Floats
+    weight: Floats
+    gram: Floats
+    square: Floats
+    masks: int
+
+    @classmethod
+    def of_means(
+        cls, t: Floats, weight: Floats, means: npt.ArrayLike, square: Floats, masks: int
+    ) -> "Cells":
+        """From the means over masks [n0, nt, d]."""
+        flat = np.asarray(means).reshape(t.size, -1).astype(np.float64)
+        return cls(t, weight, flat @ flat.T, square, masks)
+
+    @classmethod
+    def of_draws(cls, t: Floats, weight: Floats, draws: Floats) -> "Cells":
+        """From the draws themselves [n0, nt, nm, d]."""
+        square = (draws**2).sum(axis=3).mean(axis=2)
+        return cls.of_means(t, weight, draws.mean(axis=2), square, draws.shape[2])
+
+    def centred(self) -> "Cells":
+        """The draws less the weighted mean of all cells."""
+        share = self.weight.ravel() / self.weight.sum()
+        along = self.gram @ share
+        norm = float(share @ along)
+        gram = self.gram - along[:, None] - along + norm
+        square = self.square - 2 * along.reshape(self.t.shape) + norm
+        return Cells(self.t, self.weight, gram, square, self.masks)
+
+    @cached_property
+    def pattern(self) -> Floats:
+        """Unbiased estimate of Var_m at each rate [n0, nt]."""
+        norms = self.gram.diagonal().reshape(self.t.shape)
+        variance: Floats = (self.square - norms) * self.masks / (self.masks - 1)
+        return variance
+
+    @cached_property
+    def rate(self) -> Floats:
+        """Unbiased estimate of |E_m l - E_{t,m} l|^2 at each of three or more rates [n0, nt].
+
+        The second mean is that over the other rates, so that products are of different draws.
+        """
+        n0, nt = self.t.shape
+        products, w = self._within, self.weight
+        own = products.diagonal(axis1=1, axis2=2) - self.pattern / self.masks
+        weighted = products * w[:, None, :]
+        with_others = weighted.sum(axis=2) - weighted.diagonal(axis1=1, axis2=2)
+        # Pairs of rates, less those that this rate is one of.
+        pairs = (w * with_others).sum(axis=1, keepdims=True)
+        among_others = pairs - 2 * w * with_others
+        result: Floats = own - 2 * with_others / (nt - 1) + among_others / ((nt - 1) * (nt - 2))
+        return result
+
+    @cached_property
+    def _within(self) -> Floats:
+        """Products of the cells of each row [n0, nt, nt]."""
+        n0, nt = self.t.shape
+        rows = np.arange(n0)
+        products: Floats = self.gram.reshape(n0, nt, n0, nt)[rows, :, rows]
+        return products
+
+    def mean_squares(self, counts: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """S1 to S4 [R], rows standing in as often as `counts` [n0, R] says."""
+        n0, nt = self.t.shape
+        w = self.weight
+        norms = self._within.diagonal(axis1=1, axis2=2)
+        S1 = (w * self.square).mean(axis=1)
+        S2 = (w * (norms - self.pattern / self.masks)).mean(axis=1)
+        weighted = self._within * w[:, :, None] * w[:, None, :]
+        S3 = (weighted.sum(axis=(1, 2)) - (w**2 * norms).sum(axis=1)) / (nt * (nt - 1))
+        flat = w.ravel()
+        rows = (self.gram * flat[:, None] * flat).reshape(n0, nt, n0, nt).mean(axis=(1, 3))
+        return S1 @ counts / n0, S2 @ counts / n0, S3 @ counts / n0, between_rows(rows, counts)
 
 
-def row_moments(draws: npt.ArrayLike) -> RowMoments:
-    """Takes the draws of one row apart.
+def between_rows(products: Floats, counts: Floats) -> Floats:
+    """Mean of products [n0, n0] over pairs of rows, each standing in as often as counts [n0, R].
 
-    Args:
-        draws: values [nt, nm, d], nt >= 3 independent uniform rates and nm >= 2 masks at each.
+    The pairs of a row with its own copies, which a bootstrap draws, are corrected for as a whole:
+    with W the variance between the rows drawn, the mean over pairs is |mean|^2 - W / n0.
     """
-    x = np.asarray(draws, dtype=np.float64)
-    nt, nm, _ = x.shape
-    if nt < 3 or nm < 2:
-        raise ValueError(f"it takes 3 rates of a row and 2 masks of a rate, got {nt} and {nm}")
-    cells = x.mean(axis=1)
-    mean = cells.mean(axis=0)
-    s2 = ((x - cells[:, None]) ** 2).sum(axis=(1, 2)) / (nm - 1)
-    distance = ((cells - mean) ** 2).sum(axis=1)
-    V = distance.sum() / (nt - 1)
-    # Each rate against the mean of the others, less the noise of both.
-    others = ((nt - 1) * V - nt / (nt - 1) * distance) / (nt - 2)
-    rate = (nt / (nt - 1)) ** 2 * distance - s2 / nm - others / (nt - 1)
-    return RowMoments(mean, s2, rate)
+    n0 = len(products)
+    square = (counts * (products @ counts)).sum(axis=0) / n0**2
+    W = (products.diagonal() @ counts / n0 - square) * n0 / (n0 - 1)
+    pairs: Floats = square - W / n0
+    return pairs
+
+
+def resampled(n0: int, repetitions: int, seed: int) -> Floats:
+    """Counts of n0 rows [n0, 1 + repetitions]: each once, then those of bootstrap samples."""
+    drawn = np.random.default_rng(seed).multinomial(n0, np.full(n0, 1 / n0), size=repetitions)
+    return np.concatenate([np.ones((n0, 1)), drawn.T], axis=1)
+
+
+def with_error(values: Floats, n0: int) -> Estimate:
+    """The first of values [1 + repetitions], and the spread of the others as its error."""
+    error = values[1:].std(ddof=1) * math.sqrt(n0 / (n0 - 1))
+    return float(values[0]), float(error)
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """A, B, C and their sum, each (estimate, standard error)."""
 
-    A: tuple[float, float]
-    B: tuple[float, float]
-    C: tuple[float, float]
-    total: tuple[float, float]
+    A: Estimate
+    B: Estimate
+    C: Estimate
+    total: Estimate
 
 
-def decompose(
-    rows: list[RowMoments], masks: int, repetitions: int = 1000, seed: int = 0
-) -> Decomposition:
-    """A, B and C from the rows, with bootstrap standard errors over rows.
-
-    The standard errors are right from some hundreds of rows on; at a hundred they are about 5%
-    short, as the distribution of a variance has a long tail.
+def decompose(cells: Cells, repetitions: int = 1000, seed: int = 0) -> Decomposition:
+    """A, B and C, with bootstrap standard errors over rows.
 
     Args:
-        rows: at least 2.
-        masks: nm.
+        cells: of n0 >= 2 rows, nt >= 3 independent rates and nm >= 2 masks.
         repetitions: of the bootstrap.
         seed: of the bootstrap.
     """
-    n0, nt = len(rows), len(rows[0].pattern)
-    pattern = np.array([row.pattern.mean() for row in rows])
-    rate = np.array([row.rate.mean() for row in rows])
-    means = np.stack([row.mean for row in rows])
-    means = means - means.mean(axis=0)
-    gram = means @ means.T
-
-    def estimates(counts: Floats) -> Floats:
-        """A, B, C and their sum, [4, R], each row standing in as often as `counts` [n0, R]."""
-        A, B = pattern @ counts / n0, rate @ counts / n0
-        # The variance between rows that are drawn with repetition is (n0 - 1)/n0 of the true one.
-        W = (np.diag(gram) @ counts - (counts * (gram @ counts)).sum(axis=0) / n0) / (n0 - 1)
-        C = W - (B + A / masks) / nt
-        return np.stack([A, B, C, A + B + C])
-
-    value = estimates(np.ones((n0, 1)))[:, 0]
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n0, np.full(n0, 1 / n0), size=repetitions).T.astype(np.float64)
-    errors = estimates(counts).std(axis=1, ddof=1) * math.sqrt(n0 / (n0 - 1))
-    A, B, C, total = ((float(v), float(e)) for v, e in zip(value, errors, strict=True))
-    return Decomposition(A, B, C, total)
+    n0, nt = cells.t.shape
+    if n0 < 2 or nt < 3 or cells.masks < 2:
+        raise ValueError(
+            f"it takes 2 rows, 3 rates and 2 masks at least, got {n0}, {nt} and {cells.masks}"
+        )
+    S1, S2, S3, S4 = cells.centred().mean_squares(resampled(n0, repetitions, seed))
+    parts = (S1 - S2, S2 - S3, S3 - S4, S1 - S4)
+    return Decomposition(*(with_error(part, n0) for part in parts))
 
 
-def curve(t: Floats, values: Floats, num_bins: int) -> list[tuple[float, float] | None]:
-    """Means of values over equal bins of t, with standard errors over rows; None: fewer than 2.
+def between(vectors: npt.NDArray[np.float32], repetitions: int = 1000, seed: int = 0) -> Estimate:
+    """Variance between rows [n0, d] that nothing else disturbs: C where there is no A and no B."""
+    n0 = len(vectors)
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    products = centred @ centred.T
+    counts = resampled(n0, repetitions, seed)
+    return with_error(products.diagonal() @ counts / n0 - between_rows(products, counts), n0)
+
+
+def curve(
+    t: Floats, values: Floats, weight: Floats, num_bins: int
+) -> list[tuple[float, float] | None]:
+    """Means over equal bins of t, with standard errors over rows; None: rates of fewer than 2.
 
     Args:
         t: rates [n0, nt].
         values: at these rates [n0, nt].
+        weight: one over the density that the rates were drawn from [n0, nt].
         num_bins: number of bins.
     """
     index = np.ceil(t * num_bins) - 1
     points: list[tuple[float, float] | None] = []
     for i in range(num_bins):
-        inside = (index == i).astype(np.float64)
-        counts = inside.sum(axis=1)
-        n = int((counts > 0).sum())
+        inside = np.where(index == i, weight, 0.0)
+        n = int((inside > 0).any(axis=1).sum())
         if n < 2:
             points.append(None)
             continue
-        mean = float((inside * values).sum() / counts.sum())
+        mean = float((inside * values).sum() / inside.sum())
         residual = (inside * (values - mean)).sum(axis=1)
-        points.append((mean, math.sqrt((residual**2).sum() * n / (n - 1)) / counts.sum()))
+        points.append((mean, math.sqrt((residual**2).sum() * n / (n - 1)) / inside.sum()))
     return points
-
-
-class Sketch:
-    """A seeded random projection of gradients that keeps squared lengths in the mean.
-
-    A count sketch: every coordinate goes, with a random sign, into one of d sums. Squared lengths,
-    and so traces, are unbiased, with a relative error of at most sqrt(2/d) for one sketch.
-
-    Args:
-        parameters: what the gradients belong to.
-        size: d; None keeps every coordinate.
-        seed: of the projection.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], size: int | None, seed: int = 0):
-        self.parameters = parameters
-        self.size = size
-        generator = torch.Generator().manual_seed(seed)
-        self._places: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for p in parameters if size is not None else []:
-            place = torch.randint(size or 0, (p.numel(),), generator=generator, dtype=torch.int32)
-            sign = torch.randint(2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
-            self._places.append((place.to(p.device), sign.to(p.device)))
-
-    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        """The (projected) gradient of a scalar, float32 [d], on the CPU."""
-        return self._project(gradients(loss, self.parameters)).cpu()
-
-    def _project(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        if self.size is None:
-            return torch.cat([g.flatten().float() for g in parts]) if parts else torch.zeros(0)
-        result = torch.zeros(self.size, device=parts[0].device if parts else None)
-        for g, (place, sign) in zip(parts, self._places, strict=True):
-            result.index_add_(0, place, g.flatten().float() * sign)
-        return result
-
-
-def gradients(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Gradients of a scalar; zeros for parameters that it does not depend on."""
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to draw the rates and masks of a batch.
-
-    Attributes:
-        quantiles: kind of `Quantiles`.
-        mask: kind of mask.
-        views: rows made of one text.
-        target: what a fitted density of t was measured on, None for the uniform.
-        rows: rows in a batch, in multiples of that of `standard`.
-        per: what is equal to `standard`: rows or texts.
-    """
-
-    quantiles: Literal["iid", "strata", "lattice"] = "iid"
-    mask: Literal["bernoulli", "exact-count"] = "bernoulli"
-    views: int = 1
-    target: str | None = None
-    rows: int = 1
-    per: str = "row"
-
-
-METHODS = {
-    "standard": Method(),
-    "strata": Method(quantiles="strata"),
-    "lattice": Method(quantiles="lattice"),
-    "exact count": Method(mask="exact-count"),
-    "mirror": Method(views=2),
-    "mirror (texts)": Method(views=2, rows=2, per="text"),
-    "p-pots loss": Method(target="loss"),
-    "p-pots gradient": Method(target="gradient"),
-    "p-pots loss + mirror": Method(target="loss", views=2),
-    "lattice + exact count": Method(quantiles="lattice", mask="exact-count"),
-    "p-pots gradient + lattice + exact count": Method(
-        quantiles="lattice", mask="exact-count", target="gradient"
-    ),
-}
-
-
-def batches(
-    texts: torch.Tensor,
-    eligible: torch.Tensor,
-    method: Method,
-    sampler: RateSampler,
-    mask_token_id: int,
-    eps: float,
-    batch: int,
-    seed: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Corruption]]:
-    """Endless batches of a method, of texts chosen with repetition; numbered as in training.
-
-    Args:
-        texts: int64 [N, L].
-        eligible: bool [N, L].
-        method: the method.
-        sampler: density of t.
-        mask_token_id: id put at masked positions.
-        eps: least masking probability.
-        batch: rows of `standard` in a batch.
-        seed: of texts, rates and masks.
-
-    Yields:
-        (tokens [B, L], eligible [B, L], their corruption).
-    """
-    texts_in_batch = batch * method.rows // method.views
-    strata = max(1, round(math.sqrt(texts_in_batch)))
-    quantiles = Quantiles(method.quantiles, seed, Split.TRAIN, texts_in_batch, strata)
-    corrupter = Corrupter(sampler, method.mask, mask_token_id, eps)
-    choice = torch.Generator().manual_seed(seed)
-    number = 0
-    while True:
-        draws = range(number, number + texts_in_batch)
-        number += texts_in_batch
-        chosen = torch.randint(len(texts), (texts_in_batch,), generator=choice)
-        chosen = chosen.repeat_interleave(method.views)
-        uniforms = [
-            view_of(row_uniforms(seed, Split.TRAIN, draw, texts.shape[1]), view, method.views)
-            for draw in draws
-            for view in range(method.views)
-        ]
-        quantile = torch.tensor([quantiles(d) for d in draws]).repeat_interleave(method.views)
-        rows, able = texts[chosen], eligible[chosen]
-        yield rows, able, corrupter(rows, able, torch.from_numpy(np.stack(uniforms)), quantile)
-
-
-@dataclass(frozen=True)
-class MethodVariance:
-    """How a method's batches scatter, and what they cost.
-
-    Attributes:
-        gradient: squared distance of each batch's gradient from their mean, times R/(R - 1), [R]:
-            its mean is the trace of the covariance, unbiased.
-        loss: the same of the batch's loss [R].
-        masked_fraction: share of the positions that are masked, and so go through the head.
-    """
-
-    gradient: Floats
-    loss: Floats
-    masked_fraction: float
-
-
-def method_variance(
-    step: Step, source: Iterator[tuple[torch.Tensor, torch.Tensor, Corruption]], draws: int
-) -> MethodVariance:
-    """Draws batches of a method and measures their scatter."""
-    gradients, losses, masked = [], [], 0.0
-    for _ in range(draws):
-        tokens, eligible, corruption = next(source)
-        loss, gradient = step(tokens, eligible, corruption)
-        gradients.append(gradient)
-        losses.append(loss)
-        masked += float(corruption.mask.double().mean()) / draws
-    values = torch.tensor(losses, dtype=torch.float64)[:, None]
-    return MethodVariance(scatter(torch.stack(gradients)), scatter(values), masked)
-
-
-def scatter(values: torch.Tensor) -> Floats:
-    """Squared distance of each row of [R, n] from their mean, times R/(R - 1), float64 [R]."""
-    R = len(values)
-    distances: Floats = (values - values.mean(dim=0)).square().sum(dim=1).double().numpy()
-    return distances * R / (R - 1)
-
-
-def mean(values: Floats) -> tuple[float, float]:
-    """Mean of [R] and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-
-
-def ratio(measured: Floats, baseline: Floats) -> tuple[float, float]:
-    """Ratio of two means over the same batches [R], and its standard error to first order.
-
-    Batch i of every method has the same texts and random numbers, so both means go up and down
-    together: the error is that of the difference of their parts.
-    """
-    quotient = float(measured.mean() / baseline.mean())
-    parts = measured / measured.mean() - baseline / baseline.mean()
-    return quotient, quotient * mean(parts)[1]

@@ -1,79 +1,136 @@
-"""A, B and C against a toy model in which they are known in closed form."""
+"""A, B and C against toy models in which they are known in closed form."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from megatron_mdm.objective.variance import Sketch, curve, decompose, row_moments
+from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.sketch import Sketch
+from megatron_mdm.objective.variance import Cells, between, curve, decompose, nested_sampler
 
-# Draw of row x at rate t: c_d x_d + b_d (1 + x_d/2) t + a_d t z_d, with x, z standard normal and t
-# uniform, all independent. Then, summed over the coordinates d,
-#   A = sum a^2 E[t^2] = sum a^2 / 3,  B = sum b^2 E[(1 + x/2)^2] / 12 = sum b^2 (5/4) / 12,
-#   C = sum (c + b/4)^2.
-a, b, c = np.array([[0.9, 0.5, 0.4, 0.7], [1.6, 0.7, 0.9, 1.2], [0.5, 0.4, 0.6, 0.3]])
-TRUTH = {
-    "A": (a**2).sum() / 3,
-    "B": (b**2).sum() * 5 / 48,
-    "C": ((c + b / 4) ** 2).sum(),
-}
-TRUTH["total"] = sum(TRUTH.values())
 ROWS, RATES, MASKS = 400, 4, 2
+EPS = 1e-3
 
 
-def toy(rng, rows=ROWS, rates=RATES, masks=MASKS):
-    """Rates [rows, rates] and draws [rows, rates, masks, 4]."""
-    x = rng.standard_normal((rows, 1, 1, 4))
-    t = rng.random((rows, rates))
-    z = rng.standard_normal((rows, rates, masks, 4))
-    return t, c * x + t[..., None, None] * (b * (1 + x / 2) + a * z)
+class Gaussian:
+    """Draws c_d x_d + b_d (1 + x_d/2) t + a_d t z_d, with x, z standard normal and t uniform.
+
+    All are independent. Then, summed over the coordinates d,
+      A = sum a^2 E[t^2] = sum a^2 / 3,  B = sum b^2 E[(1 + x/2)^2] / 12 = sum b^2 (5/4) / 12,
+      C = sum (c + b/4)^2.
+    """
+
+    a, b, c = np.array([[0.9, 0.5, 0.4, 0.7], [1.6, 0.7, 0.9, 1.2], [0.5, 0.4, 0.6, 0.3]])
+    truth = {"A": (a**2).sum() / 3, "B": (b**2).sum() * 5 / 48, "C": ((c + b / 4) ** 2).sum()}
+
+    def draws(self, rng, t, masks):
+        x = rng.standard_normal((len(t), 1, 1, 4))
+        z = rng.standard_normal((*t.shape, masks, 4))
+        return self.c * x + t[..., None, None] * (self.b * (1 + x / 2) + self.a * z)
 
 
-def measured(seed, **shape):
-    _, draws = toy(np.random.default_rng(seed), **shape)
-    return decompose([row_moments(row) for row in draws], draws.shape[2], seed=seed)
+class Binomial:
+    """Losses c k / (p L) of rows of L tokens, k ~ Bin(L, p): cross entropies c that nothing moves.
+
+    What a row of a real model has under Bernoulli masks, with its heavy tail at small p(t):
+      A = E[c^2] E[(1 - p) / (p L)] = E[c^2] (log(1/eps) / (1 - eps) - 1) / L,  B = 0,  C = Var[c].
+    """
+
+    L, mean, spread = 64, 1.0, 0.3
+    second = mean**2 + spread**2
+    truth = {"A": second * (np.log(1 / EPS) / (1 - EPS) - 1) / L, "B": 0.0, "C": spread**2}
+
+    def draws(self, rng, t, masks):
+        c = self.mean + self.spread * rng.standard_normal((len(t), 1, 1))
+        p = ((1 - EPS) * t + EPS)[:, :, None]
+        k = rng.binomial(self.L, np.broadcast_to(p, (*t.shape, masks)))
+        return (c * k / (p * self.L))[..., None]
 
 
-def test_one_measurement_is_within_three_standard_errors():
-    result = measured(0, rows=600)
-    for name, truth in TRUTH.items():
-        value, error = getattr(result, name)
+TOYS = {"gaussian": Gaussian(), "binomial": Binomial()}
+for toy in TOYS.values():
+    toy.truth["total"] = sum(toy.truth.values())
+
+
+def nested(toy, seed, rows=ROWS, rates=RATES, masks=MASKS, sampler=None):
+    rng = np.random.default_rng(seed)
+    t, w = (sampler or nested_sampler(EPS))(torch.from_numpy(rng.random((rows, rates))))
+    return Cells.of_draws(t.numpy(), w.numpy(), toy.draws(rng, t.numpy(), masks))
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_one_measurement_is_within_three_standard_errors(name):
+    result = decompose(nested(TOYS[name], 0, rows=600))
+    for part, truth in TOYS[name].truth.items():
+        value, error = getattr(result, part)
         assert abs(value - truth) < 3 * error
-        assert error < 0.2 * truth
+        assert error < 0.2 * truth or truth == 0
 
 
-def test_estimates_are_unbiased_and_their_error_bars_cover_as_often_as_they_should():
-    runs = [measured(seed) for seed in range(200)]
-    for name, truth in TRUTH.items():
-        values, errors = np.array([getattr(run, name) for run in runs]).T
-        assert abs(values.mean() - truth) < 3.5 * values.std(ddof=1) / np.sqrt(len(runs))
+@pytest.mark.parametrize("name", TOYS)
+def test_estimates_are_unbiased_and_their_error_bars_cover_as_often_as_they_should(name):
+    """200 repetitions of 95% intervals; rates alone from the uniform fail the binomial toy."""
+    runs = [decompose(nested(TOYS[name], seed), 200, seed) for seed in range(200)]
+    for part, truth in TOYS[name].truth.items():
+        values, errors = np.array([getattr(run, part) for run in runs]).T
+        assert abs(values.mean() - truth) < 3.5 * values.std(ddof=1) / np.sqrt(len(runs)), part
         inside = int((abs(values - truth) < stats.norm.ppf(0.975) * errors).sum())
-        assert stats.binomtest(inside, len(runs), 0.95).pvalue > 0.01, (name, inside)
+        assert stats.binomtest(inside, len(runs), 0.95).pvalue > 0.01, (part, inside)
+        assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.15), part
+
+
+def test_nested_rates_pay_where_the_weight_has_its_tail():
+    """The same number of draws of the binomial toy: A is known four times better, C a bit worse."""
+    toy, spread = TOYS["binomial"], {}
+    for name, sampler in (("uniform", Uniform()), ("nested", nested_sampler(EPS))):
+        runs = [decompose(nested(toy, s, 100, sampler=sampler), 2, s) for s in range(100)]
+        spread[name] = {part: np.std([getattr(run, part)[0] for run in runs]) for part in "AC"}
+    assert spread["nested"]["A"] < 0.35 * spread["uniform"]["A"]
+    assert spread["nested"]["C"] < 1.4 * spread["uniform"]["C"]
 
 
 def test_naive_variances_would_be_biased_by_more_than_the_test_can_tell():
     """The corrections matter: without them B would hold A / nm, and C both."""
-    _, draws = toy(np.random.default_rng(0), rows=20000)
-    cells = draws.mean(axis=2)
+    rng, toy = np.random.default_rng(0), TOYS["gaussian"]
+    cells = toy.draws(rng, rng.random((20000, RATES)), MASKS).mean(axis=2)
     naive = cells.var(axis=1, ddof=1).sum(axis=1).mean()
-    assert naive == pytest.approx(TRUTH["B"] + TRUTH["A"] / MASKS, rel=0.05)
+    assert naive == pytest.approx(toy.truth["B"] + toy.truth["A"] / MASKS, rel=0.05)
+
+
+def test_a_constant_changes_nothing():
+    cells = nested(TOYS["binomial"], 0, rows=50)
+    rng = np.random.default_rng(0)
+    t, w = nested_sampler(EPS)(torch.from_numpy(rng.random((50, RATES))))
+    moved = TOYS["binomial"].draws(rng, t.numpy(), MASKS) + 7.0
+    other = decompose(Cells.of_draws(t.numpy(), w.numpy(), moved))
+    for part, (value, error) in vars(decompose(cells)).items():
+        assert getattr(other, part) == (pytest.approx(value, abs=1e-9), pytest.approx(error))
 
 
 def test_curves_over_the_rate():
     """A(t) = sum a^2 t^2, and the parts of B average (b (1 + x/2) (t - 1/2))^2."""
-    t, draws = toy(np.random.default_rng(1), rows=4000)
-    rows = [row_moments(row) for row in draws]
+    toy = TOYS["gaussian"]
+    cells = nested(toy, 1, rows=1000)
     edges = np.linspace(0, 1, 6)
     cubes = np.diff(edges**3) / 3 * 5
     squares = np.diff((edges - 0.5) ** 3) / 3 * 5
     for name, expected in (
-        ("pattern", (a**2).sum() * cubes),
-        ("rate", (b**2).sum() * 1.25 * squares),
+        ("pattern", (toy.a**2).sum() * cubes),
+        ("rate", (toy.b**2).sum() * 1.25 * squares),
     ):
-        points = curve(t, np.stack([getattr(row, name) for row in rows]), 5)
+        points = curve(cells.t, getattr(cells, name), cells.weight, 5)
         for (value, error), truth in zip(points, expected, strict=True):
             assert abs(value - truth) < 4 * error
-    assert curve(t[:1], t[:1], 5) == [None] * 5
+            assert error < 0.25 * max(expected)
+    assert curve(cells.t[:1], cells.t[:1], cells.weight[:1], 5) == [None] * 5
+
+
+def test_rows_without_rates_and_masks_have_their_variance_only():
+    vectors = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32) + 10
+    value, error = between(vectors)
+    assert value == pytest.approx(vectors.astype(float).var(axis=0, ddof=1).sum(), rel=1e-5)
+    assert error == pytest.approx(np.sqrt(2 * 5 / 299), rel=0.2)
 
 
 def test_sketches_keep_traces():
@@ -96,6 +153,16 @@ def test_sketches_keep_traces():
     assert np.std(sketched) < 0.1 * exact
 
 
+def test_a_gradient_comes_with_its_norm_at_the_hidden_states():
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    unused = torch.nn.Parameter(torch.ones(1))
+    hidden = 2 * weight
+    sketch = Sketch([weight, unused], None)
+    gradient, norm = sketch.gradient_and_norm((hidden**2).sum() / 2, hidden)
+    assert gradient.tolist() == [12.0, 16.0, 0.0]
+    assert norm == pytest.approx(10.0)
+
+
 def test_too_few_draws_are_refused():
     with pytest.raises(ValueError, match="3 rates"):
-        row_moments(np.zeros((2, 2, 1)))
+        decompose(nested(TOYS["gaussian"], 0, rates=2))
