@@ -18,6 +18,7 @@ from megatron.training import get_args
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.pretrain import main
 
@@ -48,6 +49,31 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def other_density() -> None:
+    """The program on a machine whose last rank computes differently."""
+    fit = sampler_state.fit
+
+    def other_fit(*args, **settings):
+        settings["lam"] += 0.01 * int(os.environ["RANK"])
+        return fit(*args, **settings)
+
+    sampler_state.fit = other_fit
+    main()
+
+
+def nan_row() -> None:
+    """The program with one token of the first row whose cross entropy is no number."""
+    at_tokens, calls = step.at_tokens, []
+
+    def with_nan(values, shift):
+        values = at_tokens(values, shift)
+        calls.append(values)
+        return values if len(calls) > 1 else values.index_fill(0, torch.tensor([0]), torch.nan)
+
+    step.at_tokens = with_nan
+    main()
 
 
 def whole_batch() -> None:

@@ -157,7 +157,8 @@ def resolve(args: Namespace) -> Namespace:
             if 0 <= token < args.padded_vocab_size:
                 continue
             raise UserError(
-                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}"
+                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}: "
+                "give ids of the tokenizer"
             )
     saved = saved_arguments(args)
     check_model(args, saved)
@@ -244,6 +245,11 @@ def check(args: Namespace) -> None:
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise UserError(
             "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel"
+        )
+    if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
+        raise UserError(
+            f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
+            "measured: use torch_dist"
         )
     _check_transformer_engine(args)
     _check_batch_sizes(args)
@@ -427,6 +433,13 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     if args.load is None or args.finetune:
         return
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
+    bins = saved.get("mdm_ppots_bins")
+    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
+        if args.mdm_ppots_bins != bins:
+            raise UserError(
+                f"--mdm-ppots-bins {args.mdm_ppots_bins}: the measurements in the checkpoint have "
+                f"{bins} bins, which cannot change; --finetune begins new ones"
+            )
     if args.mdm_allow_flag_change:
         return
     ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()

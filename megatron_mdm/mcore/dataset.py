@@ -254,9 +254,18 @@ def train_valid_test_datasets_provider(
 
 
 def build_datasets(
-    args: Namespace, num_rows: list[int], vp_stage: int | None = None
+    args: Namespace,
+    num_rows: list[int],
+    vp_stage: int | None = None,
+    on_all_ranks: bool = False,
 ) -> list[RowDataset | None]:
     """Builds the training, validation and test datasets of so many rows each.
+
+    Args:
+        args: of the run.
+        num_rows: of the three.
+        vp_stage: virtual pipeline stage.
+        on_all_ranks: build them on every rank, and not only where training loads rows.
 
     Raises:
         UserError: a split shorter than one row.
@@ -267,7 +276,7 @@ def build_datasets(
     datasets = BlendedMegatronDatasetBuilder(
         _dataset_class(args),
         [-(-train // config.mdm_views), valid, test],
-        lambda: loads_rows(config, vp_stage),
+        lambda: on_all_ranks or loads_rows(config, vp_stage),
         dataset_config,
     ).build()
     if datasets[0] is not None and not args.mock_data and not vp_stage:

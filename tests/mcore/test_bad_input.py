@@ -16,6 +16,8 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, dataset
 from tests import ranks
 
+FITTED = "--mdm-rate-sampler ppots --mdm-ppots-file x.json"
+ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 5"
 COMMON = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING]
 
 
@@ -51,6 +53,21 @@ def the_error_line(output):
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--mdm-isad-token-ids 3 --mdm-isad-delta 1.5", "--mdm-isad-delta must lie in [0, 1]"),
+        ("--mdm-isad-delta 0.2", "--mdm-isad-delta needs --mdm-isad-token-ids: it does nothing"),
+        ("--mdm-isad-weight exact", "--mdm-isad-weight needs --mdm-isad-token-ids"),
+        ("--mdm-sft --mdm-syrm-fraction 2", "--mdm-syrm-fraction must lie in [0, 1]"),
+        ("--mdm-views 0", "--mdm-views must be at least 1"),
+        ("--mdm-views 3", "--micro-batch-size 2 is not a multiple of --mdm-views 3"),
+        ("--mdm-rate-sampler ppots", "needs --mdm-ppots-file or --mdm-ppots-refit-interval"),
+        ("--mdm-ppots-file x.json", "--mdm-ppots-file needs --mdm-rate-sampler ppots"),
+        (f"{FITTED} --mdm-ppots-target gradient", "--mdm-ppots-target needs --mdm-ppots-refit-"),
+        (f"{FITTED} --mdm-ppots-decay 0.2", "--mdm-ppots-decay needs --mdm-ppots-refit-interval"),
+        (f"{ONLINE} --mdm-ppots-decay 2", "--mdm-ppots-decay must lie in [0, 1]"),
+        (f"{ONLINE} --mdm-ppots-uniform-share 0", "--mdm-ppots-uniform-share must lie in (0, 1]"),
+        (f"{ONLINE} --mdm-ppots-bins 0", "--mdm-ppots-bins must lie in 1..1022, got 0"),
+        (f"{ONLINE} --mdm-ppots-bins 5000", "--mdm-ppots-bins must lie in 1..1022, got 5000"),
+        (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch would leave out what"),
         ("--mdm-strata 2", "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata"),
         ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must be at least 1"),
         (
@@ -418,6 +435,8 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
             ["--global-batch-size"],
             "Megatron rejects these flags or their files: Invalid schedule entry",
         ),
+        ("--mdm-isad-token-ids 3 500", [], "--mdm-isad-token-ids 500 lies outside the vocabulary"),
+        (FITTED, [], "cannot read the rate density x.json (No such file or directory): give"),
         ("--num-attention-heads 5", [], "Megatron rejects these flags or their files: "),
         (
             "--recompute-granularity selective --recompute-modules mla_up_proj",
