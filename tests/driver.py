@@ -63,6 +63,12 @@ def other_density() -> None:
     main()
 
 
+def file_of_a_node() -> None:
+    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
 def nan_row() -> None:
     """The program with one token of the first row whose cross entropy is no number."""
     at_tokens, calls = step.at_tokens, []

@@ -98,7 +98,12 @@ class OnlineSampler:
             return error
         self.state.sampler = result.sampler()
         self.state.moments.decay(self.config.mdm_ppots_decay)
-        self._assert_equal_on_all_ranks()
+        if not equal_on_all_ranks(self.state.sampler):
+            raise RuntimeError(
+                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
+                f"than others at iteration {self.iteration}: the machines compute differently, or "
+                "their memory is faulty; train with --mdm-ppots-file instead"
+            )
         return result
 
     def reduce(self) -> None:
@@ -140,16 +145,13 @@ class OnlineSampler:
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all
 
-    def _assert_equal_on_all_ranks(self) -> None:
-        digest = int(self.state.sampler.digest()[:15], 16)
-        ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise RuntimeError(
-                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
-                f"than others at iteration {self.iteration}: the machines compute differently, or "
-                "their memory is faulty; train with --mdm-ppots-file instead"
-            )
+
+def equal_on_all_ranks(sampler: PiecewiseSampler) -> bool:
+    """Whether all ranks have the same density; a collective call, of 16 bytes."""
+    digest = int(sampler.digest()[:15], 16)
+    ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
 
 
 @lru_cache

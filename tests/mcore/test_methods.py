@@ -207,6 +207,19 @@ def test_ranks_with_other_densities_stop(base, tmp_path):
     )
 
 
+def test_other_density_files_on_other_nodes_are_refused(base, density, tmp_path):
+    content = json.loads(density.read_text())
+    for rank, values in enumerate((content["density"], content["density"][::-1])):
+        (tmp_path / f"ppots{rank}.json").write_text(json.dumps({**content, "density": values}))
+    flags = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(tmp_path / "ppotsRANK.json")]
+    run = ranks.launch(tmp_path, 2, *base, *flags, entry="file_of_a_node", check=False)
+    assert 2 in run.status and 0 not in run.status
+    message = (
+        "error: rank {0}: --mdm-ppots-file {1}/ppots{0}.json is not the same file on all nodes"
+    )
+    assert any(message.format(i, tmp_path) in text for i, text in enumerate(run.output))
+
+
 def test_a_run_says_why_it_keeps_its_density(base, tmp_path):
     flags = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 500".split()
     run = ranks.launch(tmp_path, 1, *base, *flags, "--train-iters", "1")
