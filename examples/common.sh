@@ -38,7 +38,7 @@ preprocess() { # FLAGS: tokenizes the files that $TEXT lists with the converted 
 train() { # FLAGS: runs the launch line of the conversion, with these flags after its own
     echo "== training"
     local command
-    command=$(sed -e "s#MY_RUN#$RUN/checkpoint#" -e "s#MY_DATA#$RUN/text#" \
+    command=$(sed -e "s#MY_RUN#$RUN/checkpoint#g" -e "s#MY_DATA#$RUN/text#" \
         -e "s#--nproc-per-node [0-9]*#--standalone --nproc-per-node $GPUS#" "$RUN/megatron/launch.txt")
     command+=" --split 95,5,0 --data-cache-path \"$RUN/cache\" \"\${HARDWARE[@]}\" \"\$@\""
     if [ -n "$REAL" ]; then
