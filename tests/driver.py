@@ -156,6 +156,8 @@ def _draws(row, model, args):
     p = torch.ones(len(tokens), dtype=torch.float64)
     for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
         p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    for token in args.mdm_isad_token_ids or ():
+        p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])

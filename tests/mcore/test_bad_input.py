@@ -48,6 +48,18 @@ def the_error_line(output):
         ("--mdm-quantiles sobol", "argument --mdm-quantiles: invalid choice: 'sobol'"),
         ("--mdm-mask span", "argument --mdm-mask: invalid choice: 'span'"),
         ("--mdm-head half", "argument --mdm-head: invalid choice: 'half'"),
+        ("--mdm-pad-response-to-multiple-of 0", "multiple-of must be at least 1"),
+        ("--mdm-pad-response-to-multiple-of 8", "needs the packed pairs of --mdm-sft and --mdm-is"),
+        ("--mdm-pad-response-to-multiple-of 8 --mdm-sft", "is filled up with its end by --mdm"),
+        (
+            "--mdm-pad-response-to-multiple-of 8 --mdm-sft --mdm-isolate-documents "
+            "--no-mdm-eod-eligible",
+            "leave out --no-mdm-eod-eligible",
+        ),
+        (
+            "--mdm-sft --mdm-isolate-documents --mdm-pad-eligible",
+            "use --mdm-pad-response-to-multiple-of",
+        ),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
