@@ -559,6 +559,7 @@ def recipe() -> None:
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
     from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
@@ -566,6 +567,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
+        model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 
