@@ -133,6 +133,12 @@ class MDMConfig:
     by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible. With
     --mdm-isolate-documents a row holds as many pairs as fit, none of which sees another."""
 
+    mdm_pad_response_to_multiple_of: int = 1
+    """For the packed pairs of --mdm-sft and --mdm-isolate-documents: every response ends with as
+    many end-of-document tokens as make its length a multiple of this, all of them eligible. What
+    is visible then tells the length up to the multiple only, so that the model learns to end a text
+    before its positions end."""
+
     mdm_syrm_token_ids: list[int] | None = None
     """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
     objective."""
@@ -206,8 +212,10 @@ class MDMConfig:
         if self.mdm_sft and self.mdm_isolate_documents and self.mdm_pad_eligible:
             raise UserError(
                 "--mdm-pad-eligible does not go with the packed pairs of --mdm-sft and "
-                "--mdm-isolate-documents, which have no padding of their own: leave one of them out"
+                "--mdm-isolate-documents, which have no padding of their own: use "
+                "--mdm-pad-response-to-multiple-of"
             )
+        self._check_response_multiple()
         if self.mdm_anneal_attention_iters < 0:
             raise UserError(
                 "--mdm-anneal-attention-iters must not be negative: "
@@ -228,6 +236,20 @@ class MDMConfig:
             raise UserError(
                 f"--mdm-strata {self.mdm_strata} exceeds the --mdm-strata-window of "
                 f"{self.mdm_strata_window} rows: use at most one stratum a row"
+            )
+
+    def _check_response_multiple(self) -> None:
+        name, multiple = "--mdm-pad-response-to-multiple-of", self.mdm_pad_response_to_multiple_of
+        if multiple < 1:
+            raise UserError(f"{name} must be at least 1, got {multiple}")
+        if multiple > 1 and not (self.mdm_sft and self.mdm_isolate_documents):
+            raise UserError(
+                f"{name} needs the packed pairs of --mdm-sft and --mdm-isolate-documents; one pair "
+                "a row is filled up with its end by --mdm-pad-eligible"
+            )
+        if multiple > 1 and not self.mdm_eod_eligible:
+            raise UserError(
+                f"{name} pads with ends that are predicted: leave out --no-mdm-eod-eligible"
             )
 
     def _check_sampler(self) -> None:

@@ -188,6 +188,8 @@ def _draws(row, model, args):
     p = torch.ones(len(tokens), dtype=torch.float64)
     for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
         p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    for token in args.mdm_isad_token_ids or ():
+        p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
@@ -589,6 +591,7 @@ def recipe() -> None:
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
     from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
@@ -596,6 +599,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
+        model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 

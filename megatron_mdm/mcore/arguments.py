@@ -160,8 +160,10 @@ def resolve(args: Namespace) -> Namespace:
                 f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}: "
                 "give ids of the tokenizer"
             )
-    saved = saved_arguments(args)
-    check_model(args, saved)
+    source = checkpoint_to_load(args)
+    saved = saved_arguments(args, source)
+    check_model(args, saved, source)
+    args.finetune = args.finetune or source != args.load  # as Megatron will, once it loads
     check_resume(args, saved)
     check_data(args)
     return args
@@ -402,13 +404,36 @@ def tokenizer_mask_id(tokenizer: Any) -> int | None:
     return None
 
 
-def saved_arguments(args: Namespace) -> dict[str, Any]:
-    """The arguments in the checkpoint that is about to be loaded; empty if there are none."""
+def checkpoint_to_load(args: Namespace) -> str | None:
+    """The directory of the checkpoint that Megatron is about to load, None for none.
+
+    Raises:
+        UserError: --load has no checkpoint yet, and neither has --pretrained-checkpoint.
+    """
+    from megatron.training.checkpointing import checkpoint_exists
+
+    if args.pretrained_checkpoint is None or checkpoint_exists(args.load):
+        return args.load
+    if not checkpoint_exists(args.pretrained_checkpoint):
+        raise UserError(
+            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no checkpoint: give the "
+            "directory that --save or tools/convert_checkpoint.py --output named"
+        )
+    return args.pretrained_checkpoint
+
+
+def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:
+    """The arguments that the checkpoint in the directory `source` holds; empty if there are none.
+
+    Args:
+        args: of this run.
+        source: see `checkpoint_to_load`.
+    """
     from megatron.training.checkpointing import _load_base_checkpoint
 
-    if args.load is None:
+    if source is None:
         return {}
-    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
+    state = _load_base_checkpoint(source, args, rank0=True)[0]
     return vars(state["args"]) if state and state.get("args") else {}
 
 

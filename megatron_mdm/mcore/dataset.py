@@ -30,7 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset
+from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset, PairDatasetConfig
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import (
     Purpose,
@@ -343,9 +343,10 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+def _dataset_config(args: Namespace) -> PairDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    return PairDatasetConfig(
+        response_multiple=args.mdm_pad_response_to_multiple_of,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,

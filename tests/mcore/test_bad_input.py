@@ -50,6 +50,18 @@ def the_error_line(output):
         ("--mdm-quantiles sobol", "argument --mdm-quantiles: invalid choice: 'sobol'"),
         ("--mdm-mask span", "argument --mdm-mask: invalid choice: 'span'"),
         ("--mdm-head half", "argument --mdm-head: invalid choice: 'half'"),
+        ("--mdm-pad-response-to-multiple-of 0", "multiple-of must be at least 1"),
+        ("--mdm-pad-response-to-multiple-of 8", "needs the packed pairs of --mdm-sft and --mdm-is"),
+        ("--mdm-pad-response-to-multiple-of 8 --mdm-sft", "is filled up with its end by --mdm"),
+        (
+            "--mdm-pad-response-to-multiple-of 8 --mdm-sft --mdm-isolate-documents "
+            "--no-mdm-eod-eligible",
+            "leave out --no-mdm-eod-eligible",
+        ),
+        (
+            "--mdm-sft --mdm-isolate-documents --mdm-pad-eligible",
+            "use --mdm-pad-response-to-multiple-of",
+        ),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
@@ -395,12 +407,18 @@ def test_a_mask_inside_the_padding_of_the_vocabulary():
         arguments._mask_token_id(args)
 
 
+def resolve(args):
+    # As Megatron's validation sets them.
+    args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
+    return arguments.resolve(args)
+
+
 def test_a_resumed_run_with_other_flags(base, monkeypatch):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
     args = parsed(monkeypatch, *words)
     with pytest.raises(UserError) as caught:
-        arguments.check_resume(args, arguments.saved_arguments(args))
+        resolve(args)
     message = str(caught.value)
     assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
@@ -410,10 +428,28 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
-        args = parsed(monkeypatch, *words, *words_that_allow)
-        arguments.check_resume(args, arguments.saved_arguments(args))
-    args = parsed(monkeypatch, *words[:2])
-    arguments.check_resume(args, arguments.saved_arguments(args))
+        resolve(parsed(monkeypatch, *words, *words_that_allow))
+    resolve(parsed(monkeypatch, *words[:2]))
+
+
+def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatch, tmp_path):
+    """Until --load has a checkpoint, which then is what the flags are compared with."""
+    pretrained = base[base.index("--load") + 1]
+    new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
+    words = [*new, "--mdm-mask", "exact-count"]
+    assert resolve(parsed(monkeypatch, *words)).finetune
+    with pytest.raises(UserError) as caught:
+        resolve(parsed(monkeypatch, *words, "--rotary-base", "5000"))
+    assert str(caught.value).startswith(
+        f"the checkpoint in {pretrained} is of another model: --rotary-base is 10000"
+    )
+
+    words = ["--pretrained-checkpoint", str(tmp_path / "gone"), "--load"]
+    assert not resolve(parsed(monkeypatch, *words, pretrained)).finetune
+    with pytest.raises(UserError, match="trained with other settings: --mdm-mask exact-count"):
+        resolve(parsed(monkeypatch, *words, pretrained, "--mdm-mask", "exact-count"))
+    with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
+        resolve(parsed(monkeypatch, *words, str(tmp_path / "new")))
 
 
 # -- the program
