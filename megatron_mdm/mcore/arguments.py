@@ -408,18 +408,24 @@ def checkpoint_to_load(args: Namespace) -> str | None:
     """The directory of the checkpoint that Megatron is about to load, None for none.
 
     Raises:
-        UserError: --load has no checkpoint yet, and neither has --pretrained-checkpoint.
+        UserError: there is none where --pretrained-checkpoint, or --load with --finetune, says.
     """
     from megatron.training.checkpointing import checkpoint_exists
 
-    if args.pretrained_checkpoint is None or checkpoint_exists(args.load):
+    if checkpoint_exists(args.load):
         return args.load
-    if not checkpoint_exists(args.pretrained_checkpoint):
+    needed = "pretrained_checkpoint"
+    if args.pretrained_checkpoint is None:
+        if not args.finetune or args.load is None:
+            return args.load
+        needed = "load"  # Megatron would train from random weights, with a warning
+    directory = getattr(args, needed)
+    if not checkpoint_exists(directory):
         raise UserError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint} has no checkpoint: give the "
-            "directory that --save or tools/convert_checkpoint.py --output named"
+            f"{flag(needed)} {directory} has no checkpoint: give the directory that --save or "
+            "tools/convert_checkpoint.py --output named"
         )
-    return args.pretrained_checkpoint
+    return str(directory)
 
 
 def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:

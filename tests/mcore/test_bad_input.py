@@ -450,6 +450,11 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatc
         resolve(parsed(monkeypatch, *words, pretrained, "--mdm-mask", "exact-count"))
     with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
         resolve(parsed(monkeypatch, *words, str(tmp_path / "new")))
+    # A first start has no checkpoint to resume yet, but one to fine-tune is somewhere.
+    gone = ["--load", str(tmp_path / "gone")]
+    resolve(parsed(monkeypatch, *gone))
+    with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
+        resolve(parsed(monkeypatch, *gone, "--finetune"))
 
 
 # -- the program
