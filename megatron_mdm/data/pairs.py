@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mdm.data.documents import Document, bad_document, document_object, string_value
-from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData
+from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData, open_hugging_face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PairEncoder(ChunkEncoder):
         if keys.messages is not None:
             # A template writes special tokens, which must not be taken for text.
             self._encode = tokenizer.load(special=True)
-            self._template = _load_template(keys.template)
+            self._template = open_hugging_face(keys.template).apply_chat_template
 
     def _texts(self, document: Document) -> Sequence[str]:
         keys = self._keys
@@ -71,10 +71,3 @@ class PairEncoder(ChunkEncoder):
                 "give prompt and response as texts instead",
             )
         return prompt, whole[len(prompt) :]
-
-
-def _load_template(directory: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenizer.apply_chat_template
