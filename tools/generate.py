@@ -115,10 +115,10 @@ def main() -> None:
         from megatron_mdm.generation import Decoder, filling_order
         from megatron_mdm.mcore.texts import encoder, vocab_size
 
-        mask, eod = loaded.mask_token_id, loaded.tokenizer.eod
+        mask, end = loaded.mask_token_id, loaded.end_token_id
         # Conversations come rendered, with their special tokens spelled out.
         tokenize, detokenize = encoder(loaded, special=True), loaded.tokenizer.detokenize
-        ends = options.eos_token_ids or ([] if eod is None else [eod])
+        ends = options.eos_token_ids or ([] if end is None else [end])
         ends = [] if options.no_stop_at_eos else ends
         decoder = Decoder(
             mask,

@@ -114,6 +114,12 @@ class LoadedModel:
         return int(mask)
 
     @property
+    def end_token_id(self) -> int | None:
+        """Id of the end-of-document token, None if the tokenizer has none."""
+        eod = self.tokenizer.eod
+        return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
+
+    @property
     def max_length(self) -> int:
         """Most tokens in a row: what the model has positions for, in training or not."""
         return int(self.args.max_position_embeddings)

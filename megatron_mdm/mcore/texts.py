@@ -1,5 +1,6 @@
 """Documents to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +46,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
         UserError: no such data, or data that cannot be read.
     """
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
-    eod = loaded.tokenizer.eod
-    ending = [] if eod is None else [eod]
+    ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
     ids: list[list[int]] = []
     num_bytes = num_tokens = 0
     if os.path.isfile(data):
@@ -88,7 +88,7 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
         special: whether text that spells a special token is that token, as where preprocessing
             renders conversations with a chat template; else it is ordinary text.
     """
-    data = _tokenizer_data(loaded)
+    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
     if data is not None:
         return data.load(special)
     if loaded.args.tokenizer_type == "HuggingFaceTokenizer":  # by the name of a repository
@@ -101,13 +101,13 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
 
 def vocab_size(loaded: LoadedModel) -> int:
     """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
-    data = _tokenizer_data(loaded)
+    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
     return loaded.tokenizer.vocab_size if data is None else data.vocab_size
 
 
-def _tokenizer_data(loaded: LoadedModel) -> TokenizerData | None:
-    """What preprocessing reads of the tokenizer, None if it does not know the kind."""
-    kind, model = loaded.args.tokenizer_type, loaded.args.tokenizer_model
+@functools.cache
+def _tokenizer_data(kind: str, model: str | None) -> TokenizerData | None:
+    """What preprocessing reads of a tokenizer, None if it does not know the kind."""
     if kind == "SentencePieceTokenizer":
         return load_sentencepiece(model)
     if kind == "HuggingFaceTokenizer" and os.path.isdir(model):

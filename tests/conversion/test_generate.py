@@ -11,7 +11,7 @@ from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.preprocess import load_hugging_face
 from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.mcore.texts import encoder, vocab_size
+from megatron_mdm.mcore.texts import encoder, read_tokens, vocab_size
 from tests import ranks
 from tests.conversion import models
 
@@ -65,7 +65,7 @@ def test_a_tokenizer_that_cannot_be_read(moved, tmp_path):
     assert str(damaged / "huggingface") in line and "Traceback" not in log
 
 
-def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch):
+def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     directory = str(moved / "huggingface")
     monkeypatch.setattr("sys.argv", ["", "--tokenizer-type", "HuggingFaceTokenizer"])
     args = parse_args(ignore_unknown_args=True)
@@ -75,7 +75,15 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch):
     assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # what training never saw
     assert encoder(loaded)(text) == load_hugging_face(directory).load()(text)
     assert encoder(loaded, special=True)(text) == [1, BOS, 2, 95]
-    assert (vocab_size(loaded), loaded.tokenizer.vocab_size, loaded.tokenizer.eod) == (96, 84, None)
+    assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
+    # Without a token for the end, nothing ends a text.
+    (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
+    assert read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9).ids == [[1, 2], [3]]
+    assert [LoadedModel(None, args, Namespace(eod=eod)).end_token_id for eod in (None, -1, 5)] == [
+        None,
+        None,
+        5,
+    ]
     # A tokenizer by the name of a repository is no directory.
     named = LoadedModel(
         None, Namespace(**{**vars(args), "tokenizer_model": "a/b"}), loaded.tokenizer
