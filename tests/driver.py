@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -479,6 +480,33 @@ def checkpoint_logits() -> None:
         logits["causal"] = loaded.logits(tokens)
         if loaded.args.rank == 0:
             torch.save(logits, directory / "logits.pt")
+
+
+def conversion_memory() -> None:
+    """Peaks of this process in bytes, in peaks.json, as it converts the models `one` and `many`.
+
+    After each of them, there, back and verified, and at last with all tensors of `many` in memory.
+    """
+    from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory, peaks = Path(os.environ["TRACE_DIR"]), []
+    sys.argv = sys.argv[:1]
+    prepare_environment("cpu")
+
+    def note():
+        peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    for name in ("one", "many"):
+        source, there, back = (str(directory / f"{name}{end}") for end in ("", "-mg", "-hf"))
+        to_megatron.to_megatron(source, there, verify=True)
+        to_hugging_face.to_hugging_face(there, back, verify=True)
+        note()
+    model = hub.HubModel(directory / "many")
+    tensors = [model.read(name) for name in model.entries]
+    note()
+    assert tensors
+    (directory / "peaks.json").write_text(json.dumps(peaks))
 
 
 def benchmark_sides() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mdm.data.documents import Document, bad_document, document_object, string_value
-from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData
+from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData, open_hugging_face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PairEncoder(ChunkEncoder):
         if keys.messages is not None:
             # A template writes special tokens, which must not be taken for text.
             self._encode = tokenizer.load(special=True)
-            renderer = _load_tokenizer(keys.template)
+            renderer = open_hugging_face(keys.template)
             self._template = renderer.apply_chat_template
             self._end = renderer.eos_token
 
@@ -110,9 +110,3 @@ class PairEncoder(ChunkEncoder):
             return None
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
         return tail if is_tail else None
-
-
-def _load_tokenizer(directory: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
