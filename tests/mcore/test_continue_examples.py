@@ -11,7 +11,8 @@ import pytest
 
 from megatron_mdm.benchmarks.flops import ModelShape
 from megatron_mdm.conversion import contract, torch_dist
-from megatron_mdm.conversion.families import detect, mask_token_id, model_flags
+from megatron_mdm.conversion.families import detect
+from megatron_mdm.conversion.family import mask_token_id, model_flags
 from megatron_mdm.conversion.to_megatron import _launch_line, _tokenizer_flags
 from megatron_mdm.conversion.vocabulary import vocabulary
 from tests import ranks
