@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.pretrain import main
 
@@ -50,6 +52,37 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def other_density() -> None:
+    """The program on a machine whose last rank computes differently."""
+    fit = sampler_state.fit
+
+    def other_fit(*args, **settings):
+        settings["lam"] += 0.01 * int(os.environ["RANK"])
+        return fit(*args, **settings)
+
+    sampler_state.fit = other_fit
+    main()
+
+
+def file_of_a_node() -> None:
+    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
+def nan_row() -> None:
+    """The program with one token of the first row whose cross entropy is no number."""
+    at_tokens, calls = step.at_tokens, []
+
+    def with_nan(values, shift):
+        values = at_tokens(values, shift)
+        calls.append(values)
+        return values if len(calls) > 1 else values.index_fill(0, torch.tensor([0]), torch.nan)
+
+    step.at_tokens = with_nan
+    main()
 
 
 def whole_batch() -> None:
@@ -158,6 +191,8 @@ def _draws(row, model, args):
     p = torch.ones(len(tokens), dtype=torch.float64)
     for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
         p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    for token in args.mdm_isad_token_ids or ():
+        p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
@@ -505,6 +540,33 @@ def checkpoint_logits() -> None:
             torch.save(logits, directory / "logits.pt")
 
 
+def conversion_memory() -> None:
+    """Peaks of this process in bytes, in peaks.json, as it converts the models `one` and `many`.
+
+    After each of them, there, back and verified, and at last with all tensors of `many` in memory.
+    """
+    from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory, peaks = Path(os.environ["TRACE_DIR"]), []
+    sys.argv = sys.argv[:1]
+    prepare_environment("cpu")
+
+    def note():
+        peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    for name in ("one", "many"):
+        source, there, back = (str(directory / f"{name}{end}") for end in ("", "-mg", "-hf"))
+        to_megatron.to_megatron(source, there, verify=True)
+        to_hugging_face.to_hugging_face(there, back, verify=True)
+        note()
+    model = hub.HubModel(directory / "many")
+    tensors = [model.read(name) for name in model.entries]
+    note()
+    assert tensors
+    (directory / "peaks.json").write_text(json.dumps(peaks))
+
+
 def benchmark_sides() -> None:
     """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
     from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
@@ -615,6 +677,7 @@ def recipe() -> None:
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
     from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
@@ -622,6 +685,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
+        model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 

@@ -131,7 +131,7 @@ def main() -> None:
         settings = variance_report.Settings(
             **numbers,
             methods=choose(options.methods, isad=bool(isad)),
-            mask_token_id=args.mdm_mask_token_id,
+            mask_token_id=loaded.mask_token_id,
             eps=args.mdm_eps,
             isad_token_ids=isad,
             subject=" ".join(map(str, identity(options, sketch.size, args.world_size))),
@@ -171,7 +171,7 @@ def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Text]
         documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
         rows = rows_of(loaded, documents, packed=True)[:pool]
         rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
-    if any((row.tokens == args.mdm_mask_token_id).any() for row in rows):
+    if any((row.tokens == loaded.mask_token_id).any() for row in rows):
         raise UserError(f"{options.data} contains the mask token: tokenize it again without")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
     return [rows[i] for i in order.tolist()]
