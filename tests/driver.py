@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
@@ -48,6 +49,12 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def libraries() -> None:
+    """Whether Transformer Engine was hidden before Megatron could import it."""
+    hidden = sys.modules.get("transformer_engine", "not hidden") is None
+    Path(os.environ["TRACE_DIR"], "hidden").write_text(str(hidden and not layers.HAVE_TE))
 
 
 def whole_batch() -> None:

@@ -5,7 +5,6 @@ iterations: that shows that they run, and nothing about a GPU.
 """
 
 import importlib.util
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -45,11 +44,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ranks_of_their_own():
-    """On a GPU ranks start from nothing: a forked process cannot use CUDA after its parent."""
+def patience():
+    """Several runs of 200 iterations may share the GPU and the cores."""
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cuda":
-            patch.setattr(ranks, "_context", multiprocessing.get_context("spawn"))
         patch.setattr(ranks, "TIMEOUT", 400)
         yield
 
@@ -80,6 +77,7 @@ def train(data, tmp_path_factory):
             *["--mdm-device", device, *layers],
             *["--train-iters", str(iterations if DEVICE == "cuda" else dry)],
             *flags,
+            transformer_engine=device == "cuda",
             **options,
         )
 

@@ -116,7 +116,7 @@ def test_evaluations_leave_the_state_of_delayed_scaling_alone(keeps):
 
 @transformer_engine
 def test_the_state_of_transformer_engine_itself(tmp_path):
-    ranks.launch(tmp_path, 1, entry="delayed_scaling")
+    ranks.launch(tmp_path, 1, entry="delayed_scaling", transformer_engine=True)
     scales = json.loads((tmp_path / "scales.json").read_text())
     assert scales["kept"] == scales["without evaluation"]
     assert scales["not kept"] != scales["without evaluation"]
@@ -125,8 +125,9 @@ def test_the_state_of_transformer_engine_itself(tmp_path):
 @transformer_engine
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
-    flags = "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max --mock-data".split()
-    ranks.launch(tmp_path, 1, *FP8, "--fp8-recipe", recipe, *flags, entry="fp8_flags")
+    flags = [*FP8, "--fp8-recipe", recipe, "--mock-data"]
+    flags += "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()
+    ranks.launch(tmp_path, 1, *flags, entry="fp8_flags", transformer_engine=True)
     seen = json.loads((tmp_path / "flags.json").read_text())
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}

@@ -18,5 +18,5 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
-    ranks.launch(tmp_path, 1, entry="transformer_engine_spec")
+    ranks.launch(tmp_path, 1, entry="transformer_engine_spec", transformer_engine=True)
     assert (Path(tmp_path) / "built").read_text() == "done"
