@@ -355,7 +355,7 @@ def delayed_scaling() -> None:
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -382,11 +382,22 @@ def delayed_scaling() -> None:
             seen.append(model.layer.fp8_meta["scaling_fwd"].scale.tolist())
         return seen
 
+    def loaded_without_fp8():
+        trained = Model()
+        trained(1.0)
+        state = trained.state_dict()
+        assert state["layer._extra_state"].numel()
+        model = Model()
+        leave_out_scales(model)
+        model.load_state_dict(state)
+        return torch.equal(model.layer.weight, trained.layer.weight)
+
     with training_device("cpu"):
         found = {
             "without evaluation": scales(True, False),
             "kept": scales(True, True),
             "not kept": scales(False, True),
+            "loaded without FP8": loaded_without_fp8(),
         }
     Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
 

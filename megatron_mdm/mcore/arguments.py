@@ -19,7 +19,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
-from megatron_mdm.mcore.fp8 import check_fp8
+from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
@@ -161,6 +161,7 @@ def resolve(args: Namespace) -> Namespace:
             )
     saved = saved_arguments(args)
     check_model(args, saved)
+    check_scales(args, saved)
     check_resume(args, saved)
     check_data(args)
     return args

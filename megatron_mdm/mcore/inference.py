@@ -70,7 +70,7 @@ HERE = {
     "wandb_project": "",
 }
 
-# A run on GPUs may have used what only Transformer Engine has.
+# What is measured here is the model itself, and FP8 products take some numbers of rows only.
 WITHOUT_FP8 = {"fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False}
 
 
@@ -214,7 +214,9 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         "transformer_pipeline_model_parallel_size": pipeline_parallel,
         "load": checkpoint,
         "mdm_device": device,
-        **(CPU_DEFAULTS | WITHOUT_FP8 if device == "cpu" else {}),
+        "distributed_backend": "nccl",
+        **WITHOUT_FP8,
+        **(CPU_DEFAULTS if device == "cpu" else {}),
     }
     for name, value in own.items():
         setattr(args, name, value)

@@ -19,7 +19,7 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
-from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
 from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
@@ -52,6 +52,8 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     leave_out_state_of_norms(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)
+    if not (model.config.fp8 and model.config.fp8_recipe == "delayed"):
+        leave_out_scales(model)
     if online_sampler() is not None:
         in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
         model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)

@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, head
-from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+from megatron_mdm.mcore.fp8 import check_scales, keep_scales_in_evaluation, leave_out_scales
 from tests import ranks
 
 FP8 = "--mdm-device cuda --bf16 --transformer-impl transformer_engine --fp8-format hybrid".split()
@@ -46,6 +46,7 @@ def check(monkeypatch):
         ("--micro-batch-size 1 --seq-length 24", (9, 0), "--seq-length must be a multiple of 16"),
         ("--hidden-size 40", (9, 0), "--hidden-size must be .* 16, got 40"),
         ("--ffn-hidden-size 88", (9, 0), "--ffn-hidden-size must be .* 16, got 88"),
+        ("--use-transformer-engine-op-fuser", (9, 0), "op-fuser keeps the scales .* leave it out"),
     ],
 )
 def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check):
@@ -114,12 +115,47 @@ def test_evaluations_leave_the_state_of_delayed_scaling_alone(keeps):
     assert torch.equal(trained(True), plain) == keeps
 
 
+def test_scales_of_a_checkpoint_are_read_with_consent(monkeypatch):
+    monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
+    args = SimpleNamespace(load="here", fp8="hybrid", fp8_recipe="delayed")
+    saved = {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    with pytest.raises(UserError, match="in here has scales .* set NVTE_ALLOW_UNSAFE_.*=1 in"):
+        check_scales(args, saved)
+    for other in ({}, {"fp8": None, "fp8_recipe": "delayed"}, saved | {"fp8_recipe": "tensorwise"}):
+        check_scales(args, other)
+        check_scales(SimpleNamespace(load="here", **{"fp8": None, **other}), saved)
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    check_scales(args, saved)
+
+
+class Stateful(torch.nn.Linear):
+    """Refuses a state, as Transformer Engine does one that is a pickle."""
+
+    def get_extra_state(self):
+        return torch.ones(3, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        if state is not None:
+            raise RuntimeError("refused")
+
+
+def test_models_without_delayed_scaling_leave_scales_alone():
+    state = torch.nn.Sequential(Stateful(2, 2), torch.nn.Linear(2, 2)).state_dict()
+    model = torch.nn.Sequential(Stateful(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="refused"):
+        model.load_state_dict(state)
+    leave_out_scales(model)
+    model.load_state_dict(state)
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
 @transformer_engine
 def test_the_state_of_transformer_engine_itself(tmp_path):
     ranks.launch(tmp_path, 1, entry="delayed_scaling", transformer_engine=True)
     scales = json.loads((tmp_path / "scales.json").read_text())
     assert scales["kept"] == scales["without evaluation"]
     assert scales["not kept"] != scales["without evaluation"]
+    assert scales["loaded without FP8"]
 
 
 @transformer_engine
