@@ -250,6 +250,10 @@ def transformer_engine_spec() -> None:
 
     import torch.distributed
     from megatron.core import dist_checkpointing as checkpoints
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TELinear,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -258,6 +262,7 @@ def transformer_engine_spec() -> None:
 
     from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
+    from megatron_mdm.mcore.model import accumulate_in_place
 
     with training_device("cpu"):
         torch.distributed.init_process_group("gloo")
@@ -293,6 +298,11 @@ def transformer_engine_spec() -> None:
         everywhere, hidden = MDMConfig(), MDMConfig(mdm_pad_attended=False)
         local = build(everywhere, transformer_impl="local")
         te = build(everywhere, transformer_impl="transformer_engine")
+        accumulate_in_place(te)
+        linears = [
+            m for m in te.modules() if isinstance(m, (TELinear, TELayerNormColumnParallelLinear))
+        ]
+        assert len(linears) == 8 and all(m.fuse_wgrad_accumulation for m in linears)
         assert keys(te) == keys(local), keys(te) ^ keys(local)
         directory = Path(os.environ["TRACE_DIR"])
         for name in ("local", "te0", "te1"):
@@ -340,6 +350,7 @@ def fp8_flags() -> None:
         "config": [getattr(config, name) for name in names],
         "recipe": type(recipe).__name__,
         "history": [getattr(recipe, name, None) for name in delayed],
+        "accumulates in products": [x.gradient_accumulation_fusion for x in (get_args(), config)],
     }
     Path(os.environ["TRACE_DIR"], "flags.json").write_text(json.dumps(seen))
 

@@ -21,6 +21,7 @@ from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.model import ACCUMULATES_GRADIENTS
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -55,6 +56,13 @@ REFUSED = {
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
+# What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
+FUSED_BY = {
+    "apply_rope_fusion": ["transformer_engine"],
+    "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
+    "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
+}
+
 # Megatron flags, with their value, under which all micro-batches must have logits of one shape.
 FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
 
@@ -68,8 +76,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
     set_recipe_defaults(parser)
     parser.set_defaults(calculate_per_token_loss=True)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's apex
-        parser.set_defaults(gradient_accumulation_fusion=False)
+    for name, libraries in FUSED_BY.items():
+        if not any(map(importlib.util.find_spec, libraries)):
+            parser.set_defaults(**{name: False})
     _escape_help(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)

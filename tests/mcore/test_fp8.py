@@ -168,5 +168,8 @@ def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
     assert seen["recipe"] == kinds.get(recipe, "TEDelayedScaling")
+    # Megatron's own layers lack apex here, which Transformer Engine's can do without.
+    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    assert seen["accumulates in products"] == [True, apex]
     if recipe == "delayed":
         assert seen["history"] == [1024, "max", 0]
