@@ -6,6 +6,7 @@ iterations: that shows that they run, and nothing about a GPU.
 
 import importlib.util
 import os
+import statistics
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from tests import ranks
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
 # Layers that FP8 products take, in all recipes, and fused attention; or what is there soon.
-WIDTH, LENGTH = (256, 128) if DEVICE == "cuda" else (32, 32)
+WIDTH, LENGTH, RATE = (256, 128, 1e-3) if DEVICE == "cuda" else (32, 32, 4e-3)
 MODEL = [
     *f"--hidden-size {WIDTH} --ffn-hidden-size {2 * WIDTH} --seq-length {LENGTH}".split(),
-    *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr 1e-3 --seed 7".split(),
+    *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr {RATE} --seed 7".split(),
 ]
+# Losses and gradients of many batches under the same weights, which so small a rate leaves alone.
+STILL = "--lr 1e-12 --adam-eps 1 --finetune".split()
 FP8 = "--bf16 --fp8-format hybrid --fp8-recipe".split()
 PRECISIONS = {
     "bf16": ["--bf16"],
@@ -28,6 +31,14 @@ PRECISIONS = {
     "tensorwise": [*FP8, "tensorwise"],
     "blockwise": [*FP8, "blockwise"],
 }
+
+
+def errors(run, reference):
+    """Root mean square differences of two runs over iterations: of losses, of gradient norms."""
+    pairs = ((run.losses, reference.losses), (run.grad_norms, reference.grad_norms))
+    return [
+        statistics.mean((a - b) ** 2 for a, b in zip(*pair, strict=True)) ** 0.5 for pair in pairs
+    ]
 
 
 def pytest_collection_modifyitems(items):
