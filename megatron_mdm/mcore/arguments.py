@@ -282,12 +282,12 @@ def _check_transformer_engine(args: Namespace) -> None:
             if getattr(args, name):
                 raise UserError(
                     f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
-                    "would silently ignore the flag): pip install 'megatron-mdm[gpu]'"
+                    "would silently ignore the flag): README says how to install it"
                 )
         if args.transformer_impl == "transformer_engine":
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
-                "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
+                "installed: README says how to, or use --transformer-impl local"
             )
     check_fp8(args)
     if args.transformer_impl == "transformer_engine":
