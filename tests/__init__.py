@@ -1,14 +1,19 @@
-"""Tests, and what their ranks import first.
+"""Tests, and what their processes import first.
 
 Megatron binds what it finds while it is imported, Transformer Engine's optimizers and kernels too,
-which need a GPU: a rank on the CPU hides them before, as `megatron_mdm.pretrain` does. It hides the
-GPU as well, since forks of a process that has looked for one cannot turn to it.
+which need a GPU. What computes on the CPU, pytest's own process and most ranks, hides them before,
+as `megatron_mdm.pretrain` does. The fork server of the ranks hides the GPU as well, since forks of
+a process that has looked for one cannot turn to it.
 """
 
 import os
+from importlib.util import find_spec
 
-if os.environ.get("MDM_TEST_RANKS") == "cpu":  # set by ranks.launch
+HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
+
+if os.environ.get("MDM_TEST_RANKS") != "with Transformer Engine":  # set by ranks.launch
     from megatron_mdm.pretrain import prepare_environment
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     prepare_environment("cpu")
+if os.environ.get("MDM_TEST_RANKS") == "on the CPU":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -98,7 +98,8 @@ def launch(
     argv += flags
     port = _free_port()
     context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
-    os.environ["MDM_TEST_RANKS"] = "any" if transformer_engine else "cpu"  # see tests/__init__.py
+    # For tests/__init__.py, in the processes that this starts.
+    os.environ["MDM_TEST_RANKS"] = "with Transformer Engine" if transformer_engine else "on the CPU"
     processes = [
         context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
         for rank in range(ranks)

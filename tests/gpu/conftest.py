@@ -4,7 +4,6 @@ MDM_TEST_DEVICE=cpu runs all of them on the CPU with local layers, without FP8 a
 iterations: that shows that they run, and nothing about a GPU.
 """
 
-import importlib.util
 import os
 import statistics
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
@@ -45,7 +44,7 @@ def pytest_collection_modifyitems(items):
     lacks = None
     if DEVICE == "cuda" and not torch.cuda.is_available():
         lacks = "needs a CUDA device (MDM_TEST_DEVICE=cpu for a dry run)"
-    elif DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+    elif DEVICE == "cuda" and not HAS_TRANSFORMER_ENGINE:
         lacks = "Transformer Engine is not installed (extra `gpu`)"
     for item in items:
         if HERE in item.path.parents:

@@ -12,12 +12,11 @@ from megatron.training.arguments import parse_args
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, head
 from megatron_mdm.mcore.fp8 import check_scales, keep_scales_in_evaluation, leave_out_scales
-from tests import ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 FP8 = "--mdm-device cuda --bf16 --transformer-impl transformer_engine --fp8-format hybrid".split()
 transformer_engine = pytest.mark.skipif(
-    find_spec("transformer_engine") is None,
-    reason="Transformer Engine is not installed (extra `gpu`)",
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (extra `gpu`)"
 )
 
 

@@ -4,16 +4,14 @@ Nothing of Transformer Engine computes without a GPU, but its modules can be bui
 libraries load.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from tests import ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None,
-    reason="Transformer Engine is not installed (extra `gpu`)",
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (extra `gpu`)"
 )
 
 
