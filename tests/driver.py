@@ -19,6 +19,7 @@ from megatron.training import get_args
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.pretrain import main
 
@@ -55,6 +56,37 @@ def libraries() -> None:
     """Whether Transformer Engine was hidden before Megatron could import it."""
     hidden = sys.modules.get("transformer_engine", "not hidden") is None
     Path(os.environ["TRACE_DIR"], "hidden").write_text(str(hidden and not layers.HAVE_TE))
+
+
+def other_density() -> None:
+    """The program on a machine whose last rank computes differently."""
+    fit = sampler_state.fit
+
+    def other_fit(*args, **settings):
+        settings["lam"] += 0.01 * int(os.environ["RANK"])
+        return fit(*args, **settings)
+
+    sampler_state.fit = other_fit
+    main()
+
+
+def file_of_a_node() -> None:
+    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
+def nan_row() -> None:
+    """The program with one token of the first row whose cross entropy is no number."""
+    at_tokens, calls = step.at_tokens, []
+
+    def with_nan(values, shift):
+        values = at_tokens(values, shift)
+        calls.append(values)
+        return values if len(calls) > 1 else values.index_fill(0, torch.tensor([0]), torch.nan)
+
+    step.at_tokens = with_nan
+    main()
 
 
 def whole_batch() -> None:
@@ -163,6 +195,8 @@ def _draws(row, model, args):
     p = torch.ones(len(tokens), dtype=torch.float64)
     for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
         p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    for token in args.mdm_isad_token_ids or ():
+        p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
@@ -586,6 +620,7 @@ def recipe() -> None:
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
     from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
@@ -593,6 +628,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
+        model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 

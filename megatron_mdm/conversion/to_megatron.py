@@ -139,7 +139,7 @@ def to_megatron(
     for line in _remarks(family, config, words, tied):
         say(line)
     say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
-    say(f"train it with (data, batch and schedule are yours):\n\n{launch}\n")
+    say(f"train it with (data, batch and schedule are yours), or resume:\n\n{launch}\n")
 
 
 def _check_sources(
@@ -213,9 +213,10 @@ def _tokenizer_flags(
 
 
 def _launch_line(output: str, flags: Sequence[str]) -> str:
-    """The command that trains the converted model, a few flags to a line."""
+    """The command that trains the converted model, or resumes that, a few flags to a line."""
     words = [
-        *["--load", str(Path(output).absolute()), "--finetune", "--save", "MY_RUN"],
+        *["--pretrained-checkpoint", str(Path(output).absolute())],
+        *["--load", "MY_RUN", "--save", "MY_RUN"],
         *flags,
         *["--data-path", "MY_DATA", "--micro-batch-size", "1", "--global-batch-size", "64"],
         *["--train-iters", "10000", "--lr", "1e-5", "--lr-warmup-iters", "100"],

@@ -67,12 +67,13 @@ def check_fp8(args: Namespace) -> None:
             )
 
 
-def check_scales(args: Namespace, saved: dict[str, Any]) -> None:
+def check_scales(args: Namespace, saved: dict[str, Any], source: str | None) -> None:
     """Checks that Transformer Engine will read the scales of the checkpoint to be loaded.
 
     Args:
         args: of this run.
         saved: of the checkpoint; empty if there is none.
+        source: its directory.
 
     Raises:
         UserError: it keeps them as a pickle, and has not been told that it may read them.
@@ -80,7 +81,7 @@ def check_scales(args: Namespace, saved: dict[str, Any]) -> None:
     delayed = all(x.get("fp8") and x.get("fp8_recipe") == "delayed" for x in (vars(args), saved))
     if delayed and os.environ.get(UNSAFE_PICKLES) != "1":
         raise UserError(
-            f"the checkpoint in {args.load} has scales of --fp8-recipe delayed, which Transformer "
+            f"the checkpoint in {source} has scales of --fp8-recipe delayed, which Transformer "
             f"Engine keeps as a pickle: set {UNSAFE_PICKLES}=1 in the environment if you trust it"
         )
 

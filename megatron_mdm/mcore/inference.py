@@ -5,7 +5,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -62,8 +62,7 @@ HERE = {
     "mdm_views": 1,  # rows are counted as texts
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
-    "mdm_ppots_file": None,
-    "mdm_ppots_refit_interval": 0,
+    **{f.name: f.default for f in fields(MDMConfig) if f.name.startswith("mdm_ppots_")},
     "save": None,
     "async_save": False,
     "tensorboard_dir": None,

@@ -52,7 +52,7 @@ def measure(
     args = loaded.args
     mdm = MDMConfig.from_args(args)
     check_data(args)
-    dataset = build_datasets(args, [num_rows, 0, 0])[0]
+    dataset = build_datasets(args, [num_rows, 0, 0], on_all_ranks=True)[0]
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
     # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.

@@ -5,7 +5,7 @@ Megatron marks GPTModel as deprecated in favour of HybridModel, into which its c
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -19,11 +19,13 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
-from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
+from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
+from megatron_mdm.objective.fit_file import load_sampler
 
 # The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
 ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
@@ -63,6 +65,7 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     if online_sampler() is not None:
         in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
         model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
+    _check_density_file()
     return model
 
 
@@ -81,6 +84,20 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+@lru_cache  # once a process, whatever the number of its virtual stages
+def _check_density_file() -> None:
+    """Compares the density of --mdm-ppots-file between ranks, which may lie on different disks.
+
+    Raises:
+        UserError: stages would mask the same row differently.
+    """
+    path = getattr(get_args(), "mdm_ppots_file", None)
+    if path and not equal_on_all_ranks(load_sampler(path).sampler()):
+        raise UserError(
+            f"--mdm-ppots-file {path} is not the same file on all nodes: copy one to all of them"
+        )
 
 
 @dataclass(kw_only=True)

@@ -116,15 +116,15 @@ def test_evaluations_leave_the_state_of_delayed_scaling_alone(keeps):
 
 def test_scales_of_a_checkpoint_are_read_with_consent(monkeypatch):
     monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
-    args = SimpleNamespace(load="here", fp8="hybrid", fp8_recipe="delayed")
     saved = {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    args = SimpleNamespace(**saved)
     with pytest.raises(UserError, match="in here has scales .* set NVTE_ALLOW_UNSAFE_.*=1 in"):
-        check_scales(args, saved)
+        check_scales(args, saved, "here")
     for other in ({}, {"fp8": None, "fp8_recipe": "delayed"}, saved | {"fp8_recipe": "tensorwise"}):
-        check_scales(args, other)
-        check_scales(SimpleNamespace(load="here", **{"fp8": None, **other}), saved)
+        check_scales(args, other, "here")
+        check_scales(SimpleNamespace(**{"fp8": None, **other}), saved, "here")
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
-    check_scales(args, saved)
+    check_scales(args, saved, "here")
 
 
 class Stateful(torch.nn.Linear):
