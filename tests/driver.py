@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
@@ -52,6 +53,12 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def libraries() -> None:
+    """Whether Transformer Engine was hidden before Megatron could import it."""
+    hidden = sys.modules.get("transformer_engine", "not hidden") is None
+    Path(os.environ["TRACE_DIR"], "hidden").write_text(str(hidden and not layers.HAVE_TE))
 
 
 def other_density() -> None:
@@ -336,6 +343,10 @@ def transformer_engine_spec() -> None:
 
     import torch.distributed
     from megatron.core import dist_checkpointing as checkpoints
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TELinear,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -344,6 +355,7 @@ def transformer_engine_spec() -> None:
 
     from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
+    from megatron_mdm.mcore.model import accumulate_in_place
 
     with training_device("cpu"):
         torch.distributed.init_process_group("gloo")
@@ -379,6 +391,11 @@ def transformer_engine_spec() -> None:
         everywhere, hidden = MDMConfig(), MDMConfig(mdm_pad_attended=False)
         local = build(everywhere, transformer_impl="local")
         te = build(everywhere, transformer_impl="transformer_engine")
+        accumulate_in_place(te)
+        linears = [
+            m for m in te.modules() if isinstance(m, (TELinear, TELayerNormColumnParallelLinear))
+        ]
+        assert len(linears) == 8 and all(m.fuse_wgrad_accumulation for m in linears)
         assert keys(te) == keys(local), keys(te) ^ keys(local)
         directory = Path(os.environ["TRACE_DIR"])
         for name in ("local", "te0", "te1"):
@@ -426,6 +443,7 @@ def fp8_flags() -> None:
         "config": [getattr(config, name) for name in names],
         "recipe": type(recipe).__name__,
         "history": [getattr(recipe, name, None) for name in delayed],
+        "accumulates in products": [x.gradient_accumulation_fusion for x in (get_args(), config)],
     }
     Path(os.environ["TRACE_DIR"], "flags.json").write_text(json.dumps(seen))
 
@@ -441,7 +459,7 @@ def delayed_scaling() -> None:
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -468,11 +486,22 @@ def delayed_scaling() -> None:
             seen.append(model.layer.fp8_meta["scaling_fwd"].scale.tolist())
         return seen
 
+    def loaded_without_fp8():
+        trained = Model()
+        trained(1.0)
+        state = trained.state_dict()
+        assert state["layer._extra_state"].numel()
+        model = Model()
+        leave_out_scales(model)
+        model.load_state_dict(state)
+        return torch.equal(model.layer.weight, trained.layer.weight)
+
     with training_device("cpu"):
         found = {
             "without evaluation": scales(True, False),
             "kept": scales(True, True),
             "not kept": scales(False, True),
+            "loaded without FP8": loaded_without_fp8(),
         }
     Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
 

@@ -19,8 +19,9 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
-from megatron_mdm.mcore.fp8 import check_fp8
+from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.model import ACCUMULATES_GRADIENTS
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -55,6 +56,13 @@ REFUSED = {
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
+# What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
+FUSED_BY = {
+    "apply_rope_fusion": ["transformer_engine"],
+    "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
+    "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
+}
+
 # Megatron flags, with their value, under which all micro-batches must have logits of one shape.
 FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
 
@@ -68,8 +76,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
     set_recipe_defaults(parser)
     parser.set_defaults(calculate_per_token_loss=True)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's apex
-        parser.set_defaults(gradient_accumulation_fusion=False)
+    for name, libraries in FUSED_BY.items():
+        if not any(map(importlib.util.find_spec, libraries)):
+            parser.set_defaults(**{name: False})
     _escape_help(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)
@@ -163,6 +172,7 @@ def resolve(args: Namespace) -> Namespace:
     source = checkpoint_to_load(args)
     saved = saved_arguments(args, source)
     check_model(args, saved, source)
+    check_scales(args, saved, source)
     args.finetune = args.finetune or source != args.load  # as Megatron will, once it loads
     check_resume(args, saved)
     check_data(args)
@@ -280,12 +290,12 @@ def _check_transformer_engine(args: Namespace) -> None:
             if getattr(args, name):
                 raise UserError(
                     f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
-                    "would silently ignore the flag): pip install 'megatron-mdm[gpu]'"
+                    "would silently ignore the flag): README says how to install it"
                 )
         if args.transformer_impl == "transformer_engine":
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
-                "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
+                "installed: README says how to, or use --transformer-impl local"
             )
     check_fp8(args)
     if args.transformer_impl == "transformer_engine":

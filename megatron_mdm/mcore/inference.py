@@ -291,6 +291,7 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         "transformer_pipeline_model_parallel_size": pipeline_parallel,
         "load": checkpoint,
         "mdm_device": device,
+        "distributed_backend": "nccl",
         **(CPU_DEFAULTS if device == "cpu" else {}),
     }
     for name, value in own.items():

@@ -133,6 +133,14 @@ def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
     )
 
 
+def test_the_device_of_the_training_does_not_matter(recorded):
+    recorded.fp8, recorded.fp8_param_gather = "hybrid", True  # which no number of rows suits
+    for device, backend in (("cuda", "nccl"), ("cpu", "gloo")):
+        args = adapted(recorded, "checkpoint", device, 1)
+        assert args.distributed_backend == backend
+        assert not args.fp8 and not args.fp8_param_gather
+
+
 def test_a_tokenizer_that_moved_is_named(recorded):
     recorded.tokenizer_type, recorded.tokenizer_model = "SentencePieceTokenizer", "gone.model"
     with pytest.raises(UserError, match="the tokenizer of here is not at gone.model"):
