@@ -36,6 +36,9 @@ setup(
         "plot": ["matplotlib"],
         "hf": ["transformers"],
         "eval": ["lm-eval"],
-        "test": ["pytest", "pytest-timeout", "ruff", "mypy", "matplotlib", "transformers"],
+        "test": [
+            *("pytest", "pytest-timeout", "ruff", "mypy"),
+            *("matplotlib", "transformers", "lm-eval"),
+        ],
     },
 )
