@@ -571,11 +571,23 @@ def recipe() -> None:
 def traffic() -> None:
     """The program with the collective calls of our own code counted, as this rank makes them.
 
-    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each.
+    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each. What
+    tensor ranks other than the first measured for P-POTS differs in the last bit, as sums that are
+    taken in another order may.
     """
     from torch import distributed
 
+    from megatron_mdm.mcore.sampler_state import OnlineSampler
+
     calls = []
+    reduce = OnlineSampler.reduce
+
+    def reduce_otherwise(self):
+        if self.measured is not None and mpu.get_tensor_model_parallel_rank() > 0:
+            self.measured = self.measured.nextafter(self.measured + 1.0)
+        reduce(self)
+
+    OnlineSampler.reduce = reduce_otherwise
 
     def counted(name):
         function = getattr(distributed, name)

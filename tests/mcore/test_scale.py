@@ -44,9 +44,10 @@ def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, wo
         assert Counter(calls[3, rank]) == Counter(REFIT + LOG)
 
 
-def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_another(
+def test_tensor_ranks_get_rows_by_one_message_and_model_ranks_the_moments_by_another(
     tmp_path, data
 ):
+    """Whose own moments differ in the last bit here, and yet all fit the same density."""
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
     calls = calls_of(tmp_path, data, 4, *layout)
     rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 5))] * 32  # micro-batches of 2 rows
@@ -56,6 +57,7 @@ def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_an
         assert calls[0, rank] == rows
         at_refit = Counter(calls[3, rank])
         assert at_refit >= Counter(rows + moments)
+        assert (REFIT[0] in at_refit) == (rank == 2)  # the first of its tensor ranks
         assert (at_refit >= Counter(LOG)) == is_last_stage
         # The gradient's norms are sums over the stage's whole hidden states, which all ranks have.
         assert at_refit - Counter(rows + moments + REFIT + LOG) == Counter()
