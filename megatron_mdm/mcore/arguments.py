@@ -17,7 +17,7 @@ from megatron_mdm.config import MDMConfig, flag, requested_device
 from megatron_mdm.data.tokenizer import MASK_PIECE
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
-from megatron_mdm.mcore.dataset import check_data_files
+from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_documents
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8
 from megatron_mdm.mcore.hybrid import check_pattern
@@ -131,12 +131,14 @@ def resolve(args: Namespace) -> Namespace:
     For scripts of your own: call it on what `parse_and_validate_args` returned.
 
     Raises:
-        UserError: no mask token, or objective flags that differ from the checkpoint's.
+        UserError: no mask token or end of document, or objective flags that differ from the
+            checkpoint's.
     """
     check(args)
     if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
         print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
     args.mdm_mask_token_id = _mask_token_id(args)
+    _check_end_of_document(args)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         draws = max(1, args.mdm_strata_window // args.mdm_views)
@@ -170,7 +172,7 @@ def check_data(args: Namespace) -> None:
     """Checks the files that --data-path and its like name.
 
     Raises:
-        UserError: one is missing or damaged.
+        UserError: one is missing or damaged, or its documents have no end that a flag needs.
     """
     if args.mock_data:
         if args.mdm_sft:
@@ -181,6 +183,30 @@ def check_data(args: Namespace) -> None:
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
     check_data_files(*blends)
+    divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
+    if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
+        check_ends_of_documents(*blends, get_tokenizer().eod)
+
+
+def _check_end_of_document(args: Namespace) -> None:
+    """Checks that the tokenizer has an end of document if a flag needs one."""
+    eod = get_tokenizer().eod
+    if eod is not None and eod >= 0:  # sentencepiece: -1
+        return
+    needed_by = {
+        "--mdm-isolate-documents": args.mdm_isolate_documents,
+        "--mdm-rate-per document": args.mdm_rate_per == "document",
+        "--no-mdm-eod-eligible": not args.mdm_eod_eligible,
+        "--no-mdm-eod-attended": not args.mdm_eod_attended,
+        "--mdm-sft": args.mdm_sft,
+    }
+    for name, is_needed in needed_by.items():
+        if is_needed:
+            raise UserError(
+                f"{name} needs an end-of-document token, and the tokenizer "
+                f"{args.tokenizer_model or args.tokenizer_type} has none (eos): leave it out, or "
+                "give the tokenizer one and run tools/preprocess_data.py again"
+            )
 
 
 def check(args: Namespace) -> None:

@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_args
 from megatron_mdm import errors, pretrain
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import arguments, dataset
+from megatron_mdm.mcore import arguments, data_files
 from tests import ranks
 
 COMMON = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING]
@@ -311,13 +311,13 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("case", FILES)
 def test_damaged_files(case, files):
-    dataset.check_data_files(([str(files)], None), None)
+    data_files.check_data_files(([str(files)], None), None)
     change, message = FILES[case]
     paths = {"b": files.with_suffix(".bin"), "i": files.with_suffix(".idx")}
     change(*paths.values())
     for blend in [(([str(files)], None), None), (None, [None, ([str(files)], None), None])]:
         with pytest.raises(UserError) as caught:
-            dataset.check_data_files(*blend)
+            data_files.check_data_files(*blend)
         assert message.format(**paths) in str(caught.value)
 
 
@@ -325,7 +325,7 @@ def test_an_index_of_nothing(tmp_path):
     ranks.write_documents(tmp_path / "text", [])
     (tmp_path / "text.bin").write_bytes(b"1234")
     with pytest.raises(UserError, match="text.idx lists no documents"):
-        dataset.check_data_files(([str(tmp_path / "text")], None), None)
+        data_files.check_data_files(([str(tmp_path / "text")], None), None)
 
 
 def test_an_index_in_several_parts(tmp_path):
@@ -342,18 +342,48 @@ def test_an_index_in_several_parts(tmp_path):
         np.arange(count + 1, dtype=np.int64),
     ]
     idx.write_bytes(header + b"".join(array.tobytes() for array in arrays))
-    assert dataset._indexed_bytes(str(idx)) == 8 * count
+    assert data_files._indexed_bytes(str(idx)) == 8 * count
     damage(idx, start + 4 * count + 8 * (count - 2), b"\1")
     with pytest.raises(ValueError, match="positions differ"):
-        dataset._indexed_bytes(str(idx))
+        data_files._indexed_bytes(str(idx))
 
 
 def test_no_data():
     with pytest.raises(UserError, match="give --data-path"):
-        dataset.check_data_files(None, None)
+        data_files.check_data_files(None, None)
 
 
-# -- mask tokens and resumed runs
+def test_documents_without_an_end_cannot_divide_rows(tmp_path):
+    """Of two sequences, as Megatron's preprocessing splits sentences, the last one ends with it."""
+    ended, cut = tmp_path / "ended", tmp_path / "cut"
+    ranks.write_pairs(ended, ranks.random_pairs(20))
+    ranks.write_documents(cut, [[5, ranks.EOD_ID, 6], [], [7]])
+    blend = ([str(ended)], None)
+    data_files.check_ends_of_documents(blend, None, ranks.EOD_ID)
+    for wrong in (([str(ended), str(cut)], None), None), (None, [blend, ([str(cut)], None), None]):
+        with pytest.raises(UserError, match=f"{cut}.bin ends with .* end of document, 119, which"):
+            data_files.check_ends_of_documents(*wrong, ranks.EOD_ID)
+
+
+# -- ends of documents, mask tokens and resumed runs
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mdm-isolate-documents",
+        "--mdm-rate-per document",
+        "--no-mdm-eod-eligible",
+        "--no-mdm-eod-attended",
+        "--mdm-sft",
+    ],
+)
+@pytest.mark.parametrize("eod", [None, -1])  # Hugging Face's and sentencepiece's answers
+def test_flags_that_need_an_end_of_document(flags, eod, monkeypatch):
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=eod))
+    with pytest.raises(UserError, match=f"^{flags} needs an end-of-document token, and the token"):
+        arguments._check_end_of_document(parsed(monkeypatch, *flags.split()))
+    arguments._check_end_of_document(parsed(monkeypatch))
 
 
 def mask_args(**values):
@@ -423,6 +453,11 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
             "--recompute-granularity selective --recompute-modules mla_up_proj",
             [],
             "Megatron rejects these flags or their files: mla_up_proj in recompute_modules is only",
+        ),
+        (
+            "--mdm-rate-per document --data-path {short}",
+            [],
+            "no document at the beginning of {short}.bin ends with the tokenizer's end",
         ),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.

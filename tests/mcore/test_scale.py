@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.mcore import dataset
+from megatron_mdm.mcore import data_files
 from tests import ranks
 
 ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
@@ -72,12 +72,12 @@ def test_the_page_has_these_numbers():
 def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
     prefix = tmp_path / "text"
     ranks.write_documents(prefix, ranks.random_documents(20))
-    monkeypatch.setattr(dataset, "INDEX_PART", 8)
+    monkeypatch.setattr(data_files, "INDEX_PART", 8)
     index = Path(f"{prefix}.idx")
     size = Path(f"{prefix}.bin").stat().st_size
     for rank in ("0", "5"):
         monkeypatch.setenv("RANK", rank)
-        assert dataset._indexed_bytes(str(index)) == size
+        assert data_files._indexed_bytes(str(index)) == size
     whole = index.read_bytes()
     lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
     for sequence, seen_by_all in ((1, False), (18, True)):
@@ -87,6 +87,6 @@ def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
             monkeypatch.setenv("RANK", rank)
             if rank == "0" or seen_by_all:
                 with pytest.raises(ValueError, match="lengths and positions differ"):
-                    dataset._indexed_bytes(str(index))
+                    data_files._indexed_bytes(str(index))
             else:
-                assert dataset._indexed_bytes(str(index)) == size
+                assert data_files._indexed_bytes(str(index)) == size
