@@ -102,7 +102,8 @@ def test_launch_lines(tmp_path):
     text = " ".join(words)
     assert text.startswith("torchrun --nproc-per-node 4 --nnodes 4 --rdzv-id mdm")
     assert "--rdzv-endpoint node0:29500" in text
-    assert "--fp8-format hybrid --fp8-recipe tensorwise" in text
+    assert "--fp8-format hybrid --fp8-recipe tensorwise" in text and "--fp8-margin" not in text
+    assert "--fp8-recipe delayed --fp8-margin 4 " in " ".join(launch_line("1b", FP8="delayed"))
 
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[7-8]" ] && printf "n7\\nn8\\n"\n')
@@ -111,21 +112,29 @@ def test_launch_lines(tmp_path):
         "SLURM_JOB_ID": "99",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_CPUS_ON_NODE": "96",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     text = " ".join(launch_line("moe", **slurm))
-    assert text.startswith("srun --ntasks-per-node 1 torchrun --nproc-per-node 8 --nnodes 2")
+    srun = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
+    assert text.startswith(f"{srun} torchrun --nproc-per-node 8 --nnodes 2")
     assert "--rdzv-id 99 --rdzv-backend c10d --rdzv-endpoint n7:29500 -m megatron_mdm" in text
 
 
 def test_mistakes_end_in_one_line():
-    for words, message in (
-        (["1b"], "error: three arguments are needed, MODEL DATA TOKENIZER"),
-        (["2b", "x", "y"], "error: there is no examples/pretrain/2b.flags"),
+    for words, environment, message in (
+        (["1b"], {}, "error: three arguments are needed, MODEL DATA TOKENIZER"),
+        (["2b", "x", "y"], {}, "error: there is no examples/pretrain/2b.flags"),
+        (["1b", "x", "y"], {"NODES": "abc"}, "error: NODES=abc: give a number from 1 on"),
+        (["1b", "x", "y"], {"GPUS": "0"}, "error: GPUS=0: give a number from 1 on"),
+        (["1b", "x", "y"], {"NODES": "2"}, "error: NODES=2 needs MASTER"),
     ):
         result = subprocess.run(
-            ["bash", str(FILES / "launch.sh"), *words], capture_output=True, text=True
+            ["bash", str(FILES / "launch.sh"), *words],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 2 and result.stderr.startswith(message)
         assert result.stderr.count("\n") == 1
