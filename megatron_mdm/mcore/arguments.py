@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -21,6 +23,7 @@ from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_docume
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.sizes import check_experts, check_sizes
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -51,6 +54,8 @@ REFUSED = {
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
     "moe_expert_capacity_factor": "experts that drop tokens predict a row by what else is in its "
     "micro-batch; leave it out",
+    "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
+    "it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
@@ -113,6 +118,21 @@ def rejection(error: Exception) -> UserError:
     where = traceback.extract_tb(error.__traceback__)[-1]
     reason = " ".join(str(error).split()) or where.line
     return UserError(f"Megatron rejects these flags or their files: {reason}")
+
+
+@contextmanager
+def megatron_may_reject_flags() -> Iterator[None]:
+    """Makes a line of what Megatron itself raises against flags while it prepares the model.
+
+    Exceptions that come from other code, ours included, are bugs, and keep their traceback.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, UserError) or f"{os.sep}megatron{os.sep}" not in where:
+            raise
+        raise rejection(error) from error
 
 
 def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
@@ -267,12 +287,10 @@ def check(args: Namespace) -> None:
                 "--qk-layernorm does not reach HybridModel's layers of Transformer Engine: use "
                 "--num-layers, or --transformer-impl local"
             )
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        raise UserError(
-            "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel"
-        )
+    if args.num_experts:
+        check_experts(args)
     _check_transformer_engine(args)
-    _check_batch_sizes(args)
+    check_sizes(args)
 
 
 def _refusal(name: str) -> UserError:
@@ -323,70 +341,14 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
                 "attention mask has no fused kernel"
             )
+    elif args.multi_latent_attention:
+        raise UserError(
+            "--multi-latent-attention needs --transformer-impl transformer_engine: leave it out"
+        )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"
         )
-
-
-def _check_batch_sizes(args: Namespace) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
-    model = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    if world % model:
-        raise UserError(
-            f"{world} ranks cannot be divided into model replicas of {model} "
-            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
-            f"--context-parallel-size {args.context_parallel_size}): change "
-            "--nproc-per-node or the sizes"
-        )
-    experts = (
-        (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
-        * args.expert_model_parallel_size
-        * args.pipeline_model_parallel_size
-    )
-    if world % experts:
-        raise UserError(
-            f"{world} ranks cannot be divided into replicas of the experts of {experts}: change "
-            "--nproc-per-node, --expert-model-parallel-size or --expert-tensor-parallel-size"
-        )
-    if args.micro_batch_size is None:
-        raise UserError("--micro-batch-size is missing: rows that one rank processes at a time")
-    replicas = world // model
-    for prefix in ("", "eval_"):
-        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
-        total = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
-        if micro < 1:
-            raise UserError(f"{flag(prefix + 'micro_batch_size')} must be at least 1, got {micro}")
-        if not prefix and micro % args.mdm_views:
-            raise UserError(
-                f"--micro-batch-size {micro} is not a multiple of --mdm-views {args.mdm_views}: "
-                "the views of a text must lie in one micro-batch"
-            )
-        if total is not None and (total < 1 or total % (micro * replicas)):
-            raise UserError(
-                f"{flag(prefix + 'global_batch_size')} {total} is not a multiple of "
-                f"{flag(prefix + 'micro_batch_size')} {micro} x {replicas} data-parallel ranks"
-            )
-    for entry in (args.step_batch_size_schedule or "").replace(",", " ").split():
-        size = entry.rpartition(":")[2]
-        if size.isdigit() and int(size) % (args.micro_batch_size * replicas):
-            raise UserError(
-                f"--step-batch-size-schedule: {size} of {entry} is not a multiple of "
-                f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel ranks"
-            )
 
 
 def _mask_token_id(args: Namespace) -> int:

@@ -18,6 +18,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.arguments import megatron_may_reject_flags
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
@@ -34,7 +35,8 @@ class MDMBuilder(GPTModelBuilder):
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
-        model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
+        with megatron_may_reject_flags():
+            model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         return _equipped(model, vp_stage)
 
 
@@ -43,7 +45,8 @@ class MDMHybridBuilder(HybridModelBuilder):
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> HybridModel:
         """Builds one stage."""
-        model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
+        with megatron_may_reject_flags():
+            model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         model.__class__ = HybridModelWithHead
         return _equipped(model, vp_stage)
 
