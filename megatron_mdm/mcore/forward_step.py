@@ -251,7 +251,7 @@ def loss_func(
         split=rows.split,
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
-        weight=corrupted.weight.amax(dim=1),
+        weight=corrupted.largest_weight,
         loss=per_row,
         num_masked=counts(corrupted.mask, segments),
         num_eligible=num_eligible,
