@@ -307,9 +307,9 @@ def _record(
 ) -> None:
     """Gives the online sampler the values of rows or documents, per eligible token."""
     args = get_args()
-    if segments is not None and args.mdm_normalization == "tokens":
-        # A document disturbs the sum as L_e l, so long ones say more of the best density.
-        value = value * num_eligible / args.seq_length
+    if args.mdm_normalization == "tokens":
+        # Rows and documents disturb the sum as L_e l, so long ones say more of the best density.
+        value = value * (num_eligible.double() / args.seq_length)
     present = None if segments is None else num_eligible > 0
     online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
 

@@ -208,11 +208,12 @@ def one_rank(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypatch, one_rank):
-    """From gradients of the sum at positions to moments of documents, in plain torch."""
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, monkeypatch, one_rank):
+    """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
     mdm = MDMConfig(
-        mdm_rate_per="document",
+        mdm_rate_per=per,
         mdm_normalization=normalization,
         mdm_rate_sampler="ppots",
         mdm_ppots_refit_interval=1,
@@ -225,16 +226,21 @@ def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypa
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
     eligible = torch.ones(2, 8, dtype=torch.bool)
     eligible[0, 5] = False  # document 2 of the first row has nothing to measure
-    t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
     squares = torch.rand(2, 8, generator=generator)
-    corruption = Corruption(segments, eligible, q[:, :1], t, 1 / q)
+    if per == "document":
+        t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
+        parts = [((0, 0), (0, 3)), ((0, 1), (3, 5)), ((0, 3), (6, 8)), ((1, 0), (0, 8))]
+    else:
+        segments, squares[0, 5] = None, 0.0
+        t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
+        parts = [((0,), (0, 8)), ((1,), (0, 8))]
+    corruption = Corruption(torch.zeros(2, 8), eligible, torch.ones(2, 1), t, 1 / q)
     record_gradients(corruption, counts(eligible, segments), segments, squares)
     expected = 0
-    for row, d, part in ((0, 0, (0, 3)), (0, 1, (3, 5)), (0, 3, (6, 8)), (1, 0, (0, 8))):
-        norm = squares[row, slice(*part)].sum().sqrt() * q[row, d]
+    for draw, part in parts:
+        norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
         # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
         value = norm / 8 if normalization == "tokens" else norm
-        one = (t[row, d][None], value[None], 1 / q[row, d][None])
-        expected = expected + accumulate(*one, num_bins=4)
+        expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
     torch.testing.assert_close(online_sampler().pending, expected, rtol=1e-6, atol=0)
     online_sampler.cache_clear()
