@@ -171,6 +171,15 @@ def test_bounds_of_documents_say_what_the_mask_says():
     bounds = document_bounds(documents)
     assert bounds.dtype == torch.int32
     assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
+    nothing = torch.zeros_like(rows).bool()
+
+    def as_bounds(rows, documents):
+        return attention_mask(rows, nothing[: len(rows)], EOD, ISOLATED, documents, as_bounds=True)
+
+    assert torch.equal(as_bounds(rows, documents), bounds)
+    whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each: ordinary kernels
+    assert as_bounds(*whole) is None and as_bounds(rows, None) is None
+    assert as_bounds(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
     query, key, value, weight = (
         torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
     )
@@ -186,7 +195,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
         return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
 
     packed = attend_in_documents(in_parts, *inputs)
-    hidden = attention_mask(rows, torch.zeros_like(rows).bool(), EOD, ISOLATED, documents)
+    hidden = attention_mask(rows, nothing, EOD, ISOLATED, documents)
     masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
     masked = masked.permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
