@@ -76,6 +76,8 @@ def whole_batch() -> None:
         routed = sum(_router_losses(args, *router) for router in routers) / len(rows)
         if args.mdm_normalization == "tokens":
             routed = routed * batch["tokens"].numel() / sum(counts)
+        elif args.mdm_rate_per == "document":
+            routed = routed * len(rows) / sum(n > 0 for n in counts)
         MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own stay out
         gradients = torch.autograd.grad(loss + routed, parameters)
         torch.save(
@@ -98,14 +100,18 @@ def _router_inputs(model):
 
 
 def _router_losses(args, router, x):
-    """Balance of each row (Switch Transformer's) and z-loss of each token: means, weighted."""
+    """Balance of a row (Switch Transformer's) and z-loss of its tokens: means, weighted.
+
+    A row that ends early, x [s, 1, h] with s below --seq-length, counts for as much less.
+    """
     logits = x.double() @ router.weight.double().t()
     num_experts = logits.shape[-1]
     p = logits.softmax(dim=-1)
     chosen = torch.zeros_like(p).scatter(-1, p.topk(args.moe_router_topk).indices, 1.0)
     rows = num_experts * (chosen.mean(dim=0) * p.mean(dim=0)).sum(dim=-1) / args.moe_router_topk
     z_loss = logits.logsumexp(dim=-1).square().mean()
-    return args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
+    loss = args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
+    return loss * x.shape[0] / args.seq_length
 
 
 def tool() -> None:

@@ -91,6 +91,11 @@ def the_error_line(output):
             "--num-experts 4 --moe-router-load-balancing-type seq_aux_loss sinkhorn",
             "sinkhorn routes a row by what else is in its micro-batch: use seq_aux_loss",
         ),
+        (
+            "--num-experts 4 --moe-router-load-balancing-type quantile_balancing "
+            "--mdm-random-length-fraction 0.1",
+            "quantile_balancing does not go with --mdm-random-length-fraction",
+        ),
         ("--kv-channels 15", "rope turns pairs of channels: 15 of a head"),
         ("--hidden-size 30 --num-attention-heads 2", "15 of a head (--kv-channels, by default"),
         ("--kv-channels 12 --rotary-percent 0.25", "rope turns pairs of channels: 3 of a head"),
