@@ -571,6 +571,7 @@ def recipe() -> None:
     with training_device("cpu"):
         args = parse()
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
+    found["rotary_base"] = args.rotary_base
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 
 

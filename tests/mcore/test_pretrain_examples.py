@@ -14,12 +14,12 @@ from tests import ranks
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ROOT / "examples/pretrain"
-# What the recipes are named for: parameters, and the vocabulary of their tokenizers.
+# What the recipes are named for: parameters, vocabulary of their tokenizers, rotary base.
 MODELS = {
-    "170m": (170e6 + 2 * 768 * 32_000, 32_000),
-    "1b": (1.49e9, 126_464),
-    "8b": (8.02e9, 126_464),
-    "moe": (7.4e9, 157_184),
+    "170m": (170e6 + 2 * 768 * 32_000, 32_000, 10_000),
+    "1b": (1.49e9, 126_464, 10_000),
+    "8b": (8.02e9, 126_464, 500_000),
+    "moe": (7.4e9, 157_184, 10_000),
 }
 TINY = [
     *"--mdm-device cpu --num-layers 2 --hidden-size 32 --num-attention-heads 4".split(),
@@ -53,7 +53,7 @@ def test_every_model_is_tested():
 def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
     tmp_path, data, model
 ):
-    parameters, vocabulary = MODELS[model]
+    parameters, vocabulary, rotary_base = MODELS[model]
     argv = [
         *flags_of(launch_line(model, data=data)),
         *f"--mdm-device cpu --tokenizer-type NullTokenizer --vocab-size {vocabulary}".split(),
@@ -62,12 +62,19 @@ def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
     ranks.launch(tmp_path, 1, "--", *argv, entry="recipe")
     found = json.loads((tmp_path / "recipe.json").read_text())
     assert found["shape"]["vocab_size"] == vocabulary
+    assert found["rotary_base"] == rotary_base
     assert ModelShape(**found["shape"]).num_parameters == pytest.approx(parameters, rel=0.01)
     said = re.search(
         r"# Memory of a rank of 8, GiB: (.*)\n", (FILES / f"{model}.flags").read_text()
     )
     expected = [f"{name} {value / 2**30:.1f}" for name, value in found["bytes"].items()]
     assert said[1] == ", ".join([*expected, f"in all {sum(found['bytes'].values()) / 2**30:.0f}"])
+    if model in ("1b", "8b"):  # what README says of the masked head
+        shape = ModelShape(**found["shape"])
+        masked, causal = shape.training_flops(0.5), shape.training_flops(causal=True)
+        readme = (ROOT / "README.md").read_text()
+        for ratio in (shape.training_flops() / masked, causal / masked):
+            assert f"{ratio:.2f} for the `{model}`" in readme
 
 
 @pytest.mark.parametrize("model", MODELS)
