@@ -488,7 +488,19 @@ def benchmark_sides() -> None:
 
 
 def context_parallel() -> None:
-    """The program under context parallelism, with attention that gathers all keys and values.
+    """The program under context parallelism, see `_gather_for_attention`."""
+    _gather_for_attention()
+    train()
+
+
+def context_parallel_traffic() -> None:
+    """`traffic` under context parallelism."""
+    _gather_for_attention()
+    traffic()
+
+
+def _gather_for_attention() -> None:
+    """Lets attention gather all keys and values of a row.
 
     It stands in for Transformer Engine's, which needs a GPU.
     """
@@ -519,7 +531,6 @@ def context_parallel() -> None:
 
     arguments._check_context_parallel = lambda args: None
     model.bidirectional_spec = gathering(model.bidirectional_spec)
-    train()
 
 
 class _Gathered(torch.autograd.Function):

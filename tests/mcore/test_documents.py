@@ -73,14 +73,16 @@ def own_rates(base, tmp_path_factory):
     """Everything at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
     directory = tmp_path_factory.mktemp("own_rates")
     split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     return {
         "one": ranks.launch(directory / "one", 1, *base, *OWN_RATES, "--micro-batch-size", "4"),
         "DP 2": ranks.launch(directory / "dp", 2, *base, *OWN_RATES),
         "TP 2 SP": ranks.launch(directory / "tp", 2, *base, *OWN_RATES, *split),
+        "PP 2 x VP 2": ranks.launch(directory / "pp", 2, *base, *OWN_RATES, *stages),
     }
 
 
-@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP"])
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP", "PP 2 x VP 2"])
 def test_own_rates_are_equal_under_every_layout(own_rates, layout):
     """The density is fitted to measurements of documents after two steps, and then used."""
     one, run = own_rates["one"], own_rates[layout]
