@@ -52,7 +52,7 @@ class MDMHybridBuilder(HybridModelBuilder):
 
 def _equipped(model: Any, vp_stage: int | None) -> Any:
     leave_out_state_of_norms(model)
-    if get_args().mdm_random_length_fraction:
+    if MDMConfig.from_args(get_args()).mdm_random_length_fraction:
         count_short_rows(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)

@@ -53,7 +53,8 @@ def check_sizes(args: Namespace) -> None:
             "--nproc-per-node, --expert-model-parallel-size or --expert-tensor-parallel-size"
         )
     parts = args.tensor_model_parallel_size * args.context_parallel_size
-    if args.sequence_parallel and args.tensor_model_parallel_size > 1 and args.seq_length % parts:
+    is_cut = args.sequence_parallel and args.tensor_model_parallel_size > 1
+    if is_cut and (args.seq_length or 0) % parts:
         raise UserError(
             f"--sequence-parallel cuts rows into {parts} parts (--tensor-model-parallel-size x "
             f"--context-parallel-size): --seq-length {args.seq_length} must be a multiple of it"
@@ -83,14 +84,15 @@ def check_sizes(args: Namespace) -> None:
             _check_virtual_stages(args, name, total // (micro * replicas))
     for entry in (args.step_batch_size_schedule or "").replace(",", " ").split():
         size = entry.rpartition(":")[2]
-        if size.isdigit() and int(size) % (args.micro_batch_size * replicas):
+        if not size.isdigit():  # Megatron says so
+            continue
+        name = f"--step-batch-size-schedule: {size} of {entry}"
+        if int(size) % (args.micro_batch_size * replicas):
             raise UserError(
-                f"--step-batch-size-schedule: {size} of {entry} is not a multiple of "
-                f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel ranks"
+                f"{name} is not a multiple of --micro-batch-size {args.micro_batch_size} x "
+                f"{replicas} data-parallel ranks"
             )
-        if size.isdigit():
-            name = f"--step-batch-size-schedule: {size} of {entry}"
-            _check_virtual_stages(args, name, int(size) // (args.micro_batch_size * replicas))
+        _check_virtual_stages(args, name, int(size) // (args.micro_batch_size * replicas))
 
 
 def _check_virtual_stages(args: Namespace, name: str, micro_batches: int) -> None:
