@@ -252,8 +252,11 @@ def test_fits_of_a_checkpoint_on_two_ranks(base, density, tmp_path):
 
 
 def test_measured_gradients_are_those_of_a_row(base, tmp_path):
-    """Whatever the loss sum divides by, and however the batch is split, ||dl/dh|| is the row's."""
-    flags = [*base, "--no-mdm-eod-eligible", "--train-iters", "1"]
+    """Whatever the loss sum divides by, and however the batch is split, ||dl/dh|| is the row's.
+
+    Rows that are not whole count by their tokens under `tokens` (tests/mcore/test_documents.py).
+    """
+    flags = [*base, "--train-iters", "1"]
     flags += "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 4".split()
     flags += "--mdm-ppots-target gradient".split()
     splits = {"tokens": "--micro-batch-size 2", "rows": "--micro-batch-size 4"}
