@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_mdm.data.outputs import complete_or_absent, write_errors
-from megatron_mdm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,20 +72,6 @@ def wrapped(text: str, columns: int) -> list[str]:
             line, width = line + letter, width + cells
         lines.append(line)
     return lines
-
-
-def check_picture(path: str) -> None:
-    """Checks that a picture can be drawn, before anything slow is done.
-
-    Raises:
-        UserError: the file is neither PNG nor GIF, or matplotlib is missing.
-    """
-    if Path(path).suffix.lower() not in PICTURES:
-        raise UserError(f"--picture {path}: give a name that ends in {' or '.join(PICTURES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install 'megatron-mdm[plot]'") from None
 
 
 def draw_order(path: str, texts: Sequence[str], order: Sequence[int]) -> None:

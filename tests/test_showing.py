@@ -1,6 +1,7 @@
 """Prompts with gaps, and what is shown of decoding."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import sentencepiece
 from PIL import Image
 
 from megatron_mdm import showing
+from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
@@ -15,7 +17,6 @@ from megatron_mdm.showing import (
     COLUMNS,
     Screen,
     _grid,
-    check_picture,
     draw_order,
     order_frames,
     wrapped,
@@ -147,9 +148,13 @@ def test_pictures_are_written(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gif", "a.png"]
 
 
-def test_pictures_that_cannot_be_drawn(tmp_path):
-    with pytest.raises(UserError, match="ends in .png or .gif"):
-        check_picture("order.pdf")
+def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch):
+    check_picture("order.GIF", "--picture", showing.PICTURES)
+    with pytest.raises(UserError, match="--picture order.pdf: must end in .png or .gif"):
+        check_picture("order.pdf", "--picture", showing.PICTURES)
+    with monkeypatch.context() as without, pytest.raises(UserError, match="needs matplotlib"):
+        without.setitem(sys.modules, "matplotlib", None)
+        check_picture("order.png", "--picture", showing.PICTURES)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_order(str(tmp_path / "file" / "order.png"), ["a"], [1])

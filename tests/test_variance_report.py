@@ -72,7 +72,7 @@ def causal():
     def step(text):
         assert text.eligible.all()
         loss = -logits.log_softmax(dim=0)[text.tokens[1:]].mean()
-        return float(loss), parameters.gradient(loss)
+        return float(loss.detach()), parameters.gradient(loss)
 
     return step
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig
+from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.errors import UserError, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
@@ -70,6 +71,7 @@ def check(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.suffix == ".png":
         raise UserError(f"--output {output}: .png is the picture's suffix; take .json")
+    check_picture(str(output.with_suffix(".png")), "--output: its picture")
     if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output {output} cannot be written: give a file in a directory of yours")
 

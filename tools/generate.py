@@ -12,9 +12,10 @@ import sys
 import numpy as np
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
-from megatron_mdm.showing import Screen, check_picture, draw_order
+from megatron_mdm.showing import PICTURES, Screen, draw_order
 
 
 def parse() -> argparse.Namespace:
@@ -104,7 +105,7 @@ def main() -> None:
         prompts = prompts + read_prompts(options.prompts_file, options.json_key)
     prompts = prompts or [""]
     if options.picture:
-        check_picture(options.picture)
+        check_picture(options.picture, "--picture", PICTURES)
         if len(prompts) > 1:
             raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 

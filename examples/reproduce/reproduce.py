@@ -22,7 +22,12 @@ from typing import Any
 from problems import problems
 
 from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, kept, read_scalars, run_python
-from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_text
+from megatron_mdm.data.outputs import (
+    check_picture,
+    complete_or_absent,
+    termination_raises,
+    write_text,
+)
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.recipes import RECIPES
 
@@ -350,8 +355,8 @@ def main() -> None:
     parser.add_argument("--figure", metavar="FILE", help="also draw them: .png or .svg")
     parser.add_argument("--report", metavar="FILE", help="of the results in FILE: train nothing")
     options = parser.parse_args()
-    if options.figure and not options.figure.endswith((".png", ".svg")):
-        raise UserError(f"--figure {options.figure}: must end in .png or .svg")
+    if options.figure:
+        check_picture(options.figure, "--figure")
     results: list[dict[str, Any]] = []
     try:
         if options.report:

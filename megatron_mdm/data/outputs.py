@@ -88,10 +88,10 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
     Raises:
         UserError: another suffix, or no matplotlib.
     """
-    if not path.endswith(suffixes):
+    if not path.lower().endswith(suffixes):
         raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{path} needs matplotlib: pip install 'megatron-mdm[plot]'")
+        raise UserError(f"{flag} {path} needs matplotlib: pip install 'megatron-mdm[plot]'")
 
 
 def _flush_to_disk(path: str) -> None:

@@ -159,7 +159,7 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
             "rows",
         )
         loss = losses.numerator / views
-        return float(loss), *sketch.gradient_and_norm(loss, at_head[0])
+        return float(loss.detach()), *sketch.gradient_and_norm(loss, at_head[0])
 
     return step
 
@@ -188,7 +188,7 @@ def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
             )
         values = at_tokens(cross_entropy, shift=True)
         losses = row_losses(values, able, torch.ones_like(values), able.sum(dim=1), "rows")
-        return float(losses.numerator), sketch.gradient(losses.numerator)
+        return float(losses.numerator.detach()), sketch.gradient(losses.numerator)
 
     return step
 

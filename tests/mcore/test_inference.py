@@ -102,7 +102,7 @@ def test_show_and_picture(base, tmp_path):
         ("--length 30 --prompt 1<mask>2", "prompt 1: its tokens, --length and --suffix make 33"),
         ("--length 5 --steps 2 --block-length 2", "--steps 2 is less than one a block: 3 blocks"),
         ("--pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
-        ("--picture order.svg", "--picture order.svg: give a name that ends in .png or .gif"),
+        ("--picture order.svg", "--picture order.svg: must end in .png or .gif"),
         ("--picture a.png --prompt 1 --prompt 2", "--picture draws one prompt, and there are 2"),
         ("--prompts-file nowhere.txt", "nowhere.txt: cannot be read"),
         ("--mask-marker=", "--mask-marker must not be empty"),

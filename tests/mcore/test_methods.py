@@ -302,9 +302,12 @@ def test_another_density_is_named_at_resume(base, density, tmp_path):
         ("--rates 4 --family power", "--family power has 5 parameters"),
         ("--output x.png", "--output x.png: .png is the picture's suffix"),
         ("--output nowhere/x.json", "--output nowhere/x.json cannot be written"),
+        ("--output y.json", "--output: its picture y.png needs matplotlib: pip install"),
     ],
 )
 def test_flags_of_fits_are_checked_before_anything_is_measured(flags, message, monkeypatch):
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
     tool = runpy.run_path(str(ranks.Path(__file__).parents[2] / "tools/fit_ppots.py"))
     argv = ["fit_ppots", "--load", "nothing", "--output", "x.json", *flags.split()]
     monkeypatch.setattr(sys, "argv", argv)
