@@ -57,6 +57,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
         for document in read_documents([data]):
             text = document_text(document, json_key)
             if tokens := encode(text):
+                _check_ids(loaded, data, np.array(tokens))
                 ids.append([*tokens, *ending])
                 num_bytes += len(text.encode())
                 num_tokens += len(ids[-1])
