@@ -126,11 +126,11 @@ def test_without_matplotlib_nothing_is_measured(base, data, tmp_path):
     assert "needs matplotlib: pip install 'megatron-mdm[plot]'" in errors(run)
 
 
-@pytest.mark.parametrize(("tool", "data"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
-def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, data):
+@pytest.mark.parametrize(("tool", "name"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
+def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
     ranks.write_documents(tmp_path / "text", [[5, 30_000, 7]] * 20)
-    (tmp_path / "plain_text").write_text("5 30000 7\n" * 20)
-    command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / data)]
+    (tmp_path / "plain_text").write_text("5 30000 7")
+    command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / name)]
     command += ["--load", base[base.index("--load") + 1]]
     command += ["--output", str(tmp_path / "x.json")] if tool == TOOL else []
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
