@@ -172,6 +172,25 @@ def autoregressive() -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
+def noise_batches() -> None:
+    """Batches on which the reproduction measures gradients, numbered as the run's own."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples/reproduce"))
+    from noise import training_batches
+
+    load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        loaded.args.seed -= 1
+        methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
+        methods[1]["mdm_ppots_refit_interval"] = 50
+        drawn = [
+            [corruption for *_, corruption in training_batches(loaded, method, int(size), 4)]
+            for method in methods
+        ]
+    same = [(list(c.t), c.tokens.tolist()) for c in drawn[0]]
+    weights = torch.cat([c.rate_weight for c in drawn[1]])
+    torch.save((same, weights), f"{os.environ['TRACE_DIR']}/noise.pt")
+
+
 def causal() -> None:
     """What a checkpoint gives under a causal mask, for tests/mcore/test_causal.py."""
     (load,) = sys.argv[sys.argv.index("--") + 1 :]

@@ -1,5 +1,6 @@
 """One micro-batch: rows, masked rows, model, loss; Megatron's `forward_step`."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -325,8 +326,14 @@ def corrupter(training: bool) -> Corrupter:
     mdm = MDMConfig.from_args(args)
     if not training:
         return Corrupter(Uniform(), "exact-count", args.mdm_mask_token_id, mdm.mdm_eps)
+    return training_corrupter(args, online_sampler() or given_sampler(mdm))
+
+
+def training_corrupter(args: Namespace, sampler: RateSampler) -> Corrupter:
+    """What masks the rows of training, with any density of t."""
+    mdm = MDMConfig.from_args(args)
     return Corrupter(
-        sampler=_sampler(mdm),
+        sampler=sampler,
         mask_kind=mdm.mdm_mask,
         mask_token_id=args.mdm_mask_token_id,
         eps=mdm.mdm_eps,
@@ -336,12 +343,10 @@ def corrupter(training: bool) -> Corrupter:
     )
 
 
-def _sampler(mdm: MDMConfig) -> RateSampler:
+def given_sampler(mdm: MDMConfig) -> RateSampler:
+    """The density of t, where the run does not fit one itself."""
     if mdm.mdm_rate_sampler == "clipped":
         return Clipped(*mdm.mdm_clip)
-    online = online_sampler()
-    if online is not None:
-        return online
     if mdm.mdm_rate_sampler == "ppots":
         return load_sampler(mdm.mdm_ppots_file).sampler()
     return Uniform()
