@@ -123,7 +123,8 @@ def test_files_get_the_results_in_their_places():
     text = "a\n<!-- reproduce: caption -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = tables.inserted(RESULTS, text, "file")
     assert re.fullmatch(
-        r"a\n<.*>\n`--scale ci`.* 14 runs of 7.0 hours .*\n<!-- end -->\nb <!-- end -->\n", new
+        r"a\n<.*>\n`--scale ci`.* 14 fine-tunings of 7.0 hours .*\n<!-- end -->\nb <!-- end -->\n",
+        new,
     )
     assert tables.inserted(RESULTS, new, "file") == new
     table = tables.inserted(RESULTS, text.replace("caption", "summary"), "file")

@@ -100,7 +100,7 @@ SCALES = {
         methods=("standard", "MIRROR", "autoregressive"),
         seeds=PAPER_SEEDS[:1],
     ),
-    # About 1900 seconds of one core for each seed, a fifth of it for its two bases.
+    # About 1800 seconds of one core for each seed, a fifth of it for its two bases.
     "laptop": Scale(
         *(40_000, 20_000, 1000, 2, 64, 4, 2500, 1000, 32, 100), seeds=(*PAPER_SEEDS, 1, 2, 3, 4, 5)
     ),

@@ -181,8 +181,8 @@ def caption(results: dict[str, Any]) -> str:
     hours = sum(run["seconds"] for run in runs) / 3600
     return (
         f"`--scale {results['scale']}`, seeds {seeds}, {runs[0]['problems']} problems, "
-        f"{results['machine']}, {results['date']}; {len(runs)} runs of {hours:.1f} hours in all, "
-        f"{results['jobs']} at a time."
+        f"{results['machine']}, {results['date']}; {len(runs)} fine-tunings of {hours:.1f} hours "
+        f"in all, {results['jobs']} at a time."
     )
 
 
