@@ -78,7 +78,7 @@ def difference(runs: Sequence[Run], baseline: Sequence[Run], key: str) -> Estima
 def gradient(runs: Sequence[Run], entry: str, baseline: str = "standard") -> list[float]:
     """Variance of a gradient relative to a baseline's, one value a seed, where it was measured."""
     measured = [run["noise"] for run in runs if run.get("noise", {}).keys() >= {entry, baseline}]
-    return [values[entry][0] / values[baseline][0] for values in measured]
+    return [values[entry] / values[baseline] for values in measured]
 
 
 def by_entry(runs: Sequence[Run]) -> dict[str, list[Run]]:
