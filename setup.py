@@ -31,6 +31,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # To be installed after torch, with --no-build-isolation: see README.
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "plot": ["matplotlib"],
         "hf": ["transformers"],

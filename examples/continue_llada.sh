@@ -2,14 +2,14 @@
 # Continues the pretraining of a LLaDA model:
 #   bash examples/continue_llada.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
 # for example with a LLaDA-8B-Base directory on 8 GPUs. Without arguments it takes a small random model and
-# Python's own source, and runs on the CPU in a minute or two. Writes
-# runs/continue_llada/{megatron,checkpoint,hf}.
+# Python's own source, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under
+# runs/continue_llada, in a directory for each model and list of texts; the same command goes on where it was.
+# examples/common.sh says what may stand in the environment.
 #
 # LLaDA was trained with row lengths of 4096 and learning rates down to 1e-5: warm up again from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/setup.sh hf
-RUN=runs/continue_llada
+RUN=${RUNS:-runs}/continue_llada
 FAMILY=llada
 source examples/common.sh
 
@@ -17,7 +17,7 @@ convert
 preprocess
 if [ -n "$REAL" ]; then
     train --mdm-recipe recommended --seq-length 4096 --micro-batch-size 4 --global-batch-size 256 \
-        --train-iters 5000 --lr 1e-5 --lr-warmup-iters 200 --lr-decay-style cosine --min-lr 1e-6 \
+        --train-iters "${ITERS:-5000}" --lr 1e-5 --lr-warmup-iters 200 --lr-decay-style cosine --min-lr 1e-6 \
         --save-interval 500 --eval-interval 250
 else
     train --mdm-recipe recommended

@@ -4,25 +4,22 @@
 # for example with a LLaDA-8B-Base directory on 8 GPUs; each line of the JSONL files is
 # {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, rendered by the chat template of
 # the model's tokenizer. Without arguments it takes a small random model and made-up
-# conversations, and runs on the CPU in a minute or two. Writes runs/sft/{megatron,checkpoint,hf}.
+# conversations, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under runs/sft, in a
+# directory for each model and list of files; the same command goes on where it was. examples/common.sh says what
+# may stand in the environment.
 #
-# A row holds as many conversations as fit, none of which sees another. PACK=no takes LLaDA's own rows:
-# one conversation each, filled up with its end, which is predicted too.
+# A row holds one conversation and is filled up with its end, which is predicted too, as LLaDA does. With PACK=yes a
+# row holds as many as fit, none of which sees another: answers are filled up to whole blocks of BLOCK
+# tokens (64), which generation then takes as --block-length.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/setup.sh hf
-RUN=runs/sft
+RUN=${RUNS:-runs}/sft
 FAMILY=llada
+[ "${PACK:-no}" = no ] || RUN=$RUN-packed
 source examples/common.sh
 
-ROWS=(--mdm-sft --mdm-normalization rows --mdm-recipe recommended)
-if [ "${PACK:-yes}" = yes ]; then
-    ROWS+=(--mdm-isolate-documents --mdm-rate-per document)
-else
-    ROWS+=(--mdm-pad-eligible)
-fi
-
-if [ -z "$REAL" ]; then # instead of the source code that the other examples take
+if [ -z "$REAL" ]; then # short ones, instead of the source code that the other examples take
+    BLOCK=${BLOCK:-16}
     python - >"$RUN/chats.jsonl" <<'PYTHON'
 import json, random
 random.seed(0)
@@ -36,16 +33,28 @@ PYTHON
     echo "$RUN/chats.jsonl" >"$TEXT"
 fi
 
+ROWS=(--mdm-sft --mdm-normalization rows --mdm-recipe recommended)
+if [ "${PACK:-no}" = no ]; then
+    ROWS+=(--mdm-pad-eligible)
+    CANVAS=(--length 32)
+else
+    BLOCK=${BLOCK:-64}
+    ROWS+=(--mdm-isolate-documents --mdm-rate-per document --mdm-pad-response-to-multiple-of "$BLOCK")
+    CANVAS=(--length "$BLOCK" --block-length "$BLOCK")
+    LENGTH=128 # of the small model's rows
+fi
+
 convert
 preprocess --messages-key messages
-if [ -n "$REAL" ]; then # LLaDA's learning rate and batch; choose the iterations for three epochs
-    train "${ROWS[@]}" --seq-length 4096 --micro-batch-size 2 --global-batch-size 256 --train-iters 3000 \
-        --lr 2.5e-5 --lr-warmup-iters 50 --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 300 \
-        --min-lr 2.5e-6 --weight-decay 0.1 --save-interval 500 --eval-interval 250
+if [ -n "$REAL" ]; then # LLaDA's learning rate and batch; choose ITERS for three epochs
+    train "${ROWS[@]}" --seq-length 4096 --micro-batch-size 2 --global-batch-size 256 \
+        --train-iters "${ITERS:-3000}" --lr 2.5e-5 --min-lr 2.5e-6 --lr-warmup-iters 50 --lr-decay-style WSD \
+        --lr-wsd-decay-style linear --lr-wsd-decay-iters 300 --weight-decay 0.1 --save-interval 500 --eval-interval 250
 else
-    train "${ROWS[@]}" --train-iters 200 --save-interval 200 --eval-interval 200 --lr 3e-3
+    ITERS=${ITERS:-200}
+    train "${ROWS[@]}" --lr 3e-3 --seq-length "${LENGTH:-64}"
     echo "== an answer"
-    python tools/generate.py --load "$RUN/checkpoint" --device cpu --length 16 \
+    python tools/generate.py --load "$RUN/checkpoint" --device cpu "${CANVAS[@]}" \
         --prompt $'user: Write name 3 times.\nassistant: ' 2>"$RUN/generate.log" \
         || { tail -n 3 "$RUN/generate.log" >&2; exit 1; }
 fi

@@ -11,6 +11,9 @@ from megatron_mdm.pretrain import prepare_environment
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference import LoadedModel
 
+# Where a converted checkpoint keeps config.json and the tokenizer.
+HUB_FILES = "huggingface"
+
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = True) -> None:
     """Adds the flags that say which checkpoint to open, and where.

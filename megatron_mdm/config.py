@@ -11,6 +11,9 @@ from typing import Literal
 
 from megatron_mdm.errors import UserError
 
+# Bins of t whose fit still finds room in a checkpoint: objective/pots.py, TABLE_SIZE - 2.
+MOST_PPOTS_BINS = 1022
+
 
 @dataclass(frozen=True)
 class MDMConfig:
@@ -48,7 +51,9 @@ class MDMConfig:
     its loss at the final hidden states, which is closer to what disturbs training."""
 
     mdm_ppots_bins: int = 30
-    """Equal bins of t in which the run measures its rows for P-POTS."""
+    """Equal bins of t in which the run measures its rows for P-POTS. With fewer than 7 the paper's
+    family, which has as many parameters, is left out of the choice; with fewer than 5 only the
+    measured values themselves are left."""
 
     mdm_ppots_uniform_share: float = 0.1
     """Share of the uniform in a density that the run fits, in (0, 1]; one over it bounds the
@@ -128,6 +133,12 @@ class MDMConfig:
     by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible. With
     --mdm-isolate-documents a row holds as many pairs as fit, none of which sees another."""
 
+    mdm_pad_response_to_multiple_of: int = 1
+    """For the packed pairs of --mdm-sft and --mdm-isolate-documents: every response ends with as
+    many end-of-document tokens as make its length a multiple of this, all of them eligible. What
+    is visible then tells the length up to the multiple only, so that the model learns to end a text
+    before its positions end."""
+
     mdm_syrm_token_ids: list[int] | None = None
     """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
     objective."""
@@ -174,6 +185,8 @@ class MDMConfig:
         self._check_sampler()
         if self.mdm_views < 1:
             raise UserError(f"--mdm-views must be at least 1, got {self.mdm_views}")
+        if not self.mdm_isad_token_ids:
+            self._refuse_idle("--mdm-isad-token-ids", "mdm_isad_delta", "mdm_isad_weight")
         if not 0.0 <= self.mdm_isad_delta <= 1.0:
             raise UserError(f"--mdm-isad-delta must lie in [0, 1], got {self.mdm_isad_delta}")
         if self.mdm_isad_token_ids and self.mdm_mask != "bernoulli":
@@ -199,8 +212,10 @@ class MDMConfig:
         if self.mdm_sft and self.mdm_isolate_documents and self.mdm_pad_eligible:
             raise UserError(
                 "--mdm-pad-eligible does not go with the packed pairs of --mdm-sft and "
-                "--mdm-isolate-documents, which have no padding of their own: leave one of them out"
+                "--mdm-isolate-documents, which have no padding of their own: use "
+                "--mdm-pad-response-to-multiple-of"
             )
+        self._check_response_multiple()
         if self.mdm_anneal_attention_iters < 0:
             raise UserError(
                 "--mdm-anneal-attention-iters must not be negative: "
@@ -223,6 +238,20 @@ class MDMConfig:
                 f"{self.mdm_strata_window} rows: use at most one stratum a row"
             )
 
+    def _check_response_multiple(self) -> None:
+        name, multiple = "--mdm-pad-response-to-multiple-of", self.mdm_pad_response_to_multiple_of
+        if multiple < 1:
+            raise UserError(f"{name} must be at least 1, got {multiple}")
+        if multiple > 1 and not (self.mdm_sft and self.mdm_isolate_documents):
+            raise UserError(
+                f"{name} needs the packed pairs of --mdm-sft and --mdm-isolate-documents; one pair "
+                "a row is filled up with its end by --mdm-pad-eligible"
+            )
+        if multiple > 1 and not self.mdm_eod_eligible:
+            raise UserError(
+                f"{name} pads with ends that are predicted: leave out --no-mdm-eod-eligible"
+            )
+
     def _check_sampler(self) -> None:
         needs: dict[str, dict[str, object]] = {
             "clipped": {"--mdm-clip": self.mdm_clip},
@@ -231,6 +260,11 @@ class MDMConfig:
                 "--mdm-ppots-refit-interval": self.mdm_ppots_refit_interval,
             },
         }
+        if not self.mdm_ppots_refit_interval:
+            self._refuse_idle(
+                "--mdm-ppots-refit-interval",
+                *(f"mdm_ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
+            )
         for sampler, flags in needs.items():
             given = [name for name, value in flags.items() if value]
             if given and self.mdm_rate_sampler != sampler:
@@ -240,6 +274,10 @@ class MDMConfig:
         if self.mdm_ppots_refit_interval < 0:
             raise UserError(
                 f"--mdm-ppots-refit-interval must not be negative: {self.mdm_ppots_refit_interval}"
+            )
+        if not 1 <= self.mdm_ppots_bins <= MOST_PPOTS_BINS:
+            raise UserError(
+                f"--mdm-ppots-bins must lie in 1..{MOST_PPOTS_BINS}, got {self.mdm_ppots_bins}"
             )
         if not 0.0 < self.mdm_ppots_uniform_share <= 1.0:
             raise UserError(
@@ -251,6 +289,12 @@ class MDMConfig:
             if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
                 ends = " ".join(map(str, self.mdm_clip))
                 raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
+
+    def _refuse_idle(self, needed: str, *names: str) -> None:
+        """Refuses settings that do nothing without the flag `needed`, which is not given."""
+        for name in names:
+            if getattr(self, name) != getattr(MDMConfig, name):
+                raise UserError(f"{flag(name)} needs {needed}: it does nothing without")
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MDMConfig":

@@ -1,7 +1,8 @@
 """A masked-diffusion model for the tasks of lm-evaluation-harness that compare likelihoods.
 
     with training_device("cuda"), loaded_model("checkpoints", "cuda") as loaded:
-        model = HarnessModel(loaded.logits, loaded.tokenizer.tokenize, mask_token_id, max_length)
+        encode = mcore.texts.encoder(loaded)
+        model = HarnessModel(loaded.logits, encode, loaded.mask_token_id, max_length)
         print(lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])["results"])
 
 `lm_eval` is optional: without it the class stands alone, with the same methods.

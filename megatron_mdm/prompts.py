@@ -1,6 +1,5 @@
 """Prompts: from text with marked gaps to rows of tokens, and back."""
 
-import os
 from collections.abc import Callable, Sequence
 
 from megatron_mdm.data.documents import document_text, read_documents
@@ -34,22 +33,18 @@ def prompt_tokens(
     """Tokens of `prompt`, `length` mask tokens, and those of `suffix`.
 
     Args:
-        tokenize: text -> ids.
+        tokenize: text -> ids, with nothing put before a text.
         prompt: text in which `marker` stands for a token that is wanted.
         length: tokens wanted after the prompt.
         suffix: text behind these, with markers or without.
         marker: what stands for one mask token. The texts between are tokenized one by one.
         mask_token_id: id of the mask token.
     """
-    # What the tokenizer puts in front of any text (bos) belongs to the first part only.
-    opening = os.path.commonprefix([tokenize("0"), tokenize("1")])
     tokens: list[int] = []
     for part, wanted in ((prompt, length), (suffix, 0)):
         pieces = part.split(marker)
         for number, piece in enumerate(pieces):
-            ids = tokenize(piece) if piece else []
-            inside = bool(tokens) and ids[: len(opening)] == opening
-            tokens += ids[len(opening) :] if inside else ids
+            tokens += tokenize(piece) if piece else []
             tokens += [mask_token_id] * (number + 1 < len(pieces))
         tokens += [mask_token_id] * wanted
     return tokens

@@ -49,17 +49,21 @@ RECIPES: dict[str, dict[str, object]] = {
 def set_recipe_defaults(parser: ArgumentParser) -> None:
     """Makes the flags of the recipe on the command line the parser's defaults.
 
-    Flags given by hand win, being no defaults. Who takes another sampler of t by hand leaves the
-    settings of the recipe's sampler behind as well.
+    Flags given by hand win, being no defaults. Who takes another sampler of t by hand, or no fits
+    while training, leaves the recipe's settings of these behind as well.
     """
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--mdm-recipe")
     peek.add_argument("--mdm-rate-sampler")
+    peek.add_argument("--mdm-ppots-refit-interval")
     given = peek.parse_known_args(sys.argv[1:])[0]
     settings = RECIPES.get(given.mdm_recipe, {})  # an unknown name is the real parser's to refuse
+    left: tuple[str, ...] = ()
     if given.mdm_rate_sampler not in (None, settings.get("mdm_rate_sampler")):
-        settings = {k: v for k, v in settings.items() if not k.startswith(_SAMPLER_SETTINGS)}
-    parser.set_defaults(**settings)
+        left = _SAMPLER_SETTINGS
+    elif given.mdm_ppots_refit_interval == "0":
+        left = ("mdm_ppots_",)
+    parser.set_defaults(**{k: v for k, v in settings.items() if not k.startswith(left)})
 
 
 _SAMPLER_SETTINGS = ("mdm_rate_sampler", "mdm_ppots_", "mdm_clip")

@@ -1,0 +1,19 @@
+"""Tests, and what their processes import first.
+
+Megatron binds what it finds while it is imported, Transformer Engine's optimizers and kernels too,
+which need a GPU. What computes on the CPU, pytest's own process and most ranks, hides them before,
+as `megatron_mdm.pretrain` does. The fork server of the ranks hides the GPU as well, since forks of
+a process that has looked for one cannot turn to it.
+"""
+
+import os
+from importlib.util import find_spec
+
+HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
+
+if os.environ.get("MDM_TEST_RANKS") != "with Transformer Engine":  # set by ranks.launch
+    from megatron_mdm.pretrain import prepare_environment
+
+    prepare_environment("cpu")
+if os.environ.get("MDM_TEST_RANKS") == "on the CPU":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
@@ -18,6 +20,7 @@ from megatron.training import get_args
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.pretrain import main
 
@@ -48,6 +51,43 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def libraries() -> None:
+    """Whether Transformer Engine was hidden before Megatron could import it."""
+    hidden = sys.modules.get("transformer_engine", "not hidden") is None
+    Path(os.environ["TRACE_DIR"], "hidden").write_text(str(hidden and not layers.HAVE_TE))
+
+
+def other_density() -> None:
+    """The program on a machine whose last rank computes differently."""
+    fit = sampler_state.fit
+
+    def other_fit(*args, **settings):
+        settings["lam"] += 0.01 * int(os.environ["RANK"])
+        return fit(*args, **settings)
+
+    sampler_state.fit = other_fit
+    main()
+
+
+def file_of_a_node() -> None:
+    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
+def nan_row() -> None:
+    """The program with one token of the first row whose cross entropy is no number."""
+    at_tokens, calls = step.at_tokens, []
+
+    def with_nan(values, shift):
+        values = at_tokens(values, shift)
+        calls.append(values)
+        return values if len(calls) > 1 else values.index_fill(0, torch.tensor([0]), torch.nan)
+
+    step.at_tokens = with_nan
+    main()
 
 
 def whole_batch() -> None:
@@ -156,6 +196,8 @@ def _draws(row, model, args):
     p = torch.ones(len(tokens), dtype=torch.float64)
     for quantile, (low, high) in zip(row["quantile"].view(-1).double(), drawn, strict=False):
         p[low:high] = (1 - args.mdm_eps) * (quantile + 0.5) * 2.0**-52 + args.mdm_eps
+    for token in args.mdm_isad_token_ids or ():
+        p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
@@ -262,6 +304,10 @@ def transformer_engine_spec() -> None:
 
     import torch.distributed
     from megatron.core import dist_checkpointing as checkpoints
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TELinear,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
@@ -270,6 +316,7 @@ def transformer_engine_spec() -> None:
 
     from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
+    from megatron_mdm.mcore.model import accumulate_in_place
 
     with training_device("cpu"):
         torch.distributed.init_process_group("gloo")
@@ -305,6 +352,11 @@ def transformer_engine_spec() -> None:
         everywhere, hidden = MDMConfig(), MDMConfig(mdm_pad_attended=False)
         local = build(everywhere, transformer_impl="local")
         te = build(everywhere, transformer_impl="transformer_engine")
+        accumulate_in_place(te)
+        linears = [
+            m for m in te.modules() if isinstance(m, (TELinear, TELayerNormColumnParallelLinear))
+        ]
+        assert len(linears) == 8 and all(m.fuse_wgrad_accumulation for m in linears)
         assert keys(te) == keys(local), keys(te) ^ keys(local)
         directory = Path(os.environ["TRACE_DIR"])
         for name in ("local", "te0", "te1"):
@@ -352,6 +404,7 @@ def fp8_flags() -> None:
         "config": [getattr(config, name) for name in names],
         "recipe": type(recipe).__name__,
         "history": [getattr(recipe, name, None) for name in delayed],
+        "accumulates in products": [x.gradient_accumulation_fusion for x in (get_args(), config)],
     }
     Path(os.environ["TRACE_DIR"], "flags.json").write_text(json.dumps(seen))
 
@@ -367,7 +420,7 @@ def delayed_scaling() -> None:
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -394,11 +447,22 @@ def delayed_scaling() -> None:
             seen.append(model.layer.fp8_meta["scaling_fwd"].scale.tolist())
         return seen
 
+    def loaded_without_fp8():
+        trained = Model()
+        trained(1.0)
+        state = trained.state_dict()
+        assert state["layer._extra_state"].numel()
+        model = Model()
+        leave_out_scales(model)
+        model.load_state_dict(state)
+        return torch.equal(model.layer.weight, trained.layer.weight)
+
     with training_device("cpu"):
         found = {
             "without evaluation": scales(True, False),
             "kept": scales(True, True),
             "not kept": scales(False, True),
+            "loaded without FP8": loaded_without_fp8(),
         }
     Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
 
@@ -464,6 +528,33 @@ def checkpoint_logits() -> None:
         logits["causal"] = loaded.logits(tokens)
         if loaded.args.rank == 0:
             torch.save(logits, directory / "logits.pt")
+
+
+def conversion_memory() -> None:
+    """Peaks of this process in bytes, in peaks.json, as it converts the models `one` and `many`.
+
+    After each of them, there, back and verified, and at last with all tensors of `many` in memory.
+    """
+    from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
+    from megatron_mdm.pretrain import prepare_environment
+
+    directory, peaks = Path(os.environ["TRACE_DIR"]), []
+    sys.argv = sys.argv[:1]
+    prepare_environment("cpu")
+
+    def note():
+        peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    for name in ("one", "many"):
+        source, there, back = (str(directory / f"{name}{end}") for end in ("", "-mg", "-hf"))
+        to_megatron.to_megatron(source, there, verify=True)
+        to_hugging_face.to_hugging_face(there, back, verify=True)
+        note()
+    model = hub.HubModel(directory / "many")
+    tensors = [model.read(name) for name in model.entries]
+    note()
+    assert tensors
+    (directory / "peaks.json").write_text(json.dumps(peaks))
 
 
 def benchmark_sides() -> None:
@@ -576,6 +667,7 @@ def recipe() -> None:
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.mcore.arguments import parse
+    from megatron_mdm.mcore.model import model_config
     from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
@@ -583,6 +675,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
+        model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 

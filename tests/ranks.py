@@ -1,7 +1,8 @@
 """Real ranks for tests: the program itself, over gloo, in processes forked from a warm one.
 
 A fork server imports torch and Megatron once (6 s); every rank of every run is then a fork of it,
-with fresh Megatron globals, as torchrun would start it.
+with fresh Megatron globals, as torchrun would start it. It has no Transformer Engine: ranks that
+want it start from nothing.
 """
 
 import multiprocessing
@@ -21,8 +22,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bi
 TIMEOUT = 180  # seconds; a run here takes about 5
 VOCAB, MASK_ID, EOD_ID = 120, 127, 119
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.driver"])
+multiprocessing.set_forkserver_preload(["tests.driver"])
 
 MODEL = [
     *"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32".split(),
@@ -76,6 +76,7 @@ def launch(
     entry: str = "train",
     check: bool = True,
     drop: Iterable[str] = (),
+    transformer_engine: bool = False,
 ) -> Run:
     """Runs `tests.driver.<entry>` on `ranks` processes with these flags after the common ones.
 
@@ -86,6 +87,8 @@ def launch(
         entry: function of tests/driver.py.
         check: fail unless every rank ends with status 0.
         drop: common flags to leave out, with their value.
+        transformer_engine: let them have it if it is installed, and CUDA, which a process that was
+            forked may not be able to use.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
@@ -94,8 +97,11 @@ def launch(
         del argv[i : i + 2]
     argv += flags
     port = _free_port()
+    context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
+    # For tests/__init__.py, in the processes that this starts.
+    os.environ["MDM_TEST_RANKS"] = "with Transformer Engine" if transformer_engine else "on the CPU"
     processes = [
-        _context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
+        context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
         for rank in range(ranks)
     ]
     for process in processes:

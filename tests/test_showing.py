@@ -36,8 +36,8 @@ def tokenizer(tmp_path_factory):
 def test_gaps_and_suffix_stand_between_the_same_tokens(tokenizer):
     mask = tokenizer.piece_to_id("<mask>")
 
-    def row(prompt, length=0, suffix="", tokenize=tokenizer.encode):
-        return prompt_tokens(tokenize, prompt, length, suffix, "<mask>", mask)
+    def row(prompt, length=0, suffix=""):
+        return prompt_tokens(tokenizer.encode, prompt, length, suffix, "<mask>", mask)
 
     assert row(TEXT) == tokenizer.encode(TEXT)
     assert row("", 3) == [mask] * 3
@@ -47,12 +47,6 @@ def test_gaps_and_suffix_stand_between_the_same_tokens(tokenizer):
         *[*a, mask, *b, mask, mask],
         *[*tokenizer.encode(" a"), mask],
     ]
-
-    def with_bos(text):
-        return [1000, *tokenizer.encode(text)]
-
-    assert row("def f(<mask> a): return ", tokenize=with_bos) == [1000, *a, mask, *b]
-    assert row("<mask> a): return ", tokenize=with_bos) == [mask, *b]
 
 
 def test_partly_filled_rows_can_be_read(tokenizer):

@@ -69,7 +69,7 @@ def main() -> None:
         result = evaluate(
             loaded.logits,
             rows,
-            loaded.args.mdm_mask_token_id,
+            loaded.mask_token_id,
             options.draws,
             options.bins,
             options.seed,

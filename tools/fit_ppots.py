@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.config import MDMConfig
+from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig
 from megatron_mdm.errors import UserError, run_tool
+
+PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
 
 
 def parse() -> argparse.Namespace:
@@ -47,12 +49,35 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(options: argparse.Namespace) -> None:
+    """Checks what could otherwise fail after the measurement.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if min(options.rates, options.rows, options.masks) < 1:
+        raise UserError("--rates, --rows and --masks must be at least 1")
+    if options.rates > MOST_PPOTS_BINS:
+        raise UserError(f"--rates {options.rates}: at most {MOST_PPOTS_BINS}")
+    if not 0.0 < options.uniform_share <= 1.0:
+        raise UserError(f"--uniform-share must lie in (0, 1], got {options.uniform_share}")
+    least = PARAMETERS.get(options.family, 1)
+    if options.rates < least:
+        raise UserError(
+            f"--rates {options.rates}: --family {options.family} has {least} parameters; take more "
+            "rates or --family piecewise"
+        )
+    output = Path(options.output)
+    if output.suffix == ".png":
+        raise UserError(f"--output {output}: .png is the picture's suffix; take .json")
+    if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output} cannot be written: give a file in a directory of yours")
+
+
 def main() -> None:
     """Measures, fits, writes, draws."""
     options = parse()
-    if min(options.rates, options.rows, options.masks) < 1:
-        raise UserError("--rates, --rows and --masks must be at least 1")
-
+    check(options)
     with open_checkpoint(options.load, options.device) as loaded:
         from tqdm import tqdm
 
@@ -106,7 +131,9 @@ def draw(result, picture: Path) -> None:
     density = result.sampler().density(torch.from_numpy(t)).numpy()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot((np.arange(n) + 0.5) / n, measured / measured.mean(), "ko", label="measured")
-    axes.plot(t, density, "C3", label=f"density ({result.family}, uniform share {result.lam:g})")
+    if result.lam < 1.0:  # the density without the uniform's share
+        axes.plot(t, (density - result.lam) / (1 - result.lam), "C0", label=f"fit: {result.family}")
+    axes.plot(t, density, "C3", label=f"density, uniform share {result.lam:g}")
     axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(0, 1), ylim=(0, None))
     axes.legend()
     temporary = picture.with_name(f".{picture.stem}.partial.png")

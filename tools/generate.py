@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="ID",
-        help="tokens that end a text (default: the tokenizer's end of document)",
+        help="tokens that end a text (default: the tokenizer's end of document, if it has one)",
     )
     text.add_argument(
         "--no-stop-at-eos", action="store_true", help="write on after a token that ends a text"
@@ -113,9 +113,13 @@ def main() -> None:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order
+        from megatron_mdm.mcore.texts import encoder, vocab_size
 
-        tokenizer, mask = loaded.tokenizer, loaded.args.mdm_mask_token_id
-        ends = () if options.no_stop_at_eos else (options.eos_token_ids or [tokenizer.eod])
+        mask, end = loaded.mask_token_id, loaded.end_token_id
+        # Conversations come rendered, with their special tokens spelled out.
+        tokenize, detokenize = encoder(loaded, special=True), loaded.tokenizer.detokenize
+        ends = options.eos_token_ids or ([] if end is None else [end])
+        ends = [] if options.no_stop_at_eos else ends
         decoder = Decoder(
             mask,
             options.steps,
@@ -124,17 +128,15 @@ def main() -> None:
             options.temperature,
             options.threshold,
             tuple(ends),
-            tokenizer.vocab_size,
+            vocab_size(loaded),
         )
         rows = [
-            prompt_tokens(
-                tokenizer.tokenize, text, options.length, options.suffix, options.mask_marker, mask
-            )
+            prompt_tokens(tokenize, text, options.length, options.suffix, options.mask_marker, mask)
             for text in prompts
         ]
         for number, row in enumerate(rows, 1):
-            check_row(row, f"prompt {number}", mask, loaded.args.seq_length)
-        spelling = Spelling(tokenizer.tokenize, tokenizer.detokenize, mask)
+            check_row(row, f"prompt {number}", mask, loaded.max_length)
+        spelling = Spelling(tokenize, detokenize, mask)
         device = torch.cuda.current_device()
         screen = Screen(sys.stdout) if options.show and loaded.args.rank == 0 else None
         texts = {}
@@ -156,7 +158,7 @@ def main() -> None:
                 draw_order(options.picture, pieces, filling_order(states, mask)[0].tolist())
             for i, row in zip(batch, tokens.tolist(), strict=True):
                 given = [token != mask for token in rows[i]]
-                texts[i] = tokenizer.detokenize(until_end(row, given, ends))
+                texts[i] = detokenize(until_end(row, given, ends))
         if loaded.args.rank == 0:
             for i in range(len(prompts)):
                 if len(prompts) > 1:

@@ -1,5 +1,6 @@
 # Sourced by the project's scripts: makes .venv in the checkout, with the tested versions, and
-# enters it. Usage: source tools/setup.sh EXTRA (an extra of setup.py). Does nothing a second time.
+# enters it. Usage: source tools/setup.sh EXTRAS (of setup.py, with commas). Does nothing a second time, and
+# nothing with SETUP=no in the environment: the active one is taken, such as that of a container.
 
 find_python() {
     local candidate
@@ -39,4 +40,4 @@ setup() {
     source "$root/.venv/bin/activate"
 }
 
-setup "$1"
+[ "${SETUP:-yes}" = no ] || setup "$1"

@@ -100,7 +100,7 @@ def main() -> None:
         ).tolist()
         texts = torch.stack([rows[i].tokens for i in order])
         eligible = torch.stack([rows[i].eligible for i in order])
-        if (texts == args.mdm_mask_token_id).any():
+        if (texts == loaded.mask_token_id).any():
             raise UserError(f"{options.data} contains the mask token: tokenize it again without")
 
         parameters = [
@@ -119,7 +119,7 @@ def main() -> None:
         subject = [os.path.realpath(options.load), iteration, os.path.realpath(options.data)]
         settings = report.Settings(
             **numbers,
-            mask_token_id=args.mdm_mask_token_id,
+            mask_token_id=loaded.mask_token_id,
             eps=args.mdm_eps,
             subject=" ".join(
                 map(str, [*subject, options.parameters, count, size, args.world_size])

@@ -13,9 +13,11 @@ work does not count. The peak is that of the precision of the layers: in FP8, wh
 output layer stay in BF16, FP8's, so that the MFU of BF16 and FP8 are not of one measure, while
 tokens/s are.
 
-The last size is the largest of the list that fits with Adam. Every measurement is kept in the file
-as soon as it is there. A call begins none that may not end before --minutes; the same command then
-goes on where it was.
+The last size is the largest of the list that fits with Adam, in all precisions asked for; sizes
+whose weights, gradients and moments alone are too much are not tried. Every measurement is kept in
+the file as soon as it is there; one that failed is kept as such, and tried again by the next call.
+A call begins none that may not end before --minutes; the same command, also with more --precisions,
+then goes on where it was.
 """
 
 import argparse
@@ -24,20 +26,24 @@ import math
 import multiprocessing
 import os
 import pathlib
+import shlex
 import statistics
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from typing import Any
 
 from megatron_mdm.benchmarks.flops import ModelShape, mfu
-from megatron_mdm.benchmarks.measuring import device_name, spread
+from megatron_mdm.benchmarks.measuring import device_name, seconds_of, spread
 from megatron_mdm.benchmarks.overhead import (
     LLADA_VOCABULARY,
     SIDES,
     _steps,
+    ffn_size,
     in_turns,
     model_flags,
 )
@@ -51,12 +57,15 @@ DESCRIPTION = "tokens/s and MFU on one GPU, BF16 and FP8, against Megatron's GPT
 SIZES: dict[str, dict[str, int]] = {
     "0.5B": {"layers": 24, "hidden": 1024, "heads": 16, "rows": 8, "micro_batches": 1},
     "1B": {"layers": 22, "hidden": 1536, "heads": 12, "rows": 4, "micro_batches": 2},
-    "7B": {"layers": 28, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 4},
-    "6B": {"layers": 24, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 4},
-    "5B": {"layers": 20, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 4},
-    "3.5B": {"layers": 24, "hidden": 3072, "heads": 24, "rows": 1, "micro_batches": 4},
+    "7B": {"layers": 28, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 8},
+    "6B": {"layers": 24, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 8},
+    "5B": {"layers": 20, "hidden": 4096, "heads": 32, "rows": 1, "micro_batches": 8},
+    "3.5B": {"layers": 24, "hidden": 3072, "heads": 24, "rows": 1, "micro_batches": 8},
+    "2.7B": {"layers": 26, "hidden": 2560, "heads": 20, "rows": 1, "micro_batches": 8},
 }
-LARGEST = ("7B", "6B", "5B", "3.5B")  # the first that fits is measured
+LARGEST = ("7B", "6B", "5B", "3.5B", "2.7B")  # the first that fits is measured
+# Of a parameter under Adam in bfloat16, on one rank: see benchmarks/memory.py.
+STATE_BYTES = 6 + 12
 LENGTH = 4096
 TINY = {
     "tiny": {"layers": 1, "hidden": 32, "heads": 2, "rows": 2, "micro_batches": 1},
@@ -97,6 +106,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the GPU, dense (default: known for H100, H200 and A100)",
     )
     parser.add_argument(
+        "--flags", default="", metavar="TEXT", help="more of Megatron's flags, for all sides"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="add the kernels that a step of each side spends most time in to FILE.profile.txt, "
+        "for what this call measures",
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="two tiny models, also on a CPU: shows that it runs"
     )
 
@@ -105,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
     """Measures what is missing, prints a table, and writes `args.json` after each measurement.
 
     Raises:
-        UserError: no GPU, settings that cannot work, or a measurement that failed.
+        UserError: no GPU, settings that cannot work, or, at the end, a measurement that failed.
     """
     import torch
 
@@ -119,11 +137,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--precisions: FP8 needs a GPU; give bf16, which is float32 on a CPU")
     about = header(device, args)
     results = _earlier(args.json, about)
+    # Micro-batches with different numbers of masked positions would leave fragments.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    memory = torch.cuda.get_device_properties().total_memory if device == "cuda" else None
+    done, longest = results["measurements"], 0.0
     sizes = list(TINY) if args.tiny else list(SIZES)
-    longest = 0.0
     for name, precision in [(s, p) for s in sizes for p in args.precisions]:
-        done = results["measurements"]
-        if f"{name} {precision}" in done or _larger_fits(name, args.precisions, done):
+        if not _is_missing(name, precision, args.precisions, done, memory):
             continue
         spent = time.monotonic() - start
         if spent + 1.3 * longest > 60 * args.minutes and longest:
@@ -131,11 +151,18 @@ def run(args: argparse.Namespace) -> None:
             break
         before = time.monotonic()
         patience = 60 * args.minutes - spent
-        done[f"{name} {precision}"] = _in_a_process(name, precision, about, device, patience)
+        result = _in_a_process(name, precision, about, device, args.profile, patience)
         longest = max(longest, time.monotonic() - before)
+        if "profile" in result:
+            with open(f"{args.json}.profile.txt", "a", encoding="utf-8") as file:
+                file.write(f"{name} {precision}\n\n{result.pop('profile')}\n")
+        done[f"{name} {precision}"] = result
         results["date"] = time.strftime("%Y-%m-%d", time.gmtime())
         write_text(args.json, json.dumps(results, indent=2) + "\n")
     print(_table(results, args.peak_tflops or _peaks(about["device"])))
+    failed = [key for key, measurement in done.items() if "failed" in measurement]
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, {args.json} says why: the same command tries")
 
 
 def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -150,6 +177,7 @@ def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
         "length": 64 if args.tiny else LENGTH,
         "vocabulary": 1024 if args.tiny else LLADA_VOCABULARY,
         "rounds": args.rounds,
+        "flags": args.flags,
         "command": " ".join(["tools/benchmark.py", *sys.argv[1:]]),
     }
 
@@ -175,38 +203,67 @@ def _earlier(path: str, about: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _larger_fits(name: str, precisions: list[str], done: dict[str, Any]) -> bool:
-    """Whether a larger one of `LARGEST` was measured in all precisions."""
+def _is_missing(
+    name: str, precision: str, precisions: list[str], done: dict[str, Any], memory: int | None
+) -> bool:
+    """Whether a measurement is to be made.
+
+    Args:
+        name: of a size.
+        precision: one of `precisions`, all that are asked for.
+        precisions: see above.
+        done: measurements so far.
+        memory: bytes of the device; None: not known.
+    """
     larger = LARGEST[: LARGEST.index(name)] if name in LARGEST else ()
-    return any(all("sides" in done.get(f"{x} {p}", {}) for p in precisions) for x in larger)
+    fits = (all("sides" in done.get(f"{x} {p}", {}) for p in precisions) for x in larger)
+    ran_out = "out_of_memory" in done.get(f"{name} bf16", {})  # FP8 keeps more
+    settled = "failed" not in done.get(f"{name} {precision}", {"failed": "not measured"})
+    too_large = name in LARGEST and memory and STATE_BYTES * num_parameters(name) > memory
+    return not (settled or ran_out or too_large or any(fits))
+
+
+def num_parameters(name: str) -> int:
+    """Parameters of one of `SIZES`."""
+    size = SIZES[name]
+    return ModelShape(
+        num_layers=size["layers"],
+        hidden_size=size["hidden"],
+        ffn_hidden_size=ffn_size(size["hidden"]),
+        num_attention_heads=size["heads"],
+        vocab_size=LLADA_VOCABULARY,
+        seq_length=LENGTH,
+    ).num_parameters
 
 
 def _in_a_process(
-    name: str, precision: str, about: dict[str, Any], device: str, patience: float
+    name: str, precision: str, about: dict[str, Any], device: str, profile: bool, patience: float
 ) -> dict[str, Any]:
     """A measurement in a process that leaves nothing behind, on the GPU or in Megatron's globals.
 
-    Raises:
-        UserError: it failed.
+    Returns:
+        What it measured, or under `failed` why there is nothing.
     """
     print(f"{name} in {precision} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as directory:
         process = multiprocessing.get_context("spawn").Process(
-            target=_measure, args=(name, precision, about, device, directory)
+            target=_measure, args=(name, precision, about, device, profile, directory)
         )
         process.start()
         process.join(patience)
         if process.is_alive():
             process.kill()
             process.join()
-            raise UserError(f"{name} in {precision} took longer than --minutes: give more")
+            return {"failed": "it took longer than --minutes"}
         path = pathlib.Path(directory, "result.json")
-        if process.exitcode or not path.exists():
-            raise UserError(f"the measurement of {name} in {precision} failed, see above")
+        if not path.exists():
+            return {"failed": f"exit status {process.exitcode}"}
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _measure(name: str, precision: str, about: dict, device: str, directory: str) -> None:
+def _measure(
+    name: str, precision: str, about: dict, device: str, profile: bool, directory: str
+) -> None:
     """What a process measures, written to result.json in its directory."""
     prepare_environment(device)
     from megatron_mdm.mcore.device import training_device
@@ -218,29 +275,37 @@ def _measure(name: str, precision: str, about: dict, device: str, directory: str
         *f"--data-path {directory}/text --data-cache-path {directory}/cache".split(),
         *f"--global-batch-size {sizes['rows'] * sizes['micro_batches']}".split(),
         *PRECISIONS[precision],
+        *shlex.split(about["flags"]),
     ]
-    with redirect_stdout(sys.stderr), training_device(device):
-        from megatron_mdm.benchmarks.training import training_session
+    try:
+        with redirect_stdout(sys.stderr), training_device(device):
+            from megatron_mdm.benchmarks.training import training_session
 
-        try:
             with training_session(flags) as session:
-                result = _sides(session, about["rounds"], device)
-        except RuntimeError as error:  # of torch's allocator, or of a library without memory
-            if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
-                raise
+                result = _sides(session, about["rounds"], device, profile)
+    except Exception as error:  # of any library: it is reported, and other measurements go on
+        traceback.print_exc()
+        result = {"failed": f"{type(error).__name__}: {error}"}
+        if any(reason in str(error) for reason in ("out of memory", "ALLOC_FAILED")):
             result = {"out_of_memory": True}
     write_text(os.path.join(directory, "result.json"), json.dumps({**sizes, **result}))
 
 
-def _sides(session: Any, rounds: int, device: str) -> dict[str, Any]:
+def _sides(session: Any, rounds: int, device: str, profile: bool) -> dict[str, Any]:
     """Times, peaks and useful FLOPs of all sides of one model."""
+    import torch
+
     args = session.args
     steps = _steps(session)
     seconds, peaks = in_turns(steps, 1, rounds, device)
+    resting = torch.cuda.memory_allocated() if device == "cuda" else None
+    profiles = {"profile": _profiles(steps, seconds, device)} if profile else {}
     shape = ModelShape.from_args(args)
     tokens = args.global_batch_size * args.seq_length
     return {
         "parameters": shape.num_parameters,
+        "resting_bytes": resting,  # weights, gradients and the optimizer's state
+        **profiles,
         "sides": {
             side: {
                 "tokens_per_s": tokens / statistics.median(seconds[side]),
@@ -258,6 +323,22 @@ def _sides(session: Any, rounds: int, device: str) -> dict[str, Any]:
     }
 
 
+def _profiles(steps: dict[str, Callable[[], None]], seconds: dict, device: str) -> str:
+    """Tables of what a step of each side spends its time in, on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    text = ""
+    for side, step in steps.items():
+        with profile(activities=[kind]) as profiler:
+            seconds_of(step, device)
+        table = profiler.key_averages().table(
+            sort_by=f"self_{device}_time_total", row_limit=25, max_name_column_width=100
+        )
+        text += f"{side}, a step takes {statistics.median(seconds[side]):.4f} s\n{table}\n"
+    return text
+
+
 def _peaks(device: str) -> tuple[float, float] | None:
     """Peak TFLOP/s of a device in BF16 and FP8; None if it is not known."""
     return next(((bf16, fp8) for name, bf16, fp8 in PEAKS if name in device), None)
@@ -267,12 +348,13 @@ def _table(results: dict[str, Any], peaks: tuple[float, float] | None) -> str:
     lines = [
         f"{results['device']}, rows of {results['length']}, vocabulary {results['vocabulary']}",
         f"{'size':6}{'precision':>11}{'side':>13}{'tokens/s':>10}{'to gpt':>8}{'to bf16':>8}"
-        f"{'TFLOP/s':>9}{'MFU':>7}{'peak GB':>9}",
+        f"{'TFLOP/s':>9}{'MFU':>7}{'step GB':>9}{'in all':>8}",
     ]
     for key, measurement in results["measurements"].items():
         name, precision = key.split()
         if "sides" not in measurement:
-            lines.append(f"{name:6}{precision:>11} out of memory")
+            why = measurement.get("failed", "out of memory").split("\n")[0]
+            lines.append(f"{name:6}{precision:>11} {why}")
             continue
         bf16 = results["measurements"].get(f"{name} bf16", {}).get("sides")
         for side, values in measurement["sides"].items():
@@ -283,6 +365,8 @@ def _table(results: dict[str, Any], peaks: tuple[float, float] | None) -> str:
             line += f"{flops * rate / 1e12:>9.1f}"
             peak = peaks[precision != "bf16"] if peaks else 0
             line += f"{mfu(flops, rate, 1e12 * peak):>7.1%}" if peak else f"{'-':>7}"
-            memory = values["peak_bytes"]
-            lines.append(line + ("" if memory is None else f"{memory / 1e9:>9.2f}"))
+            peak, resting = values["peak_bytes"], measurement["resting_bytes"]
+            line += "" if peak is None else f"{peak / 1e9:>9.2f}"
+            line += "" if resting is None else f"{(peak + resting) / 1e9:>8.2f}"
+            lines.append(line)
     return "\n".join(lines)

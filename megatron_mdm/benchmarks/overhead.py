@@ -132,7 +132,7 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
         *f"--make-vocab-size-divisible-by 1 --mdm-mask-token-id {MASK}".split(),
         *"--null-tokenizer-eod-id 0 --split 100,0,0 --eval-iters 0 --eval-interval 1000000".split(),
         *"--lr 1e-4 --lr-warmup-iters 10 --lr-decay-style constant --log-interval 20".split(),
-        *(["--bf16"] if device == "cuda" else []),
+        *("--bf16 --cross-entropy-loss-fusion".split() if device == "cuda" else []),
     ]
 
 

@@ -36,6 +36,15 @@ COMPETITORS: dict[str, dict] = {
     "ppots-gradient": GRADIENT,
     "lattice+exact-count": {**RECIPES["standard"], **LATTICE_COUNT},
     "ppots-gradient+lattice+exact-count": {**GRADIENT, **LATTICE_COUNT},
+    "clipped+lattice+exact-count": {**RECIPES["clipped"], **LATTICE_COUNT},
+    # Of `recommended`: more of the uniform; a first fit after 500 steps, until which the uniform is
+    # in use; a density that does not move with the model, 0.9 t^-1/2 / 2 + 0.1.
+    "recommended-half-uniform": {**RECIPES["recommended"], "mdm_ppots_uniform_share": 0.5},
+    "recommended-late": {**RECIPES["recommended"], "mdm_ppots_refit_interval": 500},
+    "recommended-fixed": {
+        **{"mdm_rate_sampler": "ppots", "mdm_ppots_file": "DIRECTORY/density.json"},
+        **{"mdm_views": 1, **LATTICE_COUNT},
+    },
 }
 
 
@@ -99,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     directory = pathlib.Path(args.directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_data(directory)
+    write_density(directory)
     names = list(dict.fromkeys(["standard", *args.competitors]))
     # Two names may stand for the same settings, which are trained once.
     aliases = {str(COMPETITORS[name]): name for name in reversed(names)}
@@ -160,6 +170,20 @@ def write_data(directory: pathlib.Path) -> None:
     os.replace(directory / ".text.idx.partial", directory / "text.idx")
 
 
+def write_density(directory: pathlib.Path) -> None:
+    """The density of `recommended-fixed`, as a file of --mdm-ppots-file."""
+    from megatron_mdm.objective.fit_file import save_sampler
+    from megatron_mdm.objective.fits import PotsFit, tabulate
+    from megatron_mdm.objective.pots import RateMoments
+    from megatron_mdm.objective.samplers import mixture
+
+    eps, lam = 1e-3, 0.1
+    table = mixture(*tabulate(lambda t: ((1 - eps) * t + eps) ** -0.5), lam)
+    given = {"family": "given", "parameters": {}, "kl": 0.0, "kls": {}}
+    fit = PotsFit("gradient", lam=lam, eps=eps, moments=RateMoments(1), table=table, **given)
+    save_sampler(directory / "density.json", fit)
+
+
 def _flags(args: argparse.Namespace, directory: pathlib.Path, seed: int) -> list[str]:
     return [
         *f"--mdm-device {args.device} --tokenizer-type NullTokenizer --vocab-size 257".split(),
@@ -184,7 +208,8 @@ def _curve(args: argparse.Namespace, name: str, seed: int) -> list[float]:
     """Trains one run, or reads it if it was finished: its NELBO at every evaluation."""
     directory = pathlib.Path(args.directory)
     # Named by its settings: a recipe that changes is trained again, two names for one share a run.
-    settings = [*_flags(args, directory, seed), *as_flags(COMPETITORS[name])]
+    flags = [word.replace("DIRECTORY", str(directory)) for word in as_flags(COMPETITORS[name])]
+    settings = [*_flags(args, directory, seed), *flags]
 
     def train(path: pathlib.Path) -> dict:
         log = path.with_suffix(".log")

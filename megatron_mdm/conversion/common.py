@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.conversion.families import Config, Family, names_in_layer
-from megatron_mdm.conversion.layout import Heads, part_shapes
+from megatron_mdm.conversion.config import Config
+from megatron_mdm.conversion.family import Family
+from megatron_mdm.conversion.layout import Heads, names_in_layer, part_shapes
 from megatron_mdm.conversion.torch_dist import Place, locate
-from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, add_mask_token
+from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary
 from megatron_mdm.errors import UserError
 
-# Where a converted checkpoint keeps config.json and the tokenizer.
-HUB_FILES = "huggingface"
+# Elements that are looked at together, so that what is found about them takes little memory.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,24 +109,51 @@ def check_space(directory: str, needed: int) -> None:
 
 
 def write_hub_files(
-    source: Path, target: Path, family: Family, config: dict[str, Any], words: Vocabulary
+    source: Path, target: Path, family: Family, config: Config, words: Vocabulary
 ) -> None:
-    """config.json for this vocabulary, and the tokenizer, model code and card as they are."""
+    """Writes config.json for this vocabulary, and copies tokenizer, model code and card.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     target.mkdir(exist_ok=True)
-    for path in hub.side_files(source):
-        shutil.copyfile(path, target / path.name)
-    sizes = {key: words.size for key in ("vocab_size", "embedding_size") if config.get(key)}
-    if words.added:
-        sizes["mask_token_id"] = words.mask
-        add_mask_token(target, words.mask)
-    if not words.added and words.size == words.source:
-        sizes = {}
-    names = {
+    hub.copy_side_files(source, target)
+    ours: dict[str, Any] = {
         "architectures": config.get("architectures") or [family.architecture],
         "model_type": config.get("model_type") or family.model_type,
     }
-    text = json.dumps(config | names | sizes, indent=2, ensure_ascii=False)
+    if words.mask is not None:
+        ours["mask_token_id"] = words.mask
+    if words.size != words.source:
+        ours |= {key: words.size for key in ("vocab_size", "embedding_size") if config.get(key)}
+    text = json.dumps({**config, **ours}, indent=2, ensure_ascii=False)
     (target / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A tensor in another dtype, in which all its numbers stay finite.
+
+    Args:
+        tensor: floats of any shape.
+        dtype: of the result.
+        name: of the tensor, for the message.
+
+    Raises:
+        UserError: a number is too large for the dtype.
+    """
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return result
+    for before, after in zip(
+        tensor.flatten().split(_CHUNK), result.flatten().split(_CHUNK), strict=True
+    ):
+        lost = before[before.isfinite() & ~after.isfinite()]
+        if len(lost):
+            raise UserError(
+                f"--dtype: {name} holds {lost[0].item():.4g}, which is infinite in {dtype}: give "
+                "--dtype bfloat16 or float32"
+            )
+    return result
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:

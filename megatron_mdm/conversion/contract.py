@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from megatron_mdm.conversion.families import LOCAL_NORM, TE_NORM
+from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM
 from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.arguments import add_arguments

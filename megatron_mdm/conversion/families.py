@@ -5,98 +5,24 @@ transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `m
 for the diffusion models).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_mdm.conversion.config import Config, check_kinds
+from megatron_mdm.conversion.family import NEEDED, Family
 from megatron_mdm.errors import UserError
 
-Config = Mapping[str, Any]
-
-# Absent from config.json, and no default: the model cannot be described without it.
-NEEDED = object()
-
-# Training starts with rows of at most this many tokens, unless the user says otherwise.
-DEFAULT_SEQ_LENGTH = 4096
-
-
-@dataclass(frozen=True)
-class Family:
-    """How a model family is written by Hugging Face, and how Megatron builds it.
-
-    Attributes:
-        name: for messages.
-        architecture: class name in config.json's `architectures`.
-        model_type: config.json's `model_type`; several families may share it.
-        sizes: Megatron argument -> (config.json key, default; a callable default reads the config).
-        fixed: config.json key -> values that this table describes; an absent key passes. Any other
-            value means another computation, and is refused.
-        tensors: Megatron's tensor -> the Hugging Face tensors that make it up, `{n}` the layer and
-            `{e}` the expert.
-        flags: Megatron's switches that all models of the family need.
-        mask_token_id: mask token where config.json does not name it; None for an autoregressive
-            family.
-        shifted: the logits of position i - 1 predict token i.
-        other_architectures: further names of the same class.
-        experts_key: config.json's list of 1 (a layer of experts) and 0 (a dense one), one a layer;
-            None for a family without experts.
-        in_transformers: its class is part of Hugging Face transformers, with causal attention.
-    """
-
-    name: str
-    architecture: str
-    model_type: str
-    sizes: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, tuple[Any, ...]]
-    tensors: Mapping[str, tuple[str, ...]]
-    flags: tuple[str, ...] = ()
-    mask_token_id: int | None = None
-    shifted: bool = False
-    other_architectures: tuple[str, ...] = ()
-    experts_key: str | None = None
-    in_transformers: bool = False
-    tied_key: str = "tie_word_embeddings"
-    tied_default: bool = False
-
-    def value(self, config: Config, argument: str) -> Any:
-        """The value that config.json gives to a Megatron argument of `sizes`.
-
-        Raises:
-            UserError: config.json has no such key, or its value is not a number.
-        """
-        key, default = self.sizes[argument]
-        value = config.get(key)
-        if value is None and key == "rope_theta":  # transformers 5 moved it
-            value = (config.get("rope_parameters") or {}).get(key)
-        if value is None:
-            value = default(config) if callable(default) else default
-        if value is NEEDED:
-            raise UserError(f"config.json has no {key!r}, which the family {self.name} needs")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"config.json: {key!r} should be a number, got {value!r}")
-        return value
-
-    def tied(self, config: Config) -> bool:
-        """Whether the output layer is the embedding."""
-        return bool(config.get(self.tied_key, self.tied_default))
-
-    def expert_layers(self, config: Config) -> list[bool]:
-        """Which layers have experts.
-
-        Raises:
-            UserError: config.json's list is none, or of another length.
-        """
-        layers = self.value(config, "num_layers")
-        if self.experts_key is None:
-            return [False] * layers
-        pattern = config.get(self.experts_key) or [1] * layers
-        zeros_and_ones = isinstance(pattern, list) and all(x in (0, 1) for x in pattern)
-        if not zeros_and_ones or len(pattern) != layers:
-            raise UserError(
-                f"config.json: {self.experts_key!r} should be a list of 0 or 1 for each of the "
-                f"{layers} layers, got {pattern!r}"
-            )
-        return [bool(experts) for experts in pattern]
+# Keys by which other models of the same tensors compute something else, and what leaves them out.
+_ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+}
 
 
 def detect(config: Config) -> Family:
@@ -105,6 +31,7 @@ def detect(config: Config) -> Family:
     Raises:
         UserError: no table describes it; the message names the key that does not fit.
     """
+    check_kinds(config)
     architectures = config.get("architectures") or []
     names = {
         name: family
@@ -124,74 +51,33 @@ def detect(config: Config) -> Family:
             f"config.json: no table for the architecture "
             f"{', '.join(architectures) or config.get('model_type')} (known: {', '.join(names)})"
         )
-    for key, allowed in family.fixed.items():
-        if key in config and config[key] not in allowed:
+    for key in family.required:
+        if config.get(key) is None:
             raise UserError(
-                f"config.json: {key} = {config[key]!r} is not supported for {family.name} "
-                f"(supported: {', '.join(map(repr, allowed))})"
+                f"config.json has no {key!r}, for which {family.architecture} has a default of its "
+                f"own: add it (supported: {_listed(family.fixed.get(key, (True, False)))})"
             )
+    for key, allowed in {**_ELSEWHERE, **family.fixed}.items():
+        if key in config and config[key] not in allowed:
+            raise _unsupported(family, config, key, _listed(allowed))
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        raise _unsupported(family, config, "layer_types", "'full_attention' everywhere")
     return family
+
+
+def _listed(allowed: Sequence[Any]) -> str:
+    return ", ".join(map(repr, allowed))
+
+
+def _unsupported(family: Family, config: Config, key: str, supported: str) -> UserError:
+    return UserError(
+        f"config.json: {key} = {config[key]!r} is not supported for {family.name} "
+        f"(supported: {supported})"
+    )
 
 
 def _needed_keys(family: Family) -> list[str]:
     return [key for key, default in family.sizes.values() if default is NEEDED]
-
-
-def model_flags(family: Family, config: Config) -> list[str]:
-    """Megatron's flags that build this model, vocabulary and tokenizer left out.
-
-    Raises:
-        UserError: config.json says something that Megatron has no flag for.
-    """
-    flags = [
-        *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
-        *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
-        *family.flags,
-    ]
-    values = {name: family.value(config, name) for name in family.sizes}
-    if values["rotary_base"] != int(values["rotary_base"]):
-        raise UserError(f"config.json: rope_theta {values['rotary_base']} is not a whole number")
-    values["rotary_base"] = int(values["rotary_base"])
-    if values["num_attention_heads"] % values["num_query_groups"]:
-        raise UserError(
-            f"config.json: {values['num_attention_heads']} attention heads cannot share "
-            f"{values['num_query_groups']} key-value heads"
-        )
-    for name, value in values.items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
-    flags += ["--group-query-attention"]
-    pattern = family.expert_layers(config)
-    if any(pattern) and not all(pattern):  # all alike is Megatron's default, with other keys
-        flags += ["--moe-layer-freq", "[" + ",".join(str(int(x)) for x in pattern) + "]"]
-    flags += ["--seq-length", str(min(values["max_position_embeddings"], DEFAULT_SEQ_LENGTH))]
-    if not family.tied(config):
-        flags += ["--untie-embeddings-and-output-weights"]
-    return flags + _rope_scaling_flags(config)
-
-
-def _rope_scaling_flags(config: Config) -> list[str]:
-    """Llama 3.1's scaling; Megatron knows its factor alone, the rest is built in."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return []
-    built_in = {
-        "low_freq_factor": 1,
-        "high_freq_factor": 4,
-        "original_max_position_embeddings": 8192,
-    }
-    if kind != "llama3" or any(scaling.get(key) != value for key, value in built_in.items()):
-        raise UserError(
-            f"config.json: rope scaling {dict(scaling)} is not supported: Megatron computes llama3 "
-            f"with {built_in}, and no other"
-        )
-    return ["--use-rope-scaling", "--rope-scaling-factor", str(scaling["factor"])]
-
-
-def mask_token_id(family: Family, config: Config) -> int | None:
-    """The mask token of a model, None for an autoregressive one."""
-    declared = config.get("mask_token_id")
-    return family.mask_token_id if declared is None else declared
 
 
 def _head_dim(config: Config) -> int:
@@ -199,28 +85,6 @@ def _head_dim(config: Config) -> int:
 
 
 _LAYER = "decoder.layers.{n}."
-# Megatron's tensors that only one kind of layer has.
-_OF_EXPERTS = (".mlp.router.", ".mlp.experts.")
-_OF_DENSE = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
-# A norm that the local layers keep with the experts, and Transformer Engine's by itself.
-LOCAL_NORM = "mlp.linear_fc1.layer_norm_weight"
-TE_NORM = "pre_mlp_layernorm.weight"
-
-
-def names_in_layer(target: str, experts: bool) -> list[str]:
-    """Megatron's names of a tensor in one layer: none, one, or one a layer specification.
-
-    Args:
-        target: from a table.
-        experts: whether the layer has experts or is a dense one.
-    """
-    if any(part in target for part in _OF_EXPERTS):
-        return [target] if experts else []
-    if experts and target.endswith(_OF_DENSE):
-        return []
-    if experts and target.endswith(LOCAL_NORM):
-        return [target, target.removesuffix(LOCAL_NORM) + TE_NORM]
-    return [target]
 
 
 def _tensors(
@@ -291,7 +155,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     sizes=_SIZES,
-    fixed={"hidden_act": ("silu",), "use_sliding_window": (False,)},
+    fixed={"hidden_act": ("silu",), "use_sliding_window": (False, None)},
     tensors=_decoder(_BLOCK | _QKV_BIAS),
     flags=("--add-qkv-bias",),
 )
@@ -339,6 +203,7 @@ LLADA = Family(
         "layer_norm_type": ("rms",),
         "activation_type": ("silu",),
         "rope": (True,),
+        "rope_full_precision": (True,),
         "alibi": (False,),
         "include_bias": (False,),
         "include_qkv_bias": (False, None),
@@ -349,6 +214,8 @@ LLADA = Family(
         "block_group_size": (1,),
         "multi_query_attention": (None, False),
     },
+    required=("rope", "block_type", "layer_norm_type", "activation_type", "weight_tying"),
+    rope_scaling=False,
     tensors=_tensors(
         "model.transformer.wte.weight",
         "model.transformer.blocks.{n}.",
@@ -411,6 +278,7 @@ LLADA_MOE = Family(
         "router_num_group": (None,),
         "router_topk_group": (None,),
     },
+    required=("partial_rotary_factor", "qk_layernorm"),
     tensors=_decoder(_BLOCK | _QK_NORM | _EXPERTS),
     flags=("--qk-layernorm", "--moe-router-pre-softmax"),
     mask_token_id=156895,

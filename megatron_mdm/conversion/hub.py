@@ -6,8 +6,10 @@ in JSON with the dtype, shape and place of every tensor, then the tensors' bytes
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,26 +38,30 @@ class Entry:
     size: int  # bytes
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The raw config.json of a model directory.
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it cannot be read, or holds something else.
     """
-    path = directory / "config.json"
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object: give a Hugging Face model directory")
-    return config
-
-
-def _read_json(path: Path) -> Any:
+    with read_errors(path):
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        value = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object: download the model again")
+    return value
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the block into a `UserError` about `path`, which it reads."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class HubModel:
@@ -67,8 +73,11 @@ class HubModel:
     def __init__(self, directory: Path) -> None:
         self.entries: dict[str, Entry] = {}
         index = directory / INDEX
+        weight_map: dict[str, str] = {}
         if index.exists():
-            weight_map = _read_json(index).get("weight_map", {})
+            weight_map = read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+                raise UserError(f"{index} has no 'weight_map' of files: download the model again")
             missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
             if missing:
                 raise UserError(
@@ -77,15 +86,23 @@ class HubModel:
                 )
             files = sorted(set(weight_map.values()))
         else:
-            weight_map = {}
             files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:
             raise UserError(
                 f"{directory} has no *.safetensors files: give a directory with config.json and "
                 "safetensors (other formats are not read)"
             )
-        for name in files:
-            self.entries |= read_header(directory / name)
+        for file in files:
+            for name, entry in read_header(directory / file).items():
+                if weight_map.get(name, file) != file:
+                    continue  # the index takes it from another file
+                if name in self.entries:
+                    other = self.entries[name].path.name
+                    raise UserError(
+                        f"{directory} has the tensor {name} twice, in {other} and {file}, and no "
+                        f"{INDEX} that names one: remove the file that is not of this model"
+                    )
+                self.entries[name] = entry
         for name, file in weight_map.items():
             if name not in self.entries:
                 raise UserError(f"{directory / file} lacks the tensor {name} that {INDEX} promises")
@@ -94,7 +111,7 @@ class HubModel:
         """One tensor, in memory of its own."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        with open(entry.path, "rb") as file:
+        with read_errors(entry.path), open(entry.path, "rb") as file:
             file.seek(entry.start)
             if file.readinto(_bytes(tensor)) != entry.size:
                 raise UserError(f"{entry.path} ends before the tensor {name}: download it again")
@@ -110,7 +127,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     damaged = UserError(f"{path} is cut short or not a safetensors file: download it again")
     entries = {}
     try:
-        with open(path, "rb") as file:
+        with read_errors(path), open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if 8 + length > total:
@@ -130,8 +147,6 @@ def read_header(path: Path) -> dict[str, Entry]:
             if end > total or end - start != size:
                 raise damaged
             entries[name] = Entry(path, dtype, shape, start, size)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -215,6 +230,23 @@ def _write_file(path: Path, outputs: Sequence[Output]) -> Iterator[int]:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies what lies beside the weights into another directory, config.json left out.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    for path in side_files(source):
+        with read_errors(path):
+            file = open(path, "rb")
+        with file, open(target / path.name, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def side_files(directory: Path) -> list[Path]:

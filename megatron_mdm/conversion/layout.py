@@ -12,6 +12,29 @@ import torch
 
 Shape = tuple[int, ...]
 
+# Megatron's tensors that only one kind of layer has.
+_OF_EXPERTS = (".mlp.router.", ".mlp.experts.")
+_OF_DENSE = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
+# A norm that the local layers keep with the experts, and Transformer Engine's by itself.
+LOCAL_NORM = "mlp.linear_fc1.layer_norm_weight"
+TE_NORM = "pre_mlp_layernorm.weight"
+
+
+def names_in_layer(target: str, experts: bool) -> list[str]:
+    """Megatron's names of a tensor in one layer: none, one, or one a layer specification.
+
+    Args:
+        target: from a table.
+        experts: whether the layer has experts or is a dense one.
+    """
+    if any(part in target for part in _OF_EXPERTS):
+        return [target] if experts else []
+    if experts and target.endswith(_OF_DENSE):
+        return []
+    if experts and target.endswith(LOCAL_NORM):
+        return [target, target.removesuffix(LOCAL_NORM) + TE_NORM]
+    return [target]
+
 
 @dataclass(frozen=True)
 class Heads:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_mdm.conversion import contract as megatron
-from megatron_mdm.conversion.families import Config, Family, model_flags
+from megatron_mdm.conversion.config import Config
+from megatron_mdm.conversion.family import Family, model_flags
 from megatron_mdm.errors import UserError
 
 # Weights in float32, of which there are two sets while the logits are compared.

@@ -4,22 +4,24 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.common import (
-    HUB_FILES,
     Pair,
+    cast,
     check_space,
     pairs,
     progress,
     write_hub_files,
 )
 from megatron_mdm.conversion.common import verify as verify_tensors
-from megatron_mdm.conversion.families import Family, detect, mask_token_id, model_flags
+from megatron_mdm.conversion.config import Config
+from megatron_mdm.conversion.families import detect
+from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
 from megatron_mdm.conversion.layout import Heads, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
@@ -60,11 +62,12 @@ def to_hugging_face(
         checkpoint = DistCheckpoint(Path(source), iteration)
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
-        config = hub.read_config(directory)
+        config = hub.read_object(directory / "config.json")
         family = detect(config)
         _check_same_model(family, config, args, directory, source)
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         rows = embedding_rows(config)
+        mask = _mask_token(family, config, args, rows, directory)
         where = str(checkpoint.path)
         found = pairs(family, config, checkpoint.shapes, heads, rows, where)
         padded = checkpoint.shapes[TENSORS[0]][0]
@@ -81,7 +84,8 @@ def to_hugging_face(
             if pair.target in TENSORS:
                 tensor = tensor[:rows]
             parts = split(pair.target, tensor, len(pair.names), heads)
-            return [part.to(dtype or part.dtype) for part in parts]
+            named = zip(pair.names, parts, strict=True)
+            return [cast(part, dtype or part.dtype, name) for name, part in named]
 
         outputs = [
             hub.Output(
@@ -92,19 +96,21 @@ def to_hugging_face(
             )
             for pair in found
         ]
+        kinds = {item.dtype for item in outputs}
+        written = {
+            **config,
+            next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
+                max(kinds, key=lambda kind: kind.itemsize)
+            ).removeprefix("torch."),
+            **_shift(family, config, args, mask),
+        }
+        words = Vocabulary(rows, rows, padded, mask)
+        write_hub_files(directory, Path(temporary), family, written, words)
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
             for size in hub.write_model(Path(temporary), outputs):
                 advance(size)
-        kinds = {item.dtype for item in outputs}
-        words = Vocabulary(rows, rows, padded, mask_token_id(family, config))
-        written = config | {
-            next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
-                max(kinds, key=lambda kind: kind.itemsize)
-            ).removeprefix("torch.")
-        }
-        write_hub_files(directory, Path(temporary), family, written, words)
         if verify:
             model = hub.HubModel(Path(temporary))
 
@@ -125,13 +131,21 @@ def to_hugging_face(
                 trust=trust,
                 say=say,
             )
+    if family.in_transformers and mask is not None:
+        say(
+            f"transformers runs {family.architecture} with causal attention: to fill in masks, "
+            'load it with attn_implementation="eager" and call it with attention_mask='
+            "torch.zeros(b, 1, s, s), which hides nothing"
+        )
+    if written.get("mdm_shift"):
+        say("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
         say(f"left out {padded - rows} padding rows of the vocabulary")
     say(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 
 def _check_same_model(
-    family: Family, config: dict[str, Any], args: Namespace, directory: Path, source: str
+    family: Family, config: Config, args: Namespace, directory: Path, source: str
 ) -> None:
     """The checkpoint's arguments build the model that config.json describes."""
     expected = megatron.arguments(
@@ -145,6 +159,40 @@ def _check_same_model(
             f"the checkpoint in {source} is not the model of {directory / 'config.json'}: {wrong}. "
             "Give its config.json with --hf-config"
         )
+
+
+def _mask_token(
+    family: Family, config: Config, args: Namespace, rows: int, directory: Path
+) -> int | None:
+    """The mask token of the run, which config.json has to have a row for.
+
+    Raises:
+        UserError: it has none, or names another token.
+    """
+    declared, trained = mask_token_id(family, config), getattr(args, "mdm_mask_token_id", None)
+    if trained is None:
+        return declared
+    path = directory / "config.json"
+    if trained >= rows:
+        raise UserError(
+            f"the checkpoint's mask token {trained} lies outside the {rows} rows of {path}: give "
+            "--hf-config the directory of a config.json that has it, such as the converted "
+            f"checkpoint's {HUB_FILES}"
+        )
+    if declared is not None and declared != trained:
+        raise UserError(
+            f"the checkpoint was trained with mask token {trained}, {path} has {declared}: give "
+            "its own config.json with --hf-config"
+        )
+    return trained
+
+
+def _shift(family: Family, config: Config, args: Namespace, mask: int | None) -> Config:
+    """What config.json has to say of the shift, nothing if its family says it all."""
+    shift = bool(getattr(args, "mdm_shift", False))
+    if mask is None or (family.mask_token_id is not None and shift == shifted(family, config)):
+        return {}
+    return {"mdm_shift": shift}
 
 
 def _hub_directory(source: Path, args: Namespace, given: str | None) -> Path:

@@ -1,19 +1,18 @@
 """Hugging Face safetensors -> Megatron: every tensor is read, arranged and written on its own."""
 
-import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion import hub, torch_dist
 from megatron_mdm.conversion.common import (
-    HUB_FILES,
     Pair,
+    cast,
     check_space,
     equal,
     pairs,
@@ -21,17 +20,20 @@ from megatron_mdm.conversion.common import (
     write_hub_files,
 )
 from megatron_mdm.conversion.common import verify as verify_tensors
-from megatron_mdm.conversion.families import Config, Family, detect, mask_token_id, model_flags
+from megatron_mdm.conversion.config import Config
+from megatron_mdm.conversion.families import detect
+from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
 from megatron_mdm.conversion.layout import Heads, join, split
 from megatron_mdm.conversion.logits import compare_logits
-from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
-from megatron_mdm.conversion.vocabulary import (
+from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
-    TENSORS,
-    Vocabulary,
+    add_mask_token,
+    runs_code,
     tokenizer_size,
-    vocabulary,
+    write_fast_tokenizer,
 )
+from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
+from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, vocabulary
 from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError
 
@@ -69,33 +71,43 @@ def to_megatron(
     """
     with new_directory(output) as temporary:
         directory = Path(source)
-        config = hub.read_config(directory)
+        config = hub.read_object(directory / "config.json")
         family = detect(config)
         model = hub.HubModel(directory)
         words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         kind = dtype or _common_dtype(model)
-        # What was trained autoregressively goes on predicting the token after each position.
-        shifted = family.shifted or words.added
+        shift = words.added or shifted(family, config)
+        hub_files = Path(temporary) / HUB_FILES
+        write_hub_files(directory, hub_files, family, config, words)
+        write_fast_tokenizer(hub_files)
+        if words.added:
+            add_mask_token(hub_files, words.mask)
         flags = [
             *model_flags(family, config),
             *["--padded-vocab-size", str(words.padded)],
             *(["--mdm-mask-token-id", str(words.mask)] if words.mask is not None else []),
             *_PRECISION.get(kind, []),
-            *_tokenizer_flags(directory, Path(output), words, config),
+            *_tokenizer_flags(hub_files, Path(output), words, config),
         ]
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
-        args.mdm_shift = shifted
+        args.mdm_shift = shift
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
         found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
         _check_sources(model, found, directory, family, tied)
         parameters = sum(pair.parameters for pair in found)
-        check_space(temporary, sum(entry.size for entry in model.entries.values()))
+
+        def sources(pair: Pair) -> list[torch.Tensor]:
+            """The Hugging Face tensors as they are written, for Megatron's vocabulary."""
+            tensors = map(model.read, pair.names)
+            if pair.target in TENSORS:
+                tensors = map(words.widen, tensors)
+            named = zip(pair.names, tensors, strict=True)
+            return [cast(tensor, kind, name) for name, tensor in named]
 
         def make(pair: Pair) -> torch.Tensor:
-            tensor = join(pair.target, [model.read(name) for name in pair.names], heads)
-            return (words.widen(tensor) if pair.target in TENSORS else tensor).to(kind)
+            return join(pair.target, sources(pair), heads)
 
         pieces = [
             Piece(place, agreed.shapes[place.key], kind, partial(make, pair))
@@ -103,10 +115,10 @@ def to_megatron(
             for place in pair.places
         ]
         total = sum(torch.Size(p.place.shape).numel() for p in pieces) * kind.itemsize
+        check_space(temporary, total)
         with progress(total, "converting") as advance:
             torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
-        write_hub_files(directory, Path(temporary) / HUB_FILES, family, config, words)
-        if shifted:
+        if shift:
             flags.append("--mdm-shift")
         launch = _launch_line(output, flags)
         (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
@@ -115,13 +127,10 @@ def to_megatron(
 
             def read_back(pair: Pair) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
                 """Takes what was written apart again."""
-                sources = [model.read(name) for name in pair.names]
-                if pair.target in TENSORS:
-                    sources = [words.widen(source) for source in sources]
+                wanted = sources(pair)
                 for place in pair.places:
-                    parts = split(pair.target, checkpoint.read(place), len(sources), heads)
-                    for name, part, source in zip(pair.names, parts, sources, strict=True):
-                        yield name, part, source.to(kind)
+                    parts = split(pair.target, checkpoint.read(place), len(wanted), heads)
+                    yield from zip(pair.names, parts, wanted, strict=True)
 
             verify_tensors(found, read_back, say)
             compare_logits(
@@ -136,10 +145,10 @@ def to_megatron(
                 trust=trust,
                 say=say,
             )
-    for line in _remarks(family, config, words, tied):
+    for line in _remarks(family, config, words, tied, shift):
         say(line)
     say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
-    say(f"train it with (data, batch and schedule are yours):\n\n{launch}\n")
+    say(f"train it with (data, batch and schedule are yours), or resume:\n\n{launch}\n")
 
 
 def _check_sources(
@@ -197,25 +206,23 @@ def _common_dtype(model: hub.HubModel) -> torch.dtype:
     return next(iter(kinds))
 
 
-def _tokenizer_flags(
-    directory: Path, output: Path, words: Vocabulary, config: dict[str, Any]
-) -> list[str]:
-    if tokenizer_size(directory) is None:
+def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: Config) -> list[str]:
+    if tokenizer_size(hub_files) is None:
         flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(words.size)]
         end = config.get("eos_token_id")
         return [*flags, *(["--null-tokenizer-eod-id", str(end)] if isinstance(end, int) else [])]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer"]
     flags += ["--tokenizer-model", str(output.absolute() / HUB_FILES)]
-    settings = directory / "tokenizer_config.json"
-    if settings.exists() and "auto_map" in json.loads(settings.read_text(encoding="utf-8")):
+    if runs_code(hub_files):
         flags.append("--trust-remote-code")
     return flags
 
 
 def _launch_line(output: str, flags: Sequence[str]) -> str:
-    """The command that trains the converted model, a few flags to a line."""
+    """The command that trains the converted model, or resumes that, a few flags to a line."""
     words = [
-        *["--load", str(Path(output).absolute()), "--finetune", "--save", "MY_RUN"],
+        *["--pretrained-checkpoint", str(Path(output).absolute())],
+        *["--load", "MY_RUN", "--save", "MY_RUN"],
         *flags,
         *["--data-path", "MY_DATA", "--micro-batch-size", "1", "--global-batch-size", "64"],
         *["--train-iters", "10000", "--lr", "1e-5", "--lr-warmup-iters", "100"],
@@ -230,7 +237,9 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
     return " \\\n".join([*lines, line])
 
 
-def _remarks(family: Family, config: Config, words: Vocabulary, tied: bool) -> Iterator[str]:
+def _remarks(
+    family: Family, config: Config, words: Vocabulary, tied: bool, shift: bool
+) -> Iterator[str]:
     if words.added:
         yield (
             f"added the mask token {MASK_TOKEN} with id {words.mask}"
@@ -253,7 +262,7 @@ def _remarks(family: Family, config: Config, words: Vocabulary, tied: bool) -> I
             f"padded the vocabulary from {words.size} to {words.padded} rows: the padding is zeros "
             "and takes part in the softmax"
         )
-    if family.shifted or words.added:
+    if shift:
         yield "the logits of position i - 1 predict token i: --mdm-shift"
     if family.experts_key:
         yield (

@@ -5,7 +5,7 @@ Imports neither torch nor megatron nor transformers, so that a worker starts in 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class TokenizerData:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def open_hugging_face(directory: str) -> Any:
+    """The Hugging Face tokenizer in a local directory, whose code is not run, or asked about."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 class EncodedChunk(NamedTuple):

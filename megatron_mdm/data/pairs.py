@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_mdm.data.documents import Document, bad_document, document_object, string_value
-from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData
+from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData, open_hugging_face
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class PairKeys:
     Either a prompt and a response under two keys, or, with `messages`, a conversation: a list of
     objects with `role` and `content`, the last one the assistant's. The chat template of the
     Hugging Face tokenizer in the directory `template` renders it; what the last message adds to
-    the rendered others is the response.
+    the rendered others, with the header of an answer after them, is the response.
     """
 
     prompt: str = "prompt"
@@ -39,7 +39,9 @@ class PairEncoder(ChunkEncoder):
         if keys.messages is not None:
             # A template writes special tokens, which must not be taken for text.
             self._encode = tokenizer.load(special=True)
-            self._template = _load_template(keys.template)
+            renderer = open_hugging_face(keys.template)
+            self._template = renderer.apply_chat_template
+            self._end = renderer.eos_token
 
     def _texts(self, document: Document) -> Sequence[str]:
         keys = self._keys
@@ -62,19 +64,49 @@ class PairEncoder(ChunkEncoder):
         try:
             prompt = self._template(messages[:-1], tokenize=False, add_generation_prompt=True)
             whole = self._template(messages, tokenize=False)
+            tail = ""
+            if self._template(messages[:-1], tokenize=False) == prompt:
+                tail = self._tail(messages, whole)
         except Exception as error:  # whatever a template raises, in a language of its own
             raise bad_document(document, f"the chat template refuses it: {error}") from error
+        if tail is None:
+            raise bad_document(
+                document,
+                "the chat template ignores add_generation_prompt, and what it appends to the last "
+                "answer cannot be told from it: give prompt and response as texts instead",
+            )
+        whole = whole.removesuffix(tail)
         if not whole.startswith(prompt):
             raise bad_document(
                 document,
                 "the chat template renders the conversation differently without its last message: "
                 "give prompt and response as texts instead",
             )
-        return prompt, whole[len(prompt) :]
+        response = whole[len(prompt) :]
+        # Some templates go on to the next line after the end of every message (Qwen's).
+        if self._end and response.rstrip().endswith(self._end):
+            response = response.rstrip()
+        return prompt, response
 
+    def _tail(self, messages: list[Any], whole: str) -> str | None:
+        """What the template appends to every conversation, whatever it is asked for.
 
-def _load_template(directory: str | None) -> Any:
-    from transformers import AutoTokenizer
+        LLaDA's appends the header of another answer, with which a response must not end. It is
+        what stands there without any message.
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenizer.apply_chat_template
+        Args:
+            messages: The conversation.
+            whole: What the template renders it as.
+
+        Returns:
+            None if it cannot be found.
+        """
+        continued = self._template([*messages, {"role": "user", "content": "x"}], tokenize=False)
+        if continued.startswith(whole):
+            return ""
+        try:
+            (tail,) = self._template([[]], tokenize=False)  # a batch: one alone may not be empty
+        except Exception:  # of a template that looks at the first message
+            return None
+        is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
+        return tail if is_tail else None

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 from megatron_mdm.data.documents import Document, read_documents
-from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
+from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData, open_hugging_face
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.workers import Workers
@@ -122,15 +122,13 @@ def load_hugging_face(directory: str) -> TokenizerData:
     if not os.path.isdir(directory):
         raise UserError(f"--hf-tokenizer {directory}: no such directory")
     try:
-        from transformers import AutoTokenizer
+        import transformers  # noqa: F401
     except ImportError as error:
         raise UserError(
             "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = open_hugging_face(directory)
     except Exception as error:  # of many kinds, depending on what is wrong with which file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -151,10 +149,7 @@ def load_hugging_face(directory: str) -> TokenizerData:
 
 def has_chat_template(directory: str) -> bool:
     """Whether the Hugging Face tokenizer in a local directory has a chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenizer.chat_template is not None
+    return open_hugging_face(directory).chat_template is not None
 
 
 def preprocess(

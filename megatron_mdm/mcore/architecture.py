@@ -96,16 +96,17 @@ def _layers(args: Mapping[str, Any]) -> str | None:
     return "*E" * args["num_layers"] if args.get("moe_layer_freq", 1) == 1 else None
 
 
-def check_model(args: Namespace, saved: Mapping[str, Any]) -> None:
+def check_model(args: Namespace, saved: Mapping[str, Any], source: str | None) -> None:
     """Compares the model of the flags with that of the checkpoint that is about to be loaded.
 
     Args:
         args: of this run.
         saved: of the checkpoint; empty if there is none.
+        source: its directory.
 
     Raises:
         UserError: names every flag that differs.
     """
     wrong = differences(saved, vars(args), "the flags")
     if wrong:
-        raise UserError(f"the checkpoint in {args.load} is of another model: {wrong}")
+        raise UserError(f"the checkpoint in {source} is of another model: {wrong}")

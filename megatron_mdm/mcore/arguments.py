@@ -19,8 +19,9 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.dataset import check_data_files
 from megatron_mdm.mcore.device import CPU_DEFAULTS
-from megatron_mdm.mcore.fp8 import check_fp8
+from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.model import ACCUMULATES_GRADIENTS
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -55,6 +56,13 @@ REFUSED = {
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
+# What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
+FUSED_BY = {
+    "apply_rope_fusion": ["transformer_engine"],
+    "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
+    "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
+}
+
 # Megatron flags, with their value, under which all micro-batches must have logits of one shape.
 FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
 
@@ -68,8 +76,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
     set_recipe_defaults(parser)
     parser.set_defaults(calculate_per_token_loss=True)
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's apex
-        parser.set_defaults(gradient_accumulation_fusion=False)
+    for name, libraries in FUSED_BY.items():
+        if not any(map(importlib.util.find_spec, libraries)):
+            parser.set_defaults(**{name: False})
     _escape_help(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)
@@ -157,10 +166,14 @@ def resolve(args: Namespace) -> Namespace:
             if 0 <= token < args.padded_vocab_size:
                 continue
             raise UserError(
-                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}"
+                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}: "
+                "give ids of the tokenizer"
             )
-    saved = saved_arguments(args)
-    check_model(args, saved)
+    source = checkpoint_to_load(args)
+    saved = saved_arguments(args, source)
+    check_model(args, saved, source)
+    check_scales(args, saved, source)
+    args.finetune = args.finetune or source != args.load  # as Megatron will, once it loads
     check_resume(args, saved)
     check_data(args)
     return args
@@ -245,6 +258,11 @@ def check(args: Namespace) -> None:
         raise UserError(
             "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel"
         )
+    if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
+        raise UserError(
+            f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
+            "measured: use torch_dist"
+        )
     _check_transformer_engine(args)
     _check_batch_sizes(args)
 
@@ -272,12 +290,12 @@ def _check_transformer_engine(args: Namespace) -> None:
             if getattr(args, name):
                 raise UserError(
                     f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
-                    "would silently ignore the flag): pip install 'megatron-mdm[gpu]'"
+                    "would silently ignore the flag): README says how to install it"
                 )
         if args.transformer_impl == "transformer_engine":
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
-                "installed: pip install 'megatron-mdm[gpu]', or use --transformer-impl local"
+                "installed: README says how to, or use --transformer-impl local"
             )
     check_fp8(args)
     if args.transformer_impl == "transformer_engine":
@@ -396,13 +414,42 @@ def tokenizer_mask_id(tokenizer: Any) -> int | None:
     return None
 
 
-def saved_arguments(args: Namespace) -> dict[str, Any]:
-    """The arguments in the checkpoint that is about to be loaded; empty if there are none."""
+def checkpoint_to_load(args: Namespace) -> str | None:
+    """The directory of the checkpoint that Megatron is about to load, None for none.
+
+    Raises:
+        UserError: there is none where --pretrained-checkpoint, or --load with --finetune, says.
+    """
+    from megatron.training.checkpointing import checkpoint_exists
+
+    if checkpoint_exists(args.load):
+        return args.load
+    needed = "pretrained_checkpoint"
+    if args.pretrained_checkpoint is None:
+        if not args.finetune or args.load is None:
+            return args.load
+        needed = "load"  # Megatron would train from random weights, with a warning
+    directory = getattr(args, needed)
+    if not checkpoint_exists(directory):
+        raise UserError(
+            f"{flag(needed)} {directory} has no checkpoint: give the directory that --save or "
+            "tools/convert_checkpoint.py --output named"
+        )
+    return str(directory)
+
+
+def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:
+    """The arguments that the checkpoint in the directory `source` holds; empty if there are none.
+
+    Args:
+        args: of this run.
+        source: see `checkpoint_to_load`.
+    """
     from megatron.training.checkpointing import _load_base_checkpoint
 
-    if args.load is None:
+    if source is None:
         return {}
-    state = _load_base_checkpoint(args.load, args, rank0=True)[0]
+    state = _load_base_checkpoint(source, args, rank0=True)[0]
     return vars(state["args"]) if state and state.get("args") else {}
 
 
@@ -427,6 +474,13 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     if args.load is None or args.finetune:
         return
     args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
+    bins = saved.get("mdm_ppots_bins")
+    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
+        if args.mdm_ppots_bins != bins:
+            raise UserError(
+                f"--mdm-ppots-bins {args.mdm_ppots_bins}: the measurements in the checkpoint have "
+                f"{bins} bins, which cannot change; --finetune begins new ones"
+            )
     if args.mdm_allow_flag_change:
         return
     ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()

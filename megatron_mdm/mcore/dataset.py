@@ -30,7 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset
+from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset, PairDatasetConfig
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import (
     Purpose,
@@ -254,9 +254,18 @@ def train_valid_test_datasets_provider(
 
 
 def build_datasets(
-    args: Namespace, num_rows: list[int], vp_stage: int | None = None
+    args: Namespace,
+    num_rows: list[int],
+    vp_stage: int | None = None,
+    on_all_ranks: bool = False,
 ) -> list[RowDataset | None]:
     """Builds the training, validation and test datasets of so many rows each.
+
+    Args:
+        args: of the run.
+        num_rows: of the three.
+        vp_stage: virtual pipeline stage.
+        on_all_ranks: build them on every rank, and not only where training loads rows.
 
     Raises:
         UserError: a split shorter than one row.
@@ -267,7 +276,7 @@ def build_datasets(
     datasets = BlendedMegatronDatasetBuilder(
         _dataset_class(args),
         [-(-train // config.mdm_views), valid, test],
-        lambda: loads_rows(config, vp_stage),
+        lambda: on_all_ranks or loads_rows(config, vp_stage),
         dataset_config,
     ).build()
     if datasets[0] is not None and not args.mock_data and not vp_stage:
@@ -334,9 +343,10 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+def _dataset_config(args: Namespace) -> PairDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    return PairDatasetConfig(
+        response_multiple=args.mdm_pad_response_to_multiple_of,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,

@@ -188,7 +188,7 @@ def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
         parts = [batch[name].view(b, -1) for name in is_vector]
-        packed = torch.cat(parts, dim=1).to(device, non_blocking=True)
+        packed = side_by_side(parts).to(device, non_blocking=True)
     else:
         packed = torch.empty((b, sum(widths)), dtype=torch.int64, device=device)
     if mpu.get_tensor_model_parallel_world_size() > 1:
@@ -201,6 +201,17 @@ def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
     return Rows(
         **{name: part.contiguous() if vector else part[:, 0] for (name, vector), part in parts}
     )
+
+
+def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors [b, n], int64, in one [b, sum of n], pinned like them: else the host waits in .to().
+
+    Args:
+        parts: on the CPU, pinned by Megatron's loader where there is a GPU.
+    """
+    b, n = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    whole = torch.empty((b, n), dtype=torch.int64, pin_memory=parts[0].is_pinned())
+    return torch.cat(parts, dim=1, out=whole)
 
 
 def loss_func(

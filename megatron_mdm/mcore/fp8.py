@@ -1,11 +1,14 @@
 """FP8: what can use it is checked before anything starts, and evaluations leave its scales alone.
 
+Scales go into checkpoints as Transformer Engine keeps them, and are left there by models without.
+
 Transformer Engine's delayed scaling follows the largest entries that tensors had. Without gradients
 it does not update scales, but each tensor that it rounds still enters its largest entry into the
 history, from which the next training step's scale then follows: rows of an evaluation would have a
 say in training, and two runs that evaluate at different times would differ.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +19,7 @@ from megatron_mdm.errors import UserError
 
 # Least compute capability of each --fp8-recipe in Transformer Engine.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # of Transformer Engine
 ROW_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
 
 
@@ -37,6 +41,11 @@ def check_fp8(args: Namespace) -> None:
             f"--fp8-format does nothing in the layers of --transformer-impl {args.transformer_impl}"
             ": use --transformer-impl transformer_engine, or leave it out"
         )
+    if args.use_transformer_engine_op_fuser and args.fp8_recipe == "delayed":
+        raise UserError(
+            "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed where "
+            "evaluations would move them: leave it out, or use --fp8-recipe tensorwise"
+        )
     needed = CAPABILITY.get(args.fp8_recipe, (8, 9))
     found = torch.cuda.get_device_capability()
     if found < needed:
@@ -56,6 +65,42 @@ def check_fp8(args: Namespace) -> None:
             raise UserError(
                 f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE}, got {size}"
             )
+
+
+def check_scales(args: Namespace, saved: dict[str, Any], source: str | None) -> None:
+    """Checks that Transformer Engine will read the scales of the checkpoint to be loaded.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
+        source: its directory.
+
+    Raises:
+        UserError: it keeps them as a pickle, and has not been told that it may read them.
+    """
+    delayed = all(x.get("fp8") and x.get("fp8_recipe") == "delayed" for x in (vars(args), saved))
+    if delayed and os.environ.get(UNSAFE_PICKLES) != "1":
+        raise UserError(
+            f"the checkpoint in {source} has scales of --fp8-recipe delayed, which Transformer "
+            f"Engine keeps as a pickle: set {UNSAFE_PICKLES}=1 in the environment if you trust it"
+        )
+
+
+def leave_out_scales(model: torch.nn.Module) -> None:
+    """Makes a model without delayed scaling load checkpoints of models with it.
+
+    Transformer Engine would refuse their scales, a pickle, although nothing needs them.
+
+    Args:
+        model: with layers of either implementation.
+    """
+
+    def leave_out(_: Any, state: dict[str, Any], *__: Any) -> None:
+        for name in state:
+            if name.rpartition(".")[2].startswith("_extra_state"):
+                state[name] = None
+
+    model.register_load_state_dict_pre_hook(leave_out)
 
 
 def keep_scales_in_evaluation(model: torch.nn.Module) -> None:

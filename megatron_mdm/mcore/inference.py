@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import re
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.arguments import rejection
 from megatron_mdm.mcore.attention import attention_mask
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
@@ -62,16 +65,22 @@ HERE = {
     "mdm_views": 1,  # rows are counted as texts
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
-    "mdm_ppots_file": None,
-    "mdm_ppots_refit_interval": 0,
+    **{f.name: f.default for f in fields(MDMConfig) if f.name.startswith("mdm_ppots_")},
     "save": None,
     "async_save": False,
     "tensorboard_dir": None,
     "wandb_project": "",
+    # FP8 and FP4 products take some numbers of rows and no others, and texts have any length. The
+    # weights are in the checkpoint in the precision of the run's other tensors.
+    "fp8": None,
+    "fp8_param_gather": False,
+    "fp8_output_proj": False,
+    "fp4": None,
+    "fp4_param_gather": False,
+    "reuse_grad_buf_for_mxfp8_param_ag": False,
+    "moe_router_padding_for_fp8": False,
+    "moe_router_padding_for_quantization": False,
 }
-
-# A run on GPUs may have used what only Transformer Engine has.
-WITHOUT_FP8 = {"fp8": None, "fp8_param_gather": False, "fp4": None, "fp4_param_gather": False}
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,32 @@ class LoadedModel:
     model: Any
     args: Namespace
     tokenizer: Any
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            UserError: the model has none.
+        """
+        mask = self.args.mdm_mask_token_id
+        if mask is None:
+            raise UserError(
+                f"the model in {self.args.load} has no mask token, and so nothing to fill in: "
+                "convert it with --add-mask-token and train it first"
+            )
+        return int(mask)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """Id of the end-of-document token, None if the tokenizer has none."""
+        eod = self.tokenizer.eod
+        return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens in a row: what the model has positions for, in training or not."""
+        return int(self.args.max_position_embeddings)
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -147,7 +182,10 @@ def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> It
     os.environ.setdefault("MASTER_PORT", "0")
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     args = _arguments(checkpoint, device, pipeline_parallel)
-    set_global_variables(args)
+    try:
+        set_global_variables(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise rejection(error) from error
     use_shipped_dataset_helpers()
     initialize_megatron()
     container = pretrain_cfg_container_from_args(args, model_config(args))
@@ -191,12 +229,7 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
     Raises:
         UserError: the tokenizer is not where it was, or the model cannot be divided so.
     """
-    # A Hugging Face tokenizer may be a name that is no file.
-    if args.tokenizer_type == "SentencePieceTokenizer" and not os.path.exists(args.tokenizer_model):
-        raise UserError(
-            f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
-            "directory that the training was started in, or put the file there"
-        )
+    args.tokenizer_model = _tokenizer_model(args, checkpoint)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
     own = {
@@ -214,11 +247,34 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         "transformer_pipeline_model_parallel_size": pipeline_parallel,
         "load": checkpoint,
         "mdm_device": device,
-        **(CPU_DEFAULTS | WITHOUT_FP8 if device == "cpu" else {}),
+        "distributed_backend": "nccl",
+        **(CPU_DEFAULTS if device == "cpu" else {}),
     }
     for name, value in own.items():
         setattr(args, name, value)
     return args
+
+
+def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
+    """Where the tokenizer is.
+
+    Raises:
+        UserError: it is not where it was.
+    """
+    path = args.tokenizer_model
+    files = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    if args.tokenizer_type not in files or os.path.exists(path):
+        return path
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        own = os.path.join(checkpoint, HUB_FILES)
+        if os.path.isdir(own):  # a converted checkpoint, which has moved
+            return own
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # a name that need be no directory
+            return path
+    raise UserError(
+        f"the tokenizer of {checkpoint} is not at {path}: start in the directory that the training "
+        "was started in, or put it there"
+    )
 
 
 def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:

@@ -52,11 +52,11 @@ def measure(
     args = loaded.args
     mdm = MDMConfig.from_args(args)
     check_data(args)
-    dataset = build_datasets(args, [num_rows, 0, 0])[0]
+    dataset = build_datasets(args, [num_rows, 0, 0], on_all_ranks=True)[0]
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
     # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.
-    corrupter = Corrupter(Uniform(), mdm.mdm_mask, args.mdm_mask_token_id, mdm.mdm_eps)
+    corrupter = Corrupter(Uniform(), mdm.mdm_mask, loaded.mask_token_id, mdm.mdm_eps)
     # Every row goes through all bins; where in its bin a draw lies comes from the lattice.
     inside = Quantiles("lattice", args.seed, Split.TEST)
     device = torch.cuda.current_device()

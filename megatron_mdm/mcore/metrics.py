@@ -74,7 +74,8 @@ class Recorder:
         in_bin = torch.nn.functional.one_hot(bins, self.num_bins).double()
         loss = loss.detach().double()[:, None]
         counts = torch.stack([num_masked, num_eligible, draws, share], dim=-1).view(len(t), 4)
-        columns = [in_bin * loss, in_bin * rate_weight[:, None], loss, loss.square(), counts]
+        loss_in_bin = torch.where(in_bin > 0, loss, 0.0)  # a NaN stays in its bin
+        columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, loss.square(), counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
@@ -165,7 +166,15 @@ def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwar
     online = online_sampler()
     refit = online.step(get_args().curr_iteration + 1) if online is not None else None
     if refit is not None and is_last_rank():
-        _log_refit(refit, get_args().curr_iteration + 1)
+        if isinstance(refit, PotsFit):
+            _log_refit(refit, get_args().curr_iteration + 1)
+        else:
+            print(
+                f" mdm P-POTS keeps its density at iteration {get_args().curr_iteration + 1} | "
+                f"{online.state.moments.skipped} rows skipped | {refit} "
+                "(--mdm-ppots-refit-interval, --mdm-ppots-bins)",
+                flush=True,
+            )
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     args = get_args()
@@ -256,10 +265,12 @@ def _log_refit(refit: PotsFit, iteration: int) -> None:
     text = " ".join(f"{t:.2f}: {q:.3f}" for t, q in density.items())
     print(
         f" mdm P-POTS refit at iteration {iteration} | {refit.family} of {refit.rows:.0f} rows, "
-        f"{refit.moments.skipped} skipped | {parameters} | density (t: q) | {text}",
+        f"{refit.moments.skipped} skipped | KL {refit.kl:.2e} | {parameters} | density (t: q) | "
+        f"{text}",
         flush=True,
     )
-    _write({f"mdm/density at t {t:.2f}": q for t, q in density.items()}, iteration)
+    scalars = {f"mdm/density at t {t:.2f}": q for t, q in density.items()}
+    _write({**scalars, "mdm/density KL": refit.kl}, iteration)
 
 
 def _bins(summary: Summary) -> dict[str, float]:

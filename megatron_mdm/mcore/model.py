@@ -5,7 +5,8 @@ Megatron marks GPTModel as deprecated in favour of HybridModel, into which its c
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +19,16 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
-from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
+from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
-from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
+from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
+from megatron_mdm.objective.fit_file import load_sampler
+
+# The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
+ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 
 
 class MDMBuilder(GPTModelBuilder):
@@ -50,12 +56,48 @@ class MDMHybridBuilder(HybridModelBuilder):
 
 def _equipped(model: Any, vp_stage: int | None) -> Any:
     leave_out_state_of_norms(model)
+    if get_args().gradient_accumulation_fusion:
+        accumulate_in_place(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)
+    if not (model.config.fp8 and model.config.fp8_recipe == "delayed"):
+        leave_out_scales(model)
     if online_sampler() is not None:
         in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
         model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
+    _check_density_file()
     return model
+
+
+def accumulate_in_place(model: torch.nn.Module) -> None:
+    """Makes Transformer Engine's layers add gradients of weights to the sum that Megatron keeps.
+
+    The product that makes a gradient then accumulates in float32 itself, with no tensor and no
+    addition of its own. Megatron has one switch for these layers and its own, and will not build
+    the output layer with it where apex is missing, which the others do not need. So `model_config`
+    builds without, and this sets what the switch sets in Transformer Engine's layers; the output
+    layer's gradient goes the ordinary way, through autograd.
+
+    Args:
+        model: with layers of either implementation.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+@lru_cache  # once a process, whatever the number of its virtual stages
+def _check_density_file() -> None:
+    """Compares the density of --mdm-ppots-file between ranks, which may lie on different disks.
+
+    Raises:
+        UserError: stages would mask the same row differently.
+    """
+    path = getattr(get_args(), "mdm_ppots_file", None)
+    if path and not equal_on_all_ranks(load_sampler(path).sampler()):
+        raise UserError(
+            f"--mdm-ppots-file {path} is not the same file on all nodes: copy one to all of them"
+        )
 
 
 @dataclass(kw_only=True)
@@ -79,12 +121,14 @@ def model_config(args: Namespace) -> MDMModelConfig | MDMHybridModelConfig:
         args: parsed and resolved arguments (mcore/arguments.py).
     """
     mdm = MDMConfig.from_args(args)
+    fused = args.gradient_accumulation_fusion and find_spec(ACCUMULATES_GRADIENTS) is not None
+    flags = Namespace(**vars(args) | {"gradient_accumulation_fusion": fused})
     config: Any
     if args.hybrid_layer_pattern:
-        config = hybrid_config_from_args(args, model_config_cls=MDMHybridModelConfig)
+        config = hybrid_config_from_args(flags, model_config_cls=MDMHybridModelConfig)
         config.hybrid_stack_spec = bidirectional_stack(config.transformer, mdm)
     else:
-        config = gpt_config_from_args(args, model_config_cls=MDMModelConfig)
+        config = gpt_config_from_args(flags, model_config_cls=MDMModelConfig)
         # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
         config.rope_scaling_factor = args.rope_scaling_factor
         config.transformer_layer_spec = partial(_layer_spec, mdm=mdm)

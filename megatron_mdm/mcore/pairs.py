@@ -1,5 +1,6 @@
 """Rows for supervised fine-tuning: a prompt and its response each, from a Megatron dataset."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,17 @@ from megatron.training.utils import print_rank_0
 
 from megatron_mdm.data.packing import pack
 from megatron_mdm.errors import UserError
+
+
+@dataclass
+class PairDatasetConfig(GPTDatasetConfig):
+    """Megatron's, and what packed pairs need beside.
+
+    Attributes:
+        response_multiple: of which the length of every response is to be.
+    """
+
+    response_multiple: int = 1
 
 
 class PairDataset(MegatronDataset):
@@ -34,7 +46,7 @@ class PairDataset(MegatronDataset):
         indexed_indices: np.ndarray,
         num_samples: int | None,
         index_split: MegatronSplit,
-        config: GPTDatasetConfig,
+        config: PairDatasetConfig,
     ) -> None:
         super().__init__(
             indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
@@ -46,7 +58,9 @@ class PairDataset(MegatronDataset):
                 "--mdm-sft needs: make it with tools/preprocess_data.py --prompt-key or "
                 "--messages-key"
             )
-        lengths = indexed_dataset.sequence_lengths.reshape(-1, 2).sum(axis=1)[indexed_indices]
+        self.multiple = config.response_multiple if self.packs else 1
+        prompts, responses = indexed_dataset.sequence_lengths.reshape(-1, 2)[indexed_indices].T
+        lengths = prompts + self._padded(responses)
         fits = lengths <= config.sequence_length
         self.pairs: npt.NDArray[np.int64] = np.asarray(indexed_indices, dtype=np.int64)[fits]
         if num_samples != 0 and len(self.pairs) == 0:
@@ -61,8 +75,9 @@ class PairDataset(MegatronDataset):
             shuffled = self._permutation(len(self.pairs), epoch=0)
             order, self.starts = pack(lengths[fits][shuffled], config.sequence_length)
             self.pairs = self.pairs[shuffled[order]]
+        padded = f" padded to multiples of {self.multiple}," if self.multiple > 1 else ""
         print_rank_0(
-            f" > {index_split.name} split of {dataset_path}: {len(self.pairs)} pairs, "
+            f" > {index_split.name} split of {dataset_path}: {len(self.pairs)} pairs,{padded} "
             f"{len(lengths) - len(self.pairs)} left out, longer than {config.sequence_length}, in "
             f"{self.texts_per_epoch} rows"
         )
@@ -84,7 +99,7 @@ class PairDataset(MegatronDataset):
         return max(self.texts_per_epoch, self.num_samples or 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row, whose tokens, int64 [L], are undefined from `num_tokens` on.
+        """A row, whose tokens, int64 [L], are ends of documents from `num_tokens` on.
 
         `prompt`, bool [L], is true at the tokens of prompts; `document`, int64 [L], is the number
         of each token's pair in the row.
@@ -92,16 +107,22 @@ class PairDataset(MegatronDataset):
         epoch, place = divmod(int(index), self.texts_per_epoch)
         row = self._order(epoch)[place]
         length = self.config.sequence_length
-        tokens, document = np.zeros((2, length), dtype=np.int64)
+        tokens = np.full(length, self.config.tokenizer.eod, dtype=np.int64)
+        document = np.zeros(length, dtype=np.int64)
         is_prompt = np.zeros(length, dtype=bool)
         end = 0
         for number, pair in enumerate(self.pairs[self.starts[row] : self.starts[row + 1]]):
             prompt, response = self.dataset.get(2 * pair), self.dataset.get(2 * pair + 1)
-            start, end = end, end + len(prompt) + len(response)
-            tokens[start:end] = np.concatenate([prompt, response])
+            start, end = end, end + len(prompt) + self._padded(len(response))
+            pair_tokens = np.concatenate([prompt, response])
+            tokens[start : start + len(pair_tokens)] = pair_tokens
             is_prompt[start : start + len(prompt)] = True
             document[start:] = number
         return {"tokens": tokens, "num_tokens": end, "prompt": is_prompt, "document": document}
+
+    def _padded(self, length: Any) -> Any:
+        """Lengths of responses with their padding, an array or a number."""
+        return -(-length // self.multiple) * self.multiple
 
     def _permutation(self, count: int, epoch: int) -> npt.NDArray[np.int64]:
         seed = [self.config.random_seed, self.index_split.value, epoch]
@@ -110,6 +131,9 @@ class PairDataset(MegatronDataset):
 
 class PackedPairDataset(PairDataset):
     """As many pairs in each row of training as fit; evaluations have one in each.
+
+    A response goes on with its end until its length is a multiple of `config.response_multiple`,
+    in evaluations too. These ends are tokens of the pair, and no padding.
 
     Which pairs share a row is a function of the data and the seed, and the same in every epoch:
     none sees another, so that nothing but the use of the room depends on it.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
 from megatron.training import get_args
 
@@ -69,18 +70,17 @@ class OnlineSampler:
         sums = accumulate(t, value, rate_weight, self.config.mdm_ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 
-    def step(self, iteration: int) -> PotsFit | None:
+    def step(self, iteration: int) -> PotsFit | FitError | None:
         """Takes an iteration, on all ranks alike, and refits when it is time.
 
         Returns:
-            The new fit, or None: it is not time, or a bin has no rows yet.
+            The new fit; why there is none, a bin without rows for example, so that the run measures
+            on under the density in use; or None: it is not time.
 
         Raises:
             RuntimeError: ranks have come to different densities.
         """
         pending, self.pending = self.pending, None
-        if iteration == self.iteration:  # repeated by Megatron's rerun machine
-            return None
         self.iteration = iteration
         if pending is not None:
             self.measured = pending if self.measured is None else self.measured + pending
@@ -94,11 +94,16 @@ class OnlineSampler:
                 lam=self.config.mdm_ppots_uniform_share,
                 eps=self.eps,
             )
-        except FitError:  # a bin without rows: measure on under the density in use
-            return None
+        except FitError as error:
+            return error
         self.state.sampler = result.sampler()
         self.state.moments.decay(self.config.mdm_ppots_decay)
-        self._assert_equal_on_all_ranks()
+        if not equal_on_all_ranks(self.state.sampler):
+            raise RuntimeError(
+                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
+                f"than others at iteration {self.iteration}: the machines compute differently, or "
+                "their memory is faulty; train with --mdm-ppots-file instead"
+            )
         return result
 
     def reduce(self) -> None:
@@ -117,16 +122,36 @@ class OnlineSampler:
             torch.distributed.broadcast(sums, src=last, group=group)
         self.state.moments.add(sums.cpu().numpy())
 
-    def _assert_equal_on_all_ranks(self) -> None:
-        digest = int(self.state.sampler.digest()[:15], 16)
-        ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise RuntimeError(
-                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
-                f"than others at iteration {self.iteration}: the machines compute differently, or "
-                "their memory is faulty; train with --mdm-ppots-file instead"
-            )
+    def follow_reruns(self) -> None:
+        """Goes back with Megatron's rerun machine, which repeats an iteration to validate a result.
+
+        A repetition sees the density of the first attempt and counts its rows once, and so does the
+        checkpoint that the machine asks for, from which the iteration is to be repeated elsewhere.
+        """
+        machine = get_rerun_state_machine()
+        save, restore = machine.state_save_func, machine.state_restore_func
+
+        def save_all() -> tuple:
+            others = save() if save else None
+            state = self.state.sampler, self.state.moments.vector()
+            return others, *state, self.measured, self.iteration
+
+        def restore_all(saved: tuple) -> None:
+            others, density, moments, self.measured, self.iteration = saved
+            if restore:
+                restore(others)
+            self.state = PotsState(density, RateMoments.from_vector(moments))
+            self.pending = None
+
+        machine.state_save_func, machine.state_restore_func = save_all, restore_all
+
+
+def equal_on_all_ranks(sampler: PiecewiseSampler) -> bool:
+    """Whether all ranks have the same density; a collective call, of 16 bytes."""
+    digest = int(sampler.digest()[:15], 16)
+    ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
 
 
 @lru_cache
@@ -134,7 +159,11 @@ def online_sampler() -> OnlineSampler | None:
     """The online sampler of this process; None if the density of t is fixed."""
     args = get_args()
     config = MDMConfig.from_args(args)
-    return OnlineSampler(config, args.seq_length) if config.mdm_ppots_refit_interval else None
+    if not config.mdm_ppots_refit_interval:
+        return None
+    sampler = OnlineSampler(config, args.seq_length)
+    sampler.follow_reruns()
+    return sampler
 
 
 class SamplerState(MegatronModule):

@@ -1,5 +1,6 @@
 """Documents to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.data.documents import document_text, read_documents
+from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
@@ -44,7 +46,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
         UserError: no such data, or data that cannot be read.
     """
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
-    eod = loaded.tokenizer.eod
+    ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
     ids: list[list[int]] = []
     num_bytes = num_tokens = 0
     if os.path.isfile(data):
@@ -52,7 +54,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
         for document in read_documents([data]):
             text = document_text(document, json_key)
             if tokens := encode(text):
-                ids.append([*tokens, eod])
+                ids.append([*tokens, *ending])
                 num_bytes += len(text.encode())
                 num_tokens += len(ids[-1])
             if num_tokens >= max_tokens:
@@ -69,7 +71,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
             ids.append(sequence.tolist())
             num_tokens += len(sequence)
             if has_text:
-                text = loaded.tokenizer.detokenize([i for i in ids[-1] if i != eod])
+                text = loaded.tokenizer.detokenize([i for i in ids[-1] if i not in ending])
                 num_bytes += len(text.encode())
             if num_tokens >= max_tokens:
                 break
@@ -78,14 +80,39 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
     return Documents(ids, num_bytes if has_text else None)
 
 
-def encoder(loaded: LoadedModel) -> Callable[[str], list[int]]:
-    """The checkpoint's tokenizer as preprocessing uses it: <mask> in a text is ordinary text."""
-    kind, model = loaded.args.tokenizer_type, loaded.args.tokenizer_model
-    if kind == "SentencePieceTokenizer":
-        return load_sentencepiece(model).load()
-    if kind == "HuggingFaceTokenizer" and os.path.isdir(model):
-        return load_hugging_face(model).load()
+def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[int]]:
+    """The checkpoint's tokenizer as preprocessing uses it: it puts nothing before a text.
+
+    Args:
+        loaded: the checkpoint.
+        special: whether text that spells a special token is that token, as where preprocessing
+            renders conversations with a chat template; else it is ordinary text.
+    """
+    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
+    if data is not None:
+        return data.load(special)
+    if loaded.args.tokenizer_type == "HuggingFaceTokenizer":  # by the name of a repository
+        tokenizer = loaded.tokenizer._tokenizer.tokenizer
+        return lambda text: (
+            tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+        )
     return loaded.tokenizer.tokenize
+
+
+def vocab_size(loaded: LoadedModel) -> int:
+    """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
+    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
+    return loaded.tokenizer.vocab_size if data is None else data.vocab_size
+
+
+@functools.cache
+def _tokenizer_data(kind: str, model: str | None) -> TokenizerData | None:
+    """What preprocessing reads of a tokenizer, None if it does not know the kind."""
+    if kind == "SentencePieceTokenizer":
+        return load_sentencepiece(model)
+    if kind == "HuggingFaceTokenizer" and os.path.isdir(model):
+        return load_hugging_face(model)
+    return None
 
 
 def rows_of(loaded: LoadedModel, documents: Documents, packed: bool, limit: int) -> list[Text]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.fits import PotsFit
-from megatron_mdm.objective.pots import RateMoments
+from megatron_mdm.objective.pots import TABLE_SIZE, RateMoments
 from megatron_mdm.objective.samplers import PiecewiseSampler
 
 FORMAT, VERSION = "megatron-mdm rate density", 1
@@ -50,11 +50,14 @@ def load_sampler(path: str | Path) -> PotsFit:
     Raises:
         UserError: no such file, damaged, of another version, or not a density.
     """
-    again = "measure and fit it again"
+    again = "make it anew with tools/fit_ppots.py"
     try:
         content: Any = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"cannot read the rate density {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read the rate density {path} ({error.strerror}): give --mdm-ppots-file a file "
+            "of tools/fit_ppots.py"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not a rate density (not JSON): {again}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -66,6 +69,8 @@ def load_sampler(path: str | Path) -> PotsFit:
     try:
         if content["target"] not in ("loss", "gradient"):
             raise ValueError(f"'target' is {content['target']!r}")
+        if len(content["edges"]) > TABLE_SIZE:
+            raise ValueError(f"it has more than {TABLE_SIZE} edges")
         return PotsFit(
             target=content["target"],
             family=str(content["family"]),

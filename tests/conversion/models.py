@@ -164,6 +164,30 @@ def make(kind: str, directory: Path, **changes) -> Path:
     return directory
 
 
+def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> None:
+    """A tokenizer of words and their ids, `<unk>` among them.
+
+    Args:
+        directory: of a model.
+        words: word -> id.
+        special: bos_token, which is then put before every text, eos_token and the like.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    if bos := special.get("bos_token"):
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, words[bos])]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+    fast.save_pretrained(directory)
+
+
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
     """Tensors of a LLaDA, LLaDA-MoE or Dream model by their published names."""
     if "d_model" in config:

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import common, hub
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.errors import UserError
@@ -85,6 +86,21 @@ CASES = {
         lambda d: change_tensors(d, **{Q: torch.zeros(32, 32, dtype=torch.int8)}),
         f"the tensor {Q} has dtype I8",
     ),
+    "an index that is a list": (lambda d: (d / hub.INDEX).write_text("[]"), "JSON object"),
+    "an index without files": (lambda d: (d / hub.INDEX).write_text("{}"), "no 'weight_map' of"),
+    "a tensor twice": (
+        lambda d: save_file({Q: torch.zeros(32, 32)}, d / "more.safetensors"),
+        f"has the tensor {Q} twice, in model.safetensors and more.safetensors",
+    ),
+    "a value of another kind": (
+        lambda d: change_config(d, mask_token_id="<mask>"),
+        "'mask_token_id' should be the id of a token, got '<mask>'",
+    ),
+    "no heads": (lambda d: change_config(d, n_heads=0), "'n_heads' should be a whole number above"),
+    "a damaged tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("[1]"),
+        "tokenizer.json does not hold a JSON object",
+    ),
     "a mask outside": (lambda d: change_config(d, mask_token_id=96), "mask token 96 lies outside"),
 }
 
@@ -97,6 +113,55 @@ def test_a_bad_model_is_named_and_nothing_is_written(case, source, tmp_path):
         to_megatron(str(source), str(tmp_path / "out"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_file_beside_the_weights_that_cannot_be_read(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "side_files", lambda directory: [directory / "gone.txt"])
+    with pytest.raises(UserError, match="cannot read .*/hf/gone.txt: No such file"):
+        to_megatron(str(source), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tensor_comes_from_the_file_that_the_index_names(source):
+    tensors = load_file(source / hub.SINGLE)
+    save_file({**tensors, Q: torch.full((32, 32), 7.0)}, source / "a.safetensors")
+    save_file({Q: tensors[Q]}, source / "z.safetensors")
+    files = dict.fromkeys(tensors, "a.safetensors") | {Q: "z.safetensors"}
+    (source / hub.INDEX).write_text(json.dumps({"weight_map": files}))
+    model = hub.HubModel(source)
+    assert torch.equal(model.read(Q), tensors[Q]) and model.entries.keys() == tensors.keys()
+
+
+def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
+    """Infinities that were there stay."""
+    tensor = torch.zeros(32, 32)
+    tensor[3, 3], tensor[0, 0] = 1e5, torch.inf
+    change_tensors(source, **{Q: tensor})
+    for dtype in (torch.bfloat16, None):
+        to_megatron(str(source), str(tmp_path / str(dtype)), dtype=dtype, verify=True, say=str)
+    for convert, given in ((to_megatron, source), (to_hugging_face, tmp_path / "None")):
+        with pytest.raises(UserError, match=f"--dtype: {Q} holds 1e.05, which is infinite in torc"):
+            convert(str(given), str(tmp_path / "out"), dtype=torch.float16)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
+    """Half of the input in bfloat16, twice of that in float32."""
+    size = (source / hub.SINGLE).stat().st_size
+
+    def convert(given, output, dtype, free):
+        usage = namedtuple("usage", "total used free")(0, 0, free)
+        with monkeypatch.context() as patch:
+            patch.setattr(common.shutil, "disk_usage", lambda _: usage)
+            to_megatron(str(given), str(tmp_path / output), dtype=dtype, say=str)
+
+    convert(source, "half", torch.bfloat16, size * 3 // 4)
+    with pytest.raises(UserError, match="GB are needed beside"):
+        convert(source, "out", None, size * 3 // 4)
+    to_hugging_face(str(tmp_path / "half"), str(tmp_path / "small"), say=str)
+    with pytest.raises(UserError, match="GB are needed beside"):
+        convert(tmp_path / "small", "out", torch.float32, size * 3 // 4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_output_is_left_alone(source, tmp_path):
@@ -128,6 +193,16 @@ BACK = {
     "another family": (
         lambda c: shutil.copy(c / "release" / "metadata.json", c / "huggingface" / "config.json"),
         "no table for the architecture None",
+    ),
+    "another mask token": (
+        lambda c: change_config(c / "huggingface", mask_token_id=89),
+        "was trained with mask token 90,",
+    ),
+    "a mask token without a row": (
+        lambda c: change_config(
+            c / "huggingface", mask_token_id=None, vocab_size=90, embedding_size=90
+        ),
+        "mask token 90 lies outside the 90 rows of",
     ),
     "a larger vocabulary": (
         lambda c: change_config(c / "huggingface", vocab_size=99, embedding_size=99),

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.common import pairs
-from megatron_mdm.conversion.families import LLADA, LLADA_MOE, LOCAL_NORM, TE_NORM, detect
-from megatron_mdm.conversion.layout import Heads
+from megatron_mdm.conversion.families import LLADA, LLADA_MOE, detect
+from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM, Heads
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate

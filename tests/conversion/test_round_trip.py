@@ -115,6 +115,8 @@ def test_what_the_megatron_side_needs_is_there(converted):
     launch = (checkpoint / "launch.txt").read_text()
     assert "--mdm-shift" in launch and "--mdm-mask-token-id 90" in launch
     assert launch.strip() in "\n".join(said)
+    start = f"--pretrained-checkpoint {checkpoint} --load MY_RUN --save MY_RUN"
+    assert start in " ".join(launch.replace("\\\n", "").split())
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     args = load_common_state_dict(str(checkpoint / "release"))["args"]

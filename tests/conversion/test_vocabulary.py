@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.conversion.tokenizer import MASK_TOKEN
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
-from megatron_mdm.conversion.vocabulary import MASK_TOKEN
 from megatron_mdm.errors import UserError
 from tests.conversion import models
 
@@ -18,17 +19,8 @@ ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def write_tokenizer(directory, tokens):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(tokens - 1)} | {"<unk>": tokens - 1}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
-        directory
-    )
+    words = {f"w{i}": i for i in range(tokens - 1)}
+    models.write_tokenizer(directory, words | {"<unk>": tokens - 1})
 
 
 def rows(checkpoint, key):
@@ -68,7 +60,16 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
     for name, tensor in original.items():
         assert torch.equal(back[name][:96] if name in names else back[name], tensor)
     assert "left out 7 padding rows" in said[-2]
+    assert "transformers runs Qwen2ForCausalLM with causal attention: to fill in" in said[-4]
+    assert "position i - 1 are for token i (mdm_shift" in said[-3]
     models.logits(tmp_path / "back", torch.tensor([[96, 1]]), causal=False)  # transformers loads it
+
+    # It is a diffusion model, and stays one that predicts the token after each position.
+    assert config["mdm_shift"] is True
+    to_megatron(str(tmp_path / "back"), str(tmp_path / "again"), say=lambda line: None)
+    launch = (tmp_path / "again" / "launch.txt").read_text()
+    assert "--mdm-shift" in launch and "--mdm-mask-token-id 96" in launch
+    assert load_common_state_dict(str(tmp_path / "again" / "release"))["args"].mdm_shift is True
 
 
 def test_an_unused_row_and_the_tokenizer(tmp_path):
@@ -90,6 +91,44 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
         assert len(tokenizer) == 91 and tokenizer("w1 w2").input_ids == [1, 2]
     launch = (tmp_path / "mg" / "launch.txt").read_text()
     assert f"--tokenizer-model {tmp_path / 'mg' / 'huggingface'}" in launch
+
+
+def test_the_row_of_the_mask_token_is_not_lost(tmp_path):
+    """With the config.json of the model from before it had one."""
+    source = models.make("qwen2", tmp_path / "hf")
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=str)
+    with pytest.raises(UserError, match="the checkpoint's mask token 96 lies outside the 96 rows"):
+        to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), config_from=str(source))
+    assert not (tmp_path / "back").exists()
+
+    unused = models.make("llama", tmp_path / "unused")
+    write_tokenizer(unused, 90)
+    to_megatron(str(unused), str(tmp_path / "mg90"), add_mask=True, say=str)
+    to_hugging_face(
+        str(tmp_path / "mg90"), str(tmp_path / "back"), config_from=str(unused), say=str
+    )
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["vocab_size"], config["mask_token_id"], config["mdm_shift"]) == (96, 90, True)
+
+
+def test_the_written_model_computes_the_same_as_it_is_told_to_be_used(tmp_path, megatron_logits):
+    """As README and the tool say: attention that hides nothing, and the shift."""
+    import transformers
+
+    source = models.make("qwen2", tmp_path / "hf")
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=str)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), say=str)
+    tokens = torch.tensor([[5, 96, 96, 7, 96, 3]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=torch.zeros(1, 1, 6, 6)).logits
+        causal = model(tokens).logits
+    shifted = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    ours = megatron_logits(tmp_path / "mg", tokens)["full"]
+    torch.testing.assert_close(ours, shifted, rtol=0, atol=1e-4)
+    assert (ours - logits).abs().max() > 0.1 and (logits - causal).abs().max() > 0.1
 
 
 def test_a_tokenizer_that_is_too_large(tmp_path):

@@ -8,19 +8,40 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_mdm.data.pairs import PairKeys
+from megatron_mdm.data.documents import Document
+from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.preprocess import load_hugging_face, preprocess
 from megatron_mdm.errors import UserError
 
-WORDS = ["<eos>", "<user>", "<bot>", "a", "b", "c", "d", "[UNK]"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }}"
-    "{{ ' <eos> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
-)
+WORDS = ["<eos>", "<user>", "<bot>", "a", "b", "c", "d", "[UNK]", "<eot>", "\n"]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def template(end, tail, before=""):
+    """A chat template: what ends a message, and what follows the last one."""
+    return (
+        f"{before}{{% for m in messages %}}{{{{ '<user> ' if m.role == 'user' else '<bot> ' }}}}"
+        f"{{{{ m.content + ' {end}' }}}}{{% endfor %}}{tail}"
+    )
+
+
+# What follows the last message when it is asked for, and always.
+ASKED = "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+ALWAYS = "{{ '<bot> ' }}"
+# Before the messages: a look at the first one, and a stand-in for none.
+FIRST = "{% if messages[0].role == 'system' %}{{ '<user> ' }}{% endif %}"
+DEFAULT = "{% if not messages %}{{ '<user> a <eot> ' }}{% endif %}"
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def encoded(path, chat_template):
+    """What a worker makes of CHAT."""
+    directory = tokenizer_directory(path, chat_template)
+    keys = PairKeys(messages="m", template=directory)
+    document = Document("x.jsonl", 1, json.dumps({"m": CHAT}).encode(), 0)
+    return PairEncoder(load_hugging_face(directory), keys, append_eod=True)([document])
+
+
+def tokenizer_directory(path, chat_template):
     """A Hugging Face tokenizer of words, with a chat template."""
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -28,12 +49,16 @@ def directory(tmp_path_factory):
         tokenizer_object=inner,
         eos_token="<eos>",
         unk_token="[UNK]",
-        additional_special_tokens=["<user>", "<bot>"],
+        additional_special_tokens=["<user>", "<bot>", "<eot>", "\n"],
     )
-    tokenizer.chat_template = TEMPLATE
-    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tokenizer_directory(tmp_path_factory.mktemp("tokenizer"), template("<eos> ", ASKED))
 
 
 def run(tmp_path, directory, lines, keys, **options):
@@ -72,6 +97,34 @@ def test_a_chat_template_splits_before_the_last_answer(tmp_path, directory):
     pairs, _ = run(tmp_path, directory, [{"m": messages}], keys)
     # The template's special tokens are tokens, and its last one ends the document already.
     assert pairs == [("<user> a <eos> <bot> b <eos> <user> c <eos> <bot>", "d d <eos>")]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "prompt", "response"),
+    [
+        # Qwen's shape: the end of a message, and of a document, and then a new line.
+        (template("<eos>\n", ASKED), "<user> a <eos> \n <bot>", "b <eos>"),
+        # Another end than the document's, which follows it.
+        (template("<eot>\n", ASKED), "<user> a <eot> \n <bot>", "b <eot> \n <eos>"),
+        # LLaDA's: the header of an answer after every conversation, whether it is asked for or not.
+        (template("<eot> ", ALWAYS), "<user> a <eot> <bot>", "b <eot> <eos>"),
+        # No header for an answer to come.
+        (template("<eos> ", ""), "<user> a <eos>", "<bot> b <eos>"),
+        (template("<eos> ", "", FIRST), "<user> a <eos>", "<bot> b <eos>"),
+    ],
+)
+def test_a_response_ends_with_one_end(tmp_path, chat_template, prompt, response):
+    chunk = encoded(tmp_path, chat_template)
+    words = [WORDS[i] for i in chunk.tokens]
+    ((length, _),) = chunk.lengths
+    assert (" ".join(words[:length]), " ".join(words[length:])) == (prompt, response)
+
+
+@pytest.mark.parametrize("before", [FIRST, DEFAULT])
+def test_what_is_always_appended_is_found_or_refused(tmp_path, before):
+    (message,) = encoded(tmp_path, template("<eot> ", ALWAYS, before)).bad
+    assert message.startswith("x.jsonl:1: the chat template ignores add_generation_prompt")
+    assert "give prompt and response as texts" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(

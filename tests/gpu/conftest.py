@@ -4,24 +4,25 @@ MDM_TEST_DEVICE=cpu runs all of them on the CPU with local layers, without FP8 a
 iterations: that shows that they run, and nothing about a GPU.
 """
 
-import importlib.util
-import multiprocessing
 import os
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
 # Layers that FP8 products take, in all recipes, and fused attention; or what is there soon.
-WIDTH, LENGTH = (256, 128) if DEVICE == "cuda" else (32, 32)
+WIDTH, LENGTH, RATE = (256, 128, 1e-3) if DEVICE == "cuda" else (32, 32, 4e-3)
 MODEL = [
     *f"--hidden-size {WIDTH} --ffn-hidden-size {2 * WIDTH} --seq-length {LENGTH}".split(),
-    *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr 1e-3 --seed 7".split(),
+    *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr {RATE} --seed 7".split(),
 ]
+# Losses and gradients of many batches under the same weights, which so small a rate leaves alone.
+STILL = "--lr 1e-12 --adam-eps 1 --finetune".split()
 FP8 = "--bf16 --fp8-format hybrid --fp8-recipe".split()
 PRECISIONS = {
     "bf16": ["--bf16"],
@@ -31,11 +32,19 @@ PRECISIONS = {
 }
 
 
+def errors(run, reference):
+    """Root mean square differences of two runs over iterations: of losses, of gradient norms."""
+    pairs = ((run.losses, reference.losses), (run.grad_norms, reference.grad_norms))
+    return [
+        statistics.mean((a - b) ** 2 for a, b in zip(*pair, strict=True)) ** 0.5 for pair in pairs
+    ]
+
+
 def pytest_collection_modifyitems(items):
     lacks = None
     if DEVICE == "cuda" and not torch.cuda.is_available():
         lacks = "needs a CUDA device (MDM_TEST_DEVICE=cpu for a dry run)"
-    elif DEVICE == "cuda" and importlib.util.find_spec("transformer_engine") is None:
+    elif DEVICE == "cuda" and not HAS_TRANSFORMER_ENGINE:
         lacks = "Transformer Engine is not installed (extra `gpu`)"
     for item in items:
         if HERE in item.path.parents:
@@ -45,11 +54,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ranks_of_their_own():
-    """On a GPU ranks start from nothing: a forked process cannot use CUDA after its parent."""
+def patience():
+    """Several runs of 200 iterations may share the GPU and the cores."""
     with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cuda":
-            patch.setattr(ranks, "_context", multiprocessing.get_context("spawn"))
         patch.setattr(ranks, "TIMEOUT", 400)
         yield
 
@@ -80,6 +87,7 @@ def train(data, tmp_path_factory):
             *["--mdm-device", device, *layers],
             *["--train-iters", str(iterations if DEVICE == "cuda" else dry)],
             *flags,
+            transformer_engine=device == "cuda",
             **options,
         )
 

@@ -16,6 +16,8 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, dataset
 from tests import ranks
 
+FITTED = "--mdm-rate-sampler ppots --mdm-ppots-file x.json"
+ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 5"
 COMMON = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING]
 
 
@@ -48,9 +50,36 @@ def the_error_line(output):
         ("--mdm-quantiles sobol", "argument --mdm-quantiles: invalid choice: 'sobol'"),
         ("--mdm-mask span", "argument --mdm-mask: invalid choice: 'span'"),
         ("--mdm-head half", "argument --mdm-head: invalid choice: 'half'"),
+        ("--mdm-pad-response-to-multiple-of 0", "multiple-of must be at least 1"),
+        ("--mdm-pad-response-to-multiple-of 8", "needs the packed pairs of --mdm-sft and --mdm-is"),
+        ("--mdm-pad-response-to-multiple-of 8 --mdm-sft", "is filled up with its end by --mdm"),
+        (
+            "--mdm-pad-response-to-multiple-of 8 --mdm-sft --mdm-isolate-documents "
+            "--no-mdm-eod-eligible",
+            "leave out --no-mdm-eod-eligible",
+        ),
+        (
+            "--mdm-sft --mdm-isolate-documents --mdm-pad-eligible",
+            "use --mdm-pad-response-to-multiple-of",
+        ),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--mdm-isad-token-ids 3 --mdm-isad-delta 1.5", "--mdm-isad-delta must lie in [0, 1]"),
+        ("--mdm-isad-delta 0.2", "--mdm-isad-delta needs --mdm-isad-token-ids: it does nothing"),
+        ("--mdm-isad-weight exact", "--mdm-isad-weight needs --mdm-isad-token-ids"),
+        ("--mdm-sft --mdm-syrm-fraction 2", "--mdm-syrm-fraction must lie in [0, 1]"),
+        ("--mdm-views 0", "--mdm-views must be at least 1"),
+        ("--mdm-views 3", "--micro-batch-size 2 is not a multiple of --mdm-views 3"),
+        ("--mdm-rate-sampler ppots", "needs --mdm-ppots-file or --mdm-ppots-refit-interval"),
+        ("--mdm-ppots-file x.json", "--mdm-ppots-file needs --mdm-rate-sampler ppots"),
+        (f"{FITTED} --mdm-ppots-target gradient", "--mdm-ppots-target needs --mdm-ppots-refit-"),
+        (f"{FITTED} --mdm-ppots-decay 0.2", "--mdm-ppots-decay needs --mdm-ppots-refit-interval"),
+        (f"{ONLINE} --mdm-ppots-decay 2", "--mdm-ppots-decay must lie in [0, 1]"),
+        (f"{ONLINE} --mdm-ppots-uniform-share 0", "--mdm-ppots-uniform-share must lie in (0, 1]"),
+        (f"{ONLINE} --mdm-ppots-bins 0", "--mdm-ppots-bins must lie in 1..1022, got 0"),
+        (f"{ONLINE} --mdm-ppots-bins 5000", "--mdm-ppots-bins must lie in 1..1022, got 5000"),
+        (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch would leave out what"),
         ("--mdm-strata 2", "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata"),
         ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must be at least 1"),
         (
@@ -378,12 +407,18 @@ def test_a_mask_inside_the_padding_of_the_vocabulary():
         arguments._mask_token_id(args)
 
 
+def resolve(args):
+    # As Megatron's validation sets them.
+    args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
+    return arguments.resolve(args)
+
+
 def test_a_resumed_run_with_other_flags(base, monkeypatch):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
     args = parsed(monkeypatch, *words)
     with pytest.raises(UserError) as caught:
-        arguments.check_resume(args, arguments.saved_arguments(args))
+        resolve(args)
     message = str(caught.value)
     assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
@@ -393,10 +428,33 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
-        args = parsed(monkeypatch, *words, *words_that_allow)
-        arguments.check_resume(args, arguments.saved_arguments(args))
-    args = parsed(monkeypatch, *words[:2])
-    arguments.check_resume(args, arguments.saved_arguments(args))
+        resolve(parsed(monkeypatch, *words, *words_that_allow))
+    resolve(parsed(monkeypatch, *words[:2]))
+
+
+def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatch, tmp_path):
+    """Until --load has a checkpoint, which then is what the flags are compared with."""
+    pretrained = base[base.index("--load") + 1]
+    new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
+    words = [*new, "--mdm-mask", "exact-count"]
+    assert resolve(parsed(monkeypatch, *words)).finetune
+    with pytest.raises(UserError) as caught:
+        resolve(parsed(monkeypatch, *words, "--rotary-base", "5000"))
+    assert str(caught.value).startswith(
+        f"the checkpoint in {pretrained} is of another model: --rotary-base is 10000"
+    )
+
+    words = ["--pretrained-checkpoint", str(tmp_path / "gone"), "--load"]
+    assert not resolve(parsed(monkeypatch, *words, pretrained)).finetune
+    with pytest.raises(UserError, match="trained with other settings: --mdm-mask exact-count"):
+        resolve(parsed(monkeypatch, *words, pretrained, "--mdm-mask", "exact-count"))
+    with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
+        resolve(parsed(monkeypatch, *words, str(tmp_path / "new")))
+    # A first start has no checkpoint to resume yet, but one to fine-tune is somewhere.
+    gone = ["--load", str(tmp_path / "gone")]
+    resolve(parsed(monkeypatch, *gone))
+    with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
+        resolve(parsed(monkeypatch, *gone, "--finetune"))
 
 
 # -- the program
@@ -418,6 +476,8 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
             ["--global-batch-size"],
             "Megatron rejects these flags or their files: Invalid schedule entry",
         ),
+        ("--mdm-isad-token-ids 3 500", [], "--mdm-isad-token-ids 500 lies outside the vocabulary"),
+        (FITTED, [], "cannot read the rate density x.json (No such file or directory): give"),
         ("--num-attention-heads 5", [], "Megatron rejects these flags or their files: "),
         (
             "--recompute-granularity selective --recompute-modules mla_up_proj",

@@ -7,6 +7,7 @@ import torch
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import CPU, cpu_mode, training_device
+from megatron_mdm.mcore.forward_step import side_by_side
 
 
 def snapshot():
@@ -55,6 +56,22 @@ def test_the_mode_covers_this_thread_only():
             thread.start()
             thread.join()
         assert seen
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_rows_that_are_pinned_stay_pinned(pinned, monkeypatch):
+    """What is not pinned is copied to a GPU while the host waits. Without one nothing can be."""
+    asked, empty = [], torch.empty
+
+    def recording_empty(*args, pin_memory, **kwargs):
+        asked.append(pin_memory)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", recording_empty)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: pinned)
+    parts = [torch.tensor([[1], [2]]), torch.tensor([[3, 4], [5, 6]])]
+    assert side_by_side(parts).tolist() == [[1, 3, 4], [2, 5, 6]]
+    assert asked == [pinned]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

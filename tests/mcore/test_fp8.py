@@ -11,13 +11,12 @@ from megatron.training.arguments import parse_args
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, head
-from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation
-from tests import ranks
+from megatron_mdm.mcore.fp8 import check_scales, keep_scales_in_evaluation, leave_out_scales
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 FP8 = "--mdm-device cuda --bf16 --transformer-impl transformer_engine --fp8-format hybrid".split()
 transformer_engine = pytest.mark.skipif(
-    find_spec("transformer_engine") is None,
-    reason="Transformer Engine is not installed (extra `gpu`)",
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (extra `gpu`)"
 )
 
 
@@ -46,6 +45,7 @@ def check(monkeypatch):
         ("--micro-batch-size 1 --seq-length 24", (9, 0), "--seq-length must be a multiple of 16"),
         ("--hidden-size 40", (9, 0), "--hidden-size must be .* 16, got 40"),
         ("--ffn-hidden-size 88", (9, 0), "--ffn-hidden-size must be .* 16, got 88"),
+        ("--use-transformer-engine-op-fuser", (9, 0), "op-fuser keeps the scales .* leave it out"),
     ],
 )
 def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check):
@@ -114,22 +114,61 @@ def test_evaluations_leave_the_state_of_delayed_scaling_alone(keeps):
     assert torch.equal(trained(True), plain) == keeps
 
 
+def test_scales_of_a_checkpoint_are_read_with_consent(monkeypatch):
+    monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
+    saved = {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    args = SimpleNamespace(**saved)
+    with pytest.raises(UserError, match="in here has scales .* set NVTE_ALLOW_UNSAFE_.*=1 in"):
+        check_scales(args, saved, "here")
+    for other in ({}, {"fp8": None, "fp8_recipe": "delayed"}, saved | {"fp8_recipe": "tensorwise"}):
+        check_scales(args, other, "here")
+        check_scales(SimpleNamespace(**{"fp8": None, **other}), saved, "here")
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    check_scales(args, saved, "here")
+
+
+class Stateful(torch.nn.Linear):
+    """Refuses a state, as Transformer Engine does one that is a pickle."""
+
+    def get_extra_state(self):
+        return torch.ones(3, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        if state is not None:
+            raise RuntimeError("refused")
+
+
+def test_models_without_delayed_scaling_leave_scales_alone():
+    state = torch.nn.Sequential(Stateful(2, 2), torch.nn.Linear(2, 2)).state_dict()
+    model = torch.nn.Sequential(Stateful(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="refused"):
+        model.load_state_dict(state)
+    leave_out_scales(model)
+    model.load_state_dict(state)
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
 @transformer_engine
 def test_the_state_of_transformer_engine_itself(tmp_path):
-    ranks.launch(tmp_path, 1, entry="delayed_scaling")
+    ranks.launch(tmp_path, 1, entry="delayed_scaling", transformer_engine=True)
     scales = json.loads((tmp_path / "scales.json").read_text())
     assert scales["kept"] == scales["without evaluation"]
     assert scales["not kept"] != scales["without evaluation"]
+    assert scales["loaded without FP8"]
 
 
 @transformer_engine
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
-    flags = "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max --mock-data".split()
-    ranks.launch(tmp_path, 1, *FP8, "--fp8-recipe", recipe, *flags, entry="fp8_flags")
+    flags = [*FP8, "--fp8-recipe", recipe, "--mock-data"]
+    flags += "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()
+    ranks.launch(tmp_path, 1, *flags, entry="fp8_flags", transformer_engine=True)
     seen = json.loads((tmp_path / "flags.json").read_text())
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
     assert seen["recipe"] == kinds.get(recipe, "TEDelayedScaling")
+    # Megatron's own layers lack apex here, which Transformer Engine's can do without.
+    apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
+    assert seen["accumulates in products"] == [True, apex]
     if recipe == "delayed":
         assert seen["history"] == [1024, "max", 0]

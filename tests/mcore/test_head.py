@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from megatron.core import mpu
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
-from megatron_mdm.mcore.head import ROW_MULTIPLE, MaskedPositions
+from megatron_mdm.benchmarks.head import _output_layer, _unscaled, one_rank
+from megatron_mdm.mcore.head import ROW_MULTIPLE, HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.sampler_state import SamplerState
 from tests import ranks
 
@@ -105,3 +108,28 @@ def test_selection_of_positions(mask, length, parts):
     for ours, reference in zip(results(selected), results(everywhere), strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-14)
     assert not selected(hidden, weight)[~chosen].any()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_fused_cross_entropy_gives_the_same(mask):
+    """--cross-entropy-loss-fusion, whose gradients are bfloat16, as they are after the other."""
+
+    def fused(labels, logits):
+        group = mpu.get_tensor_model_parallel_group()
+        return fused_vocab_parallel_cross_entropy(logits, labels.t().contiguous(), group).t()
+
+    generator = torch.Generator().manual_seed(0)
+    with one_rank("cpu"):
+        layer, plain = _output_layer(96, 16, "cpu")
+        layer.bfloat16()
+        states = torch.randn(24, 3, 16, generator=generator).bfloat16().requires_grad_()
+        labels = torch.randint(96, (3, 24), generator=generator)
+        chosen = MASKS[mask](torch.rand(3, 24, generator=generator))
+
+        def results(cross_entropy):
+            context = HeadContext(MaskedPositions(chosen))
+            losses = head(states, layer, None, labels, cross_entropy, _unscaled, None, context)
+            return losses, *torch.autograd.grad(losses.sum(), (states, layer.weight))
+
+        for ours, reference in zip(results(fused), results(plain), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)

@@ -1,15 +1,20 @@
 """Views, densities of t and ISAD through the program: layouts, resume, and a fitted density."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from megatron.core.rerun_state_machine import RerunStateMachine
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.sampler_state import OnlineSampler
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore import sampler_state
+from megatron_mdm.objective.fits import FAMILIES
 from megatron_mdm.objective.randomness import Split
+from megatron_mdm.objective.samplers import PiecewiseSampler
 from tests import ranks
 
 ISAD = ["--mdm-isad-token-ids", "10", "11", "12", "--mdm-isad-weight", "exact"]
@@ -158,15 +163,92 @@ def test_the_state_of_the_sampler_is_restored_bit_for_bit_in_another_layout(base
         assert value.equal(after[name]), name
 
 
-def test_a_repeated_iteration_neither_counts_nor_fits_again():
-    """Megatron's rerun machine repeats an iteration: its moments would be decayed twice."""
+def test_repeated_iterations_change_nothing(base, tmp_path):
+    """Megatron's rerun machine repeats every step here, those with a fit included.
+
+    That a row is masked alike both times is asserted where the driver records it.
+    """
+    flags = [*base, *ONLINE, "--train-iters", "5"]
+    once = ranks.launch(tmp_path / "once", 1, *flags)
+    twice = ranks.launch(tmp_path / "twice", 1, *flags, "--rerun-mode", "report_determinism_stats")
+    assert twice.masks() == once.masks()
+    assert twice.losses == once.losses
+    tag = "mdm/density at t 0.05"
+    assert len(set(once.scalars[tag])) == 2  # iterations 2 and 4
+    assert twice.scalars[tag] == [q for q in once.scalars[tag] for _ in range(2)]
+
+
+def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monkeypatch):
+    """The machine restores, then saves: the iteration is repeated from there, and counts once."""
+    machine = RerunStateMachine(lambda: "theirs", lambda state: restored.append(state))
+    restored = []
+    monkeypatch.setattr(sampler_state, "get_rerun_state_machine", lambda: machine)
     config = MDMConfig(mdm_rate_sampler="ppots", mdm_ppots_refit_interval=2, mdm_ppots_bins=4)
-    sampler = OnlineSampler(config, 32)
-    sampler.iteration = 2
-    sampler.pending = ranks.torch.ones(17)
-    assert sampler.step(2) is None  # a fit would need the process groups, which are not there
-    assert sampler.pending is None
-    assert sampler.measured is None
+    sampler = sampler_state.OnlineSampler(config, 32)
+    sampler.follow_reruns()
+    before = sampler.state.state_vector()
+    saved = machine.state_save_func()
+    for _ in range(2):
+        sampler.state.moments.add(np.ones(17))
+        sampler.state.sampler = PiecewiseSampler([0, 1], [0.5, 1.5])
+        sampler.measured = sampler.pending = ranks.torch.ones(17)
+        machine.state_restore_func(saved)
+        assert np.array_equal(sampler.state.state_vector(), before)
+        assert sampler.measured is None and sampler.pending is None
+    assert restored == ["theirs", "theirs"]
+
+
+def test_ranks_with_other_densities_stop(base, tmp_path):
+    run = ranks.launch(tmp_path, 2, *base, *ONLINE, entry="other_density", check=False)
+    assert 0 not in run.status
+    assert any(
+        "fitted another density of the masking rate than others at iteration 2" in text
+        for text in run.output
+    )
+
+
+def test_other_density_files_on_other_nodes_are_refused(base, density, tmp_path):
+    content = json.loads(density.read_text())
+    for rank, values in enumerate((content["density"], content["density"][::-1])):
+        (tmp_path / f"ppots{rank}.json").write_text(json.dumps({**content, "density": values}))
+    flags = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(tmp_path / "ppotsRANK.json")]
+    run = ranks.launch(tmp_path, 2, *base, *flags, entry="file_of_a_node", check=False)
+    assert 2 in run.status and 0 not in run.status
+    message = (
+        "error: rank {0}: --mdm-ppots-file {1}/ppots{0}.json is not the same file on all nodes"
+    )
+    assert any(message.format(i, tmp_path) in text for i, text in enumerate(run.output))
+
+
+def test_a_run_says_why_it_keeps_its_density(base, tmp_path):
+    flags = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 500".split()
+    run = ranks.launch(tmp_path, 1, *base, *flags, "--train-iters", "1")
+    line = next(x for x in run.output[0].splitlines() if "P-POTS keeps its density" in x)
+    assert "at iteration 1 | 0 rows skipped | 492 of 500 rate bins hold no rows" in line
+    assert "--mdm-ppots-bins" in line
+
+
+def test_a_row_without_a_finite_loss_is_counted_and_stays_out_of_the_fit(base, tmp_path):
+    flags = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 2".split()
+    flags += "--train-iters 1 --mdm-rate-bins 2 --no-check-for-nan-in-loss-and-grad".split()
+    run = ranks.launch(tmp_path, 1, *base, *flags, entry="nan_row")
+    line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 1" in x)
+    assert "of 7 rows, 1 skipped" in line
+    assert all(np.isfinite(run.scalars[name]).all() for name in run.scalars if "density" in name)
+    # The log shows which rates it was at.
+    line = next(x for x in run.output[0].splitlines() if "mdm iteration        1" in x)
+    per_rate = line.rpartition("| ")[2]
+    assert ("0.25: nan" in per_rate) != ("0.75: nan" in per_rate)
+
+
+def test_fits_of_a_checkpoint_on_two_ranks(base, density, tmp_path):
+    tool = ["--", "tools/fit_ppots.py", "--device", "cpu", "--load", base[base.index("--load") + 1]]
+    tool += "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
+    output = tmp_path / "two.json"
+    ranks.launch(tmp_path, 2, *tool, "--output", str(output), entry="tool")
+    one, two = (json.loads(path.read_text()) for path in (density, output))
+    assert two["moments"] == pytest.approx(one["moments"], rel=1e-5)
+    assert two["density"] == pytest.approx(one["density"], rel=1e-5)
 
 
 def test_measured_gradients_are_those_of_a_row(base, tmp_path):
@@ -205,3 +287,29 @@ def test_another_density_is_named_at_resume(base, density, tmp_path):
     assert resumed.status != [0]
     assert "--mdm-rate-sampler uniform (checkpoint: ppots)" in resumed.output[0]
     assert "--mdm-ppots-digest" in resumed.output[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rows 0", "--rates, --rows and --masks must be at least 1"),
+        ("--rates 5000", "--rates 5000: at most 1022"),
+        ("--uniform-share 0", "--uniform-share must lie in (0, 1], got 0.0"),
+        ("--rates 3 --family epr", "--family epr has 7 parameters; take more rates or"),
+        ("--rates 4 --family power", "--family power has 5 parameters"),
+        ("--output x.png", "--output x.png: .png is the picture's suffix"),
+        ("--output nowhere/x.json", "--output nowhere/x.json cannot be written"),
+    ],
+)
+def test_flags_of_fits_are_checked_before_anything_is_measured(flags, message, monkeypatch):
+    tool = runpy.run_path(str(ranks.Path(__file__).parents[2] / "tools/fit_ppots.py"))
+    argv = ["fit_ppots", "--load", "nothing", "--output", "x.json", *flags.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError) as caught:
+        tool["check"](tool["parse"]())
+    assert message in str(caught.value)
+
+
+def test_parameters_of_the_families():
+    tool = runpy.run_path(str(ranks.Path(__file__).parents[2] / "tools/fit_ppots.py"))
+    assert tool["PARAMETERS"] == {name: len(family.names) for name, family in FAMILIES.items()}

@@ -35,8 +35,14 @@ OBJECTIVES = {
     "own rates seen": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
     "random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7",
     "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
+    "sft without padding": "--mdm-sft",
+    "sft shifted": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-shift",
+    "sft ISAD": "--mdm-sft --mdm-pad-eligible --mdm-isad-token-ids 5 60 70 119 "
+    "--mdm-isad-delta 0.3",
     "packed sft": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document "
     "--mdm-normalization rows",
+    "packed sft padded": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document --mdm-shift "
+    "--mdm-normalization rows --mdm-pad-response-to-multiple-of 8",
 }
 
 

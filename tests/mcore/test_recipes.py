@@ -39,6 +39,11 @@ def test_flags_given_by_hand_win(monkeypatch, tmp_path):
         monkeypatch, "--mdm-recipe", "paper", *"--mdm-rate-sampler clipped --mdm-clip 0 0.5".split()
     )
     assert (config.mdm_views, config.mdm_clip) == (2, [0.0, 0.5])
+    # And so does a density that stays as it is.
+    fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
+    config = parse(monkeypatch, "--mdm-recipe", "recommended", *fixed)
+    assert (config.mdm_rate_sampler, config.mdm_ppots_target) == ("ppots", "loss")
+    assert (config.mdm_mask, config.mdm_ppots_refit_interval) == ("exact-count", 0)
 
 
 def test_contradictions_are_named_with_the_recipe(monkeypatch):

@@ -1,4 +1,7 @@
-"""Stop and resume, under another layout each time: the run goes on as if never interrupted."""
+"""Stop and resume, under another layout each time: the run goes on as if never interrupted.
+
+Every part has the same flags, --pretrained-checkpoint among them, which the first starts from.
+"""
 
 import pytest
 
@@ -46,9 +49,9 @@ def runs(request, tmp_path_factory, base, data):
 
     whole = run("whole", 1, *base[base.index("--load") :], "--save", str(directory / "whole_ckpt"))
     checkpoint = str(directory / "checkpoint")
+    source = ["--pretrained-checkpoint", base[base.index("--load") + 1], "--load", checkpoint]
     parts = []
     for i, layout in enumerate(LAYOUTS):
-        source = base[base.index("--load") :] if i == 0 else ["--load", checkpoint]
         stop = ["--exit-interval", "2"] if i < 2 else []
         parts.append(run(f"part{i}", 2, *layout.split(), *source, "--save", checkpoint, *stop))
     return (

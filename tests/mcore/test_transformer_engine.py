@@ -4,19 +4,17 @@ Nothing of Transformer Engine computes without a GPU, but its modules can be bui
 libraries load.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from tests import ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None,
-    reason="Transformer Engine is not installed (extra `gpu`)",
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (extra `gpu`)"
 )
 
 
 def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
-    ranks.launch(tmp_path, 1, entry="transformer_engine_spec")
+    ranks.launch(tmp_path, 1, entry="transformer_engine_spec", transformer_engine=True)
     assert (Path(tmp_path) / "built").read_text() == "done"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import optimize
 
+from megatron_mdm.config import MOST_PPOTS_BINS
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective import fits
 from megatron_mdm.objective.fit_file import load_sampler, save_sampler
@@ -532,7 +533,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
 def test_missing_folders_are_named(tmp_path, saved):
     with pytest.raises(UserError, match="cannot write .*nowhere"):
         save_sampler(tmp_path / "nowhere" / "rates.json", saved[1])
-    with pytest.raises(UserError, match="cannot read .*absent.json: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*absent.json \(No such file"):
         load_sampler(tmp_path / "absent.json")
 
 
@@ -574,6 +575,7 @@ def replace(key, index, value):
         (replace("edges", 3, 0.9), "do not increase"),
         (replace("edges", -1, 2.0), "do not increase"),
         (lambda content: content["density"].pop(), "one value for each"),
+        (lambda content: content.update(edges=[0.0] * (TABLE_SIZE + 1)), "more than 1024 edges"),
         (replace("moments", 0, float("inf")), "rate moments hold a number"),
         (lambda content: content["moments"].pop(), "rate moments are 4 numbers"),
     ],
@@ -586,7 +588,7 @@ def test_damaged_files_are_named(saved, damage, message):
     with pytest.raises(UserError, match=message) as caught:
         load_sampler(path)
     text = str(caught.value)
-    assert str(path) in text and "measure and fit it again" in text and "\n" not in text
+    assert str(path) in text and "make it anew with tools/fit_ppots.py" in text and "\n" not in text
 
 
 @pytest.mark.parametrize("text", ["", "{", "not json", "[1, 2]", "null", b"\xff\xfe"])
@@ -595,7 +597,7 @@ def test_files_that_are_something_else_are_named(tmp_path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match="rates.json is not a rate density") as caught:
         load_sampler(path)
-    assert "measure and fit it again" in str(caught.value)
+    assert "make it anew with tools/fit_ppots.py" in str(caught.value)
 
 
 # State
@@ -638,3 +640,14 @@ def test_a_table_that_is_too_long_is_refused():
     state = PotsState(PiecewiseSampler(edges, np.ones_like(edges)), RateMoments(3))
     with pytest.raises(ValueError, match="does not fit"):
         state.state_vector()
+
+
+def test_as_many_bins_as_the_flag_allows_find_room_in_a_checkpoint():
+    moments = RateMoments(MOST_PPOTS_BINS)
+    t = (np.arange(MOST_PPOTS_BINS) + 0.5) / MOST_PPOTS_BINS
+    moments.update(t, 1 + t, np.ones_like(t))
+    sampler = fit(moments, family="piecewise").sampler()
+    assert len(sampler.edges) == TABLE_SIZE
+    PotsState(sampler, moments).state_vector()
+    with pytest.raises(UserError, match="must lie in"):
+        RateMoments(MOST_PPOTS_BINS + 1)

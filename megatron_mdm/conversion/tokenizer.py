@@ -1,0 +1,198 @@
+"""A tokenizer's files in a Hugging Face directory: ids, a mask token, a missing tokenizer.json.
+
+`tokenizer.json` is what the `tokenizers` library reads, and with it preprocessing and Megatron.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_mdm.conversion import hub
+from megatron_mdm.errors import UserError
+
+MASK_TOKEN = "<|mask|>"
+# Classes that read vocab.json and merges.txt as Qwen2's does.
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
+
+Pairs = Iterable[tuple[Any, Any]]
+
+
+def tokenizer_size(directory: Path) -> int | None:
+    """One more than the largest id that the tokenizer's files name, None without a tokenizer.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    ids = [i for _, i in _named_tokens(directory)]
+    model = directory / "tokenizer.model"
+    if not ids and model.exists():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            ids = [SentencePieceProcessor(str(model)).vocab_size() - 1]
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+    return max(ids) + 1 if ids else None
+
+
+def _named_tokens(directory: Path) -> Iterator[tuple[str, int]]:
+    """Every token that a file names, with its id; some twice."""
+    for name, read in _READERS.items():
+        path = directory / name
+        if not path.exists():
+            continue
+        with _damage(path):
+            for token, i in read(hub.read_object(path)):
+                if not isinstance(token, str) or type(i) is not int or i < 0:
+                    raise ValueError(f"{token!r}: {i!r}")
+                yield token, i
+
+
+def _of_tokenizer_json(content: dict[str, Any]) -> Pairs:
+    vocab = content["model"]["vocab"]
+    yield from (
+        vocab.items() if isinstance(vocab, dict) else ((item[0], i) for i, item in enumerate(vocab))
+    )
+    for token in content.get("added_tokens") or ():
+        yield token["content"], token["id"]
+
+
+def _of_settings(content: dict[str, Any]) -> Pairs:
+    for i, token in (content.get("added_tokens_decoder") or {}).items():
+        yield token["content"], int(i)
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], Pairs]] = {
+    "tokenizer.json": _of_tokenizer_json,
+    "vocab.json": dict.items,
+    "added_tokens.json": dict.items,
+    "tokenizer_config.json": _of_settings,
+}
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with contents of another form into a line about the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a tokenizer's ({type(error).__name__}: {error}): copy it again"
+        ) from error
+
+
+def add_mask_token(directory: Path, mask: int) -> None:
+    """Adds the mask token to the tokenizer files of a directory, which may have none.
+
+    Raises:
+        UserError: the tokenizer has no tokenizer.json, knows the token, or would give it another
+            id.
+    """
+    path = directory / "tokenizer.json"
+    if tokenizer_size(directory) is None:
+        return
+    if not path.exists():
+        raise UserError(
+            "--add-mask-token needs the tokenizer's tokenizer.json: load it with transformers' "
+            "AutoTokenizer and save it with save_pretrained first"
+        )
+    tokenizer = hub.read_object(path)
+    token = {
+        "content": MASK_TOKEN,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
+    if any(name == MASK_TOKEN for name, _ in _named_tokens(directory)):
+        raise UserError(f"--add-mask-token: the tokenizer has {MASK_TOKEN} already")
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), {"id": mask, **token}]
+    _write(path, tokenizer)
+    backend = _transformers().PreTrainedTokenizerFast(tokenizer_file=str(path))
+    given = backend.convert_tokens_to_ids(MASK_TOKEN)
+    if given != mask:
+        raise UserError(
+            f"--add-mask-token: the tokenizer's ids have holes, so that {MASK_TOKEN} would become "
+            f"token {given} and not {mask}: add a mask token to the tokenizer yourself, and its id "
+            "as mask_token_id to config.json"
+        )
+    settings = _settings(directory)
+    settings["mask_token"] = MASK_TOKEN
+    if "added_tokens_decoder" in settings:
+        settings["added_tokens_decoder"][str(mask)] = token
+    _write(directory / "tokenizer_config.json", settings)
+    special = directory / "special_tokens_map.json"
+    if special.exists():
+        _write(special, hub.read_object(special) | {"mask_token": MASK_TOKEN})
+
+
+def write_fast_tokenizer(directory: Path) -> None:
+    """Writes the tokenizer.json of a tokenizer that has Qwen2's vocab.json and merges.txt instead.
+
+    So Dream is released, with Python code that reads them, which preprocessing does not run. Every
+    token keeps its id. Other tokenizers are left as they are.
+
+    Args:
+        directory: with the tokenizer's files; changed.
+
+    Raises:
+        UserError: the files do not describe one tokenizer.
+    """
+    settings = _settings(directory)
+    if (
+        settings.get("tokenizer_class") not in QWEN2_CLASSES
+        or (directory / "tokenizer.json").exists()
+        or not all((directory / name).exists() for name in ("vocab.json", "merges.txt"))
+    ):
+        return
+    transformers = _transformers()
+    named = list(_named_tokens(directory))
+    try:
+        built = transformers.Qwen2TokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
+        raise UserError(
+            "the tokenizer's vocab.json and merges.txt make no byte-level BPE "
+            f"({' '.join(str(error).split())}): copy them again"
+        ) from error
+    ids, known = built.get_vocab(), {token for token, _ in named}
+    nowhere = [(token, "no id") for token in built.all_special_tokens if token not in known]
+    for token, i in [*named, *nowhere]:
+        if ids.get(token) != i:
+            raise UserError(
+                f"{token!r} has {i} in one of the tokenizer's files and {ids.get(token)} by all of "
+                "them: copy the files of one tokenizer"
+            )
+    built.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    settings.pop("auto_map", None)
+    ours = {"tokenizer_class": "PreTrainedTokenizerFast", **built.special_tokens_map}
+    _write(directory / "tokenizer_config.json", settings | ours)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return hub.read_object(path) if path.exists() else {}
+
+
+def runs_code(directory: Path) -> bool:
+    """Whether the tokenizer is Python code that lies beside it."""
+    return "auto_map" in _settings(directory)
+
+
+def _transformers() -> Any:
+    """The package, with `tokenizers` beside it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "the tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
+        ) from error
+    return transformers
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""tools/generate.py on converted models: tokens as in training, positions, a moved directory."""
+
+import shutil
+from argparse import Namespace
+
+import pytest
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.arguments import parse_args
+
+from megatron_mdm.conversion import family
+from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.mcore.inference import LoadedModel
+from megatron_mdm.mcore.texts import encoder, read_tokens, vocab_size
+from tests import ranks
+from tests.conversion import models
+
+# A tokenizer that puts <s> before every text, has holes in its ids and no end of document.
+BOS, MASK = 80, 90
+WORDS = {f"w{i}": i for i in range(80)}
+WORDS |= {"<s>": BOS, "<unk>": 81, "<|mdm_mask|>": MASK, "last": 95}
+SPECIAL = {"bos_token": "<s>", "mask_token": "<|mdm_mask|>"}
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A converted model for rows of 8 tokens, which has 64 positions, not where it was written."""
+    root = tmp_path_factory.mktemp("moved")
+    source = models.make("llada", root / "hf", mask_token_id=MASK)
+    models.write_tokenizer(source, WORDS, **SPECIAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "DEFAULT_SEQ_LENGTH", 8)
+        to_megatron(str(source), str(root / "mg"), say=lambda line: None)
+    assert "--seq-length 8 " in (root / "mg" / "launch.txt").read_text()
+    return (root / "mg").rename(root / "elsewhere")
+
+
+def generate(directory, load, *flags, check=True):
+    command = ["tools/generate.py", "--device", "cpu", "--load", str(load), *flags]
+    run = ranks.launch(directory, 1, "--", *command, entry="tool", check=check)
+    return (directory / "stdout0").read_text() if check else run.output[0]
+
+
+def test_given_tokens_stand_where_they_stand_in_training(moved, tmp_path):
+    flags = ["--prompt", "w1 w2<mask>w3", "--prompt", "<s> w1 <unk>", "--suffix", "w4"]
+    lines = generate(tmp_path, moved, *flags, "--length", "30", "--steps", "3").splitlines()
+    first, second = lines[1].split(), lines[3].split()
+    # Longer than the rows of the training, as rotary positions allow.
+    assert len(first) == 4 + 30 + 1 and len(second) == 3 + 30 + 1
+    assert (first[:2], first[3], first[-1]) == (["w1", "w2"], "w3", "w4")
+    assert (second[:3], second[-1]) == (["<s>", "w1", "<unk>"], "w4")
+
+
+def test_a_model_without_a_mask_token(converted, tmp_path):
+    log = generate(tmp_path, converted("llama")[1], "--prompt", "1 2", check=False)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert "has no mask token, and so nothing to fill in" in line and "Traceback" not in log
+
+
+def test_a_tokenizer_that_cannot_be_read(moved, tmp_path):
+    damaged = shutil.copytree(moved, tmp_path / "damaged")
+    (damaged / "huggingface" / "tokenizer.json").write_text("{}")
+    log = generate(tmp_path, damaged, "--prompt", "w1", check=False)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert str(damaged / "huggingface") in line and "Traceback" not in log
+
+
+def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
+    directory = str(moved / "huggingface")
+    monkeypatch.setattr("sys.argv", ["", "--tokenizer-type", "HuggingFaceTokenizer"])
+    args = parse_args(ignore_unknown_args=True)
+    args.tokenizer_model, args.rank = directory, 0
+    loaded = LoadedModel(None, args, build_tokenizer(args))
+    text = "w1 <s> w2 last"
+    assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # what training never saw
+    assert encoder(loaded)(text) == load_hugging_face(directory).load()(text)
+    assert encoder(loaded, special=True)(text) == [1, BOS, 2, 95]
+    assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
+    # Without a token for the end, nothing ends a text.
+    (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
+    assert read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9).ids == [[1, 2], [3]]
+    assert [LoadedModel(None, args, Namespace(eod=eod)).end_token_id for eod in (None, -1, 5)] == [
+        None,
+        None,
+        5,
+    ]
+    # A tokenizer by the name of a repository is no directory.
+    named = LoadedModel(
+        None, Namespace(**{**vars(args), "tokenizer_model": "a/b"}), loaded.tokenizer
+    )
+    assert encoder(named, special=True)(text) == [1, BOS, 2, 95]
+    assert encoder(named)(text)[0] == 1
