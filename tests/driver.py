@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args
+from megatron.training import get_args, initialize
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.mcore import forward_step as step
@@ -51,6 +52,12 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def every_step_twice() -> None:
+    """`train`, repeated by the rerun machine in the mode that no value of --rerun-mode chooses."""
+    initialize.RerunMode = lambda mode: RerunMode.REPORT_DETERMINISM_STATS
+    train()
 
 
 def libraries() -> None:
@@ -116,6 +123,8 @@ def whole_batch() -> None:
         routed = sum(_router_losses(args, *router) for router in routers) / len(rows)
         if args.mdm_normalization == "tokens":
             routed = routed * batch["tokens"].numel() / sum(counts)
+        elif args.mdm_rate_per == "document":
+            routed = routed * len(rows) / sum(n > 0 for n in counts)
         MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own stay out
         gradients = torch.autograd.grad(loss + routed, parameters)
         torch.save(
@@ -138,14 +147,18 @@ def _router_inputs(model):
 
 
 def _router_losses(args, router, x):
-    """Balance of each row (Switch Transformer's) and z-loss of each token: means, weighted."""
+    """Balance of a row (Switch Transformer's) and z-loss of its tokens: means, weighted.
+
+    A row that ends early, x [s, 1, h] with s below --seq-length, counts for as much less.
+    """
     logits = x.double() @ router.weight.double().t()
     num_experts = logits.shape[-1]
     p = logits.softmax(dim=-1)
     chosen = torch.zeros_like(p).scatter(-1, p.topk(args.moe_router_topk).indices, 1.0)
     rows = num_experts * (chosen.mean(dim=0) * p.mean(dim=0)).sum(dim=-1) / args.moe_router_topk
     z_loss = logits.logsumexp(dim=-1).square().mean()
-    return args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
+    loss = args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
+    return loss * x.shape[0] / args.seq_length
 
 
 def tool() -> None:
@@ -592,7 +605,19 @@ def benchmark_sides() -> None:
 
 
 def context_parallel() -> None:
-    """The program under context parallelism, with attention that gathers all keys and values.
+    """The program under context parallelism, see `_gather_for_attention`."""
+    _gather_for_attention()
+    train()
+
+
+def context_parallel_traffic() -> None:
+    """`traffic` under context parallelism."""
+    _gather_for_attention()
+    traffic()
+
+
+def _gather_for_attention() -> None:
+    """Lets attention gather all keys and values of a row.
 
     It stands in for Transformer Engine's, which needs a GPU.
     """
@@ -623,7 +648,6 @@ def context_parallel() -> None:
 
     arguments._check_context_parallel = lambda args: None
     model.bidirectional_spec = gathering(model.bidirectional_spec)
-    train()
 
 
 class _Gathered(torch.autograd.Function):
@@ -677,17 +701,30 @@ def recipe() -> None:
         args = parse()
         model_config(args)  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
+    found["rotary_base"] = args.rotary_base
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
 
 
 def traffic() -> None:
     """The program with the collective calls of our own code counted, as this rank makes them.
 
-    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each.
+    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each. What
+    tensor ranks other than the first measured for P-POTS differs in the last bit, as sums that are
+    taken in another order may.
     """
     from torch import distributed
 
+    from megatron_mdm.mcore.sampler_state import OnlineSampler
+
     calls = []
+    reduce = OnlineSampler.reduce
+
+    def reduce_otherwise(self):
+        if self.measured is not None and mpu.get_tensor_model_parallel_rank() > 0:
+            self.measured = self.measured.nextafter(self.measured + 1.0)
+        reduce(self)
+
+    OnlineSampler.reduce = reduce_otherwise
 
     def counted(name):
         function = getattr(distributed, name)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.benchmarks import overhead
 from megatron_mdm.benchmarks.measuring import device_name, spread
-from megatron_mdm.benchmarks.overhead import OPTIONS, SIZES
 from megatron_mdm.benchmarks.race import MASK, write_data
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error}: pip install 'megatron-mdm[hf]'") from error
-    sizes = {name: getattr(args, name) or SIZES[device][name] for name in OPTIONS}
+    sizes = overhead.sizes_of(args, device)
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
         results = measure(
             device, pathlib.Path(directory), sizes, args.vocabulary, args.window, args.rounds

@@ -331,7 +331,7 @@ def _measure(
                     meter.add(name, x, layers[name].weight.detach(), g)
                 meter.end_micro_batch()
             if batch:
-                weights.append(float((corruption.weight * corruption.mask).max()))
+                weights.append(float(corruption.largest_weight.max()))
         for meter in meters.values():
             meter.end_batch()
     return [

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check(args)
     device = use_device()
-    sizes = {name: getattr(args, name) or SIZES[device][name] for name in OPTIONS}
+    sizes = sizes_of(args, device)
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
         results = measure(
             device, pathlib.Path(directory), sizes, args.vocabulary, args.window, args.rounds
@@ -95,6 +95,20 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
     if args.vocabulary <= MASK:
         raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
+
+
+def sizes_of(args: argparse.Namespace, device: str) -> dict[str, int]:
+    """The value of each of `OPTIONS`, given or the default of the device.
+
+    Raises:
+        UserError: heads of no size that a rotary embedding can turn.
+    """
+    sizes = {name: getattr(args, name) or SIZES[device][name] for name in OPTIONS}
+    if sizes["hidden"] % (2 * sizes["heads"]):
+        raise UserError(
+            f"--hidden {sizes['hidden']}: must be a multiple of 2 x --heads {sizes['heads']}"
+        )
+    return sizes
 
 
 def use_device() -> str:

@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -17,11 +19,11 @@ from megatron_mdm.config import MDMConfig, flag, requested_device
 from megatron_mdm.data.tokenizer import MASK_PIECE
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
-from megatron_mdm.mcore.dataset import check_data_files
+from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_documents
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
-from megatron_mdm.mcore.model import ACCUMULATES_GRADIENTS
+from megatron_mdm.mcore.sizes import check_experts, check_sizes
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.recipes import expansion, set_recipe_defaults
 
@@ -52,9 +54,14 @@ REFUSED = {
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
     "moe_expert_capacity_factor": "experts that drop tokens predict a row by what else is in its "
     "micro-batch; leave it out",
+    "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
+    "it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
+
+# The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
+ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 
 # What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
 FUSED_BY = {
@@ -124,6 +131,21 @@ def rejection(error: Exception) -> UserError:
     return UserError(f"Megatron rejects these flags or their files: {reason}")
 
 
+@contextmanager
+def megatron_may_reject_flags() -> Iterator[None]:
+    """Makes a line of what Megatron itself raises against flags while it prepares the model.
+
+    Exceptions that come from other code, ours included, are bugs, and keep their traceback.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, UserError) or f"{os.sep}megatron{os.sep}" not in where:
+            raise
+        raise rejection(error) from error
+
+
 def _add_arguments_in_one_line(parser: ArgumentParser) -> ArgumentParser:
     """Adds our flags, and makes wrong ones a line without the hundreds of lines of the usage."""
 
@@ -140,12 +162,14 @@ def resolve(args: Namespace) -> Namespace:
     For scripts of your own: call it on what `parse_and_validate_args` returned.
 
     Raises:
-        UserError: no mask token, or objective flags that differ from the checkpoint's.
+        UserError: no mask token or end of document, or objective flags that differ from the
+            checkpoint's.
     """
     check(args)
     if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
         print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
     args.mdm_mask_token_id = _mask_token_id(args)
+    _check_end_of_document(args)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         draws = max(1, args.mdm_strata_window // args.mdm_views)
@@ -183,7 +207,7 @@ def check_data(args: Namespace) -> None:
     """Checks the files that --data-path and its like name.
 
     Raises:
-        UserError: one is missing or damaged.
+        UserError: one is missing or damaged, or its documents have no end that a flag needs.
     """
     if args.mock_data:
         if args.mdm_sft:
@@ -194,6 +218,30 @@ def check_data(args: Namespace) -> None:
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
     check_data_files(*blends)
+    divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
+    if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
+        check_ends_of_documents(*blends, get_tokenizer().eod)
+
+
+def _check_end_of_document(args: Namespace) -> None:
+    """Checks that the tokenizer has an end of document if a flag needs one."""
+    eod = get_tokenizer().eod
+    if eod is not None and eod >= 0:  # sentencepiece: -1
+        return
+    needed_by = {
+        "--mdm-isolate-documents": args.mdm_isolate_documents,
+        "--mdm-rate-per document": args.mdm_rate_per == "document",
+        "--no-mdm-eod-eligible": not args.mdm_eod_eligible,
+        "--no-mdm-eod-attended": not args.mdm_eod_attended,
+        "--mdm-sft": args.mdm_sft,
+    }
+    for name, is_needed in needed_by.items():
+        if is_needed:
+            raise UserError(
+                f"{name} needs an end-of-document token, and the tokenizer "
+                f"{args.tokenizer_model or args.tokenizer_type} has none (eos): leave it out, or "
+                "give the tokenizer one and run tools/preprocess_data.py again"
+            )
 
 
 def check(args: Namespace) -> None:
@@ -254,17 +302,15 @@ def check(args: Namespace) -> None:
                 "--qk-layernorm does not reach HybridModel's layers of Transformer Engine: use "
                 "--num-layers, or --transformer-impl local"
             )
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        raise UserError(
-            "--num-experts with --tensor-model-parallel-size above 1 needs --sequence-parallel"
-        )
+    if args.num_experts:
+        check_experts(args)
     if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
         raise UserError(
             f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
             "measured: use torch_dist"
         )
     _check_transformer_engine(args)
-    _check_batch_sizes(args)
+    check_sizes(args)
 
 
 def _refusal(name: str) -> UserError:
@@ -315,70 +361,14 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
                 "attention mask has no fused kernel"
             )
+    elif args.multi_latent_attention:
+        raise UserError(
+            "--multi-latent-attention needs --transformer-impl transformer_engine: leave it out"
+        )
     if args.transformer_impl == "inference_optimized":
         raise UserError(
             "--transformer-impl inference_optimized cannot train: use transformer_engine or local"
         )
-
-
-def _check_batch_sizes(args: Namespace) -> None:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
-    model = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
-    if world % model:
-        raise UserError(
-            f"{world} ranks cannot be divided into model replicas of {model} "
-            f"(--tensor-model-parallel-size {args.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} x "
-            f"--context-parallel-size {args.context_parallel_size}): change "
-            "--nproc-per-node or the sizes"
-        )
-    experts = (
-        (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
-        * args.expert_model_parallel_size
-        * args.pipeline_model_parallel_size
-    )
-    if world % experts:
-        raise UserError(
-            f"{world} ranks cannot be divided into replicas of the experts of {experts}: change "
-            "--nproc-per-node, --expert-model-parallel-size or --expert-tensor-parallel-size"
-        )
-    if args.micro_batch_size is None:
-        raise UserError("--micro-batch-size is missing: rows that one rank processes at a time")
-    replicas = world // model
-    for prefix in ("", "eval_"):
-        micro = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
-        total = getattr(args, f"{prefix}global_batch_size") or args.global_batch_size
-        if micro < 1:
-            raise UserError(f"{flag(prefix + 'micro_batch_size')} must be at least 1, got {micro}")
-        if not prefix and micro % args.mdm_views:
-            raise UserError(
-                f"--micro-batch-size {micro} is not a multiple of --mdm-views {args.mdm_views}: "
-                "the views of a text must lie in one micro-batch"
-            )
-        if total is not None and (total < 1 or total % (micro * replicas)):
-            raise UserError(
-                f"{flag(prefix + 'global_batch_size')} {total} is not a multiple of "
-                f"{flag(prefix + 'micro_batch_size')} {micro} x {replicas} data-parallel ranks"
-            )
-    for entry in (args.step_batch_size_schedule or "").replace(",", " ").split():
-        size = entry.rpartition(":")[2]
-        if size.isdigit() and int(size) % (args.micro_batch_size * replicas):
-            raise UserError(
-                f"--step-batch-size-schedule: {size} of {entry} is not a multiple of "
-                f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel ranks"
-            )
 
 
 def _mask_token_id(args: Namespace) -> int:

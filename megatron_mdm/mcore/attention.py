@@ -146,7 +146,9 @@ def attention_mask(
         position is attended to.
     """
     if as_bounds:
-        return None if documents is None else document_bounds(documents)
+        bounds = None if documents is None else document_bounds(documents)
+        # Rows of one document each, as most of random lengths are, need no varying lengths.
+        return None if bounds is None or len(bounds) == len(documents) + 1 else bounds
     if mdm.mdm_pad_attended and mdm.mdm_eod_attended and documents is None and ahead is None:
         return None
     hidden = torch.zeros_like(padding)

@@ -5,8 +5,6 @@ own random numbers, but neither its rate t nor its mask: these depend on the rat
 move while a prefetched row waits in a loader.
 """
 
-import os
-import struct
 from argparse import Namespace
 from typing import Any
 
@@ -16,13 +14,7 @@ from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import (
-    _INDEX_HEADER,
-    DType,
-    IndexedDataset,
-    get_bin_path,
-    get_idx_path,
-)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
@@ -44,7 +36,6 @@ from megatron_mdm.objective.randomness import (
 )
 
 FIXED = -1  # the uniform of a token that is never masked
-INDEX_PART = 1 << 20  # sequences of an index that are checked at a time: there may be billions
 
 SPLITS = {
     MegatronSplit.train: Split.TRAIN,
@@ -367,89 +358,6 @@ def _dataset_config(args: Namespace) -> PairDatasetConfig:
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
     )
-
-
-def check_data_files(
-    blend: tuple[list[str], Any] | None, blend_per_split: list[Any] | None
-) -> None:
-    """Checks every .bin/.idx pair of what Megatron's get_blend_and_blend_per_split returned.
-
-    Raises:
-        UserError: names the file.
-    """
-    blends = blend_per_split or [blend]
-    prefixes = [prefix for blend in blends if blend is not None for prefix in blend[0]]
-    if not prefixes:
-        raise UserError("no data: give --data-path PREFIX (without .bin), or --mock-data")
-    for prefix in dict.fromkeys(prefixes):
-        if "://" not in prefix:  # object storage is checked by Megatron
-            _check_data_file(prefix)
-
-
-def _check_data_file(prefix: str) -> None:
-    bin_path, idx_path = get_bin_path(prefix), get_idx_path(prefix)
-    for path in (bin_path, idx_path):
-        if not os.path.isfile(path):
-            raise UserError(
-                f"{path} does not exist: make it with tools/preprocess_data.py "
-                f"--output-prefix {prefix}"
-            )
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path} is empty: run tools/preprocess_data.py again")
-    try:
-        expected = _indexed_bytes(idx_path)
-    except (ValueError, struct.error) as error:
-        raise UserError(
-            f"{idx_path} is not a Megatron index, or is damaged or cut short ({error}): "
-            "run tools/preprocess_data.py again"
-        ) from error
-    if expected == 0:
-        raise UserError(f"{idx_path} lists no documents: run tools/preprocess_data.py again")
-    if os.path.getsize(bin_path) != expected:
-        raise UserError(
-            f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
-            "is cut short or of another index; run tools/preprocess_data.py again"
-        )
-
-
-def _indexed_bytes(idx_path: str) -> int:
-    """The size that an index implies for its .bin.
-
-    Megatron's IndexedDataset reads the same, but trusts what it finds, and prints an ignored
-    exception when it is dropped after a failure.
-
-    Raises:
-        ValueError, struct.error: not an index, or one that contradicts itself.
-    """
-    with open(idx_path, "rb") as stream:
-        if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
-            raise ValueError("wrong header")
-        version, code, sequences, documents = struct.unpack("<QBQQ", stream.read(25))
-        start = stream.tell()
-    if version != 1:
-        raise ValueError(f"version {version}")
-    size = DType.size(DType.dtype_from_code(code))
-    expected = start + sequences * (4 + 8) + documents * 8
-    if os.path.getsize(idx_path) != expected:
-        raise ValueError(f"{os.path.getsize(idx_path)} bytes instead of {expected}")
-    if sequences == 0:
-        return 0
-    lengths = np.memmap(idx_path, np.int32, "r", start, (sequences,))
-    pointers = np.memmap(idx_path, np.int64, "r", start + 4 * sequences, (sequences,))
-    ends = np.memmap(idx_path, np.int64, "r", start + 12 * sequences, (documents,))
-    if documents == 0 or ends[-1] != sequences:
-        raise ValueError("its counts of documents and sequences differ")
-    starts = range(0, sequences, INDEX_PART)
-    if os.environ.get("RANK", "0") != "0":  # one reader is enough: others look at the end alone
-        starts = starts[-1:]
-    end = int(pointers[starts[0]]) if starts[0] else 0
-    for i in starts:
-        part = lengths[i : i + INDEX_PART].astype(np.int64) * size
-        after = end + part.cumsum()
-        if part.min() < 0 or not np.array_equal(pointers[i : i + INDEX_PART], after - part):
-            raise ValueError("its lengths and positions differ")
-        end = int(after[-1])
-    return end
 
 
 def use_shipped_dataset_helpers() -> None:

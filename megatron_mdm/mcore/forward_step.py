@@ -24,6 +24,7 @@ from megatron_mdm.mcore.context import counts_rows, in_whole_rows, part_of, sum_
 from megatron_mdm.mcore.dataset import FIXED, needs_rows, row_columns
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
+from megatron_mdm.mcore.routers import part_of_stage
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.fit_file import load_sampler
@@ -52,11 +53,16 @@ class Rows:
         """Positions that hold no token, bool [b, s]."""
         return self._from(self.num_tokens)
 
+    @property
+    def beyond(self) -> torch.Tensor:
+        """Positions after the end of rows that end early, bool [b, s]."""
+        return self._from(self.length)
+
     def eligible(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor:
         """Positions that may be masked and count in the loss, bool [b, s]."""
         documents = self.isolated(eod_id, mdm)
         eligible = eligible_positions(self.tokens, self.padding, eod_id, mdm, documents)
-        return eligible & (self.uniforms != FIXED) & ~self._from(self.length)
+        return eligible & (self.uniforms != FIXED) & ~self.beyond
 
     def documents(self, eod_id: int) -> torch.Tensor:
         """Which document of its row each position is of, int64 [b, s]; padding is one more."""
@@ -71,7 +77,7 @@ class Rows:
         if mdm.mdm_isolate_documents:
             return self.documents(eod_id)
         if mdm.mdm_random_length_fraction:
-            return self._from(self.length).long()
+            return self.beyond.long()
         return None
 
     def _from(self, start: torch.Tensor) -> torch.Tensor:
@@ -149,10 +155,14 @@ def forward_step(
     positions = None
     if mdm.mdm_head == "masked":
         positions = masked_positions(part_of(at_logits(corrupted.mask, mdm.mdm_shift)))
+    padding = None
+    if args.num_experts and mdm.mdm_random_length_fraction:
+        padding = part_of_stage(part_of(rows.beyond), model)
     output = model(
         part_of(corrupted.tokens),
         part_of(position_ids(rows.tokens, documents)),
         hidden,
+        padding_mask=padding,
         labels=part_of(at_logits(rows.tokens, mdm.mdm_shift)),
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
@@ -263,7 +273,7 @@ def loss_func(
         split=rows.split,
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
-        weight=corrupted.weight.amax(dim=1),
+        weight=corrupted.largest_weight,
         loss=per_row,
         num_masked=counts(corrupted.mask, segments),
         num_eligible=num_eligible,
@@ -319,9 +329,9 @@ def _record(
 ) -> None:
     """Gives the online sampler the values of rows or documents, per eligible token."""
     args = get_args()
-    if segments is not None and args.mdm_normalization == "tokens":
-        # A document disturbs the sum as L_e l, so long ones say more of the best density.
-        value = value * num_eligible / args.seq_length
+    if args.mdm_normalization == "tokens":
+        # Rows and documents disturb the sum as L_e l, so long ones say more of the best density.
+        value = value * (num_eligible.double() / args.seq_length)
     present = None if segments is None else num_eligible > 0
     online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
 

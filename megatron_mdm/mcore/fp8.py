@@ -54,17 +54,30 @@ def check_fp8(args: Namespace) -> None:
             f"{needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}: use --bf16 alone"
             + (", or --fp8-recipe delayed" if found >= CAPABILITY["delayed"] else "")
         )
-    rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
-    sizes = {
-        "--micro-batch-size x --seq-length": rows,
-        "--hidden-size": args.hidden_size or 0,
-        "--ffn-hidden-size": args.ffn_hidden_size or 0,
-    }
-    for name, size in sizes.items():
-        if size % ROW_MULTIPLE:
+    for name, size, parts in _sizes(args):
+        if size % (ROW_MULTIPLE * parts):
+            shares = f" ({ROW_MULTIPLE} for each of {parts} ranks)" if parts > 1 else ""
             raise UserError(
-                f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE}, got {size}"
+                f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE * parts}{shares}, got "
+                f"{size}"
             )
+
+
+def _sizes(args: Namespace) -> Iterator[tuple[str, int, int]]:
+    """(flags, size, ranks that share it) of what FP8 products take; 0 where no flag says it."""
+    tensor, heads = args.tensor_model_parallel_size, args.num_attention_heads or 0
+    head_size = args.kv_channels or ((args.hidden_size or 0) // heads if heads else 0)
+    rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
+    parts = args.context_parallel_size * (tensor if args.sequence_parallel else 1)
+    yield "--micro-batch-size x --seq-length", rows, parts
+    yield "--hidden-size", args.hidden_size or 0, 1
+    yield "--num-attention-heads x --kv-channels", heads * head_size, tensor
+    yield "--ffn-hidden-size", args.ffn_hidden_size or 0, tensor
+    if args.num_experts:
+        of_experts = args.expert_tensor_parallel_size or tensor
+        yield "--moe-ffn-hidden-size", args.moe_ffn_hidden_size or 0, of_experts
+        shared = args.moe_shared_expert_intermediate_size or 0
+        yield "--moe-shared-expert-intermediate-size", shared, tensor
 
 
 def check_scales(args: Namespace, saved: dict[str, Any], source: str | None) -> None:

@@ -60,7 +60,8 @@ class Recorder:
             split: part of the data, int64 [b].
             t: masking rates of rows, float64 [b], or documents [b, s], as all that follows.
             rate_weight: importance weights 1/q(t), float64.
-            weight: largest weight of a token in each row, 1/q(t) times the mask's, float64 [b].
+            weight: largest weight of a masked token in each row, 1/q(t) times the mask's, float64
+                [b].
             loss: weighted loss of each draw, nats per eligible token.
             num_masked: masked positions.
             num_eligible: eligible positions; a document without any is no draw, a row is one.
@@ -125,7 +126,7 @@ class Summary:
         loss_sums, weight_sums: sums over those in each rate bin of weighted loss and of 1/q(t).
         masked_fraction: masked / eligible tokens.
         draws, rows: their numbers.
-        largest_weight: of a token's loss, over the rows of all splits.
+        largest_weight: of a masked token's loss, over the rows of all splits.
     """
 
     def __init__(self, line: list[float], num_bins: int, largest_weight: float) -> None:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
@@ -20,15 +19,14 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.arguments import ACCUMULATES_GRADIENTS, megatron_may_reject_flags
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
+from megatron_mdm.mcore.routers import count_short_rows, router_loss_scale
 from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
 from megatron_mdm.objective.fit_file import load_sampler
-
-# The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
-ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 
 
 class MDMBuilder(GPTModelBuilder):
@@ -40,7 +38,8 @@ class MDMBuilder(GPTModelBuilder):
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
-        model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
+        with megatron_may_reject_flags():
+            model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         return _equipped(model, vp_stage)
 
 
@@ -49,7 +48,8 @@ class MDMHybridBuilder(HybridModelBuilder):
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> HybridModel:
         """Builds one stage."""
-        model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
+        with megatron_may_reject_flags():
+            model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         model.__class__ = HybridModelWithHead
         return _equipped(model, vp_stage)
 
@@ -58,6 +58,8 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     leave_out_state_of_norms(model)
     if get_args().gradient_accumulation_fusion:
         accumulate_in_place(model)
+    if MDMConfig.from_args(get_args()).mdm_random_length_fraction:
+        count_short_rows(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)
     if not (model.config.fp8 and model.config.fp8_recipe == "delayed"):
@@ -135,25 +137,6 @@ def model_config(args: Namespace) -> MDMModelConfig | MDMHybridModelConfig:
     config.transformer.finalize_model_grads_func = finalize_and_log
     config.transformer.moe_grad_scale_func = partial(router_loss_scale, config.transformer, args)
     return config
-
-
-def router_loss_scale(transformer: TransformerConfig, args: Namespace) -> torch.Tensor:
-    """What multiplies the gradients of a router's own losses (balance, z) in the backward pass.
-
-    Megatron multiplies these losses by the positions of the micro-batch, expecting that all
-    gradients are divided by the number of positions of the global batch. With --mdm-normalization
-    rows they are divided by its rows, seq-length times fewer.
-
-    Args:
-        transformer: the configuration that Megatron's schedule looks at.
-        args: arguments of the run.
-
-    Returns:
-        Float32 [1].
-    """
-    one = torch.ones(1, device=torch.cuda.current_device())
-    scale = transformer.grad_scale_func(one) if transformer.grad_scale_func else one
-    return scale / args.seq_length if args.mdm_normalization == "rows" else scale
 
 
 def _layer_spec(config: GPTModelConfig, vp_stage: int | None = None, *, mdm: MDMConfig) -> Any:

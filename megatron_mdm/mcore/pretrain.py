@@ -7,7 +7,7 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_mdm.mcore.arguments import parse, rejection
+from megatron_mdm.mcore.arguments import megatron_may_reject_flags, parse
 from megatron_mdm.mcore.dataset import (
     train_valid_test_datasets_provider,
     use_shipped_dataset_helpers,
@@ -29,10 +29,8 @@ def run(program_start: float) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     use_shipped_dataset_helpers()
     args = parse()
-    try:
+    with megatron_may_reject_flags():
         config = model_config(args)
-    except (AssertionError, ValueError) as error:  # Megatron's, of flags of the model
-        raise rejection(error) from error
     container = pretrain_cfg_container_from_args(args, config)
     try:
         pretrain(

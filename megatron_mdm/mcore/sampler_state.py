@@ -3,8 +3,8 @@
 The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
 summed per rate bin on the device, at no extra pass. Every
 --mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 float64 numbers (968 bytes at 30
-bins) over the data-parallel ranks of the last pipeline stage, and one broadcast of as many to the
-other stages, give all ranks the same numbers, from which each fits the same density.
+bins) over data-parallel ranks of the last pipeline stage, and one broadcast of as many to the other
+tensor ranks and stages, give all ranks the same numbers, from which each fits the same density.
 """
 
 from functools import lru_cache
@@ -107,19 +107,27 @@ class OnlineSampler:
         return result
 
     def reduce(self) -> None:
-        """Moves what was measured into the moments of all ranks; a collective call."""
+        """Moves what was measured into the moments of all ranks; a collective call.
+
+        Of the tensor ranks, which measured the same, the first alone adds: sums over different
+        communicators may be taken in different orders, and fits to sums that differ in their last
+        bit are not equal.
+        """
         size = 4 * self.config.mdm_ppots_bins + 1
         sums = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
         if self.measured is not None:
             sums += self.measured
         self.measured = None
-        if mpu.is_pipeline_last_stage(ignore_virtual=True):
+        last_stage = mpu.is_pipeline_last_stage(ignore_virtual=True)
+        if last_stage and mpu.get_tensor_model_parallel_rank() == 0:
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(sums, group=group)
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
-            last = mpu.get_pipeline_model_parallel_last_rank()
-            group = mpu.get_pipeline_model_parallel_group()
-            torch.distributed.broadcast(sums, src=last, group=group)
+        group = mpu.get_model_parallel_group()
+        if group.size() > 1:
+            # Tensor ranks lie next to each other, those of the last stage at the end.
+            adds = mpu.get_tensor_model_parallel_world_size()
+            source = torch.distributed.get_process_group_ranks(group)[-adds]
+            torch.distributed.broadcast(sums, src=source, group=group)
         self.state.moments.add(sums.cpu().numpy())
 
     def follow_reruns(self) -> None:

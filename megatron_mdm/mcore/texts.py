@@ -15,7 +15,7 @@ from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
 from megatron_mdm.mcore.attention import isolated_documents
-from megatron_mdm.mcore.dataset import check_data_files
+from megatron_mdm.mcore.data_files import check_data_files
 from megatron_mdm.mcore.forward_step import eligible_positions
 from megatron_mdm.mcore.inference import LoadedModel
 

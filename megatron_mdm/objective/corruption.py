@@ -29,6 +29,11 @@ class Corruption:
     t: torch.Tensor
     rate_weight: torch.Tensor
 
+    @property
+    def largest_weight(self) -> torch.Tensor:
+        """Largest weight of a masked token in each row, float64 [B]; 0 where none is masked."""
+        return torch.where(self.mask, self.weight, 0.0).amax(dim=1)
+
 
 @dataclass(frozen=True)
 class Corrupter:

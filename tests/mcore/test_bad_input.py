@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
 from megatron.training.arguments import parse_args
 
 from megatron_mdm import errors, pretrain
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import arguments, dataset
+from megatron_mdm.mcore import arguments, data_files
 from tests import ranks
 
 FITTED = "--mdm-rate-sampler ppots --mdm-ppots-file x.json"
@@ -112,6 +114,20 @@ def the_error_line(output):
         ("--hybrid-layer-pattern *x", "*x: x is not a layer of Megatron's"),
         ("--hybrid-layer-pattern *E", "needs --num-experts for its E layers"),
         ("--hybrid-layer-pattern *- --use-rope-scaling", "--use-rope-scaling does not reach"),
+        ("--multi-latent-attention", "--multi-latent-attention needs --transformer-impl transf"),
+        ("--num-experts 4 --moe-router-topk 8", "--moe-router-topk 8 exceeds --num-experts 4"),
+        (
+            "--num-experts 4 --moe-router-load-balancing-type seq_aux_loss sinkhorn",
+            "sinkhorn routes a row by what else is in its micro-batch: use seq_aux_loss",
+        ),
+        (
+            "--num-experts 4 --moe-router-load-balancing-type quantile_balancing "
+            "--mdm-random-length-fraction 0.1",
+            "quantile_balancing does not go with --mdm-random-length-fraction",
+        ),
+        ("--kv-channels 15", "rope turns pairs of channels: 15 of a head"),
+        ("--hidden-size 30 --num-attention-heads 2", "15 of a head (--kv-channels, by default"),
+        ("--kv-channels 12 --rotary-percent 0.25", "rope turns pairs of channels: 3 of a head"),
     ],
 )
 def test_flags_that_cannot_work(flags, message, monkeypatch):
@@ -127,6 +143,66 @@ def test_batches_and_sizes_count_the_ranks(monkeypatch):
         arguments.check(parsed(monkeypatch, world=8))
     with pytest.raises(UserError, match="3 ranks .* --pipeline-model-parallel-size 2"):
         arguments.check(parsed(monkeypatch, "--pipeline-model-parallel-size", "2", world=3))
+
+
+def test_sequence_parallel_cuts_rows_evenly(monkeypatch):
+    words = "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33".split()
+    with pytest.raises(UserError, match="cuts rows into 2 parts .*: --seq-length 33 must be"):
+        arguments.check(parsed(monkeypatch, *words, world=2))
+    arguments.check(parsed(monkeypatch, *words[:2], *words[3:], world=2))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--global-batch-size 2", "--global-batch-size 2 makes 1 micro-batches a rank, which"),
+        ("--global-batch-size 6", "--global-batch-size 6 makes 3 micro-batches a rank, which"),
+        ("--eval-iters 1 --eval-global-batch-size 10", "--eval-global-batch-size 10 makes 5"),
+        ("--eval-iters 0 --eval-global-batch-size 10", None),
+        ("--step-batch-size-schedule 0:4,99:6", "--step-batch-size-schedule: 6 of 99:6 makes 3"),
+        (
+            "--global-batch-size 14 --microbatch-group-size-per-virtual-pipeline-stage 3",
+            "makes 7 micro-batches a rank, which virtual stages cannot take: they go through them "
+            "3 at a time, and 2 (--pipeline-model-parallel-size) at least must be left",
+        ),
+        ("--global-batch-size 10 --microbatch-group-size-per-virtual-pipeline-stage 3", None),
+    ],
+)
+def test_virtual_stages_and_numbers_of_micro_batches(flags, message, monkeypatch):
+    words = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    args = parsed(monkeypatch, *words, *flags.split(), world=2)
+    arguments.check(args)  # the number of stages follows in Megatron's validation
+    args.virtual_pipeline_model_parallel_size = 2
+    if message is None:
+        arguments.check(args)
+        return
+    with pytest.raises(UserError) as caught:
+        arguments.check(args)
+    assert message in str(caught.value)
+
+
+def test_only_megatrons_own_exceptions_become_a_line():
+    """Whatever else fails while the model is prepared is a bug, and shows its traceback."""
+
+    def refuse():
+        TransformerConfig(
+            num_layers=2, hidden_size=32, num_attention_heads=3, tensor_model_parallel_size=2
+        )
+
+    def fail():
+        assert not "a mistake of ours"
+
+    def fail_in_torch():
+        torch.nn.MultiheadAttention(embed_dim=3, num_heads=2)
+
+    with pytest.raises(UserError, match="^Megatron rejects these flags or their files: "):
+        with arguments.megatron_may_reject_flags():
+            refuse()
+    for bug in (fail, fail_in_torch):
+        with pytest.raises(AssertionError), arguments.megatron_may_reject_flags():
+            bug()
+    with pytest.raises(UserError, match="^ours$"), arguments.megatron_may_reject_flags():
+        raise UserError("ours")
 
 
 REFUSED_VALUES = {
@@ -340,13 +416,13 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("case", FILES)
 def test_damaged_files(case, files):
-    dataset.check_data_files(([str(files)], None), None)
+    data_files.check_data_files(([str(files)], None), None)
     change, message = FILES[case]
     paths = {"b": files.with_suffix(".bin"), "i": files.with_suffix(".idx")}
     change(*paths.values())
     for blend in [(([str(files)], None), None), (None, [None, ([str(files)], None), None])]:
         with pytest.raises(UserError) as caught:
-            dataset.check_data_files(*blend)
+            data_files.check_data_files(*blend)
         assert message.format(**paths) in str(caught.value)
 
 
@@ -354,7 +430,7 @@ def test_an_index_of_nothing(tmp_path):
     ranks.write_documents(tmp_path / "text", [])
     (tmp_path / "text.bin").write_bytes(b"1234")
     with pytest.raises(UserError, match="text.idx lists no documents"):
-        dataset.check_data_files(([str(tmp_path / "text")], None), None)
+        data_files.check_data_files(([str(tmp_path / "text")], None), None)
 
 
 def test_an_index_in_several_parts(tmp_path):
@@ -371,18 +447,48 @@ def test_an_index_in_several_parts(tmp_path):
         np.arange(count + 1, dtype=np.int64),
     ]
     idx.write_bytes(header + b"".join(array.tobytes() for array in arrays))
-    assert dataset._indexed_bytes(str(idx)) == 8 * count
+    assert data_files._indexed_bytes(str(idx)) == 8 * count
     damage(idx, start + 4 * count + 8 * (count - 2), b"\1")
     with pytest.raises(ValueError, match="positions differ"):
-        dataset._indexed_bytes(str(idx))
+        data_files._indexed_bytes(str(idx))
 
 
 def test_no_data():
     with pytest.raises(UserError, match="give --data-path"):
-        dataset.check_data_files(None, None)
+        data_files.check_data_files(None, None)
 
 
-# -- mask tokens and resumed runs
+def test_documents_without_an_end_cannot_divide_rows(tmp_path):
+    """Of two sequences, as Megatron's preprocessing splits sentences, the last one ends with it."""
+    ended, cut = tmp_path / "ended", tmp_path / "cut"
+    ranks.write_pairs(ended, ranks.random_pairs(20))
+    ranks.write_documents(cut, [[5, ranks.EOD_ID, 6], [], [7]])
+    blend = ([str(ended)], None)
+    data_files.check_ends_of_documents(blend, None, ranks.EOD_ID)
+    for wrong in (([str(ended), str(cut)], None), None), (None, [blend, ([str(cut)], None), None]):
+        with pytest.raises(UserError, match=f"{cut}.bin ends with .* end of document, 119, which"):
+            data_files.check_ends_of_documents(*wrong, ranks.EOD_ID)
+
+
+# -- ends of documents, mask tokens and resumed runs
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mdm-isolate-documents",
+        "--mdm-rate-per document",
+        "--no-mdm-eod-eligible",
+        "--no-mdm-eod-attended",
+        "--mdm-sft",
+    ],
+)
+@pytest.mark.parametrize("eod", [None, -1])  # Hugging Face's and sentencepiece's answers
+def test_flags_that_need_an_end_of_document(flags, eod, monkeypatch):
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=eod))
+    with pytest.raises(UserError, match=f"^{flags} needs an end-of-document token, and the token"):
+        arguments._check_end_of_document(parsed(monkeypatch, *flags.split()))
+    arguments._check_end_of_document(parsed(monkeypatch))
 
 
 def mask_args(**values):
@@ -407,13 +513,18 @@ def test_a_mask_inside_the_padding_of_the_vocabulary():
         arguments._mask_token_id(args)
 
 
+@pytest.fixture
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=126))
+
+
 def resolve(args):
     # As Megatron's validation sets them.
     args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
     return arguments.resolve(args)
 
 
-def test_a_resumed_run_with_other_flags(base, monkeypatch):
+def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
     args = parsed(monkeypatch, *words)
@@ -432,7 +543,9 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     resolve(parsed(monkeypatch, *words[:2]))
 
 
-def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatch, tmp_path):
+def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
+    base, monkeypatch, tmp_path, tokenizer
+):
     """Until --load has a checkpoint, which then is what the flags are compared with."""
     pretrained = base[base.index("--load") + 1]
     new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
@@ -483,6 +596,21 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatc
             "--recompute-granularity selective --recompute-modules mla_up_proj",
             [],
             "Megatron rejects these flags or their files: mla_up_proj in recompute_modules is only",
+        ),
+        (
+            "--mdm-rate-per document --data-path {short}",
+            [],
+            "no document at the beginning of {short}.bin ends with the tokenizer's end",
+        ),
+        (
+            "--num-experts 4 --moe-layer-freq [0,1,1]",
+            [],
+            "Megatron rejects these flags or their files: Invalid length of moe_layer_pattern: 3",
+        ),
+        (
+            "--num-experts 4 --moe-token-dispatcher-type flex",
+            [],
+            "Megatron rejects these flags or their files: DeepEP dispatcher requires TPxEP > 1",
         ),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.

@@ -14,9 +14,11 @@ CP = "--context-parallel-size 2"
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-bins 4 --mdm-ppots-refit-interval 1"
-# MIRROR and exact counts; losses and gradient norms of whole rows; a shift; uneven rows.
+# MIRROR and exact counts; gradient norms of whole rows, losses of their documents, each with a rate
+# of its own; a shift; uneven rows.
 METHODS = f"--mdm-views 2 --mdm-mask exact-count {ONLINE} --mdm-ppots-target gradient"
 SHIFTED = f"--mdm-shift --no-mdm-eod-eligible {ONLINE} --mdm-normalization rows"
+SHIFTED += " --mdm-rate-per document"
 RUNS = {
     METHODS: {
         "CP 2": (2, CP),

@@ -73,14 +73,16 @@ def own_rates(base, tmp_path_factory):
     """Everything at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
     directory = tmp_path_factory.mktemp("own_rates")
     split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     return {
         "one": ranks.launch(directory / "one", 1, *base, *OWN_RATES, "--micro-batch-size", "4"),
         "DP 2": ranks.launch(directory / "dp", 2, *base, *OWN_RATES),
         "TP 2 SP": ranks.launch(directory / "tp", 2, *base, *OWN_RATES, *split),
+        "PP 2 x VP 2": ranks.launch(directory / "pp", 2, *base, *OWN_RATES, *stages),
     }
 
 
-@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP"])
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP", "PP 2 x VP 2"])
 def test_own_rates_are_equal_under_every_layout(own_rates, layout):
     """The density is fitted to measurements of documents after two steps, and then used."""
     one, run = own_rates["one"], own_rates[layout]
@@ -171,6 +173,15 @@ def test_bounds_of_documents_say_what_the_mask_says():
     bounds = document_bounds(documents)
     assert bounds.dtype == torch.int32
     assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
+    nothing = torch.zeros_like(rows).bool()
+
+    def as_bounds(rows, documents):
+        return attention_mask(rows, nothing[: len(rows)], EOD, ISOLATED, documents, as_bounds=True)
+
+    assert torch.equal(as_bounds(rows, documents), bounds)
+    whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each: ordinary kernels
+    assert as_bounds(*whole) is None and as_bounds(rows, None) is None
+    assert as_bounds(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
     query, key, value, weight = (
         torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
     )
@@ -186,7 +197,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
         return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
 
     packed = attend_in_documents(in_parts, *inputs)
-    hidden = attention_mask(rows, torch.zeros_like(rows).bool(), EOD, ISOLATED, documents)
+    hidden = attention_mask(rows, nothing, EOD, ISOLATED, documents)
     masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
     masked = masked.permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
@@ -208,11 +219,12 @@ def one_rank(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypatch, one_rank):
-    """From gradients of the sum at positions to moments of documents, in plain torch."""
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, monkeypatch, one_rank):
+    """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
     mdm = MDMConfig(
-        mdm_rate_per="document",
+        mdm_rate_per=per,
         mdm_normalization=normalization,
         mdm_rate_sampler="ppots",
         mdm_ppots_refit_interval=1,
@@ -225,16 +237,21 @@ def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, monkeypa
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
     eligible = torch.ones(2, 8, dtype=torch.bool)
     eligible[0, 5] = False  # document 2 of the first row has nothing to measure
-    t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
     squares = torch.rand(2, 8, generator=generator)
-    corruption = Corruption(segments, eligible, q[:, :1], t, 1 / q)
+    if per == "document":
+        t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
+        parts = [((0, 0), (0, 3)), ((0, 1), (3, 5)), ((0, 3), (6, 8)), ((1, 0), (0, 8))]
+    else:
+        segments, squares[0, 5] = None, 0.0
+        t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
+        parts = [((0,), (0, 8)), ((1,), (0, 8))]
+    corruption = Corruption(torch.zeros(2, 8), eligible, torch.ones(2, 1), t, 1 / q)
     record_gradients(corruption, counts(eligible, segments), segments, squares)
     expected = 0
-    for row, d, part in ((0, 0, (0, 3)), (0, 1, (3, 5)), (0, 3, (6, 8)), (1, 0, (0, 8))):
-        norm = squares[row, slice(*part)].sum().sqrt() * q[row, d]
+    for draw, part in parts:
+        norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
         # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
         value = norm / 8 if normalization == "tokens" else norm
-        one = (t[row, d][None], value[None], 1 / q[row, d][None])
-        expected = expected + accumulate(*one, num_bins=4)
+        expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
     torch.testing.assert_close(online_sampler().pending, expected, rtol=1e-6, atol=0)
     online_sampler.cache_clear()

@@ -46,6 +46,34 @@ def check(monkeypatch):
         ("--hidden-size 40", (9, 0), "--hidden-size must be .* 16, got 40"),
         ("--ffn-hidden-size 88", (9, 0), "--ffn-hidden-size must be .* 16, got 88"),
         ("--use-transformer-engine-op-fuser", (9, 0), "op-fuser keeps the scales .* leave it out"),
+        ("--kv-channels 6", (9, 0), "--num-attention-heads x --kv-channels must be .*, got 24"),
+        (
+            "--num-experts 4 --moe-ffn-hidden-size 24",
+            (9, 0),
+            "--moe-ffn-hidden-size must be a multiple of 16, got 24",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --ffn-hidden-size 80",
+            (9, 0),
+            r"--ffn-hidden-size must be a multiple of 32 \(16 for each of 2 ranks\), got 80",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --sequence-parallel --num-experts 4 "
+            "--moe-ffn-hidden-size 48 --expert-tensor-parallel-size 2 --hidden-size 64",
+            (9, 0),
+            "--moe-ffn-hidden-size must be a multiple of 32 .* got 48",
+        ),
+        (
+            "--context-parallel-size 4 --micro-batch-size 1 --global-batch-size 8",
+            (9, 0),
+            "--seq-length must be a multiple of 64 .* got 32",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 1 "
+            "--hidden-size 64",
+            (9, 0),
+            "--seq-length must be a multiple of 64 .* got 32",
+        ),
     ],
 )
 def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check):

@@ -40,6 +40,15 @@ def test_patterns_train_as_gpt_model_from_its_checkpoint(layout, gpt, base, tmp_
         assert run.scalars[name] == pytest.approx(gpt.scalars[name], rel=1e-5), name
 
 
+def test_documents_stay_apart_in_every_stage(base, tmp_path):
+    flags = [*base, *STEPS, "--mdm-isolate-documents"]
+    gpt = ranks.launch(tmp_path / "gpt", 1, *flags)
+    count, layout = LAYOUTS["PP 2 x VP 2"]
+    run = ranks.launch(tmp_path / "hybrid", count, *flags, *layout.split())
+    assert run.losses == pytest.approx(gpt.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(gpt.grad_norms, rel=1e-5)
+
+
 def test_tools_open_its_checkpoints(base, tmp_path):
     """Saved from stages, opened on one rank: the logits of the GPTModel that it began as."""
     pattern = "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2".split()

@@ -11,6 +11,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --num-la
 LOSSES = "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.5".split()
 LOSSES += "--moe-z-loss-coeff 0.02".split()
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-normalization rows".split()
+SHORT = "--mdm-random-length-fraction 0.7"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,10 @@ def moe(base, tmp_path_factory):
 LAYOUTS = {
     "micro-batch 4": (1, "--micro-batch-size 4"),
     "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2 x TP 2 + SP": (
+        4,
+        "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
     "EP 2, recomputed": (
         2,
         "--expert-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
@@ -37,13 +41,17 @@ LAYOUTS = {
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
         "--recompute-granularity selective --recompute-modules moe",
     ),
-    "CP 2": (2, "--context-parallel-size 2"),
 }
+# Which cannot cut rows that end early.
+CONTEXT = {"CP 2": (2, "--context-parallel-size 2")}
 
 
 @pytest.fixture(scope="module")
 def runs(moe, tmp_path_factory):
-    """One step of plain SGD of all methods at once, so large that it shows the gradient."""
+    """One step of plain SGD of all methods at once, so large that it shows the gradient.
+
+    With rows that end early, except under context parallelism.
+    """
 
     def run(count, flags):
         directory = tmp_path_factory.mktemp("run")
@@ -56,12 +64,15 @@ def runs(moe, tmp_path_factory):
         return result
 
     layouts = {"1 rank": (1, "")} | LAYOUTS
+    layouts = {name: (count, f"{flags} {SHORT}") for name, (count, flags) in layouts.items()}
+    layouts |= {"1 rank, whole rows": (1, "")} | CONTEXT
     return {name: run(count, flags) for name, (count, flags) in layouts.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *CONTEXT])
 def test_layouts_are_equal(runs, layout):
-    run, reference = runs[layout], runs["1 rank"]
+    run = runs[layout]
+    reference = runs["1 rank, whole rows" if layout in CONTEXT else "1 rank"]
     assert run.masks() == reference.masks()
     assert run.losses == pytest.approx(reference.losses, rel=1e-5)
     assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
@@ -73,7 +84,9 @@ def test_layouts_are_equal(runs, layout):
 
 
 def test_hybrid_model_has_the_same_layers(runs, moe, tmp_path):
-    pattern = "--hybrid-layer-pattern *E*E --expert-model-parallel-size 2 --no-load-optim".split()
+    pattern = f"--hybrid-layer-pattern *E*E --no-load-optim {SHORT} --sequence-parallel".split()
+    pattern += "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1".split()
+    pattern += "--expert-model-parallel-size 2".split()
     flags = [*moe, *LOSSES, *METHODS, *ONE_STEP, "--train-iters", "1", *pattern]
     run = ranks.launch(tmp_path, 2, *flags)
     assert run.losses == pytest.approx(runs["1 rank"].losses, rel=1e-5)
@@ -83,6 +96,8 @@ def test_hybrid_model_has_the_same_layers(runs, moe, tmp_path):
 OBJECTIVES = {
     "tokens": "--no-mdm-eod-eligible",
     "rows": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2",
+    "documents": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
+    "rows that end early": f"--no-mdm-eod-eligible --mdm-normalization rows {SHORT}",
 }
 
 
@@ -90,7 +105,8 @@ OBJECTIVES = {
 def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
     """The gradients, against J + coefficient x mean in plain torch on the whole batch.
 
-    Under `tokens` their sum over all positions, too, is divided by the eligible tokens.
+    Under `tokens` their sum over all positions, too, is divided by the eligible tokens, and with
+    rates of documents their sum over all rows by the number of documents.
     """
     flags = [*moe, *LOSSES, *OBJECTIVES[name].split(), *ONE_STEP]
     flags += ["--data-path", str(pairs)] if name == "rows" else []

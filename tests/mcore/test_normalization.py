@@ -34,6 +34,8 @@ OBJECTIVES = {
     "own rates": "--no-mdm-eod-eligible --mdm-isolate-documents --mdm-rate-per document",
     "own rates seen": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
     "random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7",
+    "random length, rows": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
+    "--mdm-normalization rows",
     "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
     "sft without padding": "--mdm-sft",
     "sft shifted": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-shift",

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from megatron_mdm.benchmarks import overhead
+from megatron_mdm.benchmarks import baseline, overhead
 from megatron_mdm.errors import UserError
 from tests import ranks
 
@@ -34,13 +34,17 @@ def test_sides_compute_what_they_are_named_for(tmp_path):
     assert (tmp_path / "sides").read_text() == "seen"
 
 
-def test_sizes_that_cannot_work_are_refused():
+@pytest.mark.parametrize("benchmark", [overhead, baseline])
+def test_sizes_that_cannot_work_are_refused(benchmark, monkeypatch):
+    monkeypatch.setattr(overhead, "use_device", lambda: "cpu")  # it would change this process
     for flags, message in (
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--vocabulary", "10"], "--vocabulary 10: must be above 256, bytes and mask"),
+        (["--hidden", "128", "--heads", "3"], "--hidden 128: must be a multiple of 2 x --heads 3"),
+        (["--hidden", "30", "--heads", "2"], "--hidden 30: must be a multiple of 2 x --heads 2"),
     ):
         parser = argparse.ArgumentParser()
-        overhead.add_arguments(parser)
+        benchmark.add_arguments(parser)
         with pytest.raises(UserError, match=message):
-            overhead.run(parser.parse_args(flags))
+            benchmark.run(parser.parse_args(flags))

@@ -14,12 +14,12 @@ from tests import ranks
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ROOT / "examples/pretrain"
-# What the recipes are named for: parameters, and the vocabulary of their tokenizers.
+# What the recipes are named for: parameters, vocabulary of their tokenizers, rotary base.
 MODELS = {
-    "170m": (170e6 + 2 * 768 * 32_000, 32_000),
-    "1b": (1.49e9, 126_464),
-    "8b": (8.02e9, 126_464),
-    "moe": (7.4e9, 157_184),
+    "170m": (170e6 + 2 * 768 * 32_000, 32_000, 10_000),
+    "1b": (1.49e9, 126_464, 10_000),
+    "8b": (8.02e9, 126_464, 500_000),
+    "moe": (7.4e9, 157_184, 10_000),
 }
 TINY = [
     *"--mdm-device cpu --num-layers 2 --hidden-size 32 --num-attention-heads 4".split(),
@@ -53,7 +53,7 @@ def test_every_model_is_tested():
 def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
     tmp_path, data, model
 ):
-    parameters, vocabulary = MODELS[model]
+    parameters, vocabulary, rotary_base = MODELS[model]
     argv = [
         *flags_of(launch_line(model, data=data)),
         *f"--mdm-device cpu --tokenizer-type NullTokenizer --vocab-size {vocabulary}".split(),
@@ -62,12 +62,19 @@ def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
     ranks.launch(tmp_path, 1, "--", *argv, entry="recipe")
     found = json.loads((tmp_path / "recipe.json").read_text())
     assert found["shape"]["vocab_size"] == vocabulary
+    assert found["rotary_base"] == rotary_base
     assert ModelShape(**found["shape"]).num_parameters == pytest.approx(parameters, rel=0.01)
     said = re.search(
         r"# Memory of a rank of 8, GiB: (.*)\n", (FILES / f"{model}.flags").read_text()
     )
     expected = [f"{name} {value / 2**30:.1f}" for name, value in found["bytes"].items()]
     assert said[1] == ", ".join([*expected, f"in all {sum(found['bytes'].values()) / 2**30:.0f}"])
+    if model in ("1b", "8b"):  # what README says of the masked head
+        shape = ModelShape(**found["shape"])
+        masked, causal = shape.training_flops(0.5), shape.training_flops(causal=True)
+        readme = (ROOT / "README.md").read_text()
+        for ratio in (shape.training_flops() / masked, causal / masked):
+            assert f"{ratio:.2f} for the `{model}`" in readme
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -102,7 +109,8 @@ def test_launch_lines(tmp_path):
     text = " ".join(words)
     assert text.startswith("torchrun --nproc-per-node 4 --nnodes 4 --rdzv-id mdm")
     assert "--rdzv-endpoint node0:29500" in text
-    assert "--fp8-format hybrid --fp8-recipe tensorwise" in text
+    assert "--fp8-format hybrid --fp8-recipe tensorwise" in text and "--fp8-margin" not in text
+    assert "--fp8-recipe delayed --fp8-margin 4 " in " ".join(launch_line("1b", FP8="delayed"))
 
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[7-8]" ] && printf "n7\\nn8\\n"\n')
@@ -111,21 +119,29 @@ def test_launch_lines(tmp_path):
         "SLURM_JOB_ID": "99",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_CPUS_ON_NODE": "96",
         "SLURM_SUBMIT_DIR": str(ROOT),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     text = " ".join(launch_line("moe", **slurm))
-    assert text.startswith("srun --ntasks-per-node 1 torchrun --nproc-per-node 8 --nnodes 2")
+    srun = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
+    assert text.startswith(f"{srun} torchrun --nproc-per-node 8 --nnodes 2")
     assert "--rdzv-id 99 --rdzv-backend c10d --rdzv-endpoint n7:29500 -m megatron_mdm" in text
 
 
 def test_mistakes_end_in_one_line():
-    for words, message in (
-        (["1b"], "error: three arguments are needed, MODEL DATA TOKENIZER"),
-        (["2b", "x", "y"], "error: there is no examples/pretrain/2b.flags"),
+    for words, environment, message in (
+        (["1b"], {}, "error: three arguments are needed, MODEL DATA TOKENIZER"),
+        (["2b", "x", "y"], {}, "error: there is no examples/pretrain/2b.flags"),
+        (["1b", "x", "y"], {"NODES": "abc"}, "error: NODES=abc: give a number from 1 on"),
+        (["1b", "x", "y"], {"GPUS": "0"}, "error: GPUS=0: give a number from 1 on"),
+        (["1b", "x", "y"], {"NODES": "2"}, "error: NODES=2 needs MASTER"),
     ):
         result = subprocess.run(
-            ["bash", str(FILES / "launch.sh"), *words], capture_output=True, text=True
+            ["bash", str(FILES / "launch.sh"), *words],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
         )
         assert result.returncode == 2 and result.stderr.startswith(message)
         assert result.stderr.count("\n") == 1

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.mcore import dataset
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore import data_files, dataset
 from tests import ranks
 
 ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
@@ -14,7 +15,7 @@ REFIT = [("all_reduce", 8 * (4 * BINS + 1)), ("all_reduce", 16)]
 LOG = [("all_reduce", 8 * 3 * (2 * RATE_BINS + 6)), ("all_reduce", 8)]
 
 
-def calls_of(directory, data, world, *flags):
+def calls_of(directory, data, world, *flags, entry="traffic"):
     """(iteration, rank) -> [(function, bytes)], where the group has more than one rank."""
     ranks.launch(
         directory,
@@ -24,7 +25,7 @@ def calls_of(directory, data, world, *flags):
         *f"--mdm-ppots-bins {BINS} --global-batch-size 64 --train-iters 4".split(),
         *"--log-interval 4".split(),
         *flags,
-        entry="traffic",
+        entry=entry,
     )
     found = {}
     for rank in range(world):
@@ -44,9 +45,10 @@ def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, wo
         assert Counter(calls[3, rank]) == Counter(REFIT + LOG)
 
 
-def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_another(
+def test_tensor_ranks_get_rows_by_one_message_and_model_ranks_the_moments_by_another(
     tmp_path, data
 ):
+    """Whose own moments differ in the last bit here, and yet all fit the same density."""
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
     calls = calls_of(tmp_path, data, 4, *layout)
     rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 5))] * 32  # micro-batches of 2 rows
@@ -56,26 +58,60 @@ def test_tensor_ranks_get_their_rows_by_one_message_and_stages_the_moments_by_an
         assert calls[0, rank] == rows
         at_refit = Counter(calls[3, rank])
         assert at_refit >= Counter(rows + moments)
+        assert (REFIT[0] in at_refit) == (rank == 2)  # the first of its tensor ranks
         assert (at_refit >= Counter(LOG)) == is_last_stage
         # The gradient's norms are sums over the stage's whole hidden states, which all ranks have.
         assert at_refit - Counter(rows + moments + REFIT + LOG) == Counter()
+
+
+def test_context_ranks_add_losses_and_norms_of_rows_or_documents(tmp_path, data):
+    """Two sums a micro-batch, s times as long with rates of documents."""
+    flags = ["--context-parallel-size", "2", "--mdm-rate-per", "document"]
+    calls = calls_of(tmp_path, data, 2, *flags, entry="context_parallel_traffic")
+    sums = [("all_reduce", 4 * 2 * ROW_LENGTH)] * 2 * 32  # of 32 micro-batches of 2 rows
+    for rank in range(2):
+        assert calls[0, rank] == sums
+        assert Counter(calls[1, rank]) - Counter(sums) == Counter(REFIT)
+
+
+def test_bytes_of_rows_follow_from_their_columns():
+    for settings, numbers in (
+        ({}, 2 * ROW_LENGTH + 5),
+        ({"mdm_rate_per": "document"}, 3 * ROW_LENGTH + 4),
+        (
+            {"mdm_rate_per": "document", "mdm_isolate_documents": True, "mdm_sft": True},
+            4 * ROW_LENGTH + 4,
+        ),
+    ):
+        columns = dataset.row_columns(MDMConfig(**settings), training=True)
+        assert sum(ROW_LENGTH if vector else 1 for vector in columns.values()) == numbers
+
+
+def test_stages_between_need_rows_where_attention_does_not_reach_everywhere(monkeypatch):
+    for end in ("first", "last"):
+        monkeypatch.setattr(dataset.mpu, f"is_pipeline_{end}_stage", lambda **_: False)
+    assert not dataset.needs_rows(MDMConfig(mdm_rate_per="document"), None)
+    assert dataset.needs_rows(MDMConfig(mdm_isolate_documents=True), None)
+    assert dataset.needs_rows(MDMConfig(mdm_random_length_fraction=0.01), None)
 
 
 def test_the_page_has_these_numbers():
     page = (Path(__file__).parent.parent.parent / "examples/scale/README.md").read_text()
     for number in (REFIT[0][1], REFIT[1][1], LOG[0][1], LOG[1][1]):
         assert f" {number} " in page
+    for formula in ("8 b (2s + 5)", "8 b (3s + 4)", "another 8 b s", "4 b s each"):
+        assert formula in page
 
 
 def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
     prefix = tmp_path / "text"
     ranks.write_documents(prefix, ranks.random_documents(20))
-    monkeypatch.setattr(dataset, "INDEX_PART", 8)
+    monkeypatch.setattr(data_files, "INDEX_PART", 8)
     index = Path(f"{prefix}.idx")
     size = Path(f"{prefix}.bin").stat().st_size
     for rank in ("0", "5"):
         monkeypatch.setenv("RANK", rank)
-        assert dataset._indexed_bytes(str(index)) == size
+        assert data_files._indexed_bytes(str(index)) == size
     whole = index.read_bytes()
     lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
     for sequence, seen_by_all in ((1, False), (18, True)):
@@ -85,6 +121,6 @@ def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
             monkeypatch.setenv("RANK", rank)
             if rank == "0" or seen_by_all:
                 with pytest.raises(ValueError, match="lengths and positions differ"):
-                    dataset._indexed_bytes(str(index))
+                    data_files._indexed_bytes(str(index))
             else:
-                assert dataset._indexed_bytes(str(index)) == size
+                assert data_files._indexed_bytes(str(index)) == size

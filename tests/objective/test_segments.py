@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import accumulate
 from megatron_mdm.objective.randomness import (
@@ -226,6 +226,16 @@ def test_sums_products_and_ranks_of_segments():
     gap = totals(values[:1], torch.tensor([[0] * 5 + [3] * 7]))
     assert gap[0, 1:3].tolist() == [0.0, 0.0]
     assert float(gap[0, 3]) == pytest.approx(float(values[0, 5:].sum()), rel=1e-14)
+
+
+def test_the_largest_weight_is_one_that_multiplies_a_loss():
+    mask = torch.tensor([[True, False, False], [False, False, True], [False, False, False]])
+    tokens, t = torch.zeros(3, 3, dtype=torch.int64), torch.ones(3, dtype=torch.float64)
+    of_rows = torch.tensor([[2.0], [3.0], [9.0]], dtype=torch.float64)
+    of_documents = torch.tensor([[2.0, 9.0, 9.0], [9.0, 9.0, 3.0], [9.0] * 3], dtype=torch.float64)
+    for weight in (of_rows, of_documents):
+        largest = Corruption(tokens, mask, weight, t, t).largest_weight
+        assert largest.tolist() == [2.0, 3.0, 0.0]
 
 
 def test_absent_documents_count_nowhere():
