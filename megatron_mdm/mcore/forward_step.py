@@ -328,12 +328,24 @@ def _record(
     value: torch.Tensor,
 ) -> None:
     """Gives the online sampler the values of rows or documents, per eligible token."""
-    args = get_args()
-    if args.mdm_normalization == "tokens":
-        # Rows and documents disturb the sum as L_e l, so long ones say more of the best density.
-        value = value * (num_eligible.double() / args.seq_length)
+    value = as_in_the_sum(value, num_eligible, get_args())
     present = None if segments is None else num_eligible > 0
     online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
+
+
+def as_in_the_sum(value: torch.Tensor, num_eligible: torch.Tensor, args: Namespace) -> torch.Tensor:
+    """What P-POTS squares of rows or documents: how much they disturb the sum over a batch.
+
+    Under `tokens` they do so as L_e l, so that long ones say more of the best density.
+
+    Args:
+        value: per eligible token, [b], or [b, s] of documents.
+        num_eligible: L_e, of the same shape.
+        args: of the run.
+    """
+    if args.mdm_normalization == "tokens":
+        return value * (num_eligible.double() / args.seq_length)
+    return value
 
 
 @lru_cache
