@@ -10,13 +10,16 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import mpu
+from megatron.core.rerun_state_machine import RerunMode
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args
+from megatron.training import get_args, initialize
+from torch.nn import functional
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
@@ -24,6 +27,9 @@ from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.measure import measure
+from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.pots import accumulate
 from megatron_mdm.pretrain import main
 
 
@@ -53,6 +59,12 @@ def train() -> None:
         main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
+
+
+def every_step_twice() -> None:
+    """`train`, repeated by the rerun machine in the mode that no value of --rerun-mode chooses."""
+    initialize.RerunMode = lambda mode: RerunMode.REPORT_DETERMINISM_STATS
+    train()
 
 
 def libraries() -> None:
@@ -216,10 +228,72 @@ def _draws(row, model, args):
     return [(weighted[low:high].sum(), int(eligible[low:high].sum())) for low, high in drawn]
 
 
+def measured_documents() -> None:
+    """What fits to a checkpoint are of, beside the same from documents that the model sees alone.
+
+    Saves by target (bins of the draws of documents, sums of the moments, and those expected).
+    """
+    (load,) = sys.argv[sys.argv.index("--") + 1 :]
+    found: dict = {}
+    corrupt = Corrupter.__call__
+
+    def recording_corrupt(self, tokens, eligible, *draws):
+        result = corrupt(self, tokens, eligible, *draws)
+        columns = (tokens, eligible, draws[-1], result.tokens, result.mask, result.weight, result.t)
+        drawn.extend(zip(*columns, strict=True))
+        return result
+
+    Corrupter.__call__ = recording_corrupt
+    with open_checkpoint(load, "cpu") as loaded:
+        loaded.args.mdm_isolate_documents, loaded.args.mdm_rate_per = True, "document"
+        head = unwrap_model(loaded.model).output_layer.weight.detach().double()
+        for target in ("loss", "gradient"):
+            drawn: list = []
+            *_, (_, _, moments) = measure(loaded, target, num_bins=4, num_rows=3, masks_per_bin=2)
+            bins, expected = [], np.zeros(17)
+            for draw, (tokens, eligible, documents, seen, mask, weight, t) in enumerate(drawn):
+                for number in documents.unique().tolist():
+                    own = documents == number
+                    able = int(eligible[own].sum())
+                    if not able:
+                        continue
+                    logits = loaded.logits(seen[own][None])[0].double()
+                    error = logits.softmax(-1) - functional.one_hot(tokens[own], logits.shape[-1])
+                    loss = functional.cross_entropy(logits, tokens[own], reduction="none")
+                    # Under `tokens`, which this checkpoint was trained with, by length.
+                    share = (mask * weight)[own] / tokens.numel()
+                    value = (share * loss).sum()
+                    if target == "gradient":
+                        value = (share[:, None] * error @ head).norm()
+                    bins.append((draw // 8, number, int(t[number] * 4)))
+                    expected += accumulate(t[number], value, torch.ones(1), 4).numpy()
+            found[target] = bins, moments.vector(), expected
+    torch.save(found, f"{os.environ['TRACE_DIR']}/measured.pt")
+
+
 def autoregressive() -> None:
     """The autoregressive program of the reproduction, as a user starts it."""
     path = Path(__file__).parent.parent / "examples/reproduce/autoregressive.py"
     runpy.run_path(str(path), run_name="__main__")
+
+
+def noise_batches() -> None:
+    """Batches on which the reproduction measures gradients, numbered as the run's own."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples/reproduce"))
+    from noise import training_batches
+
+    load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        loaded.args.seed -= 1
+        methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
+        methods[1]["mdm_ppots_refit_interval"] = 50
+        drawn = [
+            [corruption for *_, corruption in training_batches(loaded, method, int(size), 4)]
+            for method in methods
+        ]
+    same = [(list(c.t), c.tokens.tolist()) for c in drawn[0]]
+    weights = torch.cat([c.rate_weight for c in drawn[1]])
+    torch.save((same, weights), f"{os.environ['TRACE_DIR']}/noise.pt")
 
 
 def causal() -> None:

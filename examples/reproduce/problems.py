@@ -1,7 +1,7 @@
 """Arithmetic word problems with written-out steps, as prompts and responses.
 
-Sam has 12 apples . buys 7 . eats 4 . how many ?
-12 + 7 = 19 ; 19 - 4 = 15 ; # 15
+Sam has 5 apples . buys 7 . eats 4 . how many ?
+5 + 7 = 12 ; 12 - 4 = 8 ; # 8
 """
 
 import random
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 NAMES = "Ann Ben Eva Ian Kim Leo Mia Sam".split()
 THINGS = "apples coins cards pens".split()
 VERBS = {"+": "finds buys gets wins".split(), "-": "eats sells loses gives".split()}
-LARGEST = 30  # of all numbers, results included: about 900 different additions and subtractions
+LARGEST = 12  # of all numbers, results included: about 150 different additions and subtractions
 
 
 @dataclass(frozen=True)

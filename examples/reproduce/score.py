@@ -3,11 +3,16 @@
     python examples/reproduce/score.py --load CHECKPOINT --problems test.jsonl --json score.json
 
 Masked diffusion keeps the likeliest of all predictions, one a model call; an autoregressive model
-(--causal) writes from left to right. A solution is right if its answer is.
+(--causal) writes from left to right. `answers` counts problems whose answer is right, `solutions`
+those of which every step is right as well.
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterable
+
+from problems import answer
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.data.outputs import write_text
@@ -24,13 +29,9 @@ def main() -> None:
     parser.add_argument("--causal", action="store_true", help="autoregressive, from left to right")
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
-    with open(options.problems, encoding="utf-8") as file:
-        pairs = [json.loads(line) for line in file]
+    pairs = read_pairs(options.problems)
     with open_checkpoint(options.load, options.device) as loaded:
-        import contextlib
-
         import torch
-        from problems import answer
 
         from megatron_mdm.generation import Decoder
         from megatron_mdm.mcore.causal import causal_attention
@@ -51,15 +52,45 @@ def main() -> None:
         attention = causal_attention(loaded.model) if options.causal else contextlib.nullcontext()
         with attention:
             written = [row for part in rows.split(256) for row in decoder(loaded.logits, part)]
-        right, texts = 0, []
-        for pair, prompt, row in zip(pairs, prompts, written, strict=True):
+        texts = []
+        for prompt, row in zip(prompts, written, strict=True):
             response = row.tolist()[len(prompt) :]
             end = response.index(tokenizer.eod) if tokenizer.eod in response else len(response)
-            texts.append(tokenizer.detokenize(response[:end]))
-            right += answer(texts[-1]) == answer(pair["response"])
-    result = {"accuracy": right / len(pairs), "problems": len(pairs), "examples": texts[:3]}
+            texts.append(tokenizer.detokenize(response[:end]).strip())
+    right = [pair["response"].strip() for pair in pairs]
+    result = {
+        "answers": share(map(answer, texts), map(answer, right)),
+        "solutions": share(texts, right),
+        "problems": len(pairs),
+        "examples": texts[:3],
+    }
     write_text(options.json, json.dumps(result, indent=2) + "\n")
-    print(f"{right} of {len(pairs)} right")
+    print(f"{result['answers']:.1%} of the answers, {result['solutions']:.1%} with all steps")
+
+
+def read_pairs(path: str) -> list[dict[str, str]]:
+    """Reads problems with their solutions.
+
+    Raises:
+        UserError: there is no such file, or it is not JSONL of pairs.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            pairs = [json.loads(line) for line in file]
+        pairs = [{key: str(pair[key]) for key in ("prompt", "response")} for pair in pairs]
+    except OSError as error:
+        raise UserError(f"--problems {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--problems {path}: give JSONL with prompt and response") from error
+    if not pairs:
+        raise UserError(f"--problems {path}: is empty; give JSONL with prompt and response")
+    return pairs
+
+
+def share(found: Iterable[str | None], right: Iterable[str | None]) -> float:
+    """How many of the found ones are the right ones."""
+    equal = [a == b for a, b in zip(found, right, strict=True)]
+    return sum(equal) / len(equal)
 
 
 if __name__ == "__main__":

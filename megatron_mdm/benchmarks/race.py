@@ -8,7 +8,6 @@ kept in --directory, so that an interrupted race goes on where it was.
 """
 
 import argparse
-import concurrent.futures
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import statistics
 import sys
 import sysconfig
 
-from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, kept, run_python
+from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, at_once, kept, run_python
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.recipes import RECIPES
@@ -114,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     # Two names may stand for the same settings, which are trained once.
     aliases = {str(COMPETITORS[name]): name for name in reversed(names)}
     tasks = [(name, seed) for seed in args.seeds for name in reversed(aliases.values())]
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        trained = dict(zip(tasks, pool.map(lambda task: _curve(args, *task), tasks), strict=True))
+    curves_of_tasks = at_once(args.jobs, lambda task: _curve(args, *task), tasks)
+    trained = dict(zip(tasks, curves_of_tasks, strict=True))
     curves = {
         (name, seed): trained[aliases[str(COMPETITORS[name])], seed]
         for name in names

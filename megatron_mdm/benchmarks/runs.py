@@ -1,12 +1,16 @@
 """Runs of the program that are kept: each is named by its flags, and done once."""
 
+import concurrent.futures
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import runpy
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +19,9 @@ from megatron_mdm.data.outputs import write_errors, write_text
 from megatron_mdm.errors import UserError
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
+# Held by the thread that asks how processes ended, which starting one does for all others: of two
+# that ask at once the second one hears 255.
+_ASKING = threading.Lock()
 ENVIRONMENT = {
     # One rank needs no launcher, which would import torch a second time.
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
@@ -42,19 +49,61 @@ def kept(
 
     Args:
         directory: where results are.
-        flags: name the run: whoever changes one asks for another run.
-        work: called if there is no result yet, with a name for files of the run beside it.
+        flags: name the run: whoever changes one asks for another run. Files that they name are
+            taken for the same under the same name.
+        work: called if there is no result yet, with `run_path`.
 
     Returns:
         What `work` returned, and `flags`.
     """
-    name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16]
-    path = directory / f"{name}.json"
+    name = run_path(directory, flags)
+    path = name.with_suffix(".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    result = {"flags": list(flags), **work(directory / name)}
+    result = {"flags": list(flags), **work(name)}
     write_text(str(path), json.dumps(result) + "\n")
     return result
+
+
+def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
+    """What the files of a run are called, without an ending; see `kept`."""
+    return directory / digest(" ".join(flags))
+
+
+def digest(text: str) -> str:
+    """A name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def at_once[Task, Result](
+    jobs: int, work: Callable[[Task], Result], tasks: Sequence[Task]
+) -> list[Result]:
+    """Does tasks that wait for `run_python`, some at a time.
+
+    After a failure or an interruption nothing goes on: processes that still run are killed.
+
+    Args:
+        jobs: tasks at a time.
+        work: does one, in a thread.
+        tasks: begun in this order.
+
+    Returns:
+        What `work` returned, in the order of the tasks.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    futures = [pool.submit(work, task) for task in tasks]
+    try:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):
+            with _ASKING:
+                for process in multiprocessing.active_children():
+                    process.kill()
+            time.sleep(0.1)
 
 
 def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
@@ -81,11 +130,15 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
     with write_errors(str(log)):
         log.touch()
     process = context.Process(target=_execute, args=(list(command), str(log)))
-    process.start()
+    with _ASKING:
+        process.start()
     try:
-        process.join()
+        multiprocessing.connection.wait([process.sentinel])
     finally:
-        process.kill()
+        with _ASKING:
+            process.join(0)  # whoever has ended gets no signal
+            process.kill()
+            process.join()
     if process.exitcode:
         raise UserError(f"{name} failed: its output is in {log}")
     return log.read_text(encoding="utf-8")

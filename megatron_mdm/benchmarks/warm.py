@@ -7,5 +7,8 @@ prepare_environment("cpu")
 from megatron_mdm.mcore.device import training_device  # noqa: E402
 
 with training_device("cpu"):
+    # Tokenizers come with Hugging Face's libraries, which take a second.
+    import megatron.core.tokenizers.text  # noqa: F401
+
     import megatron_mdm.mcore.inference
     import megatron_mdm.mcore.pretrain  # noqa: F401

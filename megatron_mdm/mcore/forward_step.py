@@ -1,5 +1,6 @@
 """One micro-batch: rows, masked rows, model, loss; Megatron's `forward_step`."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -327,12 +328,24 @@ def _record(
     value: torch.Tensor,
 ) -> None:
     """Gives the online sampler the values of rows or documents, per eligible token."""
-    args = get_args()
-    if args.mdm_normalization == "tokens":
-        # Rows and documents disturb the sum as L_e l, so long ones say more of the best density.
-        value = value * (num_eligible.double() / args.seq_length)
+    value = as_in_the_sum(value, num_eligible, get_args())
     present = None if segments is None else num_eligible > 0
     online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
+
+
+def as_in_the_sum(value: torch.Tensor, num_eligible: torch.Tensor, args: Namespace) -> torch.Tensor:
+    """What P-POTS squares of rows or documents: how much they disturb the sum over a batch.
+
+    Under `tokens` they do so as L_e l, so that long ones say more of the best density.
+
+    Args:
+        value: per eligible token, [b], or [b, s] of documents.
+        num_eligible: L_e, of the same shape.
+        args: of the run.
+    """
+    if args.mdm_normalization == "tokens":
+        return value * (num_eligible.double() / args.seq_length)
+    return value
 
 
 @lru_cache
@@ -346,8 +359,14 @@ def corrupter(training: bool) -> Corrupter:
     mdm = MDMConfig.from_args(args)
     if not training:
         return Corrupter(Uniform(), "exact-count", args.mdm_mask_token_id, mdm.mdm_eps)
+    return training_corrupter(args, online_sampler() or given_sampler(mdm))
+
+
+def training_corrupter(args: Namespace, sampler: RateSampler) -> Corrupter:
+    """What masks the rows of training, with any density of t."""
+    mdm = MDMConfig.from_args(args)
     return Corrupter(
-        sampler=_sampler(mdm),
+        sampler=sampler,
         mask_kind=mdm.mdm_mask,
         mask_token_id=args.mdm_mask_token_id,
         eps=mdm.mdm_eps,
@@ -357,12 +376,10 @@ def corrupter(training: bool) -> Corrupter:
     )
 
 
-def _sampler(mdm: MDMConfig) -> RateSampler:
+def given_sampler(mdm: MDMConfig) -> RateSampler:
+    """The density of t, where the run does not fit one itself."""
     if mdm.mdm_rate_sampler == "clipped":
         return Clipped(*mdm.mdm_clip)
-    online = online_sampler()
-    if online is not None:
-        return online
     if mdm.mdm_rate_sampler == "ppots":
         return load_sampler(mdm.mdm_ppots_file).sampler()
     return Uniform()

@@ -18,7 +18,7 @@ from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.causal import causal_attention
 from megatron_mdm.mcore.dataset import FIXED, build_datasets
-from megatron_mdm.mcore.forward_step import Rows, at_logits, at_tokens
+from megatron_mdm.mcore.forward_step import Rows, as_in_the_sum, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -26,6 +26,7 @@ from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import RateMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.segments import counts, totals
 from megatron_mdm.objective.sketch import Sketch, gradients
 from megatron_mdm.variance_report import CausalStep, Step
 
@@ -42,8 +43,9 @@ def measure(
 
     Args:
         loaded: the model.
-        target: value of a row: its loss l (nats per eligible token), or the norm of dl/dh with h
-            the final hidden states.
+        target: value of a row, or of a document with a rate of its own: its loss l (nats per
+            eligible token), or the norm of dl/dh with h the final hidden states; weighed as in
+            training.
         num_bins: equal bins of t; the rates of a row are stratified over each bin.
         num_rows: rows of the training data.
         masks_per_bin: draws for each row in each bin.
@@ -60,7 +62,8 @@ def measure(
     total = num_rows * draws_per_row
     # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.
     corrupter = Corrupter(Uniform(), mdm.mdm_mask, loaded.mask_token_id, mdm.mdm_eps)
-    # Every row goes through all bins; where in its bin a draw lies comes from the lattice.
+    # Every row, or each of its documents from a bin of its own on, goes through all bins; where in
+    # its bin a draw lies comes from the lattice.
     inside = Quantiles("lattice", args.seed, Split.TEST)
     device = torch.cuda.current_device()
     moments = RateMoments(num_bins)
@@ -76,9 +79,12 @@ def measure(
         )
         fixed = columns["uniforms"] == FIXED
         columns["uniforms"] = uniforms.masked_fill(fixed, FIXED)
-        columns["quantile"] = torch.tensor(
-            [((draw % num_bins) * 2**GRID_BITS + inside(draw)) // num_bins for draw in draws]
+        numbers, places = (
+            torch.tensor(values).view(-1, *[1] * (columns["quantile"].dim() - 1))
+            for values in (list(draws), [inside(draw) for draw in draws])
         )
+        bins = (numbers + (columns["quantile"] * num_bins >> GRID_BITS)) % num_bins
+        columns["quantile"] = ((bins << GRID_BITS) + places) // num_bins
         rows = Rows(**{name: column.to(device) for name, column in columns.items()})
         moments.add(_draw(loaded, mdm, corrupter, rows, target, num_bins).numpy())
         yield draws.stop, total, moments
@@ -239,12 +245,13 @@ def _draw(
     target: str,
     num_bins: int,
 ) -> torch.Tensor:
-    """The sums of `accumulate` over one micro-batch, on the CPU."""
+    """The sums of `accumulate` over one micro-batch, on the CPU, of what has rates of its own."""
     eod_id = get_tokenizer().eod
     documents = rows.isolated(eod_id, mdm)
     eligible = rows.eligible(eod_id, mdm)
-    num_eligible = eligible.sum(dim=1)
-    corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
+    segments = rows.documents(eod_id) if mdm.mdm_rate_per == "document" else None
+    num_eligible = counts(eligible, segments)
+    corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
 
     def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
         """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
@@ -252,12 +259,13 @@ def _draw(
             hidden = hidden_states.detach().requires_grad_()
             cross_entropy = at_tokens(head(hidden, **rest), mdm.mdm_shift)
             losses = row_losses(
-                cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows"
+                cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows", segments
             )
             if target == "loss":
                 return losses.per_row.detach()
             (gradient,) = torch.autograd.grad(losses.numerator, hidden)
-            return gradient.float().square().sum(dim=(0, 2)).sqrt()
+            squares = gradient.float().square().sum(dim=2).transpose(0, 1)
+            return totals(at_tokens(squares, mdm.mdm_shift), segments).sqrt()
 
     packed = loaded.args.transformer_impl == "transformer_engine"
     with torch.no_grad():
@@ -271,4 +279,6 @@ def _draw(
                 MaskedPositions(at_logits(corrupted.mask, mdm.mdm_shift))
             ),
         )
-    return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins).cpu()
+    values = as_in_the_sum(values, num_eligible, loaded.args)
+    present = None if segments is None else num_eligible > 0
+    return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins, present).cpu()

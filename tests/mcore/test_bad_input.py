@@ -513,13 +513,18 @@ def test_a_mask_inside_the_padding_of_the_vocabulary():
         arguments._mask_token_id(args)
 
 
+@pytest.fixture
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=126))
+
+
 def resolve(args):
     # As Megatron's validation sets them.
     args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
     return arguments.resolve(args)
 
 
-def test_a_resumed_run_with_other_flags(base, monkeypatch):
+def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
     args = parsed(monkeypatch, *words)
@@ -538,7 +543,9 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch):
     resolve(parsed(monkeypatch, *words[:2]))
 
 
-def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(base, monkeypatch, tmp_path):
+def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
+    base, monkeypatch, tmp_path, tokenizer
+):
     """Until --load has a checkpoint, which then is what the flags are compared with."""
     pretrained = base[base.index("--load") + 1]
     new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]

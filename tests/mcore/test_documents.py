@@ -4,6 +4,7 @@ That loss and gradients are those of the documents alone is in test_normalizatio
 """
 
 from argparse import Namespace
+from collections import Counter
 from dataclasses import asdict
 
 import pytest
@@ -118,6 +119,22 @@ def test_the_fit_counts_documents(own_rates):
     line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
     assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
     assert ", 0 skipped" in line
+
+
+def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
+    """Whose rates go through all bins, and whose values are those of documents alone."""
+    load = base[base.index("--load") + 1]
+    ranks.launch(tmp_path, 1, "--", load, entry="measured_documents")
+    for bins, moments, expected in torch.load(
+        tmp_path / "measured.pt", weights_only=False
+    ).values():
+        documents = {(row, number) for row, number, _ in bins}
+        assert len(documents) > 6 and set(Counter(bins).values()) == {2}
+        assert len(bins) == 8 * len(documents)
+        assert len({number for row, document, number in bins[:5]}) > 1  # not all alike in a row
+        torch.testing.assert_close(
+            torch.as_tensor(moments), torch.as_tensor(expected), rtol=1e-4, atol=1e-9
+        )
 
 
 def rows_of(tokens, num_tokens, length):

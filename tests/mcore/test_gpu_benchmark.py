@@ -139,7 +139,6 @@ def test_a_race_of_another_model(tmp_path):
     run = subprocess.run([*tool, "--flags", model], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     (log,) = tmp_path.glob("*.log")
-    (kept,) = tmp_path.glob("*.json")
-    flags = json.loads(kept.read_text())["flags"]
+    flags = json.loads(log.with_suffix(".json").read_text())["flags"]
     assert flags.index("--hidden-size") < len(flags) - 1 - flags[::-1].index("--hidden-size")
     assert re.search(r"\n  hidden_size \.+ 16\n", log.read_text())

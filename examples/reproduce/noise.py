@@ -1,0 +1,155 @@
+"""Variance of a batch's gradient under each method, at one checkpoint, relative to `standard`.
+
+    python examples/reproduce/noise.py --load CHECKPOINT --methods JSON --json noise.json
+
+draws batches as training does, from the checkpoint's own data with other random numbers, and takes
+the trace of the covariance of their gradients, in the units of each method's own loss. JSON is an
+object of objects: by name, the settings of a method's objective and the rows of its batch.
+P-POTS has the density that suits this checkpoint. Attention must reach everywhere.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.outputs import write_text
+from megatron_mdm.errors import UserError, run_tool
+
+SKETCH = 65_536  # numbers that gradients are projected on: traces within half a percent
+RATE_ROWS = 100  # on which the density of P-POTS is measured, once in each bin of t
+
+
+def main() -> None:
+    """Measures every method, and writes ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_checkpoint_arguments(parser, pipeline=False)
+    parser.add_argument("--methods", required=True, metavar="JSON", help="what to measure")
+    parser.add_argument("--batches", type=int, default=100, metavar="N", help="(default: 100)")
+    parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
+    options = parser.parse_args()
+    try:
+        methods = {name: dict(settings) for name, settings in json.loads(options.methods).items()}
+        batches = {name: int(settings.pop("batch")) for name, settings in methods.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
+    if "standard" not in methods or options.batches < 2:
+        raise UserError("it takes --batches 2 at least, and `standard` among --methods")
+    with open_checkpoint(options.load, options.device) as loaded:
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron tells where its data are
+            variances = {
+                name: variance(
+                    loaded, training_batches(loaded, settings, batches[name], options.batches)
+                )
+                for name, settings in methods.items()
+            }
+    noise = {name: value / variances["standard"] for name, value in variances.items()}
+    write_text(options.json, json.dumps({"noise": noise}, indent=2) + "\n")
+    for name, value in noise.items():
+        print(f"{name:32s} {value:6.3f}")
+
+
+def variance(loaded: Any, batches: Iterator[tuple[Any, Any, Any]]) -> float:
+    """The trace of the covariance of the gradients of batches, unbiased.
+
+    Args:
+        loaded: the model.
+        batches: as `training_batches` draws them, at least two.
+    """
+    import torch
+
+    from megatron_mdm.mcore.attention import position_ids
+    from megatron_mdm.mcore.measure import ParallelSketch
+    from megatron_mdm.objective.loss import row_losses
+
+    sketch = ParallelSketch(list(loaded.model.parameters()), SKETCH)
+    device = torch.cuda.current_device()
+    gradients = []
+    for tokens, eligible, corruption in batches:
+        tokens = tokens.to(device)
+        cross_entropy = loaded.model(
+            corruption.tokens.to(device), position_ids(tokens, documents=None), None, labels=tokens
+        )
+        losses = row_losses(
+            cross_entropy,
+            corruption.mask.to(device),
+            corruption.weight.to(device),
+            eligible.sum(dim=1).to(device),
+            "rows",
+        )
+        gradients.append(sketch.gradient(losses.numerator / losses.denominator))
+    return float(torch.stack(gradients).double().var(dim=0).sum())
+
+
+def training_batches(
+    loaded: Any, settings: dict[str, Any], size: int, count: int
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Batches as training with these settings would draw them.
+
+    Args:
+        loaded: the checkpoint's model.
+        settings: of the objective.
+        size: rows of a batch.
+        count: batches.
+
+    Yields:
+        (tokens [B, L], eligible [B, L], their corruption).
+    """
+    import torch
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.arguments import resolve
+    from megatron_mdm.mcore.dataset import build_datasets
+    from megatron_mdm.mcore.forward_step import Rows, given_sampler, training_corrupter
+
+    args = copy.copy(loaded.args)
+    args.micro_batch_size = args.global_batch_size = size
+    args.seed += 1  # not the masks that the checkpoint was trained on
+    for name, value in settings.items():
+        setattr(args, name, value)
+    args = resolve(args)
+    mdm = MDMConfig.from_args(args)
+    online = mdm.mdm_rate_sampler == "ppots"
+    sampler = fitted(dataclasses.replace(loaded, args=args)) if online else given_sampler(mdm)
+    corrupter = training_corrupter(args, sampler)
+    dataset = build_datasets(args, [size * count, 0, 0])[0]
+    for first in range(0, size * count, size):
+        items = [dataset[number] for number in range(first, first + size)]
+        rows = Rows(**{name: torch.stack([item[name] for item in items]) for name in items[0]})
+        eligible = rows.eligible(loaded.tokenizer.eod, mdm)
+        yield rows.tokens, eligible, corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
+
+
+def fitted(loaded: Any) -> Any:
+    """The density of P-POTS that suits a checkpoint, for its settings of masks and target."""
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.measure import measure
+    from megatron_mdm.objective.fits import fit
+
+    mdm = MDMConfig.from_args(loaded.args)
+    args = copy.copy(loaded.args)
+    args.mdm_views = 1  # every row is another text
+    *_, (_, _, moments) = measure(
+        dataclasses.replace(loaded, args=args),
+        mdm.mdm_ppots_target,
+        mdm.mdm_ppots_bins,
+        RATE_ROWS,
+        1,
+    )
+    return fit(
+        moments,
+        target=mdm.mdm_ppots_target,
+        lam=mdm.mdm_ppots_uniform_share,
+        eps=mdm.least_masked_fraction(args.seq_length),
+    ).sampler()
+
+
+if __name__ == "__main__":
+    run_tool(main)

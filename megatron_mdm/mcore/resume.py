@@ -1,0 +1,92 @@
+"""The checkpoint that a run starts from: which one it is, and whether its settings agree."""
+
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any
+
+from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+
+from megatron_mdm.config import MDMConfig, flag
+from megatron_mdm.errors import UserError
+from megatron_mdm.objective.fit_file import load_sampler
+
+
+def checkpoint_to_load(args: Namespace) -> str | None:
+    """The directory of the checkpoint that Megatron is about to load, None for none.
+
+    Raises:
+        UserError: there is none where --pretrained-checkpoint, or --load with --finetune, says.
+    """
+    if checkpoint_exists(args.load):
+        return args.load
+    needed = "pretrained_checkpoint"
+    if args.pretrained_checkpoint is None:
+        if not args.finetune or args.load is None:
+            return args.load
+        needed = "load"  # Megatron would train from random weights, with a warning
+    directory = getattr(args, needed)
+    if not checkpoint_exists(directory):
+        raise UserError(
+            f"{flag(needed)} {directory} has no checkpoint: give the directory that --save or "
+            "tools/convert_checkpoint.py --output named"
+        )
+    return str(directory)
+
+
+def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:
+    """The arguments that the checkpoint in the directory `source` holds; empty if there are none.
+
+    Args:
+        args: of this run.
+        source: see `checkpoint_to_load`.
+    """
+    if source is None:
+        return {}
+    state = _load_base_checkpoint(source, args, rank0=True)[0]
+    return vars(state["args"]) if state and state.get("args") else {}
+
+
+def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
+    """Compares the objective flags with those of the checkpoint that is about to be resumed.
+
+    Masks and rates are functions of the seed, the flags and the row number: a change would train
+    another objective from here on, silently.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
+
+    Raises:
+        UserError: names every flag that differs, unless --mdm-allow-flag-change.
+    """
+    # A checkpoint records the density itself: its file may move, or change.
+    args.mdm_ppots_digest = (
+        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
+    )
+    args.mdm_sampler_state_in_checkpoint = False
+    if args.load is None or args.finetune:
+        return
+    args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
+    bins = saved.get("mdm_ppots_bins")
+    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
+        if args.mdm_ppots_bins != bins:
+            raise UserError(
+                f"--mdm-ppots-bins {args.mdm_ppots_bins}: the measurements in the checkpoint have "
+                f"{bins} bins, which cannot change; --finetune begins new ones"
+            )
+    if args.mdm_allow_flag_change:
+        return
+    ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()
+    names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
+    if any(name.startswith("mdm_") for name in saved):  # a flag that is newer had its default
+        saved = {f.name: f.default for f in fields(MDMConfig)} | saved
+    changes = [
+        f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
+        for name in [*names, "mdm_ppots_digest", "seed", "seq_length"]
+        if name in saved and saved[name] != getattr(args, name)
+    ]
+    if changes:
+        raise UserError(
+            f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
+            "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
+        )
