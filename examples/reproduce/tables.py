@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from methods import DOUBLED, LONGER, METHODS, SHORTER, Task, own_epochs
+from methods import DOUBLED, LONGER, METHODS, SCALES, SHORTER, Task, own_epochs
 
 from megatron_mdm.data.outputs import complete_or_absent, write_errors, write_text
 from megatron_mdm.errors import UserError
@@ -177,7 +177,9 @@ def as_markdown(results: dict[str, Any]) -> str:
 def caption(results: dict[str, Any]) -> str:
     """Where the results come from."""
     runs = results["runs"]
-    seeds = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    done = sorted({run["seed"] for run in runs})
+    seeds, missing = ", ".join(map(str, done)), len(SCALES[results["scale"]].seeds) - len(done)
+    seeds += f" ({missing} more have not been run)" if missing > 0 else ""
     hours = sum(run["seconds"] for run in runs) / 3600
     return (
         f"`--scale {results['scale']}`, seeds {seeds}, {runs[0]['problems']} problems, "
