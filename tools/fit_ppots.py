@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig
-from megatron_mdm.data.outputs import check_picture
+from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
 from megatron_mdm.errors import UserError, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
@@ -138,9 +138,8 @@ def draw(result, picture: Path) -> None:
     axes.plot(t, density, "C3", label=f"density, uniform share {result.lam:g}")
     axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(0, 1), ylim=(0, None))
     axes.legend()
-    temporary = picture.with_name(f".{picture.stem}.partial.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, picture)
+    with complete_or_absent(str(picture)) as (temporary,), write_errors(str(picture)):
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -224,8 +224,7 @@ def check_data(args: Namespace) -> None:
 
 def _check_end_of_document(args: Namespace) -> None:
     """Checks that the tokenizer has an end of document if a flag needs one."""
-    eod = get_tokenizer().eod
-    if eod is not None and eod >= 0:  # sentencepiece: -1
+    if tokenizer_end_id(get_tokenizer()) is not None:
         return
     needed_by = {
         "--mdm-isolate-documents": args.mdm_isolate_documents,
@@ -386,6 +385,12 @@ def _mask_token_id(args: Namespace) -> int:
             "(padding included): choose a smaller id, or enlarge --make-vocab-size-divisible-by"
         )
     return mask
+
+
+def tokenizer_end_id(tokenizer: Any) -> int | None:
+    """The id of the end of document of a Megatron text tokenizer, None if it has none."""
+    eod = tokenizer.eod
+    return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
 
 
 def tokenizer_mask_id(tokenizer: Any) -> int | None:

@@ -80,6 +80,10 @@ class Rows:
             return self.beyond.long()
         return None
 
+    def segments(self, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
+        """What draws a rate of its own in training: documents, int64 [b, s]; None: the row."""
+        return self.documents(eod_id) if mdm.mdm_rate_per == "document" else None
+
     def _from(self, start: torch.Tensor) -> torch.Tensor:
         """Positions from `start` [b] on, bool [b, s]."""
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -137,7 +141,7 @@ def forward_step(
     rows = load_rows(data_iterator, training)
     eod_id = get_tokenizer().eod
     eligible = rows.eligible(eod_id, mdm)
-    segments = rows.documents(eod_id) if training and mdm.mdm_rate_per == "document" else None
+    segments = rows.segments(eod_id, mdm) if training else None
     corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
     progress = 1.0
     if training and mdm.mdm_anneal_attention_iters:

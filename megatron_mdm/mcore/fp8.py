@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.sizes import head_size
 
 # Least compute capability of each --fp8-recipe in Transformer Engine.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -66,12 +67,11 @@ def check_fp8(args: Namespace) -> None:
 def _sizes(args: Namespace) -> Iterator[tuple[str, int, int]]:
     """(flags, size, ranks that share it) of what FP8 products take; 0 where no flag says it."""
     tensor, heads = args.tensor_model_parallel_size, args.num_attention_heads or 0
-    head_size = args.kv_channels or ((args.hidden_size or 0) // heads if heads else 0)
     rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
     parts = args.context_parallel_size * (tensor if args.sequence_parallel else 1)
     yield "--micro-batch-size x --seq-length", rows, parts
     yield "--hidden-size", args.hidden_size or 0, 1
-    yield "--num-attention-heads x --kv-channels", heads * head_size, tensor
+    yield "--num-attention-heads x --kv-channels", heads * head_size(args), tensor
     yield "--ffn-hidden-size", args.ffn_hidden_size or 0, tensor
     if args.num_experts:
         of_experts = args.expert_tensor_parallel_size or tensor

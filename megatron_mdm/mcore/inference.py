@@ -28,7 +28,7 @@ from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import differences
-from megatron_mdm.mcore.arguments import rejection
+from megatron_mdm.mcore.arguments import rejection, tokenizer_end_id
 from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
@@ -116,8 +116,7 @@ class LoadedModel:
     @property
     def end_token_id(self) -> int | None:
         """Id of the end-of-document token, None if the tokenizer has none."""
-        eod = self.tokenizer.eod
-        return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
+        return tokenizer_end_id(self.tokenizer)
 
     @property
     def max_length(self) -> int:

@@ -249,7 +249,7 @@ def _draw(
     eod_id = get_tokenizer().eod
     documents = rows.isolated(eod_id, mdm)
     eligible = rows.eligible(eod_id, mdm)
-    segments = rows.documents(eod_id) if mdm.mdm_rate_per == "document" else None
+    segments = rows.segments(eod_id, mdm)
     num_eligible = counts(eligible, segments)
     corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
 

@@ -116,10 +116,14 @@ def _check_virtual_stages(args: Namespace, name: str, micro_batches: int) -> Non
         )
 
 
+def head_size(args: Namespace) -> int:
+    """Channels of an attention head; 0 where no flag says it yet."""
+    heads = args.num_attention_heads
+    return int(args.kv_channels or ((args.hidden_size or 0) // heads if heads else 0))
+
+
 def _check_head_size(args: Namespace) -> None:
-    size, rotated = args.kv_channels, 1.0 if args.rotary_percent is None else args.rotary_percent
-    if size is None and args.hidden_size and args.num_attention_heads:
-        size = args.hidden_size // args.num_attention_heads
+    size, rotated = head_size(args), 1.0 if args.rotary_percent is None else args.rotary_percent
     if args.position_embedding_type == "rope" and size and int(size * rotated) % 2:
         raise UserError(
             f"--position-embedding-type rope turns pairs of channels: {int(size * rotated)} of a "
