@@ -29,6 +29,7 @@ from megatron_mdm.mcore import sampler_state
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.measure import measure
 from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.pots import accumulate
 from megatron_mdm.pretrain import main
 
@@ -266,7 +267,7 @@ def measured_documents() -> None:
                     if target == "gradient":
                         value = (share[:, None] * error @ head).norm()
                     bins.append((draw // 8, number, int(t[number] * 4)))
-                    expected += accumulate(t[number], value, torch.ones(1), 4).numpy()
+                    expected += from_limbs(accumulate(t[number], value, torch.ones(1), 4))
             found[target] = bins, moments.vector(), expected
     torch.save(found, f"{os.environ['TRACE_DIR']}/measured.pt")
 
@@ -815,8 +816,8 @@ def traffic() -> None:
     """The program with the collective calls of our own code counted, as this rank makes them.
 
     Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each. What
-    tensor ranks other than the first measured for P-POTS differs in the last bit, as sums that are
-    taken in another order may.
+    tensor ranks other than the first measured for P-POTS differs in the last bits, as losses that
+    are reduced in another order may.
     """
     from torch import distributed
 
@@ -827,7 +828,7 @@ def traffic() -> None:
 
     def reduce_otherwise(self):
         if self.measured is not None and mpu.get_tensor_model_parallel_rank() > 0:
-            self.measured = self.measured.nextafter(self.measured + 1.0)
+            self.measured = self.measured + (1 << 30)  # of units of 2^-80
         reduce(self)
 
     OnlineSampler.reduce = reduce_otherwise

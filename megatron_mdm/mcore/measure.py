@@ -22,6 +22,7 @@ from megatron_mdm.mcore.forward_step import Rows, as_in_the_sum, at_logits, at_t
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import RateMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
@@ -86,7 +87,7 @@ def measure(
         bins = (numbers + (columns["quantile"] * num_bins >> GRID_BITS)) % num_bins
         columns["quantile"] = ((bins << GRID_BITS) + places) // num_bins
         rows = Rows(**{name: column.to(device) for name, column in columns.items()})
-        moments.add(_draw(loaded, mdm, corrupter, rows, target, num_bins).numpy())
+        moments.add(from_limbs(_draw(loaded, mdm, corrupter, rows, target, num_bins)))
         yield draws.stop, total, moments
 
 

@@ -2,9 +2,11 @@
 
 The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
 summed per rate bin on the device, at no extra pass. Every
---mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 float64 numbers (968 bytes at 30
-bins) over data-parallel ranks of the last pipeline stage, and one broadcast of as many to the other
-tensor ranks and stages, give all ranks the same numbers, from which each fits the same density.
+--mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 exact sums of 32 bytes
+(`objective.exact_sums`; 3872 bytes at 30 bins) over data-parallel ranks of the last pipeline stage,
+and one broadcast of as many to the other tensor ranks and stages, give all ranks the same numbers,
+from which each fits the same density. A checkpoint between two fits takes the sums of all ranks as
+well; where it is saved, and by how many ranks, changes no bit of the next fit.
 """
 
 from functools import lru_cache
@@ -22,7 +24,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.context import counts_rows
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.fits import FitError, PotsFit, fit
-from megatron_mdm.objective.pots import PotsState, RateMoments, accumulate
+from megatron_mdm.objective.pots import PotsState, accumulate
 from megatron_mdm.objective.samplers import PiecewiseSampler
 
 
@@ -39,7 +41,7 @@ class OnlineSampler:
         self.eps = config.least_masked_fraction(seq_length)
         start = config.mdm_ppots_file
         sampler = load_sampler(start).sampler() if start else PiecewiseSampler([0, 1], [1, 1])
-        self.state = PotsState(sampler, RateMoments(config.mdm_ppots_bins))
+        self.state = PotsState.start(sampler, config.mdm_ppots_bins)
         self.pending: torch.Tensor | None = None
         self.measured: torch.Tensor | None = None
         self.iteration = -1
@@ -87,6 +89,7 @@ class OnlineSampler:
         if iteration % self.config.mdm_ppots_refit_interval:
             return None
         self.reduce()
+        self.state.take_in()
         try:
             result = fit(
                 self.state.moments,
@@ -107,14 +110,11 @@ class OnlineSampler:
         return result
 
     def reduce(self) -> None:
-        """Moves what was measured into the moments of all ranks; a collective call.
+        """Moves what was measured into the state of all ranks; a collective call.
 
-        Of the tensor ranks, which measured the same, the first alone adds: sums over different
-        communicators may be taken in different orders, and fits to sums that differ in their last
-        bit are not equal.
+        Of the tensor ranks, which measured the same up to rounding, the first alone adds.
         """
-        size = 4 * self.config.mdm_ppots_bins + 1
-        sums = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
+        sums = torch.from_numpy(np.zeros_like(self.state.since)).to(torch.cuda.current_device())
         if self.measured is not None:
             sums += self.measured
         self.measured = None
@@ -128,7 +128,7 @@ class OnlineSampler:
             adds = mpu.get_tensor_model_parallel_world_size()
             source = torch.distributed.get_process_group_ranks(group)[-adds]
             torch.distributed.broadcast(sums, src=source, group=group)
-        self.state.moments.add(sums.cpu().numpy())
+        self.state.since = self.state.since + sums.cpu().numpy()
 
     def follow_reruns(self) -> None:
         """Goes back with Megatron's rerun machine, which repeats an iteration to validate a result.
@@ -141,14 +141,13 @@ class OnlineSampler:
 
         def save_all() -> tuple:
             others = save() if save else None
-            state = self.state.sampler, self.state.moments.vector()
-            return others, *state, self.measured, self.iteration
+            return others, self.state.state_vector(), self.measured, self.iteration
 
         def restore_all(saved: tuple) -> None:
-            others, density, moments, self.measured, self.iteration = saved
+            others, state, self.measured, self.iteration = saved
             if restore:
                 restore(others)
-            self.state = PotsState(density, RateMoments.from_vector(moments))
+            self.state = PotsState.from_state_vector(state, self.config.mdm_ppots_bins)
             self.pending = None
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all
@@ -188,12 +187,11 @@ class SamplerState(MegatronModule):
         super().__init__(config)
         self.stage = mpu.get_pipeline_model_parallel_rank() * 64 + (vp_stage or 0)
         self.in_checkpoint = in_checkpoint
-        # As integers, which mixed precision does not round.
         self.register_buffer("bits", self._bits(), persistent=False)
 
     @staticmethod
     def _bits() -> torch.Tensor:
-        return torch.from_numpy(online_sampler().state.state_vector()).view(torch.int64)
+        return torch.from_numpy(online_sampler().state.state_vector())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -214,8 +212,7 @@ class SamplerState(MegatronModule):
         bits = state_dict.pop(f"{prefix}bits", None)
         if bits is not None:
             self.bits.copy_(bits)
-            vector = self.bits.cpu().view(torch.float64).numpy()
             sampler = online_sampler()
             sampler.state = PotsState.from_state_vector(
-                np.array(vector), sampler.config.mdm_ppots_bins
+                self.bits.cpu().numpy(), sampler.config.mdm_ppots_bins
             )

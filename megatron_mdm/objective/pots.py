@@ -17,9 +17,11 @@ import numpy.typing as npt
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.exact_sums import BOUND, LIMBS, from_limbs, to_limbs
 from megatron_mdm.objective.samplers import PiecewiseSampler
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 # Most edges of a table: checkpoints hold tables of this length, padded.
 TABLE_SIZE = 1024
 
@@ -33,7 +35,8 @@ def accumulate(
 ) -> torch.Tensor:
     """The sums of `RateMoments.vector()` over B rows, on their device, without waiting for it.
 
-    A row whose value (or its square) or weight is not finite counts as skipped and nowhere else.
+    A row whose value (or its square) or weight is not finite, or 2^60 and more, counts as skipped
+    and nowhere else.
 
     Args:
         t: masking rates in (0, 1], [B].
@@ -43,20 +46,21 @@ def accumulate(
         present: which of them are rows at all, bool [B]; None: all.
 
     Returns:
-        float64 [4 num_bins + 1], additive over micro-batches and ranks.
+        Exact sums, int64 [LIMBS, 4 num_bins + 1] (`exact_sums`), additive over micro-batches and
+        ranks in any order.
     """
     t, value, weight = (x.detach().reshape(-1).to(torch.float64) for x in (t, value, weight))
     product = weight * value
     there = torch.ones_like(t, dtype=torch.bool) if present is None else present.reshape(-1)
-    good = torch.isfinite(product * value) & (weight > 0.0) & (t > 0.0) & (t <= 1.0) & there
     sums = torch.stack([weight, product, product * value, torch.ones_like(t)])
-    sums = torch.where(good, sums, 0.0)
-    index = torch.ceil(torch.where(good, t, 1.0) * num_bins) - 1.0
-    # A product with indicators, since index_add_ adds in no fixed order on a GPU: a run that is
-    # resumed would then not repeat bit for bit.
-    indicator = index.clamp(min=0.0)[:, None] == torch.arange(num_bins, device=t.device)
-    per_bin = sums @ indicator.to(torch.float64)
-    return torch.cat([per_bin.reshape(-1), (there & ~good).sum().to(torch.float64)[None]])
+    # NaN is below nothing.
+    good = (sums.abs() < BOUND).all(dim=0) & (weight > 0.0) & (t > 0.0) & (t <= 1.0) & there
+    limbs = to_limbs(torch.where(good, sums, 0.0)).flatten(0, 1)
+    index = torch.ceil(torch.where(good, t, 1.0) * num_bins).to(torch.int64) - 1
+    per_bin = limbs.new_zeros(len(limbs), num_bins)
+    per_bin.index_add_(1, index.clamp(min=0), limbs)
+    skipped = to_limbs((there & ~good).sum().to(torch.float64))
+    return torch.cat([per_bin.reshape(LIMBS, -1), skipped[:, None]], dim=1)
 
 
 class RateMoments:
@@ -98,7 +102,7 @@ class RateMoments:
     def update(self, t: npt.ArrayLike, value: npt.ArrayLike, weight: npt.ArrayLike) -> None:
         """Adds rows; for the arguments see `accumulate`."""
         t, value, weight = (torch.as_tensor(x, dtype=torch.float64) for x in (t, value, weight))
-        self._vector += accumulate(t, value, weight, self.num_bins).numpy()
+        self.add(from_limbs(accumulate(t, value, weight, self.num_bins)))
 
     def add(self, other: "RateMoments | npt.ArrayLike") -> None:
         """Adds the rows of another, or of a vector of the layout of `vector`."""
@@ -160,29 +164,45 @@ class RateMoments:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
 
-@dataclass
+@dataclass(eq=False)
 class PotsState:
-    """What a run needs to go on bit for bit: the density in use and the moments so far.
+    """What a run needs to go on bit for bit: the density in use and what was measured so far.
 
     Attributes:
         sampler: density in use; `PiecewiseSampler([0, 1], [1, 1])`, the uniform, before a fit.
-        moments: running moments.
+        moments: running moments, up to the last time that a fit was due.
+        since: exact sums of what was measured since, int64 [LIMBS, 4 num_bins + 1]. Apart from the
+            moments, because rounding them in the middle of an interval would change the next fit.
     """
 
     sampler: PiecewiseSampler
     moments: RateMoments
+    since: Integers
 
-    def state_vector(self) -> Floats:
-        """Number of edges, edges and values (padded with 0), moments: float64 of fixed length.
+    @classmethod
+    def start(cls, sampler: PiecewiseSampler, num_bins: int) -> "PotsState":
+        """Nothing was measured yet."""
+        moments = RateMoments(num_bins)
+        return cls(sampler, moments, np.zeros((LIMBS, 4 * num_bins + 1), np.int64))
 
-        The length, 2 + 2 TABLE_SIZE + 4 num_bins, depends on the number of bins only.
+    def take_in(self) -> None:
+        """Adds what was measured since the last fit to the moments."""
+        self.moments.add(from_limbs(self.since))
+        self.since = np.zeros_like(self.since)
+
+    def state_vector(self) -> Integers:
+        """Number of edges, edges and values (padded with 0) and moments, as bits; then `since`.
+
+        int64, which mixed precision does not round; its length, 2 + 2 TABLE_SIZE + 4 num_bins +
+        LIMBS (4 num_bins + 1), depends on the number of bins only.
         """
         size = len(self.sampler.edges)
         if size > TABLE_SIZE:
             raise ValueError(f"a table of {size} edges does not fit into {TABLE_SIZE}")
         padding = np.zeros(TABLE_SIZE - size)
         table = [self.sampler.edges, padding, self.sampler.values, padding]
-        return np.concatenate([[size], *table, self.moments.vector()])
+        floats = np.concatenate([[size], *table, self.moments.vector()])
+        return np.concatenate([floats.view(np.int64), self.since.reshape(-1)])
 
     @classmethod
     def from_state_vector(cls, vector: npt.ArrayLike, num_bins: int) -> "PotsState":
@@ -191,18 +211,24 @@ class PotsState:
         Raises:
             UserError: the state is of another number of bins, or damaged.
         """
-        array = np.asarray(vector, dtype=np.float64)
-        if array.shape != (2 + 2 * TABLE_SIZE + 4 * num_bins,):
-            bins = (array.size - 2 - 2 * TABLE_SIZE) // 4
+        array = np.array(vector, dtype=np.int64)
+        table, sums = 1 + 2 * TABLE_SIZE, 4 * num_bins + 1
+        if array.shape != (table + (1 + LIMBS) * sums,):
+            bins = ((array.size - table) // (1 + LIMBS) - 1) // 4
             raise UserError(
                 f"the checkpoint's rate moments have {bins} bins, this run {num_bins}: "
                 "resume with the number of bins of the checkpoint"
             )
+        floats, since = array[: table + sums].view(np.float64), array[table + sums :]
+        size = floats[0]
         try:
-            size = int(array[0])
-            edges, values = array[1 : 1 + 2 * TABLE_SIZE].reshape(2, TABLE_SIZE)[:, :size]
-            moments = RateMoments.from_vector(array[1 + 2 * TABLE_SIZE :])
-            return cls(PiecewiseSampler(edges, values), moments)
+            if size not in range(TABLE_SIZE + 1):
+                raise ValueError(f"it has {size} edges")
+            edges, values = floats[1:table].reshape(2, TABLE_SIZE)[:, : int(size)]
+            moments = RateMoments.from_vector(floats[table:])
+            state = cls(PiecewiseSampler(edges, values), moments, since.reshape(LIMBS, sums))
+            RateMoments.from_vector(from_limbs(state.since))
+            return state
         except ValueError as error:
             raise UserError(
                 f"the checkpoint's rate density is damaged ({error}): resume from another one"

@@ -163,6 +163,24 @@ def test_the_state_of_the_sampler_is_restored_bit_for_bit_in_another_layout(base
         assert value.equal(after[name]), name
 
 
+def test_a_stop_between_two_fits_changes_no_bit(base, tmp_path):
+    """Fits at 2, 4 and 6, a stop after 3 in the same layout: the same rates, masks and losses."""
+    data, load = base[: base.index("--load")], base[base.index("--load") :]
+    flags = [*data, *ONLINE, "--mdm-ppots-target", "gradient"]
+    checkpoint = str(tmp_path / "checkpoint")
+    saves = ["--save", checkpoint, "--save-interval", "100"]
+    whole = ranks.launch(tmp_path / "whole", 2, *flags, *load)
+    parts = [
+        ranks.launch(tmp_path / "first", 2, *flags, *load, *saves, "--exit-interval", "3"),
+        ranks.launch(tmp_path / "second", 2, *flags, *saves, "--load", checkpoint),
+    ]
+    assert parts[0].masks() | parts[1].masks() == whole.masks()
+    assert parts[0].losses + parts[1].losses == whole.losses
+    density = "mdm/density at t 0.05"
+    assert len(parts[1].scalars[density]) == 2
+    assert [q for part in parts for q in part.scalars[density]] == whole.scalars[density]
+
+
 def test_repeated_iterations_change_nothing(base, tmp_path):
     """Megatron's rerun machine repeats every step here, those with a fit included.
 
@@ -190,8 +208,9 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
     saved = machine.state_save_func()
     for _ in range(2):
         sampler.state.moments.add(np.ones(17))
+        sampler.state.since = sampler.state.since + 1
         sampler.state.sampler = PiecewiseSampler([0, 1], [0.5, 1.5])
-        sampler.measured = sampler.pending = ranks.torch.ones(17)
+        sampler.measured = sampler.pending = ranks.torch.ones(4, 17)
         machine.state_restore_func(saved)
         assert np.array_equal(sampler.state.state_vector(), before)
         assert sampler.measured is None and sampler.pending is None

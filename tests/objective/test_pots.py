@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy import optimize
 from megatron_mdm.config import MOST_PPOTS_BINS
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective import fits
+from megatron_mdm.objective.exact_sums import LIMBS, from_limbs, to_limbs
 from megatron_mdm.objective.fit_file import load_sampler, save_sampler
 from megatron_mdm.objective.fits import FAMILIES, FitError, fit
 from megatron_mdm.objective.pots import TABLE_SIZE, PotsState, RateMoments, accumulate
@@ -141,13 +143,27 @@ def test_vectors_add_up_over_ranks_and_micro_batches():
         accumulate(*(torch.from_numpy(x[i : i + 7]) for x in (t, value, weight)), 5)
         for i in range(0, 60, 7)
     ]
-    np.testing.assert_allclose(whole.vector(), sum(parts).numpy(), rtol=1e-14)
-    merged = RateMoments.from_vector(sum(parts[:4]).numpy())
-    merged.add(RateMoments.from_vector(sum(parts[4:]).numpy()))
+    np.testing.assert_array_equal(whole.vector(), from_limbs(sum(parts[::-1])))
+    merged = RateMoments.from_vector(from_limbs(sum(parts[:4])))
+    merged.add(RateMoments.from_vector(from_limbs(sum(parts[4:]))))
     np.testing.assert_allclose(merged.vector(), whole.vector(), rtol=1e-14)
     assert RateMoments.from_vector(whole.vector()) == whole
     with pytest.raises(ValueError, match="cannot be added"):
         whole.add(RateMoments(6))
+
+
+def test_sums_do_not_depend_on_how_they_are_taken():
+    """Numbers of very different sizes, of both signs: any order, any parts, the exact sum."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(3000) * 10.0 ** rng.uniform(-9, 12, 3000)
+    limbs = to_limbs(torch.from_numpy(x))
+    exact = float(sum(map(Fraction, x)))
+    sums = [limbs.sum(1), limbs.flip(1).cumsum(1)[:, -1], limbs[:, ::3].sum(1)]
+    sums[2] += limbs[:, 1::3].sum(1) + limbs[:, 2::3].sum(1)
+    assert {float(from_limbs(total[:, None])[0]) for total in sums} == {exact}
+    assert x.sum() != exact  # as floating-point numbers they round
+    ends = torch.tensor([2.0**60 - 2.0**7, -(2.0**-80), 2.0**-81, 0.0], dtype=torch.float64)
+    assert from_limbs(to_limbs(ends)).tolist() == [*ends[:2].tolist(), 0.0, 0.0]
 
 
 def test_accumulate_against_a_loop():
@@ -157,20 +173,20 @@ def test_accumulate_against_a_loop():
     for a, b, c in zip(t, value, weight, strict=True):
         expected[:, int(np.ceil(a * 7)) - 1] += [c, c * b, c * b * b, 1]
     got = accumulate(torch.tensor(t), torch.tensor(value), torch.tensor(weight), 7)
-    np.testing.assert_allclose(got, [*expected.ravel(), 0], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(from_limbs(got), [*expected.ravel(), 0], rtol=1e-12, atol=1e-14)
 
 
 def test_accumulate_sums_low_precision_in_float64_and_without_gradient():
     value = torch.full((3,), 2.0, dtype=torch.bfloat16, requires_grad=True)
     got = accumulate(torch.full((3,), 0.3), value, torch.ones(3), 1)
-    assert got.dtype == torch.float64 and not got.requires_grad
-    assert got.tolist() == [3.0, 6.0, 12.0, 3.0, 0.0]
+    assert got.dtype == torch.int64 and not got.requires_grad
+    assert from_limbs(got).tolist() == [3.0, 6.0, 12.0, 3.0, 0.0]
 
 
 def test_nothing_waits_for_the_device():
     """Meta tensors hold no data: whatever reads one back on the host raises."""
     x = torch.empty(8, dtype=torch.float64, device="meta")
-    assert accumulate(x, x, x, 10).shape == (41,)
+    assert accumulate(x, x, x, 10).shape == (LIMBS, 41)
     t, weight = skewed()(x)
     assert t.shape == weight.shape == (8,)
 
@@ -192,7 +208,7 @@ def test_cuda_gives_the_same_without_waiting():
     torch.testing.assert_close(t.cpu(), expected_t, rtol=1e-13, atol=0)
     torch.testing.assert_close(weight.cpu(), expected_weight, rtol=1e-13, atol=0)
     expected = accumulate(expected_t, expected_t, expected_weight, 10)
-    torch.testing.assert_close(sums.cpu(), expected, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(from_limbs(sums.cpu()), from_limbs(expected), rtol=1e-12, atol=0)
 
 
 def test_decay_forgets_rows_but_not_what_was_skipped():
@@ -610,10 +626,11 @@ def test_state_is_restored_bit_for_bit(family):
     moments.decay(0.7)
     uniform = PiecewiseSampler([0, 1], [1, 1])
     sampler = fit(moments, family=family).sampler() if family else uniform
-    vector = PotsState(sampler, moments).state_vector()
-    assert vector.dtype == np.float64 and vector.shape == (2 + 2 * TABLE_SIZE + 4 * 30,)
+    since = accumulate(torch.tensor([0.3]), torch.tensor([0.1]), torch.tensor([1.7]), 30)
+    vector = PotsState(sampler, moments, since.numpy()).state_vector()
+    assert vector.dtype == np.int64 and vector.shape == (1 + 2 * TABLE_SIZE + (1 + LIMBS) * 121,)
     restored = PotsState.from_state_vector(vector, 30)
-    assert restored == PotsState(sampler, moments)
+    assert restored.sampler == sampler and restored.moments == moments
     np.testing.assert_array_equal(restored.state_vector(), vector)
     quantile = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for got, expected in zip(restored.sampler(quantile), sampler(quantile), strict=True):
@@ -622,22 +639,28 @@ def test_state_is_restored_bit_for_bit(family):
 
 
 def test_state_of_another_number_of_bins_is_refused():
-    vector = PotsState(PiecewiseSampler([0, 1], [1, 1]), RateMoments(30)).state_vector()
+    vector = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
     with pytest.raises(UserError, match="30 bins, this run 20: resume with the number"):
         PotsState.from_state_vector(vector, 20)
 
 
-@pytest.mark.parametrize(("index", "value"), [(0, np.nan), (0, 1.0), (0, 9.0), (1, -1.0), (-1, -1)])
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [
+        *[(0, size) for size in (np.nan, np.inf, -1.0, 1.0, 1.5, 9.0, 1e300)],
+        *[(1, -1.0), (1 + 2 * TABLE_SIZE, -1.0), (-1, -1.0)],
+    ],
+)
 def test_damaged_state_is_refused(index, value):
-    vector = PotsState(PiecewiseSampler([0, 1], [1, 1]), RateMoments(30)).state_vector()
-    vector[index] = value
+    vector = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
+    vector[index] = np.array(value).view(np.int64)
     with pytest.raises(UserError, match="damaged"):
         PotsState.from_state_vector(vector, 30)
 
 
 def test_a_table_that_is_too_long_is_refused():
     edges = np.linspace(0, 1, TABLE_SIZE + 1)
-    state = PotsState(PiecewiseSampler(edges, np.ones_like(edges)), RateMoments(3))
+    state = PotsState.start(PiecewiseSampler(edges, np.ones_like(edges)), 3)
     with pytest.raises(ValueError, match="does not fit"):
         state.state_vector()
 
@@ -648,6 +671,6 @@ def test_as_many_bins_as_the_flag_allows_find_room_in_a_checkpoint():
     moments.update(t, 1 + t, np.ones_like(t))
     sampler = fit(moments, family="piecewise").sampler()
     assert len(sampler.edges) == TABLE_SIZE
-    PotsState(sampler, moments).state_vector()
+    PotsState.start(sampler, MOST_PPOTS_BINS).state_vector()
     with pytest.raises(UserError, match="must lie in"):
         RateMoments(MOST_PPOTS_BINS + 1)

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.pots import accumulate
 from megatron_mdm.objective.randomness import (
@@ -242,5 +243,5 @@ def test_absent_documents_count_nowhere():
     t = torch.tensor([[0.1, 0.6], [0.7, 0.2]], dtype=torch.float64)
     value = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]], dtype=torch.float64)
     present = torch.tensor([[True, True], [True, False]])
-    sums = accumulate(t, value, torch.ones_like(t), 2, present)
+    sums = from_limbs(accumulate(t, value, torch.ones_like(t), 2, present))
     assert sums.tolist() == [1, 1, 1, 2, 1, 4, 1, 1, 1]  # one row is skipped, one is none
