@@ -34,7 +34,7 @@ class MDMConfig:
     mdm_rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `clipped` draws from
     --mdm-clip without a weight, which changes the objective; `ppots` is the paper's P-POTS, read
-    from --mdm-ppots-file."""
+    from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval), or both."""
 
     mdm_clip: list[float] | None = None
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
@@ -96,10 +96,11 @@ class MDMConfig:
     mdm_isad_weight: Literal["inclusion", "exact"] = "inclusion"
     """`inclusion` weighs each token by one over its own masking probability, which shifts what the
     others are predicted from; `exact` weighs the row by the likelihood ratio of its mask, which is
-    unbiased, and heavy-tailed when many tokens are chosen."""
+    unbiased, and heavy-tailed when many tokens are chosen; it raises p to (1 + p)/2 at most."""
 
     mdm_eps: float = 1e-3
-    """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks."""
+    """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks. Exact
+    counts do not use it: they mask one token or more."""
 
     mdm_normalization: Literal["tokens", "rows"] = "tokens"
     """`tokens`: sum of weighted losses over the global batch / its eligible tokens (pretraining).

@@ -58,21 +58,29 @@ def set_recipe_defaults(parser: ArgumentParser) -> None:
     peek.add_argument("--mdm-ppots-refit-interval")
     given = peek.parse_known_args(sys.argv[1:])[0]
     settings = RECIPES.get(given.mdm_recipe, {})  # an unknown name is the real parser's to refuse
-    left: tuple[str, ...] = ()
-    if given.mdm_rate_sampler not in (None, settings.get("mdm_rate_sampler")):
-        left = _SAMPLER_SETTINGS
-    elif given.mdm_ppots_refit_interval == "0":
-        left = ("mdm_ppots_",)
-    parser.set_defaults(**{k: v for k, v in settings.items() if not k.startswith(left)})
+    sampler = given.mdm_rate_sampler or settings.get("mdm_rate_sampler")
+    left = _left_behind(settings, sampler, given.mdm_ppots_refit_interval != "0")
+    parser.set_defaults(**{k: v for k, v in settings.items() if k not in left})
 
 
-_SAMPLER_SETTINGS = ("mdm_rate_sampler", "mdm_ppots_", "mdm_clip")
+def _left_behind(settings: dict[str, object], sampler: object, is_fitted: bool) -> set[str]:
+    """What of a recipe has no use with the sampler of t in use, or without fits while training."""
+    prefixes: tuple[str, ...] = ()
+    if sampler != settings.get("mdm_rate_sampler"):
+        prefixes = ("mdm_ppots_", "mdm_clip")
+    elif not is_fitted:
+        prefixes = ("mdm_ppots_target",)
+    return {name for name in settings if name.startswith(prefixes)}
 
 
 def expansion(args: Namespace | MDMConfig) -> str:
     """What the recipe of these arguments stands for, with the values in use, as flags."""
+    settings = RECIPES[args.mdm_recipe]  # type: ignore[index]
+    left = _left_behind(settings, args.mdm_rate_sampler, args.mdm_ppots_refit_interval != 0)
     words = []
-    for name, value in RECIPES[args.mdm_recipe].items():  # type: ignore[index]
+    for name, value in settings.items():
+        if name in left:
+            continue
         used = getattr(args, name)
         text = " ".join(map(str, used)) if isinstance(used, list) else str(used)
         words.append(f"{flag(name)} {text}" + ("" if used == value else " (by hand)"))

@@ -93,13 +93,15 @@ def file_of_a_node() -> None:
 
 
 def nan_row() -> None:
-    """The program with one token of the first row whose cross entropy is no number."""
+    """The program with a first row whose cross entropies, and their gradients, are no numbers."""
     at_tokens, calls = step.at_tokens, []
 
     def with_nan(values, shift):
         values = at_tokens(values, shift)
         calls.append(values)
-        return values if len(calls) > 1 else values.index_fill(0, torch.tensor([0]), torch.nan)
+        if len(calls) > 1:
+            return values
+        return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
 
     step.at_tokens = with_nan
     main()

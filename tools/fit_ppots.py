@@ -4,7 +4,14 @@
 
 measures the checkpoint on its training data and writes ppots.json, for --mdm-ppots-file, and
 ppots.png: the measured points, the fit and the density. Under torchrun the ranks share the model
-as tensor-parallel ranks. The paper measures the loss before fine-tuning: --target loss.
+as tensor-parallel ranks. The paper measures the loss of the data to come before fine-tuning:
+
+    python tools/fit_ppots.py --load checkpoints --data-path pairs --output ppots.json
+        --mdm-sft --mdm-normalization rows --mdm-pad-eligible
+
+The density is proportional to the root of the second moment at t. Families for that: epr, the
+paper's, an exponential mean and a variance of powers of t and 1 - t; power, with a variance that
+grows like a power of 1/t towards 0; piecewise, what was measured, linear between the bins.
 """
 
 import argparse
@@ -14,11 +21,13 @@ import sys
 from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig
+from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
 from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
 from megatron_mdm.errors import UserError, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
+OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization"]
+OBJECTIVE += ["eod_eligible", "pad_eligible", "pad_response_to_multiple_of"]
 
 
 def parse() -> argparse.Namespace:
@@ -38,15 +47,32 @@ def parse() -> argparse.Namespace:
         "--family",
         choices=["auto", "epr", "power", "piecewise"],
         default="auto",
-        help="epr: the paper's (default: the best fit)",
+        help="auto (the default) takes the one of least Akaike criterion: divergence from what was "
+        "measured and number of parameters",
     )
     parser.add_argument("--rates", type=int, default=30, help="bins of t (default: 30)")
     parser.add_argument("--rows", type=int, default=10, help="rows of text (default: 10)")
     parser.add_argument("--masks", type=int, default=10, help="masks per rate and row (default 10)")
     parser.add_argument(
-        "--uniform-share", type=float, default=0.1, help="bounds the weight (default: 0.1)"
+        "--uniform-share",
+        type=float,
+        default=0.1,
+        help="of the uniform in the density, in (0, 1]; one over it bounds the importance weight "
+        "(default: 0.1)",
     )
     parser.add_argument("--data-path", nargs="+", help="other data than the run's")
+    group = parser.add_argument_group(
+        "objective", "of the run to come, where it differs from that of the checkpoint"
+    )
+    for name in (f"mdm_{short}" for short in OBJECTIVE):
+        kind = MDMConfig.__annotations__[name]
+        if kind is bool:
+            values = {"action": argparse.BooleanOptionalAction}
+        elif kind is int:
+            values = {"type": int, "metavar": "N"}
+        else:
+            values = {"choices": kind.__args__}
+        group.add_argument(flag(name), default=None, **values)
     return parser.parse_args()
 
 
@@ -76,6 +102,24 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--output {output} cannot be written: give a file in a directory of yours")
 
 
+def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Makes the arguments of the checkpoint those of the run to come.
+
+    Raises:
+        UserError: flags that contradict each other, or the checkpoint's.
+    """
+    if options.data_path:
+        args.data_path, args.mock_data = options.data_path, False
+        args.train_data_path = args.valid_data_path = args.test_data_path = None
+        args.data_args_path = args.per_split_data_args_path = None
+    for name in (f"mdm_{short}" for short in OBJECTIVE):
+        if getattr(options, name) is not None:
+            setattr(args, name, getattr(options, name))
+    if args.mdm_sft:  # pairs have neither
+        args.mdm_random_length_fraction, args.mdm_anneal_attention_iters = 0.0, 0
+    MDMConfig.from_args(args)
+
+
 def main() -> None:
     """Measures, fits, writes, draws."""
     options = parse()
@@ -89,8 +133,7 @@ def main() -> None:
 
         # Megatron says where the data comes from.
         with contextlib.redirect_stdout(sys.stderr):
-            if options.data_path:
-                loaded.args.data_path = options.data_path
+            take_over(options, loaded.args)
             done = 0
             bar = tqdm(unit="draws", total=options.rates * options.rows * options.masks)
             for done, _, moments in measure(  # noqa: B007
@@ -113,6 +156,8 @@ def main() -> None:
             print(
                 f"{options.output}: {result.family} fit of the {options.target} over {done} draws"
             )
+            if result.moments.skipped:
+                print(f"{result.moments.skipped} draws without a finite value were left out")
             print(f"parameters: {parameters or 'the measured bins'}")
             print("KL of each family: " + ", ".join(f"{k} {v:.2e}" for k, v in result.kls.items()))
             print(f"picture: {picture}")

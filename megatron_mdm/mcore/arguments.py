@@ -24,7 +24,7 @@ from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.mcore.resume import check_resume, checkpoint_to_load, saved_arguments
 from megatron_mdm.mcore.sizes import check_experts, check_sizes
-from megatron_mdm.recipes import expansion, set_recipe_defaults
+from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
 MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mdm_mask|>", "<|mask|>")
@@ -168,7 +168,6 @@ def resolve(args: Namespace) -> Namespace:
     if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
         print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
     args.mdm_mask_token_id = _mask_token_id(args)
-    _check_end_of_document(args)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         draws = max(1, args.mdm_strata_window // args.mdm_views)
@@ -208,6 +207,7 @@ def check_data(args: Namespace) -> None:
     Raises:
         UserError: one is missing or damaged, or its documents have no end that a flag needs.
     """
+    _check_end_of_document(args)
     if args.mock_data:
         if args.mdm_sft:
             raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
@@ -249,11 +249,15 @@ def check(args: Namespace) -> None:
         UserError: names the flag and what to do.
     """
     try:
-        MDMConfig.from_args(args)
+        _check(args)
     except UserError as error:
-        if args.mdm_recipe is None:
+        if not any(flag(name) in str(error) for name in RECIPES.get(args.mdm_recipe, ())):
             raise
         raise UserError(f"{error} (--mdm-recipe {args.mdm_recipe}: {expansion(args)})") from error
+
+
+def _check(args: Namespace) -> None:
+    MDMConfig.from_args(args)
     for name in REFUSED:
         if getattr(args, name):
             raise _refusal(name)

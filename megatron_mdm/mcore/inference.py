@@ -344,7 +344,7 @@ def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int
         if count % tensor_parallel:
             raise UserError(
                 f"{tensor_parallel} tensor-parallel ranks do not divide the {count} {what}: start "
-                f"another number of ranks, or give {name}"
+                f"another number of ranks, or, where the tool has it, give {name}"
             )
     return tensor_parallel
 

@@ -15,6 +15,7 @@ from megatron_mdm.mcore.dataset import (
 from megatron_mdm.mcore.forward_step import forward_step
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
+from megatron_mdm.mcore.resume import schedule_may_differ
 
 
 def run(program_start: float) -> None:
@@ -33,13 +34,14 @@ def run(program_start: float) -> None:
         config = model_config(args)
     container = pretrain_cfg_container_from_args(args, config)
     try:
-        pretrain(
-            container,
-            train_valid_test_datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            non_loss_data_func=evaluation_hook,
-        )
+        with schedule_may_differ():
+            pretrain(
+                container,
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                non_loss_data_func=evaluation_hook,
+            )
     except SystemExit as end:  # how Megatron ends at --exit-interval and the like
         if not end.code:
             _disconnect()

@@ -1,6 +1,9 @@
 """The checkpoint that a run starts from: which one it is, and whether its settings agree."""
 
+import re
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -59,7 +62,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     Raises:
         UserError: names every flag that differs, unless --mdm-allow-flag-change.
     """
-    # A checkpoint records the density itself: its file may move, or change.
+    # Not the name of the file, which may move, or hold something else by now.
     args.mdm_ppots_digest = (
         load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
     )
@@ -82,11 +85,44 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
         saved = {f.name: f.default for f in fields(MDMConfig)} | saved
     changes = [
         f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
-        for name in [*names, "mdm_ppots_digest", "seed", "seq_length"]
+        for name in [*names, "seed", "seq_length"]
         if name in saved and saved[name] != getattr(args, name)
     ]
+    # Runs that fit their own density go on with the one in the checkpoint.
+    if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
+        if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
+            changes.append(
+                f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: another density, of "
+                f"{saved.get('mdm_ppots_file')})"
+            )
     if changes:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
             "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
         )
+
+
+@contextmanager
+def schedule_may_differ() -> Iterator[None]:
+    """Makes a line of Megatron's assertion that a run resumes with the schedule it began with.
+
+    Raises:
+        UserError: names the flags, and those with which Megatron takes one schedule or the other.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        found = re.fullmatch(
+            r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) "
+            "do not match",
+            str(error),
+        )
+        if not found:
+            raise
+        here, there, what = found.groups()
+        raise UserError(
+            f"the checkpoint's schedule has another {what}: {there}, here {here} (lengths in "
+            "samples). Give --train-iters, --global-batch-size, --lr and the other flags of the "
+            "schedule their values in the checkpoint, or add --override-opt_param-scheduler for "
+            "this run's schedule or --use-checkpoint-opt_param-scheduler for the checkpoint's"
+        ) from error

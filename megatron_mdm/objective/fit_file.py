@@ -58,31 +58,35 @@ def load_sampler(path: str | Path) -> PotsFit:
             f"cannot read the rate density {path} ({error.strerror}): give --mdm-ppots-file a file "
             "of tools/fit_ppots.py"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a rate density (not JSON): {again}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a rate density ('format' is not '{FORMAT}'): {again}")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{path} is of version {content.get('version')}, this program reads {VERSION}: {again}"
-        )
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise UserError(f"{path} is of version {version}, this program reads {VERSION}: {again}")
     try:
         if content["target"] not in ("loss", "gradient"):
             raise ValueError(f"'target' is {content['target']!r}")
         if len(content["edges"]) > TABLE_SIZE:
             raise ValueError(f"it has more than {TABLE_SIZE} edges")
+        lam, eps = float(content["lam"]), float(content["eps"])
+        if not 0.0 < lam <= 1.0:
+            raise ValueError(f"'lam', the share of the uniform, is {lam}")
+        if not 0.0 < eps < 1.0:
+            raise ValueError(f"'eps', the least masked fraction, is {eps}")
         return PotsFit(
             target=content["target"],
             family=str(content["family"]),
             parameters={str(k): float(v) for k, v in content["parameters"].items()},
             kl=float(content["kl"]),
             kls={str(k): float(v) for k, v in content["kls"].items()},
-            lam=float(content["lam"]),
-            eps=float(content["eps"]),
+            lam=lam,
+            eps=eps,
             moments=RateMoments.from_vector(content["moments"]),
             table=PiecewiseSampler(content["edges"], content["density"]),
         )
     except KeyError as error:
         raise UserError(f"{path} lacks {error}: {again}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} does not hold a density on (0, 1]: {error}; {again}") from error

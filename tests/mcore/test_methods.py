@@ -4,6 +4,8 @@ import json
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import sampler_state
+from megatron_mdm.mcore.resume import check_resume
 from megatron_mdm.objective.fits import FAMILIES
 from megatron_mdm.objective.randomness import Split
 from megatron_mdm.objective.samplers import PiecewiseSampler
@@ -247,8 +250,10 @@ def test_a_run_says_why_it_keeps_its_density(base, tmp_path):
     assert "--mdm-ppots-bins" in line
 
 
-def test_a_row_without_a_finite_loss_is_counted_and_stays_out_of_the_fit(base, tmp_path):
+@pytest.mark.parametrize("target", ["loss", "gradient"])
+def test_a_row_without_a_finite_loss_is_counted_and_stays_out_of_the_fit(base, tmp_path, target):
     flags = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 2".split()
+    flags += ["--mdm-ppots-target", target]
     flags += "--train-iters 1 --mdm-rate-bins 2 --no-check-for-nan-in-loss-and-grad".split()
     run = ranks.launch(tmp_path, 1, *base, *flags, entry="nan_row")
     line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 1" in x)
@@ -308,7 +313,26 @@ def test_another_density_is_named_at_resume(base, density, tmp_path):
     )
     assert resumed.status != [0]
     assert "--mdm-rate-sampler uniform (checkpoint: ppots)" in resumed.output[0]
-    assert "--mdm-ppots-digest" in resumed.output[0]
+    changed = f"--mdm-ppots-file None (checkpoint: another density, of {density})"
+    assert changed in resumed.output[0]
+    longer = [*flags, "--train-iters", "3", "--load", str(tmp_path / "checkpoint")]
+    resumed = ranks.launch(tmp_path / "third", 1, *data, *ppots, *longer, check=False)
+    assert resumed.status == [2]
+    assert "another total number of iterations: 16, here 24" in resumed.output[0]
+    override = "--override-opt_param-scheduler"
+    assert f"add {override} for this run's schedule" in resumed.output[0]
+    assert len(ranks.launch(tmp_path / "last", 1, *data, *ppots, *longer, override).losses) == 1
+
+
+def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
+    """Another density is in the checkpoint by then, whatever is in the file, or without one."""
+    fitted = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
+    args = Namespace(**asdict(MDMConfig(**fitted)), load="somewhere", finetune=False)
+    saved = {**vars(args), "mdm_ppots_file": "gone.json", "mdm_ppots_digest": "0123456789abcdef"}
+    check_resume(args, saved)
+    assert args.mdm_sampler_state_in_checkpoint
+    with pytest.raises(UserError, match="another density, of gone.json"):
+        check_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
 
 
 @pytest.mark.parametrize(
@@ -333,6 +357,21 @@ def test_flags_of_fits_are_checked_before_anything_is_measured(flags, message, m
     with pytest.raises(UserError) as caught:
         tool["check"](tool["parse"]())
     assert message in str(caught.value)
+
+
+def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
+    tool = runpy.run_path(str(ranks.Path(__file__).parents[2] / "tools/fit_ppots.py"))
+    words = "--load x --output x.json --data-path pairs --mdm-sft --no-mdm-eod-eligible".split()
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
+    args = Namespace(**asdict(MDMConfig(mdm_random_length_fraction=0.01)))
+    args.data_path, args.mock_data, args.train_data_path = None, True, ["elsewhere"]
+    tool["take_over"](tool["parse"](), args)
+    assert (args.data_path, args.mock_data, args.train_data_path) == (["pairs"], False, None)
+    # Rows of pairs have no random length.
+    assert (args.mdm_sft, args.mdm_random_length_fraction) == (True, 0.0)
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words[:4], "--mdm-rate-per", "document"])
+    with pytest.raises(UserError, match="--mdm-rate-per document with --mdm-sft needs"):
+        tool["take_over"](tool["parse"](), args)
 
 
 def test_parameters_of_the_families():

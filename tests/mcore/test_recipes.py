@@ -7,7 +7,7 @@ import pytest
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments
-from megatron_mdm.recipes import RECIPES
+from megatron_mdm.recipes import RECIPES, expansion
 from tests import ranks
 
 
@@ -46,13 +46,29 @@ def test_flags_given_by_hand_win(monkeypatch, tmp_path):
     assert (config.mdm_mask, config.mdm_ppots_refit_interval) == ("exact-count", 0)
 
 
+def test_a_recipe_says_what_is_used_of_it(monkeypatch):
+    def said(*flags):
+        return expansion(parse(monkeypatch, "--mdm-recipe", "paper", *flags))
+
+    rest = "--mdm-quantiles iid, --mdm-mask bernoulli, --mdm-views 2"
+    assert said("--mdm-rate-sampler", "uniform") == f"--mdm-rate-sampler uniform (by hand), {rest}"
+    fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
+    assert said(*fixed) == (
+        f"--mdm-rate-sampler ppots, --mdm-ppots-refit-interval 0 (by hand), {rest}"
+    )
+
+
 def test_contradictions_are_named_with_the_recipe(monkeypatch):
     with pytest.raises(UserError, match="needs --mdm-mask bernoulli.*--mdm-recipe recommended: "):
         parse(monkeypatch, "--mdm-recipe", "recommended", "--mdm-isad-token-ids", "3")
     with pytest.raises(UserError, match="needs --mdm-rate-sampler ppots.*--mdm-recipe clipped: "):
         parse(monkeypatch, "--mdm-recipe", "clipped", "--mdm-ppots-file", "x.json")
-    with pytest.raises(UserError, match="--micro-batch-size 1 is not a multiple of --mdm-views 2"):
+    views = "--micro-batch-size 1 is not a multiple of --mdm-views 2.*--mdm-recipe paper: "
+    with pytest.raises(UserError, match=views):
         parse(monkeypatch, "--mdm-recipe", "paper", "--micro-batch-size", "1")
+    # What no flag of the recipe has to do with comes without it.
+    with pytest.raises(UserError, match=r"--global-batch-size 3 is .* ranks$"):
+        parse(monkeypatch, "--mdm-recipe", "clipped", "--global-batch-size", "3")
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--mdm-recipe", "best")
 

@@ -1,5 +1,10 @@
 """Fine-tuning on prompts and responses: what is masked, in which order, under which layout."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests import ranks
@@ -172,3 +177,29 @@ def test_packed_rows_hold_every_pair_once_an_epoch(packed):
     assert len(found) > len(epoch)
     assert len(found) == len(set(found))
     assert any("12 pairs" in x and "in 12 rows" in x for x in packed[0].output[0].splitlines())
+
+
+def test_a_density_for_fine_tuning_is_measured_on_its_pairs(base, pairs, tmp_path):
+    """Flags of the tool mean what those of a run do, from which a checkpoint has them."""
+    objective = "--mdm-sft --mdm-pad-eligible --mdm-normalization rows".split()
+    objective += ["--mdm-mask", "exact-count"]
+    data = ["--data-path", str(pairs)]
+    still = ["--lr", "1e-30", "--train-iters", "1"]
+    still += ["--save", str(tmp_path / "tuned"), "--save-interval", "1"]
+    ranks.launch(tmp_path / "run", 1, *base, *data, *objective, *still)
+
+    def moments(load, *flags):
+        output = tmp_path / "fit.json"
+        command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--load", str(load)]
+        command += "--rates 4 --rows 8 --masks 2 --family piecewise --output".split()
+        command += [str(output), *flags]
+        result = subprocess.run(
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        return json.loads(output.read_text())["moments"]
+
+    expected = moments(tmp_path / "tuned")
+    checkpoint = base[base.index("--load") + 1]
+    assert moments(checkpoint, *data, *objective) == expected
+    assert moments(checkpoint, *data) != expected

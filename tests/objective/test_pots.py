@@ -575,10 +575,14 @@ def replace(key, index, value):
         (without("format"), "'format' is not"),
         (put("format", "other"), "'format' is not"),
         (put("version", 2), "is of version 2, this program reads 1"),
+        (put("version", True), "is of version True"),
         (without("version"), "is of version None"),
         (without("density"), "lacks 'density'"),
         (without("moments"), "lacks 'moments'"),
         (without("lam"), "lacks 'lam'"),
+        (put("lam", 0.0), "the share of the uniform, is 0.0"),
+        (put("eps", 1.0), "the least masked fraction, is 1.0"),
+        (put("kl", 10**400), "too large"),
         (put("target", "entropy"), "'target' is 'entropy'"),
         (put("parameters", 3), "has no attribute 'items'"),
         (put("density", "high"), "could not convert"),
@@ -607,7 +611,9 @@ def test_damaged_files_are_named(saved, damage, message):
     assert str(path) in text and "make it anew with tools/fit_ppots.py" in text and "\n" not in text
 
 
-@pytest.mark.parametrize("text", ["", "{", "not json", "[1, 2]", "null", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "not json", "[1, 2]", "null", "[" * 100_000, b"\xff\xfe"]
+)
 def test_files_that_are_something_else_are_named(tmp_path, text):
     path = tmp_path / "rates.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
