@@ -25,6 +25,21 @@ def test_the_table_has_every_method_relative_to_standard(positions, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["variance.json"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--length 0", "--length 0: must be at least 2"),
+        ("--rows 1", "--rows 1: must be at least 2"),
+        ("--steps -3", "--steps -3: must be at least 1"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(words, message):
+    parser = argparse.ArgumentParser()
+    variance.add_arguments(parser)
+    with pytest.raises(UserError, match=message):
+        variance.run(parser.parse_args(words.split()))
+
+
 def test_the_head_at_masked_positions_takes_less_memory(tmp_path):
     path = tmp_path / "head.json"
     sizes = dict(rows=4, length=64, hidden=16, repeats=1, vocabularies=[40_000])

@@ -52,8 +52,20 @@ def test_the_results_of_a_race(tmp_path, monkeypatch):
     assert len(trained) == 6
     race.run(options(tmp_path / "runs", *words, "--clip-grad", "0"))
     assert len(trained) == 12
-    with pytest.raises(UserError, match="--steps 30: must be a multiple of 20"):
-        race.run(options(tmp_path, "--steps", "30"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--steps 30", "--steps 30: must be a multiple of 20"),
+        ("--jobs 0", "--jobs 0: must be at least 1"),
+        ("--batch 0", "--batch 0: must be at least 1"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        race.run(options(tmp_path / "runs", *words.split()))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", race.COMPETITORS)

@@ -27,7 +27,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_mdm.benchmarks.measuring import device_name
+from megatron_mdm.benchmarks.measuring import check_numbers, device_name
 from megatron_mdm.benchmarks.overhead import model_flags
 from megatron_mdm.benchmarks.race import write_data
 from megatron_mdm.data.outputs import write_text
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.steps < 1 or args.steps % 100:
         raise UserError(f"--steps {args.steps}: must be a multiple of 100, whole log intervals")
-    if args.checkpoints < 1:
-        raise UserError(f"--checkpoints {args.checkpoints}: must be at least 1")
+    check_numbers(args, "checkpoints")
     prepare_environment("cpu")
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
         results = measure(pathlib.Path(directory), args.steps, args.checkpoints)

@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_mdm.benchmarks import variance
+from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 
@@ -117,9 +118,7 @@ def run(args: argparse.Namespace) -> None:
     """
     import torch
 
-    for name in ("length", "steps", "batches"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    check_numbers(args, "length", "steps", "batches")
     if args.micro_batch < 2 or args.micro_batch % 2 or ROWS % args.micro_batch:
         raise UserError(
             f"--micro-batch {args.micro_batch}: must be even, for MIRROR, and divide {ROWS}"

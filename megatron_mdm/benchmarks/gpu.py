@@ -38,7 +38,7 @@ from importlib.metadata import version
 from typing import Any
 
 from megatron_mdm.benchmarks.flops import ModelShape, mfu
-from megatron_mdm.benchmarks.measuring import device_name, seconds_of, spread
+from megatron_mdm.benchmarks.measuring import check_numbers, device_name, seconds_of, spread
 from megatron_mdm.benchmarks.overhead import (
     LLADA_VOCABULARY,
     SIDES,
@@ -128,8 +128,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     start = time.monotonic()
-    if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: must be at least 1")
+    check_numbers(args, "rounds")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         raise UserError("no CUDA device was found: --tiny shows on a CPU that it runs")

@@ -5,6 +5,7 @@ work takes beyond what was there before, as torch's allocator says on CUDA, and 
 the process.
 """
 
+import argparse
 import contextlib
 import ctypes
 import pathlib
@@ -13,6 +14,20 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from megatron_mdm.errors import UserError
+
+
+def check_numbers(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Checks options of those names, where they are given.
+
+    Raises:
+        UserError: one is below `least`.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def device_name(device: str) -> str:

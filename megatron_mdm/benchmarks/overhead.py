@@ -24,7 +24,13 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
-from megatron_mdm.benchmarks.measuring import device_name, measured, seconds_of, spread
+from megatron_mdm.benchmarks.measuring import (
+    check_numbers,
+    device_name,
+    measured,
+    seconds_of,
+    spread,
+)
 from megatron_mdm.benchmarks.race import MASK, write_data
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
@@ -89,10 +95,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: a size that cannot work.
     """
-    for name in (*OPTIONS, "window", "rounds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    check_numbers(args, *OPTIONS, "window", "rounds")
     if args.vocabulary <= MASK:
         raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
 

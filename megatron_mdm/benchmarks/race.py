@@ -18,6 +18,7 @@ import statistics
 import sys
 import sysconfig
 
+from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, at_once, kept, run_python
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings that cannot work, or a run that failed.
     """
+    check_numbers(args, "length", "batch", "jobs")
     if args.steps < EVALUATIONS or args.steps % EVALUATIONS:
         raise UserError(f"--steps {args.steps}: must be a multiple of {EVALUATIONS}")
     directory = pathlib.Path(args.directory)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.data.outputs import write_text
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
@@ -55,13 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, measures, prints a table, and writes `args.json` if it is set."""
+    """Trains, measures, prints a table, and writes `args.json` if it is set.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
     import torch
 
     from megatron_mdm.objective.methods import choose
     from megatron_mdm.variance_figure import as_text
     from megatron_mdm.variance_report import report
 
+    check_numbers(args, "length", "rows", "batch", least=2)
+    check_numbers(args, "steps")
     torch.manual_seed(SEED)
     steps = args.steps or (600 if args.quick else 2000)
     rows = args.rows or (100 if args.quick else 400)

@@ -1,12 +1,17 @@
 """Every sampler x mask combination against the exact objective, by enumeration and quadrature."""
 
+from itertools import permutations, product
+from math import factorial
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.objective import randomness
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.randomness import GRID_BITS, view_of
+from megatron_mdm.objective.masks import syrm
+from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, view_of
 from megatron_mdm.objective.reference import (
     expected_coefficients,
     integrate,
@@ -121,6 +126,42 @@ def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
 
 
+# That covers every kind of quantile too: the mean is a matter of each row by itself, whose quantile
+# is exactly uniform, whatever those of its neighbours are.
+
+
+@pytest.mark.parametrize("row", [0, 1, 12_345, 10**12])
+def test_the_quantile_of_a_row_is_uniform_over_offsets_of_the_lattice(monkeypatch, row):
+    """Equally spaced offsets, 16 and then of 2^64, give equally spaced quantiles."""
+    lattice = Quantiles("lattice", 1, Split.TRAIN)
+    found = []
+    for i in range(16):
+        monkeypatch.setattr(randomness, "_offset", lambda *_, i=i: i << 60)
+        found.append([lattice(row), *map(int, lattice.of_documents(row, 3))])
+    for quantiles in zip(*found, strict=True):
+        assert set(np.diff(sorted(quantiles))) == {2**GRID_BITS // 16}
+
+
+@pytest.mark.parametrize(("window", "strata"), [(4, 2), (4, 4), (3, 2), (4, 3), (2, 1)])
+def test_the_quantile_of_a_row_is_uniform_over_the_draws_of_strata(monkeypatch, window, strata):
+    """Every order of the rows, angles and places in a stratum on grids: each cell equally often."""
+    quantiles = Quantiles("strata", 1, Split.TRAIN, window, strata)
+    shift, places, angles = 64 - GRID_BITS, 4, window * strata
+    counts = np.zeros((window, strata * places), dtype=int)
+    draws = product(permutations(range(window)), range(angles), range(places))
+    for order, angle, place in draws:
+        inside, turn = (2 * place + 1, 2 * places), (2 * angle + 1, 2 * angles)
+        grid = [
+            numerator * 2**GRID_BITS // parts for numerator, parts in [inside] * window + [turn]
+        ]
+        bits = np.array([*order, *(number << shift for number in grid)], dtype=np.uint64)
+        monkeypatch.setattr(Quantiles, "_bits", lambda *_, bits=bits: bits)
+        drawn = randomness._stratified_window.__wrapped__(quantiles, 0)
+        for row, quantile in enumerate(drawn):
+            counts[row, quantile * strata * places >> GRID_BITS] += 1
+    assert (counts == factorial(window) * window).all()
+
+
 def test_isad_with_inclusion_weights_shifts_the_objective():
     """How often each token is predicted is right, and what it is predicted from is not."""
     eligible = [True, True, True]
@@ -169,9 +210,13 @@ def clipped_shift(low, high):
 
 def syrm_shift(fraction):
     """One token of the prompt, three of the response."""
-    without = objective_coefficients([False, True, True, True], EPS)
-    mean = fraction * objective_coefficients([True] * 4, EPS) + (1 - fraction) * without
-    return moved(mean, without)
+    without, with_prompt = (
+        objective_coefficients([eligible, True, True, True], EPS) for eligible in (False, True)
+    )
+    uniforms = ((np.arange(100) + 0.5) / 100 * 2**GRID_BITS).astype(np.int64)
+    share = syrm(np.full(100, 7), (8,), fraction, uniforms).mean()
+    assert syrm(np.full(100, 8), (8,), fraction, uniforms).all()  # structural: always
+    return moved(share * with_prompt + (1 - share) * without, without)
 
 
 def test_how_far_the_biased_methods_move_the_objective():
