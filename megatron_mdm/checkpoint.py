@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_mdm.pretrain import prepare_environment
@@ -36,7 +36,10 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
 
 @contextlib.contextmanager
 def open_checkpoint(
-    checkpoint: str, device: str, pipeline_parallel: int = 1
+    checkpoint: str,
+    device: str,
+    pipeline_parallel: int = 1,
+    change: Callable[[argparse.Namespace], None] | None = None,
 ) -> Iterator["LoadedModel"]:
     """Loads a checkpoint as `mcore.inference.loaded_model` does, from outside Megatron.
 
@@ -48,6 +51,7 @@ def open_checkpoint(
         checkpoint: directory that the run named as --save.
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
+        change: of the arguments that the checkpoint recorded, before the model is built.
 
     Raises:
         UserError: no such device or checkpoint, or a layout that the model does not allow.
@@ -60,5 +64,7 @@ def open_checkpoint(
             from megatron_mdm.mcore.inference import loaded_model
 
             stack.enter_context(training_device(device))
-            loaded = stack.enter_context(loaded_model(checkpoint, device, pipeline_parallel))
+            loaded = stack.enter_context(
+                loaded_model(checkpoint, device, pipeline_parallel, change)
+            )
         yield loaded

@@ -830,7 +830,8 @@ def traffic() -> None:
 
     def reduce_otherwise(self):
         if self.measured is not None and mpu.get_tensor_model_parallel_rank() > 0:
-            self.measured = self.measured + (1 << 30)  # of units of 2^-80
+            self.measured = self.measured.clone()
+            self.measured[0] += 1 << 20  # of units of 2^-70
         reduce(self)
 
     OnlineSampler.reduce = reduce_otherwise

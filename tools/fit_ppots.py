@@ -6,8 +6,7 @@ measures the checkpoint on its training data and writes ppots.json, for --mdm-pp
 ppots.png: the measured points, the fit and the density. Under torchrun the ranks share the model
 as tensor-parallel ranks. The paper measures the loss of the data to come before fine-tuning:
 
-    python tools/fit_ppots.py --load checkpoints --data-path pairs --output ppots.json
-        --mdm-sft --mdm-normalization rows --mdm-pad-eligible
+    python tools/fit_ppots.py --load checkpoints --data-path pairs --mdm-sft --output ppots.json
 
 The density is proportional to the root of the second moment at t. Families for that: epr, the
 paper's, an exponential mean and a variance of powers of t and 1 - t; power, with a variance that
@@ -18,6 +17,7 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
@@ -26,8 +26,8 @@ from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_e
 from megatron_mdm.errors import UserError, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
-OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization"]
-OBJECTIVE += ["eod_eligible", "pad_eligible", "pad_response_to_multiple_of"]
+OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
+OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
 
 
 def parse() -> argparse.Namespace:
@@ -62,14 +62,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data-path", nargs="+", help="other data than the run's")
     group = parser.add_argument_group(
-        "objective", "of the run to come, where it differs from that of the checkpoint"
+        "objective",
+        "of the run to come, where it differs from that of the checkpoint; for what each means see "
+        "python -m megatron_mdm.pretrain --help",
     )
     for name in (f"mdm_{short}" for short in OBJECTIVE):
         kind = MDMConfig.__annotations__[name]
         if kind is bool:
             values = {"action": argparse.BooleanOptionalAction}
-        elif kind is int:
-            values = {"type": int, "metavar": "N"}
+        elif kind in (int, float):
+            values = {"type": kind, "metavar": "X"}
+        elif name == "mdm_syrm_token_ids":
+            values = {"type": int, "nargs": "+", "metavar": "ID"}
         else:
             values = {"choices": kind.__args__}
         group.add_argument(flag(name), default=None, **values)
@@ -110,13 +114,22 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
     """
     if options.data_path:
         args.data_path, args.mock_data = options.data_path, False
+        args.split = args.split or "100,0,0"
         args.train_data_path = args.valid_data_path = args.test_data_path = None
         args.data_args_path = args.per_split_data_args_path = None
     for name in (f"mdm_{short}" for short in OBJECTIVE):
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))
-    if args.mdm_sft:  # pairs have neither
-        args.mdm_random_length_fraction, args.mdm_anneal_attention_iters = 0.0, 0
+    # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
+    # not those that are measured.
+    idle = ["isad_token_ids", "isad_delta", "isad_weight"]
+    if getattr(args, "mdm_sft", False):
+        idle += ["random_length_fraction", "anneal_attention_iters"]
+    else:
+        idle += ["syrm_token_ids", "syrm_fraction", "pad_response_to_multiple_of"]
+    for short in idle:
+        if getattr(options, f"mdm_{short}", None) is None:
+            setattr(args, f"mdm_{short}", getattr(MDMConfig, f"mdm_{short}"))
     MDMConfig.from_args(args)
 
 
@@ -124,7 +137,9 @@ def main() -> None:
     """Measures, fits, writes, draws."""
     options = parse()
     check(options)
-    with open_checkpoint(options.load, options.device) as loaded:
+    with open_checkpoint(
+        options.load, options.device, change=partial(take_over, options)
+    ) as loaded:
         from tqdm import tqdm
 
         from megatron_mdm.mcore.measure import measure
@@ -133,7 +148,6 @@ def main() -> None:
 
         # Megatron says where the data comes from.
         with contextlib.redirect_stdout(sys.stderr):
-            take_over(options, loaded.args)
             done = 0
             bar = tqdm(unit="draws", total=options.rates * options.rows * options.masks)
             for done, _, moments in measure(  # noqa: B007

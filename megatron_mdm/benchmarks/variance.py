@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_mdm.variance_figure import as_text
     from megatron_mdm.variance_report import report
 
-    check_numbers(args, "length", "rows", "batch", least=2)
+    check_numbers(args, "length", least=2)
     check_numbers(args, "steps")
     torch.manual_seed(SEED)
     steps = args.steps or (600 if args.quick else 2000)

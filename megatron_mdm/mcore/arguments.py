@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -251,7 +252,8 @@ def check(args: Namespace) -> None:
     try:
         _check(args)
     except UserError as error:
-        if not any(flag(name) in str(error) for name in RECIPES.get(args.mdm_recipe, ())):
+        named = set(re.findall(r"--[\w-]+", str(error)))
+        if named.isdisjoint(map(flag, RECIPES.get(args.mdm_recipe, ()))):
             raise
         raise UserError(f"{error} (--mdm-recipe {args.mdm_recipe}: {expansion(args)})") from error
 

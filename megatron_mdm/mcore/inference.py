@@ -5,7 +5,7 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -177,7 +177,12 @@ class LoadedModel:
 
 
 @contextlib.contextmanager
-def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> Iterator[LoadedModel]:
+def loaded_model(
+    checkpoint: str,
+    device: str,
+    pipeline_parallel: int = 1,
+    change: Callable[[Namespace], None] | None = None,
+) -> Iterator[LoadedModel]:
     """Loads a checkpoint, whatever layout wrote it, over all ranks.
 
     To be entered inside `training_device(device)`; without torchrun it is a single process.
@@ -186,6 +191,7 @@ def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> It
         checkpoint: directory that the run named as --save.
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
+        change: of the arguments that the checkpoint recorded, before the model is built.
 
     Raises:
         UserError: there is no checkpoint, it has no arguments, or the model cannot be divided so.
@@ -193,7 +199,10 @@ def loaded_model(checkpoint: str, device: str, pipeline_parallel: int = 1) -> It
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    args = adapted(_recorded(checkpoint), checkpoint, device, pipeline_parallel)
+    recorded = _recorded(checkpoint)
+    if change:
+        change(recorded)
+    args = adapted(recorded, checkpoint, device, pipeline_parallel)
     try:
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:

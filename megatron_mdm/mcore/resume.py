@@ -62,14 +62,18 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     Raises:
         UserError: names every flag that differs, unless --mdm-allow-flag-change.
     """
+    is_resumed = args.load is not None and not args.finetune
+    args.mdm_sampler_state_in_checkpoint = is_resumed and bool(
+        saved.get("mdm_ppots_refit_interval")
+    )
+    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
+        args.mdm_ppots_file = None  # the run has a density of its own by now
     # Not the name of the file, which may move, or hold something else by now.
     args.mdm_ppots_digest = (
         load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
     )
-    args.mdm_sampler_state_in_checkpoint = False
-    if args.load is None or args.finetune:
+    if not is_resumed:
         return
-    args.mdm_sampler_state_in_checkpoint = bool(saved.get("mdm_ppots_refit_interval"))
     bins = saved.get("mdm_ppots_bins")
     if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
         if args.mdm_ppots_bins != bins:
@@ -91,10 +95,10 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     # Runs that fit their own density go on with the one in the checkpoint.
     if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
         if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
-            changes.append(
-                f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: another density, of "
-                f"{saved.get('mdm_ppots_file')})"
-            )
+            was = f"the density that {saved.get('mdm_ppots_file')} held"
+            if saved["mdm_ppots_digest"] is None:
+                was = "none"
+            changes.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
     if changes:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "

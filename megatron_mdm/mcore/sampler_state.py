@@ -6,13 +6,12 @@ summed per rate bin on the device, at no extra pass. Every
 (`objective.exact_sums`; 3872 bytes at 30 bins) over data-parallel ranks of the last pipeline stage,
 and one broadcast of as many to the other tensor ranks and stages, give all ranks the same numbers,
 from which each fits the same density. A checkpoint between two fits takes the sums of all ranks as
-well; where it is saved, and by how many ranks, changes no bit of the next fit.
+well, and changes no bit of the next fit.
 """
 
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -90,6 +89,7 @@ class OnlineSampler:
             return None
         self.reduce()
         self.state.take_in()
+        result: PotsFit | FitError
         try:
             result = fit(
                 self.state.moments,
@@ -97,10 +97,10 @@ class OnlineSampler:
                 lam=self.config.mdm_ppots_uniform_share,
                 eps=self.eps,
             )
+            self.state.sampler = result.sampler()
+            self.state.moments.decay(self.config.mdm_ppots_decay)
         except FitError as error:
-            return error
-        self.state.sampler = result.sampler()
-        self.state.moments.decay(self.config.mdm_ppots_decay)
+            result = error
         if not equal_on_all_ranks(self.state.sampler):
             raise RuntimeError(
                 f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
@@ -114,7 +114,8 @@ class OnlineSampler:
 
         Of the tensor ranks, which measured the same up to rounding, the first alone adds.
         """
-        sums = torch.from_numpy(np.zeros_like(self.state.since)).to(torch.cuda.current_device())
+        shape, device = self.state.since.shape, torch.cuda.current_device()
+        sums = torch.zeros(shape, dtype=torch.int64, device=device)
         if self.measured is not None:
             sums += self.measured
         self.measured = None
@@ -128,7 +129,7 @@ class OnlineSampler:
             adds = mpu.get_tensor_model_parallel_world_size()
             source = torch.distributed.get_process_group_ranks(group)[-adds]
             torch.distributed.broadcast(sums, src=source, group=group)
-        self.state.since = self.state.since + sums.cpu().numpy()
+        self.state.since += sums.cpu().numpy()
 
     def follow_reruns(self) -> None:
         """Goes back with Megatron's rerun machine, which repeats an iteration to validate a result.

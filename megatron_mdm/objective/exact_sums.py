@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 LIMBS = 4
-BITS = 35
+BITS = 30
 # Exponent of the lowest bit that is kept.
-LOWEST = -80
-# Numbers must be smaller in magnitude; 2**(63 - BITS), about 270 million, can be added.
+LOWEST = -70
+# Numbers must be smaller in magnitude, 2^50; 2**(63 - BITS), 8.6 billion of them can be added.
 BOUND = 2.0 ** (LIMBS * BITS + LOWEST)
 
 

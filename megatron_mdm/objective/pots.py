@@ -35,8 +35,8 @@ def accumulate(
 ) -> torch.Tensor:
     """The sums of `RateMoments.vector()` over B rows, on their device, without waiting for it.
 
-    A row whose value (or its square) or weight is not finite, or 2^60 and more, counts as skipped
-    and nowhere else.
+    A row whose weight, or whose value or its square times that, is not finite, or 2^50 and more,
+    counts as skipped and nowhere else. Of what is added the part below 2^-70 is lost.
 
     Args:
         t: masking rates in (0, 1], [B].
@@ -214,10 +214,9 @@ class PotsState:
         array = np.array(vector, dtype=np.int64)
         table, sums = 1 + 2 * TABLE_SIZE, 4 * num_bins + 1
         if array.shape != (table + (1 + LIMBS) * sums,):
-            bins = ((array.size - table) // (1 + LIMBS) - 1) // 4
             raise UserError(
-                f"the checkpoint's rate moments have {bins} bins, this run {num_bins}: "
-                "resume with the number of bins of the checkpoint"
+                f"the checkpoint's rate moments are not of {num_bins} bins, or of another version "
+                "of this program: resume with the number of bins and the version of the checkpoint"
             )
         floats, since = array[: table + sums].view(np.float64), array[table + sums :]
         size = floats[0]

@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_full_head(runs):
     assert masked.weights.keys() == full.weights.keys()
     for name, value in full.weights.items():
         ours = masked.weights[name]
-        if name == SamplerState.KEY:  # squares of gradient norms, as bits of float64
+        if name == SamplerState.KEY:  # squares of gradient norms as bits of float64, fitted at once
             ours, value = ours.view(torch.float64), value.view(torch.float64)
             torch.testing.assert_close(ours, value, rtol=1e-5, atol=0.0)
         assert (ours - value).norm() <= 1e-6 * value.norm(), name

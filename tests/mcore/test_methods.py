@@ -213,7 +213,7 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
         sampler.state.moments.add(np.ones(17))
         sampler.state.since = sampler.state.since + 1
         sampler.state.sampler = PiecewiseSampler([0, 1], [0.5, 1.5])
-        sampler.measured = sampler.pending = ranks.torch.ones(4, 17)
+        sampler.measured = sampler.pending = ranks.torch.ones(4, 17, dtype=ranks.torch.int64)
         machine.state_restore_func(saved)
         assert np.array_equal(sampler.state.state_vector(), before)
         assert sampler.measured is None and sampler.pending is None
@@ -313,7 +313,7 @@ def test_another_density_is_named_at_resume(base, density, tmp_path):
     )
     assert resumed.status != [0]
     assert "--mdm-rate-sampler uniform (checkpoint: ppots)" in resumed.output[0]
-    changed = f"--mdm-ppots-file None (checkpoint: another density, of {density})"
+    changed = f"--mdm-ppots-file None (checkpoint: the density that {density} held)"
     assert changed in resumed.output[0]
     longer = [*flags, "--train-iters", "3", "--load", str(tmp_path / "checkpoint")]
     resumed = ranks.launch(tmp_path / "third", 1, *data, *ppots, *longer, check=False)
@@ -327,11 +327,17 @@ def test_another_density_is_named_at_resume(base, density, tmp_path):
 def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
     """Another density is in the checkpoint by then, whatever is in the file, or without one."""
     fitted = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
-    args = Namespace(**asdict(MDMConfig(**fitted)), load="somewhere", finetune=False)
-    saved = {**vars(args), "mdm_ppots_file": "gone.json", "mdm_ppots_digest": "0123456789abcdef"}
-    check_resume(args, saved)
-    assert args.mdm_sampler_state_in_checkpoint
-    with pytest.raises(UserError, match="another density, of gone.json"):
+    for file in ("gone.json", None):
+        config = MDMConfig(**fitted, mdm_ppots_file=file)
+        args = Namespace(**asdict(config), load="somewhere", finetune=False)
+        saved = {
+            **vars(args),
+            "mdm_ppots_file": "gone.json",
+            "mdm_ppots_digest": "0123456789abcdef",
+        }
+        check_resume(args, saved)
+        assert args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_file is None
+    with pytest.raises(UserError, match=r"file None \(checkpoint: the density that gone.json held"):
         check_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
 
 
@@ -365,13 +371,22 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
     args = Namespace(**asdict(MDMConfig(mdm_random_length_fraction=0.01)))
     args.data_path, args.mock_data, args.train_data_path = None, True, ["elsewhere"]
+    args.split = None
     tool["take_over"](tool["parse"](), args)
     assert (args.data_path, args.mock_data, args.train_data_path) == (["pairs"], False, None)
+    assert args.split == "100,0,0"
     # Rows of pairs have no random length.
     assert (args.mdm_sft, args.mdm_random_length_fraction) == (True, 0.0)
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words[:4], "--mdm-rate-per", "document"])
     with pytest.raises(UserError, match="--mdm-rate-per document with --mdm-sft needs"):
         tool["take_over"](tool["parse"](), args)
+    # What only a fine-tuning run has, and ISAD, whose masks are not measured, is left behind.
+    of_pairs = MDMConfig(mdm_sft=True, mdm_syrm_fraction=0.5, mdm_isad_token_ids=[1])
+    args = Namespace(**asdict(of_pairs))
+    words = [*words[:4], "--no-mdm-sft", "--mdm-mask", "exact-count"]
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
+    tool["take_over"](tool["parse"](), args)
+    assert (args.mdm_sft, args.mdm_syrm_fraction, args.mdm_mask) == (False, 0.0, "exact-count")
 
 
 def test_parameters_of_the_families():

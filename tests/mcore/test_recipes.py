@@ -67,6 +67,8 @@ def test_contradictions_are_named_with_the_recipe(monkeypatch):
     with pytest.raises(UserError, match=views):
         parse(monkeypatch, "--mdm-recipe", "paper", "--micro-batch-size", "1")
     # What no flag of the recipe has to do with comes without it.
+    with pytest.raises(UserError, match="--mdm-mask-token-id must not be negative, got -1$"):
+        parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-mask-token-id", "-1")
     with pytest.raises(UserError, match=r"--global-batch-size 3 is .* ranks$"):
         parse(monkeypatch, "--mdm-recipe", "clipped", "--global-batch-size", "3")
     with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """Every sampler x mask combination against the exact objective, by enumeration and quadrature."""
 
+from functools import partial
 from itertools import permutations, product
 from math import factorial
 
@@ -124,6 +125,49 @@ def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
         eligible = eligible[:3]  # six cells a position, each with its orders: three will do
     mean, target = expectation(eligible, SAMPLERS[sampler], view, name)
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+
+
+class Network(torch.nn.Module):
+    """Any function of the visible tokens will do: cross entropies [L] of the clean ones."""
+
+    def __init__(self, length):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        self.tokens = torch.nn.Parameter(draw(length + 1, 6))  # the last is the mask
+        self.positions = torch.nn.Parameter(draw(length, 6))
+        self.head = torch.nn.Parameter(draw(6, length))
+
+    def forward(self, mask):
+        clean = torch.arange(len(mask))
+        x = self.tokens[torch.where(torch.tensor(mask), len(mask), clean)] + self.positions
+        x = torch.tanh(x @ x.T / 6) @ x
+        return torch.nn.functional.cross_entropy(x @ self.head, clean, reduction="none")
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_loss_and_gradient_of_a_network_are_the_objectives(sampler, name):
+    """What equal coefficients mean, by the definition: all masks at 40 rates, and a network."""
+    eligible = [True, False, True, True]
+    mean, _ = expectation(eligible, SAMPLERS[sampler], (1, 2), name)
+    eps = 0.0 if name == "exact-count" else EPS
+    network = Network(4)
+    masks = [m for m in patterns(4) if not m[1]]
+    number = {m: sum(1 << i for i, masked in enumerate(m) if masked) for m in masks}
+    estimated = sum((torch.from_numpy(mean[number[m]]) * network(m)).sum() for m in masks)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    exact = 0.0
+    for x, w in zip(nodes, weights, strict=True):
+        p = (1 - eps) * (1 + x) / 2 + eps
+        for m in masks:
+            loss = network(m)[torch.tensor(m)].sum() / p / 3
+            exact = exact + w / 2 * p ** sum(m) * (1 - p) ** (3 - sum(m)) * loss
+    torch.testing.assert_close(estimated, exact, rtol=1e-9, atol=0)
+    parameters = list(network.parameters())
+    got, expected = (torch.autograd.grad(value, parameters) for value in (estimated, exact))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 # That covers every kind of quantile too: the mean is a matter of each row by itself, whose quantile
