@@ -8,6 +8,7 @@ want it start from nothing.
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -150,6 +151,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def fit_ppots(load: str | Path, output: Path, *flags: str) -> str:
+    """What tools/fit_ppots.py prints about its fit to a checkpoint, which it writes to `output`."""
+    command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--load", str(load)]
+    command += ["--output", str(output), *flags]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:

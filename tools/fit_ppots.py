@@ -26,8 +26,9 @@ from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_e
 from megatron_mdm.errors import UserError, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
-OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
-OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
+OBJECTIVE = ["mdm_sft", "mdm_isolate_documents", "mdm_rate_per", "mdm_mask", "mdm_normalization"]
+OBJECTIVE += ["mdm_eod_eligible", "mdm_pad_eligible", "mdm_pad_response_to_multiple_of"]
+OBJECTIVE += ["mdm_syrm_token_ids", "mdm_syrm_fraction"]
 
 
 def parse() -> argparse.Namespace:
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
         "of the run to come, where it differs from that of the checkpoint; for what each means see "
         "python -m megatron_mdm.pretrain --help",
     )
-    for name in (f"mdm_{short}" for short in OBJECTIVE):
+    for name in OBJECTIVE:
         kind = MDMConfig.__annotations__[name]
         if kind is bool:
             values = {"action": argparse.BooleanOptionalAction}
@@ -117,19 +118,19 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.split = args.split or "100,0,0"
         args.train_data_path = args.valid_data_path = args.test_data_path = None
         args.data_args_path = args.per_split_data_args_path = None
-    for name in (f"mdm_{short}" for short in OBJECTIVE):
+    for name in OBJECTIVE:
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))
     # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
     # not those that are measured.
-    idle = ["isad_token_ids", "isad_delta", "isad_weight"]
+    idle = ["mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"]
     if getattr(args, "mdm_sft", False):
-        idle += ["random_length_fraction", "anneal_attention_iters"]
+        idle += ["mdm_random_length_fraction", "mdm_anneal_attention_iters"]
     else:
-        idle += ["syrm_token_ids", "syrm_fraction", "pad_response_to_multiple_of"]
-    for short in idle:
-        if getattr(options, f"mdm_{short}", None) is None:
-            setattr(args, f"mdm_{short}", getattr(MDMConfig, f"mdm_{short}"))
+        idle += ["mdm_syrm_token_ids", "mdm_syrm_fraction", "mdm_pad_response_to_multiple_of"]
+    for name in idle:
+        if getattr(options, name, None) is None:
+            setattr(args, name, getattr(MDMConfig, name))
     MDMConfig.from_args(args)
 
 

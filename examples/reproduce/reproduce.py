@@ -23,6 +23,7 @@ from methods import ALL, SCALES, Task, tasks
 from study import Study
 from tables import as_text, draw, insert
 
+from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.benchmarks.runs import at_once
 from megatron_mdm.data.outputs import (
     check_picture,
@@ -68,8 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.figure:
         check_picture(options.figure, "--figure")
-    if options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: must be at least 1")
+    check_numbers(options, "jobs")
     for path in filter(None, (options.figure, options.json)):
         check_writable(path)
     if options.report:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.preprocess import (
     default_workers,
@@ -56,9 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints a table, and writes `args.json` if it is set."""
-    if args.mb < 1:
-        raise UserError(f"--mb {args.mb:g}: must be at least 1")
+    """Measures, prints a table, and writes `args.json` if it is set.
+
+    Raises:
+        UserError: a size that cannot work.
+    """
+    check_numbers(args, "mb")
     results = measure(args.mb, args.workers)
     print(_table(results))
     if args.json:

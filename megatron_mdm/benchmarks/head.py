@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_mdm.benchmarks.measuring import device_name, measured
+from megatron_mdm.benchmarks.measuring import check_numbers, device_name, measured
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.preprocess import silent_import
 from megatron_mdm.errors import UserError
@@ -58,12 +58,10 @@ def run(args: argparse.Namespace) -> None:
     """
     import torch
 
+    check_numbers(args, *SIZES["cpu"], "repeats")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {name: getattr(args, name) for name in SIZES[device]}
     sizes = {n: SIZES[device][n] if value is None else value for n, value in sizes.items()}
-    for name, value in {**sizes, "repeats": args.repeats}.items():
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
     if min(args.vocabularies) < 1:
         raise UserError(f"--vocabularies {min(args.vocabularies)}: must be at least 1")
     results = {

@@ -27,7 +27,7 @@ def check_numbers(args: argparse.Namespace, *names: str, least: int = 1) -> None
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be at least {least}")
 
 
 def device_name(device: str) -> str:

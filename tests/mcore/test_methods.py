@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import asdict
@@ -27,14 +26,9 @@ ISAD = ["--mdm-isad-token-ids", "10", "11", "12", "--mdm-isad-weight", "exact"]
 def density(base, tmp_path_factory):
     """A density fitted to the base checkpoint by the tool."""
     path = tmp_path_factory.mktemp("fit") / "ppots.json"
-    command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--output", str(path)]
-    command += ["--load", base[base.index("--load") + 1], "--target", "gradient"]
-    command += ["--rates", "8", "--rows", "4", "--masks", "4", "--family", "piecewise"]
-    result = subprocess.run(
-        command, cwd=ranks.Path(__file__).parents[2], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "gradient over 128 draws" in result.stdout
+    flags = "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
+    printed = ranks.fit_ppots(base[base.index("--load") + 1], path, *flags)
+    assert "gradient over 128 draws" in printed
     assert path.with_suffix(".png").stat().st_size > 1000
     return path
 

@@ -1,9 +1,6 @@
 """Fine-tuning on prompts and responses: what is masked, in which order, under which layout."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -190,13 +187,8 @@ def test_a_density_for_fine_tuning_is_measured_on_its_pairs(base, pairs, tmp_pat
 
     def moments(load, *flags):
         output = tmp_path / "fit.json"
-        command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--load", str(load)]
-        command += "--rates 4 --rows 8 --masks 2 --family piecewise --output".split()
-        command += [str(output), *flags]
-        result = subprocess.run(
-            command, cwd=Path(__file__).parents[2], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
+        sizes = "--rates 4 --rows 8 --masks 2 --family piecewise".split()
+        ranks.fit_ppots(load, output, *sizes, *flags)
         return json.loads(output.read_text())["moments"]
 
     expected = moments(tmp_path / "tuned")
