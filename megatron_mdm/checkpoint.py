@@ -24,6 +24,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
     """
     parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    add_hashes_argument(parser)
     if pipeline:
         parser.add_argument(
             "--pipeline-model-parallel-size",
@@ -34,12 +35,23 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
         )
 
 
+def add_hashes_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds the flag that skips the check of a checkpoint's files."""
+    parser.add_argument(
+        "--no-checkpoint-hashes",
+        dest="checkpoint_hashes",
+        action="store_false",
+        help="do not compare the checkpoint's files with their SHA-256 (its integrity.json)",
+    )
+
+
 @contextlib.contextmanager
 def open_checkpoint(
     checkpoint: str,
     device: str,
     pipeline_parallel: int = 1,
     change: Callable[[argparse.Namespace], None] | None = None,
+    hashes: bool = True,
 ) -> Iterator["LoadedModel"]:
     """Loads a checkpoint as `mcore.inference.loaded_model` does, from outside Megatron.
 
@@ -52,6 +64,7 @@ def open_checkpoint(
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
         change: of the arguments that the checkpoint recorded, before the model is built.
+        hashes: compare its files with the sums that were saved with them.
 
     Raises:
         UserError: no such device or checkpoint, or a layout that the model does not allow.
@@ -65,6 +78,6 @@ def open_checkpoint(
 
             stack.enter_context(training_device(device))
             loaded = stack.enter_context(
-                loaded_model(checkpoint, device, pipeline_parallel, change)
+                loaded_model(checkpoint, device, pipeline_parallel, change, hashes)
             )
         yield loaded

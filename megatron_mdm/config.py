@@ -166,6 +166,13 @@ class MDMConfig:
     mdm_allow_flag_change: bool = False
     """Resume although objective flags differ from the checkpoint's."""
 
+    mdm_checkpoint_hashes: bool = True
+    """Neither write nor check the SHA-256 of a checkpoint's files (its integrity.json)."""
+
+    mdm_overwrite_save: bool = False
+    """Start where --load, --ckpt-step and --finetune say, although --save holds checkpoints of
+    another run, or later ones. The run saves over them."""
+
     def __post_init__(self) -> None:
         """Checks every value by itself.
 
@@ -331,11 +338,25 @@ def requested_device() -> str:
 
     Asking for help needs no GPU.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--mdm-device", default=MDMConfig.mdm_device)
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if _asks_for_help():
         return "cpu"
-    return str(parser.parse_known_args()[0].mdm_device)
+    return str(_requested("--mdm-device", MDMConfig.mdm_device))
+
+
+def requested_save() -> str | None:
+    """The value of --save on the command line, needed before Megatron reads what lies there."""
+    return None if _asks_for_help() else _requested("--save", None)
+
+
+def _asks_for_help() -> bool:
+    return not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+
+
+def _requested(name: str, default: str | None) -> str | None:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, default=default, dest="value")
+    value: str | None = parser.parse_known_args()[0].value
+    return value
 
 
 def flag(name: str) -> str:

@@ -18,6 +18,10 @@ class UserError(ValueError):
         super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].strip())
 
 
+class SharedError(UserError):
+    """Bad input that all ranks have found alike, after they were connected."""
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Prints the one line of `error` to stderr and ends the process with status 2."""
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -28,10 +32,12 @@ def exit_rank_with(error: UserError) -> NoReturn:
     """Ends one rank of a training run with the one line of `error` and status 2.
 
     Before the ranks are connected all of them find the same mistake, and the first of each node
-    prints it. Later on it is a matter of this rank, which the line then names.
+    prints it; likewise a `SharedError` later on. Any other is a matter of this rank, which the line
+    then names.
     """
     state = sys.modules.get("megatron.core.parallel_state")
-    if state is not None and state.is_initialized():
+    is_connected = state is not None and state.is_initialized()
+    if is_connected and not isinstance(error, SharedError):
         if os.environ.get("WORLD_SIZE", "1") != "1":
             error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
     elif os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":

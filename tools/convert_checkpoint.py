@@ -2,6 +2,7 @@
 
 import argparse
 
+from megatron_mdm.checkpoint import add_hashes_argument
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import check_megatron_version, prepare_environment
 
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
     back.add_argument(
         "--iteration", type=int, metavar="N", help="checkpoint of the run (default: its last)"
     )
+    add_hashes_argument(back)
     return parser.parse_args()
 
 
@@ -129,6 +131,7 @@ def main() -> None:
                 dtype=dtype,
                 verify=options.verify,
                 trust=options.trust_remote_code,
+                hashes=options.checkpoint_hashes,
             )
 
 

@@ -55,7 +55,10 @@ def main() -> None:
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
     with open_checkpoint(
-        options.load, options.device, options.pipeline_model_parallel_size
+        options.load,
+        options.device,
+        options.pipeline_model_parallel_size,
+        hashes=options.checkpoint_hashes,
     ) as loaded:
         import torch
         from tqdm import tqdm

@@ -110,7 +110,9 @@ def main() -> None:
             raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 
     pipeline_parallel = options.pipeline_model_parallel_size
-    with open_checkpoint(options.load, options.device, pipeline_parallel) as loaded:
+    with open_checkpoint(
+        options.load, options.device, pipeline_parallel, hashes=options.checkpoint_hashes
+    ) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order

@@ -40,6 +40,7 @@ def to_hugging_face(
     dtype: torch.dtype | None = None,
     verify: bool = False,
     trust: bool = False,
+    hashes: bool = True,
     say: Callable[[str], object] = print,
 ) -> None:
     """Megatron torch_dist, written under any layout -> Hugging Face safetensors.
@@ -53,13 +54,15 @@ def to_hugging_face(
         dtype: dtype to write; None for the checkpoint's.
         verify: read everything again and compare, logits too.
         trust: run the modeling code that belongs to config.json for that.
+        hashes: compare the checkpoint's files with the sums that were saved with them.
         say: prints a line for the user.
 
     Raises:
         UserError: the checkpoint is not the model that config.json describes, or is damaged.
     """
     with new_directory(output) as temporary:
-        checkpoint = DistCheckpoint(Path(source), iteration)
+        checkpoint = DistCheckpoint(Path(source), iteration, hashes)
+        say(f"checkpoint: {source}, {checkpoint.name}")
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
         config = hub.read_object(directory / "config.json")

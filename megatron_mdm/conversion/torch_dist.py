@@ -42,8 +42,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
+from megatron_mdm.mcore.integrity import check_sums, write_sums
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
@@ -255,6 +256,7 @@ def write(
         # PyTorch wraps whatever went wrong, Ctrl-C included.
         raise next(iter(error.failures.values()))[0] from error
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
+    write_sums(release)
     (directory / TRACKER).write_text("release")
 
 
@@ -264,13 +266,20 @@ class DistCheckpoint:
     Args:
         directory: as `--save` named it.
         iteration: which of its checkpoints; None for the last.
+        hashes: compare its files with the sums that were saved with them.
 
     Raises:
         UserError: it is not a torch_dist checkpoint, or is damaged.
     """
 
-    def __init__(self, directory: Path, iteration: int | None = None) -> None:
-        self.path = directory / _subdirectory(directory, iteration)
+    def __init__(self, directory: Path, iteration: int | None = None, hashes: bool = True) -> None:
+        found = find_checkpoint(str(directory), iteration)
+        if found is None:
+            raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
+        self.name = str(found)
+        self.path = found.path
+        if hashes:
+            check_sums(self.path)
         self._reader = dcp.FileSystemReader(self.path)
         try:
             metadata = self._reader.read_metadata()
@@ -279,9 +288,6 @@ class DistCheckpoint:
                 f"{self.path} is not a whole torch_dist checkpoint: its .metadata cannot be read"
             ) from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        for file in {info.relative_path for info in metadata.storage_data.values()}:
-            if not (self.path / file).exists():
-                raise UserError(f"{self.path / file} is missing: copy the checkpoint again")
         try:
             common = load_common_state_dict(str(self.path))
         except (CheckpointingException, dcp.api.CheckpointException, RuntimeError) as error:
@@ -344,17 +350,3 @@ class _Into(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         pass
-
-
-def _subdirectory(directory: Path, iteration: int | None) -> str:
-    if iteration is not None:
-        return f"iter_{iteration:07d}"
-    try:
-        name = (directory / TRACKER).read_text().strip()
-    except OSError as error:
-        raise UserError(
-            f"no checkpoint in {directory}: give the directory that --save named, with {TRACKER}"
-        ) from error
-    if name != "release" and not name.isdigit():
-        raise UserError(f"{directory / TRACKER} should hold an iteration or 'release': {name!r}")
-    return name if name == "release" else f"iter_{int(name):07d}"

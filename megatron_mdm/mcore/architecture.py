@@ -1,53 +1,16 @@
-"""Which of Megatron's arguments describe the model, and a check that a checkpoint has the same.
+"""A check that the flags describe the model of the checkpoint that is loaded.
 
 Megatron loads the keys that the model asks for and ignores the others, and its
---use-checkpoint-args leaves out some of the arguments below: a forgotten flag would train another
-model than the checkpoint's, silently.
+--use-checkpoint-args leaves out some of the arguments: a forgotten flag would train another model
+than the checkpoint's, silently.
 """
 
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
-
-DESCRIPTION = (
-    "hybrid_layer_pattern",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "swiglu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "untie_embeddings_and_output_weights",
-    "num_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_shared_expert_intermediate_size",
-    "mdm_shift",
-    "moe_router_enable_expert_bias",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-)
-
-# Megatron's flags that are not named like their argument.
-FLAGS = {"layernorm_epsilon": "--norm-epsilon", "add_bias_linear": "--disable-bias-linear"}
+from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
@@ -58,17 +21,13 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str)
         given: the others; an argument that either lacks is not compared.
         source: what the others come from.
     """
-    return "; ".join(
-        f"{FLAGS.get(name, flag(name))} is {_shown(name, saved)} in the checkpoint and "
-        f"{_shown(name, given)} in {source}"
-        for name in DESCRIPTION
-        if name in saved and name in given and not _same(name, saved, given)
-    )
-
-
-def _shown(name: str, args: Mapping[str, Any]) -> Any:
-    """The value as the flag gives it."""
-    return not args[name] if name == "add_bias_linear" else args[name]
+    found = []
+    for name in names(Group.MODEL):
+        if name in saved and name in given and not _same(name, saved, given):
+            flag, was = flag_and_value(name, saved[name])
+            _, now = flag_and_value(name, given[name])
+            found.append(f"{flag} is {was} in the checkpoint and {now} in {source}")
+    return "; ".join(found)
 
 
 def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
@@ -78,13 +37,22 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
             for args in (saved, given)
         )
         return one == other
+    if name == "group_query_attention":  # what counts is the number of groups
+        return True
+    if name == "max_position_embeddings":  # rotary embeddings go on beyond it
+        return saved[name] == given[name] or given.get("position_embedding_type") == "rope"
     if name == "hybrid_layer_pattern":  # a pattern may continue a model without, not the reverse
         return bool(given[name] or not saved[name]) and _layers(saved) == _layers(given)
     if name == "num_layers" and given.get("hybrid_layer_pattern"):  # follows from the pattern
         return True
     if name == "mdm_shift":  # an unshifted model may be continued with a shift, not the reverse
         return not saved[name] or bool(given[name])
-    return saved[name] == given[name] or (not saved[name] and not given[name])
+    return same_value(saved[name], given[name])
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of an argument mean the same: None, 0, False and nothing do."""
+    return bool(one == other) or (not one and not other)
 
 
 def _layers(args: Mapping[str, Any]) -> str | None:

@@ -23,8 +23,9 @@ from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_docume
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
-from megatron_mdm.mcore.resume import check_resume, checkpoint_to_load, saved_arguments
+from megatron_mdm.mcore.resume import check_resume
 from megatron_mdm.mcore.sizes import check_experts, check_sizes
+from megatron_mdm.mcore.start import check_checkpoints, choose_start, saved_arguments
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
@@ -57,6 +58,8 @@ REFUSED = {
     "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
     "it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
+    "verify_integrity": "all ranks share the work of hashing and checking files without it; leave "
+    "it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
@@ -114,7 +117,10 @@ def parse() -> Namespace:
     if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
         raise _refusal("yaml_cfg")
     # Megatron validates with assertions and builds the tokenizer on the way, so ours comes first.
-    check(parse_args(_add_arguments_in_one_line))
+    given = parse_args(_add_arguments_in_one_line)
+    check(given)
+    if given.use_checkpoint_args:
+        check_checkpoints(given)
     try:
         args = parse_and_validate_args(add_arguments)
     except UserError:
@@ -192,11 +198,12 @@ def resolve(args: Namespace) -> Namespace:
                 f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}: "
                 "give ids of the tokenizer"
             )
-    source = checkpoint_to_load(args)
-    saved = saved_arguments(args, source)
+    source = choose_start(args)
+    saved = {} if source is None else saved_arguments(args, source, args.ckpt_step)
     check_model(args, saved, source)
     check_scales(args, saved, source)
-    args.finetune = args.finetune or source != args.load  # as Megatron will, once it loads
+    if source is not None and source != args.load:
+        args.finetune = True  # as Megatron will, once it loads --pretrained-checkpoint
     check_resume(args, saved)
     check_data(args)
     return args

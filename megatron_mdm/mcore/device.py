@@ -64,12 +64,12 @@ def cpu_mode() -> Iterator[None]:
     """Context in which `cuda` means the CPU for this thread (see the module's text)."""
     with contextlib.ExitStack() as stack:
         for name, value in _cuda_stand_ins().items():
-            stack.enter_context(_replaced(torch.cuda, name, value))
-        stack.enter_context(_replaced(torch.cuda.random, "get_rng_state", _get_rng_state))
+            stack.enter_context(replaced(torch.cuda, name, value))
+        stack.enter_context(replaced(torch.cuda.random, "get_rng_state", _get_rng_state))
         # Loader workers would otherwise try to pin memory through the accelerator interface.
-        stack.enter_context(_replaced(torch.accelerator, "is_available", _false))
+        stack.enter_context(replaced(torch.accelerator, "is_available", _false))
         for owner, name, value in _megatron_repairs():
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         stack.enter_context(_CudaMeansCpu())
         logger = logging.getLogger("megatron.core.tensor_parallel.random")
         logger.addFilter(_is_not_about_generators)
@@ -236,8 +236,8 @@ def _megatron_repairs() -> list[tuple[Any, str, Any]]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets owner.name to value, and back on leaving."""
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which owner.name is value."""
     missing = object()
     before = getattr(owner, name, missing)
     setattr(owner, name, value)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from megatron.core.utils import unwrap_model
 from megatron.training import set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args
-from megatron.training.checkpointing import _load_base_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
@@ -28,13 +28,33 @@ from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import differences
-from megatron_mdm.mcore.arguments import rejection, tokenizer_end_id
+from megatron_mdm.mcore.argument_groups import Group, group
+from megatron_mdm.mcore.arguments import add_arguments, rejection, tokenizer_end_id
 from megatron_mdm.mcore.attention import attention_mask, position_ids
+from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
+from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.saving import safe_checkpoints
+from megatron_mdm.mcore.start import saved_arguments
 
-# What the checkpoint's arguments say of the run that wrote it, and how it is here instead.
+# Arguments of the run that stay: where its tokenizer and data are, how the checkpoint's tensors are
+# named and shaped, and those whose type Megatron's validation changes. All others of Group.RUN get
+# their default.
+KEPT = """
+ckpt_format data_args_path data_cache_path data_path inference_cuda_graph_scope
+make_vocab_size_divisible_by mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
+megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype megatron_fsdp_main_params_dtype
+merge_file moe_grouped_gemm moe_single_grouped_bias moe_single_grouped_weight null_tokenizer_pad_id
+object_storage_cache_path padded_vocab_size per_split_data_args_path special_tokens test_data_path
+tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
+tokenizer_hf_no_use_fast tokenizer_model tokenizer_sentencepiece_ignore_extra_whitespaces
+tokenizer_sentencepiece_legacy train_data_path train_iters train_samples transformer_impl
+trust_remote_code valid_data_path vocab_file
+""".split()
+
+# Arguments that are otherwise here than they were in the run, whatever they bear on.
 HERE = {
     # Derived from the tensor-parallel size of that run, and None derives them anew.
     "tensor_parallel_num_weight_shards": None,
@@ -42,21 +62,12 @@ HERE = {
     "gtp_weight_remat_size": 1,
     "expert_gtp_weight_remat_size": 1,
     "virtual_pipeline_model_parallel_size": None,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "sequence_parallel": False,
     "data_parallel_size": 1,
     "micro_batch_size": 1,
     "global_batch_size": 1,
     "step_batch_size_schedule": None,
-    "use_distributed_optimizer": False,
-    "overlap_grad_reduce": False,
-    "overlap_param_gather": False,
-    "recompute_granularity": None,
+    "overlap_p2p_comm": False,  # as without virtual stages
+    "align_param_gather": False,
     "gradient_accumulation_fusion": False,  # it would keep gradients from torch.autograd.grad
     "skip_train": True,
     "finetune": True,
@@ -67,9 +78,6 @@ HERE = {
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
     **{f.name: f.default for f in fields(MDMConfig) if f.name.startswith("mdm_ppots_")},
-    "save": None,
-    "async_save": False,
-    "tensorboard_dir": None,
     "wandb_project": "",
     # FP8 and FP4 products take some numbers of rows and no others, and texts have any length. The
     # weights are in the checkpoint in the precision of the run's other tensors.
@@ -78,9 +86,6 @@ HERE = {
     "fp8_output_proj": False,
     "fp4": None,
     "fp4_param_gather": False,
-    "reuse_grad_buf_for_mxfp8_param_ag": False,
-    "moe_router_padding_for_fp8": False,
-    "moe_router_padding_for_quantization": False,
 }
 
 
@@ -182,6 +187,7 @@ def loaded_model(
     device: str,
     pipeline_parallel: int = 1,
     change: Callable[[Namespace], None] | None = None,
+    hashes: bool = True,
 ) -> Iterator[LoadedModel]:
     """Loads a checkpoint, whatever layout wrote it, over all ranks.
 
@@ -192,17 +198,22 @@ def loaded_model(
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
         change: of the arguments that the checkpoint recorded, before the model is built.
+        hashes: compare its files with the sums that were saved with them.
 
     Raises:
-        UserError: there is no checkpoint, it has no arguments, or the model cannot be divided so.
+        UserError: there is no checkpoint, it is damaged or has no arguments, or the model cannot be
+            divided so.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    recorded = _recorded(checkpoint)
+    found = _named(checkpoint)
+    notice(f"checkpoint: {checkpoint}, {found}", file=sys.stderr)
+    recorded = _recorded(found)
     if change:
         change(recorded)
-    args = adapted(recorded, checkpoint, device, pipeline_parallel)
+    args = adapted(recorded, found, device, pipeline_parallel)
+    args.mdm_checkpoint_hashes = hashes
     try:
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:
@@ -227,66 +238,95 @@ def other_weights(loaded: LoadedModel, checkpoint: str) -> LoadedModel:
     Raises:
         UserError: there is no checkpoint, or it is of another network.
     """
-    args, saved = loaded.args, vars(_recorded(checkpoint))
+    found = _named(checkpoint)
+    notice(f"checkpoint: {checkpoint}, {found}", file=sys.stderr)
+    args, saved = loaded.args, vars(_recorded(found))
     wrong = differences(saved, {**vars(args), "mdm_shift": saved.get("mdm_shift")}, args.load)
     for name in ("padded_vocab_size", "max_position_embeddings"):
         if saved[name] != getattr(args, name):
             wrong = wrong or f"{name} is {saved[name]} and not {getattr(args, name)}"
     if wrong:
         raise UserError(f"the checkpoint in {checkpoint} is of another network: {wrong}")
-    own = args.load
-    args.load = checkpoint
+    own = args.load, args.ckpt_step
+    args.load, args.ckpt_step = checkpoint, found.iteration
     try:
         return LoadedModel(_model(args), args, loaded.tokenizer)
     finally:
-        args.load = own
+        args.load, args.ckpt_step = own
 
 
 def _model(args: Namespace) -> torch.nn.Module:
     """Megatron's module with the weights of `args.load`, in evaluation mode."""
-    model, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    with safe_checkpoints(args.mdm_checkpoint_hashes):
+        model, _, _ = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
     module: torch.nn.Module = unwrap_model(model[0]).eval()
     return module
 
 
-def _recorded(checkpoint: str) -> Namespace:
+def _recorded(checkpoint: SavedCheckpoint) -> Namespace:
     """The checkpoint's own arguments, which Megatron saved validated.
 
     Raises:
-        UserError: see `loaded_model`.
+        UserError: it has none, or they cannot be read.
     """
-    probe = parse_args(_accept_anything, ignore_unknown_args=True)
-    state = _load_base_checkpoint(checkpoint, probe, rank0=True)[0]
-    if not state:
-        raise UserError(f"no checkpoint in {checkpoint}: give the directory that --save named")
-    args = state.get("args")
-    if args is None:
-        raise UserError(f"the checkpoint in {checkpoint} has no arguments: save it with Megatron")
-    return args
+    saved = saved_arguments(_defaults(), checkpoint.directory, checkpoint.iteration)
+    if not saved:
+        raise UserError(
+            f"the checkpoint in {checkpoint.directory} has no arguments: save it with Megatron"
+        )
+    return Namespace(**saved)
 
 
-def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: int) -> Namespace:
+def _defaults() -> Namespace:
+    """Megatron's arguments and ours without any flag."""
+    return parse_args(add_arguments, ignore_unknown_args=True)
+
+
+def _named(directory: str) -> SavedCheckpoint:
+    """The checkpoint that a directory's tracker names.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    found = find_checkpoint(directory)
+    if found is None:
+        raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
+    return found
+
+
+def adapted(
+    args: Namespace, checkpoint: SavedCheckpoint, device: str, pipeline_parallel: int
+) -> Namespace:
     """Arguments that a checkpoint recorded, changed in place for the process that loads it.
+
+    They say what the model is. Where that run loaded from, how it was laid out and what it logged
+    does not concern this process.
 
     Args:
         args: of the run that wrote the checkpoint, perhaps with an earlier version of the plugin.
-        checkpoint: its directory.
+        checkpoint: the checkpoint.
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages.
 
     Raises:
         UserError: the tokenizer is not where it was, or the model cannot be divided so.
     """
-    args.tokenizer_model = _tokenizer_model(args, checkpoint)
+    args.tokenizer_model = _tokenizer_model(args, checkpoint.directory)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
+    defaults = vars(_defaults())
     own = {
-        # What the plugin has learnt since the checkpoint was written.
-        **{name: value for name, value in vars(MDMConfig()).items() if not hasattr(args, name)},
+        # What Megatron and the plugin have learnt since the checkpoint was written.
+        **{name: value for name, value in defaults.items() if not hasattr(args, name)},
+        **{
+            name: value
+            for name, value in defaults.items()
+            if group(name) in (Group.RUN, None) and name not in KEPT
+        },
         **HERE,
         "hybrid_layer_pattern": (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
         or None,
@@ -297,7 +337,8 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
         "expert_tensor_parallel_size": tensor_parallel,
         "pipeline_model_parallel_size": pipeline_parallel,
         "transformer_pipeline_model_parallel_size": pipeline_parallel,
-        "load": checkpoint,
+        "load": checkpoint.directory,
+        "ckpt_step": checkpoint.iteration,
         "mdm_device": device,
         "distributed_backend": "nccl",
         **(CPU_DEFAULTS if device == "cpu" else {}),
@@ -356,7 +397,3 @@ def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int
                 f"another number of ranks, or, where the tool has it, give {name}"
             )
     return tensor_parallel
-
-
-def _accept_anything(parser: Any) -> Any:
-    return parser

@@ -1,4 +1,4 @@
-"""The checkpoint that a run starts from: which one it is, and whether its settings agree."""
+"""Whether the settings of a run agree with those of the checkpoint that it resumes."""
 
 import re
 from argparse import Namespace
@@ -7,60 +7,31 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
-
-from megatron_mdm.config import MDMConfig, flag
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.architecture import same_value
+from megatron_mdm.mcore.argument_groups import Group, flag_and_value, group, names
+from megatron_mdm.mcore.notices import notice
 from megatron_mdm.objective.fit_file import load_sampler
 
-
-def checkpoint_to_load(args: Namespace) -> str | None:
-    """The directory of the checkpoint that Megatron is about to load, None for none.
-
-    Raises:
-        UserError: there is none where --pretrained-checkpoint, or --load with --finetune, says.
-    """
-    if checkpoint_exists(args.load):
-        return args.load
-    needed = "pretrained_checkpoint"
-    if args.pretrained_checkpoint is None:
-        if not args.finetune or args.load is None:
-            return args.load
-        needed = "load"  # Megatron would train from random weights, with a warning
-    directory = getattr(args, needed)
-    if not checkpoint_exists(directory):
-        raise UserError(
-            f"{flag(needed)} {directory} has no checkpoint: give the directory that --save or "
-            "tools/convert_checkpoint.py --output named"
-        )
-    return str(directory)
-
-
-def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:
-    """The arguments that the checkpoint in the directory `source` holds; empty if there are none.
-
-    Args:
-        args: of this run.
-        source: see `checkpoint_to_load`.
-    """
-    if source is None:
-        return {}
-    state = _load_base_checkpoint(source, args, rank0=True)[0]
-    return vars(state["args"]) if state and state.get("args") else {}
+# Beginnings of the flags that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
+_SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
 
 
 def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
-    """Compares the objective flags with those of the checkpoint that is about to be resumed.
+    """Compares the arguments with those of the checkpoint that is about to be resumed.
 
-    Masks and rates are functions of the seed, the flags and the row number: a change would train
-    another objective from here on, silently.
+    Masks and rates are functions of the seed, the flags and the row number: a change of objective
+    or data would train something else from here on, and is refused. A change of how the run is
+    optimised is printed.
 
     Args:
         args: of this run.
         saved: of the checkpoint; empty if there is none.
 
     Raises:
-        UserError: names every flag that differs, unless --mdm-allow-flag-change.
+        UserError: names every flag of the objective or the data that differs, unless
+            --mdm-allow-flag-change.
     """
     is_resumed = args.load is not None and not args.finetune
     args.mdm_sampler_state_in_checkpoint = is_resumed and bool(
@@ -81,17 +52,8 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
                 f"--mdm-ppots-bins {args.mdm_ppots_bins}: the measurements in the checkpoint have "
                 f"{bins} bins, which cannot change; --finetune begins new ones"
             )
-    if args.mdm_allow_flag_change:
-        return
-    ignored = "device recipe head rate_bins ema_decay allow_flag_change ppots_file".split()
-    names = [f.name for f in fields(MDMConfig) if f.name.removeprefix("mdm_") not in ignored]
-    if any(name.startswith("mdm_") for name in saved):  # a flag that is newer had its default
-        saved = {f.name: f.default for f in fields(MDMConfig)} | saved
-    changes = [
-        f"{flag(name)} {getattr(args, name)} (checkpoint: {saved[name]})"
-        for name in [*names, "seed", "seq_length"]
-        if name in saved and saved[name] != getattr(args, name)
-    ]
+    settings = [f.name for f in fields(MDMConfig) if group(f.name) is Group.OBJECTIVE]
+    changes = _changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
     if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
         if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
@@ -99,11 +61,35 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
             if saved["mdm_ppots_digest"] is None:
                 was = "none"
             changes.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
-    if changes:
+    if changes and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
             "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
         )
+    for change in [*changes, *_changes(args, saved, _training(args))]:
+        notice(f"the run resumes with another {change}")
+
+
+def _training(args: Namespace) -> list[str]:
+    """The arguments of optimisation that this run's flags decide on."""
+    left_out: set[str] = set()
+    if args.use_checkpoint_opt_param_scheduler:
+        left_out = {name for name in names(Group.TRAINING) if name.startswith(_SCHEDULE)}
+    if args.weight_decay_incr_style == "constant":  # Megatron sets both to --weight-decay
+        left_out |= {"start_weight_decay", "end_weight_decay"}
+    if args.step_batch_size_schedule:  # Megatron sets it to the micro-batches of all ranks
+        left_out.add("global_batch_size")
+    return [name for name in names(Group.TRAINING) if name not in left_out]
+
+
+def _changes(args: Namespace, saved: dict[str, Any], compared: list[str]) -> list[str]:
+    """The flags whose value differs, with both values."""
+    found = []
+    for name in compared:
+        if name in saved and not same_value(getattr(args, name), saved[name]):
+            flag, now = flag_and_value(name, getattr(args, name))
+            found.append(f"{flag} {now} (checkpoint: {flag_and_value(name, saved[name])[1]})")
+    return found
 
 
 @contextmanager

@@ -181,10 +181,10 @@ def damage_largest(checkpoint):
 BACK = {
     "no checkpoint": (
         lambda c: (c / "latest_checkpointed_iteration.txt").unlink(),
-        "no checkpoint",
+        "has no latest_checkpointed_iteration.txt: the newest complete checkpoint is release",
     ),
     "a missing file": (lambda c: (c / "release" / "__0_0.distcp").unlink(), "__0_0.distcp"),
-    "a file cut short": (damage_largest, "is damaged"),
+    "a file cut short": (damage_largest, "has a __0_0.distcp that is cut short"),
     "no metadata": (lambda c: (c / "release" / ".metadata").unlink(), "release"),
     "another model": (
         lambda c: change_config(c / "huggingface", rms_norm_eps=1e-6),

@@ -23,8 +23,8 @@ ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 5"
 COMMON = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING]
 
 
-def parsed(monkeypatch, *flags, world=1):
-    monkeypatch.setattr(sys, "argv", ["pretrain", *COMMON, "--mock-data", *flags])
+def parsed(monkeypatch, *flags, world=1, data=("--mock-data",)):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *COMMON, *data, *flags])
     monkeypatch.setenv("WORLD_SIZE", str(world))
     return parse_args(arguments._add_arguments_in_one_line)
 
@@ -527,9 +527,8 @@ def resolve(args):
 def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
     words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
-    args = parsed(monkeypatch, *words)
     with pytest.raises(UserError) as caught:
-        resolve(args)
+        resolve(parsed(monkeypatch, *words, data=base[:2]))
     message = str(caught.value)
     assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
@@ -539,8 +538,10 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
-        resolve(parsed(monkeypatch, *words, *words_that_allow))
-    resolve(parsed(monkeypatch, *words[:2]))
+        resolve(parsed(monkeypatch, *words, *words_that_allow, data=base[:2]))
+    resolve(parsed(monkeypatch, *words[:2], data=base[:2]))
+    with pytest.raises(UserError, match="--mock-data True .checkpoint: False.. Give its values"):
+        resolve(parsed(monkeypatch, *words[:2]))
 
 
 def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
@@ -549,25 +550,31 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
     """Until --load has a checkpoint, which then is what the flags are compared with."""
     pretrained = base[base.index("--load") + 1]
     new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
+
+    def resolved(*words):
+        return resolve(parsed(monkeypatch, *words, data=base[:2]))
+
     words = [*new, "--mdm-mask", "exact-count"]
-    assert resolve(parsed(monkeypatch, *words)).finetune
+    assert resolved(*words).finetune
     with pytest.raises(UserError) as caught:
-        resolve(parsed(monkeypatch, *words, "--rotary-base", "5000"))
+        resolved(*words, "--rotary-base", "5000")
     assert str(caught.value).startswith(
         f"the checkpoint in {pretrained} is of another model: --rotary-base is 10000"
     )
 
     words = ["--pretrained-checkpoint", str(tmp_path / "gone"), "--load"]
-    assert not resolve(parsed(monkeypatch, *words, pretrained)).finetune
+    assert not resolved(*words, pretrained).finetune
     with pytest.raises(UserError, match="trained with other settings: --mdm-mask exact-count"):
-        resolve(parsed(monkeypatch, *words, pretrained, "--mdm-mask", "exact-count"))
+        resolved(*words, pretrained, "--mdm-mask", "exact-count")
     with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
-        resolve(parsed(monkeypatch, *words, str(tmp_path / "new")))
-    # A first start has no checkpoint to resume yet, but one to fine-tune is somewhere.
+        resolved(*words, str(tmp_path / "new"))
+    # A first start of a run that can be started again has no checkpoint yet.
     gone = ["--load", str(tmp_path / "gone")]
-    resolve(parsed(monkeypatch, *gone))
+    resolved(*gone, "--save", gone[1])
     with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
-        resolve(parsed(monkeypatch, *gone, "--finetune"))
+        resolved(*gone)
+    with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
+        resolved(*gone, "--finetune")
 
 
 # -- the program

@@ -8,6 +8,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint
 from megatron_mdm.mcore.inference import adapted
 from megatron_mdm.mcore.model import model_config
 from tests import ranks
@@ -126,17 +127,17 @@ def recorded(base):
 
 def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
     del recorded.mdm_ema_decay
-    recorded.mdm_rate_bins = 7
-    adapted(recorded, "checkpoint", "cpu", 1)
+    recorded.mdm_eps = 0.01
+    adapted(recorded, SavedCheckpoint("checkpoint", 20), "cpu", 1)
     assert MDMConfig.from_args(recorded) == MDMConfig(
-        mdm_device="cpu", mdm_rate_bins=7, mdm_mask_token_id=ranks.MASK_ID
+        mdm_device="cpu", mdm_eps=0.01, mdm_mask_token_id=ranks.MASK_ID
     )
 
 
 def test_the_device_of_the_training_does_not_matter(recorded):
     recorded.fp8, recorded.fp8_param_gather = "hybrid", True  # which no number of rows suits
     for device, backend in (("cuda", "nccl"), ("cpu", "gloo")):
-        args = adapted(recorded, "checkpoint", device, 1)
+        args = adapted(recorded, SavedCheckpoint("checkpoint", 20), device, 1)
         assert args.distributed_backend == backend
         assert not args.fp8 and not args.fp8_param_gather
 
@@ -144,7 +145,7 @@ def test_the_device_of_the_training_does_not_matter(recorded):
 def test_a_tokenizer_that_moved_is_named(recorded):
     recorded.tokenizer_type, recorded.tokenizer_model = "SentencePieceTokenizer", "gone.model"
     with pytest.raises(UserError, match="the tokenizer of here is not at gone.model"):
-        adapted(recorded, "here", "cpu", 1)
+        adapted(recorded, SavedCheckpoint("here", 20), "cpu", 1)
 
 
 def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
@@ -152,13 +153,18 @@ def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
     for gone in (str(tmp_path / "old" / "huggingface"), "runs/sft/megatron/huggingface"):
         recorded.tokenizer_model = gone
         with pytest.raises(UserError, match=f"the tokenizer of {tmp_path} is not at {gone}: start"):
-            adapted(recorded, str(tmp_path), "cpu", 1)
+            adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1)
     recorded.tokenizer_model = "owner/a-name.v2"  # of a repository
-    assert adapted(recorded, str(tmp_path), "cpu", 1).tokenizer_model == "owner/a-name.v2"
+    assert (
+        adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1).tokenizer_model
+        == "owner/a-name.v2"
+    )
     own = tmp_path / "huggingface"  # as the conversion writes it
     own.mkdir()
     recorded.tokenizer_model = gone
-    assert adapted(recorded, str(tmp_path), "cpu", 1).tokenizer_model == str(own)
+    assert adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1).tokenizer_model == str(
+        own
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -166,7 +172,7 @@ def test_a_checkpoint_of_a_run_in_fp8_does_not_compute_in_it(device, recorded):
     """Its products take multiples of 8 rows, and a text may have any length."""
     recorded.fp8, recorded.fp8_recipe, recorded.fp8_param_gather = "hybrid", "tensorwise", True
     recorded.moe_router_padding_for_fp8 = True
-    args = adapted(recorded, "here", device, 1)
+    args = adapted(recorded, SavedCheckpoint("here", 20), device, 1)
     assert (args.fp8, args.fp8_param_gather, args.moe_router_padding_for_fp8) == (
         None,
         False,
@@ -186,4 +192,4 @@ def test_a_checkpoint_of_a_run_in_fp8_does_not_compute_in_it(device, recorded):
 def test_layouts_that_do_not_divide_the_model(world, stages, message, recorded, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises(UserError, match=message):
-        adapted(recorded, "here", "cpu", stages)
+        adapted(recorded, SavedCheckpoint("here", 20), "cpu", stages)
