@@ -274,6 +274,35 @@ def measured_documents() -> None:
     torch.save(found, f"{os.environ['TRACE_DIR']}/measured.pt")
 
 
+def asynchronous_save() -> None:
+    """Names of a checkpoint's files when Megatron would move the tracker, in seen.json.
+
+    Megatron saves in the background only with a library that needs a GPU; its request is real.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_mdm.mcore.saving import safe_checkpoints
+
+    directory, seen = Path(os.environ["TRACE_DIR"]), []
+    checkpoint = directory / "checkpoint"
+    checkpoint.mkdir(exist_ok=True)  # by another rank
+    with training_device("cpu"), safe_checkpoints(hashes=True):
+        torch.distributed.init_process_group("gloo")
+        mpu.initialize_model_parallel()
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        part = ShardedTensor.from_rank_offsets("part", torch.arange(4.0), (0, rank, size))
+        request = dist_checkpointing.save(
+            {"part": part}, str(checkpoint), async_sharded_save=True, async_strategy="mcore"
+        )
+        request.add_finalize_fn(lambda: seen.extend(os.listdir(checkpoint)))
+        assert "integrity.json" not in os.listdir(checkpoint)
+        request.execute_sync()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    (directory / f"seen{rank}.json").write_text(json.dumps(sorted(seen)))
+
+
 def autoregressive() -> None:
     """The autoregressive program of the reproduction, as a user starts it."""
     path = Path(__file__).parent.parent / "examples/reproduce/autoregressive.py"

@@ -10,6 +10,7 @@ import pytest
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.integrity import INTEGRITY_FNAME, check_sums, write_sums
+from tests import ranks
 from tests.old_checkpoints.unpack import unpack
 
 
@@ -131,3 +132,14 @@ def test_sums_that_are_missing_or_damaged(run, capfd):
         (latest(run) / INTEGRITY_FNAME).write_text(text)
         with pytest.raises(UserError, match=f"{INTEGRITY_FNAME} is damaged: copy"):
             check_sums(latest(run))
+
+
+def test_sums_are_there_before_the_tracker_moves(tmp_path):
+    """Of a save in the background too, whose last steps run on all ranks."""
+    ranks.launch(tmp_path, 2, entry="asynchronous_save")
+    files = [".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json"]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"seen{rank}.json").read_text()) == files
+    sums = json.loads((tmp_path / "checkpoint/integrity.json").read_text())["files"]
+    assert sorted(sums) == [name for name in files if name != "integrity.json"]
+    check_sums(tmp_path / "checkpoint")
