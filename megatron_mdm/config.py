@@ -31,6 +31,10 @@ class MDMConfig:
     mdm_mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
 
+    mdm_vocab_size: int | None = None
+    """Rows of the vocabulary that are tokens. Later ones are padding, and take no part in the
+    softmax. Default: those of the checkpoint, or else of the tokenizer and the mask token."""
+
     mdm_rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `clipped` draws from
     --mdm-clip without a weight, which changes the objective; `ppots` is the paper's P-POTS, read
@@ -190,6 +194,8 @@ class MDMConfig:
             raise UserError(
                 f"--mdm-mask-token-id must not be negative, got {self.mdm_mask_token_id}"
             )
+        if self.mdm_vocab_size is not None and self.mdm_vocab_size < 1:
+            raise UserError(f"--mdm-vocab-size must be at least 1, got {self.mdm_vocab_size}")
         self._check_sampler()
         if self.mdm_views < 1:
             raise UserError(f"--mdm-views must be at least 1, got {self.mdm_views}")

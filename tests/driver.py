@@ -824,6 +824,21 @@ def only_these_flags() -> None:
     main()
 
 
+def old_logits() -> None:
+    """Logits of a checkpoint of tests/old_checkpoints, as its make.py has asked for them."""
+    os.chdir(os.environ["TRACE_DIR"])
+    with open_checkpoint("checkpoint", "cpu") as loaded:
+        tokens = torch.tensor([[1, 2, 3, 50, 5, 50, 7, 49]])
+        row = loaded.logits(tokens)[0, 3].tolist()
+    Path("logits.json").write_text(json.dumps(row))
+
+
+def in_its_directory() -> None:
+    """`only_these_flags`, among which paths are relative to the directory of this run's log."""
+    os.chdir(os.environ["TRACE_DIR"])
+    only_these_flags()
+
+
 def recipe() -> None:
     """Sizes and expected memory of the flags after `--` on 8 ranks, of which this is the first."""
     from megatron_mdm.benchmarks.flops import ModelShape

@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
         type=int,
         metavar="M",
         help="pad the vocabulary with zeros, so that the tensor-parallel size divides it; the "
-        "padding takes part in the softmax (default: no padding)",
+        "padding takes no part in the softmax (default: no padding)",
     )
     back = parser.add_argument_group("--to huggingface")
     back.add_argument(

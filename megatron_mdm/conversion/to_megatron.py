@@ -91,7 +91,7 @@ def to_megatron(
         ]
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
-        args.mdm_shift = shift
+        args.mdm_shift, args.mdm_vocab_size = shift, words.size
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
         found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
@@ -260,7 +260,7 @@ def _remarks(
     if words.padded > words.size:
         yield (
             f"padded the vocabulary from {words.size} to {words.padded} rows: the padding is zeros "
-            "and takes part in the softmax"
+            "and takes no part in the softmax"
         )
     if shift:
         yield "the logits of position i - 1 predict token i: --mdm-shift"

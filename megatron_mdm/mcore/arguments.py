@@ -23,9 +23,12 @@ from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_docume
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.resume import check_resume
 from megatron_mdm.mcore.sizes import check_experts, check_sizes
 from megatron_mdm.mcore.start import check_checkpoints, choose_start, saved_arguments
+from megatron_mdm.mcore.vocabulary import resolve_vocab_size
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
@@ -174,7 +177,15 @@ def resolve(args: Namespace) -> Namespace:
     check(args)
     if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
         print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
+    source = choose_start(args)
+    saved, line = {} if source is None else saved_arguments(args, source, args.ckpt_step), ""
+    if saved:
+        saved, line = complete(saved)
+    if line:
+        notice(line)
+    check_model(args, saved, source)
     args.mdm_mask_token_id = _mask_token_id(args)
+    resolve_vocab_size(args, get_tokenizer(), saved, source)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         draws = max(1, args.mdm_strata_window // args.mdm_views)
@@ -192,15 +203,12 @@ def resolve(args: Namespace) -> Namespace:
             )
     for name in ("mdm_isad_token_ids", "mdm_syrm_token_ids"):
         for token in getattr(args, name) or ():
-            if 0 <= token < args.padded_vocab_size:
+            if 0 <= token < args.mdm_vocab_size:
                 continue
             raise UserError(
-                f"{flag(name)} {token} lies outside the vocabulary of {args.padded_vocab_size}: "
+                f"{flag(name)} {token} lies outside the vocabulary of {args.mdm_vocab_size}: "
                 "give ids of the tokenizer"
             )
-    source = choose_start(args)
-    saved = {} if source is None else saved_arguments(args, source, args.ckpt_step)
-    check_model(args, saved, source)
     check_scales(args, saved, source)
     if source is not None and source != args.load:
         args.finetune = True  # as Megatron will, once it loads --pretrained-checkpoint

@@ -130,6 +130,7 @@ class RowDataset(torch.utils.data.Dataset):
         config: settings of the objective.
         seed: seed of the run.
         mask_token_id: must not occur in the data.
+        vocab_size: larger than every id in the data.
         pad_id: id that stands at padding, inside the vocabulary.
         period: for validation and test: the rows start over after this many, so that every
             evaluation sees the same rows under the same masks, wherever Megatron's loader stands.
@@ -141,6 +142,7 @@ class RowDataset(torch.utils.data.Dataset):
         config: MDMConfig,
         seed: int,
         mask_token_id: int,
+        vocab_size: int,
         pad_id: int,
         period: int | None = None,
     ) -> None:
@@ -150,6 +152,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.config = config
         self.seed = seed
         self.mask_token_id = mask_token_id
+        self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.period = period
         split = SPLITS[self.split]
@@ -176,7 +179,7 @@ class RowDataset(torch.utils.data.Dataset):
         length = self._length(draw, len(tokens))
         num_tokens = min(int(item["num_tokens"]), length)
         tokens[num_tokens:] = self.pad_id
-        self._check_no_mask(row, tokens[:num_tokens])
+        self._check_ids(row, draw, tokens[:num_tokens].numpy())
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         if self.views > 1:
             uniforms = view_of(uniforms, view, self.views)
@@ -216,15 +219,30 @@ class RowDataset(torch.utils.data.Dataset):
             to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(tokens))),
         )
 
-    def _check_no_mask(self, row: int, tokens: torch.Tensor) -> None:
-        is_mask = tokens.numpy() == self.mask_token_id
-        if is_mask.any():
-            place = is_mask.argmax()
+    def _check_ids(self, row: int, draw: int, tokens: np.ndarray) -> None:
+        is_mask = tokens == self.mask_token_id
+        is_beyond = (tokens < 0) | (tokens >= self.vocab_size)
+        if not (is_mask | is_beyond).any():
+            return
+        place = int((is_mask | is_beyond).argmax())
+        where = f"row {row} of the {self.split.name} data contains"
+        file = f"at position {place} ({self._path(draw)})"
+        if is_mask[place]:
             raise UserError(
-                f"row {row} of the {self.split.name} data contains the mask token "
-                f"{self.mask_token_id} at position {place}: the model would take it for a "
-                "masked position. Tokenize the data again, or give another --mdm-mask-token-id"
+                f"{where} the mask token {self.mask_token_id} {file}: the model would take it for "
+                "a masked position. Tokenize the data again, or give another --mdm-mask-token-id"
             )
+        raise UserError(
+            f"{where} the token {tokens[place]} {file}, and the vocabulary has {self.vocab_size} "
+            "tokens: tokenize the data with the run's tokenizer"
+        )
+
+    def _path(self, draw: int) -> str:
+        """The .bin/.idx pair that a draw is from."""
+        dataset = self.dataset
+        if hasattr(dataset, "datasets"):
+            dataset = dataset.datasets[int(dataset.dataset_index[draw])]
+        return str(dataset.dataset_path)
 
 
 def train_valid_test_datasets_provider(
@@ -275,9 +293,7 @@ def build_datasets(
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
-        None
-        if dataset is None
-        else RowDataset(dataset, config, args.seed, args.mdm_mask_token_id, pad, period)
+        None if dataset is None else _rows(args, dataset, pad, period)
         for dataset, period in zip(datasets, [None, valid or None, test or None], strict=True)
     ]
 
@@ -293,8 +309,13 @@ def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
     indexed = kind.build_low_level_dataset(prefix, config)
     pairs = np.arange(kind.numel_low_level_dataset(indexed))
     dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
+    return _rows(args, dataset, config.tokenizer.eod)
+
+
+def _rows(args: Namespace, dataset: Any, pad: int, period: int | None = None) -> RowDataset:
     mdm = MDMConfig.from_args(args)
-    return RowDataset(dataset, mdm, args.seed, args.mdm_mask_token_id, config.tokenizer.eod)
+    mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
+    return RowDataset(dataset, mdm, args.seed, mask, size, pad, period)
 
 
 def _print_epochs(dataset: Any, rows: int, views: int) -> None:

@@ -36,6 +36,7 @@ from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
 from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.saving import safe_checkpoints
 from megatron_mdm.mcore.start import saved_arguments
 
@@ -45,13 +46,13 @@ from megatron_mdm.mcore.start import saved_arguments
 KEPT = """
 ckpt_format data_args_path data_cache_path data_path inference_cuda_graph_scope
 make_vocab_size_divisible_by mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
-megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype megatron_fsdp_main_params_dtype
-merge_file moe_grouped_gemm moe_single_grouped_bias moe_single_grouped_weight null_tokenizer_pad_id
-object_storage_cache_path padded_vocab_size per_split_data_args_path special_tokens test_data_path
-tiktoken_num_special_tokens tiktoken_pattern tokenizer_hf_no_include_special_tokens
-tokenizer_hf_no_use_fast tokenizer_model tokenizer_sentencepiece_ignore_extra_whitespaces
-tokenizer_sentencepiece_legacy train_data_path train_iters train_samples transformer_impl
-trust_remote_code valid_data_path vocab_file
+mdm_vocab_size megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype
+megatron_fsdp_main_params_dtype merge_file moe_grouped_gemm moe_single_grouped_bias
+moe_single_grouped_weight null_tokenizer_pad_id object_storage_cache_path padded_vocab_size
+per_split_data_args_path special_tokens test_data_path tiktoken_num_special_tokens tiktoken_pattern
+tokenizer_hf_no_include_special_tokens tokenizer_hf_no_use_fast tokenizer_model
+tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy train_data_path
+train_iters train_samples transformer_impl trust_remote_code valid_data_path vocab_file
 """.split()
 
 # Arguments that are otherwise here than they were in the run, whatever they bear on.
@@ -278,6 +279,9 @@ def _recorded(checkpoint: SavedCheckpoint) -> Namespace:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} has no arguments: save it with Megatron"
         )
+    saved, line = complete(saved)
+    if line:
+        notice(line, sys.stderr)
     return Namespace(**saved)
 
 

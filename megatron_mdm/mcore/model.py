@@ -26,6 +26,7 @@ from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import finalize_and_log
 from megatron_mdm.mcore.routers import count_short_rows, router_loss_scale
 from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
+from megatron_mdm.mcore.vocabulary import leave_out_padding
 from megatron_mdm.objective.fit_file import load_sampler
 
 
@@ -56,6 +57,8 @@ class MDMHybridBuilder(HybridModelBuilder):
 
 def _equipped(model: Any, vp_stage: int | None) -> Any:
     leave_out_state_of_norms(model)
+    if get_args().mdm_vocab_size < get_args().padded_vocab_size:
+        leave_out_padding(model, get_args().mdm_vocab_size)
     if get_args().gradient_accumulation_fusion:
         accumulate_in_place(model)
     if MDMConfig.from_args(get_args()).mdm_random_length_fraction:

@@ -195,7 +195,7 @@ def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:
 
 def _check_ids(loaded: LoadedModel, data: str, ids: np.ndarray) -> None:
     """Raises a `UserError` for token ids that the model does not have."""
-    size = loaded.args.padded_vocab_size
+    size = loaded.args.mdm_vocab_size
     if len(ids) and not 0 <= ids.min() <= ids.max() < size:
         wrong = ids.max() if ids.max() >= size else ids.min()
         raise UserError(

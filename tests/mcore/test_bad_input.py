@@ -515,7 +515,9 @@ def test_a_mask_inside_the_padding_of_the_vocabulary():
 
 @pytest.fixture
 def tokenizer(monkeypatch):
-    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=126))
+    monkeypatch.setattr(
+        arguments, "get_tokenizer", lambda: SimpleNamespace(eod=126, vocab_size=120)
+    )
 
 
 def resolve(args):
