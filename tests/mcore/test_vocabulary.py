@@ -40,7 +40,7 @@ def without_padding(start, tmp_path_factory):
         # The last two ranks hold nothing but padding.
         (4, "--tensor-model-parallel-size 4 --sequence-parallel", 256),
         (1, "--make-vocab-size-divisible-by 300 --mdm-head full", 300),
-        (2, "--pipeline-model-parallel-size 2 --cross-entropy-loss-fusion", 128),
+        (2, "--pipeline-model-parallel-size 2", 128),
     ],
 )
 def test_one_checkpoint_has_one_loss_whatever_the_padding(
@@ -48,11 +48,26 @@ def test_one_checkpoint_has_one_loss_whatever_the_padding(
 ):
     run = ranks.launch(tmp_path, count, *start, *flags.split())
     assert f"(new size: {padded})" in run.output[0]
+    assert_equal(run, without_padding)
+
+
+def test_the_fused_cross_entropy_leaves_the_padding_out(start, tmp_path):
+    """It rounds gradients to bfloat16, with padding and without."""
+    fused = ["--cross-entropy-loss-fusion"]
+    without = ["--make-vocab-size-divisible-by", "1"]
+    one, other = (
+        ranks.launch(tmp_path / str(len(flags)), 1, *start, *fused, *flags)
+        for flags in ([], without)
+    )
+    assert_equal(one, other)
+
+
+def assert_equal(run, other):
     assert len(run.losses) == 3
-    assert run.losses == pytest.approx(without_padding.losses, rel=1e-5)
-    assert run.grad_norms == pytest.approx(without_padding.grad_norms, rel=1e-4)
+    assert run.losses == pytest.approx(other.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(other.grad_norms, rel=1e-4)
     for name in ("mdm loss validation", "mdm/validation NELBO"):
-        assert run.scalars[name] == pytest.approx(without_padding.scalars[name], rel=1e-5)
+        assert run.scalars[name] == pytest.approx(other.scalars[name], rel=1e-5)
 
 
 def test_the_number_of_tokens_is_in_the_checkpoint(start):
