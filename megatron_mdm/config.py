@@ -7,7 +7,7 @@ help, which is why annotations here must stay real types (no `from __future__ im
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_mdm.errors import UserError
 
@@ -65,6 +65,12 @@ class MDMConfig:
 
     mdm_ppots_decay: float = 0.5
     """What older measurements count for after each fit, in [0, 1]."""
+
+    mdm_row_order: Literal["epoch", "run"] | None = None
+    """Order of the rows of text. `epoch`: every epoch passes over all of them in an order of its
+    own, whatever the length of the run. `run`: Megatron's, which shuffles the epochs of a run
+    together, so that another length reorders all rows. Default: `epoch`; a run that resumes keeps
+    its order."""
 
     mdm_quantiles: Literal["iid", "strata", "lattice"] = "lattice"
     """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
@@ -186,6 +192,8 @@ class MDMConfig:
         _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
         _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target", "mdm_head")
         _choice(self, "mdm_rate_per")
+        if self.mdm_row_order is not None:
+            _choice(self, "mdm_row_order")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
         if self.mdm_rate_bins < 1:
@@ -373,7 +381,8 @@ def flag(name: str) -> str:
 def _choice(config: MDMConfig, *names: str) -> None:
     """Checks fields of Literal type, which a dataclass does not do by itself."""
     for name in names:
-        choices = MDMConfig.__annotations__[name].__args__
+        annotation = MDMConfig.__annotations__[name]
+        choices = get_args(get_args(annotation)[0]) or get_args(annotation)
         value = getattr(config, name)
         if value not in choices:
             raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")

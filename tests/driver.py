@@ -252,7 +252,7 @@ def measured_documents() -> None:
         head = unwrap_model(loaded.model).output_layer.weight.detach().double()
         for target in ("loss", "gradient"):
             drawn: list = []
-            *_, (_, _, moments) = measure(loaded, target, num_bins=4, num_rows=3, masks_per_bin=2)
+            *_, (_, _, moments) = measure(loaded, target, num_bins=4, num_rows=6, masks_per_bin=2)
             bins, expected = [], np.zeros(17)
             for draw, (tokens, eligible, documents, seen, mask, weight, t) in enumerate(drawn):
                 for number in documents.unique().tolist():

@@ -99,7 +99,8 @@ yarn_correction_range_round_to_int yarn_original_max_position_embeddings
 """
 
 _DATA = """
-mid_level_dataset_surplus mock_data null_tokenizer_eod_id split tokenizer_type vocab_size
+mdm_row_order mid_level_dataset_surplus mock_data null_tokenizer_eod_id split tokenizer_type
+vocab_size
 """
 
 _OBJECTIVE = """

@@ -13,8 +13,6 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
@@ -23,6 +21,12 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset, PairDatasetConfig
+from megatron_mdm.mcore.text_dataset import (
+    SPLITS,
+    CleanTokensDataset,
+    EpochDataset,
+    MockCleanTokensDataset,
+)
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import (
     Purpose,
@@ -35,65 +39,8 @@ from megatron_mdm.objective.randomness import (
     view_of,
 )
 
+TEXT_BITS = 40  # of the number of a text within its file
 FIXED = -1  # the uniform of a token that is never masked
-
-SPLITS = {
-    MegatronSplit.train: Split.TRAIN,
-    MegatronSplit.valid: Split.VALID,
-    MegatronSplit.test: Split.TEST,
-}
-
-
-class _CleanTokens:
-    """Rows as tokens and their count, instead of GPTDataset's shifted labels and causal masks.
-
-    GPTDataset itself overwrites every token that equals the tokenizer's padding id with 0, which
-    destroys the end-of-document tokens of the many tokenizers that pad with them.
-    """
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens, _, lengths = self._query_document_sample_shuffle_indices(index)
-        return {"tokens": tokens.astype(np.int64), "num_tokens": sum(lengths)}
-
-
-class CleanTokensDataset(_CleanTokens, GPTDataset):
-    """Rows of real data.
-
-    Raises:
-        UserError: rows are asked of fewer tokens than one row has. (Megatron would repeat the few
-            tokens inside one row, and loop for ever over none.)
-    """
-
-    def __init__(
-        self,
-        indexed_dataset: IndexedDataset,
-        dataset_path: str | None,
-        indexed_indices: np.ndarray | None,
-        num_samples: int | None,
-        index_split: MegatronSplit,
-        config: GPTDatasetConfig,
-    ) -> None:
-        # Without indices (--dataloader-fast-cache-load) the rows were built, and checked, before.
-        if num_samples != 0 and indexed_indices is not None:
-            tokens = int(indexed_dataset.sequence_lengths[indexed_indices].sum())
-            if tokens < config.sequence_length:
-                raise UserError(
-                    f"the {index_split.name} split of {dataset_path} has {tokens} tokens, fewer "
-                    f"than one row of --seq-length {config.sequence_length}: add data, change "
-                    "--split, or choose shorter rows"
-                )
-        super().__init__(
-            indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
-        )
-
-    @property
-    def texts_per_epoch(self) -> int:
-        """Whole rows of its tokens."""
-        return self._get_num_tokens_per_epoch() // self.config.sequence_length
-
-
-class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
-    """Rows of made-up data, for --mock-data."""
 
 
 def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
@@ -101,6 +48,8 @@ def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
     columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
     columns |= {"tokens": True, "uniforms": True}
     columns["quantile"] = training and config.mdm_rate_per == "document"
+    if not training:
+        columns["text"] = False
     if config.mdm_sft and config.mdm_isolate_documents:
         columns["document"] = True
     return columns
@@ -118,6 +67,7 @@ class RowDataset(torch.utils.data.Dataset):
         uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
             the tokens of a prompt, which are never masked. With --mdm-rate-per document quantile
             [L], number d for document d of the row; evaluations have one rate a row.
+        text []: in evaluations, which of their texts it is, since a few may be taken many times.
         document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
             documents end with their end-of-document token.
 
@@ -195,6 +145,9 @@ class RowDataset(torch.utils.data.Dataset):
             "quantile": torch.tensor(self.quantiles(draw)),
         }
         is_vector = row_columns(self.config, self.training)
+        if not self.training:
+            number = item.get("dataset_id", 0), item.get("text", draw)
+            columns["text"] = torch.tensor((int(number[0]) << TEXT_BITS) + int(number[1]))
         if is_vector["quantile"]:
             columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
         if "document" in is_vector:
@@ -337,7 +290,7 @@ def _dataset_class(args: Namespace) -> type:
         return MockCleanTokensDataset
     if args.mdm_sft:
         return PackedPairDataset if args.mdm_isolate_documents else PairDataset
-    return CleanTokensDataset
+    return CleanTokensDataset if args.mdm_row_order == "run" else EpochDataset
 
 
 # Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.

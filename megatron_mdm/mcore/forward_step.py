@@ -46,6 +46,7 @@ class Rows:
     row: torch.Tensor
     uniforms: torch.Tensor
     quantile: torch.Tensor
+    text: torch.Tensor | None = None
     document: torch.Tensor | None = None
 
     @property
@@ -281,6 +282,7 @@ def loss_func(
         loss=per_row,
         num_masked=counts(corrupted.mask, segments),
         num_eligible=num_eligible,
+        text=rows.text,
     )
     online = online_sampler()
     if training and online is not None and online.config.mdm_ppots_target == "loss":

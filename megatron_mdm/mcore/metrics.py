@@ -2,7 +2,7 @@
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
 Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
-3 (2 bins + 6) numbers and of one, over the data-parallel ranks of the last pipeline stage.
+3 (2 bins + 5) numbers and of one, over the data-parallel ranks of the last pipeline stage.
 """
 
 import math
@@ -29,8 +29,8 @@ class Recorder:
 
     A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix with a line
     for each split of the data and these columns: weighted loss per rate bin, importance weight per
-    rate bin, weighted loss per eligible token, its square, the numbers of masked and of eligible
-    tokens, of draws, and of rows.
+    rate bin, weighted loss per eligible token, the numbers of masked and of eligible tokens, of
+    draws, and of rows. Evaluations also keep each row's text and loss.
 
     Args:
         num_bins: number of equal bins of the masking rate.
@@ -40,6 +40,7 @@ class Recorder:
         self.num_bins = num_bins
         self.pending: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
+        self.texts: list[torch.Tensor] = []
         self.pending_largest: torch.Tensor | None = None
         self.largest: torch.Tensor | None = None
         self.iteration = -1
@@ -53,6 +54,7 @@ class Recorder:
         loss: torch.Tensor,
         num_masked: torch.Tensor,
         num_eligible: torch.Tensor,
+        text: torch.Tensor | None = None,
     ) -> None:
         """Adds b rows; no synchronisation with the device.
 
@@ -65,7 +67,10 @@ class Recorder:
             loss: weighted loss of each draw, nats per eligible token.
             num_masked: masked positions.
             num_eligible: eligible positions; a document without any is no draw, a row is one.
+            text: which text each row is of, int64 [b], in evaluations.
         """
+        if text is not None:
+            self.texts.append(torch.stack([split, text, _as_bits(loss)]))
         in_row = t[0].numel()
         draws = torch.ones_like(num_eligible) if t.dim() == 1 else (num_eligible > 0).long()
         share = torch.full_like(t, 1.0 / in_row)  # of a row: all of them make one
@@ -76,7 +81,7 @@ class Recorder:
         loss = loss.detach().double()[:, None]
         counts = torch.stack([num_masked, num_eligible, draws, share], dim=-1).view(len(t), 4)
         loss_in_bin = torch.where(in_bin > 0, loss, 0.0)  # a NaN stays in its bin
-        columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, loss.square(), counts]
+        columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
@@ -92,6 +97,28 @@ class Recorder:
             self.largest = _larger(self.largest, self.pending_largest)
         self.iteration = iteration
         self.pending = self.pending_largest = None
+
+    def by_text(self) -> dict[Split, tuple[float, int]]:
+        """The standard error of the mean loss of rows and the number of texts; a collective call.
+
+        Rows of one text are no independent witnesses: the error is that of the texts' sums. All
+        data-parallel ranks have equally many rows. Starts over.
+
+        Returns:
+            For each split that has rows; the error of a single text is NaN.
+        """
+        own = torch.cat(self.texts, dim=1)
+        self.texts = []
+        group = mpu.get_data_parallel_group()
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, own, group=group)
+        splits, texts, bits = torch.cat(parts, dim=1).cpu()
+        loss = bits.view(torch.float64).numpy()
+        return {
+            split: error_by_text(loss[is_of], texts.numpy()[is_of])
+            for split in Split
+            if (is_of := splits.numpy() == int(split)).any()
+        }
 
     def reduce(self) -> dict[Split, "Summary"]:
         """Sums over the data-parallel ranks and starts over; a collective call.
@@ -115,14 +142,37 @@ def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
     return b if a is None else torch.maximum(a, b)
 
 
+def _as_bits(values: torch.Tensor) -> torch.Tensor:
+    """Numbers as int64, which travel beside others without a loss."""
+    return values.detach().double().view(torch.int64)
+
+
+def error_by_text(loss: np.ndarray, text: np.ndarray) -> tuple[float, int]:
+    """The standard error of the mean of rows that are drawn from texts, some from the same.
+
+    As of a ratio of sums over texts, each text a cluster of rows.
+
+    Args:
+        loss: of each row [n].
+        text: which one it is of, integers [n].
+
+    Returns:
+        The error, NaN for one text, and the number of texts.
+    """
+    _, of, counts = np.unique(text, return_inverse=True, return_counts=True)
+    residuals = np.bincount(of, weights=loss) - counts * loss.mean()
+    texts = len(counts)
+    if texts == 1:
+        return math.nan, texts
+    return math.sqrt((residuals**2).sum() * texts / (texts - 1)) / len(loss), texts
+
+
 class Summary:
     """Means over the draws of one split: its rows, or documents with --mdm-rate-per document.
 
     Attributes:
         loss_per_bin: mean loss of those in each rate bin, nats per token, NaN if there is none.
         loss: mean loss, an estimate of the NELBO, nats per token.
-        loss_stderr: its standard error, as if the draws were independent: stratified rates make
-            the true one smaller.
         loss_sums, weight_sums: sums over those in each rate bin of weighted loss and of 1/q(t).
         masked_fraction: masked / eligible tokens.
         draws, rows: their numbers.
@@ -135,11 +185,9 @@ class Summary:
         self.weight_sums = np.array(line[num_bins : 2 * num_bins])
         sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
         self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
-        loss, square, masked, eligible, draws, rows = line[2 * num_bins :]
+        loss, masked, eligible, draws, rows = line[2 * num_bins :]
         self.draws, self.rows = int(draws), round(rows)
         self.loss = loss / draws if draws else math.nan
-        variance = max(0.0, square / draws - self.loss**2) if draws else math.nan
-        self.loss_stderr = math.sqrt(variance / (draws - 1)) if draws > 1 else math.nan
         self.masked_fraction = masked / eligible if eligible else 0.0
 
     def text(self) -> str:
@@ -202,15 +250,19 @@ def evaluation_hook(model: list) -> None:
     # Evaluations never repeat, and their iteration may equal the last one's.
     recorder(False).iteration = -1
     recorder(False).commit(iteration)
+    by_text = recorder(False).by_text()
     for split, summary in recorder(False).reduce().items():
         name = {Split.VALID: "validation", Split.TEST: "test"}[split]
+        stderr, texts = by_text[split]
         if is_last_rank():
+            of = f"{summary.rows} rows"
+            of += f" of {texts} texts" if texts < summary.rows else ""
             print(
-                f" {name} NELBO: {summary.loss:.4f} +- {summary.loss_stderr:.4f} nats/token (mean "
-                f"over {summary.rows} rows) | per rate (t: nats/token) | {summary.text()}",
+                f" {name} NELBO: {summary.loss:.4f} +- {stderr:.4f} nats/token (mean over {of}) | "
+                f"per rate (t: nats/token) | {summary.text()}",
                 flush=True,
             )
-            scalars = {"NELBO": summary.loss, "NELBO stderr": summary.loss_stderr, **_bins(summary)}
+            scalars = {"NELBO": summary.loss, "NELBO stderr": stderr, **_bins(summary)}
             _write({f"mdm/{name} {key}": value for key, value in scalars.items()}, iteration)
 
 

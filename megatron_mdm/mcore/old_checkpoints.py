@@ -9,7 +9,7 @@ from typing import Any
 from megatron_mdm.config import flag
 
 # The behaviour of be7fed4, the last version without these settings.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"mdm_row_order": "run"}
 
 
 def complete(saved: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

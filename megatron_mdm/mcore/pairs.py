@@ -102,7 +102,7 @@ class PairDataset(MegatronDataset):
         """A row, whose tokens, int64 [L], are ends of documents from `num_tokens` on.
 
         `prompt`, bool [L], is true at the tokens of prompts; `document`, int64 [L], is the number
-        of each token's pair in the row.
+        of each token's pair in the row, and `text` that of the row in every epoch.
         """
         epoch, place = divmod(int(index), self.texts_per_epoch)
         row = self._order(epoch)[place]
@@ -118,7 +118,13 @@ class PairDataset(MegatronDataset):
             tokens[start : start + len(pair_tokens)] = pair_tokens
             is_prompt[start : start + len(prompt)] = True
             document[start:] = number
-        return {"tokens": tokens, "num_tokens": end, "prompt": is_prompt, "document": document}
+        return {
+            "tokens": tokens,
+            "num_tokens": end,
+            "prompt": is_prompt,
+            "document": document,
+            "text": row,
+        }
 
     def _padded(self, length: Any) -> Any:
         """Lengths of responses with their padding, an array or a number."""

@@ -43,6 +43,8 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     args.mdm_ppots_digest = (
         load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
     )
+    kept_order = saved.get("mdm_row_order") if is_resumed else None
+    args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
     if not is_resumed:
         return
     bins = saved.get("mdm_ppots_bins")

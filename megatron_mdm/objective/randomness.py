@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     OFFSET = 3
     SYRM = 4
     LENGTH = 5
+    EPOCH = 6
 
 
 class Split(IntEnum):

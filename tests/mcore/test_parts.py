@@ -1,5 +1,6 @@
 """The lines of the README with which a script of one's own registers the objective."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,3 +63,37 @@ def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
     nelbo = run.scalars["mdm/validation NELBO"][-1]
     assert f"mdm loss value: {nelbo:.3E}"[:20] in "\n".join(run.output)
     assert run.scalars["mdm/validation NELBO stderr"][-1] > 0
+
+
+def test_the_error_of_few_texts_is_that_of_texts():
+    """256 rows of 2 texts tell about 2 texts: the error of the mean of two clusters."""
+    text = np.arange(256) % 2
+    loss = np.where(text == 0, 3.0, 4.0)
+    assert metrics.error_by_text(loss, text) == (pytest.approx(0.5), 2)
+    alone = loss.std(ddof=1) / 16
+    assert metrics.error_by_text(loss, np.arange(256)) == (pytest.approx(alone), 256)
+    error, texts = metrics.error_by_text(loss, np.zeros(256))
+    assert np.isnan(error) and texts == 1
+    # Texts of unequally many rows: by the ratio of sums, here of 1 and 3 rows.
+    loss, text = np.array([1.0, 5.0, 5.0, 5.0]), np.array([0, 1, 1, 1])
+    assert metrics.error_by_text(loss, text) == (pytest.approx(3 * 2**0.5 * 2**0.5 / 4), 2)
+
+
+def test_a_small_validation_split_says_how_many_texts_it_has(base, tmp_path):
+    """Under two data-parallel ranks; and its first rows are those of fewer evaluations."""
+    documents = [[5 + i % 90] * 31 + [ranks.EOD_ID] for i in range(40)]
+    ranks.write_documents(tmp_path / "text", documents)
+    flags = [*base, "--data-path", str(tmp_path / "text"), "--split", "95,5,0", "--lr", "0"]
+    line = {}
+    for iters in (1, 2):
+        run = ranks.launch(
+            tmp_path / str(iters), 2, *flags, "--eval-iters", str(iters), "--train-iters", "1"
+        )
+        line[iters] = next(x for x in run.output[1].splitlines() if "validation NELBO" in x)
+        assert f"(mean over {8 * iters} rows of 2 texts)" in line[iters]
+        seen = {row: value for (split, row), value in run.masks().items() if split == Split.VALID}
+        assert set(seen) == set(range(8 * iters))
+        first = {row: seen[row] for row in range(8)}
+        assert line.setdefault("rows", first) == first
+    errors = [float(line[iters].split("+- ")[1].split()[0]) for iters in (1, 2)]
+    assert all(error > 0 for error in errors)
