@@ -80,6 +80,11 @@ def test_prompt_files(tmp_path):
     lines.write_text(" one\n\ntwo \n")
     objects.write_text('{"prompt": "one\\ntwo"}\n{"prompt": ""}\n')
     empty.write_text("\n")
+    odd = tmp_path / "c"
+    odd.write_text("\ufeffone\x0cpage\u2028line\r\ntwo\rtwo\n")
+    assert read_prompts(str(odd)) == ["one\x0cpage\u2028line", "two\rtwo"]
+    written = read_prompts(str(objects), file_format="text")
+    assert written == ['{"prompt": "one\\ntwo"}', '{"prompt": ""}']
     assert read_prompts(str(lines)) == [" one", "two "]
     assert read_prompts(str(objects)) == ["one\ntwo", ""]
     with pytest.raises(UserError, match="b.txt holds no prompt"):

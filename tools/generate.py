@@ -12,6 +12,7 @@ import sys
 import numpy as np
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
@@ -33,6 +34,7 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="a prompt a line, or a JSONL file, whose prompts may have several lines",
     )
+    add_format_argument(text, "of --prompts-file (text there: a prompt a line)")
     text.add_argument("--json-key", default="prompt", help="of the prompts in JSONL (prompt)")
     text.add_argument(
         "--length", type=int, default=64, help="tokens to write after the prompt (default: 64)"
@@ -102,7 +104,7 @@ def main() -> None:
     options = parse()
     prompts = options.prompt or []
     if options.prompts_file:
-        prompts = prompts + read_prompts(options.prompts_file, options.json_key)
+        prompts = prompts + read_prompts(options.prompts_file, options.json_key, options.format)
     prompts = prompts or [""]
     if options.picture:
         check_picture(options.picture, "--picture", PICTURES)

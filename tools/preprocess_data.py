@@ -3,7 +3,7 @@
 import argparse
 
 from megatron_mdm.data import preprocess
-from megatron_mdm.data.documents import FORMATS, resolve_inputs
+from megatron_mdm.data.documents import add_format_argument, resolve_inputs
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.errors import UserError, run_tool
 
@@ -53,13 +53,7 @@ def main() -> None:
         metavar="DIR",
         help="local directory of a Hugging Face tokenizer; needs transformers",
     )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="jsonl: a document per line; text: a document per file; auto: jsonl for .jsonl and "
-        ".json, text for the rest (default: %(default)s)",
-    )
+    add_format_argument(parser, "of the input files")
     parser.add_argument(
         "--json-key",
         default="text",

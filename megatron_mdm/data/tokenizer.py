@@ -160,7 +160,7 @@ class _Corpus:
                 self.bad_documents += 1
                 continue
             self.documents += 1
-            for line in text.splitlines(keepends=True):
+            for line in io.StringIO(text, newline="\n"):  # form feeds, say, end no line
                 for begin in range(0, len(line), _LINE_CHARACTERS):
                     yield line[begin : begin + _LINE_CHARACTERS]
 

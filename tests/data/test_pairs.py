@@ -132,7 +132,7 @@ def test_what_is_always_appended_is_found_or_refused(tmp_path, before):
     [
         ({"prompt": "a"}, 'x.jsonl:1: no key "response" (see --response-key)'),
         ({"prompt": 3, "response": "a"}, 'the value of "prompt" is a JSON number'),
-        ([], "a JSON array where an object is needed"),
+        ([], "x.jsonl holds a JSON array"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path, directory, line, message):

@@ -112,16 +112,57 @@ def test_all_formats_and_several_inputs(tmp_path, tokenizer, expected):
     (tmp_path / "c.py").write_bytes(b"x = 1\r\n\ty\n\n")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
     (tmp_path / "e").write_text('{"body": "text"}')
-    names = ["a.jsonl", "b.json.gz", "c.py", "d.txt.gz", "e"]
+    (tmp_path / "f.txt").write_text('\ufeff\n {"body":\n"text"}\n')
+    names = ["a.jsonl", "b.json.gz", "c.py", "d.txt.gz", "e", "f.txt"]
     inputs = [str(tmp_path / name) for name in names]
     run(inputs, tmp_path / "out", tokenizer, json_key="body")
-    texts = [*TEXTS[:5], *TEXTS[:5], "x = 1\r\n\ty\n\n", "one\ntwo\n", '{"body": "text"}']
-    assert read(tmp_path / "out") == expected(texts)
+    texts = [*TEXTS[:5], *TEXTS[:5], "x = 1\r\n\ty\n\n", "one\ntwo\n", "text"]
+    assert read(tmp_path / "out") == expected([*texts, '\n {"body":\n"text"}\n'])
 
-    run([inputs[-1]], tmp_path / "out", tokenizer, json_key="body", file_format="jsonl")
-    assert read(tmp_path / "out") == expected(["text"])
-    run([inputs[1]], tmp_path / "out", tokenizer, file_format="text")
-    assert read(tmp_path / "out") == expected([lines])
+    run(inputs[1:2] + inputs[4:5], tmp_path / "out", tokenizer, file_format="text")
+    assert read(tmp_path / "out") == expected([lines, '{"body": "text"}'])
+    with pytest.raises(UserError, match=r"c\.py:1: bad JSON"):
+        run(inputs[2:3], tmp_path / "out", tokenizer, file_format="jsonl")
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.ndjson", "a.txt.gz"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n \r\n"])
+def test_lines_of_objects_are_jsonl_under_any_name(tmp_path, tokenizer, expected, name, before):
+    content = (before + '{"text": "one\\ntwo"}\r\n{"text": "three \u2028 \x85 four"}\n').encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    run([str(tmp_path / name)], tmp_path / "out", tokenizer)
+    assert read(tmp_path / "out") == expected(["one\ntwo", "three \u2028 \x85 four"])
+
+
+def test_a_text_that_looks_like_jsonl_can_be_taken_for_text(tmp_path, tokenizer):
+    (tmp_path / "settings").write_text('{"indent": 4}\n')
+    with pytest.raises(UserError, match=r"settings:1: no key .* one text with --format text\)"):
+        run([str(tmp_path / "settings")], tmp_path / "out", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{x}\n", '{"a": 1} b', "[1]: a note\n", "[{{ name }}]\n", "[\n", '["a"]\n', ""]
+)
+def test_text_that_begins_like_json_stays_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    (document,) = read_documents([str(tmp_path / "a.txt")])
+    assert (document.line, document.data.decode()) == (0, text)
+
+
+@pytest.mark.parametrize("file_format", ["auto", "jsonl"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize(
+    "text", ['[\n {\n "text": "a"\n },\n{"text": "b"}\n]', '\ufeff[{"text": "a"}]', "[{}]", "[ {\n"]
+)
+def test_an_array_is_refused_and_not_read_in_part(tmp_path, tokenizer, text, name, file_format):
+    (tmp_path / name).write_text(text)
+    options = {"file_format": file_format, "skip_bad_lines": True}
+    with pytest.raises(
+        UserError, match=f"{name} holds a JSON array, .* one object a line: .* jq -c"
+    ):
+        run([str(tmp_path / name)], tmp_path / "out", tokenizer, **options)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    run([str(tmp_path / name)], tmp_path / "out", tokenizer, file_format="text")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, expected):
@@ -162,6 +203,7 @@ def test_tokenizer_without_end_of_document(tmp_path):
 
 BAD_LINES = [
     (b'{"text": "a"', "bad JSON: Expecting ',' delimiter (column 13)"),
+    (b" {", "an object that goes on on the next line: write each on one, as jq -c . does"),
     (b"text", "bad JSON: Expecting value (column 1)"),
     (b"[" * 100_000, "bad JSON: maximum recursion depth exceeded"),
     (b'{"text": ' + b"1" * 5000 + b"}", "bad JSON: Exceeds the limit (4300 digits)"),
@@ -233,6 +275,10 @@ def test_resolve_inputs(tmp_path):
     b.write_text("b")
     (tmp_path / "list").write_text(f"{b}\n\n{a}\r\n{b}")
     assert resolve_inputs([str(a)], str(tmp_path / "list")) == [str(p) for p in (a, b, a, b)]
+    odd = tmp_path / "c\x0cd\re\u2028f.txt"  # whose name holds what str.splitlines takes for an end
+    odd.write_text("c")
+    (tmp_path / "list").write_bytes(f"\ufeff{b}\r\n{odd}\n".encode())
+    assert resolve_inputs([], str(tmp_path / "list")) == [str(b), str(odd)]
     (tmp_path / "list").write_text(f"{a}\n{tmp_path}/none\n")
     with pytest.raises(UserError, match="list:2: .*/none does not exist"):
         resolve_inputs([], str(tmp_path / "list"))
