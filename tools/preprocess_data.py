@@ -12,9 +12,10 @@ Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
 
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
-is encoded as ordinary text. Empty documents are left out and counted. If the run fails or is
-interrupted, nothing is written. With --prompt-key or --messages-key the documents are pairs of a
-prompt and a response, for fine-tuning with --mdm-sft.
+is encoded as ordinary text. Where it would still become the mask token, the document is refused,
+since training stops at a row that contains it. Empty documents are left out and counted. If the run
+fails or is interrupted, nothing is written. With --prompt-key or --messages-key the documents are
+pairs of a prompt and a response, for fine-tuning with --mdm-sft.
 """
 
 EXAMPLES = """\
@@ -75,6 +76,14 @@ def main() -> None:
         "--hf-tokenizer renders; the last message, the assistant's, is the response",
     )
     parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        metavar="KEY",
+        help="for --messages-key: keys of the lines and of their messages that are left out; every "
+        "other key has to change what the chat template renders, which also gets tools, documents "
+        "and the other keys of a line as its variables",
+    )
+    parser.add_argument(
         "--no-append-eod",
         dest="append_eod",
         action="store_false",
@@ -91,7 +100,8 @@ def main() -> None:
         "--skip-bad-lines",
         action="store_true",
         help="skip and count documents that cannot be read (bad JSON, no such key, not a string, "
-        "not UTF-8) instead of stopping at the first; in text files that is the whole file",
+        "not UTF-8), or that spell the mask token, instead of stopping at the first; in text files "
+        "that is the whole file",
     )
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)
@@ -122,7 +132,12 @@ def _pairs(args: argparse.Namespace) -> PairKeys | None:
             raise UserError("--messages-key needs --hf-tokenizer, which has the chat template")
         if not preprocess.has_chat_template(args.hf_tokenizer):
             raise UserError(f"--hf-tokenizer {args.hf_tokenizer}: it has no chat template")
-        return PairKeys(messages=args.messages_key, template=args.hf_tokenizer)
+        ignored = tuple(args.ignore_keys or ())
+        for key in {"role", "content", "type", "text", args.messages_key}.intersection(ignored):
+            raise UserError(f"--ignore-keys {key}: a conversation cannot do without it")
+        return PairKeys(messages=args.messages_key, template=args.hf_tokenizer, ignored=ignored)
+    if args.ignore_keys is not None:
+        raise UserError("--ignore-keys is for --messages-key: leave it out")
     if args.prompt_key or args.response_key:
         return PairKeys(args.prompt_key or "prompt", args.response_key or "response")
     return None

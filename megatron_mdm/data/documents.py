@@ -222,7 +222,7 @@ def document_object(document: Document) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise bad_document(document, f"bad JSON: {error}") from None
     if not isinstance(value, dict):
-        raise bad_document(document, f"a JSON {_json_type(value)} where an object is needed")
+        raise bad_document(document, f"a JSON {json_type(value)} where an object is needed")
     return value
 
 
@@ -239,15 +239,22 @@ def string_value(document: Document, value: dict[str, Any], key: str, flag: str)
         raise bad_document(document, f'no key "{key}" (see {flag}{or_text})')
     text = value[key]
     if not isinstance(text, str):
-        raise bad_document(
-            document, f'the value of "{key}" is a JSON {_json_type(text)}, no string'
-        )
+        raise bad_document(document, f'the value of "{key}" is a JSON {json_type(text)}, no string')
+    check_surrogates(document, text)
+    return text
+
+
+def check_surrogates(document: Document, text: str) -> None:
+    """Checks that a text from JSON has no lone surrogates, which no tokenizer can take.
+
+    Raises:
+        BadDocumentError: It has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(text[error.start]):04x}"
         raise bad_document(document, f"the text holds a lone surrogate ({surrogate})") from None
-    return text
 
 
 def _decode(document: Document, data: bytes) -> str:
@@ -263,6 +270,7 @@ def bad_document(document: Document, reason: str, line: int = 0) -> BadDocumentE
     return BadDocumentError(f"{document.path}:{max(document.line, 1) + line}: {reason}")
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What JSON calls a value."""
     names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mdm.data.documents import BadDocumentError, Document, document_text
+from megatron_mdm.data.documents import (
+    BadDocumentError,
+    Document,
+    bad_document,
+    document_text,
+)
+
+# Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
+MASK_PIECES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +26,12 @@ class TokenizerData:
 
     Exactly one of `sentencepiece_model` (the bytes of a `.model` file) and `tokenizer_json` (the
     JSON of a `tokenizers.Tokenizer`) is set. `vocab_size` is larger than every id; `eod` is the
-    id of the end-of-document token, if there is one.
+    id of the end-of-document token, and `mask` that of the mask token, if there is one.
     """
 
     vocab_size: int
     eod: int | None
+    mask: int | None = None
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
 
@@ -50,6 +59,23 @@ def open_hugging_face(directory: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def mask_id(tokenizer: Any) -> int | None:
+    """The id of a tokenizer's mask token, None if it has none.
+
+    Args:
+        tokenizer: a sentencepiece processor, or a Hugging Face tokenizer.
+    """
+    if getattr(tokenizer, "mask_token_id", None) is not None:  # Hugging Face
+        return tokenizer.mask_token_id
+    if hasattr(tokenizer, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
+        candidates = {piece: tokenizer.piece_to_id(piece) for piece in MASK_PIECES}
+        return next((i for i in candidates.values() if i != tokenizer.unk_id()), None)
+    if hasattr(tokenizer, "get_vocab"):  # Hugging Face without a mask token set
+        vocab = tokenizer.get_vocab()
+        return next((vocab[piece] for piece in MASK_PIECES if piece in vocab), None)
+    return None
 
 
 class EncodedChunk(NamedTuple):
@@ -83,6 +109,7 @@ class ChunkEncoder:
 
     def __init__(self, tokenizer: TokenizerData, json_key: str, append_eod: bool) -> None:
         self._encode = tokenizer.load()
+        self._mask = tokenizer.mask
         self._json_key = json_key
         self._ending = [tokenizer.eod] if append_eod else []
         # Small, because it travels to the parent, which converts it to Megatron's choice.
@@ -95,10 +122,11 @@ class ChunkEncoder:
         for document in documents:
             try:
                 texts = self._texts(document)
+                sequences = [self._encode(text) for text in texts]
+                self._check_mask(document, sequences)
             except BadDocumentError as error:
                 bad.append(str(error))
                 continue
-            sequences = [self._encode(text) for text in texts]
             if not sequences[-1]:
                 empty += 1
                 continue
@@ -109,6 +137,13 @@ class ChunkEncoder:
             lengths.append([len(ids) for ids in sequences])
         tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
+
+    def _check_mask(self, document: Document, sequences: Sequence[list[int]]) -> None:
+        """Checks that no text spells the mask token, at which training would stop."""
+        if self._mask is not None and any(self._mask in ids for ids in sequences):
+            raise bad_document(
+                document, f"the text spells the tokenizer's mask token (id {self._mask})"
+            )
 
     def _texts(self, document: Document) -> Sequence[str]:
         """The sequences of a document; without the last one there is nothing to learn from it."""

@@ -8,8 +8,9 @@ What is done with documents that are not as they should be:
 
 * A document without any token (an empty file, `{"text": ""}`) is left out and counted, since
   there is nothing to learn from it. It is not an error: source trees have many empty files.
-* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate)
-  stops the run, or is left out and counted with `skip_bad_lines`.
+* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate, a
+  conversation that its template does not render whole), or that spells the mask token, at which
+  training would stop, stops the run, or is left out and counted with `skip_bad_lines`.
 """
 
 import dataclasses
@@ -24,7 +25,13 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 from megatron_mdm.data.documents import Document, read_documents
-from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData, open_hugging_face
+from megatron_mdm.data.encoding import (
+    ChunkEncoder,
+    EncodedChunk,
+    TokenizerData,
+    mask_id,
+    open_hugging_face,
+)
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.workers import Workers
@@ -106,6 +113,7 @@ def load_sentencepiece(path: str) -> TokenizerData:
     return TokenizerData(
         vocab_size=processor.get_piece_size(),
         eod=eod if eod >= 0 else None,
+        mask=mask_id(processor),
         sentencepiece_model=model,
     )
 
@@ -143,6 +151,7 @@ def load_hugging_face(directory: str) -> TokenizerData:
     return TokenizerData(
         vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
         eod=tokenizer.eos_token_id,
+        mask=mask_id(tokenizer),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
     )
 

@@ -1,5 +1,6 @@
 """Preprocessing: exact tokens, the same for every number of workers, complete or absent."""
 
+import dataclasses
 import gzip
 import json
 import multiprocessing
@@ -353,6 +354,30 @@ def test_hugging_face(tmp_path):
     assert summary.empty_documents == 1
 
 
+def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
+    """A word of the vocabulary, and a piece that text may spell, which stay what they are."""
+    words = save_hugging_face(tmp_path / "hf", [*WORDS, "[MASK]"], eos_token="</s>")
+    assert words.mask == 5  # the declared one, <mask>, which no text spells
+    words = dataclasses.replace(words, mask=4)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words"] * 9),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=13,
+        user_defined_symbols=["[MASK]"],
+        minloglevel=2,
+    )
+    pieces = load_sentencepiece(str(tmp_path / "t.model"))
+    assert pieces.mask == 3
+    source = write_jsonl(tmp_path / "a.jsonl", ["a", "a [MASK]", "b"])
+    for tokenizer in (words, pieces):
+        with pytest.raises(
+            UserError, match=r"a.jsonl:2: the text spells .* mask token \(id [34]\)"
+        ):
+            run([source], tmp_path / "out", tokenizer)
+        summary = run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
+        assert (summary.documents, summary.bad_documents) == (2, 1)
+
+
 def test_hugging_face_agrees_with_megatron(tmp_path):
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
@@ -671,6 +696,25 @@ def test_tool_with_hugging_face(tmp_path, monkeypatch, capfd):
         "--output-prefix", tmp_path / "out", "--workers", 1,
     )  # fmt: skip
     assert read(tmp_path / "out") == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ignore-keys", "id"], "error: --ignore-keys is for --messages-key: leave it out\n"),
+        (["--messages-key", "m", "--ignore-keys", "id", "role"], "--ignore-keys role: a convers"),
+        (["--messages-key", "m", "--ignore-keys", "m"], "--ignore-keys m: a conversation cannot"),
+    ],
+)
+def test_tool_refuses_keys_that_cannot_be_ignored(tmp_path, monkeypatch, capfd, flags, message):
+    save_hugging_face(tmp_path / "hf", WORDS, chat_template="{{ messages }}")
+    source = write_jsonl(tmp_path / "a.jsonl", ["a b"])
+    with pytest.raises(SystemExit):
+        run_tool_here(
+            monkeypatch, "--input", source, "--hf-tokenizer", tmp_path / "hf", "--no-append-eod",
+            "--output-prefix", tmp_path / "out", *flags,
+        )  # fmt: skip
+    assert message in capfd.readouterr().err
 
 
 def test_tool_reports_mistakes_in_one_line(tmp_path, monkeypatch, capfd, model):
