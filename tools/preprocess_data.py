@@ -1,8 +1,11 @@
 """Command line of megatron_mdm.data.preprocess."""
 
 import argparse
+import datetime
 
+from megatron_mdm.config import flag
 from megatron_mdm.data import preprocess
+from megatron_mdm.data.chat import TEMPLATE_DATE
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.errors import UserError, run_tool
@@ -84,6 +87,12 @@ def main() -> None:
         "and the other keys of a line as its variables",
     )
     parser.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="for --messages-key: what a chat template that asks for today's date gets, on every "
+        f"day (default: {TEMPLATE_DATE})",
+    )
+    parser.add_argument(
         "--no-append-eod",
         dest="append_eod",
         action="store_false",
@@ -135,9 +144,19 @@ def _pairs(args: argparse.Namespace) -> PairKeys | None:
         ignored = tuple(args.ignore_keys or ())
         for key in {"role", "content", "type", "text", args.messages_key}.intersection(ignored):
             raise UserError(f"--ignore-keys {key}: a conversation cannot do without it")
-        return PairKeys(messages=args.messages_key, template=args.hf_tokenizer, ignored=ignored)
-    if args.ignore_keys is not None:
-        raise UserError("--ignore-keys is for --messages-key: leave it out")
+        try:
+            date = datetime.date.fromisoformat(args.template_date or str(TEMPLATE_DATE))
+        except ValueError as error:
+            raise UserError(f"--template-date {args.template_date}: give YYYY-MM-DD") from error
+        return PairKeys(
+            messages=args.messages_key,
+            template=args.hf_tokenizer,
+            ignored=ignored,
+            date=date,
+        )
+    for name in ("ignore_keys", "template_date"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{flag(name)} is for --messages-key: leave it out")
     if args.prompt_key or args.response_key:
         return PairKeys(args.prompt_key or "prompt", args.response_key or "response")
     return None

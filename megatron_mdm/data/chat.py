@@ -3,11 +3,16 @@
 Whatever a row says has to reach what is trained, or the row is refused: content that is no text, a
 key that the template does not look at, a role that it leaves out. Keys that are to be left out are
 named on the command line. A null value says nothing, and is passed over.
+
+A template that asks for today's date gets a fixed one, so that the same rows are the same tokens on
+every day.
 """
 
+import datetime
+import functools
 import inspect
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from megatron_mdm.data.documents import (
@@ -20,6 +25,9 @@ from megatron_mdm.data.documents import (
 from megatron_mdm.data.encoding import open_hugging_face
 
 Message = dict[str, Any]
+# What Llama 3.1's template writes where it cannot ask for today's date.
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+ASKS_FOR_DATE = "strftime_now"
 # Values that a template may well render as it renders none.
 EMPTY = ("", [], {})
 # Arguments of apply_chat_template that a row may give.
@@ -38,10 +46,23 @@ class ChatTemplate:
         directory: Of a Hugging Face tokenizer with a chat template.
         key: Where a row holds its messages.
         ignored: Keys of rows, messages and their parts that are left out.
+        date: What the template gets for today's date.
+
+    Attributes:
+        is_dated: Whether the date stands in a pair that was rendered.
     """
 
-    def __init__(self, directory: str, key: str, ignored: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: str,
+        key: str,
+        ignored: Collection[str] = (),
+        date: datetime.date = TEMPLATE_DATE,
+    ) -> None:
         tokenizer = open_hugging_face(directory)
+        self.is_dated = False
+        self._date = date
+        self._template = tokenizer.get_chat_template
         self._apply = tokenizer.apply_chat_template
         self._end = tokenizer.eos_token
         self._key = key
@@ -91,7 +112,7 @@ class ChatTemplate:
                 "the chat template ignores add_generation_prompt, and what it appends to the last "
                 "answer cannot be told from it: give prompt and response as texts instead",
             )
-        whole = whole.removesuffix(tail)
+        rendered, whole = whole, whole.removesuffix(tail)
         if not whole.startswith(prompt):
             raise bad_document(
                 document,
@@ -102,6 +123,8 @@ class ChatTemplate:
         # Some templates go on to the next line after the end of every message (Qwen's).
         if self._end and response.rstrip().endswith(self._end):
             response = response.rstrip()
+        if not self.is_dated and ASKS_FOR_DATE in self._template(tools=variables.get("tools")):
+            self.is_dated = self._rendered(messages, variables, write_date=_no_date) != rendered
         return prompt, response
 
     def _read(self, document: Document) -> tuple[list[Message], dict[str, Any]]:
@@ -156,19 +179,24 @@ class ChatTemplate:
         messages: list[Message],
         variables: dict[str, Any],
         add_generation_prompt: bool = False,
+        write_date: Callable[[str], str] | None = None,
     ) -> str:
         available = {k: v for k, v in variables.items() if k not in self._unavailable}
+        template = self._template(tools=available.get("tools"))
         return self._apply(
             messages,
+            chat_template=_with_date(template, write_date or self._date.strftime),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **available,
         )
 
-    def _rendered(self, messages: list[Message], variables: dict[str, Any]) -> str | None:
+    def _rendered(
+        self, messages: list[Message], variables: dict[str, Any], **options: Any
+    ) -> str | None:
         """What the template makes of a conversation, None where it raises."""
         try:
-            return self._render(messages, variables)
+            return self._render(messages, variables, **options)
         except Exception:  # of any kind, see `pair`
             return None
 
@@ -237,3 +265,35 @@ class ChatTemplate:
         (tail,) = batch
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
         return tail if is_tail else None
+
+
+@functools.cache
+def _with_date(template: str, write_date: Callable[[str], str]) -> str:
+    """A template in which `strftime_now` writes another date than today's.
+
+    A variable of that name would not do: transformers takes plain values only.
+
+    Args:
+        template: A chat template.
+        write_date: Format -> the date, as `datetime.date.strftime`.
+    """
+    if ASKS_FOR_DATE not in template:
+        return template
+    import jinja2
+
+    tokens = jinja2.Environment().lex(template)
+    strings = [text[1:-1] for _, kind, text in tokens if kind == "string" and "%" in text]
+    # As jinja reads them.
+    formats = [s.encode("ascii", "backslashreplace").decode("unicode-escape") for s in strings]
+    dates = json.dumps({text: write_date(text) for text in formats})
+    return (
+        f"{{% macro strftime_now(format) %}}{{% set dates = {dates} %}}"
+        "{% if format in dates %}{{ dates[format] }}{% else %}"
+        "{{ raise_exception('strftime_now(' ~ format ~ '): write the format out there') }}"
+        # The end of the line goes away, and the template begins a line as it did.
+        "{% endif %}{% endmacro %}\n" + template
+    )
+
+
+def _no_date(_format: str) -> str:
+    return ""

@@ -88,6 +88,7 @@ class EncodedChunk(NamedTuple):
         empty: How many documents without any token were left out.
         bad: `FILE:LINE: REASON` of the documents that could not be read.
         position: Where the input had been read to, as `Document.position`.
+        is_dated: Whether a chat template has written the date that it was given.
     """
 
     tokens: np.ndarray
@@ -96,6 +97,7 @@ class EncodedChunk(NamedTuple):
     empty: int
     bad: list[str]
     position: int
+    is_dated: bool = False
 
 
 class ChunkEncoder:

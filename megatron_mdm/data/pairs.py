@@ -1,11 +1,12 @@
 """Prompts and responses from JSONL, in worker processes."""
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
 
-from megatron_mdm.data.chat import ChatTemplate
+from megatron_mdm.data.chat import TEMPLATE_DATE, ChatTemplate
 from megatron_mdm.data.documents import Document, document_object, string_value
-from megatron_mdm.data.encoding import ChunkEncoder, TokenizerData
+from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +15,8 @@ class PairKeys:
 
     Either a prompt and a response under two keys, or, with `messages`, a conversation: a list of
     objects with `role` and `content`, the last one the assistant's. The chat template of the
-    Hugging Face tokenizer in the directory `template` renders it, without the keys in `ignored`;
-    see `ChatTemplate`.
+    Hugging Face tokenizer in the directory `template` renders it, without the keys in `ignored` and
+    with `date` for today's; see `ChatTemplate`.
     """
 
     prompt: str = "prompt"
@@ -23,6 +24,7 @@ class PairKeys:
     messages: str | None = None
     template: str | None = None
     ignored: tuple[str, ...] = ()
+    date: datetime.date = TEMPLATE_DATE
 
 
 class PairEncoder(ChunkEncoder):
@@ -41,7 +43,12 @@ class PairEncoder(ChunkEncoder):
         if keys.messages is not None:
             # A template writes special tokens, which must not be taken for text.
             self._encode = tokenizer.load(special=True)
-            self._template = ChatTemplate(keys.template, keys.messages, keys.ignored)
+            self._template = ChatTemplate(keys.template, keys.messages, keys.ignored, keys.date)
+
+    def __call__(self, documents: Sequence[Document]) -> EncodedChunk:
+        """Encodes one chunk, which must not be empty."""
+        chunk = super().__call__(documents)
+        return chunk._replace(is_dated=self._template is not None and self._template.is_dated)
 
     def _texts(self, document: Document) -> Sequence[str]:
         if self._template is not None:

@@ -57,6 +57,7 @@ class PreprocessSummary:
         empty_documents: Documents left out because they have no tokens.
         bad_documents: Documents left out because they cannot be read.
         bad_examples: `FILE:LINE: REASON` for the first few of those.
+        template_date: What a chat template was given for today's date, None if it wrote none.
         seconds: Time it took.
     """
 
@@ -69,6 +70,7 @@ class PreprocessSummary:
     empty_documents: int = 0
     bad_documents: int = 0
     bad_examples: list[str] = dataclasses.field(default_factory=list)
+    template_date: str | None = None
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -84,6 +86,10 @@ class PreprocessSummary:
         lines += [f"  {example}" for example in self.bad_examples]
         if self.bad_documents > len(self.bad_examples):
             lines.append("  ...")
+        if self.template_date is not None:
+            lines.append(
+                f"the chat template wrote {self.template_date} for today's date (--template-date)"
+            )
         return "\n".join(lines)
 
 
@@ -218,6 +224,8 @@ def preprocess(
         for result in pool.map(_chunks(read_documents(inputs, file_format))):
             _count(summary, result, skip_bad_lines)
             _write(builder, result, output_prefix)
+            if result.is_dated:
+                summary.template_date = pairs.date.isoformat()
             bar.show(result.position, summary.documents)
         if summary.documents == 0:
             raise UserError(

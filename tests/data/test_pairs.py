@@ -1,5 +1,6 @@
 """Prompts and responses from JSONL: documents of two sequences, and one line about bad ones."""
 
+import datetime
 import json
 
 import numpy as np
@@ -279,6 +280,47 @@ def test_messages_that_a_template_leaves_out_are_refused(tmp_path):
     )
     row["m"][0]["content"] = ""
     assert rendered(tmp_path, speakers.replace(";", ""), row) == (("a", "b"), None)
+
+
+ASKING = """{% if date_string is not defined %}
+{% set date_string = strftime_now("%d %b %Y") %}
+{% endif %}"""
+
+
+@pytest.mark.parametrize("date", [None, datetime.date(2000, 1, 2)])
+@pytest.mark.parametrize(
+    ("before", "written"),
+    [
+        # The spaces before a block, and the end of a line after one, are not written.
+        ("\n  {% if 1 %}{{ strftime_now('%Y-%m-%d') }}{% endif %}\n\n", "\n{:%Y-%m-%d}\n"),
+        ("  {% if 1 %}{{ strftime_now('%A\\n') }}{% endif %}", "{:%A}\n"),
+        (ASKING + "{{ date_string }}: ", "{:%d %b %Y}: "),
+        (ASKING, ""),
+        ("", ""),
+    ],
+)
+def test_a_template_writes_the_same_date_on_every_day(tmp_path, before, written, date):
+    chat_template = before + template("<eos> ", ASKED)
+    directory = tokenizer_directory(tmp_path, chat_template)
+    keys = PairKeys(messages="m", template=directory, **({"date": date} if date else {}))
+    date = date or datetime.date(2024, 7, 26)
+    chat = ChatTemplate(directory, "m", date=keys.date)
+    document = Document("x.jsonl", 1, json.dumps({"m": CHAT}).encode(), 0)
+    pair = (written.format(date) + "<user> a <eos> <bot> ", "b <eos>")
+    assert chat.pair(document) == pair
+    _, summary = run(tmp_path, directory, [{"m": CHAT}], keys)
+    assert summary.template_date == (date.isoformat() if written else None)
+    said = f"wrote {date} for today's date (--template-date)"
+    assert (said in str(summary)) == bool(written)
+    if before.startswith(ASKING) and written:  # a row may have a date of its own
+        row = json.dumps({"m": CHAT, "date_string": "then"}).encode()
+        assert chat.pair(Document("x", 1, row, 0))[0].startswith("then: ")
+
+
+def test_a_date_in_a_format_that_is_not_known_is_refused(tmp_path):
+    chat_template = "{{ strftime_now('%' ~ 'd') }}" + template("<eos> ", ASKED)
+    _, message = rendered(tmp_path, chat_template, {"m": CHAT})
+    assert "refuses it: strftime_now(%d): write the format out there" in message
 
 
 def test_reasoning_may_be_left_out_of_earlier_answers(tmp_path):

@@ -703,10 +703,14 @@ def test_tool_with_hugging_face(tmp_path, monkeypatch, capfd):
     [
         (["--ignore-keys", "id"], "error: --ignore-keys is for --messages-key: leave it out\n"),
         (["--messages-key", "m", "--ignore-keys", "id", "role"], "--ignore-keys role: a convers"),
+        (["--template-date", "2024-01-01"], "error: --template-date is for --messages-key: leave"),
+        (["--messages-key", "m", "--template-date", "today"], "--template-date today: give YYYY"),
         (["--messages-key", "m", "--ignore-keys", "m"], "--ignore-keys m: a conversation cannot"),
     ],
 )
-def test_tool_refuses_keys_that_cannot_be_ignored(tmp_path, monkeypatch, capfd, flags, message):
+def test_tool_refuses_flags_of_conversations_that_cannot_work(
+    tmp_path, monkeypatch, capfd, flags, message
+):
     save_hugging_face(tmp_path / "hf", WORDS, chat_template="{{ messages }}")
     source = write_jsonl(tmp_path / "a.jsonl", ["a b"])
     with pytest.raises(SystemExit):
