@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import sys
 
 from megatron_mdm.config import flag
 from megatron_mdm.data import preprocess
@@ -11,7 +12,8 @@ from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.errors import UserError, run_tool
 
 DESCRIPTION = """\
-Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
+Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx. P.json says what they were
+made from.
 
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
@@ -48,7 +50,13 @@ def main() -> None:
         "--output-prefix",
         required=True,
         metavar="P",
-        help="writes P.bin and P.idx; replaced if they exist",
+        help="writes P.bin, P.idx and their record, P.json; replaced if they exist",
+    )
+    parser.add_argument(
+        "--unless-done",
+        action="store_true",
+        help="do nothing if P.json says that the files that are there were made from the same "
+        "inputs, whose contents count, with the same tokenizer and options",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer-model", metavar="X.model", help="sentencepiece model")
@@ -129,8 +137,11 @@ def main() -> None:
         append_eod=args.append_eod,
         workers=args.workers,
         skip_bad_lines=args.skip_bad_lines,
+        unless_done=args.unless_done,
+        command=["preprocess_data.py", *sys.argv[1:]],
     )
-    print(summary)
+    prefix = args.output_prefix
+    print(summary or f"{prefix}.bin, .idx, .json: already made from these inputs and options")
 
 
 def _pairs(args: argparse.Namespace) -> PairKeys | None:

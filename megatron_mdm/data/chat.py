@@ -23,6 +23,7 @@ from megatron_mdm.data.documents import (
     json_type,
 )
 from megatron_mdm.data.encoding import open_hugging_face
+from megatron_mdm.data.record import digest
 
 Message = dict[str, Any]
 # What Llama 3.1's template writes where it cannot ask for today's date.
@@ -265,6 +266,17 @@ class ChatTemplate:
         (tail,) = batch
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
         return tail if is_tail else None
+
+
+def template_digest(directory: str) -> str:
+    """A digest of the chat template of a Hugging Face tokenizer, and of the tokens that it writes.
+
+    Args:
+        directory: Of the tokenizer.
+    """
+    tokenizer = open_hugging_face(directory)
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([tokenizer.chat_template, tokens])
 
 
 @functools.cache

@@ -14,13 +14,15 @@ Imports nothing beyond the standard library, because worker processes import thi
 
 import argparse
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from megatron_mdm.errors import UserError
@@ -107,12 +109,76 @@ def split_lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
-def read_documents(paths: Iterable[str], file_format: str = "auto") -> Iterator[Document]:
+class InputsDigest:
+    """A digest of input files: of their contents in order, and of what their names decide.
+
+    Files add themselves while they are read, to the end and without going back.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def open(self, path: str) -> io.BufferedReader:
+        """Opens a file that is part of the digest."""
+        suffixes = path.endswith(".gz"), _has_json_name(path)
+        self._hash.update(f"{suffixes} {os.path.getsize(path)}\n".encode())
+        return io.BufferedReader(_DigestedFile(path, self._hash.update), 1 << 18)
+
+    def read(self, paths: Iterable[str]) -> str:
+        """Reads files for their digest alone.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
+        for path in paths:
+            with _read_errors(path), self.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        return self.hex()
+
+    def hex(self) -> str:
+        """The digest so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+class _DigestedFile(io.FileIO):
+    """A file that hands on what is read of it."""
+
+    def __init__(self, path: str, update: Callable[[memoryview], object]) -> None:
+        super().__init__(path)
+        self._update = update
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._update(memoryview(buffer)[:count])
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._update(memoryview(data))
+        return data
+
+
+@contextmanager
+def _read_errors(path: str) -> Iterator[None]:
+    """Turns what goes wrong with the file `path` in the block into a `UserError`."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_documents(
+    paths: Iterable[str], file_format: str = "auto", digest: InputsDigest | None = None
+) -> Iterator[Document]:
     """Yields the documents of `paths` in order.
 
     Args:
         paths: Files; those that end in `.gz` are decompressed on the way.
         file_format: `jsonl`, `text`, or `auto`: see the rule above.
+        digest: To which all files are added, once all documents are read.
 
     Raises:
         UserError: A file cannot be read, is not the gzip file that its name promises, or holds a
@@ -120,24 +186,19 @@ def read_documents(paths: Iterable[str], file_format: str = "auto") -> Iterator[
     """
     start = 0
     for path in paths:
-        try:
-            with open(path, "rb") as raw:
-                stream: io.BufferedIOBase = raw
-                if path.endswith(".gz"):
-                    stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
-                begun, head = _begin(stream)
-                if _is_jsonl(path, head, file_format):
-                    for number, line in enumerate(itertools.chain(begun, stream), 1):
-                        if line and not line.isspace():
-                            yield Document(path, number, line, start + raw.tell())
-                else:
-                    data = b"".join([*begun, stream.read()])
-                    yield Document(path, 0, data, start + raw.tell())
-                start += raw.tell()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: damaged gzip file ({error})") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with _read_errors(path), digest.open(path) if digest else open(path, "rb") as raw:
+            stream: io.BufferedIOBase = raw
+            if path.endswith(".gz"):
+                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            begun, head = _begin(stream)
+            if _is_jsonl(path, head, file_format):
+                for number, line in enumerate(itertools.chain(begun, stream), 1):
+                    if line and not line.isspace():
+                        yield Document(path, number, line, start + raw.tell())
+            else:
+                data = b"".join([*begun, stream.read()])
+                yield Document(path, 0, data, start + raw.tell())
+            start += raw.tell()
 
 
 def _begin(stream: io.BufferedIOBase) -> tuple[list[bytes], bytes]:

@@ -4,6 +4,7 @@ Imports neither torch nor megatron nor transformers, so that a worker starts in 
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,12 @@ class TokenizerData:
     mask: int | None = None
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
+
+    def digest(self) -> str:
+        """A digest of all that the tokenizer does; two that agree encode every text alike."""
+        content = hashlib.sha256(self.sentencepiece_model or self.tokenizer_json.encode())
+        content.update(f"{self.vocab_size} {self.eod} {self.mask}".encode())
+        return content.hexdigest()
 
     def load(self, special: bool = False) -> Callable[[str], list[int]]:
         """Returns a function from a text to its ids; the tokenizer adds no special tokens.

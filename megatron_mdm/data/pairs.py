@@ -3,8 +3,9 @@
 import dataclasses
 import datetime
 from collections.abc import Sequence
+from typing import Any
 
-from megatron_mdm.data.chat import TEMPLATE_DATE, ChatTemplate
+from megatron_mdm.data.chat import TEMPLATE_DATE, ChatTemplate, template_digest
 from megatron_mdm.data.documents import Document, document_object, string_value
 from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
 
@@ -25,6 +26,17 @@ class PairKeys:
     template: str | None = None
     ignored: tuple[str, ...] = ()
     date: datetime.date = TEMPLATE_DATE
+
+    def options(self) -> dict[str, Any]:
+        """What has an effect on the pairs, in JSON's types."""
+        if self.messages is None:
+            return {"prompt_key": self.prompt, "response_key": self.response}
+        return {
+            "messages_key": self.messages,
+            "template": template_digest(self.template),
+            "ignore_keys": sorted(self.ignored),
+            "template_date": self.date.isoformat(),
+        }
 
 
 class PairEncoder(ChunkEncoder):

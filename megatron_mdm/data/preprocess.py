@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from megatron_mdm.data.documents import Document, read_documents
+from megatron_mdm.data.documents import Document, InputsDigest, read_documents
 from megatron_mdm.data.encoding import (
     ChunkEncoder,
     EncodedChunk,
@@ -32,8 +32,10 @@ from megatron_mdm.data.encoding import (
     mask_id,
     open_hugging_face,
 )
+from megatron_mdm.data.identity import is_made_from, record_of
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
+from megatron_mdm.data.record import check_free
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError
 
@@ -48,7 +50,7 @@ class PreprocessSummary:
     """What `preprocess` wrote.
 
     Attributes:
-        output_prefix: The files are this with `.bin` and `.idx`.
+        output_prefix: The files are this with `.bin`, `.idx` and, for the record, `.json`.
         dtype: Type of a token in the `.bin` file.
         workers: Number of worker processes.
         documents: Documents written.
@@ -75,7 +77,7 @@ class PreprocessSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.output_prefix}.bin, .idx: {self.documents:,} documents, "
+            f"{self.output_prefix}.bin, .idx, .json: {self.documents:,} documents, "
             f"{self.tokens:,} tokens ({self.dtype}), {self.text_bytes:,} bytes of text",
             f"{self.seconds:.1f} s with {self.workers} worker(s): "
             f"{self.tokens / self.seconds:,.0f} tokens/s, "
@@ -179,15 +181,18 @@ def preprocess(
     workers: int | None = None,
     skip_bad_lines: bool = False,
     progress: bool = True,
-) -> PreprocessSummary:
+    unless_done: bool = False,
+    command: Sequence[str] = (),
+) -> PreprocessSummary | None:
     """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`, complete or not at all.
 
-    Files that exist are replaced. Starts processes by the `spawn` method, so that a script that
-    calls this needs the usual `if __name__ == "__main__"`.
+    Beside them goes their record, `OUTPUT_PREFIX.json`, see `megatron_mdm.data.identity`. Files
+    that exist are replaced. Starts processes by the `spawn` method, so that a script that calls
+    this needs the usual `if __name__ == "__main__"`.
 
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
-        output_prefix: The two files without their suffixes.
+        output_prefix: The files without their suffixes.
         tokenizer: From `load_sentencepiece` or `load_hugging_face`.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
         json_key: Where a JSONL line holds its text.
@@ -196,10 +201,16 @@ def preprocess(
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.
+        unless_done: Whether to keep files that were made from the same inputs, by their contents,
+            with the same tokenizer and options.
+        command: The words of the command line, for the record.
+
+    Returns:
+        None if the files were kept.
 
     Raises:
         UserError: An unreadable document, no documents, no end-of-document token, an output that
-            cannot be written, or a worker that died.
+            cannot be written or would replace another file, or a worker that died.
     """
     start = time.perf_counter()
     workers = default_workers() if workers is None else workers
@@ -209,28 +220,55 @@ def preprocess(
         raise UserError(
             "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
         )
+    check_free(f"{output_prefix}.json", f"--output-prefix {output_prefix}")
+    options = {
+        "format": file_format,
+        "append_eod": append_eod,
+        "skip_bad_lines": skip_bad_lines,
+        "tokenizer": tokenizer.digest(),
+        **({"json_key": json_key} if pairs is None else pairs.options()),
+    }
+    if unless_done and is_made_from(output_prefix, inputs, options):
+        return None
     summary = PreprocessSummary(output_prefix, "", workers)
     encoder = (
         (ChunkEncoder, tokenizer, json_key) if pairs is None else (PairEncoder, tokenizer, pairs)
     )
-    with (
-        termination_raises(),
-        complete_or_absent(f"{output_prefix}.bin", f"{output_prefix}.idx") as (bin_path, idx_path),
-        Workers(workers, *encoder, append_eod) as pool,
-        _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
-        _Progress(inputs, progress) as bar,
-    ):
-        summary.dtype = builder.dtype.__name__
-        for result in pool.map(_chunks(read_documents(inputs, file_format))):
-            _count(summary, result, skip_bad_lines)
-            _write(builder, result, output_prefix)
-            if result.is_dated:
-                summary.template_date = pairs.date.isoformat()
-            bar.show(result.position, summary.documents)
-        if summary.documents == 0:
-            raise UserError(
-                f"no documents in {len(inputs)} input file(s): {summary.empty_documents:,} empty, "
-                f"{summary.bad_documents:,} bad"
+    # The record before the index, which is the sign that the others are valid.
+    targets = [f"{output_prefix}{suffix}" for suffix in (".bin", ".json", ".idx")]
+    read = InputsDigest()
+    with termination_raises(), complete_or_absent(*targets) as (bin_path, record_path, idx_path):
+        with (
+            Workers(workers, *encoder, append_eod) as pool,
+            _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
+            _Progress(inputs, progress) as bar,
+        ):
+            summary.dtype = builder.dtype.__name__
+            for result in pool.map(_chunks(read_documents(inputs, file_format, read))):
+                _count(summary, result, skip_bad_lines)
+                _write(builder, result, output_prefix)
+                if result.is_dated:
+                    summary.template_date = pairs.date.isoformat()
+                bar.show(result.position, summary.documents)
+            if summary.documents == 0:
+                raise UserError(
+                    f"no documents in {len(inputs)} input file(s): {summary.empty_documents:,} "
+                    f"empty, {summary.bad_documents:,} bad"
+                )
+        with write_errors(targets[1]), open(record_path, "w", encoding="utf-8") as file:
+            file.write(
+                record_of(
+                    (bin_path, idx_path),
+                    tokenizer,
+                    kind="text" if pairs is None else "pairs",
+                    special_tokens=pairs is not None and pairs.messages is not None,
+                    template_date=summary.template_date,
+                    documents=summary.documents,
+                    tokens=summary.tokens,
+                    inputs=read.hex(),
+                    options=options,
+                    command=list(command),
+                )
             )
     summary.seconds = time.perf_counter() - start
     return summary

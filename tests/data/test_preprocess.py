@@ -430,7 +430,13 @@ def test_existing_output_is_replaced_by_success_only(tmp_path, tokenizer, expect
     assert (tmp_path / "old.bin").read_text() + (tmp_path / "old.idx").read_text() == "binidx"
     run([write_jsonl(tmp_path / "a.jsonl", ["a"])], tmp_path / "old", tokenizer)
     assert read(tmp_path / "old") == expected(["a"])
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "bad.jsonl", "old.bin", "old.idx"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.jsonl",
+        "bad.jsonl",
+        "old.bin",
+        "old.idx",
+        "old.json",
+    ]
 
 
 def test_output_directory_is_made(tmp_path, tokenizer, expected):
@@ -680,7 +686,10 @@ def test_tool(tmp_path, monkeypatch, capfd, model, expected):
     documents = read(tmp_path / "out")
     assert documents == expected(TEXTS)
     out, err = capfd.readouterr()
-    assert f"out.bin, .idx: 200 documents, {sum(map(len, documents)):,} tokens (uint16), " in out
+    assert (
+        f"out.bin, .idx, .json: 200 documents, {sum(map(len, documents)):,} tokens (uint16), "
+        in out
+    )
     for part in ("2 worker(s)", "tokens/s", "MB/s", "bytes per token", "skipped: 0 empty, 0 bad"):
         assert part in out
     # The progress bar alone, and it is short where there is no terminal.
