@@ -1,6 +1,7 @@
 """Command line of megatron_mdm.data.tokenizer."""
 
 import argparse
+import sys
 
 from megatron_mdm.data import tokenizer
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
@@ -36,7 +37,13 @@ def main() -> None:
         "--output",
         required=True,
         metavar="X.model",
-        help="model file to write; replaced if it exists",
+        help="model file to write, and its record, X.model.json; replaced if they exist",
+    )
+    parser.add_argument(
+        "--unless-done",
+        action="store_true",
+        help="do nothing if the record says that the model that is there was made from the same "
+        "inputs, whose contents count, with the same options",
     )
     parser.add_argument(
         "--vocab-size",
@@ -81,8 +88,10 @@ def main() -> None:
         json_key=args.json_key,
         max_bytes=args.max_bytes,
         skip_bad_lines=args.skip_bad_lines,
+        unless_done=args.unless_done,
+        command=["train_tokenizer.py", *sys.argv[1:]],
     )
-    print(summary)
+    print(summary or f"{args.output}: already made from these inputs and options")
 
 
 if __name__ == "__main__":
