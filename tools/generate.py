@@ -47,6 +47,13 @@ def parse() -> argparse.Namespace:
         help="stands for one token to fill in, in prompt and suffix (default: <mask>)",
     )
     text.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether text that spells a special token is that token, or ordinary text (default: "
+        "as in the checkpoint's data, see tools/preprocess_data.py; that token where it is not "
+        "known)",
+    )
+    text.add_argument(
         "--eos-token-ids",
         type=int,
         nargs="+",
@@ -116,11 +123,12 @@ def main() -> None:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order
-        from megatron_mdm.mcore.texts import encoder, vocab_size
+        from megatron_mdm.mcore.texts import encoder, spells_special_tokens, vocab_size
 
         mask, end = loaded.mask_token_id, loaded.end_token_id
-        # Conversations come rendered, with their special tokens spelled out.
-        tokenize, detokenize = encoder(loaded, special=True), loaded.tokenizer.detokenize
+        special = options.special_tokens
+        special = spells_special_tokens(loaded.args) if special is None else special
+        tokenize, detokenize = encoder(loaded, special), loaded.tokenizer.detokenize
         ends = options.eos_token_ids or ([] if end is None else [end])
         ends = [] if options.no_stop_at_eos else ends
         decoder = Decoder(

@@ -17,10 +17,10 @@ made from.
 
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
-is encoded as ordinary text. Where it would still become the mask token, the document is refused,
-since training stops at a row that contains it. Empty documents are left out and counted. If the run
-fails or is interrupted, nothing is written. With --prompt-key or --messages-key the documents are
-pairs of a prompt and a response, for fine-tuning with --mdm-sft.
+is encoded as ordinary text, unless --special-tokens. Where it would become the mask token, the
+document is refused, since training stops at a row that contains it. Empty documents are left out
+and counted. If the run fails or is interrupted, nothing is written. With --prompt-key or
+--messages-key the documents are pairs of a prompt and a response, for fine-tuning with --mdm-sft.
 """
 
 EXAMPLES = """\
@@ -107,6 +107,13 @@ def main() -> None:
         help="do not end each document with the end-of-document token",
     )
     parser.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether text that spells a special token, as rendered prompts do, is encoded as that "
+        "token or as ordinary text (default: as that token for --messages-key alone); "
+        "tools/generate.py then does as the data of its checkpoint do",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=preprocess.default_workers(),
@@ -135,6 +142,7 @@ def main() -> None:
         json_key=args.json_key,
         pairs=pairs,
         append_eod=args.append_eod,
+        special_tokens=args.special_tokens,
         workers=args.workers,
         skip_bad_lines=args.skip_bad_lines,
         unless_done=args.unless_done,

@@ -114,10 +114,13 @@ class ChunkEncoder:
         tokenizer: What to encode with.
         json_key: Where a JSONL line holds its text.
         append_eod: Whether to end each document with `tokenizer.eod`.
+        special: Whether text that spells a special token is that token.
     """
 
-    def __init__(self, tokenizer: TokenizerData, json_key: str, append_eod: bool) -> None:
-        self._encode = tokenizer.load()
+    def __init__(
+        self, tokenizer: TokenizerData, json_key: str, append_eod: bool, special: bool = False
+    ) -> None:
+        self._encode = tokenizer.load(special)
         self._mask = tokenizer.mask
         self._json_key = json_key
         self._ending = [tokenizer.eod] if append_eod else []

@@ -46,15 +46,17 @@ class PairEncoder(ChunkEncoder):
         tokenizer: What to encode with.
         keys: Where the pair is.
         append_eod: Whether to end each response with `tokenizer.eod`, unless it does already.
+        special: Whether text that spells a special token is that token. For conversations it
+            always is, since a template writes special tokens.
     """
 
-    def __init__(self, tokenizer: TokenizerData, keys: PairKeys, append_eod: bool) -> None:
-        super().__init__(tokenizer, "", append_eod)
+    def __init__(
+        self, tokenizer: TokenizerData, keys: PairKeys, append_eod: bool, special: bool = False
+    ) -> None:
+        super().__init__(tokenizer, "", append_eod, special or keys.messages is not None)
         self._keys = keys
         self._template = None
         if keys.messages is not None:
-            # A template writes special tokens, which must not be taken for text.
-            self._encode = tokenizer.load(special=True)
             self._template = ChatTemplate(keys.template, keys.messages, keys.ignored, keys.date)
 
     def __call__(self, documents: Sequence[Document]) -> EncodedChunk:

@@ -178,6 +178,7 @@ def preprocess(
     json_key: str = "text",
     pairs: PairKeys | None = None,
     append_eod: bool = True,
+    special_tokens: bool | None = None,
     workers: int | None = None,
     skip_bad_lines: bool = False,
     progress: bool = True,
@@ -198,6 +199,8 @@ def preprocess(
         json_key: Where a JSONL line holds its text.
         pairs: Where it holds a prompt and a response instead: documents of two sequences.
         append_eod: Whether to end each document with the end-of-document token.
+        special_tokens: Whether text that spells a special token is encoded as that token; None for
+            conversations alone, whose template writes special tokens.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.
@@ -220,10 +223,12 @@ def preprocess(
         raise UserError(
             "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
         )
+    special_tokens = _special_tokens(special_tokens, tokenizer, pairs)
     check_free(f"{output_prefix}.json", f"--output-prefix {output_prefix}")
     options = {
         "format": file_format,
         "append_eod": append_eod,
+        "special_tokens": special_tokens,
         "skip_bad_lines": skip_bad_lines,
         "tokenizer": tokenizer.digest(),
         **({"json_key": json_key} if pairs is None else pairs.options()),
@@ -239,7 +244,7 @@ def preprocess(
     read = InputsDigest()
     with termination_raises(), complete_or_absent(*targets) as (bin_path, record_path, idx_path):
         with (
-            Workers(workers, *encoder, append_eod) as pool,
+            Workers(workers, *encoder, append_eod, special_tokens) as pool,
             _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
             _Progress(inputs, progress) as bar,
         ):
@@ -261,7 +266,7 @@ def preprocess(
                     (bin_path, idx_path),
                     tokenizer,
                     kind="text" if pairs is None else "pairs",
-                    special_tokens=pairs is not None and pairs.messages is not None,
+                    special_tokens=special_tokens,
                     template_date=summary.template_date,
                     documents=summary.documents,
                     tokens=summary.tokens,
@@ -272,6 +277,28 @@ def preprocess(
             )
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _special_tokens(
+    asked_for: bool | None, tokenizer: TokenizerData, pairs: PairKeys | None
+) -> bool:
+    """Whether text that spells a special token is that token.
+
+    Raises:
+        UserError: It cannot be as it is asked for.
+    """
+    are_conversations = pairs is not None and pairs.messages is not None
+    if asked_for is False and are_conversations:
+        raise UserError(
+            "--no-special-tokens: a chat template writes special tokens, so leave it out with "
+            "--messages-key"
+        )
+    if asked_for and tokenizer.sentencepiece_model is not None:
+        raise UserError(
+            "--special-tokens: no text spells a special token of a sentencepiece model; leave it "
+            "out, or give --hf-tokenizer"
+        )
+    return are_conversations if asked_for is None else asked_for
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

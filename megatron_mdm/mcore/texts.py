@@ -105,6 +105,20 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
     return loaded.tokenizer.tokenize
 
 
+def spells_special_tokens(args: Namespace) -> bool:
+    """Whether text that spells a special token is that token in the data of a checkpoint.
+
+    Args:
+        args: of the checkpoint, which says of its data how they were encoded.
+
+    Returns:
+        True too where it is not known of all of them, or where they differ: conversations come
+        rendered, with their special tokens spelled out.
+    """
+    known = {data.get("special_tokens") for data in getattr(args, "mdm_data", None) or ()}
+    return known != {False}
+
+
 def vocab_size(loaded: LoadedModel) -> int:
     """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
     data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)

@@ -23,7 +23,9 @@ import sentencepiece
 
 from megatron_mdm.data import preprocess as module
 from megatron_mdm.data.documents import read_documents, resolve_inputs
+from megatron_mdm.data.identity import data_identity
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises
+from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.data.workers import Workers
@@ -352,6 +354,36 @@ def test_hugging_face(tmp_path):
     # A special token in the text is a word that the tokenizer does not know.
     assert read(tmp_path / "out") == [[1, 2, 3, 1, 2, 3, 5], [1, 0, 0, 2, 5], [0, 5]]
     assert summary.empty_documents == 1
+
+
+def test_special_tokens_in_text_are_asked_for_and_recorded(tmp_path, tokenizer):
+    """Prompts that a template has rendered already, which generation encodes alike."""
+    words = save_hugging_face(tmp_path / "hf", WORDS, eos_token="</s>")
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "a </s> b", "prompt": "a </s>", "response": "b </s>"}\n')
+
+    def encoded(**options):
+        run([str(source)], tmp_path / "out", words, **options)
+        recorded = data_identity(str(tmp_path / "out")).special_tokens
+        assert recorded == options.get("special_tokens", False)
+        return (tmp_path / "out.bin").read_bytes()
+
+    def ids(*tokens):
+        return np.array(tokens, dtype=np.uint16).tobytes()
+
+    assert encoded() == encoded(special_tokens=False) == ids(1, 0, 2, 5)
+    assert encoded(special_tokens=True) == ids(*words.load(special=True)("a </s> b"), 5)
+    assert encoded(special_tokens=True) == ids(1, 5, 2, 5)
+    assert encoded(pairs=PairKeys()) == ids(1, 0, 2, 0, 5)
+    assert encoded(pairs=PairKeys(), special_tokens=True) == ids(1, 5, 2, 5)
+    with pytest.raises(UserError, match="a.jsonl:1: the text spells .* mask token"):
+        source.write_text('{"text": "a <mask>"}')
+        encoded(special_tokens=True)
+    with pytest.raises(UserError, match="--special-tokens: no text spells a special token of"):
+        run([str(source)], tmp_path / "out", tokenizer, special_tokens=True)
+    conversations = PairKeys(messages="m", template=str(tmp_path / "hf"))
+    with pytest.raises(UserError, match="--no-special-tokens: a chat template writes special"):
+        run([str(source)], tmp_path / "out", words, pairs=conversations, special_tokens=False)
 
 
 def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
