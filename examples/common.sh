@@ -9,7 +9,7 @@
 # where to write (runs); SETUP=no takes the active environment instead of .venv.
 
 stop() {
-    echo "error: $1" >&2
+    echo "error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 

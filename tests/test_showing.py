@@ -19,6 +19,7 @@ from megatron_mdm.showing import (
     _grid,
     draw_order,
     order_frames,
+    shown_on,
     wrapped,
 )
 
@@ -117,6 +118,12 @@ def test_a_file_gets_one_line_a_step():
     screen.show(1, ["a\n▒", "b\x1b"])
     screen.clear()
     assert stream.getvalue() == "step 1: a⏎▒\nstep 1: b�\n"
+
+
+def test_a_terminal_gets_no_control_characters():
+    text = "a\x1b[2J\tb\n\x07\x9b\x7f \u200d \U0001f600\r\n"
+    assert shown_on(io.StringIO(), text) == text
+    assert shown_on(Terminal(), text) == ("a\\x1b[2J\tb\n\\x07\\x9b\\x7f \u200d \U0001f600\\r\n")
 
 
 def test_wide_letters_take_two_columns():

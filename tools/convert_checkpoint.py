@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.pretrain import check_megatron_version, prepare_environment
 
 DESCRIPTION = """\
@@ -126,7 +126,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     source = _source(options)
     if options.unless_done and is_made_from(options.output, source):
-        print(f"{options.output}: already made from this input and these options")
+        print(f"{escaped(options.output)}: already made from this input and these options")
         return
     with termination_raises(), _place(options):
         if options.to == "megatron":

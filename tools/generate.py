@@ -14,9 +14,9 @@ import numpy as np
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
-from megatron_mdm.showing import PICTURES, Screen, draw_order
+from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
 
 
 def parse() -> argparse.Namespace:
@@ -174,9 +174,9 @@ def main() -> None:
             for i in range(len(prompts)):
                 if len(prompts) > 1:
                     print(f"== prompt {i + 1}")
-                print(texts[i])
+                print(shown_on(sys.stdout, texts[i]))
             if options.picture:
-                print(f"picture: {options.picture}", file=sys.stderr)
+                print(f"picture: {escaped(options.picture)}", file=sys.stderr)
 
 
 def check_row(row: list[int], name: str, mask_token_id: int, positions: int) -> None:

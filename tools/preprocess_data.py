@@ -9,7 +9,7 @@ from megatron_mdm.data import preprocess
 from megatron_mdm.data.chat import TEMPLATE_DATE
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
 from megatron_mdm.data.pairs import PairKeys
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 
 DESCRIPTION = """\
 Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx. P.json says what they were
@@ -148,7 +148,7 @@ def main() -> None:
         unless_done=args.unless_done,
         command=["preprocess_data.py", *sys.argv[1:]],
     )
-    prefix = args.output_prefix
+    prefix = escaped(args.output_prefix)
     print(summary or f"{prefix}.bin, .idx, .json: already made from these inputs and options")
 
 

@@ -5,7 +5,7 @@ import sys
 
 from megatron_mdm.data import tokenizer
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
-from megatron_mdm.errors import run_tool
+from megatron_mdm.errors import escaped, run_tool
 
 DESCRIPTION = """\
 Train a sentencepiece tokenizer for masked diffusion on text or JSONL files.
@@ -91,7 +91,7 @@ def main() -> None:
         unless_done=args.unless_done,
         command=["train_tokenizer.py", *sys.argv[1:]],
     )
-    print(summary or f"{args.output}: already made from these inputs and options")
+    print(summary or f"{escaped(args.output)}: already made from these inputs and options")
 
 
 if __name__ == "__main__":

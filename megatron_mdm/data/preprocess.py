@@ -37,7 +37,7 @@ from megatron_mdm.data.outputs import complete_or_absent, termination_raises, wr
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.record import check_free
 from megatron_mdm.data.workers import Workers
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
 # Large enough that handing it over costs nothing beside tokenizing it, small enough that the
 # workers finish together.
@@ -77,7 +77,7 @@ class PreprocessSummary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.output_prefix}.bin, .idx, .json: {self.documents:,} documents, "
+            f"{escaped(self.output_prefix)}.bin, .idx, .json: {self.documents:,} documents, "
             f"{self.tokens:,} tokens ({self.dtype}), {self.text_bytes:,} bytes of text",
             f"{self.seconds:.1f} s with {self.workers} worker(s): "
             f"{self.tokens / self.seconds:,.0f} tokens/s, "

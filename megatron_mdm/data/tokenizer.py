@@ -30,7 +30,7 @@ from megatron_mdm.data.documents import (
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.record import check_free, file_digest, read_record, record
 from megatron_mdm.data.workers import Workers
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
 TOOL = "tools/train_tokenizer.py"
 MASK_PIECE = "<mask>"
@@ -76,7 +76,8 @@ class TokenizerSummary:
             text = f"a sample of {self.used_bytes / 1e6:,.1f} MB from {text}"
         skipped = f", {self.bad_documents:,} bad skipped" if self.bad_documents else ""
         return (
-            f"{self.output}: {self.vocab_size:,} pieces (eod {self.eod_id}, mask {self.mask_id}) "
+            f"{escaped(self.output)}: {self.vocab_size:,} pieces "
+            f"(eod {self.eod_id}, mask {self.mask_id}) "
             f"from {text} in {self.documents:,} documents{skipped}, {self.seconds:.1f} s"
         )
 
