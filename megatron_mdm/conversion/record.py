@@ -73,7 +73,11 @@ def is_made_from(output: str, source: str) -> bool:
         source: What `made_from` says of what it should be made from.
     """
     found = read_record(os.path.join(output, RECORD), TOOL)
-    return found is not None and found["made_from"] == source and found["files"] == _sizes(output)
+    return (
+        found is not None
+        and found.get("made_from") == source
+        and found.get("files") == _sizes(output)
+    )
 
 
 def check_replaceable(output: str) -> None:
@@ -83,7 +87,7 @@ def check_replaceable(output: str) -> None:
         UserError: It does.
     """
     found = read_record(os.path.join(output, RECORD), TOOL)
-    if found is None or found["files"] != _sizes(output):
+    if found is None or found.get("files") != _sizes(output):
         raise UserError(
             f"--replace: {output} is not as tools/convert_checkpoint.py wrote it: remove it, or "
             "give another directory"

@@ -62,15 +62,8 @@ def data_identity(prefix: str) -> Identity:
     found = read_record(f"{prefix}.json", TOOL)
     if found is None or found.get("quick") != quick:
         return Identity(quick)
-    return Identity(
-        quick,
-        digest(found["files"]),
-        found["kind"],
-        found["tokenizer"],
-        found["refused_mask"],
-        found["special_tokens"],
-        found["template_date"],
-    )
+    names = ("kind", "tokenizer", "refused_mask", "special_tokens", "template_date")
+    return Identity(quick, digest(found.get("files")), **{name: found.get(name) for name in names})
 
 
 def quick_digest(bin_path: str, idx_path: str) -> str:
@@ -136,10 +129,10 @@ def is_made_from(prefix: str, inputs: Sequence[str], options: dict[str, Any]) ->
         UserError: A file cannot be read.
     """
     found = read_record(f"{prefix}.json", TOOL)
-    if found is None or found["options"] != options:
+    if found is None or found.get("options") != options:
         return False
     if not all(os.path.isfile(f"{prefix}{suffix}") for suffix in (".bin", ".idx")):
         return False
-    if found["quick"] != quick_digest(f"{prefix}.bin", f"{prefix}.idx"):
+    if found.get("quick") != quick_digest(f"{prefix}.bin", f"{prefix}.idx"):
         return False
-    return found["inputs"] == InputsDigest().read(inputs)
+    return found.get("inputs") == InputsDigest().read(inputs)

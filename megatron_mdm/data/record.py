@@ -9,6 +9,7 @@ Imports nothing beyond the standard library and `megatron_mdm.errors`.
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from megatron_mdm.errors import UserError
@@ -16,6 +17,7 @@ from megatron_mdm.errors import UserError
 # To be raised when the same inputs and options begin to give another output.
 FORMAT = 1
 BLOCK = 1 << 20
+_BEGIN = re.compile(rb'\{\s*"format": \d+,\s*"made_by": "')
 
 
 def record(tool: str, **content: Any) -> str:
@@ -61,10 +63,10 @@ def check_free(path: str, flag: str) -> None:
         return
     try:
         with open(path, "rb") as file:
-            content = json.loads(file.read(BLOCK))  # records are small
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or not {"format", "made_by"} <= content.keys():
+            begin = file.read(BLOCK)
+    except OSError:
+        begin = b""
+    if not _BEGIN.match(begin):
         raise UserError(
             f"{flag}: {path} is where the record of the output goes, and is another file: give "
             "another name"

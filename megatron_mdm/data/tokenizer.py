@@ -158,10 +158,10 @@ def _is_made_from(output: str, inputs: Sequence[str], options: dict[str, Any]) -
     found = read_record(f"{output}.json", TOOL)
     return (
         found is not None
-        and found["options"] == options
+        and found.get("options") == options
         and os.path.isfile(output)
-        and found["sha256"] == file_digest(output)
-        and found["inputs"] == InputsDigest().read(inputs)
+        and found.get("sha256") == file_digest(output)
+        and found.get("inputs") == InputsDigest().read(inputs)
     )
 
 
