@@ -43,7 +43,10 @@ def parse() -> argparse.Namespace:
         help="model directory of Hugging Face, or the directory that a run's --save named",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="directory to be made; must not exist"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="directory to be made; must not exist, or --replace",
     )
     parser.add_argument(
         "--unless-done",
