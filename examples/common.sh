@@ -1,14 +1,15 @@
 # Sourced by the examples that continue from a model of Hugging Face, with their arguments. Expects RUN, a
 # directory, and FAMILY; sets MODEL and TEXT, and RUN to a part of it that belongs to these two alone. Without
-# arguments: a small random model, Python's own source, the CPU. What is there is not made again, and
-# a training that broke off goes on from its last checkpoint: run the same command again.
+# arguments: a small random model, Python's own source, the CPU. What is there is not made again unless its model,
+# texts or flags have changed, and a training that broke off goes on from its last checkpoint: run the same command
+# again.
 #
 # Environment: GPUS of the machine (8); TP, over how many each copy of the model is spread (4: it has to divide
 # the attention heads and the query groups, of which Qwen2.5-7B has 28 and 4); ITERS, of a new training; RUNS,
 # where to write (runs); SETUP=no takes the active environment instead of .venv.
 
 stop() {
-    echo "error: $1" >&2
+    echo "error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 
@@ -43,14 +44,16 @@ fi
 
 convert() { # FLAGS: to Megatron, with these flags
     echo "== conversion"
-    [ -e "$RUN/megatron" ] || python tools/convert_checkpoint.py --to megatron --input "$MODEL" \
-        --output "$RUN/megatron" --pad-vocab-to-multiple-of "$TP" --verify "$@"
+    local replace=--replace
+    [ ! -e "$RUN/checkpoint" ] || replace= # never what a training began with
+    python tools/convert_checkpoint.py --to megatron --input "$MODEL" --output "$RUN/megatron" \
+        --pad-vocab-to-multiple-of "$TP" --verify --unless-done $replace "$@"
 }
 
 preprocess() { # FLAGS: tokenizes the files that $TEXT lists with the converted model's tokenizer
     echo "== data"
-    [ -e "$RUN/text.idx" ] || python tools/preprocess_data.py --input-list "$TEXT" \
-        --hf-tokenizer "$RUN/megatron/huggingface" --output-prefix "$RUN/text" "$@"
+    python tools/preprocess_data.py --input-list "$TEXT" --hf-tokenizer "$RUN/megatron/huggingface" \
+        --output-prefix "$RUN/text" --unless-done "$@"
 }
 
 train() { # FLAGS: runs the launch line of the conversion, with these flags after its own
@@ -73,7 +76,6 @@ train() { # FLAGS: runs the launch line of the conversion, with these flags afte
 
 convert_back() { # anew if the training has gone on since
     echo "== back to Hugging Face"
-    [ "$RUN/hf" -nt "$RUN/checkpoint/latest_checkpointed_iteration.txt" ] && return
-    rm -rf "$RUN/hf"
-    python tools/convert_checkpoint.py --to huggingface --input "$RUN/checkpoint" --output "$RUN/hf"
+    python tools/convert_checkpoint.py --to huggingface --input "$RUN/checkpoint" --output "$RUN/hf" \
+        --unless-done --replace
 }

@@ -2,7 +2,7 @@
 # From a fresh machine with Python 3.12 to a trained masked-diffusion model, on the CPU, in one go:
 # sets up .venv, trains a tokenizer and a small model on the source code of Python's standard
 # library (tensor parallel over 2 processes), and shows the validation loss before and after, a
-# picture of it, and a sample of text. A second run reuses what is there.
+# picture of it, and a sample of text. A second run reuses what is there, unless the library has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh plot
@@ -11,8 +11,7 @@ export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore # one thread a process: the proce
 run=runs/quickstart
 mkdir -p $run
 
-if [ ! -e $run/tokenizer.model ]; then
-    python - >$run/files.txt <<'PYTHON'
+python - >$run/files.txt <<'PYTHON'
 import pathlib, sysconfig
 root = pathlib.Path(sysconfig.get_paths()["stdlib"])
 skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
@@ -20,15 +19,12 @@ for path in sorted(root.rglob("*.py")):
     if not skipped & set(path.relative_to(root).parts) and path.stat().st_size:
         print(path)
 PYTHON
-    echo "== tokenizer"
-    python tools/train_tokenizer.py --input-list $run/files.txt --output $run/tokenizer.model \
-        --vocab-size 2048
-fi
-if [ ! -e $run/text.idx ]; then
-    echo "== data"
-    python tools/preprocess_data.py --input-list $run/files.txt --output-prefix $run/text \
-        --tokenizer-model $run/tokenizer.model
-fi
+echo "== tokenizer"
+python tools/train_tokenizer.py --input-list $run/files.txt --output $run/tokenizer.model \
+    --vocab-size 2048 --unless-done
+echo "== data"
+python tools/preprocess_data.py --input-list $run/files.txt --output-prefix $run/text \
+    --tokenizer-model $run/tokenizer.model --unless-done
 
 pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summary to the terminal
     local log=$run/$1.log
@@ -52,13 +48,15 @@ pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summa
     fi
 }
 
-if [ ! -e $run/checkpoint/latest_checkpointed_iteration.txt ]; then
-    rm -rf $run/tensorboard
+# The record of the data stands beside the checkpoint that was trained on them.
+if ! cmp -s $run/text.json $run/checkpoint/data.json; then
+    rm -rf $run/tensorboard $run/checkpoint
     echo "== validation before training"
     pretrain before --skip-train
     grep "validation NELBO" $run/before.log | tail -n 1
     echo "== training (500 steps; follow it with: tail -f $run/train.log)"
     pretrain train --save $run/checkpoint --save-interval 500
+    cp $run/text.json $run/checkpoint/data.json
 fi
 echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png

@@ -10,12 +10,27 @@ from typing import NoReturn
 PATIENCE = 20.0
 
 
+def escaped(text: str, kept: str = "") -> str:
+    r"""A text that can be shown: what is not printable is written as in Python, \n or \x1b.
+
+    File names, keys and settings that come from elsewhere may hold line ends, which would forge
+    another message, and escape sequences, which a terminal would obey.
+
+    Args:
+        text: to be shown.
+        kept: characters that stay as they are.
+    """
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class UserError(ValueError):
     """Bad input. The message is one line, names the flag, file or row, and says what to do."""
 
     def __init__(self, message: str) -> None:
         # A loader's worker hands its error on with the traceback before the message.
-        super().__init__(message.rpartition(f"{__name__}.UserError: ")[2].strip())
+        super().__init__(escaped(message.rpartition(f"{__name__}.UserError: ")[2].strip()))
 
 
 class SharedError(UserError):

@@ -2,26 +2,31 @@
 
 from collections.abc import Callable, Sequence
 
-from megatron_mdm.data.documents import document_text, read_documents
+from megatron_mdm.data.documents import document_text, read_documents, split_lines
 from megatron_mdm.errors import UserError
 
 Tokenize = Callable[[str], list[int]]
 Detokenize = Callable[[list[int]], str]
 
 
-def read_prompts(path: str, json_key: str = "prompt") -> list[str]:
+def read_prompts(path: str, json_key: str = "prompt", file_format: str = "auto") -> list[str]:
     """Reads prompts: one a line (blank lines are passed over), or `json_key` of each JSONL line.
+
+    Args:
+        path: of the file.
+        json_key: where a JSONL line holds its prompt.
+        file_format: see `read_documents`.
 
     Raises:
         UserError: the file cannot be read, or holds no prompt.
     """
     prompts = []
-    for document in read_documents([path]):
+    for document in read_documents([path], file_format):
         text = document_text(document, json_key)
         if document.line:
             prompts.append(text)
         else:
-            prompts += [line for line in text.splitlines() if line.strip()]
+            prompts += [line for line in split_lines(text) if line.strip()]
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt: write one a line")
     return prompts

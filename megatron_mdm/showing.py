@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_mdm.data.outputs import complete_or_absent, write_errors
+from megatron_mdm.errors import escaped
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,18 @@ class Screen:
         if self.drawn:
             self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
         self.drawn = 0
+
+
+def shown_on(stream: TextIO, text: str) -> str:
+    """A text as a stream should get it: on a terminal, which would obey them, without controls.
+
+    Args:
+        stream: where it goes. Into a file or a pipe it goes as it is.
+        text: what a model wrote, of which line ends and tabs stay.
+    """
+    if not stream.isatty():
+        return text
+    return "".join(escaped(c, kept="\n\t") if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def one_line(text: str) -> str:

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from megatron_mdm.benchmarks import race
+from megatron_mdm.benchmarks import race, runs
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments
+from tests import ranks
 
 
 def options(directory, *words):
@@ -52,6 +53,19 @@ def test_the_results_of_a_race(tmp_path, monkeypatch):
     assert len(trained) == 6
     race.run(options(tmp_path / "runs", *words, "--clip-grad", "0"))
     assert len(trained) == 12
+    # So is the same one by another program, or on other data.
+    write_data = race.write_data
+
+    def shorter(directory):
+        write_data(directory)
+        ranks.write_documents(directory / "text", ranks.random_documents(3))
+
+    monkeypatch.setattr(race, "write_data", shorter)
+    race.run(options(tmp_path / "runs", *words))
+    assert len(trained) == 18
+    monkeypatch.setattr(runs, "program", lambda: "another")
+    race.run(options(tmp_path / "runs", *words))
+    assert len(trained) == 24
 
 
 @pytest.mark.parametrize(

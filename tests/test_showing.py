@@ -19,6 +19,7 @@ from megatron_mdm.showing import (
     _grid,
     draw_order,
     order_frames,
+    shown_on,
     wrapped,
 )
 
@@ -80,6 +81,11 @@ def test_prompt_files(tmp_path):
     lines.write_text(" one\n\ntwo \n")
     objects.write_text('{"prompt": "one\\ntwo"}\n{"prompt": ""}\n')
     empty.write_text("\n")
+    odd = tmp_path / "c"
+    odd.write_text("\ufeffone\x0cpage\u2028line\r\ntwo\rtwo\n")
+    assert read_prompts(str(odd)) == ["one\x0cpage\u2028line", "two\rtwo"]
+    written = read_prompts(str(objects), file_format="text")
+    assert written == ['{"prompt": "one\\ntwo"}', '{"prompt": ""}']
     assert read_prompts(str(lines)) == [" one", "two "]
     assert read_prompts(str(objects)) == ["one\ntwo", ""]
     with pytest.raises(UserError, match="b.txt holds no prompt"):
@@ -112,6 +118,12 @@ def test_a_file_gets_one_line_a_step():
     screen.show(1, ["a\n▒", "b\x1b"])
     screen.clear()
     assert stream.getvalue() == "step 1: a⏎▒\nstep 1: b�\n"
+
+
+def test_a_terminal_gets_no_control_characters():
+    text = "a\x1b[2J\tb\n\x07\x9b\x7f \u200d \U0001f600\r\n"
+    assert shown_on(io.StringIO(), text) == text
+    assert shown_on(Terminal(), text) == ("a\\x1b[2J\tb\n\\x07\\x9b\\x7f \u200d \U0001f600\\r\n")
 
 
 def test_wide_letters_take_two_columns():

@@ -1,9 +1,12 @@
 """Command line of megatron_mdm.conversion."""
 
 import argparse
+import contextlib
+import os
+import sys
 
 from megatron_mdm.checkpoint import add_hashes_argument
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.pretrain import check_megatron_version, prepare_environment
 
 DESCRIPTION = """\
@@ -41,7 +44,21 @@ def parse() -> argparse.Namespace:
         help="model directory of Hugging Face, or the directory that a run's --save named",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="directory to be made; must not exist"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="directory to be made; must not exist, or --replace",
+    )
+    parser.add_argument(
+        "--unless-done",
+        action="store_true",
+        help="do nothing if --output was made from the same input with the same options. Of large "
+        "files, 4 KiB of each MiB are compared",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace an --output that this tool made, and that is as it was made",
     )
     parser.add_argument(
         "--dtype",
@@ -106,12 +123,17 @@ def main() -> None:
 
     import torch
 
+    from megatron_mdm.conversion.record import is_made_from, write_record
     from megatron_mdm.conversion.to_hugging_face import to_hugging_face
     from megatron_mdm.conversion.to_megatron import to_megatron
     from megatron_mdm.data.outputs import termination_raises
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with termination_raises():
+    source = _source(options)
+    if options.unless_done and is_made_from(options.output, source):
+        print(f"{escaped(options.output)}: already made from this input and these options")
+        return
+    with termination_raises(), _place(options):
         if options.to == "megatron":
             to_megatron(
                 options.input,
@@ -133,6 +155,38 @@ def main() -> None:
                 trust=options.trust_remote_code,
                 hashes=options.checkpoint_hashes,
             )
+        write_record(options.output, source, ["convert_checkpoint.py", *sys.argv[1:]])
+
+
+def _source(options: argparse.Namespace) -> str:
+    """A digest of all that has an effect on the output."""
+    from megatron_mdm.conversion import record
+
+    names = ("to", "dtype", "verify", "add_mask_token", "pad_vocab_to_multiple_of", "iteration")
+    effective = {name: getattr(options, name) for name in names}
+    effective["output"] = os.path.abspath(options.output)  # which the launch line names
+    if options.to == "megatron":
+        return record.made_from(record.hugging_face_sources(options.input), effective)
+    sources = record.megatron_sources(options.input, options.iteration, options.hf_config)
+    return record.made_from(sources, effective)
+
+
+def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Puts an output that is to be replaced aside."""
+    from megatron_mdm.conversion.record import check_replaceable
+    from megatron_mdm.data.outputs import set_aside
+
+    if not os.path.lexists(options.output):
+        return contextlib.nullcontext()
+    if options.replace:
+        check_replaceable(options.output)
+        return set_aside(options.output)
+    if options.unless_done:
+        raise UserError(
+            f"{options.output} exists already, and no record says that it was made from this input "
+            "with these options: remove it, add --replace, or give another directory"
+        )
+    return contextlib.nullcontext()  # and what converts says so
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError, run_tool
 
@@ -38,6 +39,7 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="begin a row with every document, instead of packing them as pretraining does",
     )
+    add_format_argument(parser, "of --data, if it is a file")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
@@ -67,7 +69,7 @@ def main() -> None:
         from megatron_mdm.mcore.texts import read_tokens, rows_of, scored_per_byte
 
         most = options.rows * loaded.args.seq_length
-        documents = read_tokens(loaded, options.data, options.json_key, most)
+        documents = read_tokens(loaded, options.data, options.json_key, most, options.format)
         every = rows_of(loaded, documents, not options.per_document)
         rows = every[: options.rows]
         bar = tqdm(unit="masks", total=len(rows) * options.draws, disable=loaded.args.rank != 0)

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
 from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
 OBJECTIVE = ["mdm_sft", "mdm_isolate_documents", "mdm_rate_per", "mdm_mask", "mdm_normalization"]
@@ -171,14 +171,13 @@ def main() -> None:
             picture = Path(options.output).with_suffix(".png")
             draw(result, picture)
             parameters = ", ".join(f"{k} {v:.4g}" for k, v in result.parameters.items())
-            print(
-                f"{options.output}: {result.family} fit of the {options.target} over {done} draws"
-            )
+            output = escaped(options.output)
+            print(f"{output}: {result.family} fit of the {options.target} over {done} draws")
             if result.moments.skipped:
                 print(f"{result.moments.skipped} draws without a finite value were left out")
             print(f"parameters: {parameters or 'the measured bins'}")
             print("KL of each family: " + ", ".join(f"{k} {v:.2e}" for k, v in result.kls.items()))
-            print(f"picture: {picture}")
+            print(f"picture: {escaped(str(picture))}")
 
 
 def draw(result, picture: Path) -> None:

@@ -12,10 +12,11 @@ import sys
 import numpy as np
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
-from megatron_mdm.showing import PICTURES, Screen, draw_order
+from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
 
 
 def parse() -> argparse.Namespace:
@@ -33,6 +34,7 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="a prompt a line, or a JSONL file, whose prompts may have several lines",
     )
+    add_format_argument(text, "of --prompts-file (text there: a prompt a line)")
     text.add_argument("--json-key", default="prompt", help="of the prompts in JSONL (prompt)")
     text.add_argument(
         "--length", type=int, default=64, help="tokens to write after the prompt (default: 64)"
@@ -43,6 +45,13 @@ def parse() -> argparse.Namespace:
         default="<mask>",
         metavar="TEXT",
         help="stands for one token to fill in, in prompt and suffix (default: <mask>)",
+    )
+    text.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether text that spells a special token is that token, or ordinary text (default: "
+        "as in the checkpoint's data, see tools/preprocess_data.py; that token where it is not "
+        "known)",
     )
     text.add_argument(
         "--eos-token-ids",
@@ -102,7 +111,7 @@ def main() -> None:
     options = parse()
     prompts = options.prompt or []
     if options.prompts_file:
-        prompts = prompts + read_prompts(options.prompts_file, options.json_key)
+        prompts = prompts + read_prompts(options.prompts_file, options.json_key, options.format)
     prompts = prompts or [""]
     if options.picture:
         check_picture(options.picture, "--picture", PICTURES)
@@ -116,11 +125,12 @@ def main() -> None:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order
-        from megatron_mdm.mcore.texts import encoder, vocab_size
+        from megatron_mdm.mcore.texts import encoder, spells_special_tokens, vocab_size
 
         mask, end = loaded.mask_token_id, loaded.end_token_id
-        # Conversations come rendered, with their special tokens spelled out.
-        tokenize, detokenize = encoder(loaded, special=True), loaded.tokenizer.detokenize
+        special = options.special_tokens
+        special = spells_special_tokens(loaded.args) if special is None else special
+        tokenize, detokenize = encoder(loaded, special), loaded.tokenizer.detokenize
         ends = options.eos_token_ids or ([] if end is None else [end])
         ends = [] if options.no_stop_at_eos else ends
         decoder = Decoder(
@@ -166,9 +176,9 @@ def main() -> None:
             for i in range(len(prompts)):
                 if len(prompts) > 1:
                     print(f"== prompt {i + 1}")
-                print(texts[i])
+                print(shown_on(sys.stdout, texts[i]))
             if options.picture:
-                print(f"picture: {options.picture}", file=sys.stderr)
+                print(f"picture: {escaped(options.picture)}", file=sys.stderr)
 
 
 def check_row(row: list[int], name: str, mask_token_id: int, positions: int) -> None:

@@ -8,7 +8,7 @@ import re
 
 from megatron_mdm.benchmarks.runs import read_scalars
 from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
 
@@ -42,7 +42,7 @@ def main() -> None:
             "nats/token"
         )
     draw(scalars, options.output)
-    print(f"picture: {options.output}")
+    print(f"picture: {escaped(options.output)}")
 
 
 def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:

@@ -1,20 +1,26 @@
 """Command line of megatron_mdm.data.preprocess."""
 
 import argparse
+import datetime
+import sys
 
+from megatron_mdm.config import flag
 from megatron_mdm.data import preprocess
-from megatron_mdm.data.documents import FORMATS, resolve_inputs
+from megatron_mdm.data.chat import TEMPLATE_DATE
+from megatron_mdm.data.documents import add_format_argument, resolve_inputs
 from megatron_mdm.data.pairs import PairKeys
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, escaped, run_tool
 
 DESCRIPTION = """\
-Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx.
+Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx. P.json says what they were
+made from.
 
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
-is encoded as ordinary text. Empty documents are left out and counted. If the run fails or is
-interrupted, nothing is written. With --prompt-key or --messages-key the documents are pairs of a
-prompt and a response, for fine-tuning with --mdm-sft.
+is encoded as ordinary text, unless --special-tokens. Where it would become the mask token, the
+document is refused, since training stops at a row that contains it. Empty documents are left out
+and counted. If the run fails or is interrupted, nothing is written. With --prompt-key or
+--messages-key the documents are pairs of a prompt and a response, for fine-tuning with --mdm-sft.
 """
 
 EXAMPLES = """\
@@ -44,7 +50,13 @@ def main() -> None:
         "--output-prefix",
         required=True,
         metavar="P",
-        help="writes P.bin and P.idx; replaced if they exist",
+        help="writes P.bin, P.idx and their record, P.json; replaced if they exist",
+    )
+    parser.add_argument(
+        "--unless-done",
+        action="store_true",
+        help="do nothing if P.json says that the files that are there were made from the same "
+        "inputs, whose contents count, with the same tokenizer and options",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer-model", metavar="X.model", help="sentencepiece model")
@@ -53,13 +65,7 @@ def main() -> None:
         metavar="DIR",
         help="local directory of a Hugging Face tokenizer; needs transformers",
     )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="jsonl: a document per line; text: a document per file; auto: jsonl for .jsonl and "
-        ".json, text for the rest (default: %(default)s)",
-    )
+    add_format_argument(parser, "of the input files")
     parser.add_argument(
         "--json-key",
         default="text",
@@ -81,10 +87,31 @@ def main() -> None:
         "--hf-tokenizer renders; the last message, the assistant's, is the response",
     )
     parser.add_argument(
+        "--ignore-keys",
+        nargs="+",
+        metavar="KEY",
+        help="for --messages-key: keys of the lines and of their messages that are left out; every "
+        "other key has to change what the chat template renders, which also gets tools, documents "
+        "and the other keys of a line as its variables",
+    )
+    parser.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="for --messages-key: what a chat template that asks for today's date gets, on every "
+        f"day (default: {TEMPLATE_DATE})",
+    )
+    parser.add_argument(
         "--no-append-eod",
         dest="append_eod",
         action="store_false",
         help="do not end each document with the end-of-document token",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether text that spells a special token, as rendered prompts do, is encoded as that "
+        "token or as ordinary text (default: as that token for --messages-key alone); "
+        "tools/generate.py then does as the data of its checkpoint do",
     )
     parser.add_argument(
         "--workers",
@@ -97,7 +124,8 @@ def main() -> None:
         "--skip-bad-lines",
         action="store_true",
         help="skip and count documents that cannot be read (bad JSON, no such key, not a string, "
-        "not UTF-8) instead of stopping at the first; in text files that is the whole file",
+        "not UTF-8), or that spell the mask token, instead of stopping at the first; in text files "
+        "that is the whole file",
     )
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)
@@ -114,10 +142,14 @@ def main() -> None:
         json_key=args.json_key,
         pairs=pairs,
         append_eod=args.append_eod,
+        special_tokens=args.special_tokens,
         workers=args.workers,
         skip_bad_lines=args.skip_bad_lines,
+        unless_done=args.unless_done,
+        command=["preprocess_data.py", *sys.argv[1:]],
     )
-    print(summary)
+    prefix = escaped(args.output_prefix)
+    print(summary or f"{prefix}.bin, .idx, .json: already made from these inputs and options")
 
 
 def _pairs(args: argparse.Namespace) -> PairKeys | None:
@@ -128,7 +160,22 @@ def _pairs(args: argparse.Namespace) -> PairKeys | None:
             raise UserError("--messages-key needs --hf-tokenizer, which has the chat template")
         if not preprocess.has_chat_template(args.hf_tokenizer):
             raise UserError(f"--hf-tokenizer {args.hf_tokenizer}: it has no chat template")
-        return PairKeys(messages=args.messages_key, template=args.hf_tokenizer)
+        ignored = tuple(args.ignore_keys or ())
+        for key in {"role", "content", "type", "text", args.messages_key}.intersection(ignored):
+            raise UserError(f"--ignore-keys {key}: a conversation cannot do without it")
+        try:
+            date = datetime.date.fromisoformat(args.template_date or str(TEMPLATE_DATE))
+        except ValueError as error:
+            raise UserError(f"--template-date {args.template_date}: give YYYY-MM-DD") from error
+        return PairKeys(
+            messages=args.messages_key,
+            template=args.hf_tokenizer,
+            ignored=ignored,
+            date=date,
+        )
+    for name in ("ignore_keys", "template_date"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{flag(name)} is for --messages-key: leave it out")
     if args.prompt_key or args.response_key:
         return PairKeys(args.prompt_key or "prompt", args.response_key or "response")
     return None

@@ -1,10 +1,11 @@
 """Command line of megatron_mdm.data.tokenizer."""
 
 import argparse
+import sys
 
 from megatron_mdm.data import tokenizer
-from megatron_mdm.data.documents import FORMATS, resolve_inputs
-from megatron_mdm.errors import run_tool
+from megatron_mdm.data.documents import add_format_argument, resolve_inputs
+from megatron_mdm.errors import escaped, run_tool
 
 DESCRIPTION = """\
 Train a sentencepiece tokenizer for masked diffusion on text or JSONL files.
@@ -36,7 +37,13 @@ def main() -> None:
         "--output",
         required=True,
         metavar="X.model",
-        help="model file to write; replaced if it exists",
+        help="model file to write, and its record, X.model.json; replaced if they exist",
+    )
+    parser.add_argument(
+        "--unless-done",
+        action="store_true",
+        help="do nothing if the record says that the model that is there was made from the same "
+        "inputs, whose contents count, with the same options",
     )
     parser.add_argument(
         "--vocab-size",
@@ -51,13 +58,7 @@ def main() -> None:
         default="bpe",
         help="kind of model (default: %(default)s)",
     )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="jsonl: a document per line; text: a document per file; auto: jsonl for .jsonl and "
-        ".json, text for the rest (default: %(default)s)",
-    )
+    add_format_argument(parser, "of the input files")
     parser.add_argument(
         "--json-key",
         default="text",
@@ -87,8 +88,10 @@ def main() -> None:
         json_key=args.json_key,
         max_bytes=args.max_bytes,
         skip_bad_lines=args.skip_bad_lines,
+        unless_done=args.unless_done,
+        command=["train_tokenizer.py", *sys.argv[1:]],
     )
-    print(summary)
+    print(summary or f"{escaped(args.output)}: already made from these inputs and options")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture, termination_raises, write_text
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
         help="project gradients of more parameters at random on D numbers, which keeps variances "
         "in the mean (default: 8192)",
     )
+    add_format_argument(parser, "of --data, if it is a file")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -168,7 +170,9 @@ def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Text]
     if not os.path.isfile(options.data) and holds_pairs(options.data):
         rows = pair_rows(loaded, options.data, pool)
     else:
-        documents = read_tokens(loaded, options.data, options.json_key, pool * args.seq_length)
+        documents = read_tokens(
+            loaded, options.data, options.json_key, pool * args.seq_length, options.format
+        )
         rows = rows_of(loaded, documents, packed=True)[:pool]
         rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
     if any((row.tokens == loaded.mask_token_id).any() for row in rows):
@@ -203,7 +207,8 @@ def identity(options: argparse.Namespace, size: int | None, world_size: int) -> 
     files += [path for path in (options.data, f"{options.data}.bin") if os.path.isfile(path)]
     stamps = [(os.path.realpath(f), os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]
     iterations = [Path(file).read_text().strip() for file in files[: len(checkpoints)]]
-    return [stamps, iterations, options.json_key, options.parameters, size, world_size]
+    choices = [options.format, options.json_key, options.parameters]
+    return [stamps, iterations, *choices, size, world_size]
 
 
 if __name__ == "__main__":

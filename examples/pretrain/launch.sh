@@ -16,7 +16,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain
 
 stop() {
-    echo "error: $1" >&2
+    echo "error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
 [ $# -ge 3 ] || stop "three arguments are needed, MODEL DATA TOKENIZER: see $FILES/launch.sh"

@@ -43,7 +43,7 @@ class Study:
 
     @functools.cached_property
     def data(self) -> pathlib.Path:
-        """Where problems, tokenizer and datasets are; makes those that are missing."""
+        """Where problems, tokenizer and datasets are; makes those that are not of this program."""
         scale = self.scale
         tests = problems(scale.tests, (2, 3), 3)
         solved = {problem.prompt for problem in tests}
@@ -59,19 +59,17 @@ class Study:
             if not path.exists():
                 write_text(str(path), text)
         model = directory / "words.model"
-        commands = {
-            model: f"train_tokenizer.py --input {directory}/text.jsonl --output {model} "
-            "--vocab-size 448",
-            **{
-                directory / f"{name}.idx": f"preprocess_data.py --input {directory}/{name}.jsonl "
-                f"--tokenizer-model {model} --output-prefix {directory}/{name} {keys}"
+        commands = [
+            f"train_tokenizer.py --input {directory}/text.jsonl --output {model} --vocab-size 448",
+            *(
+                f"preprocess_data.py --input {directory}/{name}.jsonl --tokenizer-model {model} "
+                f"--output-prefix {directory}/{name} {keys}"
                 for name, keys in (("text", ""), ("pairs", "--prompt-key prompt"))
-            },
-        }
-        for path, command in commands.items():
-            if not path.exists():
-                tool, *flags = command.split()
-                run_python([str(TOOLS / tool), *flags], directory / "data.log", tool)
+            ),
+        ]
+        for command in commands:
+            tool, *flags = command.split()
+            run_python([str(TOOLS / tool), *flags, "--unless-done"], directory / "data.log", tool)
         return directory
 
     def pretrain(self, seed: int, causal: bool) -> pathlib.Path:

@@ -47,6 +47,7 @@ from megatron_mdm.benchmarks.overhead import (
     in_turns,
     model_flags,
 )
+from megatron_mdm.benchmarks.program import program
 from megatron_mdm.benchmarks.race import write_data
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
@@ -173,6 +174,7 @@ def header(device: str, args: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(device),
         "torch": torch.__version__,
         "megatron": version("megatron-core"),
+        "program": program(),
         "length": 64 if args.tiny else LENGTH,
         "vocabulary": 1024 if args.tiny else LLADA_VOCABULARY,
         "rounds": args.rounds,

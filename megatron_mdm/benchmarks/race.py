@@ -4,13 +4,13 @@ A small byte-level model is trained on the source of Python's standard library: 
 batch, batches and schedule for all, one run for each recipe and seed. Reported are the NELBO on
 held-out text at the end, which is measured alike for all recipes and on the same rows for one seed,
 and the steps after which a recipe has reached what `standard` has at its end. Finished runs are
-kept in --directory, so that an interrupted race goes on where it was.
+kept in --directory, so that an interrupted race goes on where it was; those of another program or
+of other data are trained anew.
 """
 
 import argparse
 import json
 import math
-import os
 import pathlib
 import re
 import shlex
@@ -20,7 +20,7 @@ import sysconfig
 
 from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, at_once, kept, run_python
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import complete_or_absent, write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.recipes import RECIPES
 
@@ -157,19 +157,18 @@ def steps_to(curve: list[float], target: float, interval: int) -> float | None:
 
 def write_data(directory: pathlib.Path) -> None:
     """The bytes of the standard library's modules as a Megatron dataset, a document each."""
-    if (directory / "text.idx").exists():
-        return
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(directory / "text.bin"), dtype=np.uint16)
-    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = path.read_bytes()
-        if text:
-            builder.add_document(torch.tensor(list(text), dtype=torch.int16), [len(text)])
-    builder.finalize(str(directory / ".text.idx.partial"))
-    os.replace(directory / ".text.idx.partial", directory / "text.idx")
+    names = [str(directory / name) for name in ("text.bin", "text.idx")]
+    with complete_or_absent(*names) as (tokens, index):
+        builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
+        for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+            text = path.read_bytes()
+            if text:
+                builder.add_document(torch.tensor(list(text), dtype=torch.int16), [len(text)])
+        builder.finalize(index)
 
 
 def write_density(directory: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs of the program that are kept: each is named by its flags, and done once."""
+"""Runs of the program that are kept: each is named by what it follows from, and done once."""
 
 import concurrent.futures
 import hashlib
@@ -14,8 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_mdm.benchmarks.program import program
 from megatron_mdm.config import flag
+from megatron_mdm.data.identity import quick_digest
 from megatron_mdm.data.outputs import write_errors, write_text
+from megatron_mdm.data.record import file_digest
 from megatron_mdm.errors import UserError
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
@@ -49,25 +52,32 @@ def kept(
 
     Args:
         directory: where results are.
-        flags: name the run: whoever changes one asks for another run. Files that they name are
-            taken for the same under the same name.
+        flags: name the run, with the program and with what is in the files that they name: whoever
+            changes one of these asks for another run.
         work: called if there is no result yet, with `run_path`.
 
     Returns:
-        What `work` returned, and `flags`.
+        What `work` returned, `flags` and `program`.
     """
     name = run_path(directory, flags)
     path = name.with_suffix(".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    result = {"flags": list(flags), **work(name)}
+    result = {"flags": list(flags), "program": program(), **work(name)}
     write_text(str(path), json.dumps(result) + "\n")
     return result
 
 
 def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
     """What the files of a run are called, without an ending; see `kept`."""
-    return directory / digest(" ".join(flags))
+    return directory / digest("\n".join([program(), *map(_with_contents, flags)]))
+
+
+def _with_contents(word: str) -> str:
+    """A word of a command, and what is in the file or the .bin/.idx pair that it may name."""
+    if os.path.isfile(f"{word}.idx") and os.path.isfile(f"{word}.bin"):
+        return f"{word} {quick_digest(f'{word}.bin', f'{word}.idx')}"
+    return f"{word} {file_digest(word)}" if os.path.isfile(word) else word
 
 
 def digest(text: str) -> str:

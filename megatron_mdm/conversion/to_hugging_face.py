@@ -27,7 +27,7 @@ from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
 from megatron_mdm.data.outputs import new_directory
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 from megatron_mdm.mcore.architecture import differences
 
 
@@ -144,7 +144,7 @@ def to_hugging_face(
         say("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
         say(f"left out {padded - rows} padding rows of the vocabulary")
-    say(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
+    say(f"{escaped(output)}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 
 def _check_same_model(

@@ -1,5 +1,6 @@
 """Hugging Face safetensors -> Megatron: every tensor is read, arranged and written on its own."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,7 +36,7 @@ from megatron_mdm.conversion.tokenizer import (
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, vocabulary
 from megatron_mdm.data.outputs import new_directory
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
 LAUNCH_FILE = "launch.txt"
 # Tensors that some releases carry along, computed from the configuration.
@@ -147,7 +148,7 @@ def to_megatron(
             )
     for line in _remarks(family, config, words, tied, shift):
         say(line)
-    say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
+    say(f"{escaped(output)}: {family.name}, {parameters:,} parameters, {kind}")
     say(f"train it with (data, batch and schedule are yours), or resume:\n\n{launch}\n")
 
 
@@ -233,8 +234,19 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
         if word.startswith("--") and len(f"{line} {word} {value}") > 96:
             lines.append(line)
             line = "   "
-        line += " " + shlex.quote(word)
+        line += " " + _quoted(word)
     return " \\\n".join([*lines, line])
+
+
+def _quoted(word: str) -> str:
+    """A word for bash, of printable characters."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = ""
+    for c in word:
+        as_bytes = "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+        shown += c if c.isprintable() and c not in "\\'" else as_bytes
+    return f"$'{shown}'"
 
 
 def _remarks(
@@ -267,5 +279,5 @@ def _remarks(
     if family.experts_key:
         yield (
             "how the experts are kept balanced is a choice of the training: --moe-aux-loss-coeff "
-            f"(config.json: {config.get('router_aux_loss_coef')})"
+            f"(config.json: {config.get('router_aux_loss_coef')!r})"
         )

@@ -1,25 +1,37 @@
-"""Documents from text and JSONL files, plain or gzipped.
+r"""Documents from text and JSONL files, plain or gzipped.
 
 Two formats: in a *text* file the whole file is one document, verbatim; in a *JSONL* file every
 line is a JSON object that holds one document under a key. Blank JSONL lines hold no document and
 are passed over. Files are read as streams, so that only one document at a time is in memory.
 
+One rule says which format a file has, for every tool that reads one. `--format` decides where it
+is given. Else a file is JSONL if its name says so (`JSON_SUFFIXES`, with or without `.gz`), or if
+its first line that is not blank is a JSON object. A file that holds a JSON array is refused. A byte
+order mark at the start of a file belongs to neither format. Lines end at \n or \r\n only.
+
 Imports nothing beyond the standard library, because worker processes import this module.
 """
 
+import argparse
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from megatron_mdm.errors import UserError
 
 FORMATS = ("auto", "jsonl", "text")
-_JSON_SUFFIXES = (".jsonl", ".json")
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _BOM = b"\xef\xbb\xbf"
+# An array of objects, as far as its first two lines show one. Many a text begins with a bracket.
+_ARRAY_OF_OBJECTS = re.compile(rb"\[\s*\{\s*([\"}]|\Z)")
 
 
 class Document(NamedTuple):
@@ -50,11 +62,12 @@ def resolve_inputs(inputs: Sequence[str], input_list: str | None = None) -> list
         _check_file(path, "--input")
     if input_list is not None:
         _check_file(input_list, "--input-list")
-        with open(input_list, encoding="utf-8", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                if path := line.rstrip("\r\n"):
-                    _check_file(path, f"{input_list}:{number}")
-                    paths.append(path)
+        with open(input_list, "rb") as file:
+            content = file.read().removeprefix(_BOM)
+        for number, line in enumerate(split_lines(os.fsdecode(content)), 1):
+            if line:
+                _check_file(line, f"{input_list}:{number}")
+                paths.append(line)
     if not paths:
         raise UserError("no input files: name some with --input or --input-list")
     return paths
@@ -71,37 +84,167 @@ def _check_file(path: str, origin: str) -> None:
         raise UserError(f"{origin}: {path} is not a regular file")
 
 
-def read_documents(paths: Iterable[str], file_format: str = "auto") -> Iterator[Document]:
+def add_format_argument(parser: argparse._ActionsContainer, files: str) -> None:
+    """Adds --format to the command line of a tool.
+
+    Args:
+        parser: of the tool, or a group of it.
+        files: what the flag is about, such as "of --data".
+    """
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help=f"{files}: jsonl, a document a line; text, a document a file; auto, jsonl for "
+        f"{', '.join(JSON_SUFFIXES)} and for files whose first line is a JSON object, text for the "
+        "rest (default: %(default)s)",
+    )
+
+
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text without their ends, \n or \r\n.
+
+    str.splitlines would also break lines at form feeds and other characters that belong to them.
+    """
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+class InputsDigest:
+    """A digest of input files: of their contents in order, and of what their names decide.
+
+    Files add themselves while they are read, to the end and without going back.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def open(self, path: str) -> io.BufferedReader:
+        """Opens a file that is part of the digest."""
+        suffixes = path.endswith(".gz"), _has_json_name(path)
+        self._hash.update(f"{suffixes} {os.path.getsize(path)}\n".encode())
+        return io.BufferedReader(_DigestedFile(path, self._hash.update), 1 << 18)
+
+    def read(self, paths: Iterable[str]) -> str:
+        """Reads files for their digest alone.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
+        for path in paths:
+            with _read_errors(path), self.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        return self.hex()
+
+    def hex(self) -> str:
+        """The digest so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+class _DigestedFile(io.FileIO):
+    """A file that hands on what is read of it."""
+
+    def __init__(self, path: str, update: Callable[[memoryview], object]) -> None:
+        super().__init__(path)
+        self._update = update
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._update(memoryview(buffer)[:count])
+        return count
+
+    def readall(self) -> bytes:
+        data = super().readall()
+        self._update(memoryview(data))
+        return data
+
+
+@contextmanager
+def _read_errors(path: str) -> Iterator[None]:
+    """Turns what goes wrong with the file `path` in the block into a `UserError`."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_documents(
+    paths: Iterable[str], file_format: str = "auto", digest: InputsDigest | None = None
+) -> Iterator[Document]:
     """Yields the documents of `paths` in order.
 
     Args:
         paths: Files; those that end in `.gz` are decompressed on the way.
-        file_format: `jsonl`, `text`, or `auto`, which takes `.jsonl` and `.json` (with or without
-            `.gz`) for JSONL and everything else for text.
+        file_format: `jsonl`, `text`, or `auto`: see the rule above.
+        digest: To which all files are added, once all documents are read.
 
     Raises:
-        UserError: A file cannot be read, or is not the gzip file that its name promises.
+        UserError: A file cannot be read, is not the gzip file that its name promises, or holds a
+            JSON array.
     """
     start = 0
     for path in paths:
-        name = path.removesuffix(".gz")
-        is_json = file_format == "jsonl" or (
-            file_format == "auto" and name.endswith(_JSON_SUFFIXES)
+        with _read_errors(path), digest.open(path) if digest else open(path, "rb") as raw:
+            stream: io.BufferedIOBase = raw
+            if path.endswith(".gz"):
+                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            begun, head = _begin(stream)
+            if _is_jsonl(path, head, file_format):
+                for number, line in enumerate(itertools.chain(begun, stream), 1):
+                    if line and not line.isspace():
+                        yield Document(path, number, line, start + raw.tell())
+            else:
+                data = b"".join([*begun, stream.read()])
+                yield Document(path, 0, data, start + raw.tell())
+            start += raw.tell()
+
+
+def _begin(stream: io.BufferedIOBase) -> tuple[list[bytes], bytes]:
+    """Reads the beginning of a file, without a byte order mark.
+
+    Returns:
+        Its lines up to the second one that is not blank, and those of them that are not blank.
+    """
+    begun = [stream.readline().removeprefix(_BOM)]
+    head = [line for line in begun if line.strip()]
+    while len(head) < 2 and (line := stream.readline()):
+        begun.append(line)
+        head += [line] if line.strip() else []
+    return begun, b"".join(head)
+
+
+def _is_jsonl(path: str, head: bytes, file_format: str) -> bool:
+    """Whether a file is JSONL, by the rule above.
+
+    Args:
+        path: Of the file.
+        head: Its first two lines that are not blank.
+        file_format: `jsonl`, `text` or `auto`.
+
+    Raises:
+        UserError: It holds a JSON array.
+    """
+    if file_format == "text":
+        return False
+    content = head.lstrip()
+    is_named = file_format == "jsonl" or _has_json_name(path)
+    if content.startswith(b"[") if is_named else _ARRAY_OF_OBJECTS.match(content):
+        raise UserError(
+            f"{path} holds a JSON array, and JSONL is one object a line: write its objects so, for "
+            "example with jq -c '.[]' (--format text takes the file for one text)"
         )
-        try:
-            with open(path, "rb") as raw:
-                stream = raw if name == path else io.BufferedReader(gzip.GzipFile(fileobj=raw))
-                if is_json:
-                    for number, line in enumerate(stream, 1):
-                        if not line.isspace():
-                            yield Document(path, number, line, start + raw.tell())
-                else:
-                    yield Document(path, 0, stream.read(), start + raw.tell())
-                start += raw.tell()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: damaged gzip file ({error})") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if is_named or not content.startswith(b"{"):
+        return is_named
+    try:
+        return isinstance(json.loads(content.split(b"\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_json_name(path: str) -> bool:
+    return path.lower().removesuffix(".gz").endswith(JSON_SUFFIXES)
 
 
 def document_text(document: Document, json_key: str) -> str:
@@ -129,17 +272,18 @@ def document_object(document: Document) -> dict[str, Any]:
     data = document.data
     if document.line == 0:
         raise bad_document(document, "a text file where JSONL is needed (see --format)")
-    if document.line == 1:
-        data = data.removeprefix(_BOM)  # which JSON forbids and some editors write
     content = _decode(document, data.rstrip(b"\r\n"))  # or errors at the end are on line 2
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
-        raise bad_document(document, f"bad JSON: {error.msg} (column {error.colno})") from None
+        reason = f"bad JSON: {error.msg} (column {error.colno})"
+        if content.strip() == "{":
+            reason = "an object that goes on on the next line: write each on one, as jq -c . does"
+        raise bad_document(document, reason) from None
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise bad_document(document, f"bad JSON: {error}") from None
     if not isinstance(value, dict):
-        raise bad_document(document, f"a JSON {_json_type(value)} where an object is needed")
+        raise bad_document(document, f"a JSON {json_type(value)} where an object is needed")
     return value
 
 
@@ -151,18 +295,27 @@ def string_value(document: Document, value: dict[str, Any], key: str, flag: str)
             tokenizer can take.
     """
     if key not in value:
-        raise bad_document(document, f'no key "{key}" (see {flag})')
+        by_content = flag == "--json-key" and not _has_json_name(document.path)
+        or_text = ", or take the file for one text with --format text" if by_content else ""
+        raise bad_document(document, f'no key "{key}" (see {flag}{or_text})')
     text = value[key]
     if not isinstance(text, str):
-        raise bad_document(
-            document, f'the value of "{key}" is a JSON {_json_type(text)}, no string'
-        )
+        raise bad_document(document, f'the value of "{key}" is a JSON {json_type(text)}, no string')
+    check_surrogates(document, text)
+    return text
+
+
+def check_surrogates(document: Document, text: str) -> None:
+    """Checks that a text from JSON has no lone surrogates, which no tokenizer can take.
+
+    Raises:
+        BadDocumentError: It has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(text[error.start]):04x}"
         raise bad_document(document, f"the text holds a lone surrogate ({surrogate})") from None
-    return text
 
 
 def _decode(document: Document, data: bytes) -> str:
@@ -178,6 +331,7 @@ def bad_document(document: Document, reason: str, line: int = 0) -> BadDocumentE
     return BadDocumentError(f"{document.path}:{max(document.line, 1) + line}: {reason}")
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What JSON calls a value."""
     names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

@@ -4,12 +4,21 @@ Imports neither torch nor megatron nor transformers, so that a worker starts in 
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_mdm.data.documents import BadDocumentError, Document, document_text
+from megatron_mdm.data.documents import (
+    BadDocumentError,
+    Document,
+    bad_document,
+    document_text,
+)
+
+# Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
+MASK_PIECES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +27,20 @@ class TokenizerData:
 
     Exactly one of `sentencepiece_model` (the bytes of a `.model` file) and `tokenizer_json` (the
     JSON of a `tokenizers.Tokenizer`) is set. `vocab_size` is larger than every id; `eod` is the
-    id of the end-of-document token, if there is one.
+    id of the end-of-document token, and `mask` that of the mask token, if there is one.
     """
 
     vocab_size: int
     eod: int | None
+    mask: int | None = None
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
+
+    def digest(self) -> str:
+        """A digest of all that the tokenizer does; two that agree encode every text alike."""
+        content = hashlib.sha256(self.sentencepiece_model or self.tokenizer_json.encode())
+        content.update(f"{self.vocab_size} {self.eod} {self.mask}".encode())
+        return content.hexdigest()
 
     def load(self, special: bool = False) -> Callable[[str], list[int]]:
         """Returns a function from a text to its ids; the tokenizer adds no special tokens.
@@ -52,6 +68,23 @@ def open_hugging_face(directory: str) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
+def mask_id(tokenizer: Any) -> int | None:
+    """The id of a tokenizer's mask token, None if it has none.
+
+    Args:
+        tokenizer: a sentencepiece processor, or a Hugging Face tokenizer.
+    """
+    if getattr(tokenizer, "mask_token_id", None) is not None:  # Hugging Face
+        return tokenizer.mask_token_id
+    if hasattr(tokenizer, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
+        candidates = {piece: tokenizer.piece_to_id(piece) for piece in MASK_PIECES}
+        return next((i for i in candidates.values() if i != tokenizer.unk_id()), None)
+    if hasattr(tokenizer, "get_vocab"):  # Hugging Face without a mask token set
+        vocab = tokenizer.get_vocab()
+        return next((vocab[piece] for piece in MASK_PIECES if piece in vocab), None)
+    return None
+
+
 class EncodedChunk(NamedTuple):
     """The tokens of successive documents.
 
@@ -62,6 +95,7 @@ class EncodedChunk(NamedTuple):
         empty: How many documents without any token were left out.
         bad: `FILE:LINE: REASON` of the documents that could not be read.
         position: Where the input had been read to, as `Document.position`.
+        is_dated: Whether a chat template has written the date that it was given.
     """
 
     tokens: np.ndarray
@@ -70,6 +104,7 @@ class EncodedChunk(NamedTuple):
     empty: int
     bad: list[str]
     position: int
+    is_dated: bool = False
 
 
 class ChunkEncoder:
@@ -79,10 +114,14 @@ class ChunkEncoder:
         tokenizer: What to encode with.
         json_key: Where a JSONL line holds its text.
         append_eod: Whether to end each document with `tokenizer.eod`.
+        special: Whether text that spells a special token is that token.
     """
 
-    def __init__(self, tokenizer: TokenizerData, json_key: str, append_eod: bool) -> None:
-        self._encode = tokenizer.load()
+    def __init__(
+        self, tokenizer: TokenizerData, json_key: str, append_eod: bool, special: bool = False
+    ) -> None:
+        self._encode = tokenizer.load(special)
+        self._mask = tokenizer.mask
         self._json_key = json_key
         self._ending = [tokenizer.eod] if append_eod else []
         # Small, because it travels to the parent, which converts it to Megatron's choice.
@@ -95,10 +134,11 @@ class ChunkEncoder:
         for document in documents:
             try:
                 texts = self._texts(document)
+                sequences = [self._encode(text) for text in texts]
+                self._check_mask(document, sequences)
             except BadDocumentError as error:
                 bad.append(str(error))
                 continue
-            sequences = [self._encode(text) for text in texts]
             if not sequences[-1]:
                 empty += 1
                 continue
@@ -109,6 +149,13 @@ class ChunkEncoder:
             lengths.append([len(ids) for ids in sequences])
         tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
+
+    def _check_mask(self, document: Document, sequences: Sequence[list[int]]) -> None:
+        """Checks that no text spells the mask token, at which training would stop."""
+        if self._mask is not None and any(self._mask in ids for ids in sequences):
+            raise bad_document(
+                document, f"the text spells the tokenizer's mask token (id {self._mask})"
+            )
 
     def _texts(self, document: Document) -> Sequence[str]:
         """The sequences of a document; without the last one there is nothing to learn from it."""

@@ -70,6 +70,27 @@ def new_directory(target: str) -> Iterator[str]:
         raise
 
 
+@contextmanager
+def set_aside(directory: str) -> Iterator[None]:
+    """Renames a directory for the time of the block, in which another one may take its place.
+
+    Afterwards it is removed; after an exception, Ctrl-C included, it is where it was.
+
+    Raises:
+        UserError: It cannot be renamed.
+    """
+    old = f"{os.path.abspath(directory)}.old-{os.getpid()}"
+    with write_errors(directory):
+        os.rename(directory, old)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.rename(old, directory)
+        raise
+    shutil.rmtree(old)
+
+
 def write_text(path: str, text: str) -> None:
     """Writes a small file, complete or not at all; raises a `UserError` if it cannot."""
     with complete_or_absent(path) as (name,), write_errors(path):

@@ -8,8 +8,9 @@ What is done with documents that are not as they should be:
 
 * A document without any token (an empty file, `{"text": ""}`) is left out and counted, since
   there is nothing to learn from it. It is not an error: source trees have many empty files.
-* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate)
-  stops the run, or is left out and counted with `skip_bad_lines`.
+* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate, a
+  conversation that its template does not render whole), or that spells the mask token, at which
+  training would stop, stops the run, or is left out and counted with `skip_bad_lines`.
 """
 
 import dataclasses
@@ -23,12 +24,20 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from megatron_mdm.data.documents import Document, read_documents
-from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData, open_hugging_face
+from megatron_mdm.data.documents import Document, InputsDigest, read_documents
+from megatron_mdm.data.encoding import (
+    ChunkEncoder,
+    EncodedChunk,
+    TokenizerData,
+    mask_id,
+    open_hugging_face,
+)
+from megatron_mdm.data.identity import is_made_from, record_of
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
+from megatron_mdm.data.record import check_free
 from megatron_mdm.data.workers import Workers
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
 # Large enough that handing it over costs nothing beside tokenizing it, small enough that the
 # workers finish together.
@@ -41,7 +50,7 @@ class PreprocessSummary:
     """What `preprocess` wrote.
 
     Attributes:
-        output_prefix: The files are this with `.bin` and `.idx`.
+        output_prefix: The files are this with `.bin`, `.idx` and, for the record, `.json`.
         dtype: Type of a token in the `.bin` file.
         workers: Number of worker processes.
         documents: Documents written.
@@ -50,6 +59,7 @@ class PreprocessSummary:
         empty_documents: Documents left out because they have no tokens.
         bad_documents: Documents left out because they cannot be read.
         bad_examples: `FILE:LINE: REASON` for the first few of those.
+        template_date: What a chat template was given for today's date, None if it wrote none.
         seconds: Time it took.
     """
 
@@ -62,11 +72,12 @@ class PreprocessSummary:
     empty_documents: int = 0
     bad_documents: int = 0
     bad_examples: list[str] = dataclasses.field(default_factory=list)
+    template_date: str | None = None
     seconds: float = 0.0
 
     def __str__(self) -> str:
         lines = [
-            f"{self.output_prefix}.bin, .idx: {self.documents:,} documents, "
+            f"{escaped(self.output_prefix)}.bin, .idx, .json: {self.documents:,} documents, "
             f"{self.tokens:,} tokens ({self.dtype}), {self.text_bytes:,} bytes of text",
             f"{self.seconds:.1f} s with {self.workers} worker(s): "
             f"{self.tokens / self.seconds:,.0f} tokens/s, "
@@ -77,6 +88,10 @@ class PreprocessSummary:
         lines += [f"  {example}" for example in self.bad_examples]
         if self.bad_documents > len(self.bad_examples):
             lines.append("  ...")
+        if self.template_date is not None:
+            lines.append(
+                f"the chat template wrote {self.template_date} for today's date (--template-date)"
+            )
         return "\n".join(lines)
 
 
@@ -106,6 +121,7 @@ def load_sentencepiece(path: str) -> TokenizerData:
     return TokenizerData(
         vocab_size=processor.get_piece_size(),
         eod=eod if eod >= 0 else None,
+        mask=mask_id(processor),
         sentencepiece_model=model,
     )
 
@@ -143,6 +159,7 @@ def load_hugging_face(directory: str) -> TokenizerData:
     return TokenizerData(
         vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
         eod=tokenizer.eos_token_id,
+        mask=mask_id(tokenizer),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
     )
 
@@ -161,30 +178,42 @@ def preprocess(
     json_key: str = "text",
     pairs: PairKeys | None = None,
     append_eod: bool = True,
+    special_tokens: bool | None = None,
     workers: int | None = None,
     skip_bad_lines: bool = False,
     progress: bool = True,
-) -> PreprocessSummary:
+    unless_done: bool = False,
+    command: Sequence[str] = (),
+) -> PreprocessSummary | None:
     """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`, complete or not at all.
 
-    Files that exist are replaced. Starts processes by the `spawn` method, so that a script that
-    calls this needs the usual `if __name__ == "__main__"`.
+    Beside them goes their record, `OUTPUT_PREFIX.json`, see `megatron_mdm.data.identity`. Files
+    that exist are replaced. Starts processes by the `spawn` method, so that a script that calls
+    this needs the usual `if __name__ == "__main__"`.
 
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
-        output_prefix: The two files without their suffixes.
+        output_prefix: The files without their suffixes.
         tokenizer: From `load_sentencepiece` or `load_hugging_face`.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
         json_key: Where a JSONL line holds its text.
         pairs: Where it holds a prompt and a response instead: documents of two sequences.
         append_eod: Whether to end each document with the end-of-document token.
+        special_tokens: Whether text that spells a special token is encoded as that token; None for
+            conversations alone, whose template writes special tokens.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.
+        unless_done: Whether to keep files that were made from the same inputs, by their contents,
+            with the same tokenizer and options.
+        command: The words of the command line, for the record.
+
+    Returns:
+        None if the files were kept.
 
     Raises:
         UserError: An unreadable document, no documents, no end-of-document token, an output that
-            cannot be written, or a worker that died.
+            cannot be written or would replace another file, or a worker that died.
     """
     start = time.perf_counter()
     workers = default_workers() if workers is None else workers
@@ -194,29 +223,82 @@ def preprocess(
         raise UserError(
             "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
         )
+    special_tokens = _special_tokens(special_tokens, tokenizer, pairs)
+    check_free(f"{output_prefix}.json", f"--output-prefix {output_prefix}")
+    options = {
+        "format": file_format,
+        "append_eod": append_eod,
+        "special_tokens": special_tokens,
+        "skip_bad_lines": skip_bad_lines,
+        "tokenizer": tokenizer.digest(),
+        **({"json_key": json_key} if pairs is None else pairs.options()),
+    }
+    if unless_done and is_made_from(output_prefix, inputs, options):
+        return None
     summary = PreprocessSummary(output_prefix, "", workers)
     encoder = (
         (ChunkEncoder, tokenizer, json_key) if pairs is None else (PairEncoder, tokenizer, pairs)
     )
-    with (
-        termination_raises(),
-        complete_or_absent(f"{output_prefix}.bin", f"{output_prefix}.idx") as (bin_path, idx_path),
-        Workers(workers, *encoder, append_eod) as pool,
-        _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
-        _Progress(inputs, progress) as bar,
-    ):
-        summary.dtype = builder.dtype.__name__
-        for result in pool.map(_chunks(read_documents(inputs, file_format))):
-            _count(summary, result, skip_bad_lines)
-            _write(builder, result, output_prefix)
-            bar.show(result.position, summary.documents)
-        if summary.documents == 0:
-            raise UserError(
-                f"no documents in {len(inputs)} input file(s): {summary.empty_documents:,} empty, "
-                f"{summary.bad_documents:,} bad"
+    # The record before the index, which is the sign that the others are valid.
+    targets = [f"{output_prefix}{suffix}" for suffix in (".bin", ".json", ".idx")]
+    read = InputsDigest()
+    with termination_raises(), complete_or_absent(*targets) as (bin_path, record_path, idx_path):
+        with (
+            Workers(workers, *encoder, append_eod, special_tokens) as pool,
+            _indexed_dataset(bin_path, idx_path, tokenizer.vocab_size, output_prefix) as builder,
+            _Progress(inputs, progress) as bar,
+        ):
+            summary.dtype = builder.dtype.__name__
+            for result in pool.map(_chunks(read_documents(inputs, file_format, read))):
+                _count(summary, result, skip_bad_lines)
+                _write(builder, result, output_prefix)
+                if result.is_dated:
+                    summary.template_date = pairs.date.isoformat()
+                bar.show(result.position, summary.documents)
+            if summary.documents == 0:
+                raise UserError(
+                    f"no documents in {len(inputs)} input file(s): {summary.empty_documents:,} "
+                    f"empty, {summary.bad_documents:,} bad"
+                )
+        with write_errors(targets[1]), open(record_path, "w", encoding="utf-8") as file:
+            file.write(
+                record_of(
+                    (bin_path, idx_path),
+                    tokenizer,
+                    kind="text" if pairs is None else "pairs",
+                    special_tokens=special_tokens,
+                    template_date=summary.template_date,
+                    documents=summary.documents,
+                    tokens=summary.tokens,
+                    inputs=read.hex(),
+                    options=options,
+                    command=list(command),
+                )
             )
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _special_tokens(
+    asked_for: bool | None, tokenizer: TokenizerData, pairs: PairKeys | None
+) -> bool:
+    """Whether text that spells a special token is that token.
+
+    Raises:
+        UserError: It cannot be as it is asked for.
+    """
+    are_conversations = pairs is not None and pairs.messages is not None
+    if asked_for is False and are_conversations:
+        raise UserError(
+            "--no-special-tokens: a chat template writes special tokens, so leave it out with "
+            "--messages-key"
+        )
+    if asked_for and tokenizer.sentencepiece_model is not None:
+        raise UserError(
+            "--special-tokens: no text spells a special token of a sentencepiece model; leave it "
+            "out, or give --hf-tokenizer"
+        )
+    return are_conversations if asked_for is None else asked_for
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

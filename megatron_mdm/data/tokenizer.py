@@ -11,6 +11,7 @@ a space.
 """
 
 import dataclasses
+import hashlib
 import heapq
 import io
 import os
@@ -18,12 +19,20 @@ import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-from megatron_mdm.data.documents import BadDocumentError, document_text, read_documents
+from megatron_mdm.data.documents import (
+    BadDocumentError,
+    InputsDigest,
+    document_text,
+    read_documents,
+)
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
+from megatron_mdm.data.record import check_free, file_digest, read_record, record
 from megatron_mdm.data.workers import Workers
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
+TOOL = "tools/train_tokenizer.py"
 MASK_PIECE = "<mask>"
 EOD_PIECE = "<eod>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -67,7 +76,8 @@ class TokenizerSummary:
             text = f"a sample of {self.used_bytes / 1e6:,.1f} MB from {text}"
         skipped = f", {self.bad_documents:,} bad skipped" if self.bad_documents else ""
         return (
-            f"{self.output}: {self.vocab_size:,} pieces (eod {self.eod_id}, mask {self.mask_id}) "
+            f"{escaped(self.output)}: {self.vocab_size:,} pieces "
+            f"(eod {self.eod_id}, mask {self.mask_id}) "
             f"from {text} in {self.documents:,} documents{skipped}, {self.seconds:.1f} s"
         )
 
@@ -82,11 +92,13 @@ def train_tokenizer(
     json_key: str = "text",
     max_bytes: int = DEFAULT_MAX_BYTES,
     skip_bad_lines: bool = False,
-) -> TokenizerSummary:
+    unless_done: bool = False,
+    command: Sequence[str] = (),
+) -> TokenizerSummary | None:
     """Trains a sentencepiece model and writes it to `output`, complete or not at all.
 
-    The same input gives the same model. The work is done in a process of its own, so that Ctrl-C
-    ends it at once.
+    Beside it goes its record, `output` with `.json` after it. The same input gives the same model.
+    The work is done in a process of its own, so that Ctrl-C ends it at once.
 
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
@@ -97,10 +109,16 @@ def train_tokenizer(
         json_key: Where a JSONL line holds its text.
         max_bytes: If there is more text, a random sample of its lines of this size is used.
         skip_bad_lines: Whether to pass over documents that cannot be read.
+        unless_done: Whether to keep a model that was made from the same inputs, by their contents,
+            with the same options.
+        command: The words of the command line, for the record.
+
+    Returns:
+        None if the model was kept.
 
     Raises:
         UserError: No text, an unreadable document, a vocabulary size that does not suit the text,
-            or an output that cannot be written.
+            or an output that cannot be written or would replace another file.
     """
     start = time.perf_counter()
     if not output.endswith(".model"):
@@ -108,21 +126,48 @@ def train_tokenizer(
         raise UserError(f"--output {output}: must end in .model")
     if max_bytes < 1:
         raise UserError(f"--max-bytes {max_bytes}: must be at least 1")
+    record_path = f"{output}.json"
+    check_free(record_path, f"--output {output}")
+    options = {
+        "format": file_format,
+        "json_key": json_key,
+        "max_bytes": max_bytes,
+        "skip_bad_lines": skip_bad_lines,
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+    }
+    if unless_done and _is_made_from(output, inputs, options):
+        return None
     corpus = _Corpus(list(inputs), file_format, json_key, max_bytes, skip_bad_lines)
     with (
         termination_raises(),
-        complete_or_absent(output) as (temporary,),
+        complete_or_absent(record_path, output) as (temporary_record, temporary),
         Workers(1, _Trainer, corpus, vocab_size, model_type) as workers,
     ):
-        (summary, model) = next(workers.map([output]))
+        (summary, model, read) = next(workers.map([output]))
         with write_errors(output), open(temporary, "wb") as file:
             file.write(model)
+        content = {"sha256": hashlib.sha256(model).hexdigest(), "inputs": read, "options": options}
+        with write_errors(record_path), open(temporary_record, "w", encoding="utf-8") as file:
+            file.write(record(TOOL, **content, command=list(command)))
     return dataclasses.replace(summary, seconds=time.perf_counter() - start)
+
+
+def _is_made_from(output: str, inputs: Sequence[str], options: dict[str, Any]) -> bool:
+    """Whether the model is there, and was made from these files with these options."""
+    found = read_record(f"{output}.json", TOOL)
+    return (
+        found is not None
+        and found.get("options") == options
+        and os.path.isfile(output)
+        and found.get("sha256") == file_digest(output)
+        and found.get("inputs") == InputsDigest().read(inputs)
+    )
 
 
 @dataclasses.dataclass
 class _Corpus:
-    """The lines to train on; the counts are right once `lines` has returned."""
+    """The lines to train on; counts and digest are right once `lines` has returned."""
 
     inputs: list[str]
     file_format: str
@@ -133,6 +178,7 @@ class _Corpus:
     bad_documents: int = 0
     text_bytes: int = 0
     used_bytes: int = 0
+    digest: str = ""
 
     def lines(self) -> list[str]:
         """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
@@ -151,7 +197,8 @@ class _Corpus:
         return [line for _, _, line in heap]
 
     def _all_lines(self) -> Iterator[str]:
-        for document in read_documents(self.inputs, self.file_format):
+        digest = InputsDigest()
+        for document in read_documents(self.inputs, self.file_format, digest):
             try:
                 text = document_text(document, self.json_key)
             except BadDocumentError as error:
@@ -160,20 +207,21 @@ class _Corpus:
                 self.bad_documents += 1
                 continue
             self.documents += 1
-            for line in text.splitlines(keepends=True):
+            for line in io.StringIO(text, newline="\n"):  # form feeds, say, end no line
                 for begin in range(0, len(line), _LINE_CHARACTERS):
                     yield line[begin : begin + _LINE_CHARACTERS]
+        self.digest = digest.hex()
 
 
 class _Trainer:
-    """Maps the name of the output to a summary and the bytes of a model, in a worker process."""
+    """Maps the name of the output to a summary, a model's bytes and the digest of its inputs."""
 
     def __init__(self, corpus: _Corpus, vocab_size: int, model_type: str) -> None:
         self._corpus = corpus
         self._vocab_size = vocab_size
         self._model_type = model_type
 
-    def __call__(self, output: str) -> tuple[TokenizerSummary, bytes]:
+    def __call__(self, output: str) -> tuple[TokenizerSummary, bytes, str]:
         import sentencepiece
 
         corpus = self._corpus
@@ -193,7 +241,7 @@ class _Trainer:
             bad_documents=corpus.bad_documents,
             seconds=0.0,
         )
-        return summary, model
+        return summary, model, corpus.digest
 
 
 def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:

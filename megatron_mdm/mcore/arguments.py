@@ -16,7 +16,7 @@ from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig, flag, requested_device
-from megatron_mdm.data.tokenizer import MASK_PIECE
+from megatron_mdm.data.encoding import mask_id
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_documents
@@ -30,9 +30,6 @@ from megatron_mdm.mcore.sizes import check_experts, check_sizes
 from megatron_mdm.mcore.start import check_checkpoints, choose_start, saved_arguments
 from megatron_mdm.mcore.vocabulary import resolve_vocab_size
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
-
-# Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
-MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mdm_mask|>", "<|mask|>")
 
 # Megatron flags that make no sense here, or are not supported, and what to do instead.
 REFUSED = {
@@ -417,13 +414,4 @@ def tokenizer_end_id(tokenizer: Any) -> int | None:
 def tokenizer_mask_id(tokenizer: Any) -> int | None:
     """The id of the mask token of a Megatron text tokenizer, None if it has none."""
     library = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
-    inner = getattr(library, "tokenizer", None)
-    if getattr(inner, "mask_token_id", None) is not None:  # Hugging Face
-        return inner.mask_token_id
-    if hasattr(inner, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
-        candidates = {piece: inner.piece_to_id(piece) for piece in MASK_PIECES}
-        return next((i for i in candidates.values() if i != inner.unk_id()), None)
-    if hasattr(inner, "get_vocab"):  # Hugging Face without a mask token set
-        vocab = inner.get_vocab()
-        return next((vocab[piece] for piece in MASK_PIECES if piece in vocab), None)
-    return None
+    return mask_id(getattr(library, "tokenizer", None))

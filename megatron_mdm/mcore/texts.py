@@ -36,7 +36,9 @@ class Documents:
     num_bytes: int | None
 
 
-def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) -> Documents:
+def read_tokens(
+    loaded: LoadedModel, data: str, json_key: str, max_tokens: int, file_format: str = "auto"
+) -> Documents:
     """Reads documents until there are `max_tokens` tokens, the last document whole.
 
     Args:
@@ -44,6 +46,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
         data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
         json_key: where a JSONL line holds its text.
         max_tokens: see above.
+        file_format: of the file, see `read_documents`.
 
     Raises:
         UserError: no such data, or data that cannot be read.
@@ -54,7 +57,7 @@ def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) 
     num_bytes = num_tokens = 0
     if os.path.isfile(data):
         encode = encoder(loaded)
-        for document in read_documents([data]):
+        for document in read_documents([data], file_format):
             text = document_text(document, json_key)
             if tokens := encode(text):
                 _check_ids(loaded, data, np.array(tokens))
@@ -100,6 +103,20 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
             tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
         )
     return loaded.tokenizer.tokenize
+
+
+def spells_special_tokens(args: Namespace) -> bool:
+    """Whether text that spells a special token is that token in the data of a checkpoint.
+
+    Args:
+        args: of the checkpoint, which says of its data how they were encoded.
+
+    Returns:
+        True too where it is not known of all of them, or where they differ: conversations come
+        rendered, with their special tokens spelled out.
+    """
+    known = {data.get("special_tokens") for data in getattr(args, "mdm_data", None) or ()}
+    return known != {False}
 
 
 def vocab_size(loaded: LoadedModel) -> int:

@@ -11,7 +11,7 @@ from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.preprocess import load_hugging_face
 from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.mcore.texts import encoder, read_tokens, vocab_size
+from megatron_mdm.mcore.texts import encoder, read_tokens, spells_special_tokens, vocab_size
 from tests import ranks
 from tests.conversion import models
 
@@ -63,6 +63,29 @@ def test_a_tokenizer_that_cannot_be_read(moved, tmp_path):
     log = generate(tmp_path, damaged, "--prompt", "w1", check=False)
     (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert str(damaged / "huggingface") in line and "Traceback" not in log
+
+
+def test_special_tokens_in_prompts_are_those_of_the_data(moved, tmp_path):
+    prompt = ["--prompt", "w1<s>w2", "--length", "1", "--steps", "1"]
+    assert generate(tmp_path / "a", moved, *prompt).split()[:3] == ["w1", "<s>", "w2"]
+    flags = [*prompt, "--no-special-tokens"]
+    assert generate(tmp_path / "b", moved, *flags).split()[0] == "<unk>"
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, True),
+        ({"mdm_data": None}, True),
+        ({"mdm_data": []}, True),
+        ({"mdm_data": [{"special_tokens": None}]}, True),
+        ({"mdm_data": [{"special_tokens": False}, {}]}, True),
+        ({"mdm_data": [{"special_tokens": False}, {"special_tokens": True}]}, True),
+        ({"mdm_data": [{"special_tokens": False}] * 2}, False),
+    ],
+)
+def test_the_rule_of_a_checkpoint_is_that_of_all_its_data(known, expected):
+    assert spells_special_tokens(Namespace(**known)) == expected
 
 
 def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Preprocessing: exact tokens, the same for every number of workers, complete or absent."""
 
+import dataclasses
 import gzip
 import json
 import multiprocessing
@@ -22,7 +23,9 @@ import sentencepiece
 
 from megatron_mdm.data import preprocess as module
 from megatron_mdm.data.documents import read_documents, resolve_inputs
+from megatron_mdm.data.identity import data_identity
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises
+from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.data.workers import Workers
@@ -112,16 +115,57 @@ def test_all_formats_and_several_inputs(tmp_path, tokenizer, expected):
     (tmp_path / "c.py").write_bytes(b"x = 1\r\n\ty\n\n")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
     (tmp_path / "e").write_text('{"body": "text"}')
-    names = ["a.jsonl", "b.json.gz", "c.py", "d.txt.gz", "e"]
+    (tmp_path / "f.txt").write_text('\ufeff\n {"body":\n"text"}\n')
+    names = ["a.jsonl", "b.json.gz", "c.py", "d.txt.gz", "e", "f.txt"]
     inputs = [str(tmp_path / name) for name in names]
     run(inputs, tmp_path / "out", tokenizer, json_key="body")
-    texts = [*TEXTS[:5], *TEXTS[:5], "x = 1\r\n\ty\n\n", "one\ntwo\n", '{"body": "text"}']
-    assert read(tmp_path / "out") == expected(texts)
+    texts = [*TEXTS[:5], *TEXTS[:5], "x = 1\r\n\ty\n\n", "one\ntwo\n", "text"]
+    assert read(tmp_path / "out") == expected([*texts, '\n {"body":\n"text"}\n'])
 
-    run([inputs[-1]], tmp_path / "out", tokenizer, json_key="body", file_format="jsonl")
-    assert read(tmp_path / "out") == expected(["text"])
-    run([inputs[1]], tmp_path / "out", tokenizer, file_format="text")
-    assert read(tmp_path / "out") == expected([lines])
+    run(inputs[1:2] + inputs[4:5], tmp_path / "out", tokenizer, file_format="text")
+    assert read(tmp_path / "out") == expected([lines, '{"body": "text"}'])
+    with pytest.raises(UserError, match=r"c\.py:1: bad JSON"):
+        run(inputs[2:3], tmp_path / "out", tokenizer, file_format="jsonl")
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.ndjson", "a.txt.gz"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n \r\n"])
+def test_lines_of_objects_are_jsonl_under_any_name(tmp_path, tokenizer, expected, name, before):
+    content = (before + '{"text": "one\\ntwo"}\r\n{"text": "three \u2028 \x85 four"}\n').encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    run([str(tmp_path / name)], tmp_path / "out", tokenizer)
+    assert read(tmp_path / "out") == expected(["one\ntwo", "three \u2028 \x85 four"])
+
+
+def test_a_text_that_looks_like_jsonl_can_be_taken_for_text(tmp_path, tokenizer):
+    (tmp_path / "settings").write_text('{"indent": 4}\n')
+    with pytest.raises(UserError, match=r"settings:1: no key .* one text with --format text\)"):
+        run([str(tmp_path / "settings")], tmp_path / "out", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{x}\n", '{"a": 1} b', "[1]: a note\n", "[{{ name }}]\n", "[\n", '["a"]\n', ""]
+)
+def test_text_that_begins_like_json_stays_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    (document,) = read_documents([str(tmp_path / "a.txt")])
+    assert (document.line, document.data.decode()) == (0, text)
+
+
+@pytest.mark.parametrize("file_format", ["auto", "jsonl"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize(
+    "text", ['[\n {\n "text": "a"\n },\n{"text": "b"}\n]', '\ufeff[{"text": "a"}]', "[{}]", "[ {\n"]
+)
+def test_an_array_is_refused_and_not_read_in_part(tmp_path, tokenizer, text, name, file_format):
+    (tmp_path / name).write_text(text)
+    options = {"file_format": file_format, "skip_bad_lines": True}
+    with pytest.raises(
+        UserError, match=f"{name} holds a JSON array, .* one object a line: .* jq -c"
+    ):
+        run([str(tmp_path / name)], tmp_path / "out", tokenizer, **options)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    run([str(tmp_path / name)], tmp_path / "out", tokenizer, file_format="text")
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, expected):
@@ -162,6 +206,7 @@ def test_tokenizer_without_end_of_document(tmp_path):
 
 BAD_LINES = [
     (b'{"text": "a"', "bad JSON: Expecting ',' delimiter (column 13)"),
+    (b" {", "an object that goes on on the next line: write each on one, as jq -c . does"),
     (b"text", "bad JSON: Expecting value (column 1)"),
     (b"[" * 100_000, "bad JSON: maximum recursion depth exceeded"),
     (b'{"text": ' + b"1" * 5000 + b"}", "bad JSON: Exceeds the limit (4300 digits)"),
@@ -233,6 +278,10 @@ def test_resolve_inputs(tmp_path):
     b.write_text("b")
     (tmp_path / "list").write_text(f"{b}\n\n{a}\r\n{b}")
     assert resolve_inputs([str(a)], str(tmp_path / "list")) == [str(p) for p in (a, b, a, b)]
+    odd = tmp_path / "c\x0cd\re\u2028f.txt"  # whose name holds what str.splitlines takes for an end
+    odd.write_text("c")
+    (tmp_path / "list").write_bytes(f"\ufeff{b}\r\n{odd}\n".encode())
+    assert resolve_inputs([], str(tmp_path / "list")) == [str(b), str(odd)]
     (tmp_path / "list").write_text(f"{a}\n{tmp_path}/none\n")
     with pytest.raises(UserError, match="list:2: .*/none does not exist"):
         resolve_inputs([], str(tmp_path / "list"))
@@ -307,6 +356,60 @@ def test_hugging_face(tmp_path):
     assert summary.empty_documents == 1
 
 
+def test_special_tokens_in_text_are_asked_for_and_recorded(tmp_path, tokenizer):
+    """Prompts that a template has rendered already, which generation encodes alike."""
+    words = save_hugging_face(tmp_path / "hf", WORDS, eos_token="</s>")
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "a </s> b", "prompt": "a </s>", "response": "b </s>"}\n')
+
+    def encoded(**options):
+        run([str(source)], tmp_path / "out", words, **options)
+        recorded = data_identity(str(tmp_path / "out")).special_tokens
+        assert recorded == options.get("special_tokens", False)
+        return (tmp_path / "out.bin").read_bytes()
+
+    def ids(*tokens):
+        return np.array(tokens, dtype=np.uint16).tobytes()
+
+    assert encoded() == encoded(special_tokens=False) == ids(1, 0, 2, 5)
+    assert encoded(special_tokens=True) == ids(*words.load(special=True)("a </s> b"), 5)
+    assert encoded(special_tokens=True) == ids(1, 5, 2, 5)
+    assert encoded(pairs=PairKeys()) == ids(1, 0, 2, 0, 5)
+    assert encoded(pairs=PairKeys(), special_tokens=True) == ids(1, 5, 2, 5)
+    with pytest.raises(UserError, match="a.jsonl:1: the text spells .* mask token"):
+        source.write_text('{"text": "a <mask>"}')
+        encoded(special_tokens=True)
+    with pytest.raises(UserError, match="--special-tokens: no text spells a special token of"):
+        run([str(source)], tmp_path / "out", tokenizer, special_tokens=True)
+    conversations = PairKeys(messages="m", template=str(tmp_path / "hf"))
+    with pytest.raises(UserError, match="--no-special-tokens: a chat template writes special"):
+        run([str(source)], tmp_path / "out", words, pairs=conversations, special_tokens=False)
+
+
+def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
+    """A word of the vocabulary, and a piece that text may spell, which stay what they are."""
+    words = save_hugging_face(tmp_path / "hf", [*WORDS, "[MASK]"], eos_token="</s>")
+    assert words.mask == 5  # the declared one, <mask>, which no text spells
+    words = dataclasses.replace(words, mask=4)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words"] * 9),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=13,
+        user_defined_symbols=["[MASK]"],
+        minloglevel=2,
+    )
+    pieces = load_sentencepiece(str(tmp_path / "t.model"))
+    assert pieces.mask == 3
+    source = write_jsonl(tmp_path / "a.jsonl", ["a", "a [MASK]", "b"])
+    for tokenizer in (words, pieces):
+        with pytest.raises(
+            UserError, match=r"a.jsonl:2: the text spells .* mask token \(id [34]\)"
+        ):
+            run([source], tmp_path / "out", tokenizer)
+        summary = run([source], tmp_path / "out", tokenizer, skip_bad_lines=True)
+        assert (summary.documents, summary.bad_documents) == (2, 1)
+
+
 def test_hugging_face_agrees_with_megatron(tmp_path):
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
@@ -359,7 +462,13 @@ def test_existing_output_is_replaced_by_success_only(tmp_path, tokenizer, expect
     assert (tmp_path / "old.bin").read_text() + (tmp_path / "old.idx").read_text() == "binidx"
     run([write_jsonl(tmp_path / "a.jsonl", ["a"])], tmp_path / "old", tokenizer)
     assert read(tmp_path / "old") == expected(["a"])
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "bad.jsonl", "old.bin", "old.idx"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.jsonl",
+        "bad.jsonl",
+        "old.bin",
+        "old.idx",
+        "old.json",
+    ]
 
 
 def test_output_directory_is_made(tmp_path, tokenizer, expected):
@@ -609,7 +718,10 @@ def test_tool(tmp_path, monkeypatch, capfd, model, expected):
     documents = read(tmp_path / "out")
     assert documents == expected(TEXTS)
     out, err = capfd.readouterr()
-    assert f"out.bin, .idx: 200 documents, {sum(map(len, documents)):,} tokens (uint16), " in out
+    assert (
+        f"out.bin, .idx, .json: 200 documents, {sum(map(len, documents)):,} tokens (uint16), "
+        in out
+    )
     for part in ("2 worker(s)", "tokens/s", "MB/s", "bytes per token", "skipped: 0 empty, 0 bad"):
         assert part in out
     # The progress bar alone, and it is short where there is no terminal.
@@ -625,6 +737,29 @@ def test_tool_with_hugging_face(tmp_path, monkeypatch, capfd):
         "--output-prefix", tmp_path / "out", "--workers", 1,
     )  # fmt: skip
     assert read(tmp_path / "out") == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ignore-keys", "id"], "error: --ignore-keys is for --messages-key: leave it out\n"),
+        (["--messages-key", "m", "--ignore-keys", "id", "role"], "--ignore-keys role: a convers"),
+        (["--template-date", "2024-01-01"], "error: --template-date is for --messages-key: leave"),
+        (["--messages-key", "m", "--template-date", "today"], "--template-date today: give YYYY"),
+        (["--messages-key", "m", "--ignore-keys", "m"], "--ignore-keys m: a conversation cannot"),
+    ],
+)
+def test_tool_refuses_flags_of_conversations_that_cannot_work(
+    tmp_path, monkeypatch, capfd, flags, message
+):
+    save_hugging_face(tmp_path / "hf", WORDS, chat_template="{{ messages }}")
+    source = write_jsonl(tmp_path / "a.jsonl", ["a b"])
+    with pytest.raises(SystemExit):
+        run_tool_here(
+            monkeypatch, "--input", source, "--hf-tokenizer", tmp_path / "hf", "--no-append-eod",
+            "--output-prefix", tmp_path / "out", *flags,
+        )  # fmt: skip
+    assert message in capfd.readouterr().err
 
 
 def test_tool_reports_mistakes_in_one_line(tmp_path, monkeypatch, capfd, model):

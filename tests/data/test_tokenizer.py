@@ -157,7 +157,7 @@ def test_tool_prints_one_line_and_replaces_the_output(tmp_path, monkeypatch, cap
     assert err == ""
     assert out.count("\n") == 1
     assert out.startswith(f"{output}: 400 pieces (eod 1, mask 3) from ")
-    assert os.listdir(output.parent) == ["t.model"]
+    assert sorted(os.listdir(output.parent)) == ["t.model", "t.model.json"]
     assert sentencepiece.SentencePieceProcessor(model_file=str(output)).get_piece_size() == 400
 
 
@@ -200,6 +200,37 @@ def test_the_sizes_that_errors_suggest_work(tmp_path):
         suggestion = next(int(w) for w in str(error.value).split()[3:] if w.isdigit())
         summary = train_tokenizer([str(text)], output, vocab_size=suggestion)
         assert summary.vocab_size == suggestion
+
+
+def test_a_model_is_kept_unless_something_has_changed(tmp_path, monkeypatch, capfd):
+    source, output = tmp_path / "a.txt", tmp_path / "t.model"
+    source.write_text("some words\n" * 9)
+
+    def is_trained(*options):
+        before = output.read_bytes() if output.exists() else None
+        run_tool_here(
+            monkeypatch, "--input", source, "--output", output, "--unless-done",
+            "--vocab-size", 270, *options,
+        )  # fmt: skip
+        said = capfd.readouterr().out
+        if said == f"{output}: already made from these inputs and options\n":
+            assert output.read_bytes() == before
+            return False
+        assert "pieces" in said
+        return True
+
+    assert is_trained() and not is_trained()
+    source.write_text("other words\n" * 9)
+    assert is_trained() and not is_trained()
+    for options in (["--vocab-size", 271], ["--model-type", "unigram"], ["--max-bytes", 90]):
+        assert is_trained(*options) and not is_trained(*options)
+    output.write_bytes(output.read_bytes()[:-1])
+    assert is_trained("--max-bytes", 90)
+    output.unlink()
+    assert is_trained("--max-bytes", 90)
+    (tmp_path / "t.model.json").write_text('{"text": "of mine"}')
+    with pytest.raises(UserError, match="t.model.json is where the record of the output goes, and"):
+        train_tokenizer([str(source)], str(output))
 
 
 def test_output_must_be_named_like_a_model(tmp_path):

@@ -148,11 +148,11 @@ def test_another_measurement_is_told_by_flags_and_files(tmp_path):
 
     def identity(**changes):
         options = {"load": str(checkpoint), "data": str(data), "json_key": "text"}
-        options |= {"autoregressive": None, "parameters": "", **changes}
+        options |= {"format": "auto", "autoregressive": None, "parameters": "", **changes}
         return json.dumps(tool["identity"](Namespace(**options), 8192, 1))
 
     seen = [identity(), identity(json_key="words"), identity(autoregressive=str(checkpoint))]
-    seen.append(identity(parameters="norm"))
+    seen += [identity(parameters="norm"), identity(format="text")]
     for change in (
         lambda: ranks.write_documents(data, ranks.random_documents(11)),
         lambda: os.utime(f"{data}.bin", (1, 1)),

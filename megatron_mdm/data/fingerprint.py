@@ -1,0 +1,131 @@
+"""What the meaning of token ids depends on, as a few numbers and digests.
+
+Data and checkpoints carry the fingerprint of their tokenizer, so that a run can tell whether its
+tokenizer still means the same by the same ids. An extension that moves no id is no difference.
+
+Imports neither torch nor megatron.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+
+from megatron_mdm.data.encoding import TokenizerData
+from megatron_mdm.data.record import digest
+
+# Characters and spaces that the usual normalisations change, for sentencepiece models, which give
+# no other account of what they do.
+PROBE = (
+    "  Two  spaces\ttab\nline\r\nend \u00a0\u3000\u200b\ufeff CAPITALS \u0130\u00df \u00e9 e\u0301 "
+    "\ufb01 \uff21\uff11 \u2460 \u00bd \u212b \u2026 \u201cquotes\u201d \u2014 \u0000\u0007 "
+    "\uac00 \u1100\u1161 \uff76\uff9e \u0e33 \U0001f600 "
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Of a tokenizer; `dataclasses.asdict` makes a plain dict of it, which `**` takes back.
+
+    The mask token is no part of it: it is added to tokenizers, and stands in no text.
+
+    Attributes:
+        kind: What Megatron calls the tokenizer's type: SentencePieceTokenizer,
+            HuggingFaceTokenizer, or NullTokenizer, which has ids without text.
+        size: One more than the largest id.
+        eod: Id of the end of document, None without one.
+        mask: Id of the mask token, None without one.
+        vocabulary: Digest of all ids below `size` with their tokens; empty without text.
+        normalizer: Digest of how text is normalized; empty without text.
+        pre_tokenizer: Digest of how text is split before tokens are looked up; empty without text.
+    """
+
+    kind: str
+    size: int
+    eod: int | None = None
+    mask: int | None = None
+    vocabulary: str = ""
+    normalizer: str = ""
+    pre_tokenizer: str = ""
+
+
+def fingerprint(tokenizer: TokenizerData) -> Fingerprint:
+    """The fingerprint of a tokenizer."""
+    return _fingerprint(tokenizer, None, {tokenizer.mask})
+
+
+def differs(old: Fingerprint, tokenizer: TokenizerData | Fingerprint) -> str:
+    """Says how a tokenizer reads texts and ids otherwise than the one of an old fingerprint.
+
+    Args:
+        old: Of the tokenizer that data or a checkpoint was made with.
+        tokenizer: That is to be used now; a fingerprint is enough for one without text.
+
+    Returns:
+        Parts of a sentence about the tokenizer, "; " between them. Empty if it reads them alike.
+    """
+    if isinstance(tokenizer, Fingerprint):
+        news = [tokenizer]
+    else:
+        # One of the two may have a mask token where the other has a hole, or a token of that name.
+        left_out = ({old.mask}, {old.mask, tokenizer.mask})
+        news = [_fingerprint(tokenizer, old.size, ids) for ids in left_out]
+    new = news[-1]
+    if new.kind != old.kind:
+        return f"it is a {new.kind} and not a {old.kind}"
+    found = []
+    if new.size < old.size:
+        found.append(f"it has {new.size} ids and not {old.size} or more")
+    elif all(new.vocabulary != old.vocabulary for new in news):
+        found.append(f"its ids below {old.size} stand for other tokens")
+    if new.normalizer != old.normalizer:
+        found.append("it normalizes text otherwise")
+    if new.pre_tokenizer != old.pre_tokenizer:
+        found.append("it splits text otherwise before it looks up tokens")
+    if new.eod != old.eod:
+        found.append(f"its end of document is {_id(new.eod)} and not {_id(old.eod)}")
+    return "; ".join(found)
+
+
+def _id(token: int | None) -> str:
+    return "no token" if token is None else f"token {token}"
+
+
+def _fingerprint(
+    tokenizer: TokenizerData, below: int | None, left_out: Collection[int | None]
+) -> Fingerprint:
+    """The fingerprint with a vocabulary of the ids below a number, None for all, but for some."""
+    if tokenizer.sentencepiece_model is not None:
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
+        kind = "SentencePieceTokenizer"
+        vocabulary = [(i, processor.id_to_piece(i)) for i in range(processor.get_piece_size())]
+        normalizer, pre_tokenizer = processor.normalize(PROBE), None
+    else:
+        import tokenizers
+
+        kind = "HuggingFaceTokenizer"
+        backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
+        vocabulary = [(i, token) for token, i in backend.get_vocab(with_added_tokens=True).items()]
+        sections = json.loads(tokenizer.tokenizer_json)
+        normalizer, pre_tokenizer = sections["normalizer"], sections["pre_tokenizer"]
+    size = 1 + max((i for i, _ in vocabulary if i != tokenizer.mask), default=-1)
+    kept = [pair for pair in vocabulary if pair[0] < (below or size) and pair[0] not in left_out]
+    return Fingerprint(
+        kind,
+        size,
+        tokenizer.eod,
+        tokenizer.mask,
+        _digest_of_tokens(sorted(kept)),
+        digest(normalizer),
+        digest(pre_tokenizer),
+    )
+
+
+def _digest_of_tokens(pairs: Iterable[tuple[int, str]]) -> str:
+    result = hashlib.sha256()
+    for i, token in pairs:
+        text = token.encode("utf-8", "surrogatepass")
+        result.update(b"%d %d " % (i, len(text)) + text)
+    return result.hexdigest()
