@@ -152,11 +152,10 @@ def main() -> None:
 
         # Megatron says where the data comes from.
         with contextlib.redirect_stdout(sys.stderr):
+            draws = measure(loaded, options.target, options.rates, options.rows, options.masks)
             done = 0
             bar = tqdm(unit="draws", total=options.rates * options.rows * options.masks)
-            for done, _, moments in measure(  # noqa: B007
-                loaded, options.target, options.rates, options.rows, options.masks
-            ):
+            for done, _, moments in draws:  # noqa: B007
                 bar.update(done - bar.n)
             bar.close()
         result = fit(

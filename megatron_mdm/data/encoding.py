@@ -85,6 +85,27 @@ def mask_id(tokenizer: Any) -> int | None:
     return None
 
 
+def sentencepiece_data(processor: Any) -> TokenizerData:
+    """Of a sentencepiece processor."""
+    eod = processor.eos_id()
+    return TokenizerData(
+        vocab_size=processor.get_piece_size(),
+        eod=eod if eod >= 0 else None,
+        mask=mask_id(processor),
+        sentencepiece_model=processor.serialized_model_proto(),
+    )
+
+
+def hugging_face_data(tokenizer: Any) -> TokenizerData:
+    """Of a fast Hugging Face tokenizer; the end-of-document token is its eos token."""
+    return TokenizerData(
+        vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
+        eod=tokenizer.eos_token_id,
+        mask=mask_id(tokenizer),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+    )
+
+
 class EncodedChunk(NamedTuple):
     """The tokens of successive documents.
 

@@ -29,8 +29,9 @@ from megatron_mdm.data.encoding import (
     ChunkEncoder,
     EncodedChunk,
     TokenizerData,
-    mask_id,
+    hugging_face_data,
     open_hugging_face,
+    sentencepiece_data,
 )
 from megatron_mdm.data.identity import is_made_from, record_of
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
@@ -117,13 +118,7 @@ def load_sentencepiece(path: str) -> TokenizerData:
         raise UserError(f"--tokenizer-model {path}: {error.strerror or error}") from error
     except RuntimeError as error:
         raise UserError(f"--tokenizer-model {path}: not a sentencepiece model") from error
-    eod = processor.eos_id()
-    return TokenizerData(
-        vocab_size=processor.get_piece_size(),
-        eod=eod if eod >= 0 else None,
-        mask=mask_id(processor),
-        sentencepiece_model=model,
-    )
+    return sentencepiece_data(processor)
 
 
 def load_hugging_face(directory: str) -> TokenizerData:
@@ -156,12 +151,7 @@ def load_hugging_face(directory: str) -> TokenizerData:
             f"--hf-tokenizer {directory}: not a fast tokenizer (one with a tokenizer.json); "
             "for a sentencepiece model use --tokenizer-model"
         )
-    return TokenizerData(
-        vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
-        eod=tokenizer.eos_token_id,
-        mask=mask_id(tokenizer),
-        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-    )
+    return hugging_face_data(tokenizer)
 
 
 def has_chat_template(directory: str) -> bool:

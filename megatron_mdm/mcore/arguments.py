@@ -19,10 +19,15 @@ from megatron_mdm.config import MDMConfig, flag, requested_device
 from megatron_mdm.data.encoding import mask_id
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
-from megatron_mdm.mcore.data_files import check_data_files, check_ends_of_documents
+from megatron_mdm.mcore.data_files import (
+    check_data_files,
+    check_ends_of_documents,
+    check_single_texts,
+)
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
+from megatron_mdm.mcore.identities import check_same_data, check_tokenizer, record_identities
 from megatron_mdm.mcore.notices import notice
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.resume import check_resume
@@ -209,8 +214,11 @@ def resolve(args: Namespace) -> Namespace:
     check_scales(args, saved, source)
     if source is not None and source != args.load:
         args.finetune = True  # as Megatron will, once it loads --pretrained-checkpoint
+    if source is not None:
+        check_tokenizer(args, saved, source, get_tokenizer())
     check_resume(args, saved)
     check_data(args)
+    check_same_data(args, saved)
     return args
 
 
@@ -218,18 +226,23 @@ def check_data(args: Namespace) -> None:
     """Checks the files that --data-path and its like name.
 
     Raises:
-        UserError: one is missing or damaged, or its documents have no end that a flag needs.
+        UserError: one is missing or damaged, was made with another tokenizer, holds pairs without
+            --mdm-sft, or its documents have no end that a flag needs.
     """
     _check_end_of_document(args)
     if args.mock_data:
         if args.mdm_sft:
             raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
+        record_identities(args, None, None, get_tokenizer())
         return
     try:
         blends = get_blend_and_blend_per_split(args)
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
     check_data_files(*blends)
+    if not args.mdm_sft:
+        check_single_texts(*blends)
+    record_identities(args, *blends, get_tokenizer())
     divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
     if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
         check_ends_of_documents(*blends, get_tokenizer().eod)

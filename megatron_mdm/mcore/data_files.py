@@ -62,6 +62,34 @@ def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod
             )
 
 
+def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
+    """Checks that every document is one sequence, as running text is.
+
+    Rows of text take the sequences in any order: a prompt and its response would be torn apart.
+
+    Args:
+        blend: see `check_data_files`, which has found the files whole.
+        blend_per_split: likewise.
+
+    Raises:
+        UserError: names the file.
+    """
+    for prefix in _prefixes(blend, blend_per_split):
+        if not _is_elsewhere(prefix) and holds_pairs(prefix):
+            raise UserError(
+                f"{prefix} holds pairs of prompts and responses: add --mdm-sft to train on them, "
+                "or give running text"
+            )
+
+
+def holds_pairs(prefix: str) -> bool:
+    """Whether the documents of a .bin/.idx pair, which is whole, have several sequences each."""
+    with open(get_idx_path(prefix), "rb") as stream:
+        stream.seek(len(_INDEX_HEADER))
+        _, _, sequences, bounds = struct.unpack("<QBQQ", stream.read(25))
+    return bool(bounds != sequences + 1)
+
+
 def _prefixes(blend: Blend, blend_per_split: list[Any] | None) -> list[str]:
     blends = blend_per_split or [blend]
     return list(dict.fromkeys(p for blend in blends if blend is not None for p in blend[0]))

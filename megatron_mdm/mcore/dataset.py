@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split as MegatronSplit
 from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
@@ -20,6 +19,8 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.identities import cache_keys, share_identities
+from megatron_mdm.mcore.index_cache import DatasetBuilder
 from megatron_mdm.mcore.pairs import PackedPairDataset, PairDataset, PairDatasetConfig
 from megatron_mdm.mcore.text_dataset import (
     SPLITS,
@@ -232,10 +233,11 @@ def build_datasets(
     Raises:
         UserError: a split shorter than one row.
     """
+    share_identities(args)
     config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     train, valid, test = num_rows
-    datasets = BlendedMegatronDatasetBuilder(
+    datasets = DatasetBuilder(
         _dataset_class(args),
         [-(-train // config.mdm_views), valid, test],
         lambda: on_all_ranks or loads_rows(config, vp_stage),
@@ -246,8 +248,9 @@ def build_datasets(
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
-        None if dataset is None else _rows(args, dataset, pad, period)
-        for dataset, period in zip(datasets, [None, valid or None, test or None], strict=True)
+        # Megatron makes no loader of a mixture without rows.
+        None if dataset is None or period == 0 else _rows(args, dataset, pad, period)
+        for dataset, period in zip(datasets, [None, valid, test], strict=True)
     ]
 
 
@@ -327,6 +330,7 @@ def _dataset_config(args: Namespace) -> PairDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return PairDatasetConfig(
         response_multiple=args.mdm_pad_response_to_multiple_of,
+        cache_keys=cache_keys(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,

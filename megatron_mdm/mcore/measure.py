@@ -17,7 +17,7 @@ from megatron_mdm.evaluation import Text
 from megatron_mdm.mcore.arguments import check_data
 from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.causal import causal_attention
-from megatron_mdm.mcore.dataset import FIXED, build_datasets
+from megatron_mdm.mcore.dataset import FIXED, RowDataset, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, as_in_the_sum, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
@@ -52,13 +52,28 @@ def measure(
         masks_per_bin: draws for each row in each bin.
         micro_batch_size: draws in one call of the model.
 
-    Yields:
-        (draws done, draws in all, moments so far); the last has everything.
+    Returns:
+        Iterator of (draws done, draws in all, moments so far); the last has everything.
+
+    Raises:
+        UserError: the data cannot be trained on.
     """
+    check_data(loaded.args)  # now, before anything is drawn
+    dataset = build_datasets(loaded.args, [num_rows, 0, 0], on_all_ranks=True)[0]
+    return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
+
+
+def _measure(
+    loaded: LoadedModel,
+    dataset: RowDataset,
+    target: str,
+    num_bins: int,
+    num_rows: int,
+    masks_per_bin: int,
+    micro_batch_size: int,
+) -> Iterator[tuple[int, int, RateMoments]]:
     args = loaded.args
     mdm = MDMConfig.from_args(args)
-    check_data(args)
-    dataset = build_datasets(args, [num_rows, 0, 0], on_all_ranks=True)[0]
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
     # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.

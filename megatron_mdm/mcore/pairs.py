@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
@@ -14,10 +14,11 @@ from megatron.training.utils import print_rank_0
 
 from megatron_mdm.data.packing import pack
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.index_cache import KeyedDatasetConfig
 
 
 @dataclass
-class PairDatasetConfig(GPTDatasetConfig):
+class PairDatasetConfig(KeyedDatasetConfig):
     """Megatron's, and what packed pairs need beside.
 
     Attributes:

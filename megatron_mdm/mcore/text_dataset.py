@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.index_cache import KeyedIndex
 from megatron_mdm.objective.randomness import Purpose, Split, random_bits
 
 SPLITS = {
@@ -35,7 +36,7 @@ class _CleanTokens:
         return {"tokens": tokens.astype(np.int64), "num_tokens": sum(lengths)}
 
 
-class CleanTokensDataset(_CleanTokens, GPTDataset):
+class CleanTokensDataset(_CleanTokens, KeyedIndex, GPTDataset):
     """Rows in Megatron's order, which depends on how many the run takes (--mdm-row-order run).
 
     Raises:
