@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core import mpu
 from megatron.core.distributed import finalize_model_grads
@@ -18,6 +19,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, get_
 from megatron.training.utils import is_last_rank
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.carried_state import CarriedState
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.control_variate import ControlVariate
 from megatron_mdm.objective.fits import PotsFit
@@ -207,6 +209,36 @@ def control_variate() -> ControlVariate:
     """The control variate of the reported training loss of this process."""
     mdm = MDMConfig.from_args(get_args())
     return ControlVariate(mdm.mdm_rate_bins, mdm.mdm_ema_decay, *(mdm.mdm_clip or (0.0, 1.0)))
+
+
+class LogState(CarriedState):
+    """Carries the control variate of the last rank, which logs, through checkpoints.
+
+    The sums of a log interval that has only begun are not kept: its line, after a resume, is of the
+    rows since then.
+    """
+
+    KEY = "mdm_log_state"
+
+    def vector(self) -> npt.NDArray[np.int64]:
+        """The average loss of each rate bin; NaN where there is none yet."""
+        control = control_variate()
+        baseline = np.full(len(control.mass), np.nan)
+        if control.baseline is not None:
+            baseline = control.baseline.copy()
+        return baseline.view(np.int64)
+
+    def gather(self) -> None:
+        """Tells all ranks the average of the last one."""
+        last = torch.distributed.get_world_size() - 1
+        bits = torch.from_numpy(self.vector()).to(torch.cuda.current_device())
+        torch.distributed.broadcast(bits, src=last)
+        self.restore(bits.cpu().numpy())
+
+    def restore(self, vector: npt.NDArray[np.int64]) -> None:
+        """Goes on from a checkpoint."""
+        baseline = vector.view(np.float64).copy()
+        control_variate().baseline = None if np.isnan(baseline).any() else baseline
 
 
 def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:

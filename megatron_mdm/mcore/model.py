@@ -23,7 +23,7 @@ from megatron_mdm.mcore.arguments import ACCUMULATES_GRADIENTS, megatron_may_rej
 from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
-from megatron_mdm.mcore.metrics import finalize_and_log
+from megatron_mdm.mcore.metrics import LogState, finalize_and_log
 from megatron_mdm.mcore.routers import count_short_rows, router_loss_scale
 from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
 from megatron_mdm.mcore.vocabulary import leave_out_padding
@@ -70,6 +70,9 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     if online_sampler() is not None:
         in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
         model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
+    if not get_args().skip_train:
+        in_checkpoint = getattr(get_args(), "mdm_log_state_in_checkpoint", False)
+        model.mdm_logs = LogState(model.config, vp_stage, in_checkpoint)
     _check_density_file()
     return model
 

@@ -17,6 +17,12 @@ from megatron_mdm.objective.fit_file import load_sampler
 # Beginnings of the flags that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
 _SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
 
+# The settings on which a measured value of P-POTS depends, and the bins that it is counted in.
+MEASURED = (
+    *("mdm_ppots_target", "mdm_ppots_bins", "mdm_normalization", "mdm_rate_per"),
+    *("mdm_mask", "mdm_eps", "mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"),
+)
+
 
 def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     """Compares the arguments with those of the checkpoint that is about to be resumed.
@@ -34,10 +40,14 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
             --mdm-allow-flag-change.
     """
     is_resumed = args.load is not None and not args.finetune
-    args.mdm_sampler_state_in_checkpoint = is_resumed and bool(
-        saved.get("mdm_ppots_refit_interval")
+    fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
+    other = _changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    args.mdm_sampler_state_in_checkpoint = is_resumed and fits and not other
+    args.mdm_log_state = [args.mdm_rate_bins, args.mdm_clip]
+    args.mdm_log_state_in_checkpoint = is_resumed and saved.get("mdm_log_state") == (
+        args.mdm_log_state
     )
-    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
+    if args.mdm_sampler_state_in_checkpoint:
         args.mdm_ppots_file = None  # the run has a density of its own by now
     # Not the name of the file, which may move, or hold something else by now.
     args.mdm_ppots_digest = (
@@ -47,13 +57,6 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
     if not is_resumed:
         return
-    bins = saved.get("mdm_ppots_bins")
-    if args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_refit_interval:
-        if args.mdm_ppots_bins != bins:
-            raise UserError(
-                f"--mdm-ppots-bins {args.mdm_ppots_bins}: the measurements in the checkpoint have "
-                f"{bins} bins, which cannot change; --finetune begins new ones"
-            )
     settings = [f.name for f in fields(MDMConfig) if group(f.name) is Group.OBJECTIVE]
     changes = _changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
@@ -68,6 +71,13 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
             "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
         )
+    if other:
+        notice(
+            "P-POTS begins to measure anew, from the density that the flags say: the checkpoint's "
+            f"measurements are of another {'; '.join(other)}"
+        )
+    if saved and not args.mdm_log_state_in_checkpoint:
+        notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
     for change in [*changes, *_changes(args, saved, _training(args))]:
         notice(f"the run resumes with another {change}")
 

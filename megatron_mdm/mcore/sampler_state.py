@@ -10,16 +10,16 @@ well, and changes no bit of the next fit.
 """
 
 from functools import lru_cache
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core import mpu
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.module import MegatronModule
 from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.carried_state import CarriedState
 from megatron_mdm.mcore.context import counts_rows
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.fits import FitError, PotsFit, fit
@@ -174,46 +174,27 @@ def online_sampler() -> OnlineSampler | None:
     return sampler
 
 
-class SamplerState(MegatronModule):
-    """Carries the state of the online sampler through Megatron's checkpoints, in any layout.
-
-    Args:
-        config: Megatron's transformer configuration.
-        in_checkpoint: whether the checkpoint that is about to be loaded has such a state.
-    """
+class SamplerState(CarriedState):
+    """Carries the state of the online sampler through Megatron's checkpoints."""
 
     KEY = "mdm_sampler_state"
 
-    def __init__(self, config: Any, vp_stage: int | None, in_checkpoint: bool) -> None:
-        super().__init__(config)
-        self.stage = mpu.get_pipeline_model_parallel_rank() * 64 + (vp_stage or 0)
-        self.in_checkpoint = in_checkpoint
-        self.register_buffer("bits", self._bits(), persistent=False)
+    def vector(self) -> npt.NDArray[np.int64]:
+        """See `PotsState.state_vector`."""
+        return online_sampler().state.state_vector()
 
-    @staticmethod
-    def _bits() -> torch.Tensor:
-        return torch.from_numpy(online_sampler().state.state_vector())
+    def gather(self) -> None:
+        """Takes in what all ranks have measured."""
+        online_sampler().reduce()
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        """The state as one replicated tensor; collective, since it takes in what was measured."""
-        sampler = online_sampler()
-        if sampler.iteration < 0 and not self.in_checkpoint:
-            return {}  # nothing was trained yet: this is a load, of a checkpoint without it
-        sampler.reduce()
-        self.bits.copy_(self._bits())
-        group = mpu.get_data_parallel_group(with_context_parallel=True)
-        replica = (self.stage, mpu.get_tensor_model_parallel_rank(), group.rank())
-        tensor = ShardedTensor.from_rank_offsets(self.KEY, self.bits, replica_id=replica)
-        return {f"{prefix}bits": tensor}
+    def restore(self, vector: npt.NDArray[np.int64]) -> None:
+        """Goes on from a checkpoint.
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """Called by `load_state_dict`."""
-        bits = state_dict.pop(f"{prefix}bits", None)
-        if bits is not None:
-            self.bits.copy_(bits)
-            sampler = online_sampler()
-            sampler.state = PotsState.from_state_vector(
-                self.bits.cpu().numpy(), sampler.config.mdm_ppots_bins
-            )
+        Raises:
+            UserError: the state is damaged, or of more rows than the run has trained on.
+        """
+        args, sampler = get_args(), online_sampler()
+        documents = args.seq_length if args.mdm_rate_per == "document" else 1
+        sampler.state = PotsState.from_state_vector(
+            vector, sampler.config.mdm_ppots_bins, args.consumed_train_samples * documents
+        )

@@ -137,6 +137,18 @@ class RateMoments:
             raise ValueError("rate moments hold a number that is negative or not finite")
         return moments
 
+    def check(self, most_rows: float) -> None:
+        """Checks that so many rows, none of which `accumulate` skips, can have these sums.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        rows = self.rows + self.skipped
+        if rows > most_rows:
+            raise ValueError(f"it counts {rows:.4g} rows, of {most_rows:.0f} at most")
+        if (np.abs(self._sums[:3]) > self._sums[3] * BOUND).any():
+            raise ValueError("it holds sums that are too large for their rows")
+
     def mean(self) -> Floats:
         """Mean value of each bin under uniform t [n], NaN in bins without rows."""
         return self._over_weights(1)
@@ -205,11 +217,19 @@ class PotsState:
         return np.concatenate([floats.view(np.int64), self.since.reshape(-1)])
 
     @classmethod
-    def from_state_vector(cls, vector: npt.ArrayLike, num_bins: int) -> "PotsState":
+    def from_state_vector(
+        cls, vector: npt.ArrayLike, num_bins: int, most_rows: float = np.inf
+    ) -> "PotsState":
         """The inverse of `state_vector`.
 
+        Args:
+            vector: the state, int64.
+            num_bins: number of equal bins of t.
+            most_rows: rows that can have been measured.
+
         Raises:
-            UserError: the state is of another number of bins, or damaged.
+            UserError: the state is of another number of bins, or damaged: it holds sums that no
+                rows can have, or not so many.
         """
         array = np.array(vector, dtype=np.int64)
         table, sums = 1 + 2 * TABLE_SIZE, 4 * num_bins + 1
@@ -218,15 +238,17 @@ class PotsState:
                 f"the checkpoint's rate moments are not of {num_bins} bins, or of another version "
                 "of this program: resume with the number of bins and the version of the checkpoint"
             )
-        floats, since = array[: table + sums].view(np.float64), array[table + sums :]
+        floats, since_limbs = array[: table + sums].view(np.float64), array[table + sums :]
         size = floats[0]
         try:
             if size not in range(TABLE_SIZE + 1):
                 raise ValueError(f"it has {size} edges")
             edges, values = floats[1:table].reshape(2, TABLE_SIZE)[:, : int(size)]
             moments = RateMoments.from_vector(floats[table:])
-            state = cls(PiecewiseSampler(edges, values), moments, since.reshape(LIMBS, sums))
-            RateMoments.from_vector(from_limbs(state.since))
+            state = cls(PiecewiseSampler(edges, values), moments, since_limbs.reshape(LIMBS, sums))
+            since = RateMoments.from_vector(from_limbs(state.since))
+            for part in (moments, since):
+                part.check(most_rows)
             return state
         except ValueError as error:
             raise UserError(

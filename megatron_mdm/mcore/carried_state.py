@@ -1,0 +1,70 @@
+"""Numbers that checkpoints carry beside the weights, in any layout."""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core import mpu
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.training import get_args
+
+Integers = npt.NDArray[np.int64]
+
+
+class CarriedState(MegatronModule):
+    """One vector of int64, the same on all ranks, as a module of every stage of the model.
+
+    int64, which mixed precision does not round.
+
+    Args:
+        config: Megatron's transformer configuration.
+        vp_stage: virtual pipeline stage.
+        in_checkpoint: whether the checkpoint that is about to be loaded has such a vector.
+
+    Attributes:
+        KEY: its name in checkpoints.
+    """
+
+    KEY: str
+
+    def __init__(self, config: Any, vp_stage: int | None, in_checkpoint: bool) -> None:
+        super().__init__(config)
+        self.stage = mpu.get_pipeline_model_parallel_rank() * 64 + (vp_stage or 0)
+        self.in_checkpoint = in_checkpoint
+        self.register_buffer("bits", torch.from_numpy(self.vector()), persistent=False)
+
+    @abstractmethod
+    def vector(self) -> Integers:
+        """The state of this rank, of a length that does not change."""
+
+    @abstractmethod
+    def gather(self) -> None:
+        """Makes the state of all ranks the same; a collective call."""
+
+    @abstractmethod
+    def restore(self, vector: Integers) -> None:
+        """Takes over a state from a checkpoint."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The state as one replicated tensor; a collective call."""
+        trains = hasattr(get_args(), "curr_iteration")
+        if not trains and not self.in_checkpoint:
+            return {}  # this is a load, of a checkpoint without it
+        self.gather()
+        self.bits.copy_(torch.from_numpy(self.vector()))
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        replica = (self.stage, mpu.get_tensor_model_parallel_rank(), group.rank())
+        tensor = ShardedTensor.from_rank_offsets(self.KEY, self.bits, replica_id=replica)
+        return {f"{prefix}bits": tensor}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *_: Any) -> None:
+        """Called by `load_state_dict`."""
+        bits = state_dict.pop(f"{prefix}bits", None)
+        if bits is not None:
+            self.bits.copy_(bits)
+            self.restore(self.bits.cpu().numpy())
