@@ -104,7 +104,9 @@ class Evaluation:
     num_draws: int
 
 
-def cut_rows(documents: Iterable[Sequence[int]], length: int, packed: bool) -> list[torch.Tensor]:
+def cut_rows(
+    documents: Iterable[Sequence[int]], length: int, packed: bool, overlap: int = 0
+) -> list[torch.Tensor]:
     """Cuts documents into rows of at most `length` tokens, without padding.
 
     Args:
@@ -112,6 +114,8 @@ def cut_rows(documents: Iterable[Sequence[int]], length: int, packed: bool) -> l
         length: of a row.
         packed: documents follow one another within a row, as in pretraining; else every document
             begins a row.
+        overlap: tokens, fewer than `length`, with which a row repeats the end of the row before. A
+            row has more tokens than these.
 
     Returns:
         Rows, int64 [at most `length`].
@@ -121,7 +125,7 @@ def cut_rows(documents: Iterable[Sequence[int]], length: int, packed: bool) -> l
     return [
         torch.tensor(document[first : first + length], dtype=torch.int64)
         for document in documents
-        for first in range(0, len(document), length)
+        for first in range(0, len(document) - overlap, length - overlap)
     ]
 
 
@@ -183,7 +187,8 @@ def log_likelihoods(
 
     Args:
         logits: as in `evaluate`.
-        pairs: token ids of (context, continuation).
+        pairs: token ids of (context, continuation). A shifted model (--mdm-shift) needs a context,
+            of one token at least.
         mask_token_id: id put at masked positions.
         draws: masks of each pair, a multiple of 4.
         seed: of rates and masks.

@@ -187,7 +187,7 @@ def logits() -> None:
     load, stages = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu", int(stages)) as loaded:
         generator = torch.Generator().manual_seed(0)
-        rows = [torch.randint(0, 128, shape, generator=generator) for shape in ((3, 32), (1, 7))]
+        rows = [torch.randint(0, 127, shape, generator=generator) for shape in ((3, 32), (1, 7))]
         plain = [loaded.logits(tokens) for tokens in rows]
         loaded.args.mdm_shift = True
         shifted = [loaded.logits(tokens) for tokens in rows]

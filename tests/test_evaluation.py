@@ -1,5 +1,7 @@
 """The NELBO against its exact value by enumeration, with its error bars."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,11 @@ def test_rows_are_cut_without_losing_a_token():
     assert [row.tolist() for row in packed] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
     apart = cut_rows(documents, 4, packed=False)
     assert [row.tolist() for row in apart] == [[1, 2, 3], [4], [5, 6, 7, 8], [9]]
+    for length in range(9):
+        rows = cut_rows([range(length + 1)], 4, packed=False, overlap=1)
+        assert [i for row in rows for i in row[1:].tolist()] == list(range(1, length + 1))
+        assert all(2 <= len(row) <= 4 for row in rows)
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(rows))
 
 
 def test_bad_input_is_one_line():

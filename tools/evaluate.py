@@ -82,7 +82,7 @@ def main() -> None:
         bar.close()
         if loaded.args.rank == 0:
             # Of all documents that were read, of whose last one the rows may hold a part.
-            report(options, result, scored_per_byte(every, documents))
+            report(options, result, scored_per_byte(loaded, every, documents))
 
 
 def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -> None:

@@ -119,6 +119,15 @@ class LoadedModel:
         return tokenizer_end_id(self.tokenizer)
 
     @property
+    def opening_token_id(self) -> int | None:
+        """The token after which texts began in the rows of training: the end of document.
+
+        A shifted model predicts the first token of a text from it. None if the tokenizer has none,
+        or if no text saw the end of another (--mdm-isolate-documents).
+        """
+        return None if self.args.mdm_isolate_documents else self.end_token_id
+
+    @property
     def max_length(self) -> int:
         """Most tokens in a row: what the model has positions for, in training or not."""
         return int(self.args.max_position_embeddings)
@@ -142,11 +151,16 @@ class LoadedModel:
         Returns:
             float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
             for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
+
+        Raises:
+            UserError: the first token is masked, and the model is shifted.
         """
         b, s = tokens.shape
         clean = tokens if clean is None else clean
         positions = position_ids(clean, documents)
         mdm = MDMConfig.from_args(self.args)
+        if mdm.mdm_shift:
+            self._check_first_tokens(tokens, positions)
         no_padding = torch.zeros_like(tokens, dtype=torch.bool)
         packed = self.args.transformer_impl == "transformer_engine"
         hidden = attention_mask(
@@ -174,6 +188,18 @@ class LoadedModel:
         if mdm.mdm_shift:  # the first position has only its own
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
+
+    def _check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """Checks that a shifted model is not asked for what its training never predicted.
+
+        Raises:
+            UserError: the first token of a row, or of a document that sees no other, is masked.
+        """
+        if ((tokens == self.args.mdm_mask_token_id) & (positions == 0)).any():
+            raise UserError(
+                "the first token of a row is masked, which a shifted model (--mdm-shift) cannot "
+                "predict: put a token in front, such as the end of document"
+            )
 
 
 @contextlib.contextmanager

@@ -121,14 +121,21 @@ def _tokenizer_data(kind: str, model: str | None) -> TokenizerData | None:
 def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Text]:
     """Rows of documents, at most as long as the model's, as it was trained on them.
 
+    A shifted model does not predict the first token of a row. Its rows begin with the last token of
+    the row before, or with the end of document, so that every token is scored in one row.
+
     Args:
         loaded: the checkpoint.
         documents: token ids.
         packed: see `cut_rows`.
     """
     mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
+    ids = documents.ids
+    if mdm.mdm_shift and loaded.opening_token_id is not None:
+        opening = [loaded.opening_token_id]
+        ids = [opening, *ids] if packed else [opening + document for document in ids]
     texts = []
-    for row in cut_rows(documents.ids, loaded.args.seq_length, packed):
+    for row in cut_rows(ids, loaded.args.seq_length, packed, overlap=int(mdm.mdm_shift)):
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
         apart = isolated_documents(row[None], eod_id, mdm)
         eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
@@ -138,14 +145,18 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Tex
     return texts
 
 
-def scored_per_byte(rows: list[Text], documents: Documents) -> float | None:
-    """Tokens that are scored for each byte of text; None where bytes are not known.
+def scored_per_byte(loaded: LoadedModel, rows: list[Text], documents: Documents) -> float | None:
+    """Tokens that are scored for each byte of text.
+
+    None where bytes are not known, or where tokens that have bytes are not scored: a shifted model
+    without an opening token leaves out the first one of a document.
 
     Args:
+        loaded: the checkpoint.
         rows: all of the documents.
         documents: the documents.
     """
-    if not documents.num_bytes:
+    if not documents.num_bytes or (loaded.args.mdm_shift and loaded.opening_token_id is None):
         return None
     return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
 

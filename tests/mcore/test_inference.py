@@ -1,6 +1,7 @@
 """A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.inference import adapted
+from megatron_mdm.mcore.inference import LoadedModel, adapted
 from megatron_mdm.mcore.model import model_config
 from tests import ranks
 
@@ -46,6 +47,20 @@ def test_logits_of_a_shifted_model_stand_where_their_token_is(logits):
         for x, y in zip(plain, shifted, strict=True):
             assert torch.equal(y[:, 1:], x[:, :-1])
             assert torch.equal(y[:, 0], x[:, 0])
+
+
+def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
+    """Neither of a row nor of a document that sees no other."""
+    recorded.mdm_shift, recorded.mdm_isolate_documents = True, False
+    loaded = LoadedModel(None, adapted(recorded, "here", "cpu", 1), SimpleNamespace(eod=9))
+    assert loaded.opening_token_id == 9
+    mask = ranks.MASK_ID
+    for tokens, documents in (([mask, 1], None), ([1, mask], [0, 1])):
+        documents = None if documents is None else torch.tensor([documents])
+        with pytest.raises(UserError, match="the first token of a row is masked, which a shifted"):
+            loaded.logits(torch.tensor([tokens]), documents=documents)
+    loaded.args.mdm_isolate_documents = True
+    assert loaded.opening_token_id is None
 
 
 def generate(base, directory, *flags, world=1, check=True):
