@@ -347,7 +347,7 @@ def measured_texts() -> None:
         from megatron_mdm.mcore.inference import other_weights
         from megatron_mdm.mcore.texts import pair_rows, read_tokens, rows_of
 
-        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32), packed=True)[:8]
+        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32, seed=0), packed=True)[:8]
         found = {"evaluated": _evaluated(loaded, rows), "validated": _validated(loaded, rows)}
         one = [dataclasses.replace(row, documents=None) for row in rows]
         found["not divided"] = _evaluated(loaded, one)
@@ -371,7 +371,7 @@ def _evaluated(loaded, rows) -> torch.Tensor:
     """Nats of rows of 32 tokens, four draws each."""
     from megatron_mdm.evaluation import draw
 
-    drawn = draw(loaded.logits, rows, 127, 2, 2, seed=0, group_size=1, batch_size=3)
+    drawn = draw(loaded.logits, rows, 127, 2, 2, 0, np.arange(len(rows)), batch_size=3)
     return torch.from_numpy(drawn.nats.reshape(-1))
 
 
@@ -384,7 +384,7 @@ def _validated(loaded, rows) -> torch.Tensor:
     loaded.args.eval_micro_batch_size = 1
     loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
     sums = []
-    for job, quantile in enumerate(lattice_quantiles(len(rows), 2, 2, 0, 1).reshape(-1)):
+    for job, quantile in enumerate(lattice_quantiles(np.arange(len(rows)), 2, 2, 0).reshape(-1)):
         numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
         row = {name: torch.tensor([int(value)]) for name, value in numbers.items()}
         row["tokens"] = rows[job // 4].tokens[None]

@@ -137,6 +137,8 @@ def test_what_changes_the_objective_or_the_log_alone_says_so(measured):
     assert rows["ema"]["loss"][0] == pytest.approx(expected, abs=0.1)
     assert rows["isad"]["masked_fraction"] > rows["standard"]["masked_fraction"]
     text = as_text(found)
+    assert found["documents"] == ROWS and "documents" not in text
+    assert f"the {ROWS} rows are from 3 documents. The" in as_text({**found, "documents": 3})
     assert "clipped *" in text and "* another objective" in text
 
 

@@ -11,9 +11,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.data.documents import document_text, read_documents
+from megatron_mdm.data.documents import Document, document_text, read_documents
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
+from megatron_mdm.data.sampling import Reservoir
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
 from megatron_mdm.mcore.attention import isolated_documents
@@ -22,65 +23,94 @@ from megatron_mdm.mcore.dataset import rows_of_file
 from megatron_mdm.mcore.forward_step import Rows, eligible_positions
 from megatron_mdm.mcore.inference import LoadedModel
 
+# Rows that are read for each one that is measured, so that those of long documents are from many.
+POOL = 8
+
 
 @dataclass(frozen=True)
 class Documents:
     """Tokenized documents, each with its end-of-document token.
 
     Attributes:
-        ids: token ids of each document.
+        ids: token ids of each document, an integer array of one dimension.
         num_bytes: their length in UTF-8; None where the tokenizer knows no text.
     """
 
-    ids: list[list[int]]
+    ids: list[np.ndarray]
     num_bytes: int | None
 
 
-def read_tokens(loaded: LoadedModel, data: str, json_key: str, max_tokens: int) -> Documents:
-    """Reads documents until there are `max_tokens` tokens, the last document whole.
+def read_tokens(loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int) -> Documents:
+    """Draws whole documents from all over the data until they have `enough` tokens.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
         data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
         json_key: where a JSONL line holds its text.
-        max_tokens: see above.
+        enough: see above.
+        seed: of the choice.
+
+    Returns:
+        The documents, in the order of the data.
 
     Raises:
         UserError: no such data, or data that cannot be read.
     """
+    read = _documents_of_file if os.path.isfile(data) else _indexed_documents
+    found = read(loaded, data, json_key, enough, seed)
+    if not found:
+        raise UserError(f"{data} holds no tokens: give other data")
+    sizes = [num_bytes for _, num_bytes in found if num_bytes is not None]
+    return Documents([ids for ids, _ in found], sum(sizes) if len(sizes) == len(found) else None)
+
+
+def _documents_of_file(
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a text or JSONL file, and the bytes of each."""
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
     ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
-    ids: list[list[int]] = []
-    num_bytes = num_tokens = 0
-    if os.path.isfile(data):
-        encode = encoder(loaded)
-        for document in read_documents([data]):
-            text = document_text(document, json_key)
-            if tokens := encode(text):
-                _check_ids(loaded, data, np.array(tokens))
-                ids.append([*tokens, *ending])
-                num_bytes += len(text.encode())
-                num_tokens += len(ids[-1])
-            if num_tokens >= max_tokens:
-                break
-    else:
-        if holds_pairs(data):
-            raise UserError(
-                f"{data} consists of prompts and responses, which have no likelihood as one text: "
-                "give plain text"
-            )
-        for sequence in IndexedDataset(data):
-            _check_ids(loaded, data, sequence)
-            ids.append(sequence.tolist())
-            num_tokens += len(sequence)
-            if has_text:
-                text = loaded.tokenizer.detokenize([i for i in ids[-1] if i not in ending])
-                num_bytes += len(text.encode())
-            if num_tokens >= max_tokens:
-                break
-    if not num_tokens:
-        raise UserError(f"{data} holds no tokens: give other data")
-    return Documents(ids, num_bytes if has_text else None)
+    encode = encoder(loaded)
+
+    def encoded(document: Document) -> tuple[int, tuple[np.ndarray, int | None]] | None:
+        text = document_text(document, json_key)
+        tokens = encode(text)
+        if not tokens:
+            return None
+        _check_ids(loaded, data, np.array(tokens))
+        ids = np.array([*tokens, *ending], dtype=np.int32)
+        return len(ids), (ids, len(text.encode()) if has_text else None)
+
+    sample: Reservoir[tuple[np.ndarray, int | None]] = Reservoir(enough, seed)
+    for document in read_documents([data]):
+        sample.offer(functools.partial(encoded, document))
+    return sample.items()
+
+
+def _indexed_documents(
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a .bin/.idx pair, and the bytes of each."""
+    if holds_pairs(data):
+        raise UserError(
+            f"{data} consists of prompts and responses, which have no likelihood as one text: "
+            "give plain text"
+        )
+    dataset = IndexedDataset(data)
+    lengths = dataset.sequence_lengths
+    sample: Reservoir[int] = Reservoir(enough, seed)
+    for number in range(len(dataset)):
+        sample.offer(lambda i=number: (int(lengths[i]), i))
+    found: list[tuple[np.ndarray, int | None]] = []
+    for number in sample.items():
+        ids = dataset[number].astype(np.int32)
+        _check_ids(loaded, data, ids)
+        num_bytes = None
+        if loaded.args.tokenizer_type != "NullTokenizer":
+            words = ids[ids != loaded.end_token_id].tolist()
+            num_bytes = len(loaded.tokenizer.detokenize(words).encode())
+        found.append((ids, num_bytes))
+    return found
 
 
 def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[int]]:
@@ -132,17 +162,28 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Tex
     mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
     ids = documents.ids
     if mdm.mdm_shift and loaded.opening_token_id is not None:
-        opening = [loaded.opening_token_id]
-        ids = [opening, *ids] if packed else [opening + document for document in ids]
+        opened = [np.insert(document, 0, loaded.opening_token_id) for document in ids]
+        ids = [*opened[:1], *ids[1:]] if packed else opened
+    numbers = [np.full(len(document), number) for number, document in enumerate(ids)]
+    rows, origins = (
+        cut_rows(values, loaded.args.seq_length, packed, overlap=int(mdm.mdm_shift))
+        for values in (ids, numbers)
+    )
     texts = []
-    for row in cut_rows(ids, loaded.args.seq_length, packed, overlap=int(mdm.mdm_shift)):
+    for row, origin in zip(rows, origins, strict=True):
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
         apart = isolated_documents(row[None], eod_id, mdm)
         eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
         if apart is None and not mdm.mdm_eod_attended:  # hidden are the ends as they were
             apart = torch.zeros_like(row[None])
-        texts.append(Text(row, eligible[0], None if apart is None else apart[0]))
+        texts.append(Text(row, eligible[0], None if apart is None else apart[0], origin))
     return texts
+
+
+def shuffled(rows: list[Text], seed: int) -> list[Text]:
+    """The rows in a random order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order.tolist()]
 
 
 def scored_per_byte(loaded: LoadedModel, rows: list[Text], documents: Documents) -> float | None:
@@ -175,7 +216,8 @@ def holds_pairs(prefix: str) -> bool:
 def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:
     """Rows of prompts and responses, as fine-tuning would take them from this file.
 
-    The settings of the objective are those of the checkpoint's run, as to padding and SyRM too.
+    They come from all over it, since fine-tuning takes them in a random order. The settings of the
+    objective are those of the checkpoint's run, as to padding and SyRM too.
 
     Args:
         loaded: the checkpoint.

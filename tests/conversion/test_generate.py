@@ -108,7 +108,8 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
     # Without a token for the end, nothing ends a text.
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
-    assert read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9).ids == [[1, 2], [3]]
+    read = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0)
+    assert [ids.tolist() for ids in read.ids] == [[1, 2], [3]] and read.num_bytes == 7
     assert [LoadedModel(None, args, Namespace(eod=eod)).end_token_id for eod in (None, -1, 5)] == [
         None,
         None,

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,9 +66,10 @@ def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
     """Two documents, `ab` + `cde`, as three tokens and two ends, of 5 bytes."""
     args = Namespace(mdm_eod_eligible=eod_eligible, mdm_shift=False, seq_length=2)
     loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9))
-    documents = Documents([[1, 2, 9], [3, 9]], num_bytes=5)
+    documents = Documents([np.array([1, 2, 9]), np.array([3, 9])], num_bytes=5)
     rows = rows_of(loaded, documents, packed=True)
     assert [row.tokens.tolist() for row in rows] == [[1, 2], [9, 3], [9]]
+    assert [row.origin.tolist() for row in rows] == [[0, 0], [0, 1], [1]]
     assert scored_per_byte(loaded, rows, documents) == tokens / 5
     assert scored_per_byte(loaded, rows, Documents(documents.ids, None)) is None
 
@@ -76,10 +78,11 @@ def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
 def test_a_shifted_model_scores_every_token_after_another(packed):
     args = Namespace(mdm_shift=True, seq_length=3)
     loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9), opening_token_id=9)
-    documents = Documents([[1, 2, 3, 9], [4, 9]], num_bytes=5)
+    documents = Documents([np.array([1, 2, 3, 9]), np.array([4, 9])], num_bytes=5)
     rows = rows_of(loaded, documents, packed)
     expected = [[9, 1, 2], [2, 3, 9], [9, 4, 9]]  # a document begins after the end of another
     assert [row.tokens.tolist() for row in rows] == expected
+    assert [row.origin.tolist()[1:] for row in rows] == [[0, 0], [0, 0], [1, 1]]
     scored = [token for row in rows for token in row.tokens[row.eligible].tolist()]
     assert scored == [1, 2, 3, 9, 4, 9]
     assert scored_per_byte(loaded, rows, documents) == 6 / 5
