@@ -73,6 +73,7 @@ def to_megatron(
         directory = Path(source)
         config = hub.read_object(directory / "config.json")
         family = detect(config)
+        hub.check_no_adapter(directory)
         model = hub.HubModel(directory)
         words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         kind = dtype or _common_dtype(model)

@@ -25,16 +25,34 @@ def tokenizer_size(directory: Path) -> int | None:
     Raises:
         UserError: one of the files is damaged.
     """
-    ids = [i for _, i in _named_tokens(directory)]
-    model = directory / "tokenizer.model"
-    if not ids and model.exists():
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            ids = [SentencePieceProcessor(str(model)).vocab_size() - 1]
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+    ids = tokens_of(directory).values()
     return max(ids) + 1 if ids else None
+
+
+def tokens_of(path: Path) -> dict[str, int]:
+    """Token -> id of a tokenizer on disk; empty without one.
+
+    Args:
+        path: a directory with a tokenizer's files, or a sentencepiece model.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    if path.is_dir():
+        tokens = dict(_named_tokens(path))
+        model = path / "tokenizer.model"
+        return tokens if tokens or not model.exists() else _pieces(model)
+    return _pieces(path) if path.exists() else {}
+
+
+def _pieces(model: Path) -> dict[str, int]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(str(model))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+    return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
 
 def _named_tokens(directory: Path) -> Iterator[tuple[str, int]]:
