@@ -162,7 +162,8 @@ def evaluate(
         progress: called with the number of draws of each batch.
 
     Raises:
-        UserError: nothing to score, an odd number of draws, or a mask token among the texts.
+        UserError: nothing to score, an odd number of draws, a mask token among the texts, or logits
+            that are no numbers.
     """
     if draws < 2 or draws % 2:
         raise UserError(f"the draws of a text must be even, for an error bar; got {draws}")
@@ -237,7 +238,8 @@ def log_likelihoods(
         token are exact.
 
     Raises:
-        UserError: draws that are no multiple of 4, or a mask token among the tokens.
+        UserError: draws that are no multiple of 4, a mask token among the tokens, or logits that
+            are no numbers.
     """
     if draws < 4 or draws % 4:
         raise UserError(f"the draws of a continuation must be a multiple of 4, got {draws}")
@@ -274,7 +276,7 @@ def draw(
     rows of one length share a call of the model, so nothing is padded.
 
     Raises:
-        UserError: a mask token among the tokens.
+        UserError: a mask token among the tokens, or logits that are no numbers.
     """
     corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps plays no part
     for number, text in enumerate(texts):
@@ -317,6 +319,11 @@ def draw(
                 cross_entropy, corrupted.mask, corrupted.weight, eligible.sum(dim=1), "rows"
             )
             nats[indices] = (losses.per_row * eligible.sum(dim=1)).numpy()
+            if not np.isfinite(nats[indices]).all():
+                raise UserError(
+                    "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
+                    "too large for its precision"
+                )
             rate[indices] = corrupted.t.numpy()
             progress(len(batch))
     num_eligible = np.array([int(text.eligible.sum()) for text in texts], dtype=np.int64)

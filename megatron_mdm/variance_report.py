@@ -8,6 +8,7 @@ measurement goes on where it was.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,11 @@ def _nested(
                 drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
                 loss[i, k], gradient, hidden[i, k] = step(text, drawn)
                 norm2[i, k] = float(gradient.double().square().sum())
+                if not math.isfinite(loss[i, k] + norm2[i, k]):
+                    raise UserError(
+                        f"the loss or the gradient of row {number} is NaN or infinite: the model "
+                        "computes no numbers in its precision"
+                    )
                 masked[i, k] = float(drawn.mask.double().mean())
                 total = total + gradient
                 progress(views)

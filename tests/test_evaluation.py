@@ -214,3 +214,6 @@ def test_bad_input_is_one_line():
         evaluate(model, [Text(torch.tensor([MASK]), torch.tensor([True]))], MASK)
     with pytest.raises(UserError, match="no tokens"):
         evaluate(model, [Text(torch.tensor([1]), torch.tensor([False]))], MASK)
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(UserError, match="the likelihood of a text is NaN or 0"):
+            evaluate(lambda tokens: torch.full((*tokens.shape, 4), value), text, MASK)  # noqa: B023

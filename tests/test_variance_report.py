@@ -263,3 +263,12 @@ def test_bad_settings_are_one_line(step, texts, tmp_path):
     with pytest.raises(UserError, match="400 whole rows and --rows asks for 401"):
         measure(step, texts, many, State(many, str(tmp_path / "state")))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number(step, texts):
+    def broken(text, corruption):
+        loss, gradient, hidden = step(text, corruption)
+        return loss, gradient * math.nan, hidden
+
+    with pytest.raises(UserError, match="the loss or the gradient of row 0 is NaN or infinite"):
+        measure(broken, texts, settings(), State(settings()))

@@ -13,11 +13,10 @@ the checkpoint's run did. Under torchrun the ranks share the model.
 """
 
 import argparse
-import json
 import math
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
 
@@ -130,7 +129,7 @@ def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -
             )
     print("\n".join(lines))
     if options.json:
-        write_text(options.json, json.dumps({**figures, "bins": bins}, indent=2) + "\n")
+        write_json(options.json, {**figures, "bins": bins})
 
 
 def _text(estimate, factor: float = 1.0) -> str:

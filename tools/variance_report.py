@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.data.outputs import check_picture, termination_raises, write_text
+from megatron_mdm.data.outputs import check_picture, termination_raises, write_json
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
@@ -99,8 +99,6 @@ def main() -> None:
         raise UserError("--sketch must be at least 1")
     prepare_environment(options.device)
 
-    import json
-
     from tqdm import tqdm
 
     from megatron_mdm import variance_figure, variance_report
@@ -155,7 +153,7 @@ def main() -> None:
             result = variance_report.report(state, settings, texts)
             result["autoregressive"]["checkpoint"] = options.autoregressive
             print(variance_figure.as_text(result))
-            write_text(options.output, json.dumps(result, indent=2) + "\n")
+            write_json(options.output, result)
             variance_figure.draw_figure(result, figure)
             os.unlink(state.path)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_mdm.config import flag
-from megatron_mdm.data.outputs import write_errors, write_text
+from megatron_mdm.data.outputs import write_errors, write_json
 from megatron_mdm.errors import UserError
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
@@ -61,7 +61,7 @@ def kept(
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     result = {"flags": list(flags), **work(name)}
-    write_text(str(path), json.dumps(result) + "\n")
+    write_json(str(path), result)
     return result
 
 

@@ -276,7 +276,35 @@ def _model(args: Namespace) -> torch.nn.Module:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     module: torch.nn.Module = unwrap_model(model[0]).eval()
+    _check_finite(module, args.load)
     return module
+
+
+def _check_finite(module: torch.nn.Module, checkpoint: str) -> None:
+    """Checks, on all ranks together, that the weights are numbers.
+
+    Args:
+        module: this rank's part of the model.
+        checkpoint: where the weights are from.
+
+    Raises:
+        UserError: names the first tensor that holds NaN or infinity; on every rank.
+    """
+    own = {
+        name: tensor.detach()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf).float() for x in own.values()])
+    bad = (~largest.isfinite()).nonzero()
+    names: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, list(own)[int(bad[0])] if len(bad) else None)
+    for name in names:
+        if name is not None:
+            raise UserError(
+                f"the checkpoint in {checkpoint} holds NaN or infinity in the tensor {name}: its "
+                "training has diverged; give an earlier checkpoint of it"
+            )
 
 
 def _recorded(checkpoint: str) -> Namespace:

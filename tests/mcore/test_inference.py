@@ -1,5 +1,6 @@
 """A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +131,38 @@ def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
         line for line in log.splitlines() if message in line
     ]
     assert message in log
+
+
+@pytest.fixture
+def diverged(base, tmp_path):
+    """A copy of the checkpoint with a number that is none in its last layer norm."""
+    copy = Path(shutil.copytree(checkpoint(base), tmp_path / "diverged"))
+    norm = ranks.weights(copy)["decoder.final_layernorm.weight"].numpy().tobytes()
+    (path,) = (path for path in copy.glob("iter_*/*.distcp") if norm in path.read_bytes())
+    nan = torch.tensor(torch.nan).numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(norm, norm[:-4] + nan))
+    return copy
+
+
+def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, data, tmp_path):
+    """The second stage has them, and the first ends as it does."""
+    line = f"error: the checkpoint in {diverged} holds NaN or infinity in the tensor decoder.final"
+    prompt = ["--length", "2", "--prompt", "1"]
+    text = ["--data", str(data), "--json", str(tmp_path / "x.json")]
+    stages = ["--pipeline-model-parallel-size", "2"]
+    for world, tool, *flags in (
+        (2, "generate", *prompt, *stages),
+        (1, "evaluate", *text),
+        (1, "variance_report", "--data", str(data), "--output", str(tmp_path / "x.json")),
+        (1, "fit_ppots", "--output", str(tmp_path / "x.json")),
+    ):
+        command = [f"tools/{tool}.py", "--device", "cpu", "--load", str(diverged), *flags]
+        run = ranks.launch(tmp_path / tool, world, "--", *command, entry="tool", check=False)
+        assert run.status == [2] * world
+        for log in run.output:
+            assert [x[: len(line)] for x in log.splitlines() if x.startswith("error")] == [line]
+            assert "Traceback" not in log
+    assert not list(tmp_path.glob("x.json*"))
 
 
 @pytest.fixture
