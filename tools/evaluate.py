@@ -60,7 +60,10 @@ def main() -> None:
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
     with open_checkpoint(
-        options.load, options.device, options.pipeline_model_parallel_size
+        options.load,
+        options.device,
+        options.pipeline_model_parallel_size,
+        trust=options.trust_remote_code,
     ) as loaded:
         import torch
         from tqdm import tqdm

@@ -139,7 +139,10 @@ def main() -> None:
     options = parse()
     check(options)
     with open_checkpoint(
-        options.load, options.device, change=partial(take_over, options)
+        options.load,
+        options.device,
+        change=partial(take_over, options),
+        trust=options.trust_remote_code,
     ) as loaded:
         from tqdm import tqdm
 

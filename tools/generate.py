@@ -113,8 +113,12 @@ def main() -> None:
         if len(prompts) > 1:
             raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 
-    pipeline_parallel = options.pipeline_model_parallel_size
-    with open_checkpoint(options.load, options.device, pipeline_parallel) as loaded:
+    with open_checkpoint(
+        options.load,
+        options.device,
+        options.pipeline_model_parallel_size,
+        trust=options.trust_remote_code,
+    ) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order

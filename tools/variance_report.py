@@ -112,7 +112,7 @@ def main() -> None:
     variance_report.Settings(
         **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
     )
-    with open_checkpoint(options.load, options.device) as loaded:
+    with open_checkpoint(options.load, options.device, trust=options.trust_remote_code) as loaded:
         from megatron_mdm.mcore.inference import other_weights
         from megatron_mdm.mcore.measure import causal_step, gradient_step
 

@@ -123,14 +123,13 @@ def _hub_logits(
     transformers.utils.logging.set_verbosity_error()
     auto: Any = transformers.AutoModelForCausalLM
     settings: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    settings |= {"use_safetensors": True, "trust_remote_code": not family.in_transformers}
     inputs: dict[str, Any] = {}
     if family.in_transformers:  # a causal model, whose mask is added to the scores: none is hidden
         settings["attn_implementation"] = "eager"
         inputs["attention_mask"] = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
-    else:
-        settings["trust_remote_code"] = True
-        if "AutoModelForCausalLM" not in config["auto_map"]:
-            auto = transformers.AutoModel
+    elif "AutoModelForCausalLM" not in config["auto_map"]:
+        auto = transformers.AutoModel
     model = auto.from_pretrained(directory, **settings)
     megatron.round_weights(model, dtype)
     return model.eval()(tokens, **inputs).logits.float()

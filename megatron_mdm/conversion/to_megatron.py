@@ -28,7 +28,8 @@ from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
-    runs_code,
+    code_of,
+    leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
 )
@@ -63,7 +64,8 @@ def to_megatron(
         multiple: Megatron's vocabulary is padded to a multiple of it.
         dtype: dtype to write; None for the source's.
         verify: read everything again and compare, logits too.
-        trust: run the modeling code of the directory for that.
+        trust: the Python code of the directory may run: its modeling code for that, and, when the
+            checkpoint is used, its tokenizer's.
         say: prints a line for the user.
 
     Raises:
@@ -81,6 +83,7 @@ def to_megatron(
         hub_files = Path(temporary) / HUB_FILES
         write_hub_files(directory, hub_files, family, config, words)
         write_fast_tokenizer(hub_files)
+        left_out = None if trust else leave_out_code(hub_files)
         if words.added:
             add_mask_token(hub_files, words.mask)
         flags = [
@@ -146,6 +149,8 @@ def to_megatron(
                 trust=trust,
                 say=say,
             )
+    if left_out:
+        say(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
     for line in _remarks(family, config, words, tied, shift):
         say(line)
     say(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
@@ -214,7 +219,7 @@ def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: C
         return [*flags, *(["--null-tokenizer-eod-id", str(end)] if isinstance(end, int) else [])]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer"]
     flags += ["--tokenizer-model", str(output.absolute() / HUB_FILES)]
-    if runs_code(hub_files):
+    if code_of(hub_files):
         flags.append("--trust-remote-code")
     return flags
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.conversion import hub
+from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
@@ -196,9 +197,41 @@ def _settings(directory: Path) -> dict[str, Any]:
     return hub.read_object(path) if path.exists() else {}
 
 
-def runs_code(directory: Path) -> bool:
-    """Whether the tokenizer is Python code that lies beside it."""
-    return "auto_map" in _settings(directory)
+def code_of(directory: Path) -> str | None:
+    """The Python class, `module.Class`, that lies beside a tokenizer and is it; None without."""
+    with _damage(directory / "tokenizer_config.json"):
+        return named_code(_settings(directory))
+
+
+def leave_out_code(directory: Path) -> str | None:
+    """Makes tokenizer.json the tokenizer of a directory whose settings name Python code instead.
+
+    The files with the code stay, and nothing names them.
+
+    Args:
+        directory: with the tokenizer's files; changed.
+
+    Returns:
+        The class that is left out, None if there is none.
+
+    Raises:
+        UserError: there is no tokenizer.json.
+    """
+    code = code_of(directory)
+    if code is None:
+        return None
+    if not (directory / "tokenizer.json").exists():
+        raise UserError(
+            f"the tokenizer is Python code ({code}), and has no tokenizer.json that could be taken "
+            "instead: add --trust-remote-code if you trust the code"
+        )
+    settings = _settings(directory)
+    settings.pop("auto_map")
+    _write(
+        directory / "tokenizer_config.json",
+        settings | {"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
+    return code
 
 
 def _transformers() -> Any:

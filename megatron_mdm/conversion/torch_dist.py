@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.unpickling import check_pickles
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
@@ -271,10 +272,11 @@ class DistCheckpoint:
 
     def __init__(self, directory: Path, iteration: int | None = None) -> None:
         self.path = directory / _subdirectory(directory, iteration)
+        check_pickles(self.path)
         self._reader = dcp.FileSystemReader(self.path)
         try:
             metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except OSError as error:
             raise UserError(
                 f"{self.path} is not a whole torch_dist checkpoint: its .metadata cannot be read"
             ) from error

@@ -4,7 +4,7 @@ Imports neither torch nor megatron nor transformers, so that a worker starts in 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +45,33 @@ class TokenizerData:
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def open_hugging_face(directory: str) -> Any:
-    """The Hugging Face tokenizer in a local directory, whose code is not run, or asked about."""
+def open_hugging_face(directory: str, trust: bool = False) -> Any:
+    """The Hugging Face tokenizer in a local directory.
+
+    Args:
+        directory: with its files.
+        trust: run Python code that is there; else nobody is asked about it either.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+
+
+def named_code(settings: Mapping[str, Any]) -> str | None:
+    """The Python class, `module.Class`, that a tokenizer_config.json takes for the tokenizer.
+
+    Args:
+        settings: its contents.
+
+    Returns:
+        None where the tokenizer is one of transformers' own.
+    """
+    names = settings.get("auto_map")
+    if isinstance(names, dict):
+        names = names.get("AutoTokenizer")
+    if isinstance(names, str):
+        return names
+    return next((str(name) for name in names or () if name), None)
 
 
 class EncodedChunk(NamedTuple):

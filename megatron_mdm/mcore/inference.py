@@ -1,12 +1,13 @@
 """A trained checkpoint as a function from tokens to logits, with nothing to give but its path."""
 
 import contextlib
+import json
 import os
-import re
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from megatron.training.training import setup_model_and_optimizer
 
 from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import differences
 from megatron_mdm.mcore.arguments import rejection, tokenizer_end_id
@@ -33,6 +35,7 @@ from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
+from megatron_mdm.mcore.unpickling import check_pickles_to_load
 
 # What the checkpoint's arguments say of the run that wrote it, and how it is here instead.
 HERE = {
@@ -208,6 +211,7 @@ def loaded_model(
     device: str,
     pipeline_parallel: int = 1,
     change: Callable[[Namespace], None] | None = None,
+    trust: bool = False,
 ) -> Iterator[LoadedModel]:
     """Loads a checkpoint, whatever layout wrote it, over all ranks.
 
@@ -218,6 +222,7 @@ def loaded_model(
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
         change: of the arguments that the checkpoint recorded, before the model is built.
+        trust: run Python code that lies beside the tokenizer.
 
     Raises:
         UserError: there is no checkpoint, it has no arguments, or the model cannot be divided so.
@@ -229,10 +234,11 @@ def loaded_model(
     if change:
         change(recorded)
     args = adapted(recorded, checkpoint, device, pipeline_parallel)
+    _limit_code(args, trust)
     try:
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:
-        raise rejection(error) from error
+        raise _tokenizer_rejection(error, args) from error
     use_shipped_dataset_helpers()
     initialize_megatron()
     try:
@@ -313,6 +319,7 @@ def _recorded(checkpoint: str) -> Namespace:
     Raises:
         UserError: see `loaded_model`.
     """
+    check_pickles_to_load(checkpoint)
     probe = parse_args(_accept_anything, ignore_unknown_args=True)
     state = _load_base_checkpoint(checkpoint, probe, rank0=True)[0]
     if not state:
@@ -361,8 +368,53 @@ def adapted(args: Namespace, checkpoint: str, device: str, pipeline_parallel: in
     return args
 
 
+def _limit_code(args: Namespace, trust: bool) -> None:
+    """Keeps Python code that the checkpoint's arguments name from running unless it is trusted.
+
+    Args:
+        args: of the checkpoint; changed.
+        trust: run the code of its tokenizer.
+
+    Raises:
+        UserError: the code would be fetched from elsewhere.
+    """
+    args.trust_remote_code = trust
+    args.spec = None  # names a module to import; the plugin has layers of its own
+    code = _tokenizer_code(args)
+    if trust and code and "--" in code:
+        raise UserError(
+            f"the tokenizer in {args.tokenizer_model} is Python code of another repository "
+            f"({code}), which is not fetched: put the code beside it, and its name in "
+            "tokenizer_config.json"
+        )
+
+
+def _tokenizer_code(args: Namespace) -> str | None:
+    """The Python class that lies beside the tokenizer and is it, None for one of transformers'."""
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        return None
+    try:
+        return named_code(
+            json.loads(Path(args.tokenizer_model, "tokenizer_config.json").read_bytes())
+        )
+    except (OSError, ValueError, AttributeError, TypeError):  # transformers says what is wrong
+        return None
+
+
+def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
+    """One line for an exception with which Megatron rejects the tokenizer, or other arguments."""
+    code = None if args.trust_remote_code else _tokenizer_code(args)
+    if code is None:
+        return rejection(error)
+    return UserError(
+        f"the tokenizer in {args.tokenizer_model} is Python code ({code}), which runs with "
+        "--trust-remote-code only: add it if you trust the code, or convert the model again, which "
+        "takes its tokenizer.json"
+    )
+
+
 def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
-    """Where the tokenizer is.
+    """Where the tokenizer is, on this machine: nothing is fetched.
 
     Raises:
         UserError: it is not where it was.
@@ -375,12 +427,23 @@ def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
         own = os.path.join(checkpoint, HUB_FILES)
         if os.path.isdir(own):  # a converted checkpoint, which has moved
             return own
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # a name that need be no directory
-            return path
+        fetched = _fetched_before(path)
+        if fetched:
+            return fetched
     raise UserError(
         f"the tokenizer of {checkpoint} is not at {path}: start in the directory that the training "
         "was started in, or put it there"
     )
+
+
+def _fetched_before(name: str) -> str | None:
+    """Where huggingface_hub keeps the repository of this name, None if it keeps none."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
 
 
 def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:

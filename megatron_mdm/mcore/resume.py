@@ -11,6 +11,7 @@ from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_ex
 
 from megatron_mdm.config import MDMConfig, flag
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.unpickling import check_pickles_to_load
 from megatron_mdm.objective.fit_file import load_sampler
 
 
@@ -45,6 +46,7 @@ def saved_arguments(args: Namespace, source: str | None) -> dict[str, Any]:
     """
     if source is None:
         return {}
+    check_pickles_to_load(source, args.ckpt_step)
     state = _load_base_checkpoint(source, args, rank0=True)[0]
     return vars(state["args"]) if state and state.get("args") else {}
 

@@ -121,30 +121,28 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
         special: whether text that spells a special token is that token, as where preprocessing
             renders conversations with a chat template; else it is ordinary text.
     """
-    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
-    if data is not None:
-        return data.load(special)
-    if loaded.args.tokenizer_type == "HuggingFaceTokenizer":  # by the name of a repository
-        tokenizer = loaded.tokenizer._tokenizer.tokenizer
-        return lambda text: (
-            tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
-        )
-    return loaded.tokenizer.tokenize
+    data = _tokenizer_data(loaded)
+    return loaded.tokenizer.tokenize if data is None else data.load(special)
 
 
 def vocab_size(loaded: LoadedModel) -> int:
     """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
-    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
+    data = _tokenizer_data(loaded)
     return loaded.tokenizer.vocab_size if data is None else data.vocab_size
 
 
-@functools.cache
-def _tokenizer_data(kind: str, model: str | None) -> TokenizerData | None:
+def _tokenizer_data(loaded: LoadedModel) -> TokenizerData | None:
     """What preprocessing reads of a tokenizer, None if it does not know the kind."""
+    args = loaded.args
+    return _read_tokenizer(args.tokenizer_type, args.tokenizer_model, args.trust_remote_code)
+
+
+@functools.cache
+def _read_tokenizer(kind: str, model: str | None, trust: bool) -> TokenizerData | None:
     if kind == "SentencePieceTokenizer":
         return load_sentencepiece(model)
-    if kind == "HuggingFaceTokenizer" and os.path.isdir(model):
-        return load_hugging_face(model)
+    if kind == "HuggingFaceTokenizer":
+        return load_hugging_face(model, trust)
     return None
 
 

@@ -115,9 +115,3 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
         None,
         5,
     ]
-    # A tokenizer by the name of a repository is no directory.
-    named = LoadedModel(
-        None, Namespace(**{**vars(args), "tokenizer_model": "a/b"}), loaded.tokenizer
-    )
-    assert encoder(named, special=True)(text) == [1, BOS, 2, 95]
-    assert encoder(named)(text)[0] == 1

@@ -201,12 +201,30 @@ def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
         recorded.tokenizer_model = gone
         with pytest.raises(UserError, match=f"the tokenizer of {tmp_path} is not at {gone}: start"):
             adapted(recorded, str(tmp_path), "cpu", 1)
-    recorded.tokenizer_model = "owner/a-name.v2"  # of a repository
-    assert adapted(recorded, str(tmp_path), "cpu", 1).tokenizer_model == "owner/a-name.v2"
     own = tmp_path / "huggingface"  # as the conversion writes it
     own.mkdir()
     recorded.tokenizer_model = gone
     assert adapted(recorded, str(tmp_path), "cpu", 1).tokenizer_model == str(own)
+
+
+@pytest.mark.parametrize("name", ["owner/a-name.v2", "a-name", "runs/tokenizer"])
+def test_a_tokenizer_of_a_repository_is_not_fetched(name, recorded, tmp_path, monkeypatch):
+    """It is the one that was fetched before, if there is one."""
+    from huggingface_hub import constants
+
+    connections = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: connections.append(args))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    recorded.tokenizer_type, recorded.tokenizer_model = "HuggingFaceTokenizer", name
+    with pytest.raises(UserError, match=f"the tokenizer of here is not at {name}: start in"):
+        adapted(recorded, "here", "cpu", 1)
+    repository = tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert adapted(recorded, "here", "cpu", 1).tokenizer_model == str(snapshot)
+    assert connections == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
