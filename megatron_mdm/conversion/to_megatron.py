@@ -148,6 +148,7 @@ def to_megatron(
                 dtype=kind,
                 trust=trust,
                 say=say,
+                added=words.mask if words.added else None,
             )
     if left_out:
         say(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")

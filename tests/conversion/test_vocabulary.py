@@ -83,7 +83,10 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
 
     source, said = models.make("llama", tmp_path / "hf"), []
     write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, verify=True, say=said.append)
+    # The logits of that row differ, and those of all others do not.
+    assert said[1].startswith("verified: logits of")
+    said = said[2:]
     assert "id 90, an unused row" in said[0]
     got, original = rows(tmp_path / "mg", ROWS[0]), load_file(source / hub.SINGLE)
     embedding = original["model.embed_tokens.weight"]
