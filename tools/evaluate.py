@@ -107,7 +107,7 @@ def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -
         f"NELBO {_text(result.nelbo)} nats/token",
     ]
     if result.nelbo.stderr is None:
-        lines.append("its error over the choice of documents is unknown: all rows are of one")
+        lines.append("its error over the choice of documents is unknown: it takes rows of several")
     figures = {
         "nelbo": _figures(result.nelbo),
         "num_tokens": result.num_tokens,

@@ -4,12 +4,11 @@
 
 writes variance.json and variance.png, and prints the table. --data is text, or prompts and
 responses (.bin/.idx), of which only the responses are masked; rows are drawn from all over it.
-Nested draws of rows, rates and masks
-give the shares of the masking pattern (A), the masking rate (B) and the data (C) in the variance of
-the loss and of the gradient of one row, beside the data noise of the same network on the same rows
-as an autoregressive model: causal mask, next tokens. For that give the weights of one that was
-trained so (--autoregressive); a diffusion model's own predict no next tokens. Other masks of the
-same rows give the table of the methods.
+Nested draws of rows, rates and masks give the shares of the masking pattern (A), the masking rate
+(B) and the data (C) in the variance of the loss and of the gradient of one row, beside the data
+noise of the same network on the same rows as an autoregressive model: causal mask, next tokens. For
+that give the weights of one that was trained so (--autoregressive); a diffusion model's own predict
+no next tokens. Other masks of the same rows give the table of the methods.
 The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
 Under torchrun the ranks share the model as tensor-parallel ranks.

@@ -142,7 +142,8 @@ def to_hugging_face(
     if written.get("mdm_shift"):
         say("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
-        seen = "" if hasattr(args, "mdm_vocab_size") else ", which took part in the run's softmax"
+        is_seen = getattr(args, "mdm_vocab_size", None) is None
+        seen = ", which took part in the run's softmax" if is_seen else ""
         say(f"left out {padded - rows} padding rows of the vocabulary{seen}")
     say(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
 

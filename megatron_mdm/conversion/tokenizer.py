@@ -200,7 +200,7 @@ def _settings(directory: Path) -> dict[str, Any]:
 def code_of(directory: Path) -> str | None:
     """The Python class, `module.Class`, that lies beside a tokenizer and is it; None without."""
     with _damage(directory / "tokenizer_config.json"):
-        return named_code(_settings(directory))
+        return next(iter(named_code(_settings(directory))), None)
 
 
 def leave_out_code(directory: Path) -> str | None:

@@ -57,21 +57,21 @@ def open_hugging_face(directory: str, trust: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
 
 
-def named_code(settings: Mapping[str, Any]) -> str | None:
-    """The Python class, `module.Class`, that a tokenizer_config.json takes for the tokenizer.
+def named_code(settings: Mapping[str, Any], *kinds: str) -> list[str]:
+    """The Python classes, `module.Class`, that a file of a model has in place of transformers' own.
 
     Args:
-        settings: its contents.
-
-    Returns:
-        None where the tokenizer is one of transformers' own.
+        settings: contents of a tokenizer_config.json or config.json.
+        kinds: classes of transformers that they take the place of; by default AutoTokenizer.
     """
-    names = settings.get("auto_map")
-    if isinstance(names, dict):
-        names = names.get("AutoTokenizer")
-    if isinstance(names, str):
-        return names
-    return next((str(name) for name in names or () if name), None)
+    names = settings.get("auto_map") or {}
+    if not isinstance(names, dict):
+        names = {"AutoTokenizer": names}
+    found: list[str] = []
+    for kind in kinds or ("AutoTokenizer",):
+        given = names.get(kind) or ()
+        found += [given] if isinstance(given, str) else [str(name) for name in given if name]
+    return found
 
 
 class EncodedChunk(NamedTuple):

@@ -380,34 +380,37 @@ def _limit_code(args: Namespace, trust: bool) -> None:
     """
     args.trust_remote_code = trust
     args.spec = None  # names a module to import; the plugin has layers of its own
-    code = _tokenizer_code(args)
-    if trust and code and "--" in code:
-        raise UserError(
-            f"the tokenizer in {args.tokenizer_model} is Python code of another repository "
-            f"({code}), which is not fetched: put the code beside it, and its name in "
-            "tokenizer_config.json"
-        )
+    if trust and args.tokenizer_type == "HuggingFaceTokenizer":
+        for name in ("tokenizer_config.json", "config.json"):  # transformers reads both
+            elsewhere = [
+                code
+                for code in named_code(_settings(args, name), "AutoTokenizer", "AutoConfig")
+                if "--" in code
+            ]
+            if elsewhere:
+                raise UserError(
+                    f"{Path(args.tokenizer_model, name)} names Python code of another repository "
+                    f"({elsewhere[0]}), which is not fetched: put the code beside it, and name that"
+                )
 
 
-def _tokenizer_code(args: Namespace) -> str | None:
-    """The Python class that lies beside the tokenizer and is it, None for one of transformers'."""
-    if args.tokenizer_type != "HuggingFaceTokenizer":
-        return None
+def _settings(args: Namespace, name: str) -> dict[str, Any]:
+    """What a file beside a Hugging Face tokenizer says; empty where transformers will complain."""
     try:
-        return named_code(
-            json.loads(Path(args.tokenizer_model, "tokenizer_config.json").read_bytes())
-        )
-    except (OSError, ValueError, AttributeError, TypeError):  # transformers says what is wrong
-        return None
+        settings = json.loads(Path(args.tokenizer_model, name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
     """One line for an exception with which Megatron rejects the tokenizer, or other arguments."""
-    code = None if args.trust_remote_code else _tokenizer_code(args)
-    if code is None:
+    is_code = args.tokenizer_type == "HuggingFaceTokenizer" and not args.trust_remote_code
+    code = named_code(_settings(args, "tokenizer_config.json")) if is_code else []
+    if not code:
         return rejection(error)
     return UserError(
-        f"the tokenizer in {args.tokenizer_model} is Python code ({code}), which runs with "
+        f"the tokenizer in {args.tokenizer_model} is Python code ({code[0]}), which runs with "
         "--trust-remote-code only: add it if you trust the code, or convert the model again, which "
         "takes its tokenizer.json"
     )

@@ -78,10 +78,13 @@ def test_what_a_checkpoint_says_of_trust_does_not_count(source, tmp_path):
     assert result.returncode == 2 and "Traceback" not in result.stderr and not ran
     result, ran = generate(checkpoint, tmp_path, "--trust-remote-code")
     assert result.returncode == 0 and result.stdout.startswith("w1 w2 ") and ran
-    name_code(checkpoint / "huggingface", "other/repository--code.T")
-    result, ran = generate(checkpoint, tmp_path, "--trust-remote-code")
-    assert "is Python code of another repository (other/repository--code.T)" in result.stderr
-    assert result.returncode == 2 and not ran
+    for name, kind in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        path = checkpoint / "huggingface" / name
+        code = {"auto_map": {kind: "other/repository--code.T"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | code))
+        result, ran = generate(checkpoint, tmp_path, "--trust-remote-code")
+        line = f"{name} names Python code of another repository (other/repository--code.T)"
+        assert line in result.stderr and result.returncode == 2 and not ran
 
 
 def test_code_that_nothing_can_replace_is_refused(source, tmp_path):
