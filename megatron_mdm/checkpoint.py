@@ -25,6 +25,12 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
     parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     add_hashes_argument(parser)
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that lies beside the checkpoint's tokenizer; it never runs without "
+        "this flag, whatever the checkpoint says",
+    )
     if pipeline:
         parser.add_argument(
             "--pipeline-model-parallel-size",
@@ -52,6 +58,7 @@ def open_checkpoint(
     pipeline_parallel: int = 1,
     change: Callable[[argparse.Namespace], None] | None = None,
     hashes: bool = True,
+    trust: bool = False,
 ) -> Iterator["LoadedModel"]:
     """Loads a checkpoint as `mcore.inference.loaded_model` does, from outside Megatron.
 
@@ -65,6 +72,7 @@ def open_checkpoint(
         pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
         change: of the arguments that the checkpoint recorded, before the model is built.
         hashes: compare its files with the sums that were saved with them.
+        trust: run Python code that lies beside the tokenizer (--trust-remote-code).
 
     Raises:
         UserError: no such device or checkpoint, or a layout that the model does not allow.
@@ -78,6 +86,6 @@ def open_checkpoint(
 
             stack.enter_context(training_device(device))
             loaded = stack.enter_context(
-                loaded_model(checkpoint, device, pipeline_parallel, change, hashes)
+                loaded_model(checkpoint, device, pipeline_parallel, change, hashes, trust)
             )
         yield loaded

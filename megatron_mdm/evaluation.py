@@ -8,7 +8,8 @@ random offset of its own.
     stderr       from the spread of the groups: which texts were chosen, and how they were masked
     draw_stderr  from the spread of the replicates within the groups: the masking alone
 
-A group is a run of successive texts, so `stderr` allows for the kinship of rows of one document.
+Rows of one document are akin: they are in one group, so that `stderr` is that of the choice of
+documents, and unknown where all rows are of one.
 """
 
 import itertools
@@ -49,11 +50,14 @@ class Text:
         eligible: the tokens that are masked and scored, bool [L]; the others are always seen.
         documents: number of each token's document, outside which it sees nothing, int64 [L]; None:
             it sees the whole row.
+        origin: number, in the data, of the document that each token is from, int64 [L]; None: they
+            are from a document that no other row has a part of.
     """
 
     tokens: torch.Tensor
     eligible: torch.Tensor
     documents: torch.Tensor | None = None
+    origin: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Evaluation:
         bins: nats per token at rates in each equal bin of (0, 1], None where no draw fell; up to
             their errors their mean is the NELBO.
         num_texts: N.
+        num_documents: documents that the texts are from.
         num_tokens: tokens scored.
         num_draws: draws of each text.
     """
@@ -100,11 +105,14 @@ class Evaluation:
     nelbo: Estimate
     bins: list[Estimate | None]
     num_texts: int
+    num_documents: int
     num_tokens: int
     num_draws: int
 
 
-def cut_rows(documents: Iterable[Sequence[int]], length: int, packed: bool) -> list[torch.Tensor]:
+def cut_rows(
+    documents: Iterable[Sequence[int]], length: int, packed: bool, overlap: int = 0
+) -> list[torch.Tensor]:
     """Cuts documents into rows of at most `length` tokens, without padding.
 
     Args:
@@ -112,16 +120,19 @@ def cut_rows(documents: Iterable[Sequence[int]], length: int, packed: bool) -> l
         length: of a row.
         packed: documents follow one another within a row, as in pretraining; else every document
             begins a row.
+        overlap: tokens, fewer than `length`, with which a row repeats the end of the row before. A
+            row has more tokens than these.
 
     Returns:
         Rows, int64 [at most `length`].
     """
-    if packed:
-        documents = [list(itertools.chain.from_iterable(documents))]
+    arrays = [np.asarray(document, dtype=np.int64) for document in documents]
+    if packed and arrays:
+        arrays = [np.concatenate(arrays)]
     return [
-        torch.tensor(document[first : first + length], dtype=torch.int64)
-        for document in documents
-        for first in range(0, len(document), length)
+        torch.tensor(document[first : first + length])
+        for document in arrays
+        for first in range(0, len(document) - overlap, length - overlap)
     ]
 
 
@@ -151,23 +162,53 @@ def evaluate(
         progress: called with the number of draws of each batch.
 
     Raises:
-        UserError: nothing to score, an odd number of draws, or a mask token among the texts.
+        UserError: nothing to score, an odd number of draws, a mask token among the texts, or logits
+            that are no numbers.
     """
     if draws < 2 or draws % 2:
         raise UserError(f"the draws of a text must be even, for an error bar; got {draws}")
-    size = -(-len(texts) // GROUPS)
+    groups = groups_of(texts)
     drawn = draw(
-        logits, texts, mask_token_id, 2, draws // 2, seed, size, batch_size, device, progress
+        logits, texts, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
     )
     tokens = int(drawn.num_eligible.sum())
     if tokens == 0:
         raise UserError("there are no tokens to score: give other texts")
     everything = np.ones_like(drawn.nats)
     index = np.ceil(drawn.rate * num_bins) - 1
-    bins = [_estimate(drawn, (index == i).astype(np.float64), size) for i in range(num_bins)]
-    nelbo = _estimate(drawn, everything, size)
+    bins = [_estimate(drawn, (index == i).astype(np.float64), groups) for i in range(num_bins)]
+    nelbo = _estimate(drawn, everything, groups)
     assert nelbo is not None
-    return Evaluation(nelbo, bins, len(texts), tokens, draws)
+    return Evaluation(nelbo, bins, len(texts), num_documents(texts), tokens, draws)
+
+
+def num_documents(texts: Sequence[Text]) -> int:
+    """How many documents texts are from."""
+    origins = [text.origin for text in texts if text.origin is not None]
+    known = len(torch.cat(origins).unique()) if origins else 0
+    return known + len(texts) - len(origins)
+
+
+def groups_of(texts: Sequence[Text]) -> npt.NDArray[np.int64]:
+    """The group of each text: those of one document share one.
+
+    A text of several documents belongs to the one that it has most of.
+
+    Args:
+        texts: N of them.
+
+    Returns:
+        Numbers from 0 on, int64 [N], at most `GROUPS` of them; groups are about equally large where
+        documents are small.
+    """
+    documents = [
+        -1 - i if text.origin is None else int(text.origin.mode().values)
+        for i, text in enumerate(texts)
+    ]
+    _, document, counts = np.unique(documents, return_inverse=True, return_counts=True)
+    before = counts.cumsum() - counts
+    part = before * GROUPS // max(len(texts), 1)
+    return np.unique(part[document], return_inverse=True)[1].astype(np.int64)
 
 
 def log_likelihoods(
@@ -183,7 +224,8 @@ def log_likelihoods(
 
     Args:
         logits: as in `evaluate`.
-        pairs: token ids of (context, continuation).
+        pairs: token ids of (context, continuation). A shifted model (--mdm-shift) needs a context,
+            of one token at least.
         mask_token_id: id put at masked positions.
         draws: masks of each pair, a multiple of 4.
         seed: of rates and masks.
@@ -196,7 +238,8 @@ def log_likelihoods(
         token are exact.
 
     Raises:
-        UserError: draws that are no multiple of 4, or a mask token among the tokens.
+        UserError: draws that are no multiple of 4, a mask token among the tokens, or logits that
+            are no numbers.
     """
     if draws < 4 or draws % 4:
         raise UserError(f"the draws of a continuation must be a multiple of 4, got {draws}")
@@ -207,7 +250,8 @@ def log_likelihoods(
         )
         for context, continuation in pairs
     ]
-    drawn = draw(logits, texts, mask_token_id, 4, draws // 4, seed, 1, batch_size, device)
+    alone = np.arange(len(texts))
+    drawn = draw(logits, texts, mask_token_id, 4, draws // 4, seed, alone, batch_size, device)
     replicates = drawn.nats.mean(axis=2)
     errors = replicates.std(axis=1, ddof=1) / math.sqrt(replicates.shape[1])
     return list(zip((-replicates.mean(axis=1)).tolist(), errors.tolist(), strict=True))
@@ -221,17 +265,18 @@ def draw(
     replicates: int,
     draws: int,
     seed: int,
-    group_size: int,
+    groups: npt.NDArray[np.int64],
     batch_size: int,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Draws:
     """Scores every text under `replicates` x `draws` masks; arguments as in `evaluate`.
 
-    Only rows of one length share a call of the model, so nothing is padded.
+    `groups`, int64 [N], numbers the group that each text is in from 0 on (see `groups_of`). Only
+    rows of one length share a call of the model, so nothing is padded.
 
     Raises:
-        UserError: a mask token among the tokens.
+        UserError: a mask token among the tokens, or logits that are no numbers.
     """
     corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps plays no part
     for number, text in enumerate(texts):
@@ -241,7 +286,7 @@ def draw(
                 "take for a masked position: tokenize it again without"
             )
     shape = (len(texts), replicates, draws)
-    quantile = lattice_quantiles(*shape, seed, group_size).reshape(-1)
+    quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
     nats, rate = np.zeros(quantile.shape), np.zeros(quantile.shape)
     per_text = replicates * draws
     length = [len(text.tokens) for text in texts]
@@ -274,6 +319,11 @@ def draw(
                 cross_entropy, corrupted.mask, corrupted.weight, eligible.sum(dim=1), "rows"
             )
             nats[indices] = (losses.per_row * eligible.sum(dim=1)).numpy()
+            if not np.isfinite(nats[indices]).all():
+                raise UserError(
+                    "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
+                    "too large for its precision"
+                )
             rate[indices] = corrupted.t.numpy()
             progress(len(batch))
     num_eligible = np.array([int(text.eligible.sum()) for text in texts], dtype=np.int64)
@@ -281,7 +331,7 @@ def draw(
 
 
 def lattice_quantiles(
-    num_texts: int, replicates: int, draws: int, seed: int, group_size: int
+    groups: npt.NDArray[np.int64], replicates: int, draws: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """Quantiles of the rates: one golden-ratio lattice for each replicate of a group.
 
@@ -289,14 +339,24 @@ def lattice_quantiles(
     draws of one text and those of the whole group are stratified. Each quantile is uniform over
     (0, 1); those of different groups or replicates are independent.
 
+    Args:
+        groups: number of the group that each text is in, from 0 on, int64 [N].
+        replicates: of each group.
+        draws: of each text in a replicate.
+        seed: of the offsets.
+
     Returns:
-        Grid integers (see randomness.py), int64 [num_texts, replicates, draws].
+        Grid integers (see randomness.py), int64 [N, replicates, draws].
     """
-    text = np.arange(num_texts)
-    group, place = np.divmod(text, group_size)
-    number = group[:, None] * replicates + np.arange(replicates)
+    sizes = np.bincount(groups)
+    place = np.empty_like(groups)  # of a text in its group
+    place[np.argsort(groups, kind="stable")] = np.arange(len(groups)) - np.repeat(
+        sizes.cumsum() - sizes, sizes
+    )
+    number = groups[:, None] * replicates + np.arange(replicates)
     offsets = [
-        random_bits(seed, Split.TEST, Purpose.OFFSET, int(i), 1)[0] for i in np.unique(number)
+        random_bits(seed, Split.TEST, Purpose.OFFSET, i, 1)[0]
+        for i in range(len(sizes) * replicates)
     ]
     step = (place[:, None] * draws + np.arange(draws)).astype(np.uint64)
     words = np.array(offsets, dtype=np.uint64)[number][:, :, None]
@@ -305,20 +365,19 @@ def lattice_quantiles(
     return quantile
 
 
-def _estimate(drawn: Draws, chosen: Floats, group_size: int) -> Estimate | None:
+def _estimate(drawn: Draws, chosen: Floats, groups: npt.NDArray[np.int64]) -> Estimate | None:
     """Ratio of sums over draws, nats to tokens, with linearised errors; None without any draw.
 
     Args:
         drawn: nats of N texts in R replicates of D draws.
         chosen: 1 for draws that count, else 0 [N, R, D].
-        group_size: texts of a group.
+        groups: number of each text's group [N].
     """
-    groups = np.arange(0, len(drawn.nats), group_size)
     tokens = np.broadcast_to(drawn.num_eligible[:, None, None], chosen.shape)
     # [G, R]: sums over the draws of a replicate and the texts of a group.
-    nats, weight = (
-        np.add.reduceat((chosen * value).sum(axis=2), groups) for value in (drawn.nats, tokens)
-    )
+    nats, weight = np.zeros((2, groups.max() + 1, chosen.shape[1]))
+    np.add.at(nats, groups, (chosen * drawn.nats).sum(axis=2))
+    np.add.at(weight, groups, (chosen * tokens).sum(axis=2))
     total = weight.sum()
     if total == 0:
         return None

@@ -105,7 +105,7 @@ class Decoder:
             int64 [B, L]: `tokens`, and what stands after each model call; rows that are done stay.
 
         Raises:
-            UserError: there are fewer steps than blocks in a row.
+            UserError: there are fewer steps than blocks in a row, or logits that are no numbers.
         """
         masked = tokens == self.mask_token_id
         wanted = masked.sum(dim=1)
@@ -174,10 +174,11 @@ class Decoder:
             # LLaDA maximises exp(logit) / (-log u)^temperature; this is its logarithm.
             scores -= self.temperature * uniforms(scores.shape[1]).log_().neg_().log_()
         picks = scores.argmax(dim=-1)
+        order = probabilities.gather(-1, picks[:, None])[:, 0]
+        if order.isnan().any():  # one of the logits that are NaN or infinite makes all of them so
+            raise UserError("the model's logits hold NaN or infinity: nothing can be decoded")
         if self.remasking == "random":
             order = uniforms()
-        else:
-            order = probabilities.gather(-1, picks[:, None])[:, 0]
         prediction = torch.zeros_like(candidates, dtype=torch.int64)
         confidence = torch.full_like(candidates, -torch.inf, dtype=scores.dtype)
         prediction[candidates], confidence[candidates] = picks, order

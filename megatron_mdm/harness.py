@@ -2,7 +2,8 @@
 
     with training_device("cuda"), loaded_model("checkpoints", "cuda") as loaded:
         encode = mcore.texts.encoder(loaded)
-        model = HarnessModel(loaded.logits, encode, loaded.mask_token_id, max_length)
+        model = HarnessModel(loaded.logits, encode, loaded.mask_token_id, max_length,
+                             shift=loaded.args.mdm_shift, opening_token_id=loaded.opening_token_id)
         print(lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])["results"])
 
 `lm_eval` is optional: without it the class stands alone, with the same methods.
@@ -36,6 +37,14 @@ class HarnessModel(LM):
         seed: of the masks.
         batch_size: masked rows in a call of `logits`.
         device: of the tokens that `logits` takes.
+        shift: whether the model predicts each token at the position before it (--mdm-shift). It
+            then cannot predict the first token of a row: every row begins with a token that is
+            seen and not scored. That is the last one of the context or of the row before.
+        opening_token_id: with `shift`, the token that stands in front of a text without context;
+            None: such texts are refused.
+
+    Raises:
+        UserError: a row has no room for a token beside that one.
     """
 
     def __init__(
@@ -48,12 +57,18 @@ class HarnessModel(LM):
         seed: int = 0,
         batch_size: int = 16,
         device: torch.device | str | int = "cpu",
+        shift: bool = False,
+        opening_token_id: int | None = None,
     ) -> None:
         super().__init__()
+        self._num_given = int(shift)  # tokens at the start of a row that cannot be scored
+        if max_length <= self._num_given:
+            raise UserError(f"max_length {max_length}: rows have no room for a token to score")
         self._logits = logits
         self._encode = encode
         self._mask_token_id = mask_token_id
         self._max_length = max_length
+        self._opening_token_id = opening_token_id
         self._settings: dict[str, Any] = {
             "draws": draws,
             "seed": seed,
@@ -70,7 +85,8 @@ class HarnessModel(LM):
             requests: with `args` = (context, continuation), strings.
 
         Raises:
-            UserError: a continuation that is empty, or longer than a row.
+            UserError: a continuation that is empty, longer than a row, or, for a shifted model,
+                without a context.
         """
         pairs = [self._pair(*request.args) for request in requests]
         bounds = log_likelihoods(self._logits, pairs, self._mask_token_id, **self._settings)
@@ -83,11 +99,15 @@ class HarnessModel(LM):
 
         Args:
             requests: with `args` = (text,).
+
+        Raises:
+            UserError: nothing can stand before the first token, which a shifted model needs.
         """
-        totals = []
+        totals, given = [], self._num_given
         for request in requests:
-            rows = cut_rows([self._encode(request.args[0])], self._max_length, packed=False)
-            pairs: list[tuple[list[int], list[int]]] = [([], row.tolist()) for row in rows]
+            text = [*self._opening(), *self._encode(request.args[0])]
+            rows = cut_rows([text], self._max_length, packed=False, overlap=given)
+            pairs = [(row[:given].tolist(), row[given:].tolist()) for row in rows]
             bounds = log_likelihoods(self._logits, pairs, self._mask_token_id, **self._settings)
             totals.append(sum(bound for bound, _ in bounds))
         return totals
@@ -120,12 +140,28 @@ class HarnessModel(LM):
                 "choose a task whose answers are not empty"
             )
         room = self._max_length - len(after)
-        if room < 0:
+        if room < self._num_given:
             raise UserError(
-                f"a continuation has {len(after)} tokens and a row of the model "
-                f"{self._max_length}: choose a task with shorter answers"
+                f"a continuation has {len(after)} tokens and a row of the model has room for "
+                f"{self._max_length - self._num_given}: choose a task with shorter answers"
             )
-        return before[max(0, len(before) - room) :], after
+        return before[max(0, len(before) - room) :] or self._opening(), after
+
+    def _opening(self) -> list[int]:
+        """What stands in front of a text without context.
+
+        Raises:
+            UserError: nothing can, and the model is shifted.
+        """
+        if not self._num_given:
+            return []
+        if self._opening_token_id is None:
+            raise UserError(
+                "a shifted model (--mdm-shift) cannot score the first token of a text without "
+                "context: its tokenizer has no end of document to put in front, or its documents "
+                "never saw one (--mdm-isolate-documents); choose tasks whose texts have a context"
+            )
+        return [self._opening_token_id]
 
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
         blank = [self._mask_token_id] * len(continuation)

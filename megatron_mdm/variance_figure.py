@@ -17,6 +17,12 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [f"{'variance of one row':24s}" + "".join(f"{name:>28s}" for name in NAMES)]
     for part, meaning in (("A", "mask pattern"), ("B", "rate"), ("C", "data"), ("total", "")):
         lines.append(f"{part:6s}{meaning:18s}{_parts(report, report, part)}")
+    rows, documents = report["settings"]["rows"], report["documents"]
+    if documents < rows:
+        lines.append(
+            f"WARNING: the {rows} rows are from {documents} documents. The error bars take rows "
+            "for independent: they and C are too small where rows of one document are akin"
+        )
     causal = report.get("autoregressive")
     if causal:
         loss, error = causal["mean loss"]

@@ -8,6 +8,7 @@ measurement goes on where it was.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.evaluation import Text
+from megatron_mdm.evaluation import Text, num_documents
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.fits import fit
 from megatron_mdm.objective.methods import (
@@ -194,6 +195,11 @@ def _nested(
                 drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
                 loss[i, k], gradient, hidden[i, k] = step(text, drawn)
                 norm2[i, k] = float(gradient.double().square().sum())
+                if not math.isfinite(loss[i, k] + norm2[i, k]):
+                    raise UserError(
+                        f"the loss or the gradient of row {number} is NaN or infinite: the model "
+                        "computes no numbers in its precision"
+                    )
                 masked[i, k] = float(drawn.mask.double().mean())
                 total = total + gradient
                 progress(views)
@@ -219,10 +225,11 @@ def report(state: State, settings: Settings, texts: Sequence[Text]) -> dict[str,
         texts: as for `measure`.
 
     Returns:
-        `loss` and `gradient` with [estimate, standard error] of A, B, C and total of one row;
-        `autoregressive`, if that was measured: C of both, the mean next-token loss and the entropy
-        of the rows' tokens taken one by one, nats; `curves` over the bins of t; `standard batch`,
-        the variance of a batch; `methods`, relative to it.
+        `documents`, the number that the rows are from; `loss` and `gradient` with [estimate,
+        standard error] of A, B, C and total of one row; `autoregressive`, if that was measured: C
+        of both, the mean next-token loss and the entropy of the rows' tokens taken one by one,
+        nats; `curves` over the bins of t; `standard batch`, the variance of a batch; `methods`,
+        relative to it.
     """
     t, w = state.column("t"), state.column("weight")
     losses = state.column(f"{_way('bernoulli', 1)} loss")
@@ -230,6 +237,7 @@ def report(state: State, settings: Settings, texts: Sequence[Text]) -> dict[str,
     gradient = _gradient_cells(state, settings, "bernoulli")
     length = max(len(text.tokens) for text in texts[: settings.rows])
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
+    result["documents"] = num_documents(texts[: settings.rows])
     result["curves"] = {"mean loss": curve(t, losses.mean(axis=2), w, settings.bins)}
     for name, cells in (("loss", loss), ("gradient", gradient.centred())):
         result[name] = dataclasses.asdict(decompose(cells, seed=settings.seed))

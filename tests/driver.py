@@ -187,7 +187,7 @@ def logits() -> None:
     load, stages = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu", int(stages)) as loaded:
         generator = torch.Generator().manual_seed(0)
-        rows = [torch.randint(0, 128, shape, generator=generator) for shape in ((3, 32), (1, 7))]
+        rows = [torch.randint(0, 127, shape, generator=generator) for shape in ((3, 32), (1, 7))]
         plain = [loaded.logits(tokens) for tokens in rows]
         loaded.args.mdm_shift = True
         shifted = [loaded.logits(tokens) for tokens in rows]
@@ -376,7 +376,7 @@ def measured_texts() -> None:
         from megatron_mdm.mcore.inference import other_weights
         from megatron_mdm.mcore.texts import pair_rows, read_tokens, rows_of
 
-        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32), packed=True)[:8]
+        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32, seed=0), packed=True)[:8]
         found = {"evaluated": _evaluated(loaded, rows), "validated": _validated(loaded, rows)}
         one = [dataclasses.replace(row, documents=None) for row in rows]
         found["not divided"] = _evaluated(loaded, one)
@@ -400,7 +400,7 @@ def _evaluated(loaded, rows) -> torch.Tensor:
     """Nats of rows of 32 tokens, four draws each."""
     from megatron_mdm.evaluation import draw
 
-    drawn = draw(loaded.logits, rows, 127, 2, 2, seed=0, group_size=1, batch_size=3)
+    drawn = draw(loaded.logits, rows, 127, 2, 2, 0, np.arange(len(rows)), batch_size=3)
     return torch.from_numpy(drawn.nats.reshape(-1))
 
 
@@ -413,9 +413,10 @@ def _validated(loaded, rows) -> torch.Tensor:
     loaded.args.eval_micro_batch_size = 1
     loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
     sums = []
-    for job, quantile in enumerate(lattice_quantiles(len(rows), 2, 2, 0, 1).reshape(-1)):
+    for job, quantile in enumerate(lattice_quantiles(np.arange(len(rows)), 2, 2, 0).reshape(-1)):
         numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
         row = {name: torch.tensor([int(value)]) for name, value in numbers.items()}
+        row["text"] = row["row"] // 4
         row["tokens"] = rows[job // 4].tokens[None]
         row["uniforms"] = torch.from_numpy(row_uniforms(0, Split.TEST, job, 32))[None]
         with torch.no_grad():

@@ -1,12 +1,23 @@
 """The NELBO against its exact value by enumeration, with its error bars."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.evaluation import Text, cut_rows, evaluate, lattice_quantiles, log_likelihoods
+from megatron_mdm.evaluation import (
+    Text,
+    cut_rows,
+    evaluate,
+    groups_of,
+    lattice_quantiles,
+    log_likelihoods,
+    num_documents,
+)
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.reference import objective_coefficients, patterns
 
@@ -81,6 +92,59 @@ def test_the_error_bar_covers_the_choice_of_texts():
     assert masks_alone < 0.9 * np.mean([run.stderr**2 for run in runs])
 
 
+def texts_of_documents(seed, documents, rows):
+    """Rows of documents, each of which likes one token: akin, and in random order."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for document in range(documents):
+        favourite = int(rng.integers(0, 3))
+        for _ in range(rows):
+            tokens = np.where(rng.random(4) < 0.95, favourite, rng.integers(0, 3, 4))
+            origin = torch.full((4,), document)
+            texts.append(
+                Text(torch.from_numpy(tokens), torch.ones(4, dtype=torch.bool), origin=origin)
+            )
+    return [texts[i] for i in rng.permutation(len(texts))]
+
+
+def test_the_error_bar_is_that_of_the_choice_of_documents():
+    """Many rows of few documents say little of a population of documents."""
+
+    def run(texts, seed):
+        return evaluate(model, texts, MASK, draws=2, seed=seed, batch_size=64)
+
+    repetitions = 120
+    populations = [texts_of_documents(seed, 10, 20) for seed in range(repetitions)]
+    runs = [run(texts, seed) for seed, texts in enumerate(populations)]
+    assert {run.num_documents for run in runs} == {10}
+    spread = np.var([run.nelbo.value for run in runs], ddof=1)
+    low, high = stats.chi2.ppf([1e-3, 1 - 1e-3], repetitions - 1) / (repetitions - 1)
+    by_document = np.mean([run.nelbo.stderr**2 for run in runs])
+    assert low * 0.9 < spread / by_document < high * 1.1
+    apart = [
+        run([dataclasses.replace(text, origin=None) for text in texts], seed)
+        for seed, texts in enumerate(populations[:20])
+    ]
+    assert {run.num_documents for run in apart} == {200}
+    assert spread > 2 * np.mean([run.nelbo.stderr**2 for run in apart])
+    assert run(texts_of_documents(0, 1, 8), 0).nelbo.stderr is None
+
+
+def test_no_document_is_in_two_groups():
+    texts = texts_of_documents(0, 200, 3) + texts_of_documents(1, 1, 100)
+    groups = groups_of(texts)
+    for document in range(200):
+        own = [g for g, t in zip(groups, texts, strict=True) if t.origin[0] == document]
+        assert len(set(own)) == 1
+    assert set(groups) == set(range(groups.max() + 1)) and 50 <= groups.max() + 1 <= 64
+    # A row belongs to the document that it has most of.
+    mixed = [
+        dataclasses.replace(texts[0], origin=torch.tensor(origin))
+        for origin in ([0, 0, 0, 1], [1, 2, 2, 2], [0, 2, 2, 2])
+    ]
+    assert groups_of(mixed).tolist() == [0, 1, 1] and num_documents(mixed) == 3
+
+
 def test_bins_average_to_the_nelbo():
     result = evaluate(model, random_texts(50), MASK, draws=64, num_bins=4)
     assert np.mean([b.value for b in result.bins]) == pytest.approx(result.nelbo.value, rel=0.05)
@@ -92,12 +156,17 @@ def test_bins_average_to_the_nelbo():
 
 
 def test_quantiles_are_stratified_and_differ_between_replicates():
-    unit = lattice_quantiles(64, 2, 4, seed=3, group_size=8) / 2.0**GRID_BITS
+    unit = lattice_quantiles(np.arange(64) // 8, 2, 4, seed=3) / 2.0**GRID_BITS
     for group in unit.reshape(8, 8, 2, 4).transpose(0, 2, 1, 3).reshape(16, 32):
         counts = np.histogram(group, bins=8, range=(0, 1))[0]
         assert counts.min() >= 3 and counts.max() <= 5
     assert len(np.unique(unit)) == unit.size
-    first = [lattice_quantiles(1, 2, 1, seed, 1)[0, :, 0] for seed in range(200)]
+    # The texts of a group need not follow one another.
+    order = np.random.default_rng(0).permutation(64)
+    other = lattice_quantiles((np.arange(64) // 8)[order], 2, 4, seed=3) / 2.0**GRID_BITS
+    assert np.array_equal(np.sort(other, axis=None), np.sort(unit, axis=None))
+    one = np.zeros(1, dtype=np.int64)
+    first = [lattice_quantiles(one, 2, 1, seed)[0, :, 0] for seed in range(200)]
     assert stats.kstest(np.ravel(first) / 2.0**GRID_BITS, "uniform").pvalue > 1e-3
     correlation = np.corrcoef(np.array(first).T)[0, 1]
     assert abs(correlation) < 4 / np.sqrt(200)
@@ -128,6 +197,11 @@ def test_rows_are_cut_without_losing_a_token():
     assert [row.tolist() for row in packed] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
     apart = cut_rows(documents, 4, packed=False)
     assert [row.tolist() for row in apart] == [[1, 2, 3], [4], [5, 6, 7, 8], [9]]
+    for length in range(9):
+        rows = cut_rows([range(length + 1)], 4, packed=False, overlap=1)
+        assert [i for row in rows for i in row[1:].tolist()] == list(range(1, length + 1))
+        assert all(2 <= len(row) <= 4 for row in rows)
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(rows))
 
 
 def test_bad_input_is_one_line():
@@ -140,3 +214,6 @@ def test_bad_input_is_one_line():
         evaluate(model, [Text(torch.tensor([MASK]), torch.tensor([True]))], MASK)
     with pytest.raises(UserError, match="no tokens"):
         evaluate(model, [Text(torch.tensor([1]), torch.tensor([False]))], MASK)
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(UserError, match="the likelihood of a text is NaN or 0"):
+            evaluate(lambda tokens: torch.full((*tokens.shape, 4), value), text, MASK)  # noqa: B023

@@ -259,3 +259,15 @@ def test_an_end_token_before_given_text_ends_nothing():
 def test_settings_that_cannot_work(settings, message):
     with pytest.raises(UserError, match=message):
         Decoder(MASK, **settings)(model, torch.full((2, 6), MASK))
+
+
+@pytest.mark.parametrize("remasking", ["low-confidence", "random"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(remasking, value):
+    def logits(tokens):
+        scores = torch.zeros(*tokens.shape, 5)
+        scores[0, 1, 2] = value
+        return scores
+
+    with pytest.raises(UserError, match="the model's logits hold NaN or infinity"):
+        Decoder(4, remasking=remasking)(logits, torch.tensor([[1, 4, 4]]))

@@ -49,7 +49,7 @@ def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(mo
     assert model._pair("ab ", "c") == ([0, 1], [8, 2])
     assert model._pair("abcdefgh", "abc") == (encode("defgh"), encode("abc"))
     assert model._pair("", "abc") == ([], encode("abc"))
-    with pytest.raises(UserError, match="9 tokens and a row of the model 8"):
+    with pytest.raises(UserError, match="9 tokens and a row of the model has room for 8"):
         model._pair("a", "abcdefgha")
 
 
@@ -92,6 +92,69 @@ def test_whole_texts_are_the_sum_over_rows(model):
     (whole,) = model.loglikelihood_rolling([request(text)])
     parts = [model.loglikelihood([request("", t)])[0][0] for t in ("abcdefgh", "a")]
     assert whole == pytest.approx(2 * parts[0] + parts[1], rel=0.3)
+
+
+PERIOD = 5  # of the letters of the oracle's language
+END = MASK + 1
+
+
+def oracle(shift):
+    """A model that is always right about texts of letters that go round: abcdeabc and so on.
+
+    A text begins with any letter in sight of the others, and with an `a` after the end of document
+    or where nothing is seen. The logits of a shifted model are right wherever a token stands
+    before; those of the first position are of the token after it, and surely wrong.
+    """
+
+    def logits(tokens):
+        scores = torch.zeros(*tokens.shape, END + 1, dtype=torch.float64)
+        for row, wanted in zip(tokens.tolist(), scores, strict=True):
+            start = int(row[0] == END)
+            seen = [(i, token) for i, token in enumerate(row) if token < PERIOD]
+            phase = seen[0][1] - seen[0][0] if seen else -start
+            for i in range(len(row)):
+                wanted[i, (i + phase + (shift and i == 0)) % PERIOD] = 60.0
+        return scores
+
+    return logits
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_perfect_model_is_sure_of_every_token(shift):
+    """Also of the first one of a text and of each row, whatever predicts it."""
+    settings = {"shift": True, "opening_token_id": END} if shift else {}
+    model = HarnessModel(oracle(shift), encode, MASK, max_length=10, draws=8, **settings)
+    requests = [("abcde", "ab"), ("", "a"), ("", "abcdeabc"), ("abcdeabcde", "abcde")]
+    for bound, greedy in model.loglikelihood([request(*texts) for texts in requests]):
+        assert bound == pytest.approx(0.0, abs=1e-20) and greedy
+    # Rows of 10 unshifted, of 9 new ones shifted.
+    for length in (1, 9, 10, 11, 18, 19, 20, 45):
+        (whole,) = model.loglikelihood_rolling([request(("abcde" * 9)[:length])])
+        assert whole == pytest.approx(0.0, abs=1e-20), length
+    assert model.loglikelihood_rolling([request("")]) == [0]
+
+
+def test_the_first_token_of_a_shifted_model_has_to_be_predicted_from_another():
+    def seen_rows(tokens):
+        assert (tokens[:, 0] != MASK).all()
+        return oracle(True)(tokens)
+
+    model = HarnessModel(seen_rows, encode, MASK, 4, draws=4, shift=True, opening_token_id=END)
+    assert model._pair("", "abc") == ([END], encode("abc"))
+    assert model._pair("ab", "cde") == (encode("b"), encode("cde"))
+    model.loglikelihood_rolling([request("abcdeabcde")])
+    with pytest.raises(UserError, match="4 tokens and a row of the model has room for 3"):
+        model._pair("ab", "cdea")
+    without = HarnessModel(oracle(True), encode, MASK, 4, draws=4, shift=True)
+    assert without.loglikelihood([request("a", "bcd")])[0][1]
+    for ask in (
+        lambda: without.loglikelihood([request("", "a")]),
+        lambda: without.loglikelihood_rolling([request("ab")]),
+    ):
+        with pytest.raises(UserError, match="cannot score the first token .* choose tasks"):
+            ask()
+    with pytest.raises(UserError, match="max_length 1: rows have no room"):
+        HarnessModel(oracle(True), encode, MASK, 1, shift=True, opening_token_id=END)
 
 
 def test_generation_is_refused_in_one_line(model):

@@ -137,6 +137,8 @@ def test_what_changes_the_objective_or_the_log_alone_says_so(measured):
     assert rows["ema"]["loss"][0] == pytest.approx(expected, abs=0.1)
     assert rows["isad"]["masked_fraction"] > rows["standard"]["masked_fraction"]
     text = as_text(found)
+    assert found["documents"] == ROWS and "documents" not in text
+    assert f"the {ROWS} rows are from 3 documents. The" in as_text({**found, "documents": 3})
     assert "clipped *" in text and "* another objective" in text
 
 
@@ -261,3 +263,12 @@ def test_bad_settings_are_one_line(step, texts, tmp_path):
     with pytest.raises(UserError, match="400 whole rows and --rows asks for 401"):
         measure(step, texts, many, State(many, str(tmp_path / "state")))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number(step, texts):
+    def broken(text, corruption):
+        loss, gradient, hidden = step(text, corruption)
+        return loss, gradient * math.nan, hidden
+
+    with pytest.raises(UserError, match="the loss or the gradient of row 0 is NaN or infinite"):
+        measure(broken, texts, settings(), State(settings()))

@@ -75,8 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="with --verify: run the modeling code that lies beside config.json (LLaDA, LLaDA-MoE, "
-        "Dream), to compare logits with it",
+        help="run the Python code that lies beside config.json: with --verify the modeling code "
+        "(LLaDA, LLaDA-MoE, Dream), to compare logits with it; with --to megatron a tokenizer that "
+        "is such code, whenever the checkpoint is trained (default: its tokenizer.json)",
     )
     there = parser.add_argument_group("--to megatron")
     there.add_argument(
@@ -114,7 +115,7 @@ def main() -> None:
     else:
         _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of")
     multiple = options.pad_vocab_to_multiple_of
-    if options.trust_remote_code and not options.verify:
+    if options.trust_remote_code and options.to == "huggingface" and not options.verify:
         raise UserError("--trust-remote-code is for --verify: add it, or leave this out")
     if multiple is not None and multiple < 1:
         raise UserError("--pad-vocab-to-multiple-of must be at least 1")

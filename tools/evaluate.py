@@ -3,20 +3,21 @@
     python tools/evaluate.py --load checkpoints --data held_out.jsonl --json nelbo.json
     python tools/evaluate.py --load checkpoints --data my_text --rows 500 --draws 16
 
---data is a text or JSONL file, or the prefix of a .bin/.idx pair. Rates are stratified, masks have
-an exact count, every row is masked --draws times. Of the two error bars the first is for the choice
-of texts and masks together, the second for the masks alone: take the second to compare two
-checkpoints on the same rows with the same seed. Bits per byte count the tokens that are scored, as
+--data is a text or JSONL file, or the prefix of a .bin/.idx pair. The rows are drawn from all over
+it: whole documents at random, and rows of these at random. Rates are stratified, masks have an
+exact count, every row is masked --draws times. Of the two error bars the first is for the choice of
+documents and masks together, and grows with the kinship of rows of one document; the second is for
+the masks alone: take it to compare two checkpoints on the same rows with the same seed. Bits per
+byte count the tokens that are scored, as
 the checkpoint's run did. Under torchrun the ranks share the model.
 """
 
 import argparse
-import json
 import math
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
 
@@ -41,7 +42,9 @@ def parse() -> argparse.Namespace:
     )
     add_format_argument(parser, "of --data, if it is a file")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of rows, rates and masks (default: %(default)s)"
+    )
     parser.add_argument(
         "--batch-size", type=int, default=16, help="rows in a call (default: %(default)s)"
     )
@@ -54,6 +57,8 @@ def main() -> None:
     options = parse()
     if min(options.rows, options.bins, options.batch_size) < 1:
         raise UserError("--rows, --bins and --batch-size must be at least 1")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: must not be negative")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
     with open_checkpoint(
@@ -61,17 +66,20 @@ def main() -> None:
         options.device,
         options.pipeline_model_parallel_size,
         hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
     ) as loaded:
         import torch
         from tqdm import tqdm
 
         from megatron_mdm.evaluation import evaluate
-        from megatron_mdm.mcore.texts import read_tokens, rows_of, scored_per_byte
+        from megatron_mdm.mcore.texts import POOL, read_tokens, rows_of, scored_per_byte, shuffled
 
-        most = options.rows * loaded.args.seq_length
-        documents = read_tokens(loaded, options.data, options.json_key, most, options.format)
+        enough = POOL * options.rows * loaded.args.seq_length
+        documents = read_tokens(
+            loaded, options.data, options.json_key, enough, options.seed, options.format
+        )
         every = rows_of(loaded, documents, not options.per_document)
-        rows = every[: options.rows]
+        rows = shuffled(every, options.seed)[: options.rows]
         bar = tqdm(unit="masks", total=len(rows) * options.draws, disable=loaded.args.rank != 0)
         result = evaluate(
             loaded.logits,
@@ -86,8 +94,8 @@ def main() -> None:
         )
         bar.close()
         if loaded.args.rank == 0:
-            # Of all documents that were read, of whose last one the rows may hold a part.
-            report(options, result, scored_per_byte(every, documents))
+            # Of all documents that were read, of which the rows hold parts.
+            report(options, result, scored_per_byte(loaded, every, documents))
 
 
 def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -> None:
@@ -99,13 +107,17 @@ def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -
         tokens_per_byte: tokens that are scored for each byte of text, None if that is not known.
     """
     lines = [
-        f"{result.num_tokens:,} tokens in {result.num_texts} rows, {result.num_draws} masks each",
+        f"{result.num_tokens:,} tokens in {result.num_texts} rows of {result.num_documents} "
+        f"documents, {result.num_draws} masks each",
         f"NELBO {_text(result.nelbo)} nats/token",
     ]
+    if result.nelbo.stderr is None:
+        lines.append("its error over the choice of documents is unknown: it takes rows of several")
     figures = {
         "nelbo": _figures(result.nelbo),
         "num_tokens": result.num_tokens,
         "num_rows": result.num_texts,
+        "num_documents": result.num_documents,
         "num_draws": result.num_draws,
         "seed": options.seed,
     }
@@ -125,7 +137,7 @@ def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -
             )
     print("\n".join(lines))
     if options.json:
-        write_text(options.json, json.dumps({**figures, "bins": bins}, indent=2) + "\n")
+        write_json(options.json, {**figures, "bins": bins})
 
 
 def _text(estimate, factor: float = 1.0) -> str:

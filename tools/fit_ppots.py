@@ -143,6 +143,7 @@ def main() -> None:
         options.device,
         change=partial(take_over, options),
         hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
     ) as loaded:
         from tqdm import tqdm
 

@@ -8,6 +8,7 @@ Under torchrun the ranks share the model: as pipeline stages, and tensor-paralle
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
 from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
+
+if TYPE_CHECKING:
+    from megatron_mdm.mcore.inference import LoadedModel
 
 
 def parse() -> argparse.Namespace:
@@ -118,9 +122,12 @@ def main() -> None:
         if len(prompts) > 1:
             raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 
-    pipeline_parallel = options.pipeline_model_parallel_size
     with open_checkpoint(
-        options.load, options.device, pipeline_parallel, hashes=options.checkpoint_hashes
+        options.load,
+        options.device,
+        options.pipeline_model_parallel_size,
+        hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
     ) as loaded:
         import torch
 
@@ -147,6 +154,8 @@ def main() -> None:
             prompt_tokens(tokenize, text, options.length, options.suffix, options.mask_marker, mask)
             for text in prompts
         ]
+        openings = [opening(loaded, row, f"prompt {i}") for i, row in enumerate(rows, 1)]
+        rows = [[*first, *row] for first, row in zip(openings, rows, strict=True)]
         for number, row in enumerate(rows, 1):
             check_row(row, f"prompt {number}", mask, loaded.max_length)
         spelling = Spelling(tokenize, detokenize, mask)
@@ -160,17 +169,21 @@ def main() -> None:
             states = []
             tokens = torch.tensor([rows[i] for i in batch], device=device)
             for step, tokens in enumerate(decoder.states(loaded.logits, tokens, generators)):
+                written = [
+                    row[len(openings[i]) :] for i, row in zip(batch, tokens.tolist(), strict=True)
+                ]
                 if screen:
-                    screen.show(step, [spelling.partial(row) for row in tokens.tolist()])
+                    screen.show(step, [spelling.partial(row) for row in written])
                 if options.picture:
                     states.append(tokens)
             if screen:
                 screen.clear()
             if options.picture and loaded.args.rank == 0:
-                pieces = [spelling.inside([token]) for token in tokens[0].tolist()]
-                draw_order(options.picture, pieces, filling_order(states, mask)[0].tolist())
-            for i, row in zip(batch, tokens.tolist(), strict=True):
-                given = [token != mask for token in rows[i]]
+                pieces = [spelling.inside([token]) for token in written[0]]
+                order = filling_order(states, mask)[0].tolist()[-len(pieces) :]
+                draw_order(options.picture, pieces, order)
+            for i, row in zip(batch, written, strict=True):
+                given = [token != mask for token in rows[i][len(openings[i]) :]]
                 texts[i] = detokenize(until_end(row, given, ends))
         if loaded.args.rank == 0:
             for i in range(len(prompts)):
@@ -179,6 +192,23 @@ def main() -> None:
                 print(shown_on(sys.stdout, texts[i]))
             if options.picture:
                 print(f"picture: {escaped(options.picture)}", file=sys.stderr)
+
+
+def opening(loaded: "LoadedModel", row: list[int], name: str) -> list[int]:
+    """What has to stand, unseen by the user, before a row so that its first token can be predicted.
+
+    Raises:
+        UserError: a token, and there is none.
+    """
+    if not loaded.args.mdm_shift or row[:1] != [loaded.mask_token_id]:
+        return []
+    if loaded.opening_token_id is None:
+        raise UserError(
+            f"{name}: a shifted model (--mdm-shift) cannot write the first token of a text: its "
+            "tokenizer has no end of document to begin after, or its documents never saw one "
+            "(--mdm-isolate-documents); give a --prompt that starts with a token"
+        )
+    return [loaded.opening_token_id]
 
 
 def check_row(row: list[int], name: str, mask_token_id: int, positions: int) -> None:

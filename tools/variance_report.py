@@ -3,33 +3,32 @@
     python tools/variance_report.py --load checkpoints --data my_text --output variance.json
 
 writes variance.json and variance.png, and prints the table. --data is text, or prompts and
-responses (.bin/.idx), of which only the responses are masked. Nested draws of rows, rates and masks
-give the shares of the masking pattern (A), the masking rate (B) and the data (C) in the variance of
-the loss and of the gradient of one row, beside the data noise of the same network on the same rows
-as an autoregressive model: causal mask, next tokens. For that give the weights of one that was
-trained so (--autoregressive); a diffusion model's own predict no next tokens. Other masks of the
-same rows give the table of the methods.
+responses (.bin/.idx), of which only the responses are masked; rows are drawn from all over it.
+Nested draws of rows, rates and masks give the shares of the masking pattern (A), the masking rate
+(B) and the data (C) in the variance of the loss and of the gradient of one row, beside the data
+noise of the same network on the same rows as an autoregressive model: causal mask, next tokens. For
+that give the weights of one that was trained so (--autoregressive); a diffusion model's own predict
+no next tokens. Other masks of the same rows give the table of the methods.
 The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
 Under torchrun the ranks share the model as tensor-parallel ranks.
 """
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import check_picture, termination_raises, write_text
+from megatron_mdm.data.outputs import check_picture, termination_raises, write_json
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
 if TYPE_CHECKING:
     from megatron_mdm.evaluation import Text
     from megatron_mdm.mcore.inference import LoadedModel
-
-POOL = 20  # rows that are read for each one that is measured
 
 
 def parse() -> argparse.Namespace:
@@ -101,8 +100,6 @@ def main() -> None:
         raise UserError("--sketch must be at least 1")
     prepare_environment(options.device)
 
-    import json
-
     from tqdm import tqdm
 
     from megatron_mdm import variance_figure, variance_report
@@ -116,7 +113,12 @@ def main() -> None:
     variance_report.Settings(
         **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
     )
-    with open_checkpoint(options.load, options.device, hashes=options.checkpoint_hashes) as loaded:
+    with open_checkpoint(
+        options.load,
+        options.device,
+        hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
+    ) as loaded:
         from megatron_mdm.mcore.inference import other_weights
         from megatron_mdm.mcore.measure import causal_step, gradient_step
 
@@ -129,6 +131,10 @@ def main() -> None:
             causal_model = other_weights(loaded, options.autoregressive)
             sketch = sketch_of(causal_model, options)
         causal = causal_step(causal_model, sketch)
+        # Which rows these are: what was measured on others does not go on.
+        drawn = hashlib.blake2b(digest_size=8)
+        for text in texts[: options.rows]:
+            drawn.update(text.tokens.numpy().tobytes())
         isad = tuple(options.isad_token_ids or args.mdm_isad_token_ids or ())
         settings = variance_report.Settings(
             **numbers,
@@ -136,7 +142,9 @@ def main() -> None:
             mask_token_id=loaded.mask_token_id,
             eps=args.mdm_eps,
             isad_token_ids=isad,
-            subject=" ".join(map(str, identity(options, sketch.size, args.world_size))),
+            subject=" ".join(
+                map(str, [*identity(options, sketch.size, args.world_size), drawn.hexdigest()])
+            ),
         )
         first = args.rank == 0
         state = State(settings, options.output + ".partial", writes=first)
@@ -151,34 +159,39 @@ def main() -> None:
             result = variance_report.report(state, settings, texts)
             result["autoregressive"]["checkpoint"] = options.autoregressive
             print(variance_figure.as_text(result))
-            write_text(options.output, json.dumps(result, indent=2) + "\n")
+            write_json(options.output, result)
             variance_figure.draw_figure(result, figure)
             os.unlink(state.path)
 
 
 def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Text]":
-    """Rows in random order, more than are measured.
+    """Rows from all over the data in random order, more than are measured.
 
     Raises:
         UserError: data that is too short, or that cannot be measured on.
     """
-    import torch
-
-    from megatron_mdm.mcore.texts import holds_pairs, pair_rows, read_tokens, rows_of
+    from megatron_mdm.mcore.texts import (
+        POOL,
+        holds_pairs,
+        pair_rows,
+        read_tokens,
+        rows_of,
+        shuffled,
+    )
 
     args, pool = loaded.args, POOL * options.rows
     if not os.path.isfile(options.data) and holds_pairs(options.data):
         rows = pair_rows(loaded, options.data, pool)
     else:
+        enough = pool * args.seq_length
         documents = read_tokens(
-            loaded, options.data, options.json_key, pool * args.seq_length, options.format
+            loaded, options.data, options.json_key, enough, options.seed, options.format
         )
-        rows = rows_of(loaded, documents, packed=True)[:pool]
+        rows = rows_of(loaded, documents, packed=True)
         rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
     if any((row.tokens == loaded.mask_token_id).any() for row in rows):
         raise UserError(f"{options.data} contains the mask token: tokenize it again without")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))
-    return [rows[i] for i in order.tolist()]
+    return shuffled(rows, options.seed)
 
 
 def sketch_of(loaded: "LoadedModel", options: argparse.Namespace):

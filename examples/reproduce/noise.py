@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
 SKETCH = 65_536  # numbers that gradients are projected on: traces within half a percent
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
     if "standard" not in methods or options.batches < 2:
         raise UserError("it takes --batches 2 at least, and `standard` among --methods")
-    with open_checkpoint(options.load, options.device) as loaded:
+    with open_checkpoint(options.load, options.device, trust=options.trust_remote_code) as loaded:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron tells where its data are
             variances = {
                 name: variance(
@@ -51,7 +51,7 @@ def main() -> None:
                 for name, settings in methods.items()
             }
     noise = {name: value / variances["standard"] for name, value in variances.items()}
-    write_text(options.json, json.dumps({"noise": noise}, indent=2) + "\n")
+    write_json(options.json, {"noise": noise})
     for name, value in noise.items():
         print(f"{name:32s} {value:6.3f}")
 

@@ -29,7 +29,7 @@ from megatron_mdm.data.outputs import (
     check_picture,
     termination_raises,
     write_errors,
-    write_text,
+    write_json,
 )
 from megatron_mdm.errors import UserError, run_tool
 
@@ -151,7 +151,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
             done[task] = {**task._asdict(), **result}
             results["runs"] = [done[task] for task in todo if task in done]
             if options.json:
-                write_text(options.json, json.dumps(results, indent=1) + "\n")
+                write_json(options.json, results)
 
     steps: list[Callable[[], object]] = []
     for seed in scale.seeds:

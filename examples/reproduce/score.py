@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from problems import answer
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
     pairs = read_pairs(options.problems)
-    with open_checkpoint(options.load, options.device) as loaded:
+    with open_checkpoint(options.load, options.device, trust=options.trust_remote_code) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder
@@ -64,7 +64,7 @@ def main() -> None:
         "problems": len(pairs),
         "examples": texts[:3],
     }
-    write_text(options.json, json.dumps(result, indent=2) + "\n")
+    write_json(options.json, result)
     print(f"{result['answers']:.1%} of the answers, {result['solutions']:.1%} with all steps")
 
 

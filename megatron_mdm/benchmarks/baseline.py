@@ -13,7 +13,6 @@ loop frees between steps: `resting_bytes` says what each side has then.
 
 import argparse
 import concurrent.futures
-import json
 import pathlib
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mdm.benchmarks import overhead
 from megatron_mdm.benchmarks.measuring import device_name, spread
 from megatron_mdm.benchmarks.race import MASK, write_data
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         )
     print(_table(results))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 class PlainLoop:

@@ -13,7 +13,6 @@ saved and loaded in turns with the state of P-POTS and without.
 
 import argparse
 import contextlib
-import json
 import pathlib
 import shutil
 import statistics
@@ -30,7 +29,7 @@ from typing import Any
 from megatron_mdm.benchmarks.measuring import check_numbers, device_name
 from megatron_mdm.benchmarks.overhead import model_flags
 from megatron_mdm.benchmarks.race import write_data
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError
 from megatron_mdm.pretrain import prepare_environment
 
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         results = measure(pathlib.Path(directory), args.steps, args.checkpoints)
     print(_table(results))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 class Stopwatch:

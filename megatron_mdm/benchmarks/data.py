@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 
 from megatron_mdm.benchmarks.measuring import check_numbers
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.data.preprocess import (
     default_workers,
     load_sentencepiece,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     results = measure(args.mb, args.workers)
     print(_table(results))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 def measure(megabytes: float, workers: int) -> dict:

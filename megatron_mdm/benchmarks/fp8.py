@@ -15,7 +15,6 @@ kernel of a GPU has run. Rows hold few tokens, so an exact count's largest weigh
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections import deque
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_mdm.benchmarks import variance
 from megatron_mdm.benchmarks.measuring import check_numbers
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         names = ("length", "steps", "batches", "micro_batch")
         setting = {"simulated": True, **{name: getattr(args, name) for name in names}}
         document = {**setting, "loss": loss, "rows": rows}
-        write_text(args.json, json.dumps(document, indent=2) + "\n")
+        write_json(args.json, document)
 
 
 class Scale:

@@ -49,7 +49,7 @@ from megatron_mdm.benchmarks.overhead import (
 )
 from megatron_mdm.benchmarks.program import program
 from megatron_mdm.benchmarks.race import write_data
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError
 from megatron_mdm.pretrain import prepare_environment
 
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
                 file.write(f"{name} {precision}\n\n{result.pop('profile')}\n")
         done[f"{name} {precision}"] = result
         results["date"] = time.strftime("%Y-%m-%d", time.gmtime())
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
     print(_table(results, args.peak_tflops or _peaks(about["device"])))
     failed = [key for key, measurement in done.items() if "failed" in measurement]
     if failed:
@@ -289,7 +289,7 @@ def _measure(
         result = {"failed": f"{type(error).__name__}: {error}"}
         if any(reason in str(error) for reason in ("out of memory", "ALLOC_FAILED")):
             result = {"out_of_memory": True}
-    write_text(os.path.join(directory, "result.json"), json.dumps({**sizes, **result}))
+    write_json(os.path.join(directory, "result.json"), {**sizes, **result})
 
 
 def _sides(session: Any, rounds: int, device: str, profile: bool) -> dict[str, Any]:

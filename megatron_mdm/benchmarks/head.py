@@ -11,13 +11,12 @@ Linux of the process.
 
 import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.benchmarks.measuring import check_numbers, device_name, measured
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.data.preprocess import silent_import
 from megatron_mdm.errors import UserError
 
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     }
     print(_table(results))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 def measure(

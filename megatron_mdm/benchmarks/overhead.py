@@ -15,7 +15,6 @@ is that of a step beyond weights, gradients and the optimizer's state, which all
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -32,7 +31,7 @@ from megatron_mdm.benchmarks.measuring import (
     spread,
 )
 from megatron_mdm.benchmarks.race import MASK, write_data
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError
 from megatron_mdm.pretrain import prepare_environment
 
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         )
     print(_table(results))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 def check(args: argparse.Namespace) -> None:

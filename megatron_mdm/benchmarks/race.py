@@ -9,7 +9,6 @@ of other data are trained anew.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import re
@@ -20,7 +19,7 @@ import sysconfig
 
 from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, at_once, kept, run_python
-from megatron_mdm.data.outputs import complete_or_absent, write_text
+from megatron_mdm.data.outputs import complete_or_absent, write_json
 from megatron_mdm.errors import UserError
 from megatron_mdm.recipes import RECIPES
 
@@ -136,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     }
     print(_table(results, args))
     if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)
 
 
 def steps_to(curve: list[float], target: float, interval: int) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_mdm.benchmarks.program import program
 from megatron_mdm.config import flag
 from megatron_mdm.data.identity import quick_digest
-from megatron_mdm.data.outputs import write_errors, write_text
+from megatron_mdm.data.outputs import write_errors, write_json
 from megatron_mdm.data.record import file_digest
 from megatron_mdm.errors import UserError
 
@@ -64,7 +64,7 @@ def kept(
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     result = {"flags": list(flags), "program": program(), **work(name)}
-    write_text(str(path), json.dumps(result) + "\n")
+    write_json(str(path), result)
     return result
 
 

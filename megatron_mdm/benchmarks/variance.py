@@ -10,7 +10,6 @@ with the length of a row and with training.
 """
 
 import argparse
-import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mdm.benchmarks.measuring import check_numbers
-from megatron_mdm.data.outputs import write_text
+from megatron_mdm.data.outputs import write_json
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 VOCABULARY, MASK, WIDTH = 257, 256, 64
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         setting = {name: getattr(args, name) for name in ("length", "batch", "positions")}
         parts = {what: measured[what] for what in ("loss", "gradient")}
         document = {**setting, "steps": steps, "loss": trained, "variance": parts}
-        write_text(args.json, json.dumps({**document, "rows": results}) + "\n")
+        write_json(args.json, {**document, "rows": results})
 
 
 def _settings(rows: int, batch: int, methods: tuple[str, ...]) -> Any:

@@ -131,7 +131,7 @@ def write_hub_files(
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A tensor in another dtype, in which all its numbers stay finite.
+    """A tensor in another dtype, in which all its numbers are finite as they were.
 
     Args:
         tensor: floats of any shape.
@@ -139,21 +139,32 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         name: of the tensor, for the message.
 
     Raises:
-        UserError: a number is too large for the dtype.
+        UserError: a number is not finite, or too large for the dtype.
     """
+    value = _not_finite(tensor, tensor)
+    if value is not None:
+        raise UserError(
+            f"the tensor {name} holds {value:g}: the training has diverged, or the file is "
+            "damaged; convert an earlier checkpoint"
+        )
     result = tensor.to(dtype)
-    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return result
-    for before, after in zip(
-        tensor.flatten().split(_CHUNK), result.flatten().split(_CHUNK), strict=True
-    ):
-        lost = before[before.isfinite() & ~after.isfinite()]
-        if len(lost):
-            raise UserError(
-                f"--dtype: {name} holds {lost[0].item():.4g}, which is infinite in {dtype}: give "
-                "--dtype bfloat16 or float32"
-            )
+    value = _not_finite(tensor, result)
+    if value is not None:
+        raise UserError(
+            f"--dtype: {name} holds {value:.4g}, which is infinite in {dtype}: give --dtype "
+            "bfloat16 or float32"
+        )
     return result
+
+
+def _not_finite(before: torch.Tensor, after: torch.Tensor) -> float | None:
+    """The first number of `before` that is not finite in `after`, None if all are."""
+    parts = (tensor.flatten().split(_CHUNK) for tensor in (before, after))
+    for numbers, converted in zip(*parts, strict=True):
+        lost = numbers[~converted.isfinite()]
+        if len(lost):
+            return float(lost[0])
+    return None
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -22,6 +22,10 @@ _ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "embedding_multiplier": (None, 1),
     "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1),
+    # Weights that are no plain numbers until they are put together.
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "transformers_weights": (None,),  # the file that transformers would read instead
 }
 
 

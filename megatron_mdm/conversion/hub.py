@@ -23,6 +23,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes of tensors in one file, as transformers does it.
 MAX_FILE_BYTES = 5 * 10**9
+# Files of an adapter (LoRA and the like), which adds to the weights that lie beside it.
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Weights, which are not copied along with the tokenizer and the model's code.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -64,6 +66,20 @@ def read_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def check_no_adapter(directory: Path) -> None:
+    """Checks that no adapter lies beside a model.
+
+    Raises:
+        UserError: names its file.
+    """
+    for name in ADAPTER:
+        if (directory / name).exists():
+            raise UserError(
+                f"{directory / name}: an adapter (LoRA) lies beside the model, and its weights "
+                "would be left out: merge it into the model (peft's merge_and_unload) or move it"
+            )
+
+
 class HubModel:
     """The tensors of a Hugging Face model directory, read one at a time.
 
@@ -85,6 +101,11 @@ class HubModel:
                     f"such as {min(missing)}: download the model again"
                 )
             files = sorted(set(weight_map.values()))
+            if (directory / SINGLE).exists() and SINGLE not in files:
+                raise UserError(
+                    f"{directory} has {SINGLE}, which {INDEX} does not name: transformers would "
+                    "take the former for the model; remove the one that is not"
+                )
         else:
             files = sorted(path.name for path in directory.glob("*.safetensors"))
         if not files:

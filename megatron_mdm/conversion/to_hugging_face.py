@@ -1,7 +1,7 @@
 """Megatron -> Hugging Face safetensors, from whatever layout wrote the checkpoint."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
 from megatron_mdm.conversion.layout import Heads, split
 from megatron_mdm.conversion.logits import compare_logits
+from megatron_mdm.conversion.tokenizer import tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
 from megatron_mdm.data.outputs import new_directory
@@ -62,11 +63,12 @@ def to_hugging_face(
     """
     with new_directory(output) as temporary:
         checkpoint = DistCheckpoint(Path(source), iteration, hashes)
-        say(f"checkpoint: {source}, {checkpoint.name}")
+        say(f"checkpoint: {escaped(source)}, {checkpoint.name}")
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
         config = hub.read_object(directory / "config.json")
         family = detect(config)
+        hub.check_no_adapter(directory)
         _check_same_model(family, config, args, directory, source)
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         rows = embedding_rows(config)
@@ -74,11 +76,11 @@ def to_hugging_face(
         where = str(checkpoint.path)
         found = pairs(family, config, checkpoint.shapes, heads, rows, where)
         padded = checkpoint.shapes[TENSORS[0]][0]
-        if padded < rows:
-            raise UserError(
-                f"{directory / 'config.json'} has {rows} tokens, the checkpoint {padded}: give the "
-                "config.json of this model with --hf-config"
-            )
+        tokenizer = _run_tokenizer(args, Path(source))
+        tokens = tokens_of(tokenizer) if tokenizer else {}
+        _check_rows(args, tokens, rows, padded, directory)
+        for line in _compare_tokenizers(args, tokens, directory, mask):
+            say(line)
 
         parameters = sum(pair.parameters for pair in found)
 
@@ -143,7 +145,9 @@ def to_hugging_face(
     if written.get("mdm_shift"):
         say("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
-        say(f"left out {padded - rows} padding rows of the vocabulary")
+        is_seen = getattr(args, "mdm_vocab_size", None) is None
+        seen = ", which took part in the run's softmax" if is_seen else ""
+        say(f"left out {padded - rows} padding rows of the vocabulary{seen}")
     say(f"{escaped(output)}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 
@@ -162,6 +166,92 @@ def _check_same_model(
             f"the checkpoint in {source} is not the model of {directory / 'config.json'}: {wrong}. "
             "Give its config.json with --hf-config"
         )
+
+
+def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
+    """Where the run's tokenizer lies, None if it has none on this disk."""
+    if args.tokenizer_type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
+        return None
+    places = [Path(args.tokenizer_model), source / HUB_FILES]
+    if args.tokenizer_type == "SentencePieceTokenizer":
+        places = places[:1]
+    return next((place for place in places if place.exists()), None)
+
+
+def _check_rows(
+    args: Namespace, tokens: Mapping[str, int], rows: int, padded: int, directory: Path
+) -> None:
+    """Checks that no row of a token is left out.
+
+    Args:
+        args: of the run.
+        tokens: token -> id of its tokenizer, empty if that is not known.
+        rows: that config.json describes.
+        padded: rows of the checkpoint.
+        directory: of config.json.
+
+    Raises:
+        UserError: config.json has fewer rows than the run has tokens, or more than the checkpoint.
+    """
+    path = directory / "config.json"
+    if padded < rows:
+        raise UserError(
+            f"{path} has {rows} tokens, the checkpoint {padded}: give the config.json of this "
+            "model with --hf-config"
+        )
+    trained = getattr(args, "mdm_vocab_size", None)
+    if trained is None:  # a checkpoint that does not say it
+        trained = max(tokens.values()) + 1 if tokens else getattr(args, "vocab_size", None)
+    if trained is None and rows < padded:
+        raise UserError(
+            f"{path} has {rows} tokens and the checkpoint {padded} rows. The run's tokenizer tells "
+            f"which of them are padding, and is not at {args.tokenizer_model}: put it there, or "
+            "start in the directory that the training was started in"
+        )
+    if trained is not None and rows < trained:
+        raise UserError(
+            f"{path} has {rows} tokens and the run {trained}, of which the last {trained - rows} "
+            "would be lost: give --hf-config the directory of a config.json with a vocab_size of "
+            f"at least {trained}"
+        )
+
+
+def _compare_tokenizers(
+    args: Namespace, tokens: Mapping[str, int], directory: Path, mask: int | None
+) -> Iterator[str]:
+    """Compares the run's tokenizer with the one that is written beside config.json.
+
+    The mask token may be missing on one side, since config.json names its id.
+
+    Args:
+        args: of the run.
+        tokens: token -> id of its tokenizer, empty if that is not known.
+        directory: of config.json.
+        mask: id of the mask token.
+
+    Yields:
+        Lines for the user about what was not compared.
+
+    Raises:
+        UserError: names the first token that has two ids.
+    """
+    written = tokens_of(directory)
+    if not written:
+        if tokens:
+            yield f"no tokenizer is written: copy the run's, {args.tokenizer_model}, yourself"
+        return
+    if not tokens:
+        reason = f"is not at {args.tokenizer_model}" if args.tokenizer_model else "names no tokens"
+        yield f"the tokenizer of {directory} was not compared with the run's, which {reason}"
+        return
+    for token in {**tokens, **written}:
+        ours, theirs = tokens.get(token), written.get(token)
+        if ours != theirs and {ours, theirs} - {None} != {mask}:
+            raise UserError(
+                f"the tokens of {directory} are not those of the run ({args.tokenizer_model}): "
+                f"{token!r} has id {theirs} there and {ours} in the run. Give --hf-config a "
+                "directory with the run's tokenizer"
+            )
 
 
 def _mask_token(

@@ -29,7 +29,8 @@ from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
-    runs_code,
+    code_of,
+    leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
 )
@@ -64,7 +65,8 @@ def to_megatron(
         multiple: Megatron's vocabulary is padded to a multiple of it.
         dtype: dtype to write; None for the source's.
         verify: read everything again and compare, logits too.
-        trust: run the modeling code of the directory for that.
+        trust: the Python code of the directory may run: its modeling code for that, and, when the
+            checkpoint is used, its tokenizer's.
         say: prints a line for the user.
 
     Raises:
@@ -74,6 +76,7 @@ def to_megatron(
         directory = Path(source)
         config = hub.read_object(directory / "config.json")
         family = detect(config)
+        hub.check_no_adapter(directory)
         model = hub.HubModel(directory)
         words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         kind = dtype or _common_dtype(model)
@@ -81,6 +84,7 @@ def to_megatron(
         hub_files = Path(temporary) / HUB_FILES
         write_hub_files(directory, hub_files, family, config, words)
         write_fast_tokenizer(hub_files)
+        left_out = None if trust else leave_out_code(hub_files)
         if words.added:
             add_mask_token(hub_files, words.mask)
         flags = [
@@ -145,7 +149,10 @@ def to_megatron(
                 dtype=kind,
                 trust=trust,
                 say=say,
+                added=words.mask if words.added else None,
             )
+    if left_out:
+        say(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
     for line in _remarks(family, config, words, tied, shift):
         say(line)
     say(f"{escaped(output)}: {family.name}, {parameters:,} parameters, {kind}")
@@ -214,7 +221,7 @@ def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: C
         return [*flags, *(["--null-tokenizer-eod-id", str(end)] if isinstance(end, int) else [])]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer"]
     flags += ["--tokenizer-model", str(output.absolute() / HUB_FILES)]
-    if runs_code(hub_files):
+    if code_of(hub_files):
         flags.append("--trust-remote-code")
     return flags
 

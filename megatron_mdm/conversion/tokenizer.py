@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.conversion import hub
+from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
@@ -25,16 +26,34 @@ def tokenizer_size(directory: Path) -> int | None:
     Raises:
         UserError: one of the files is damaged.
     """
-    ids = [i for _, i in _named_tokens(directory)]
-    model = directory / "tokenizer.model"
-    if not ids and model.exists():
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            ids = [SentencePieceProcessor(str(model)).vocab_size() - 1]
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+    ids = tokens_of(directory).values()
     return max(ids) + 1 if ids else None
+
+
+def tokens_of(path: Path) -> dict[str, int]:
+    """Token -> id of a tokenizer on disk; empty without one.
+
+    Args:
+        path: a directory with a tokenizer's files, or a sentencepiece model.
+
+    Raises:
+        UserError: one of the files is damaged.
+    """
+    if path.is_dir():
+        tokens = dict(_named_tokens(path))
+        model = path / "tokenizer.model"
+        return tokens if tokens or not model.exists() else _pieces(model)
+    return _pieces(path) if path.exists() else {}
+
+
+def _pieces(model: Path) -> dict[str, int]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(str(model))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+    return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
 
 def _named_tokens(directory: Path) -> Iterator[tuple[str, int]]:
@@ -178,9 +197,41 @@ def _settings(directory: Path) -> dict[str, Any]:
     return hub.read_object(path) if path.exists() else {}
 
 
-def runs_code(directory: Path) -> bool:
-    """Whether the tokenizer is Python code that lies beside it."""
-    return "auto_map" in _settings(directory)
+def code_of(directory: Path) -> str | None:
+    """The Python class, `module.Class`, that lies beside a tokenizer and is it; None without."""
+    with _damage(directory / "tokenizer_config.json"):
+        return next(iter(named_code(_settings(directory))), None)
+
+
+def leave_out_code(directory: Path) -> str | None:
+    """Makes tokenizer.json the tokenizer of a directory whose settings name Python code instead.
+
+    The files with the code stay, and nothing names them.
+
+    Args:
+        directory: with the tokenizer's files; changed.
+
+    Returns:
+        The class that is left out, None if there is none.
+
+    Raises:
+        UserError: there is no tokenizer.json.
+    """
+    code = code_of(directory)
+    if code is None:
+        return None
+    if not (directory / "tokenizer.json").exists():
+        raise UserError(
+            f"the tokenizer is Python code ({code}), and has no tokenizer.json that could be taken "
+            "instead: add --trust-remote-code if you trust the code"
+        )
+    settings = _settings(directory)
+    settings.pop("auto_map")
+    _write(
+        directory / "tokenizer_config.json",
+        settings | {"tokenizer_class": "PreTrainedTokenizerFast"},
+    )
+    return code
 
 
 def _transformers() -> Any:

@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.integrity import check_sums, write_sums
+from megatron_mdm.mcore.unpickling import check_pickles
 
 COMMON_STATE = "common_state/shard_0_1"
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")
@@ -280,10 +281,11 @@ class DistCheckpoint:
         self.path = found.path
         if hashes:
             check_sums(self.path)
+        check_pickles(self.path)
         self._reader = dcp.FileSystemReader(self.path)
         try:
             metadata = self._reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except OSError as error:
             raise UserError(
                 f"{self.path} is not a whole torch_dist checkpoint: its .metadata cannot be read"
             ) from error

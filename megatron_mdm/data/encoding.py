@@ -5,7 +5,7 @@ Imports neither torch nor megatron nor transformers, so that a worker starts in 
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,11 +61,33 @@ class TokenizerData:
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def open_hugging_face(directory: str) -> Any:
-    """The Hugging Face tokenizer in a local directory, whose code is not run, or asked about."""
+def open_hugging_face(directory: str, trust: bool = False) -> Any:
+    """The Hugging Face tokenizer in a local directory.
+
+    Args:
+        directory: with its files.
+        trust: run Python code that is there; else nobody is asked about it either.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+
+
+def named_code(settings: Mapping[str, Any], *kinds: str) -> list[str]:
+    """The Python classes, `module.Class`, that a file of a model has in place of transformers' own.
+
+    Args:
+        settings: contents of a tokenizer_config.json or config.json.
+        kinds: classes of transformers that they take the place of; by default AutoTokenizer.
+    """
+    names = settings.get("auto_map") or {}
+    if not isinstance(names, dict):
+        names = {"AutoTokenizer": names}
+    found: list[str] = []
+    for kind in kinds or ("AutoTokenizer",):
+        given = names.get(kind) or ()
+        found += [given] if isinstance(given, str) else [str(name) for name in given if name]
+    return found
 
 
 def mask_id(tokenizer: Any) -> int | None:

@@ -1,12 +1,14 @@
 """Output files that are there complete or not at all."""
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from megatron_mdm.errors import UserError
 
@@ -96,6 +98,21 @@ def write_text(path: str, text: str) -> None:
     with complete_or_absent(path) as (name,), write_errors(path):
         with open(name, "w", encoding="utf-8") as file:
             file.write(text)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes a value as JSON, complete or not at all.
+
+    Raises:
+        UserError: it cannot be written, or holds NaN or infinity, which JSON cannot say.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise UserError(
+            f"cannot write {path}: a result is NaN or infinite, which JSON cannot say"
+        ) from error
+    write_text(path, text + "\n")
 
 
 def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".svg")) -> None:

@@ -121,10 +121,14 @@ def load_sentencepiece(path: str) -> TokenizerData:
     return sentencepiece_data(processor)
 
 
-def load_hugging_face(directory: str) -> TokenizerData:
+def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
     """Reads a Hugging Face tokenizer from a local directory; nothing is downloaded.
 
     The end-of-document token is the tokenizer's eos token, as in Megatron.
+
+    Args:
+        directory: With the tokenizer's files.
+        trust: Whether to run Python code that is there.
 
     Raises:
         UserError: transformers is not installed, the directory is missing or holds no tokenizer,
@@ -139,7 +143,7 @@ def load_hugging_face(directory: str) -> TokenizerData:
             "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
         ) from error
     try:
-        tokenizer = open_hugging_face(directory)
+        tokenizer = open_hugging_face(directory, trust)
     except Exception as error:  # of many kinds, depending on what is wrong with which file
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

@@ -12,10 +12,8 @@ a space.
 
 import dataclasses
 import hashlib
-import heapq
 import io
 import os
-import random
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +27,7 @@ from megatron_mdm.data.documents import (
 )
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.record import check_free, file_digest, read_record, record
+from megatron_mdm.data.sampling import Reservoir
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError, escaped
 
@@ -182,19 +181,14 @@ class _Corpus:
 
     def lines(self) -> list[str]:
         """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
-        # Every line draws a key, and those with the smallest keys stay: one pass, and no more
-        # than max_bytes of text in memory.
-        draw = random.Random(0).random
-        heap: list[tuple[float, int, str]] = []
-        for number, line in enumerate(self._all_lines()):
+        sample: Reservoir[str] = Reservoir(self.max_bytes)
+        for line in self._all_lines():
             size = len(line.encode())
             self.text_bytes += size
-            self.used_bytes += size
-            heapq.heappush(heap, (-draw(), number, line))
-            while self.used_bytes > self.max_bytes:
-                self.used_bytes -= len(heapq.heappop(heap)[2].encode())
-        heap.sort(key=lambda item: item[1])
-        return [line for _, _, line in heap]
+            sample.offer(lambda item=(size, line): item)
+        sample.shrink(self.max_bytes)
+        self.used_bytes = sample.size
+        return sample.items()
 
     def _all_lines(self) -> Iterator[str]:
         digest = InputsDigest()

@@ -8,18 +8,16 @@ Megatron then trains from random weights, ends with status 0, or raises; here it
 
 import json
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
-
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.unpickling import METADATA, DamagedError, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-CONFIG, METADATA = "metadata.json", ".metadata"
+CONFIG = "metadata.json"
 # Formats of Megatron's that have a .metadata and no metadata.json.
 WITHOUT_CONFIG = ("torch_dcp", "fsdp_dtensor")
 
@@ -128,6 +126,9 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
     Args:
         path: of one checkpoint.
         ckpt_format: as for `find_checkpoint`.
+
+    Raises:
+        UserError: its .metadata holds what could run code.
     """
     if not path.is_dir():
         return "does not exist"
@@ -146,11 +147,11 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
     except (ValueError, KeyError, TypeError):
         return f"has a damaged {CONFIG}"
     try:
-        storage = dcp.FileSystemReader(path).read_metadata().storage_data or {}
-    except (EOFError, pickle.UnpicklingError, AttributeError, IndexError, ValueError, TypeError):
+        metadata = read_metadata(path / METADATA)
+    except DamagedError:
         return f"has a damaged {METADATA}"
     ends: dict[str, int] = {}
-    for item in storage.values():
+    for item in (metadata.storage_data or {}).values():
         ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
     for name, end in sorted(ends.items()):
         if name not in names:

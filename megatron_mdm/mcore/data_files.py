@@ -75,14 +75,14 @@ def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
         UserError: names the file.
     """
     for prefix in _prefixes(blend, blend_per_split):
-        if not _is_elsewhere(prefix) and holds_pairs(prefix):
+        if not _is_elsewhere(prefix) and has_several_sequences(prefix):
             raise UserError(
                 f"{prefix} holds pairs of prompts and responses: add --mdm-sft to train on them, "
                 "or give running text"
             )
 
 
-def holds_pairs(prefix: str) -> bool:
+def has_several_sequences(prefix: str) -> bool:
     """Whether the documents of a .bin/.idx pair, which is whole, have several sequences each."""
     with open(get_idx_path(prefix), "rb") as stream:
         stream.seek(len(_INDEX_HEADER))

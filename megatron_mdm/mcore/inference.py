@@ -1,13 +1,14 @@
 """A trained checkpoint as a function from tokens to logits, with nothing to give but its path."""
 
 import contextlib
+import json
 import os
-import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from megatron.training.training import setup_model_and_optimizer
 
 from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.errors import UserError
+from megatron_mdm.data.encoding import named_code
+from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.architecture import differences
 from megatron_mdm.mcore.argument_groups import Group, group
 from megatron_mdm.mcore.arguments import add_arguments, rejection, tokenizer_end_id
@@ -52,7 +54,7 @@ moe_single_grouped_weight null_tokenizer_pad_id object_storage_cache_path padded
 per_split_data_args_path special_tokens test_data_path tiktoken_num_special_tokens tiktoken_pattern
 tokenizer_hf_no_include_special_tokens tokenizer_hf_no_use_fast tokenizer_model
 tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy train_data_path
-train_iters train_samples transformer_impl trust_remote_code valid_data_path vocab_file
+train_iters train_samples transformer_impl valid_data_path vocab_file
 """.split()
 
 # Arguments that are otherwise here than they were in the run, whatever they bear on.
@@ -125,6 +127,15 @@ class LoadedModel:
         return tokenizer_end_id(self.tokenizer)
 
     @property
+    def opening_token_id(self) -> int | None:
+        """The token after which texts began in the rows of training: the end of document.
+
+        A shifted model predicts the first token of a text from it. None if the tokenizer has none,
+        or if no text saw the end of another (--mdm-isolate-documents).
+        """
+        return None if self.args.mdm_isolate_documents else self.end_token_id
+
+    @property
     def max_length(self) -> int:
         """Most tokens in a row: what the model has positions for, in training or not."""
         return int(self.args.max_position_embeddings)
@@ -148,11 +159,16 @@ class LoadedModel:
         Returns:
             float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
             for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
+
+        Raises:
+            UserError: the first token is masked, and the model is shifted.
         """
         b, s = tokens.shape
         clean = tokens if clean is None else clean
         positions = position_ids(clean, documents)
         mdm = MDMConfig.from_args(self.args)
+        if mdm.mdm_shift:
+            self._check_first_tokens(tokens, positions)
         no_padding = torch.zeros_like(tokens, dtype=torch.bool)
         packed = self.args.transformer_impl == "transformer_engine"
         hidden = attention_mask(
@@ -181,6 +197,18 @@ class LoadedModel:
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
+    def _check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """Checks that a shifted model is not asked for what its training never predicted.
+
+        Raises:
+            UserError: the first token of a row, or of a document that sees no other, is masked.
+        """
+        if ((tokens == self.args.mdm_mask_token_id) & (positions == 0)).any():
+            raise UserError(
+                "the first token of a row is masked, which a shifted model (--mdm-shift) cannot "
+                "predict: put a token in front, such as the end of document"
+            )
+
 
 @contextlib.contextmanager
 def loaded_model(
@@ -189,6 +217,7 @@ def loaded_model(
     pipeline_parallel: int = 1,
     change: Callable[[Namespace], None] | None = None,
     hashes: bool = True,
+    trust: bool = False,
 ) -> Iterator[LoadedModel]:
     """Loads a checkpoint, whatever layout wrote it, over all ranks.
 
@@ -200,6 +229,7 @@ def loaded_model(
         pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
         change: of the arguments that the checkpoint recorded, before the model is built.
         hashes: compare its files with the sums that were saved with them.
+        trust: run Python code that lies beside the tokenizer.
 
     Raises:
         UserError: there is no checkpoint, it is damaged or has no arguments, or the model cannot be
@@ -215,10 +245,11 @@ def loaded_model(
         change(recorded)
     args = adapted(recorded, found, device, pipeline_parallel)
     args.mdm_checkpoint_hashes = hashes
+    _limit_code(args, trust)
     try:
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:
-        raise rejection(error) from error
+        raise _tokenizer_rejection(error, args) from error
     use_shipped_dataset_helpers()
     initialize_megatron()
     try:
@@ -265,7 +296,35 @@ def _model(args: Namespace) -> torch.nn.Module:
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     module: torch.nn.Module = unwrap_model(model[0]).eval()
+    _check_finite(module, args.load)
     return module
+
+
+def _check_finite(module: torch.nn.Module, checkpoint: str) -> None:
+    """Checks, on all ranks together, that the weights are numbers.
+
+    Args:
+        module: this rank's part of the model.
+        checkpoint: where the weights are from.
+
+    Raises:
+        SharedError: names the first tensor that holds NaN or infinity; on every rank.
+    """
+    own = {
+        name: tensor.detach()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf).float() for x in own.values()])
+    bad = (~largest.isfinite()).nonzero()
+    names: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, list(own)[int(bad[0])] if len(bad) else None)
+    for name in names:
+        if name is not None:
+            raise SharedError(
+                f"the checkpoint in {checkpoint} holds NaN or infinity in the tensor {name}: its "
+                "training has diverged; give an earlier checkpoint of it"
+            )
 
 
 def _recorded(checkpoint: SavedCheckpoint) -> Namespace:
@@ -352,8 +411,56 @@ def adapted(
     return args
 
 
+def _limit_code(args: Namespace, trust: bool) -> None:
+    """Keeps Python code that the checkpoint's arguments name from running unless it is trusted.
+
+    Args:
+        args: of the checkpoint; changed.
+        trust: run the code of its tokenizer.
+
+    Raises:
+        UserError: the code would be fetched from elsewhere.
+    """
+    args.trust_remote_code = trust
+    args.spec = None  # names a module to import; the plugin has layers of its own
+    if trust and args.tokenizer_type == "HuggingFaceTokenizer":
+        for name in ("tokenizer_config.json", "config.json"):  # transformers reads both
+            elsewhere = [
+                code
+                for code in named_code(_settings(args, name), "AutoTokenizer", "AutoConfig")
+                if "--" in code
+            ]
+            if elsewhere:
+                raise UserError(
+                    f"{Path(args.tokenizer_model, name)} names Python code of another repository "
+                    f"({elsewhere[0]}), which is not fetched: put the code beside it, and name that"
+                )
+
+
+def _settings(args: Namespace, name: str) -> dict[str, Any]:
+    """What a file beside a Hugging Face tokenizer says; empty where transformers will complain."""
+    try:
+        settings = json.loads(Path(args.tokenizer_model, name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
+    """One line for an exception with which Megatron rejects the tokenizer, or other arguments."""
+    is_code = args.tokenizer_type == "HuggingFaceTokenizer" and not args.trust_remote_code
+    code = named_code(_settings(args, "tokenizer_config.json")) if is_code else []
+    if not code:
+        return rejection(error)
+    return UserError(
+        f"the tokenizer in {args.tokenizer_model} is Python code ({code[0]}), which runs with "
+        "--trust-remote-code only: add it if you trust the code, or convert the model again, which "
+        "takes its tokenizer.json"
+    )
+
+
 def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
-    """Where the tokenizer is.
+    """Where the tokenizer is, on this machine: nothing is fetched.
 
     Raises:
         UserError: it is not where it was.
@@ -366,12 +473,23 @@ def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
         own = os.path.join(checkpoint, HUB_FILES)
         if os.path.isdir(own):  # a converted checkpoint, which has moved
             return own
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # a name that need be no directory
-            return path
+        fetched = _fetched_before(path)
+        if fetched:
+            return fetched
     raise UserError(
         f"the tokenizer of {checkpoint} is not at {path}: start in the directory that the training "
         "was started in, or put it there"
     )
+
+
+def _fetched_before(name: str) -> str | None:
+    """Where huggingface_hub keeps the repository of this name, None if it keeps none."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
 
 
 def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:

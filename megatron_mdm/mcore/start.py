@@ -17,6 +17,7 @@ from megatron.training.checkpointing import _load_base_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint, is_remote
 from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.unpickling import check_pickles
 
 
 def choose_start(args: Namespace) -> str | None:
@@ -45,6 +46,10 @@ def choose_start(args: Namespace) -> str | None:
         return str(args.load)
     if _loaded(args) is not None:
         return str(args.load)
+    if args.non_persistent_ckpt_type == "global" and args.load is not None:
+        # Megatron takes these in place of an older one of --load.
+        other = args.non_persistent_global_ckpt_dir or os.path.join(args.load, "non_persistent")
+        _find_safe(other, None, args)
     pretrained = args.pretrained_checkpoint
     if pretrained is not None and not is_remote(pretrained):
         if _find(pretrained, args.ckpt_step, args) is None:
@@ -56,11 +61,11 @@ def check_checkpoints(args: Namespace) -> None:
     """Checks the checkpoints that Megatron reads while it parses --use-checkpoint-args.
 
     Raises:
-        UserError: one of them is damaged, or --ckpt-step names none.
+        UserError: one of them is damaged or could run code, or --ckpt-step names none.
     """
     for directory in (args.load, args.pretrained_checkpoint):
         if _find(directory, None, args) is not None:
-            _find(directory, args.ckpt_step, args)
+            _find_safe(directory, args.ckpt_step, args)
 
 
 def _go_on_or_refuse(args: Namespace, saved: SavedCheckpoint) -> None:
@@ -113,6 +118,17 @@ def _find(directory: str | None, iteration: int | None, args: Namespace) -> Save
     return find_checkpoint(directory, iteration, args.ckpt_format)
 
 
+def _find_safe(directory: str | None, iteration: int | None, args: Namespace) -> None:
+    """Checks that a checkpoint, if there is one, is whole and that reading it runs nothing.
+
+    Raises:
+        UserError: it is not.
+    """
+    found = _find(directory, iteration, args)
+    if found is not None:
+        check_pickles(found.path)
+
+
 def _no_checkpoint(name: str, directory: str) -> UserError:
     return UserError(
         f"{name} {directory} has no checkpoint: give the directory that --save or "
@@ -149,8 +165,9 @@ def saved_arguments(
         iteration: of the checkpoint (--ckpt-step); None: the one that the tracker names.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or the checkpoint could run code.
     """
+    _find_safe(directory, iteration, args)
     asked = Namespace(**{**vars(args), "ckpt_step": iteration})
     try:
         state = _load_base_checkpoint(directory, asked, rank0=True)[0]

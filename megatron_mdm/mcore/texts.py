@@ -11,16 +11,22 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.data.documents import document_text, read_documents
+from megatron_mdm.data.documents import Document, document_text, read_documents
 from megatron_mdm.data.encoding import TokenizerData
-from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece
+from megatron_mdm.data.identity import data_identity
+from megatron_mdm.data.sampling import Reservoir
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
 from megatron_mdm.mcore.attention import isolated_documents
-from megatron_mdm.mcore.data_files import check_data_files
+from megatron_mdm.mcore.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.dataset import rows_of_file
 from megatron_mdm.mcore.forward_step import Rows, eligible_positions
+from megatron_mdm.mcore.identities import check_tokenizer_of_data, tokenizer_data
 from megatron_mdm.mcore.inference import LoadedModel
+from megatron_mdm.mcore.vocabulary import tokenizer_rows
+
+# Rows that are read for each one that is measured, so that those of long documents are from many.
+POOL = 8
 
 
 @dataclass(frozen=True)
@@ -28,62 +34,94 @@ class Documents:
     """Tokenized documents, each with its end-of-document token.
 
     Attributes:
-        ids: token ids of each document.
+        ids: token ids of each document, an integer array of one dimension.
         num_bytes: their length in UTF-8; None where the tokenizer knows no text.
     """
 
-    ids: list[list[int]]
+    ids: list[np.ndarray]
     num_bytes: int | None
 
 
 def read_tokens(
-    loaded: LoadedModel, data: str, json_key: str, max_tokens: int, file_format: str = "auto"
+    loaded: LoadedModel,
+    data: str,
+    json_key: str,
+    enough: int,
+    seed: int,
+    file_format: str = "auto",
 ) -> Documents:
-    """Reads documents until there are `max_tokens` tokens, the last document whole.
+    """Draws whole documents from all over the data until they have `enough` tokens.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
         data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
         json_key: where a JSONL line holds its text.
-        max_tokens: see above.
-        file_format: of the file, see `read_documents`.
+        enough: see above.
+        seed: of the choice.
+        file_format: of a file, see `read_documents`.
+
+    Returns:
+        The documents, in the order of the data.
 
     Raises:
         UserError: no such data, or data that cannot be read.
     """
+    read = _documents_of_file if os.path.isfile(data) else _indexed_documents
+    found = read(loaded, data, json_key, enough, seed)
+    if not found:
+        raise UserError(f"{data} holds no tokens: give other data")
+    sizes = [num_bytes for _, num_bytes in found if num_bytes is not None]
+    return Documents([ids for ids, _ in found], sum(sizes) if len(sizes) == len(found) else None)
+
+
+def _documents_of_file(
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a text or JSONL file, and the bytes of each."""
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
     ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
-    ids: list[list[int]] = []
-    num_bytes = num_tokens = 0
-    if os.path.isfile(data):
-        encode = encoder(loaded)
-        for document in read_documents([data], file_format):
-            text = document_text(document, json_key)
-            if tokens := encode(text):
-                _check_ids(loaded, data, np.array(tokens))
-                ids.append([*tokens, *ending])
-                num_bytes += len(text.encode())
-                num_tokens += len(ids[-1])
-            if num_tokens >= max_tokens:
-                break
-    else:
-        if holds_pairs(data):
-            raise UserError(
-                f"{data} consists of prompts and responses, which have no likelihood as one text: "
-                "give plain text"
-            )
-        for sequence in IndexedDataset(data):
-            _check_ids(loaded, data, sequence)
-            ids.append(sequence.tolist())
-            num_tokens += len(sequence)
-            if has_text:
-                text = loaded.tokenizer.detokenize([i for i in ids[-1] if i not in ending])
-                num_bytes += len(text.encode())
-            if num_tokens >= max_tokens:
-                break
-    if not num_tokens:
-        raise UserError(f"{data} holds no tokens: give other data")
-    return Documents(ids, num_bytes if has_text else None)
+    encode = encoder(loaded)
+
+    def encoded(document: Document) -> tuple[int, tuple[np.ndarray, int | None]] | None:
+        text = document_text(document, json_key)
+        tokens = encode(text)
+        if not tokens:
+            return None
+        _check_ids(loaded, data, np.array(tokens))
+        ids = np.array([*tokens, *ending], dtype=np.int32)
+        return len(ids), (ids, len(text.encode()) if has_text else None)
+
+    sample: Reservoir[tuple[np.ndarray, int | None]] = Reservoir(enough, seed)
+    for document in read_documents([data]):
+        sample.offer(functools.partial(encoded, document))
+    return sample.items()
+
+
+def _indexed_documents(
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a .bin/.idx pair, and the bytes of each."""
+    if holds_pairs(data):
+        raise UserError(
+            f"{data} consists of prompts and responses, which have no likelihood as one text: "
+            "give plain text"
+        )
+    _check_made_with(loaded, data)
+    dataset = IndexedDataset(data)
+    lengths = dataset.sequence_lengths
+    sample: Reservoir[int] = Reservoir(enough, seed)
+    for number in range(len(dataset)):
+        sample.offer(lambda i=number: (int(lengths[i]), i))
+    found: list[tuple[np.ndarray, int | None]] = []
+    for number in sample.items():
+        ids = dataset[number].astype(np.int32)
+        _check_ids(loaded, data, ids)
+        num_bytes = None
+        if loaded.args.tokenizer_type != "NullTokenizer":
+            words = ids[ids != loaded.end_token_id].tolist()
+            num_bytes = len(loaded.tokenizer.detokenize(words).encode())
+        found.append((ids, num_bytes))
+    return found
 
 
 def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[int]]:
@@ -94,15 +132,8 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
         special: whether text that spells a special token is that token, as where preprocessing
             renders conversations with a chat template; else it is ordinary text.
     """
-    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
-    if data is not None:
-        return data.load(special)
-    if loaded.args.tokenizer_type == "HuggingFaceTokenizer":  # by the name of a repository
-        tokenizer = loaded.tokenizer._tokenizer.tokenizer
-        return lambda text: (
-            tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
-        )
-    return loaded.tokenizer.tokenize
+    data = tokenizer_data(loaded.tokenizer)
+    return data.load(special) if isinstance(data, TokenizerData) else loaded.tokenizer.tokenize
 
 
 def spells_special_tokens(args: Namespace) -> bool:
@@ -121,22 +152,14 @@ def spells_special_tokens(args: Namespace) -> bool:
 
 def vocab_size(loaded: LoadedModel) -> int:
     """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
-    data = _tokenizer_data(loaded.args.tokenizer_type, loaded.args.tokenizer_model)
-    return loaded.tokenizer.vocab_size if data is None else data.vocab_size
-
-
-@functools.cache
-def _tokenizer_data(kind: str, model: str | None) -> TokenizerData | None:
-    """What preprocessing reads of a tokenizer, None if it does not know the kind."""
-    if kind == "SentencePieceTokenizer":
-        return load_sentencepiece(model)
-    if kind == "HuggingFaceTokenizer" and os.path.isdir(model):
-        return load_hugging_face(model)
-    return None
+    return tokenizer_rows(loaded.tokenizer)
 
 
 def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Text]:
     """Rows of documents, at most as long as the model's, as it was trained on them.
+
+    A shifted model does not predict the first token of a row. Its rows begin with the last token of
+    the row before, or with the end of document, so that every token is scored in one row.
 
     Args:
         loaded: the checkpoint.
@@ -144,25 +167,44 @@ def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Tex
         packed: see `cut_rows`.
     """
     mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
+    ids = documents.ids
+    if mdm.mdm_shift and loaded.opening_token_id is not None:
+        opened = [np.insert(document, 0, loaded.opening_token_id) for document in ids]
+        ids = [*opened[:1], *ids[1:]] if packed else opened
+    numbers = [np.full(len(document), number) for number, document in enumerate(ids)]
+    rows, origins = (
+        cut_rows(values, loaded.args.seq_length, packed, overlap=int(mdm.mdm_shift))
+        for values in (ids, numbers)
+    )
     texts = []
-    for row in cut_rows(documents.ids, loaded.args.seq_length, packed):
+    for row, origin in zip(rows, origins, strict=True):
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
         apart = isolated_documents(row[None], eod_id, mdm)
         eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
         if apart is None and not mdm.mdm_eod_attended:  # hidden are the ends as they were
             apart = torch.zeros_like(row[None])
-        texts.append(Text(row, eligible[0], None if apart is None else apart[0]))
+        texts.append(Text(row, eligible[0], None if apart is None else apart[0], origin))
     return texts
 
 
-def scored_per_byte(rows: list[Text], documents: Documents) -> float | None:
-    """Tokens that are scored for each byte of text; None where bytes are not known.
+def shuffled(rows: list[Text], seed: int) -> list[Text]:
+    """The rows in a random order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order.tolist()]
+
+
+def scored_per_byte(loaded: LoadedModel, rows: list[Text], documents: Documents) -> float | None:
+    """Tokens that are scored for each byte of text.
+
+    None where bytes are not known, or where tokens that have bytes are not scored: a shifted model
+    without an opening token leaves out the first one of a document.
 
     Args:
+        loaded: the checkpoint.
         rows: all of the documents.
         documents: the documents.
     """
-    if not documents.num_bytes:
+    if not documents.num_bytes or (loaded.args.mdm_shift and loaded.opening_token_id is None):
         return None
     return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
 
@@ -174,14 +216,20 @@ def holds_pairs(prefix: str) -> bool:
         UserError: there is no such dataset, or it is damaged.
     """
     check_data_files(([prefix], None), None)
-    dataset = IndexedDataset(prefix)
-    return len(dataset.document_indices) != len(dataset) + 1
+    return has_several_sequences(prefix)
+
+
+def _check_made_with(loaded: LoadedModel, prefix: str) -> None:
+    """Raises a `UserError` for a .bin/.idx pair that was made with another tokenizer."""
+    made_with = data_identity(prefix).tokenizer
+    check_tokenizer_of_data(prefix, made_with, tokenizer_data(loaded.tokenizer))
 
 
 def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:
     """Rows of prompts and responses, as fine-tuning would take them from this file.
 
-    The settings of the objective are those of the checkpoint's run, as to padding and SyRM too.
+    They come from all over it, since fine-tuning takes them in a random order. The settings of the
+    objective are those of the checkpoint's run, as to padding and SyRM too.
 
     Args:
         loaded: the checkpoint.
@@ -198,6 +246,7 @@ def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:
             f"{prefix} holds pairs, on which a checkpoint of --no-mdm-eod-attended or "
             "--no-mdm-pad-attended cannot be measured"
         )
+    _check_made_with(loaded, prefix)
     dataset = rows_of_file(args, prefix)
     texts = []
     for number in range(min(limit, len(dataset))):

@@ -178,6 +178,11 @@ def fit(
     S, n = moments.second_moment(), moments.num_bins
     empty = int(np.isnan(S).sum())
     if empty:
+        if moments.skipped:
+            raise FitError(
+                f"{empty} of {n} rate bins hold no rows, and {moments.skipped} draws were left out "
+                "whose values are NaN or infinite: measure a model that computes numbers"
+            )
         raise FitError(
             f"{empty} of {n} rate bins hold no rows: measure more rows or use fewer bins"
         )

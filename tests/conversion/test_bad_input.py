@@ -42,6 +42,16 @@ def cut(path, keep=0.5):
     path.write_bytes(data[: int(len(data) * keep)])
 
 
+def not_finite(directory, tensor, value):
+    """Puts a number at the start of a tensor in the files of a checkpoint."""
+    path = directory / "release" / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    place = data.find(tensor.numpy().tobytes())
+    assert place > 0
+    data[place : place + 4] = torch.tensor(value).numpy().tobytes()
+    path.write_bytes(data)
+
+
 def index(directory):
     weights = {name: hub.SINGLE for name in load_file(directory / hub.SINGLE)}
     weights["more"] = "model-2.safetensors"
@@ -49,6 +59,7 @@ def index(directory):
 
 
 Q = "model.transformer.blocks.1.q_proj.weight"
+NORM = "model.transformer.ln_f.weight"
 CASES = {
     "a missing shard": (index, "model-2.safetensors"),
     "a shard cut short": (lambda d: cut(d / hub.SINGLE), "model.safetensors is cut short"),
@@ -101,6 +112,37 @@ CASES = {
         lambda d: (d / "tokenizer.json").write_text("[1]"),
         "tokenizer.json does not hold a JSON object",
     ),
+    "an adapter": (
+        lambda d: (d / "adapter_config.json").write_text("{}"),
+        "hf/adapter_config.json: an adapter (LoRA) lies beside the model, and its weights would be",
+    ),
+    "weights of an adapter": (
+        lambda d: save_file({"lora_A": torch.ones(3)}, d / "adapter_model.safetensors"),
+        "hf/adapter_model.safetensors: an adapter (LoRA) lies beside the model",
+    ),
+    "a quantization": (
+        lambda d: change_config(d, quantization_config={"quant_method": "gptq"}),
+        "quantization_config = {'quant_method': 'gptq'} is not supported for llada",
+    ),
+    "weights elsewhere": (
+        lambda d: change_config(d, transformers_weights="other.safetensors"),
+        "transformers_weights = 'other.safetensors' is not supported",
+    ),
+    "a model beside that of the index": (
+        lambda d: (
+            save_file(load_file(d / hub.SINGLE), d / "a.safetensors"),
+            (d / hub.INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}'),
+        ),
+        "has model.safetensors, which model.safetensors.index.json does not name",
+    ),
+    "NaN": (
+        lambda d: change_tensors(d, **{Q: torch.full((32, 32), torch.nan)}),
+        f"the tensor {Q} holds nan: the training has diverged",
+    ),
+    "minus infinity": (
+        lambda d: change_tensors(d, **{Q: -torch.inf * torch.ones(32, 32)}),
+        f"the tensor {Q} holds -inf: the training has diverged",
+    ),
     "a mask outside": (lambda d: change_config(d, mask_token_id=96), "mask token 96 lies outside"),
 }
 
@@ -126,6 +168,7 @@ def test_a_tensor_comes_from_the_file_that_the_index_names(source):
     tensors = load_file(source / hub.SINGLE)
     save_file({**tensors, Q: torch.full((32, 32), 7.0)}, source / "a.safetensors")
     save_file({Q: tensors[Q]}, source / "z.safetensors")
+    (source / hub.SINGLE).unlink()
     files = dict.fromkeys(tensors, "a.safetensors") | {Q: "z.safetensors"}
     (source / hub.INDEX).write_text(json.dumps({"weight_map": files}))
     model = hub.HubModel(source)
@@ -133,9 +176,8 @@ def test_a_tensor_comes_from_the_file_that_the_index_names(source):
 
 
 def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
-    """Infinities that were there stay."""
     tensor = torch.zeros(32, 32)
-    tensor[3, 3], tensor[0, 0] = 1e5, torch.inf
+    tensor[3, 3] = 1e5
     change_tensors(source, **{Q: tensor})
     for dtype in (torch.bfloat16, None):
         to_megatron(str(source), str(tmp_path / str(dtype)), dtype=dtype, verify=True, say=str)
@@ -209,14 +251,25 @@ BACK = {
         "has 99 tokens, the checkpoint 96",
     ),
     "no config": (lambda c: shutil.rmtree(c / "huggingface"), "--hf-config"),
+    "an adapter": (
+        lambda c: (c / "huggingface" / "adapter_config.json").write_text("{}"),
+        "huggingface/adapter_config.json: an adapter (LoRA) lies beside the model",
+    ),
+    "NaN": (
+        lambda c: not_finite(c, load_file(c.parent / "model")[NORM], torch.nan),
+        f"the tensor {NORM} holds nan: the training has diverged",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BACK)
 def test_a_bad_checkpoint_is_named_and_nothing_is_written(case, converted, tmp_path):
-    shutil.copytree(converted("llada")[1], tmp_path / "mg")
+    source, checkpoint, _ = converted("llada")
+    shutil.copytree(checkpoint, tmp_path / "mg")
+    shutil.copy(source / hub.SINGLE, tmp_path / "model")
     damage, message = BACK[case]
     damage(tmp_path / "mg")
+    (tmp_path / "model").unlink()
     with pytest.raises(UserError) as caught:
         to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "out"))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -4,12 +4,14 @@ import shutil
 from argparse import Namespace
 
 import pytest
+import torch
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 
 from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.generation import Decoder
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.mcore.texts import encoder, read_tokens, spells_special_tokens, vocab_size
 from tests import ranks
@@ -49,6 +51,34 @@ def test_given_tokens_stand_where_they_stand_in_training(moved, tmp_path):
     assert len(first) == 4 + 30 + 1 and len(second) == 3 + 30 + 1
     assert (first[:2], first[3], first[-1]) == (["w1", "w2"], "w3", "w4")
     assert (second[:3], second[-1]) == (["<s>", "w1", "<unk>"], "w4")
+
+
+def test_a_shifted_model_begins_a_text_after_the_end_of_another(tmp_path):
+    """Its first position has logits of its own only, which training never used."""
+    source = models.make("dream", tmp_path / "hf")
+    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    flags = ["--length", "5", "--no-stop-at-eos", "--prompt", "", "--prompt", "<mask>7"]
+    lines = generate(tmp_path / "both", tmp_path / "mg", *flags).splitlines()
+
+    def logits(tokens):
+        own = models.logits(source, tokens, causal=False)
+        return torch.cat([own[:, :1], own[:, :-1]], dim=1)
+
+    end, decoder = models.DREAM["eos_token_id"], Decoder(MASK, vocab_size=models.VOCAB)
+    for line, row in ((lines[1], [MASK] * 5), (lines[3], [MASK, 7, *[MASK] * 5])):
+        expected = decoder(logits, torch.tensor([[end, *row]]))[0, 1:]
+        assert line.split() == [str(token) for token in expected.tolist()]
+        alone = decoder(logits, torch.tensor([row]))[0]
+        assert not torch.equal(alone, expected)  # what the first position says by itself
+    flags = ["--length", "3", "--show", "--no-stop-at-eos"]
+    assert generate(tmp_path / "show", tmp_path / "mg", *flags).startswith("step 0: ▒▒▒\n")
+
+    words = {f"w{i}": i for i in range(80)} | {"<unk>": 80}
+    models.write_tokenizer(tmp_path / "hf", words, mask_token="w79")
+    to_megatron(str(source), str(tmp_path / "endless"), say=str)
+    log = generate(tmp_path / "none", tmp_path / "endless", "--length", "5", check=False)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert "prompt 1: a shifted model (--mdm-shift) cannot write the first token" in line
 
 
 def test_a_model_without_a_mask_token(converted, tmp_path):
@@ -101,15 +131,10 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
     # Without a token for the end, nothing ends a text.
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
-    assert read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9).ids == [[1, 2], [3]]
+    read = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0)
+    assert [ids.tolist() for ids in read.ids] == [[1, 2], [3]] and read.num_bytes == 7
     assert [LoadedModel(None, args, Namespace(eod=eod)).end_token_id for eod in (None, -1, 5)] == [
         None,
         None,
         5,
     ]
-    # A tokenizer by the name of a repository is no directory.
-    named = LoadedModel(
-        None, Namespace(**{**vars(args), "tokenizer_model": "a/b"}), loaded.tokenizer
-    )
-    assert encoder(named, special=True)(text) == [1, BOS, 2, 95]
-    assert encoder(named)(text)[0] == 1

@@ -109,7 +109,8 @@ def test_why_logits_were_not_compared(ran, tmp_path, monkeypatch):
 
 
 def test_trust_goes_with_verify():
-    argv = "--to", "megatron", "--input", "a", "--output", "b", "--trust-remote-code"
+    """On the way back; on the way there it is for the tokenizer too."""
+    argv = "--to", "huggingface", "--input", "a", "--output", "b", "--trust-remote-code"
     run = subprocess.run([sys.executable, str(TOOL), *argv], capture_output=True, text=True)
     assert (
         run.stderr.startswith("error: --trust-remote-code is for --verify") and run.returncode == 2

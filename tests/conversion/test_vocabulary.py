@@ -1,6 +1,10 @@
 """A mask token for autoregressive models, padding, and the tokenizer that goes along."""
 
+import functools
 import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +12,12 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
-from megatron_mdm.conversion.tokenizer import MASK_TOKEN
+from megatron_mdm.conversion.tokenizer import MASK_TOKEN, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
+from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from tests.conversion import models
 
@@ -77,7 +83,10 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
 
     source, said = models.make("llama", tmp_path / "hf"), []
     write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, verify=True, say=said.append)
+    # The logits of that row differ, and those of all others do not.
+    assert said[1].startswith("verified: logits of")
+    said = said[2:]
     assert "id 90, an unused row" in said[0]
     got, original = rows(tmp_path / "mg", ROWS[0]), load_file(source / hub.SINGLE)
     embedding = original["model.embed_tokens.weight"]
@@ -109,6 +118,99 @@ def test_the_row_of_the_mask_token_is_not_lost(tmp_path):
     )
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["vocab_size"], config["mask_token_id"], config["mdm_shift"]) == (96, 90, True)
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
+    """With the config.json of a smaller model, whose tensors would pass for the larger one's."""
+    source, smaller = models.make("llama", tmp_path / "hf"), tmp_path / "smaller"
+    if tokenizer:
+        write_tokenizer(source, 90)
+    to_megatron(str(source), str(tmp_path / "mg"), multiple=64, say=str)
+    smaller.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    tokens = 90 if tokenizer else 96
+    for size, lost in ((tokens - 1, 1), (tokens, 0), (tokens + 2, 0)):
+        (smaller / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
+        said = []
+        convert = functools.partial(
+            to_hugging_face,
+            str(tmp_path / "mg"),
+            str(tmp_path / f"back{size}"),
+            config_from=str(smaller),
+            say=said.append,
+        )
+        if lost:
+            wanted = f"has {size} tokens and the run {tokens}, of which the last 1 would be lost"
+            with pytest.raises(UserError, match=wanted):
+                convert()
+            assert not (tmp_path / f"back{size}").exists()
+            continue
+        convert()
+        padding = f"left out {128 - size} padding rows of the vocabulary, which took part in the"
+        assert any(padding in line for line in said)
+        assert tokenizer == any("no tokenizer is written: copy the run's" in line for line in said)
+
+
+def test_rows_that_are_tokens():
+    """By what the checkpoint says, else by the run's tokenizer."""
+
+    def check(rows, tokens=0, padded=128, **args):
+        args = Namespace(**{"vocab_size": None, "tokenizer_model": "my.model", **args})
+        words = {str(i): i for i in range(tokens)}
+        to_hugging_face_module._check_rows(args, words, rows, padded, Path("model"))
+
+    check(100, mdm_vocab_size=100)
+    check(100, tokens=120, mdm_vocab_size=100)
+    check(100, tokens=100)
+    check(128)  # nothing is left out
+    for rows, settings in ((99, {"mdm_vocab_size": 100}), (100, {"tokens": 101})):
+        with pytest.raises(UserError, match=f"has {rows} tokens and the run {rows + 1}"):
+            check(rows, **settings)
+    with pytest.raises(UserError, match="is not at my.model: put it there"):
+        check(100)
+
+
+def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
+    source, said = models.make("llama", tmp_path / "hf"), []
+    write_tokenizer(source, 90)
+    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(source / "config.json", other)
+    words = {f"w{i}": i for i in range(90)} | {"w7": 8, "w8": 7, "<unk>": 89}
+    models.write_tokenizer(other, words)
+    with pytest.raises(UserError, match="'w7' has id 8 there and 7 in the run. Give --hf-config"):
+        to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), config_from=str(other))
+    models.write_tokenizer(other, {f"w{i}": i for i in range(89)} | {"<unk>": 89, "more": 90})
+    with pytest.raises(UserError, match="'more' has id 90 there and None in the run"):
+        to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), config_from=str(other))
+    (tmp_path / "mg" / "huggingface").rename(tmp_path / "moved")
+    to_hugging_face(
+        str(tmp_path / "mg"),
+        str(tmp_path / "back"),
+        config_from=str(tmp_path / "moved"),
+        say=said.append,
+    )
+    assert "was not compared with the run's, which is not at" in said[0]
+
+
+def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
+    (tmp_path / "text.txt").write_text("some words to learn from\n" * 50)
+    model = tmp_path / "my.model"
+    train_tokenizer([str(tmp_path / "text.txt")], str(model), vocab_size=280)
+    tokens, directory = tokens_of(model), tmp_path / "hf"
+    assert len(tokens) == 280 and tokens["<mask>"] == 3
+    directory.mkdir()
+    args = Namespace(tokenizer_model=str(model))
+    compare = functools.partial(
+        to_hugging_face_module._compare_tokenizers, args, tokens, directory, 3
+    )
+    shutil.copy(model, directory / "tokenizer.model")
+    assert list(compare()) == []
+    models.write_tokenizer(directory, {**tokens, "more": 280})  # which transformers prefers
+    with pytest.raises(UserError, match="'more' has id 280 there and None in the run"):
+        list(compare())
 
 
 def test_the_written_model_computes_the_same_as_it_is_told_to_be_used(tmp_path, megatron_logits):

@@ -660,7 +660,8 @@ def test_a_mistake_of_all_ranks_is_printed_once(tmp_path):
     assert "nothing.bin does not exist" in the_error_line(run.output)
 
 
-# Documents of one row each, of which this one comes to rank 1 in the first step.
+# Documents of one row each, of which this one comes to rank 1 in the first step, in Megatron's
+# order of rows.
 ROW_OF_RANK_1 = 8
 
 
@@ -672,7 +673,7 @@ def test_one_rank_fails_while_the_other_waits(workers, tmp_path):
     ranks.write_documents(tmp_path / "text", documents)
     command = [
         *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        *["-m", "megatron_mdm.pretrain", *COMMON, "--split", "1,0,0"],
+        *["-m", "megatron_mdm.pretrain", *COMMON, "--split", "1,0,0", "--mdm-row-order", "run"],
         *["--data-path", str(tmp_path / "text"), "--num-workers", str(workers)],
         *["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"],
     ]

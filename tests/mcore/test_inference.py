@@ -1,6 +1,8 @@
 """A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint
-from megatron_mdm.mcore.inference import adapted
+from megatron_mdm.mcore.inference import LoadedModel, adapted
 from megatron_mdm.mcore.model import model_config
 from tests import ranks
 
@@ -47,6 +49,22 @@ def test_logits_of_a_shifted_model_stand_where_their_token_is(logits):
         for x, y in zip(plain, shifted, strict=True):
             assert torch.equal(y[:, 1:], x[:, :-1])
             assert torch.equal(y[:, 0], x[:, 0])
+
+
+def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
+    """Neither of a row nor of a document that sees no other."""
+    recorded.mdm_shift, recorded.mdm_isolate_documents = True, False
+    loaded = LoadedModel(
+        None, adapted(recorded, SavedCheckpoint("here", 20), "cpu", 1), SimpleNamespace(eod=9)
+    )
+    assert loaded.opening_token_id == 9
+    mask = ranks.MASK_ID
+    for tokens, documents in (([mask, 1], None), ([1, mask], [0, 1])):
+        documents = None if documents is None else torch.tensor([documents])
+        with pytest.raises(UserError, match="the first token of a row is masked, which a shifted"):
+            loaded.logits(torch.tensor([tokens]), documents=documents)
+    loaded.args.mdm_isolate_documents = True
+    assert loaded.opening_token_id is None
 
 
 def generate(base, directory, *flags, world=1, check=True):
@@ -119,6 +137,39 @@ def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
 
 
 @pytest.fixture
+def diverged(base, tmp_path):
+    """A copy of the checkpoint with a number that is none in its last layer norm."""
+    copy = Path(shutil.copytree(checkpoint(base), tmp_path / "diverged"))
+    norm = ranks.weights(copy)["decoder.final_layernorm.weight"].numpy().tobytes()
+    (path,) = (path for path in copy.glob("iter_*/*.distcp") if norm in path.read_bytes())
+    nan = torch.tensor(torch.nan).numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(norm, norm[:-4] + nan))
+    (path.parent / "integrity.json").unlink()  # a run that diverged has sums of such weights
+    return copy
+
+
+def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, data, tmp_path):
+    """The second stage has them, and the first ends as it does."""
+    line = f"error: the checkpoint in {diverged} holds NaN or infinity in the tensor decoder.final"
+    prompt = ["--length", "2", "--prompt", "1"]
+    text = ["--data", str(data), "--json", str(tmp_path / "x.json")]
+    stages = ["--pipeline-model-parallel-size", "2"]
+    for world, tool, *flags in (
+        (2, "generate", *prompt, *stages),
+        (1, "evaluate", *text),
+        (1, "variance_report", "--data", str(data), "--output", str(tmp_path / "x.json")),
+        (1, "fit_ppots", "--output", str(tmp_path / "x.json")),
+    ):
+        command = [f"tools/{tool}.py", "--device", "cpu", "--load", str(diverged), *flags]
+        run = ranks.launch(tmp_path / tool, world, "--", *command, entry="tool", check=False)
+        assert run.status == [2] * world
+        for log in run.output:
+            assert [x[: len(line)] for x in log.splitlines() if x.startswith("error")] == [line]
+            assert "Traceback" not in log
+    assert not list(tmp_path.glob("x.json*"))
+
+
+@pytest.fixture
 def recorded(base):
     """The arguments in the checkpoint."""
     (directory,) = Path(checkpoint(base)).glob("iter_*")
@@ -130,7 +181,11 @@ def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
     recorded.mdm_eps = 0.01
     adapted(recorded, SavedCheckpoint("checkpoint", 20), "cpu", 1)
     assert MDMConfig.from_args(recorded) == MDMConfig(
-        mdm_device="cpu", mdm_eps=0.01, mdm_mask_token_id=ranks.MASK_ID
+        mdm_device="cpu",
+        mdm_eps=0.01,
+        mdm_mask_token_id=ranks.MASK_ID,
+        mdm_vocab_size=128,
+        mdm_row_order="epoch",
     )
 
 
@@ -154,17 +209,32 @@ def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
         recorded.tokenizer_model = gone
         with pytest.raises(UserError, match=f"the tokenizer of {tmp_path} is not at {gone}: start"):
             adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1)
-    recorded.tokenizer_model = "owner/a-name.v2"  # of a repository
-    assert (
-        adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1).tokenizer_model
-        == "owner/a-name.v2"
-    )
     own = tmp_path / "huggingface"  # as the conversion writes it
     own.mkdir()
     recorded.tokenizer_model = gone
     assert adapted(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1).tokenizer_model == str(
         own
     )
+
+
+@pytest.mark.parametrize("name", ["owner/a-name.v2", "a-name", "runs/tokenizer"])
+def test_a_tokenizer_of_a_repository_is_not_fetched(name, recorded, tmp_path, monkeypatch):
+    """It is the one that was fetched before, if there is one."""
+    from huggingface_hub import constants
+
+    connections = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: connections.append(args))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    recorded.tokenizer_type, recorded.tokenizer_model = "HuggingFaceTokenizer", name
+    with pytest.raises(UserError, match=f"the tokenizer of here is not at {name}: start in"):
+        adapted(recorded, SavedCheckpoint("here", 20), "cpu", 1)
+    repository = tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert adapted(recorded, SavedCheckpoint("here", 20), "cpu", 1).tokenizer_model == str(snapshot)
+    assert connections == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,10 +64,30 @@ def test_packed_pairs_stay_apart(found):
 @pytest.mark.parametrize(("eod_eligible", "tokens"), [(True, 5), (False, 3)])
 def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
     """Two documents, `ab` + `cde`, as three tokens and two ends, of 5 bytes."""
-    args = Namespace(mdm_eod_eligible=eod_eligible, seq_length=2)
+    args = Namespace(mdm_eod_eligible=eod_eligible, mdm_shift=False, seq_length=2)
     loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9))
-    documents = Documents([[1, 2, 9], [3, 9]], num_bytes=5)
+    documents = Documents([np.array([1, 2, 9]), np.array([3, 9])], num_bytes=5)
     rows = rows_of(loaded, documents, packed=True)
     assert [row.tokens.tolist() for row in rows] == [[1, 2], [9, 3], [9]]
-    assert scored_per_byte(rows, documents) == tokens / 5
-    assert scored_per_byte(rows, Documents(documents.ids, None)) is None
+    assert [row.origin.tolist() for row in rows] == [[0, 0], [0, 1], [1]]
+    assert scored_per_byte(loaded, rows, documents) == tokens / 5
+    assert scored_per_byte(loaded, rows, Documents(documents.ids, None)) is None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_shifted_model_scores_every_token_after_another(packed):
+    args = Namespace(mdm_shift=True, seq_length=3)
+    loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9), opening_token_id=9)
+    documents = Documents([np.array([1, 2, 3, 9]), np.array([4, 9])], num_bytes=5)
+    rows = rows_of(loaded, documents, packed)
+    expected = [[9, 1, 2], [2, 3, 9], [9, 4, 9]]  # a document begins after the end of another
+    assert [row.tokens.tolist() for row in rows] == expected
+    assert [row.origin.tolist()[1:] for row in rows] == [[0, 0], [0, 0], [1, 1]]
+    scored = [token for row in rows for token in row.tokens[row.eligible].tolist()]
+    assert scored == [1, 2, 3, 9, 4, 9]
+    assert scored_per_byte(loaded, rows, documents) == 6 / 5
+    # Without a token to begin after, the first ones have bytes and no score.
+    loaded.opening_token_id = None
+    rows = rows_of(loaded, documents, packed)
+    assert [row.tokens.tolist() for row in rows][0] == [1, 2, 3]
+    assert scored_per_byte(loaded, rows, documents) is None

@@ -436,6 +436,10 @@ def test_measured_rows_are_not_shared_with_the_fit():
 def test_bad_measurements_are_refused():
     moments = RateMoments(10)
     moments.update([0.05, 0.15], [1.0, 1.0], [1.0, 1.0])
+    broken = RateMoments(2)
+    broken.update([0.2, 0.7, 0.8], [1.0, np.nan, np.inf], np.ones(3))
+    with pytest.raises(FitError, match="1 of 2 rate bins hold no rows, and 2 draws were left out"):
+        fit(broken)
     with pytest.raises(FitError, match="8 of 10 rate bins hold no rows: measure more rows or use"):
         fit(moments)
     moments = RateMoments(2)

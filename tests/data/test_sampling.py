@@ -1,0 +1,56 @@
+"""The sample of a stream: uniform, of the size that is asked for, and a function of the seed."""
+
+import numpy as np
+from scipy import stats
+
+from megatron_mdm.data.sampling import Reservoir
+
+
+def sample(sizes, enough, seed=0):
+    reservoir, made = Reservoir(enough, seed), []
+
+    def make(i):
+        made.append(i)
+        return (sizes[i], i) if sizes[i] else None
+
+    for i in range(len(sizes)):
+        reservoir.offer(lambda i=i: make(i))
+    chosen = reservoir.items()
+    assert reservoir.size == sum(sizes[i] for i in chosen)
+    assert chosen == sorted(chosen)
+    return chosen, made, reservoir
+
+
+def test_every_item_is_as_likely_as_another():
+    counts = np.zeros(50)
+    for seed in range(600):
+        chosen, _, _ = sample([1] * 50, 10, seed)
+        assert len(chosen) == 10
+        counts[chosen] += 1
+    # A sample without replacement scatters less than independent draws, by 40 of 49.
+    assert stats.chi2.sf(((counts - 120) ** 2 / 120).sum() * 50 / 40, 49) > 1e-3
+
+
+def test_the_sample_reaches_the_size_and_ends_there():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 9, 400).tolist()
+    for enough in (1, 7, 100, 1000):
+        chosen, made, reservoir = sample(sizes, enough)
+        assert reservoir.size >= enough
+        reservoir.shrink(reservoir.size - 1)  # all but the last one by its key
+        assert reservoir.size < enough and len(reservoir.items()) == len(chosen) - 1
+        # What cannot belong to it is not made: n of them and their share of the rest.
+        assert len(made) < 4 * len(chosen) + 40
+    everything, _, _ = sample(sizes, 10**6)
+    assert everything == [i for i, size in enumerate(sizes) if size]
+    assert sample([], 5)[0] == [] and sample([0, 0], 5)[0] == []
+
+
+def test_an_item_larger_than_the_sample_is_as_likely_as_the_others():
+    large = [100 in sample([1] * 100 + [1000], 20, seed)[0] for seed in range(400)]
+    assert stats.binomtest(sum(large), 400, 20 / 101).pvalue > 1e-3
+
+
+def test_another_seed_is_another_sample():
+    samples = [tuple(sample([1] * 50, 10, seed)[0]) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
