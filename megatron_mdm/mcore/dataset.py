@@ -85,6 +85,7 @@ class RowDataset(torch.utils.data.Dataset):
         pad_id: id that stands at padding, inside the vocabulary.
         period: for validation and test: the rows start over after this many, so that every
             evaluation sees the same rows under the same masks, wherever Megatron's loader stands.
+        text_offset: of the draws, in a run that began with another number of views.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class RowDataset(torch.utils.data.Dataset):
         vocab_size: int,
         pad_id: int,
         period: int | None = None,
+        text_offset: int = 0,
     ) -> None:
         self.dataset = dataset
         # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
@@ -106,6 +108,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.vocab_size = vocab_size
         self.pad_id = pad_id
         self.period = period
+        self.text_offset = text_offset
         split = SPLITS[self.split]
         self.training = split is Split.TRAIN
         if self.training:
@@ -120,11 +123,14 @@ class RowDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         # Evaluations may go on for ever; 2^62 keeps sums with it inside int64.
-        return 2**62 if self.period else len(self.dataset) * self.views
+        if self.period:
+            return 2**62
+        return (len(self.dataset) - self.text_offset) * self.views
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = index % self.period if self.period else index
         draw, view = divmod(row, self.views)
+        draw += self.text_offset
         item = self.dataset[draw]
         tokens = torch.from_numpy(item["tokens"])
         length = self._length(draw, len(tokens))
@@ -237,20 +243,24 @@ def build_datasets(
     config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     train, valid, test = num_rows
+    offset = getattr(args, "mdm_text_offset", 0)
+    texts = -(-train // config.mdm_views) + offset
     datasets = DatasetBuilder(
         _dataset_class(args),
-        [-(-train // config.mdm_views), valid, test],
+        [texts, valid, test],
         lambda: on_all_ranks or loads_rows(config, vp_stage),
         dataset_config,
     ).build()
     if datasets[0] is not None and not args.mock_data and not vp_stage:
-        _print_epochs(datasets[0], train, config.mdm_views)
+        _print_epochs(datasets[0], texts, config.mdm_views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
         # Megatron makes no loader of a mixture without rows.
-        None if dataset is None or period == 0 else _rows(args, dataset, pad, period)
-        for dataset, period in zip(datasets, [None, valid, test], strict=True)
+        None if dataset is None or period == 0 else _rows(args, dataset, pad, period, first)
+        for dataset, period, first in zip(
+            datasets, [None, valid, test], [offset, 0, 0], strict=True
+        )
     ]
 
 
@@ -268,15 +278,16 @@ def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
     return _rows(args, dataset, config.tokenizer.eod)
 
 
-def _rows(args: Namespace, dataset: Any, pad: int, period: int | None = None) -> RowDataset:
+def _rows(
+    args: Namespace, dataset: Any, pad: int, period: int | None = None, text_offset: int = 0
+) -> RowDataset:
     mdm = MDMConfig.from_args(args)
     mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
-    return RowDataset(dataset, mdm, args.seed, mask, size, pad, period)
+    return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
 
 
-def _print_epochs(dataset: Any, rows: int, views: int) -> None:
+def _print_epochs(dataset: Any, texts: int, views: int) -> None:
     """Says how often training will pass over its data: rows are `views` times the texts."""
-    texts = -(-rows // views)
     parts = getattr(dataset, "datasets", [dataset])
     weights = dataset.weights if len(parts) > 1 else [1.0]
     for part, weight in zip(parts, weights, strict=True):

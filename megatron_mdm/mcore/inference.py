@@ -78,6 +78,7 @@ HERE = {
     "no_load_rng": True,
     "exit_on_missing_checkpoint": True,
     "mdm_views": 1,  # rows are counted as texts
+    "mdm_text_offset": 0,
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
     **{f.name: f.default for f in fields(MDMConfig) if f.name.startswith("mdm_ppots_")},

@@ -319,7 +319,8 @@ def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
     rows_per_s = summary.rows / seconds
     tokens_per_s = rows_per_s * args.seq_length
     # Megatron counts this iteration's rows after it.
-    texts = (args.consumed_train_samples + get_current_global_batch_size()) // args.mdm_views
+    rows = args.consumed_train_samples + get_current_global_batch_size()
+    texts = rows // args.mdm_views + args.mdm_text_offset
     controlled = math.nan
     if summary.draws:
         controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.draws)

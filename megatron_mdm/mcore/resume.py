@@ -53,6 +53,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     args.mdm_ppots_digest = (
         load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
     )
+    args.mdm_text_offset = _text_offset(args, saved) if is_resumed else 0
     kept_order = saved.get("mdm_row_order") if is_resumed else None
     args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
     if not is_resumed:
@@ -80,6 +81,24 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
     for change in [*changes, *_changes(args, saved, _training(args))]:
         notice(f"the run resumes with another {change}")
+
+
+def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
+    """What is added to the number of a text, row // views, so that texts go on where they were.
+
+    Raises:
+        UserError: the next row would not begin a text.
+    """
+    before, views = saved.get("mdm_views", 1), args.mdm_views
+    offset, rows = saved.get("mdm_text_offset", 0), saved.get("consumed_train_samples", 0)
+    if views == before:
+        return int(offset)
+    if rows % views:
+        raise UserError(
+            f"--mdm-views {views} (checkpoint: {before}): the {rows} rows that the run has trained "
+            f"on are not a multiple of it, so that its next row would not begin a text"
+        )
+    return int(offset + rows // before - rows // views)
 
 
 def _training(args: Namespace) -> list[str]:

@@ -390,3 +390,103 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
 def test_parameters_of_the_families():
     tool = runpy.run_path(str(ranks.Path(__file__).parents[2] / "tools/fit_ppots.py"))
     assert tool["PARAMETERS"] == {name: len(family.names) for name, family in FAMILIES.items()}
+
+
+# -- what a resume keeps of the methods
+
+
+@pytest.fixture(scope="module")
+def four_steps(base, tmp_path_factory):
+    """Flags that resume a run of four steps of 8 rows, whose logs have a control variate."""
+    directory = tmp_path_factory.mktemp("four")
+    data, load = base[: base.index("--load")], base[base.index("--load") :]
+    save = ["--save", str(directory / "checkpoint"), "--save-interval", "4", "--exit-interval", "4"]
+    first = ranks.launch(directory / "run", 1, *data, *LONGER, *save, *load)
+    return [*data, *LONGER, "--load", str(directory / "checkpoint")], first
+
+
+LONGER = "--train-iters 8 --mdm-rate-bins 4 --mdm-quantiles iid".split()
+
+
+def test_texts_go_on_where_they_were_with_another_number_of_views(four_steps, base, tmp_path):
+    """1 -> 2 views: rows 32 and 33 are both of text 32; back again rows go on with the next."""
+    flags, first = four_steps
+    allow = ["--mdm-allow-flag-change"]
+    second = str(tmp_path / "second")
+    save = ["--save", second, "--save-interval", "6", "--exit-interval", "6"]
+    two = ranks.launch(tmp_path / "two", 1, *flags, *save, *allow, "--mdm-views", "2")
+    last = flags[: flags.index("--load")]
+    one = ranks.launch(tmp_path / "one", 2, *last, "--load", second, *allow)
+    assert [x for run in (first, two, one) for x in run.scalars["mdm/texts"]] == [
+        *(8, 16, 24, 32),
+        *(36, 40),
+        *(48, 56),
+    ]
+    # Masked rows of a text keep its tokens: those of an uninterrupted run of one view say which.
+    data = [*base[: base.index("--load")], *LONGER, *base[base.index("--load") :]]
+    whole = ranks.launch(tmp_path / "whole", 1, *data)
+    texts = {row: masked for (_, row), (_, masked) in whole.masks().items()}
+    two_rows = {row: masked for (_, row), (_, masked) in two.masks().items()}
+    one_rows = {row: masked for (_, row), (_, masked) in one.masks().items()}
+    assert set(two_rows) == set(range(32, 48)) and set(one_rows) == set(range(48, 64))
+
+    def agree(one, other):
+        pairs = zip(one, other, strict=True)
+        return all(a == b or ranks.MASK_ID in (a, b) for a, b in pairs)
+
+    assert all(agree(two_rows[row], texts[32 + (row - 32) // 2]) for row in range(32, 48))
+    assert all(agree(one_rows[row], texts[40 + row - 48]) for row in range(48, 64))
+
+
+def test_views_that_would_begin_within_a_text_are_refused(four_steps, tmp_path):
+    flags, _ = four_steps
+    more = "--mdm-views 3 --mdm-allow-flag-change --micro-batch-size 3 --global-batch-size 3"
+    run = ranks.launch(tmp_path, 1, *flags, *more.split(), check=False)
+    assert "the 32 rows that the run has trained on are not a multiple of it" in run.output[0]
+
+
+def test_the_controlled_loss_goes_on(four_steps, base, tmp_path):
+    """Under another layout, where another rank logs; with other bins it says that it starts over"""
+    flags, first = four_steps
+    data, load = base[: base.index("--load")], base[base.index("--load") :]
+    whole = ranks.launch(tmp_path / "whole", 1, *data, *LONGER, *load)
+    parts = [first, ranks.launch(tmp_path / "pp", 2, *flags, "--pipeline-model-parallel-size", "2")]
+    name = "mdm/controlled loss"
+    controlled = [x for part in parts for x in part.scalars[name]]
+    assert controlled == pytest.approx(whole.scalars[name], rel=1e-5)
+    over = "the controlled loss in the logs starts over"
+    assert over not in parts[1].output[0]
+    other = ranks.launch(tmp_path / "other", 1, *flags, "--mdm-rate-bins", "5")
+    assert over in other.output[0]
+    assert other.scalars[name][0] == pytest.approx(other.scalars["mdm/loss"][0])
+    assert abs(whole.scalars[name][4] - whole.scalars["mdm/loss"][4]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--mdm-ppots-target gradient",
+        "--mdm-normalization rows",
+        "--mdm-mask bernoulli",
+        "--mdm-ppots-bins 5",
+    ],
+)
+def test_measurements_of_something_else_begin_anew(change, online_checkpoint, base, tmp_path):
+    """The density is the one that the flags say, and fits see the rows from here on."""
+    flags = [*base[: base.index("--load")], *ONLINE, *change.split(), "--mdm-allow-flag-change"]
+    run = ranks.launch(tmp_path, 1, *flags, "--load", online_checkpoint)
+    assert "P-POTS begins to measure anew, from the density that the flags say" in run.output[0]
+    assert f"{change.split()[0]} {change.split()[1]} (checkpoint: " in run.output[0]
+    # 8 rows of iteration 4, which count half if that was enough for a fit, and 16 since; with those
+    # from before the stop there would be 28.
+    line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 6" in x)
+    assert " of 20 rows, " in line or " of 24 rows, " in line
+
+
+@pytest.fixture(scope="module")
+def online_checkpoint(base, tmp_path_factory):
+    """Of a run that fits its density, between two fits."""
+    directory = tmp_path_factory.mktemp("online")
+    save = ["--save", str(directory / "checkpoint"), "--save-interval", "3"]
+    ranks.launch(directory / "run", 1, *base, *ONLINE, *save, "--exit-interval", "3")
+    return str(directory / "checkpoint")

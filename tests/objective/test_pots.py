@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -687,3 +688,36 @@ def test_as_many_bins_as_the_flag_allows_find_room_in_a_checkpoint():
     PotsState.start(sampler, MOST_PPOTS_BINS).state_vector()
     with pytest.raises(UserError, match="must lie in"):
         RateMoments(MOST_PPOTS_BINS + 1)
+
+
+# -- sums that no rows can have
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (2, 1e300, "sums that are too large for their rows"),
+        (0, 2.0**60, "sums that are too large for their rows"),
+        (3, 2.0**62, "counts 4.612e+18 rows, of 100 at most"),
+        (-1, 1e6, "counts 1e+06 rows, of 100 at most"),
+    ],
+)
+def test_moments_of_more_or_larger_rows_than_there_were(place, value, message):
+    state = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
+    state.moments.update([0.1, 0.6, 0.9], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    PotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
+    bins = slice(None) if place == -1 else slice(4 * place, 4 * place + 1)
+    vector = state.moments.vector()
+    vector[-1 if place == -1 else bins] = value
+    state.moments = RateMoments.from_vector(vector)
+    with pytest.raises(UserError, match=re.escape(message)):
+        PotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
+
+
+def test_exact_sums_of_more_rows_than_there_were():
+    state = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
+    state.since += accumulate(torch.tensor([0.3]), torch.tensor([1.0]), torch.ones(1), 4).numpy()
+    PotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
+    state.since[:, 13] *= 5  # the rows of the second bin
+    with pytest.raises(UserError, match="it counts 5 rows, of 1 at most"):
+        PotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
