@@ -358,8 +358,13 @@ def requested_device() -> str:
 
 
 def requested_save() -> str | None:
-    """The value of --save on the command line, needed before Megatron reads what lies there."""
-    return None if _asks_for_help() else _requested("--save", None)
+    """The value of --save on the command line, needed before Megatron reads what lies there.
+
+    None also where nothing is saved: with --skip-train or --help.
+    """
+    if _asks_for_help() or "--skip-train" in sys.argv[1:]:
+        return None
+    return _requested("--save", None)
 
 
 def _asks_for_help() -> bool:

@@ -179,7 +179,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {
         key: torch.empty(item.size, dtype=item.properties.dtype)
         for key, item in reader.read_metadata().state_dict_metadata.items()
-        if hasattr(item, "size") and not key.startswith(("optimizer", "rng"))
+        if hasattr(item, "size") and not key.startswith(("optimizer", "rng", "mdm_log_state"))
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state

@@ -189,7 +189,7 @@ def _places(watch: Stopwatch) -> list[tuple[Any, str, Callable[[Callable], Calla
     places = [
         (dataset, "row_uniforms", "row uniforms"),
         (Quantiles, "__call__", "row uniforms"),
-        (dataset.RowDataset, "_check_no_mask", "check of rows"),
+        (dataset.RowDataset, "_check_ids", "check of rows"),
         (Rows, "eligible", "masks"),
         (Corrupter, "__call__", "masks"),
         (OnlineSampler, "__call__", "sampler"),

@@ -8,7 +8,7 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -16,7 +16,6 @@ from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig, flag, requested_device
-from megatron_mdm.data.encoding import mask_id
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import check_model
 from megatron_mdm.mcore.data_files import (
@@ -28,11 +27,12 @@ from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.mcore.identities import check_same_data, check_tokenizer, record_identities
-from megatron_mdm.mcore.notices import notice
 from megatron_mdm.mcore.old_checkpoints import complete
+from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.resume import check_resume
 from megatron_mdm.mcore.sizes import check_experts, check_sizes
-from megatron_mdm.mcore.start import check_checkpoints, choose_start, saved_arguments
+from megatron_mdm.mcore.start import check_checkpoints, choose_start
+from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
 from megatron_mdm.mcore.vocabulary import resolve_vocab_size
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 
@@ -63,6 +63,8 @@ REFUSED = {
     "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
     "it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
+    "non_persistent_ckpt_type": "its checkpoints are not looked at when a run is started again; "
+    "use --save-interval with --save-retain-interval",
     "verify_integrity": "all ranks share the work of hashing and checking files without it; leave "
     "it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
@@ -177,14 +179,13 @@ def resolve(args: Namespace) -> Namespace:
             checkpoint's.
     """
     check(args)
-    if args.mdm_recipe and os.environ.get("RANK", "0") == "0":
-        print(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}", flush=True)
-    source = choose_start(args)
-    saved, line = {} if source is None else saved_arguments(args, source, args.ckpt_step), ""
+    if args.mdm_recipe:
+        notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
+    source, saved = choose_start(args)
     if saved:
         saved, line = complete(saved)
-    if line:
-        notice(line)
+        if line:
+            notice(line)
     check_model(args, saved, source)
     args.mdm_mask_token_id = _mask_token_id(args)
     resolve_vocab_size(args, get_tokenizer(), saved, source)
@@ -416,15 +417,3 @@ def _mask_token_id(args: Namespace) -> int:
             "(padding included): choose a smaller id, or enlarge --make-vocab-size-divisible-by"
         )
     return mask
-
-
-def tokenizer_end_id(tokenizer: Any) -> int | None:
-    """The id of the end of document of a Megatron text tokenizer, None if it has none."""
-    eod = tokenizer.eod
-    return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
-
-
-def tokenizer_mask_id(tokenizer: Any) -> int | None:
-    """The id of the mask token of a Megatron text tokenizer, None if it has none."""
-    library = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
-    return mask_id(getattr(library, "tokenizer", None))

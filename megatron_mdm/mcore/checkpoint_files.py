@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.ranks import is_first_of_node
 from megatron_mdm.mcore.unpickling import METADATA, DamagedError, read_metadata
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -53,7 +54,8 @@ def find_checkpoint(
 ) -> SavedCheckpoint | None:
     """The checkpoint that Megatron would load from a directory, if its files are whole.
 
-    Names and sizes of the files tell; their contents are another matter (integrity.py).
+    Names and sizes of the files tell, on the first rank of each node; their contents are another
+    matter (integrity.py).
 
     Args:
         directory: that --save named; it need not exist.
@@ -137,15 +139,12 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
         return ""  # Megatron's `torch` format, a pickle for each rank
     if METADATA not in names:
         return f"lacks its {METADATA}"
-    if CONFIG not in names:
-        if ckpt_format in WITHOUT_CONFIG:
-            return ""
+    if CONFIG not in names and ckpt_format not in WITHOUT_CONFIG:
         return f"lacks its {CONFIG}, which is written last"
-    try:
-        if not isinstance(json.loads((path / CONFIG).read_bytes())["sharded_backend"], str):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
+    if CONFIG in names and not _is_config(path / CONFIG):
         return f"has a damaged {CONFIG}"
+    if not is_first_of_node():
+        return ""  # thousands of ranks need not look at each file
     try:
         metadata = read_metadata(path / METADATA)
     except DamagedError:
@@ -160,6 +159,13 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
         if size < end:
             return f"has a {name} that is cut short, {size} bytes of {end}"
     return ""
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes())["sharded_backend"], str)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _holds_shards(path: Path) -> bool:

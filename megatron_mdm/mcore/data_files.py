@@ -14,11 +14,14 @@ from megatron.core.datasets.indexed_dataset import (
 )
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint_files import is_remote
+from megatron_mdm.mcore.ranks import is_first_rank
 
 INDEX_PART = 1 << 20  # sequences of an index that are checked at a time: there may be billions
 FIRST_DOCUMENTS = 16
 
-Blend = tuple[list[str], Any] | None
+# The prefixes of files and their weights, as Megatron parses them.
+Blend = tuple[list[str], list[float] | None] | None
 
 
 def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
@@ -31,7 +34,7 @@ def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
     if not prefixes:
         raise UserError("no data: give --data-path PREFIX (without .bin), or --mock-data")
     for prefix in prefixes:
-        if not _is_elsewhere(prefix):
+        if not is_remote(prefix):
             _check_data_file(prefix)
 
 
@@ -49,7 +52,7 @@ def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod
         UserError: names the file.
     """
     for prefix in _prefixes(blend, blend_per_split):
-        if _is_elsewhere(prefix):
+        if is_remote(prefix):
             continue
         dataset = IndexedDataset(prefix)
         lasts = (dataset[end - 1] for end in dataset.document_indices[1 : FIRST_DOCUMENTS + 1])
@@ -75,7 +78,7 @@ def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
         UserError: names the file.
     """
     for prefix in _prefixes(blend, blend_per_split):
-        if not _is_elsewhere(prefix) and has_several_sequences(prefix):
+        if not is_remote(prefix) and has_several_sequences(prefix):
             raise UserError(
                 f"{prefix} holds pairs of prompts and responses: add --mdm-sft to train on them, "
                 "or give running text"
@@ -93,11 +96,6 @@ def has_several_sequences(prefix: str) -> bool:
 def _prefixes(blend: Blend, blend_per_split: list[Any] | None) -> list[str]:
     blends = blend_per_split or [blend]
     return list(dict.fromkeys(p for blend in blends if blend is not None for p in blend[0]))
-
-
-def _is_elsewhere(prefix: str) -> bool:
-    """Whether it is in an object storage, which Megatron checks itself."""
-    return "://" in prefix
 
 
 def _check_data_file(prefix: str) -> None:
@@ -154,7 +152,7 @@ def _indexed_bytes(idx_path: str) -> int:
     if documents == 0 or ends[-1] != sequences:
         raise ValueError("its counts of documents and sequences differ")
     starts = range(0, sequences, INDEX_PART)
-    if os.environ.get("RANK", "0") != "0":  # one reader is enough: others look at the end alone
+    if not is_first_rank():  # one reader is enough: others look at the end alone
         starts = starts[-1:]
     end = int(pointers[starts[0]]) if starts[0] else 0
     for i in starts:

@@ -5,7 +5,6 @@ files still are the ones that it began with. The first rank alone reads the file
 learn from it when the ranks are connected.
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,32 +12,16 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.data.encoding import TokenizerData, hugging_face_data, sentencepiece_data
+from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.fingerprint import Fingerprint, differs, fingerprint
 from megatron_mdm.data.identity import data_identity
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import is_remote
-from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.data_files import Blend
+from megatron_mdm.mcore.ranks import is_first_rank, notice
+from megatron_mdm.mcore.tokenizer import tokenizer_data
 
-Blend = tuple[list[str], list[float] | None] | None
 PARTS = ("train", "valid", "test")
-
-
-def tokenizer_data(tokenizer: Any) -> TokenizerData | Fingerprint | None:
-    """A Megatron text tokenizer as preprocessing knows it.
-
-    Returns:
-        A fingerprint for one that knows no text; None for a kind that preprocessing does not know.
-    """
-    library = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
-    inner = getattr(library, "tokenizer", None)
-    if getattr(inner, "is_fast", False):
-        return hugging_face_data(inner)
-    if hasattr(inner, "serialized_model_proto"):
-        return sentencepiece_data(inner)
-    if type(library).__name__ == "NullTokenizer":
-        return Fingerprint("NullTokenizer", int(tokenizer.vocab_size), tokenizer.eod)
-    return None
 
 
 def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any):
@@ -54,7 +37,7 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
         UserError: a file was made with another tokenizer.
     """
     args.mdm_data = args.mdm_tokenizer = None
-    if not _is_first_rank():
+    if not is_first_rank():
         return
     known = tokenizer_data(tokenizer)
     if known is not None:
@@ -105,7 +88,7 @@ def check_tokenizer(args: Namespace, saved: Mapping[str, Any], source: str, toke
         UserError: it is another one, unless --mdm-allow-flag-change.
     """
     trained_with, known = saved.get("mdm_tokenizer"), tokenizer_data(tokenizer)
-    if trained_with is None or known is None or not _is_first_rank():
+    if trained_with is None or known is None or not is_first_rank():
         return
     difference = differs(Fingerprint(**trained_with), known)
     if difference:
@@ -165,7 +148,3 @@ def cache_keys(args: Namespace) -> dict[str, str]:
     """Prefix -> what tells its content, for the keys of Megatron's index cache."""
     entries = args.mdm_data or []
     return {e["prefix"]: e.get("full") or e["quick"] for e in entries if e.get("quick")}
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

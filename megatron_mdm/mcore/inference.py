@@ -31,16 +31,17 @@ from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.architecture import differences
 from megatron_mdm.mcore.argument_groups import Group, group
-from megatron_mdm.mcore.arguments import add_arguments, rejection, tokenizer_end_id
+from megatron_mdm.mcore.arguments import add_arguments, rejection
 from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.model import model_config
-from megatron_mdm.mcore.notices import notice
 from megatron_mdm.mcore.old_checkpoints import complete
+from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.saving import safe_checkpoints
 from megatron_mdm.mcore.start import saved_arguments
+from megatron_mdm.mcore.tokenizer import tokenizer_end_id
 
 # Arguments of the run that stay: where its tokenizer and data are, how the checkpoint's tensors are
 # named and shaped, and those whose type Megatron's validation changes. All others of Group.RUN get
@@ -334,7 +335,7 @@ def _recorded(checkpoint: SavedCheckpoint) -> Namespace:
     Raises:
         UserError: it has none, or they cannot be read.
     """
-    saved = saved_arguments(_defaults(), checkpoint.directory, checkpoint.iteration)
+    saved = saved_arguments(_defaults(), checkpoint)
     if not saved:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} has no arguments: save it with Megatron"

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import SharedError, UserError
-from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.ranks import notice
 
 ALGORITHM = "sha256"  # the only one that Megatron reads
 

@@ -11,7 +11,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import same_value
 from megatron_mdm.mcore.argument_groups import Group, flag_and_value, group, names
-from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.fit_file import load_sampler
 
 # Beginnings of the flags that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
@@ -43,10 +43,11 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = _changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     args.mdm_sampler_state_in_checkpoint = is_resumed and fits and not other
-    args.mdm_log_state = [args.mdm_rate_bins, args.mdm_clip]
-    args.mdm_log_state_in_checkpoint = is_resumed and saved.get("mdm_log_state") == (
-        args.mdm_log_state
-    )
+    # Other formats keep parameters alone.
+    is_kept = args.ckpt_format == "torch_dist"
+    args.mdm_log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
+    before = saved.get("mdm_log_state") if is_resumed else None
+    args.mdm_log_state_in_checkpoint = before is not None and before == args.mdm_log_state
     if args.mdm_sampler_state_in_checkpoint:
         args.mdm_ppots_file = None  # the run has a density of its own by now
     # Not the name of the file, which may move, or hold something else by now.

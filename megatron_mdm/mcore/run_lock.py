@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import is_remote
-from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.ranks import is_first_rank, notice
 
 LOCK = ".run-lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+IN_USE = (errno.EACCES, errno.EAGAIN)  # either, by POSIX
 
 
 @contextmanager
@@ -29,9 +30,10 @@ def only_writer(directory: str | None) -> Iterator[None]:
     Raises:
         UserError: another run holds it; the line says which. Or the directory cannot be written.
     """
-    if directory is None or is_remote(directory) or os.environ.get("RANK", "0") != "0":
+    if directory is None or is_remote(directory) or not is_first_rank():
         yield
         return
+    is_new = not os.path.isdir(directory)
     path = os.path.join(directory, LOCK)
     descriptor = _lock(path, directory)
     try:
@@ -40,8 +42,9 @@ def only_writer(directory: str | None) -> Iterator[None]:
         with suppress(FileNotFoundError):  # a second run without locks
             os.unlink(path)
         os.close(descriptor)
-        with suppress(OSError):  # the directory is left where something was saved
-            os.rmdir(directory)
+        if is_new:
+            with suppress(OSError):  # something was saved
+                os.rmdir(directory)
 
 
 def _lock(path: str, directory: str) -> int:
@@ -56,7 +59,7 @@ def _lock(path: str, directory: str) -> int:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise _in_use(descriptor, directory) from error
+                raise _refusal(error, descriptor, path, directory) from error
             notice(
                 f"--save {directory} is on a file system without locks: a second run that saves "
                 "there would not be noticed"
@@ -72,10 +75,12 @@ def _lock(path: str, directory: str) -> int:
     return descriptor
 
 
-def _in_use(descriptor: int, directory: str) -> UserError:
+def _refusal(error: OSError, descriptor: int, path: str, directory: str) -> UserError:
     holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
     os.close(descriptor)
+    if error.errno not in IN_USE:
+        return UserError(f"{path} cannot be locked: {error.strerror}")
     return UserError(
         f"--save {directory} is in use by another run ({holder or 'unknown'}): wait for it or stop "
-        "it, or give another --save"
+        f"it, or give another --save (if that run is gone, delete {path})"
     )

@@ -14,47 +14,45 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training.checkpointing import _load_base_checkpoint
 
+from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint, is_remote
-from megatron_mdm.mcore.notices import notice
+from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.unpickling import check_pickles
 
+SUMMED = "torch_dist"  # the format whose files have sums (saving.py)
 
-def choose_start(args: Namespace) -> str | None:
+
+def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
     """Decides on the checkpoint to load, and makes the arguments say so.
 
     A command that begins from one directory, or from one iteration of it, and saves into another
     finds checkpoints of its own there when it is given again, and then goes on from these. So
-    --load, --ckpt-step and --finetune may change here. `args.mdm_started_from` records how the run
-    began.
+    --load, --ckpt-step, --finetune, --no-load-optim and --no-load-rng may change here.
+    `args.mdm_started_from` records how the run began.
 
     Args:
         args: of this run.
 
     Returns:
-        The directory of the checkpoint, None for a start from random weights.
+        The directory of the checkpoint, None for a start from random weights; and the arguments in
+        the checkpoint, empty if it has none.
 
     Raises:
         UserError: a flag names no checkpoint, or a damaged one; or --save holds checkpoints of
             another run, or later ones than this run starts from.
     """
+    _say_what_is_not_checked(args)
     args.mdm_started_from = _beginning(vars(args))
-    saved = _find(args.save, None, args)
-    if saved is not None and not args.mdm_overwrite_save:
-        _go_on_or_refuse(args, saved)
-    if args.load is not None and is_remote(args.load):
-        return str(args.load)
-    if _loaded(args) is not None:
-        return str(args.load)
-    if args.non_persistent_ckpt_type == "global" and args.load is not None:
-        # Megatron takes these in place of an older one of --load.
-        other = args.non_persistent_global_ckpt_dir or os.path.join(args.load, "non_persistent")
-        _find_safe(other, None, args)
-    pretrained = args.pretrained_checkpoint
-    if pretrained is not None and not is_remote(pretrained):
-        if _find(pretrained, args.ckpt_step, args) is None:
-            raise _no_checkpoint("--pretrained-checkpoint", pretrained)
-    return None if pretrained is None else str(pretrained)
+    saves_over = args.skip_train or args.mdm_overwrite_save
+    own = None if saves_over else _find(args.save, None, args)
+    of_own = {} if own is None else saved_arguments(args, own)
+    if own is not None:
+        _go_on_or_refuse(args, own, of_own)
+    source, found = _source(args)
+    if source is None or (own is not None and _is_same(found, own)):
+        return source, of_own if source else {}
+    return source, saved_arguments(args, found or SavedCheckpoint(source, args.ckpt_step))
 
 
 def check_checkpoints(args: Namespace) -> None:
@@ -65,51 +63,82 @@ def check_checkpoints(args: Namespace) -> None:
     """
     for directory in (args.load, args.pretrained_checkpoint):
         if _find(directory, None, args) is not None:
-            _find_safe(directory, args.ckpt_step, args)
+            found = _find(directory, args.ckpt_step, args)
+            check_pickles(found.path)
 
 
-def _go_on_or_refuse(args: Namespace, saved: SavedCheckpoint) -> None:
-    """Decides on a start where --save holds a checkpoint; see `choose_start`."""
+def _say_what_is_not_checked(args: Namespace) -> None:
+    for name in ("save", "load", "pretrained_checkpoint"):
+        directory = getattr(args, name)
+        if directory is not None and is_remote(directory):
+            notice(
+                f"{flag(name)} {directory} is in an object storage: nobody looks whether the "
+                "checkpoints there are whole, unchanged and harmless, or another run's"
+            )
+    if args.save is not None and args.ckpt_format != SUMMED and args.mdm_checkpoint_hashes:
+        notice(
+            f"checkpoints of --ckpt-format {args.ckpt_format} have no sums of their files; those "
+            f"of {SUMMED} have"
+        )
+
+
+def _go_on_or_refuse(args: Namespace, own: SavedCheckpoint, saved: Mapping[str, Any]) -> None:
+    """Decides on a start where --save holds a checkpoint, with these arguments in it.
+
+    See `choose_start`.
+    """
     in_place = args.load is not None and _place(args.load) == _place(args.save)
-    before = saved_arguments(args, args.save)
-    began = before.get("mdm_started_from") or _beginning(before)
-    if in_place and args.ckpt_step is None and not args.finetune:
+    began = saved.get("mdm_started_from") or _beginning(saved)
+    if in_place and args.mdm_started_from == _beginning({"load": args.load}):
         args.mdm_started_from = began
     elif args.load is not None and args.mdm_started_from == began:
         notice(
-            f"--save {args.save} holds {saved} of the run that this command began: the run goes on "
+            f"--save {args.save} holds {own} of the run that this command began: the run goes on "
             "from there (--mdm-overwrite-save begins it again)"
         )
-        args.load, args.ckpt_step, args.finetune = args.save, None, False
+        args.load, args.ckpt_step = args.save, None
+        args.finetune = args.no_load_optim = args.no_load_rng = False
     elif in_place and not args.finetune:
-        notice(
-            f"--ckpt-step {args.ckpt_step} goes back from {saved} of {args.save}: the run saves "
-            "over later iterations"
-        )
-    elif not in_place or saved.iteration is not None:  # a release is not saved over
+        if args.ckpt_step is not None:
+            notice(
+                f"--ckpt-step {args.ckpt_step} goes back from {own} of {args.save}: the run saves "
+                "over later iterations"
+            )
+    elif not in_place or own.iteration is not None:  # a release is not saved over
         remedy = "leave out --finetune" if in_place else f"give --load {args.save}"
         raise UserError(
-            f"--save {args.save} holds {saved} of a run that this command does not continue: "
+            f"--save {args.save} holds {own} of a run that this command does not continue: "
             f"{remedy} to go on from it, or give another --save (--mdm-overwrite-save saves over "
             "it)"
         )
 
 
-def _loaded(args: Namespace) -> SavedCheckpoint | None:
-    """The checkpoint that --load names.
+def _source(args: Namespace) -> tuple[str | None, SavedCheckpoint | None]:
+    """The directory that the run starts from, and the checkpoint that is there.
+
+    Returns:
+        None for a start from random weights; no checkpoint for one in an object storage.
 
     Raises:
         UserError: there is none, and nothing says that this is the first start of a run.
     """
-    if args.load is None:
-        return None
-    if args.pretrained_checkpoint is not None and _find(args.load, None, args) is None:
-        return None  # the first start: --ckpt-step is of the other checkpoint
-    found = _find(args.load, args.ckpt_step, args)
-    is_first_start = args.save is not None and _place(args.load) == _place(args.save)
-    if found is None and (args.finetune or not is_first_start):
-        raise _no_checkpoint("--load", args.load)
-    return found
+    pretrained, is_given = args.pretrained_checkpoint, args.load is not None
+    if is_given and is_remote(args.load):
+        return args.load, None
+    # At the first start --ckpt-step is of the other checkpoint.
+    if is_given and (pretrained is None or _find(args.load, None, args) is not None):
+        found = _find(args.load, args.ckpt_step, args)
+        if found is not None:
+            return args.load, found
+        is_first_start = args.save is not None and _place(args.load) == _place(args.save)
+        if args.finetune or not is_first_start:
+            raise _no_checkpoint("--load", args.load)
+    if pretrained is None or is_remote(pretrained):
+        return pretrained, None
+    found = _find(pretrained, args.ckpt_step, args)
+    if found is None:
+        raise _no_checkpoint("--pretrained-checkpoint", pretrained)
+    return pretrained, found
 
 
 def _find(directory: str | None, iteration: int | None, args: Namespace) -> SavedCheckpoint | None:
@@ -118,15 +147,8 @@ def _find(directory: str | None, iteration: int | None, args: Namespace) -> Save
     return find_checkpoint(directory, iteration, args.ckpt_format)
 
 
-def _find_safe(directory: str | None, iteration: int | None, args: Namespace) -> None:
-    """Checks that a checkpoint, if there is one, is whole and that reading it runs nothing.
-
-    Raises:
-        UserError: it is not.
-    """
-    found = _find(directory, iteration, args)
-    if found is not None:
-        check_pickles(found.path)
+def _is_same(one: SavedCheckpoint | None, other: SavedCheckpoint) -> bool:
+    return one is not None and os.path.realpath(one.path) == os.path.realpath(other.path)
 
 
 def _no_checkpoint(name: str, directory: str) -> UserError:
@@ -145,6 +167,8 @@ def _beginning(args: Mapping[str, Any]) -> dict[str, Any]:
         "ckpt_step": args.get("ckpt_step"),
         # Megatron sets it by itself after a start from --pretrained-checkpoint.
         "finetune": bool(args.get("finetune")) and pretrained is None,
+        "no_load_optim": bool(args.get("no_load_optim")),
+        "no_load_rng": bool(args.get("no_load_rng")),
     }
 
 
@@ -154,21 +178,20 @@ def _place(directory: str | None) -> str | None:
     return os.path.realpath(directory)
 
 
-def saved_arguments(
-    args: Namespace, directory: str, iteration: int | None = None
-) -> dict[str, Any]:
+def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, Any]:
     """The arguments that a checkpoint holds; empty if it has none.
 
     Args:
-        args: of this run.
-        directory: of the checkpoint.
-        iteration: of the checkpoint (--ckpt-step); None: the one that the tracker names.
+        args: of this process, which say how Megatron reads it.
+        checkpoint: that `find_checkpoint` found, or one in an object storage.
 
     Raises:
         UserError: they cannot be read, or the checkpoint could run code.
     """
-    _find_safe(directory, iteration, args)
-    asked = Namespace(**{**vars(args), "ckpt_step": iteration})
+    directory = checkpoint.directory
+    if not is_remote(directory):
+        check_pickles(checkpoint.path)
+    asked = Namespace(**{**vars(args), "ckpt_step": checkpoint.iteration})
     try:
         state = _load_base_checkpoint(directory, asked, rank0=True)[0]
     except (

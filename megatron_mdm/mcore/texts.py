@@ -21,9 +21,9 @@ from megatron_mdm.mcore.attention import isolated_documents
 from megatron_mdm.mcore.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.dataset import rows_of_file
 from megatron_mdm.mcore.forward_step import Rows, eligible_positions
-from megatron_mdm.mcore.identities import check_tokenizer_of_data, tokenizer_data
+from megatron_mdm.mcore.identities import check_tokenizer_of_data
 from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.mcore.vocabulary import tokenizer_rows
+from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
 
 # Rows that are read for each one that is measured, so that those of long documents are from many.
 POOL = 8

@@ -14,14 +14,7 @@ from megatron.core import mpu
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from megatron_mdm.errors import UserError
-
-
-def tokenizer_rows(tokenizer: Any) -> int:
-    """One more than the largest id of a Megatron text tokenizer, some of which name no token."""
-    library = tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
-    inner = getattr(library, "tokenizer", None)
-    ids = inner.get_vocab().values() if hasattr(inner, "get_vocab") else ()
-    return max(int(tokenizer.vocab_size), 1 + max(ids, default=0))
+from megatron_mdm.mcore.tokenizer import tokenizer_rows
 
 
 def resolve_vocab_size(

@@ -123,6 +123,7 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["", "--tokenizer-type", "HuggingFaceTokenizer"])
     args = parse_args(ignore_unknown_args=True)
     args.tokenizer_model, args.rank = directory, 0
+    args.mdm_vocab_size = 96
     loaded = LoadedModel(None, args, build_tokenizer(args))
     text = "w1 <s> w2 last"
     assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # what training never saw

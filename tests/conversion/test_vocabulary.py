@@ -129,7 +129,7 @@ def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
     to_megatron(str(source), str(tmp_path / "mg"), multiple=64, say=str)
     smaller.mkdir()
     config = json.loads((source / "config.json").read_text())
-    tokens = 90 if tokenizer else 96
+    tokens = 96  # of the model; the tokenizer may have fewer
     for size, lost in ((tokens - 1, 1), (tokens, 0), (tokens + 2, 0)):
         (smaller / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
         said = []
@@ -147,8 +147,7 @@ def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
             assert not (tmp_path / f"back{size}").exists()
             continue
         convert()
-        padding = f"left out {128 - size} padding rows of the vocabulary, which took part in the"
-        assert any(padding in line for line in said)
+        assert f"left out {128 - size} padding rows of the vocabulary" in said
         assert tokenizer == any("no tokenizer is written: copy the run's" in line for line in said)
 
 
@@ -192,7 +191,7 @@ def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
         config_from=str(tmp_path / "moved"),
         say=said.append,
     )
-    assert "was not compared with the run's, which is not at" in said[0]
+    assert "was not compared with the run's, which is not at" in said[1]
 
 
 def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):

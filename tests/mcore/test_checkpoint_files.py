@@ -88,6 +88,19 @@ def test_an_iteration_that_is_asked_for(run):
 def test_formats_without_metadata_json(run):
     (latest(run) / "metadata.json").unlink()
     assert find_checkpoint(str(run), ckpt_format="torch_dcp").iteration == 6
+    cut(latest(run) / "__0_0.distcp")
+    with pytest.raises(UserError, match="has a __0_0.distcp that is cut short"):
+        find_checkpoint(str(run), ckpt_format="torch_dcp")
+
+
+def test_one_rank_of_a_node_looks_at_every_file(run, monkeypatch):
+    cut(latest(run) / "__0_0.distcp")
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_checkpoint(str(run)).iteration == 6
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match="cut short"):
+        find_checkpoint(str(run))
 
 
 # -- sums

@@ -194,4 +194,4 @@ def test_a_density_for_fine_tuning_is_measured_on_its_pairs(base, pairs, tmp_pat
     expected = moments(tmp_path / "tuned")
     checkpoint = base[base.index("--load") + 1]
     assert moments(checkpoint, *data, *objective) == expected
-    assert moments(checkpoint, *data) != expected
+    assert moments(checkpoint, *data, "--mdm-sft") != expected

@@ -1,5 +1,6 @@
 """Which checkpoint a command starts from, and that no run saves over another."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training.arguments import parse_args
 
+from megatron_mdm.config import requested_save
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.arguments import add_arguments
 from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
@@ -35,7 +37,7 @@ def start(monkeypatch):
     def choose(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])
         args = parse_args(add_arguments)
-        return choose_start(args), args
+        return choose_start(args)[0], args
 
     return choose
 
@@ -133,8 +135,25 @@ def test_an_earlier_iteration_goes_back_with_a_line(start, run, capfd):
     assert start("--load", run, "--ckpt-step", 3)[1].ckpt_step == 3
 
 
+def test_evaluation_alone_saves_nothing_and_looks_at_no_save_directory(start, run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / TRACKER).write_text("")
+    flags = ["--load", run, "--save", tmp_path / "other"]
+    with pytest.raises(UserError, match="is damaged, it holds ''"):
+        start(*flags)
+    assert start(*flags, "--skip-train")[0] == run
+    assert start(*flags, "--mdm-overwrite-save")[0] == run  # whatever was there
+
+
 @pytest.mark.parametrize(
-    "flags", [[], ["--finetune"], ["--ckpt-step", 3], ["--ckpt-step", 3, "--finetune"]]
+    "flags",
+    [
+        [],
+        ["--finetune"],
+        ["--ckpt-step", 3],
+        ["--ckpt-step", 3, "--finetune"],
+        ["--no-load-optim", "--no-load-rng"],
+    ],
 )
 def test_the_same_command_given_again_goes_on(flags, start, run, tmp_path, capfd):
     """As a scheduler gives it: from --load at first, then from its own latest checkpoint."""
@@ -147,6 +166,7 @@ def test_the_same_command_given_again_goes_on(flags, start, run, tmp_path, capfd
         directory, args = start(*command)
         assert directory == args.load == str(other)
         assert (args.ckpt_step, args.finetune) == (None, False)
+        assert not args.no_load_optim and not args.no_load_rng  # which are its own now
         assert "the run goes on from there" in capfd.readouterr().out
         saved_by(args, other)
     # Another beginning is another run.
@@ -163,6 +183,20 @@ def test_the_same_command_that_went_back_goes_on(start, run, tmp_path, capfd):
     assert args.ckpt_step is None
     assert "the run goes on from there" in capfd.readouterr().out
     assert start(*command, "--mdm-overwrite-save")[1].ckpt_step == 3
+
+
+def test_the_same_command_without_the_optimizer_of_before_goes_on_with_its_own(
+    start, run, tmp_path, capfd
+):
+    command = ["--load", run, "--save", run, "--no-load-optim"]
+    _, args = start(*command)
+    assert args.no_load_optim and "goes back" not in capfd.readouterr().out
+    saved_by(args, tmp_path / "checkpoint")
+    _, args = start(*command)
+    assert not args.no_load_optim
+    assert "the run goes on from there" in capfd.readouterr().out
+    # And without the flag.
+    assert not start(*command[:-1])[1].no_load_optim
 
 
 def test_the_same_command_with_a_pretrained_checkpoint(start, run, tmp_path):
@@ -247,8 +281,38 @@ def test_children_of_a_run_hold_nothing(tmp_path):
     child.communicate(b"\n")
 
 
+def test_the_line_says_how_to_go_on_after_a_node_that_is_gone(holder):
+    """Whose lock a file server may keep."""
+    save, _ = holder
+    with pytest.raises(UserError, match=f"if that run is gone, delete {save / LOCK}") as caught:
+        with only_writer(str(save)):
+            pass
+    os.unlink(str(caught.value).rpartition("delete ")[2].removesuffix(")"))
+    with only_writer(str(save)):
+        pass
+
+
+def test_another_failure_is_not_called_another_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    with pytest.raises(UserError, match=f"{LOCK} cannot be locked: Input/output error"):
+        with only_writer(str(tmp_path)):
+            pass
+
+
+def test_a_directory_that_was_there_stays(tmp_path):
+    with only_writer(str(tmp_path)):
+        pass
+    assert tmp_path.is_dir() and not os.listdir(tmp_path)
+
+
 def test_other_ranks_and_runs_that_save_nothing_need_no_lock(holder, monkeypatch):
     save, _ = holder
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--save", str(save), "--skip-train"])
+    with only_writer(requested_save()):
+        pass
     with only_writer(None):
         pass
     monkeypatch.setenv("RANK", "1")

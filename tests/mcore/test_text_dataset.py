@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
+from megatron_mdm.mcore.index_cache import KeyedDatasetConfig
 from megatron_mdm.mcore.text_dataset import CleanTokensDataset, EpochDataset
 from tests import ranks
 
@@ -30,7 +30,7 @@ def build(tmp_path):
         path = str(tmp_path / "text")
         if documents is not None:
             ranks.write_documents(tmp_path / "text", documents)
-        config = GPTDatasetConfig(
+        config = KeyedDatasetConfig(
             random_seed=seed,
             sequence_length=LENGTH,
             blend=blend or ([path], None),

@@ -6,7 +6,8 @@ import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.vocabulary import resolve_vocab_size, tokenizer_rows
+from megatron_mdm.mcore.tokenizer import tokenizer_rows
+from megatron_mdm.mcore.vocabulary import resolve_vocab_size
 from tests import ranks
 
 # 121 tokens, of which the last is the mask token.

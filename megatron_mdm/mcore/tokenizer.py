@@ -1,0 +1,55 @@
+"""What a Megatron text tokenizer knows, which wraps that of a library."""
+
+from typing import Any
+
+from megatron_mdm.data.encoding import (
+    TokenizerData,
+    hugging_face_data,
+    mask_id,
+    sentencepiece_data,
+)
+from megatron_mdm.data.fingerprint import Fingerprint
+
+
+def tokenizer_rows(tokenizer: Any) -> int:
+    """One more than the largest id, some of which name no token."""
+    inner = _of_library(tokenizer)
+    ids = inner.get_vocab().values() if hasattr(inner, "get_vocab") else ()
+    return max(int(tokenizer.vocab_size), 1 + max(ids, default=0))
+
+
+def tokenizer_end_id(tokenizer: Any) -> int | None:
+    """The id of the end of document, None if it has none."""
+    eod = tokenizer.eod
+    return None if eod is None or eod < 0 else int(eod)  # sentencepiece says -1
+
+
+def tokenizer_mask_id(tokenizer: Any) -> int | None:
+    """The id of the mask token, None if it has none."""
+    return mask_id(_of_library(tokenizer))
+
+
+def tokenizer_data(tokenizer: Any) -> TokenizerData | Fingerprint | None:
+    """The tokenizer as preprocessing knows it.
+
+    Returns:
+        A fingerprint for one that knows no text; None for a kind that preprocessing does not know.
+    """
+    inner = _of_library(tokenizer)
+    if getattr(inner, "is_fast", False):
+        return hugging_face_data(inner)
+    if hasattr(inner, "serialized_model_proto"):
+        return sentencepiece_data(inner)
+    if type(_wrapped(tokenizer)).__name__ == "NullTokenizer":
+        return Fingerprint("NullTokenizer", int(tokenizer.vocab_size), tokenizer.eod)
+    return None
+
+
+def _wrapped(tokenizer: Any) -> Any:
+    """Megatron's class for the library, which its class for text hides."""
+    return tokenizer._tokenizer if hasattr(tokenizer, "_tokenizer") else tokenizer
+
+
+def _of_library(tokenizer: Any) -> Any:
+    """The library's own tokenizer, None if there is none."""
+    return getattr(_wrapped(tokenizer), "tokenizer", None)
