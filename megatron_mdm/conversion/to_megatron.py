@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
     code_of,
+    fingerprint_of,
     leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
@@ -97,6 +99,8 @@ def to_megatron(
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
         args.mdm_shift, args.mdm_vocab_size = shift, words.size
+        known = fingerprint_of(hub_files)
+        args.mdm_tokenizer = None if known is None else asdict(known)
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
         found = pairs(family, config, agreed.shapes, heads, words.source, "the table")

@@ -3,6 +3,7 @@
 `tokenizer.json` is what the `tokenizers` library reads, and with it preprocessing and Megatron.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.data.encoding import named_code
+from megatron_mdm.data.encoding import hugging_face_data, named_code, open_hugging_face
+from megatron_mdm.data.fingerprint import Fingerprint, fingerprint
 from megatron_mdm.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
@@ -232,6 +234,31 @@ def leave_out_code(directory: Path) -> str | None:
         settings | {"tokenizer_class": "PreTrainedTokenizerFast"},
     )
     return code
+
+
+def fingerprint_of(directory: Path) -> Fingerprint | None:
+    """The fingerprint of a tokenizer as training loads it.
+
+    Args:
+        directory: with the tokenizer's files, of which no Python code is run.
+
+    Returns:
+        None without a tokenizer, without transformers, or for one that preprocessing does not know.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    is_there = tokenizer_size(directory) is not None and code_of(directory) is None
+    if not is_there or importlib.util.find_spec("transformers") is None:
+        return None
+    try:
+        tokenizer = open_hugging_face(str(directory))
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
+        raise UserError(
+            f"transformers cannot load the tokenizer ({' '.join(str(error).split())}): copy its "
+            "files again, or take them away to train on token ids (--tokenizer-type NullTokenizer)"
+        ) from error
+    return fingerprint(hugging_face_data(tokenizer)) if tokenizer.is_fast else None
 
 
 def _transformers() -> Any:

@@ -48,10 +48,22 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
         {"part": part, "prefix": prefix, "weight": weight, **_identity(prefix)}
         for part, files in named
         if files is not None
-        for prefix, weight in zip(files[0], files[1] or [None] * len(files[0]), strict=True)
+        for prefix, weight in zip(files[0], _shares(*files), strict=True)
     ]
+    compared: list[dict[str, Any] | None] = []
     for entry in args.mdm_data:
-        check_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
+        if entry.get("tokenizer") not in compared:  # of thousands of files most have the same
+            check_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
+            compared.append(entry.get("tokenizer"))
+
+
+def _shares(prefixes: list[str], weights: list[float] | None) -> list[float | None]:
+    """Weights of files that add to 1; None for files without, which count by their lengths."""
+    if len(prefixes) == 1:
+        return [1.0]
+    if weights is None:
+        return [None] * len(prefixes)
+    return [round(weight / sum(weights), 9) for weight in weights]
 
 
 def _identity(prefix: str) -> dict[str, Any]:
@@ -81,16 +93,26 @@ def check_tokenizer_of_data(
         )
 
 
+def other_tokenizer(saved: Mapping[str, Any], tokenizer: Any) -> str:
+    """Says how a tokenizer differs from that of a checkpoint, empty if not or if it is not known.
+
+    Args:
+        saved: the checkpoint's arguments.
+        tokenizer: Megatron's.
+    """
+    trained_with, known = saved.get("mdm_tokenizer"), tokenizer_data(tokenizer)
+    if trained_with is None or known is None:
+        return ""
+    return differs(Fingerprint(**trained_with), known)
+
+
 def check_tokenizer(args: Namespace, saved: Mapping[str, Any], source: str, tokenizer: Any) -> None:
     """Compares the tokenizer with that of the checkpoint that is about to be loaded.
 
     Raises:
         UserError: it is another one, unless --mdm-allow-flag-change.
     """
-    trained_with, known = saved.get("mdm_tokenizer"), tokenizer_data(tokenizer)
-    if trained_with is None or known is None or not is_first_rank():
-        return
-    difference = differs(Fingerprint(**trained_with), known)
+    difference = other_tokenizer(saved, tokenizer) if is_first_rank() else ""
     if difference:
         line = f"the checkpoint in {source} was trained with another tokenizer: {difference}"
         if not args.mdm_allow_flag_change:

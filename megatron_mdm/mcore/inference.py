@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_mdm.mcore.attention import attention_mask, position_ids
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.mcore.identities import other_tokenizer
 from megatron_mdm.mcore.model import model_config
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.ranks import notice
@@ -252,6 +253,7 @@ def loaded_model(
         set_global_variables(args)
     except (OSError, RuntimeError, ValueError) as error:
         raise _tokenizer_rejection(error, args) from error
+    _check_tokenizer(vars(args), get_tokenizer(), args)
     use_shipped_dataset_helpers()
     initialize_megatron()
     try:
@@ -281,6 +283,7 @@ def other_weights(loaded: LoadedModel, checkpoint: str) -> LoadedModel:
             wrong = wrong or f"{name} is {saved[name]} and not {getattr(args, name)}"
     if wrong:
         raise UserError(f"the checkpoint in {checkpoint} is of another network: {wrong}")
+    _check_tokenizer(saved, loaded.tokenizer, args)
     own = args.load, args.ckpt_step
     args.load, args.ckpt_step = checkpoint, found.iteration
     try:
@@ -437,6 +440,20 @@ def _limit_code(args: Namespace, trust: bool) -> None:
                     f"{Path(args.tokenizer_model, name)} names Python code of another repository "
                     f"({elsewhere[0]}), which is not fetched: put the code beside it, and name that"
                 )
+
+
+def _check_tokenizer(saved: Mapping[str, Any], tokenizer: Any, args: Namespace) -> None:
+    """Compares the tokenizer that is loaded with that of a checkpoint, whose arguments are `saved`.
+
+    Raises:
+        UserError: it is another one.
+    """
+    difference = other_tokenizer(saved, tokenizer)
+    if difference:
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} is not the one that the "
+            f"checkpoint was trained with: {difference}. Put that one there"
+        )
 
 
 def _settings(args: Namespace, name: str) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 import shutil
 from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 
 from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.preprocess import load_hugging_face
 from megatron_mdm.generation import Decoder
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.mcore.texts import encoder, read_tokens, spells_special_tokens, vocab_size
+from megatron_mdm.mcore.tokenizer import tokenizer_data
 from tests import ranks
 from tests.conversion import models
 
@@ -130,6 +134,8 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     assert encoder(loaded)(text) == load_hugging_face(directory).load()(text)
     assert encoder(loaded, special=True)(text) == [1, BOS, 2, 95]
     assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
+    recorded = load_common_state_dict(str(moved / "release"))["args"].mdm_tokenizer
+    assert recorded == asdict(fingerprint(tokenizer_data(loaded.tokenizer)))
     # Without a token for the end, nothing ends a text.
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
     read = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0)

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 
 from megatron_mdm.data.preprocess import load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.identities import check_same_data, record_identities
 from tests import ranks
 
 DOCUMENTS = ranks.random_documents(60, seed=3)
@@ -107,6 +110,29 @@ def test_a_resume_with_another_mixture_is_refused(saved, run, tmp_path):
     assert "trained on other data: there were 1 files and are 2" in line
 
 
+@pytest.fixture
+def recorded(tmp_path):
+    """The arguments of a run with such weights of two files, or of one."""
+    for name in ("text", "more"):
+        ranks.write_documents(tmp_path / name, DOCUMENTS[:3])
+
+    def record(weights, names=("text", "more")):
+        args = Namespace(load="run", finetune=False, mdm_allow_flag_change=False)
+        record_identities(args, ([str(tmp_path / name) for name in names], weights), None, None)
+        return args
+
+    return record
+
+
+def test_weights_are_what_they_mean(recorded):
+    args = recorded([3.0, 1.0])
+    check_same_data(args, vars(recorded([0.75, 0.25])))
+    check_same_data(recorded(None, ["text"]), vars(recorded([0.3], ["text"])))
+    for other in ([1.0, 1.0], None):
+        with pytest.raises(UserError, match="text is of another part or weight: all, weight 0.75"):
+            check_same_data(args, vars(recorded(other)))
+
+
 # -- the tokenizer
 
 
@@ -139,10 +165,10 @@ NULL = ["--mdm-mask-token-id", "--vocab-size", "--null-tokenizer-eod-id"]
 
 
 def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
-    for suffix in (".bin", ".idx", ".json"):
-        shutil.copy(tokenizers / f"text{suffix}", tmp_path)
+    for name in ("text.bin", "text.idx", "text.json", "one.model"):
+        shutil.copy(tokenizers / name, tmp_path)
     save = ["--save", str(tmp_path / "save"), "--save-interval", "4"]
-    run("one", *with_tokenizer(tokenizers, "one"), *save, drop=NULL)
+    run("one", *with_tokenizer(tmp_path, "one"), *save, drop=NULL)
     line = the_error(run("two", *with_tokenizer(tokenizers, "two"), drop=NULL, check=False))
     assert f"{tmp_path / 'text'} was made with another tokenizer than this one: its ids" in line
     # A record that is not of the files says nothing; the checkpoint still does.
@@ -165,6 +191,14 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
         words = [f"tools/{name}.py", "--load", str(tmp_path / "save"), "--device", "cpu", *flags]
         tool = ranks.launch(tmp_path / name, 1, "--", *words, entry="tool", check=False)
         assert "was made with another tokenizer than this one: its ids" in the_error(tool)
+    # Another one in its place, of as many pieces, would read and write other texts.
+    shutil.copy(tokenizers / "two.model", tmp_path / "one.model")
+    words = ["tools/generate.py", "--load", str(tmp_path / "save"), "--device", "cpu"]
+    tool = ranks.launch(
+        tmp_path / "generate", 1, "--", *words, "--prompt", "some", entry="tool", check=False
+    )
+    line = the_error(tool)
+    assert f"{tmp_path}/one.model is not the one that the checkpoint was trained with: its" in line
 
 
 # -- pairs
