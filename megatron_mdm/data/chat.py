@@ -219,27 +219,38 @@ class ChatTemplate:
     ) -> Iterator[str]:
         """Names what a row says and the template does not render.
 
-        A key of messages may be without effect in some of them: templates leave out the reasoning
-        of earlier answers.
+        Nothing changes where it is left out, nor where it says something else: a template may put
+        the same in its place by itself (Qwen2's system prompt). A key of messages may be without
+        effect in some of them: templates leave out the reasoning of earlier answers.
 
         Args:
             messages: Of the row.
             variables: Its other keys.
             whole: What the template renders it as.
         """
+
+        def is_idle(*conversations: tuple[list[Message], dict[str, Any]]) -> bool:
+            return all(self._rendered(*conversation) == whole for conversation in conversations)
+
         for key in [key for key, value in variables.items() if value not in EMPTY]:
             others = {k: v for k, v in variables.items() if k != key}
-            if self._rendered(messages, others) == whole:
+            changed = {**variables, key: _another(variables[key])}
+            if is_idle((messages, others), (messages, changed)):
                 yield f'the key "{key}"'
         used = {k: None for m in messages for k, value in m.items() if value not in EMPTY}
         for key in [key for key in used if key not in ("role", "content")]:
             shorter = [{k: v for k, v in m.items() if k != key} for m in messages]
-            if self._rendered(shorter, variables) == whole:
+            other = [{k: _another(v) if k == key else v for k, v in m.items()} for m in messages]
+            if is_idle((shorter, variables), (other, variables)):
                 yield f'the key "{key}" of messages'
         roles = {message["role"]: None for message in messages if message["content"]}
         for role in [role for role in roles if role not in SPEAKERS]:
-            others = [message for message in messages if message["role"] != role]
-            if self._rendered(others, variables) == whole:
+            fewer = [m for m in messages if m["role"] != role]
+            other = [
+                {**m, "content": _another(m["content"])} if m["role"] == role else m
+                for m in messages
+            ]
+            if is_idle((fewer, variables), (other, variables)):
                 yield f'the messages of the role "{role}"'
 
     def _tail(self, messages: list[Message], variables: dict[str, Any], whole: str) -> str | None:
@@ -277,6 +288,15 @@ def template_digest(directory: str) -> str:
     tokenizer = open_hugging_face(directory)
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest([tokenizer.chat_template, tokens])
+
+
+def _another(value: Any) -> Any:
+    """A value of the same kind that says something else; lists and objects stay as they are."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return f"{value} probe" if isinstance(value, str) else value
 
 
 @functools.cache

@@ -271,6 +271,26 @@ def test_null_is_left_to_a_template_that_looks_for_it(tmp_path, monkeypatch):
     assert rendered(tmp_path, template("<eos> ", ASKED), row) == (("a", ";f"), None)
 
 
+def test_values_that_are_the_template_s_own_are_no_idle_ones(tmp_path):
+    """Qwen2's template writes a system prompt by itself, and so renders the same without it."""
+    system = (
+        "{% if messages[0].role != 'system' %}be kind;{% endif %}{{ mood or '!' }}"
+        "{% if think %}+{% else %}-{% endif %}"
+    )
+    plain = "{% for m in messages %}{{ m.content }}{{ m.name or 'x' }};{% endfor %}"
+    rows = (
+        {"m": [{"role": "system", "content": "be kind"}, *CHAT]},
+        {"m": CHAT, "mood": "!"},
+        {"m": CHAT, "think": False},
+    )
+    for row in rows:
+        text = f"{system.replace('kind;', 'kindx;')}{plain}"
+        pair, message = rendered(tmp_path, text, row)
+        assert message is None and pair[1] == "bx;"
+    pair, message = rendered(tmp_path, plain, {"m": answer("b", name="x")})
+    assert message is None and pair == ("ax;", "bx;")
+
+
 def test_messages_that_a_template_leaves_out_are_refused(tmp_path):
     row = {"m": [{"role": "system", "content": "c"}, *CHAT]}
     speakers = "{% for m in messages %}{{ m.content if m.role != 'system' }};{% endfor %}"
