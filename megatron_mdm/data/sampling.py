@@ -1,15 +1,42 @@
-"""A uniform sample of a stream, in one pass and in bounded memory.
+"""Uniform samples of as many items as reach a size together.
 
 Imports nothing beyond the standard library, because worker processes import this module.
 """
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+
+def drawn(sizes: Sequence[int], total: int, enough: int, seed: int = 0) -> list[int]:
+    """Items of known sizes, drawn one after another until they reach a size together.
+
+    It takes as long as the items that are drawn are many: there may be billions of others.
+
+    Args:
+        sizes: of all items.
+        total: of all items together.
+        enough: size that the items are to reach together; all of them if they do not.
+        seed: of the draws.
+
+    Returns:
+        Their numbers, ascending.
+    """
+    if total <= enough:
+        return list(range(len(sizes)))
+    draw, taken, size = random.Random(seed).randrange, set[int](), 0
+    while size < enough:
+        number = draw(len(sizes))
+        if number not in taken:
+            taken.add(number)
+            size += int(sizes[number])
+    return sorted(taken)
 
 
 class Reservoir[T]:
-    """The items of a stream with the smallest of random keys, as many as reach a size together.
+    """A sample of a stream, in one pass and in bounded memory.
+
+    The items of a stream with the smallest of random keys, as many as reach a size together.
 
     Which items these are depends on the seed and on the numbers and sizes of the items, and not on
     what the items hold.

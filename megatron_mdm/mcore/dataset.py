@@ -237,7 +237,7 @@ def build_datasets(
         on_all_ranks: build them on every rank, and not only where training loads rows.
 
     Raises:
-        UserError: a split shorter than one row.
+        UserError: a split shorter than one row, or data that do not last.
     """
     share_identities(args)
     config = MDMConfig.from_args(args)
@@ -251,6 +251,12 @@ def build_datasets(
         lambda: on_all_ranks or loads_rows(config, vp_stage),
         dataset_config,
     ).build()
+    if datasets[0] is not None and len(datasets[0]) < texts:
+        raise UserError(
+            f"the run takes {texts} texts and --data-path has {len(datasets[0])}: several files "
+            "without weights are passed over once; give a weight before each file, or train for "
+            "fewer iterations"
+        )
     if datasets[0] is not None and not args.mock_data and not vp_stage:
         _print_epochs(datasets[0], texts, config.mdm_views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).

@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+from megatron_mdm.data.outputs import complete_or_absent, write_errors
+from megatron_mdm.mcore.device import replaced
 
 
 @dataclass
@@ -58,13 +62,35 @@ class WholeBlendedDataset(BlendedDataset):
 
 
 class DatasetBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron's, for `WholeBlendedDataset`."""
+    """Megatron's, for `WholeBlendedDataset`, with files that are there whole or not at all.
+
+    Runs that share a cache would otherwise read, or take for damaged, what another one writes.
+    """
+
+    def build(self) -> Any:
+        """Builds the datasets of all parts of the data."""
+        whole = _WholeFiles()
+        with replaced(gpt_dataset, "numpy", whole), replaced(blended_dataset, "numpy", whole):
+            return super().build()
 
     @staticmethod
     def build_generic_dataset(cls: Any, *args: Any) -> Any:  # noqa: N804  (Megatron's name)
         """Builds a dataset, on the first rank before the others."""
         kind = WholeBlendedDataset if cls is BlendedDataset else cls
         return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
+
+
+class _WholeFiles:
+    """NumPy, except that an array is written under another name and then renamed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def save(path: str, array: np.ndarray, **settings: Any) -> None:
+        """Writes an array."""
+        with complete_or_absent(path) as (name,), write_errors(path), open(name, "wb") as file:
+            np.save(file, array, **settings)
 
 
 def remove_damaged(directory: str, key: str) -> None:

@@ -3,7 +3,7 @@
 Splitting, the order of the documents, and the cache stay Megatron's.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ class EpochDataset(CleanTokensDataset):
         self.num_rows = num_samples or 0
         self._epoch = lru_cache(2)(self._make_epoch)
 
-    @property
+    @cached_property
     def texts_per_epoch(self) -> int:
         """Whole rows of its tokens."""
         return super().__len__()
@@ -126,13 +126,13 @@ class EpochDataset(CleanTokensDataset):
         number, place = divmod(int(index), n)
         epoch = self._epoch(number if self.index_split is MegatronSplit.train else 0)
         text = int(self.shuffle_index[(epoch.start + place * epoch.stride) % n])
-        tokens = self._read((epoch.shift + text * length) % self._ring(), length)
+        tokens = self._read((epoch.shift + text * length) % self._ring, length)
         return {"tokens": tokens, "num_tokens": length, "text": text}
 
     def _make_epoch(self, number: int) -> _Epoch:
         seed, split = self.config.random_seed, SPLITS[self.index_split]
         words = random_bits(seed, split, Purpose.EPOCH, number, 130).tolist()
-        n, length, ring = self.texts_per_epoch, self.config.sequence_length, self._ring()
+        n, length, ring = self.texts_per_epoch, self.config.sequence_length, self._ring
         start, shift, *candidates = words
         # Any stride that has no divisor in common with n reaches every row.
         stride = next((word % n for word in candidates if gcd(word % n, n) == 1), 1)
@@ -143,6 +143,7 @@ class EpochDataset(CleanTokensDataset):
         if self.shuffle_index is None:  # --dataloader-defer-npy-index-mmap
             self._query_document_sample_shuffle_indices(0)
 
+    @cached_property
     def _ring(self) -> int:
         """Tokens of an epoch."""
         document, offset = map(int, self.sample_index[-1])

@@ -14,7 +14,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.data.documents import Document, document_text, read_documents
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.identity import data_identity
-from megatron_mdm.data.sampling import Reservoir
+from megatron_mdm.data.sampling import Reservoir, drawn
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
 from megatron_mdm.mcore.attention import isolated_documents
@@ -108,12 +108,9 @@ def _indexed_documents(
         )
     _check_made_with(loaded, data)
     dataset = IndexedDataset(data)
-    lengths = dataset.sequence_lengths
-    sample: Reservoir[int] = Reservoir(enough, seed)
-    for number in range(len(dataset)):
-        sample.offer(lambda i=number: (int(lengths[i]), i))
     found: list[tuple[np.ndarray, int | None]] = []
-    for number in sample.items():
+    lengths = dataset.sequence_lengths
+    for number in drawn(lengths, int(lengths.sum(dtype=np.int64)), enough, seed):
         ids = dataset[number].astype(np.int32)
         _check_ids(loaded, data, ids)
         num_bytes = None

@@ -76,6 +76,16 @@ def test_an_index_that_was_cut_short_is_made_anew(data, run, tmp_path):
     assert {path: path.stat().st_size for path in files} == sizes
 
 
+def test_files_without_weights_that_do_not_last_are_refused(run, tmp_path):
+    """Megatron's loader would end in the middle of a step."""
+    for name in ("text", "more"):
+        ranks.write_documents(tmp_path / name, DOCUMENTS)
+    flags = ["--train-iters", "1000", "--exit-interval", "1"]
+    line = the_error(run("refused", *flags, data=("text", "more"), check=False))
+    assert "the run takes 8000 texts and --data-path has " in line
+    assert len(run("short", data=("text", "more")).losses) == 4
+
+
 # -- a resume
 
 

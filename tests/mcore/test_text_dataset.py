@@ -1,14 +1,15 @@
 """Rows of text: each token once an epoch, in an order that does not depend on the run's length."""
 
+import errno
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
-from megatron_mdm.mcore.index_cache import KeyedDatasetConfig
+from megatron_mdm.mcore.index_cache import DatasetBuilder, KeyedDatasetConfig
 from megatron_mdm.mcore.text_dataset import CleanTokensDataset, EpochDataset
 from tests import ranks
 
@@ -44,7 +45,7 @@ def build(tmp_path):
             add_extra_token_to_sequence=False,
             **settings,
         )
-        return BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
+        return DatasetBuilder(kind, sizes, lambda: True, config).build()
 
     return make
 
@@ -151,6 +152,19 @@ def test_megatrons_deferred_index_gives_the_same_rows(build):
     one = build(numbered(LENGTHS), [40, 0, 0])[0]
     other = build(None, [40, 0, 0], defer_npy_index_mmap=True)[0]
     assert rows(other, 0, 40) == rows(one, 0, 40)
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(build, tmp_path, monkeypatch):
+    save = np.save
+
+    def fill(file, array, **settings):
+        save(file, array, **settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fill)
+    with pytest.raises(UserError, match="No space left on device"):
+        build(numbered(LENGTHS), [40, 0, 0])
+    assert not list((tmp_path / "cache").glob("*.npy*"))
 
 
 def test_strides_and_shifts_are_spread_evenly(build):
