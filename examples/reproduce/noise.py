@@ -42,7 +42,12 @@ def main() -> None:
         raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
     if "standard" not in methods or options.batches < 2:
         raise UserError("it takes --batches 2 at least, and `standard` among --methods")
-    with open_checkpoint(options.load, options.device, trust=options.trust_remote_code) as loaded:
+    with open_checkpoint(
+        options.load,
+        options.device,
+        hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
+    ) as loaded:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron tells where its data are
             variances = {
                 name: variance(

@@ -30,7 +30,12 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
     pairs = read_pairs(options.problems)
-    with open_checkpoint(options.load, options.device, trust=options.trust_remote_code) as loaded:
+    with open_checkpoint(
+        options.load,
+        options.device,
+        hashes=options.checkpoint_hashes,
+        trust=options.trust_remote_code,
+    ) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder
