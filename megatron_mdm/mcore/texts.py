@@ -66,8 +66,10 @@ def read_tokens(
     Raises:
         UserError: no such data, or data that cannot be read.
     """
-    read = _documents_of_file if os.path.isfile(data) else _indexed_documents
-    found = read(loaded, data, json_key, enough, seed)
+    if os.path.isfile(data):
+        found = _documents_of_file(loaded, data, json_key, enough, seed, file_format)
+    else:
+        found = _indexed_documents(loaded, data, enough, seed)
     if not found:
         raise UserError(f"{data} holds no tokens: give other data")
     sizes = [num_bytes for _, num_bytes in found if num_bytes is not None]
@@ -75,7 +77,7 @@ def read_tokens(
 
 
 def _documents_of_file(
-    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int, file_format: str
 ) -> list[tuple[np.ndarray, int | None]]:
     """Token ids of documents of a text or JSONL file, and the bytes of each."""
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
@@ -92,13 +94,13 @@ def _documents_of_file(
         return len(ids), (ids, len(text.encode()) if has_text else None)
 
     sample: Reservoir[tuple[np.ndarray, int | None]] = Reservoir(enough, seed)
-    for document in read_documents([data]):
+    for document in read_documents([data], file_format):
         sample.offer(functools.partial(encoded, document))
     return sample.items()
 
 
 def _indexed_documents(
-    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int
+    loaded: LoadedModel, data: str, enough: int, seed: int
 ) -> list[tuple[np.ndarray, int | None]]:
     """Token ids of documents of a .bin/.idx pair, and the bytes of each."""
     if holds_pairs(data):

@@ -140,6 +140,8 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
     read = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0)
     assert [ids.tolist() for ids in read.ids] == [[1, 2], [3]] and read.num_bytes == 7
+    whole = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0, file_format="text")
+    assert len(whole.ids) == 1 and whole.num_bytes == (tmp_path / "text.jsonl").stat().st_size
     assert [LoadedModel(None, args, Namespace(eod=eod)).end_token_id for eod in (None, -1, 5)] == [
         None,
         None,
