@@ -74,6 +74,7 @@ class Session:
             iteration=self.iteration,
         )
         self.iteration += 1
+        self.args.consumed_train_samples += self.args.global_batch_size
 
 
 @contextlib.contextmanager
