@@ -1,36 +1,44 @@
-"""Uniform samples of as many items as reach a size together.
-
-Imports nothing beyond the standard library, because worker processes import this module.
-"""
+"""Uniform samples of as many items as reach a size together."""
 
 import heapq
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import numpy as np
+
+CHUNK = 2**20  # items whose keys are drawn at once
 
 
-def drawn(sizes: Sequence[int], total: int, enough: int, seed: int = 0) -> list[int]:
-    """Items of known sizes, drawn one after another until they reach a size together.
+def drawn(sizes: np.ndarray, enough: int, seed: int = 0) -> list[int]:
+    """The sample that a `Reservoir` holds at the end of a stream, where all sizes are known.
 
-    It takes as long as the items that are drawn are many: there may be billions of others.
+    There may be billions of items: nothing is done for each of them in Python.
 
     Args:
-        sizes: of all items.
-        total: of all items together.
+        sizes: of all items, an integer array of shape [items].
         enough: size that the items are to reach together; all of them if they do not.
-        seed: of the draws.
+        seed: of the keys.
 
     Returns:
         Their numbers, ascending.
     """
-    if total <= enough:
-        return list(range(len(sizes)))
-    draw, taken, size = random.Random(seed).randrange, set[int](), 0
-    while size < enough:
-        number = draw(len(sizes))
-        if number not in taken:
-            taken.add(number)
-            size += int(sizes[number])
-    return sorted(taken)
+    # NumPy's legacy generator goes on with the state of Python's, and draws the same numbers.
+    _, state, _ = random.Random(seed).getstate()
+    draws = np.random.RandomState()
+    draws.set_state(("MT19937", state[:-1], state[-1]))
+    keys, numbers, limit = np.empty(0), np.empty(0, np.int64), 1.0
+    for first in range(0, len(sizes), CHUNK):
+        new = draws.random_sample(min(CHUNK, len(sizes) - first))
+        smaller = np.flatnonzero(new < limit)
+        keys = np.concatenate([keys, new[smaller]])
+        numbers = np.concatenate([numbers, first + smaller])
+        order = np.argsort(keys)
+        reached = np.cumsum(sizes[numbers[order]], dtype=np.int64)
+        if len(reached) and reached[-1] >= enough:
+            order = order[: np.searchsorted(reached, enough) + 1]
+            limit = keys[order[-1]]
+        keys, numbers = keys[order], numbers[order]
+    return sorted(numbers.tolist())
 
 
 class Reservoir[T]:

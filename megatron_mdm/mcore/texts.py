@@ -111,8 +111,7 @@ def _indexed_documents(
     _check_made_with(loaded, data)
     dataset = IndexedDataset(data)
     found: list[tuple[np.ndarray, int | None]] = []
-    lengths = dataset.sequence_lengths
-    for number in drawn(lengths, int(lengths.sum(dtype=np.int64)), enough, seed):
+    for number in drawn(dataset.sequence_lengths, enough, seed):
         ids = dataset[number].astype(np.int32)
         _check_ids(loaded, data, ids)
         num_bytes = None

@@ -215,6 +215,7 @@ REFUSED_VALUES = {
     "phase_transition_iterations": "5",
     "rampup_batch_size": "2 2 8",
     "iterations_to_skip": "3",
+    "non_persistent_ckpt_type": "global",
     "spec": "module name",
 }
 

@@ -325,7 +325,7 @@ def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
     for file in ("gone.json", None):
         config = MDMConfig(**fitted, mdm_ppots_file=file)
         args = Namespace(**asdict(config), load="somewhere", finetune=False)
-        args.mdm_row_order = "epoch"
+        args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
         args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
         args.weight_decay_incr_style = "constant"
         saved = {
