@@ -52,8 +52,10 @@ convert() { # FLAGS: to Megatron, with these flags
 
 preprocess() { # FLAGS: tokenizes the files that $TEXT lists with the converted model's tokenizer
     echo "== data"
+    local replace=
+    [ ! -e "$RUN/checkpoint" ] || replace=--no-replace # never what a training began with
     python tools/preprocess_data.py --input-list "$TEXT" --hf-tokenizer "$RUN/megatron/huggingface" \
-        --output-prefix "$RUN/text" --unless-done "$@"
+        --output-prefix "$RUN/text" --unless-done $replace "$@"
 }
 
 train() { # FLAGS: runs the launch line of the conversion, with these flags after its own

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore import arguments as arguments_module
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore import sampler_state
@@ -89,6 +90,19 @@ def other_density() -> None:
 def file_of_a_node() -> None:
     """The program on nodes of their own disks: RANK in a flag stands for the rank."""
     sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
+def other_start() -> None:
+    """The program; the last rank would begin a new run where the others go on."""
+    choose = arguments_module.choose_start
+
+    def chosen(args):
+        found = choose(args)
+        args.finetune = os.environ["RANK"] == "1"
+        return found
+
+    arguments_module.choose_start = chosen
     main()
 
 
@@ -832,6 +846,15 @@ def old_logits() -> None:
         tokens = torch.tensor([[1, 2, 3, 50, 5, 50, 7, 49]])
         row = loaded.logits(tokens)[0, 3].tolist()
     Path("logits.json").write_text(json.dumps(row))
+
+
+def tool_in_its_directory() -> None:
+    """`tool`, among whose flags paths are relative to the directory of this run's log."""
+    root = os.getcwd()
+    os.chdir(os.environ["TRACE_DIR"])
+    place = sys.argv.index("--") + 1
+    sys.argv[place] = os.path.join(root, sys.argv[place])
+    tool()
 
 
 def in_its_directory() -> None:

@@ -10,6 +10,7 @@ import pytest
 from megatron_mdm.benchmarks import runs
 from megatron_mdm.benchmarks.program import program, program_in
 from megatron_mdm.benchmarks.runs import kept, run_path
+from megatron_mdm.errors import UserError
 from tests import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -101,11 +102,25 @@ def test_a_result_is_of_one_program_and_of_one_content(tmp_path, monkeypatch):
     names.append(run_path(results, flags))
     (tmp_path / "density.json").write_text("[]")
     names.append(run_path(results, flags))
-    monkeypatch.setattr(runs, "program", lambda: "another")
+    (tmp_path / "tokenizer").mkdir()
+    flags += ["--tokenizer-model", str(tmp_path / "tokenizer")]
+    names.append(run_path(results, flags))
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    names.append(run_path(results, flags))
+    for name in ("program", "program_now"):
+        monkeypatch.setattr(runs, name, lambda: "another")
     names.append(run_path(results, flags))
     names += [run_path(results, flags[:-1]), run_path(results, [" ".join(flags)])]
     assert len(set(names)) == len(names)
     assert kept(results, flags, work)["value"] == 1
+
+
+def test_a_result_of_a_program_that_has_changed_is_not_kept(tmp_path, monkeypatch):
+    """Each run reads the code from the disk when it starts."""
+    monkeypatch.setattr(runs, "program_now", lambda: "another")
+    with pytest.raises(UserError, match="the program has changed since these runs began"):
+        kept(tmp_path, ["--flag"], lambda path: {"value": 1})
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_program_stays_what_it_was_when_the_process_began():

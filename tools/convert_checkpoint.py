@@ -162,14 +162,18 @@ def main() -> None:
 def _source(options: argparse.Namespace) -> str:
     """A digest of all that has an effect on the output."""
     from megatron_mdm.conversion import record
+    from megatron_mdm.data.record import made_from
 
-    names = ("to", "dtype", "verify", "add_mask_token", "pad_vocab_to_multiple_of", "iteration")
+    names = (
+        *("to", "dtype", "verify", "trust_remote_code"),
+        *("add_mask_token", "pad_vocab_to_multiple_of", "iteration"),
+    )
     effective = {name: getattr(options, name) for name in names}
     effective["output"] = os.path.abspath(options.output)  # which the launch line names
     if options.to == "megatron":
-        return record.made_from(record.hugging_face_sources(options.input), effective)
+        return made_from(record.hugging_face_sources(options.input), effective)
     sources = record.megatron_sources(options.input, options.iteration, options.hf_config)
-    return record.made_from(sources, effective)
+    return made_from(sources, effective)
 
 
 def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -58,6 +58,12 @@ def main() -> None:
         help="do nothing if P.json says that the files that are there were made from the same "
         "inputs, whose contents count, with the same tokenizer and options",
     )
+    parser.add_argument(
+        "--no-replace",
+        dest="replace",
+        action="store_false",
+        help="stop instead of replacing P.bin and P.idx, from which a training may have begun",
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer-model", metavar="X.model", help="sentencepiece model")
     which.add_argument(
@@ -146,6 +152,7 @@ def main() -> None:
         workers=args.workers,
         skip_bad_lines=args.skip_bad_lines,
         unless_done=args.unless_done,
+        replace=args.replace,
         command=["preprocess_data.py", *sys.argv[1:]],
     )
     prefix = escaped(args.output_prefix)

@@ -1,7 +1,9 @@
 """Which program a result comes from, so that the results of two are never mixed."""
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -10,6 +12,7 @@ import megatron_mdm
 
 # What a run may come from, beside the package itself.
 CODE = ("megatron_mdm", "tools", "examples")
+LIBRARIES = ("torch", "megatron-core", "transformer-engine", "apex")
 
 
 @functools.cache
@@ -17,13 +20,22 @@ def program() -> str:
     """The program of this process: what it was when this was first called.
 
     Of a checkout its commit, and a digest of what is not committed. Elsewhere, as where the package
-    is installed, a digest of the package's files.
+    is installed, a digest of the package's files. The versions of the libraries that compute.
     """
-    return program_in(pathlib.Path(megatron_mdm.__file__).parents[1])
+    return program_now()
+
+
+def program_now() -> str:
+    """The program as it stands on the disk, from which a run that starts now is made."""
+    versions = []
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join([program_in(pathlib.Path(megatron_mdm.__file__).parents[1]), *versions])
 
 
 def program_in(root: pathlib.Path) -> str:
-    """The program in a directory; see `program`.
+    """The code in a directory; see `program`.
 
     Args:
         root: where the package `megatron_mdm` is.

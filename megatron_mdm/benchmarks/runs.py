@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_mdm.benchmarks.program import program
+from megatron_mdm.benchmarks.program import program, program_now
 from megatron_mdm.config import flag
 from megatron_mdm.data.identity import quick_digest
 from megatron_mdm.data.outputs import write_errors, write_json
-from megatron_mdm.data.record import file_digest
+from megatron_mdm.data.record import file_digest, made_from
 from megatron_mdm.errors import UserError
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
+# Flags that name directories to read.
+READ_FROM = ("--tokenizer-model", "--load", "--pretrained-checkpoint")
 # Held by the thread that asks how processes ended, which starting one does for all others: of two
 # that ask at once the second one hears 255.
 _ASKING = threading.Lock()
@@ -58,23 +60,38 @@ def kept(
 
     Returns:
         What `work` returned, `flags` and `program`.
+
+    Raises:
+        UserError: the program has changed since this process began. The result is not kept.
     """
     name = run_path(directory, flags)
     path = name.with_suffix(".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     result = {"flags": list(flags), "program": program(), **work(name)}
+    if program_now() != program():
+        raise UserError(
+            "the program has changed since these runs began, and the last one may be of either: it "
+            f"is not kept. Leave the checkout as it is while they go on; it was {program()}"
+        )
     write_json(str(path), result)
     return result
 
 
 def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
     """What the files of a run are called, without an ending; see `kept`."""
-    return directory / digest("\n".join([program(), *map(_with_contents, flags)]))
+    words = map(_with_contents, flags, ["", *flags])
+    return directory / digest("\n".join([program(), *words]))
 
 
-def _with_contents(word: str) -> str:
-    """A word of a command, and what is in the file or the .bin/.idx pair that it may name."""
+def _with_contents(word: str, before: str) -> str:
+    """A word of a command, and what is in the input that it may name: a file, a .bin/.idx pair.
+
+    A directory is an input after some flags only.
+    """
+    if before in READ_FROM and os.path.isdir(word):
+        files = sorted(path for path in pathlib.Path(word).rglob("*") if path.is_file())
+        return f"{word} {made_from(files, {})}"
     if os.path.isfile(f"{word}.idx") and os.path.isfile(f"{word}.bin"):
         return f"{word} {quick_digest(f'{word}.bin', f'{word}.idx')}"
     return f"{word} {file_digest(word)}" if os.path.isfile(word) else word

@@ -10,7 +10,7 @@ import torch
 from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family, model_flags
-from megatron_mdm.errors import UserError, escaped
+from megatron_mdm.errors import UserError
 
 # Weights in float32, of which there are two sets while the logits are compared.
 MAX_BYTES = 4 * 10**9
@@ -71,7 +71,7 @@ def compare_logits(
             first = str(error).strip().partition("\n")[0]
             reason = f"Hugging Face's class does not load: {type(error).__name__}: {first}"
     if reason:
-        say(f"did not compare logits: {escaped(reason)}")
+        say(f"did not compare logits: {reason}")
         return
     flags = [*model_flags(family, config), "--padded-vocab-size", str(padded)]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows)]

@@ -1,25 +1,18 @@
-"""What a converted model was made from, so that a conversion is not repeated for nothing.
+"""What a converted model was made from, so that a conversion is not repeated for nothing."""
 
-Of files, their names, sizes and a part of their contents count: the first MiB, and 4 KiB of each
-one after it. Training changes all weights, so that this tells models apart in a moment.
-"""
-
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.data.outputs import write_text
-from megatron_mdm.data.record import BLOCK, digest, read_record, record
+from megatron_mdm.data.record import read_record, record
 from megatron_mdm.errors import UserError
 
 TOOL = "tools/convert_checkpoint.py"
 RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along as a model's file
-SAMPLE = 4 << 10
 
 
 def hugging_face_sources(directory: str) -> list[Path]:
@@ -39,7 +32,7 @@ def megatron_sources(directory: str, iteration: int | None, hf_config: str | Non
     Raises:
         UserError: There is no checkpoint.
     """
-    checkpoint = DistCheckpoint(Path(directory), iteration)
+    checkpoint = DistCheckpoint(Path(directory), iteration, hashes=False)  # which come later
     found = sorted(path for path in checkpoint.path.iterdir() if path.is_file())
     places = [hf_config, os.path.join(directory, HUB_FILES), checkpoint.args.tokenizer_model]
     for place in [Path(place) for place in places if place is not None]:
@@ -47,30 +40,12 @@ def megatron_sources(directory: str, iteration: int | None, hf_config: str | Non
     return found
 
 
-def made_from(sources: Iterable[Path], options: dict[str, Any]) -> str:
-    """A digest of files, and of the options of a conversion.
-
-    Raises:
-        UserError: A file cannot be read.
-    """
-    result = hashlib.sha256(digest(options).encode())
-    for path in sources:
-        with hub.read_errors(path), open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            result.update(f"{path.name}\n{size}\n".encode("utf-8", "surrogateescape"))
-            result.update(file.read(BLOCK))
-            for start in range(BLOCK, size, BLOCK):
-                file.seek(start)
-                result.update(file.read(SAMPLE))
-    return result.hexdigest()
-
-
 def is_made_from(output: str, source: str) -> bool:
     """Whether a conversion is there, all of it, that was made from this.
 
     Args:
         output: Its directory.
-        source: What `made_from` says of what it should be made from.
+        source: What `made_from` (data/record.py) says of what it should be made from.
     """
     found = read_record(os.path.join(output, RECORD), TOOL)
     return (

@@ -24,9 +24,10 @@ from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
 from megatron_mdm.conversion.layout import Heads, split
 from megatron_mdm.conversion.logits import compare_logits
-from megatron_mdm.conversion.tokenizer import tokens_of
+from megatron_mdm.conversion.tokenizer import data_of, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
+from megatron_mdm.data.fingerprint import Fingerprint, differs, fingerprint
 from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError, escaped
 from megatron_mdm.mcore.architecture import differences
@@ -61,9 +62,13 @@ def to_hugging_face(
     Raises:
         UserError: the checkpoint is not the model that config.json describes, or is damaged.
     """
+
+    def tell(line: str) -> None:
+        say(escaped(line))
+
     with new_directory(output) as temporary:
         checkpoint = DistCheckpoint(Path(source), iteration, hashes)
-        say(f"checkpoint: {escaped(source)}, {checkpoint.name}")
+        tell(f"checkpoint: {source}, {checkpoint.name}")
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
         config = hub.read_object(directory / "config.json")
@@ -77,10 +82,11 @@ def to_hugging_face(
         found = pairs(family, config, checkpoint.shapes, heads, rows, where)
         padded = checkpoint.shapes[TENSORS[0]][0]
         tokenizer = _run_tokenizer(args, Path(source))
+        _check_unchanged(args, tokenizer or directory)
         tokens = tokens_of(tokenizer) if tokenizer else {}
         _check_rows(args, tokens, rows, padded, directory)
         for line in _compare_tokenizers(args, tokens, directory, mask):
-            say(line)
+            tell(line)
 
         parameters = sum(pair.parameters for pair in found)
 
@@ -123,7 +129,7 @@ def to_hugging_face(
                 for name, part in zip(pair.names, make(pair), strict=True):
                     yield name, model.read(name), part
 
-            verify_tensors(found, read_back, say)
+            verify_tensors(found, read_back, tell)
             compare_logits(
                 family,
                 config,
@@ -134,21 +140,21 @@ def to_hugging_face(
                 parameters=parameters,
                 dtype=dtype,
                 trust=trust,
-                say=say,
+                say=tell,
             )
     if family.in_transformers and mask is not None:
-        say(
+        tell(
             f"transformers runs {family.architecture} with causal attention: to fill in masks, "
             'load it with attn_implementation="eager" and call it with attention_mask='
             "torch.zeros(b, 1, s, s), which hides nothing"
         )
     if written.get("mdm_shift"):
-        say("the logits of position i - 1 are for token i (mdm_shift in config.json)")
+        tell("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
         is_seen = getattr(args, "mdm_vocab_size", None) is None
         seen = ", which took part in the run's softmax" if is_seen else ""
-        say(f"left out {padded - rows} padding rows of the vocabulary{seen}")
-    say(f"{escaped(output)}: {family.name} ({family.architecture}), {parameters:,} parameters")
+        tell(f"left out {padded - rows} padding rows of the vocabulary{seen}")
+    tell(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 
 def _check_same_model(
@@ -176,6 +182,25 @@ def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
     if args.tokenizer_type == "SentencePieceTokenizer":
         places = places[:1]
     return next((place for place in places if place.exists()), None)
+
+
+def _check_unchanged(args: Namespace, path: Path) -> None:
+    """Checks that a tokenizer is the one that the run was trained with, if the checkpoint tells.
+
+    Raises:
+        UserError: another one has taken its place since.
+    """
+    saved, tokenizer = getattr(args, "mdm_tokenizer", None), data_of(path)
+    if saved is None or tokenizer is None:
+        return
+    trained_with = Fingerprint(**saved)
+    # One of another kind may have the same tokens, which are compared below.
+    difference = differs(trained_with, tokenizer)
+    if difference and fingerprint(tokenizer).kind == trained_with.kind:
+        raise UserError(
+            f"the tokenizer {path} is not the one that the checkpoint was trained with: "
+            f"{difference}. Put that one back"
+        )
 
 
 def _check_rows(

@@ -31,13 +31,14 @@ from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
     add_mask_token,
     code_of,
-    fingerprint_of,
+    data_of,
     leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
 )
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, vocabulary
+from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError, escaped
 
@@ -74,6 +75,10 @@ def to_megatron(
     Raises:
         UserError: the model cannot be converted exactly, or the output not written.
     """
+
+    def tell(line: str) -> None:
+        say(escaped(line))
+
     with new_directory(output) as temporary:
         directory = Path(source)
         config = hub.read_object(directory / "config.json")
@@ -99,8 +104,8 @@ def to_megatron(
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
         args.mdm_shift, args.mdm_vocab_size = shift, words.size
-        known = fingerprint_of(hub_files)
-        args.mdm_tokenizer = None if known is None else asdict(known)
+        known = data_of(hub_files)
+        args.mdm_tokenizer = None if known is None else asdict(fingerprint(known))
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
         found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
@@ -141,7 +146,7 @@ def to_megatron(
                     parts = split(pair.target, checkpoint.read(place), len(wanted), heads)
                     yield from zip(pair.names, parts, wanted, strict=True)
 
-            verify_tensors(found, read_back, say)
+            verify_tensors(found, read_back, tell)
             compare_logits(
                 family,
                 config,
@@ -152,14 +157,14 @@ def to_megatron(
                 parameters=parameters,
                 dtype=kind,
                 trust=trust,
-                say=say,
+                say=tell,
                 added=words.mask if words.added else None,
             )
     if left_out:
-        say(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
+        tell(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
     for line in _remarks(family, config, words, tied, shift):
-        say(line)
-    say(f"{escaped(output)}: {family.name}, {parameters:,} parameters, {kind}")
+        tell(line)
+    tell(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
     say(f"train it with (data, batch and schedule are yours), or resume:\n\n{launch}\n")
 
 

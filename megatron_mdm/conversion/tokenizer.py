@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.data.encoding import hugging_face_data, named_code, open_hugging_face
-from megatron_mdm.data.fingerprint import Fingerprint, fingerprint
+from megatron_mdm.data.encoding import (
+    TokenizerData,
+    hugging_face_data,
+    named_code,
+    open_hugging_face,
+    sentencepiece_data,
+)
 from megatron_mdm.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
@@ -48,13 +53,17 @@ def tokens_of(path: Path) -> dict[str, int]:
     return _pieces(path) if path.exists() else {}
 
 
-def _pieces(model: Path) -> dict[str, int]:
+def _processor(model: Path) -> Any:
     from sentencepiece import SentencePieceProcessor
 
     try:
-        processor = SentencePieceProcessor(str(model))
+        return SentencePieceProcessor(str(model))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{model} is not a sentencepiece model: copy it again") from error
+
+
+def _pieces(model: Path) -> dict[str, int]:
+    processor = _processor(model)
     return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
 
@@ -236,29 +245,32 @@ def leave_out_code(directory: Path) -> str | None:
     return code
 
 
-def fingerprint_of(directory: Path) -> Fingerprint | None:
-    """The fingerprint of a tokenizer as training loads it.
+def data_of(path: Path) -> TokenizerData | None:
+    """A tokenizer as training loads it.
 
     Args:
-        directory: with the tokenizer's files, of which no Python code is run.
+        path: a directory with the tokenizer's files, of which no Python code is run, or a
+            sentencepiece model.
 
     Returns:
         None without a tokenizer, without transformers, or for one that preprocessing does not know.
 
     Raises:
-        UserError: transformers cannot load it.
+        UserError: it cannot be loaded.
     """
-    is_there = tokenizer_size(directory) is not None and code_of(directory) is None
+    if path.is_file():
+        return sentencepiece_data(_processor(path))
+    is_there = tokenizer_size(path) is not None and code_of(path) is None
     if not is_there or importlib.util.find_spec("transformers") is None:
         return None
     try:
-        tokenizer = open_hugging_face(str(directory))
+        tokenizer = open_hugging_face(str(path))
     except Exception as error:  # of many kinds, depending on what is wrong with which file
         raise UserError(
             f"transformers cannot load the tokenizer ({' '.join(str(error).split())}): copy its "
             "files again, or take them away to train on token ids (--tokenizer-type NullTokenizer)"
         ) from error
-    return fingerprint(hugging_face_data(tokenizer)) if tokenizer.is_fast else None
+    return hugging_face_data(tokenizer) if tokenizer.is_fast else None
 
 
 def _transformers() -> Any:

@@ -35,6 +35,7 @@ EMPTY = ("", [], {})
 GIVEN_BY_ROWS = {"tools", "documents"}
 # Roles that every template renders.
 SPEAKERS = {"user", "assistant"}
+_IGNORE_KEYS = "--ignore-keys leaves out the keys that it names"
 
 
 class ChatTemplate:
@@ -101,11 +102,11 @@ class ChatTemplate:
                     f'message {n + 1} of "{self._key}" has no content, and no other key that the '
                     "chat template renders",
                 )
-        if idle := list(self._without_effect(messages, variables, whole)):
+        if idle := dict(self._without_effect(messages, variables, whole)):
             raise bad_document(
                 document,
-                f"the chat template renders the same without {', '.join(idle)}: --ignore-keys "
-                "leaves out the keys that it names",
+                f"the chat template renders the same without {', '.join(idle)}: "
+                f"{', and '.join(dict.fromkeys(idle.values()))}",
             )
         if tail is None:
             raise bad_document(
@@ -216,8 +217,8 @@ class ChatTemplate:
 
     def _without_effect(
         self, messages: list[Message], variables: dict[str, Any], whole: str
-    ) -> Iterator[str]:
-        """Names what a row says and the template does not render.
+    ) -> Iterator[tuple[str, str]]:
+        """Names what a row says and the template does not render, and how to leave it out.
 
         Nothing changes where it is left out, nor where it says something else: a template may put
         the same in its place by itself (Qwen2's system prompt). A key of messages may be without
@@ -236,13 +237,13 @@ class ChatTemplate:
             others = {k: v for k, v in variables.items() if k != key}
             changed = {**variables, key: _another(variables[key])}
             if is_idle((messages, others), (messages, changed)):
-                yield f'the key "{key}"'
+                yield f'the key "{key}"', _IGNORE_KEYS
         used = {k: None for m in messages for k, value in m.items() if value not in EMPTY}
         for key in [key for key in used if key not in ("role", "content")]:
             shorter = [{k: v for k, v in m.items() if k != key} for m in messages]
             other = [{k: _another(v) if k == key else v for k, v in m.items()} for m in messages]
             if is_idle((shorter, variables), (other, variables)):
-                yield f'the key "{key}" of messages'
+                yield f'the key "{key}" of messages', _IGNORE_KEYS
         roles = {message["role"]: None for message in messages if message["content"]}
         for role in [role for role in roles if role not in SPEAKERS]:
             fewer = [m for m in messages if m["role"] != role]
@@ -251,7 +252,7 @@ class ChatTemplate:
                 for m in messages
             ]
             if is_idle((fewer, variables), (other, variables)):
-                yield f'the messages of the role "{role}"'
+                yield f'the messages of the role "{role}"', "take these messages out of the file"
 
     def _tail(self, messages: list[Message], variables: dict[str, Any], whole: str) -> str | None:
         """What the template appends to every conversation, whatever it is asked for.

@@ -119,10 +119,15 @@ def sentencepiece_data(processor: Any) -> TokenizerData:
 
 
 def hugging_face_data(tokenizer: Any) -> TokenizerData:
-    """Of a fast Hugging Face tokenizer; the end-of-document token is its eos token."""
+    """Of a fast Hugging Face tokenizer.
+
+    The end-of-document token is its eos token, and its sep token if it has no eos token, as in
+    Megatron's own class for these tokenizers.
+    """
+    eos = tokenizer.eos_token_id
     return TokenizerData(
         vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
-        eod=tokenizer.eos_token_id,
+        eod=tokenizer.sep_token_id if eos is None else eos,
         mask=mask_id(tokenizer),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
     )

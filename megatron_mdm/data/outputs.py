@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -25,7 +26,7 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
     Raises:
         UserError: A file cannot be put in its place.
     """
-    temporary = [f"{target}.tmp-{os.getpid()}" for target in targets]
+    temporary = [_beside(target) for target in targets]
     doomed = list(temporary)
     try:
         directory = os.path.dirname(os.path.abspath(targets[0]))
@@ -60,7 +61,7 @@ def new_directory(target: str) -> Iterator[str]:
     target = os.path.abspath(target)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or give another directory")
-    temporary = f"{target}.tmp-{os.getpid()}"
+    temporary = _beside(target)
     with write_errors(target):
         os.makedirs(temporary)
     try:
@@ -81,7 +82,7 @@ def set_aside(directory: str) -> Iterator[None]:
     Raises:
         UserError: It cannot be renamed.
     """
-    old = f"{os.path.abspath(directory)}.old-{os.getpid()}"
+    old = _beside(os.path.abspath(directory), "old")
     with write_errors(directory):
         os.rename(directory, old)
     try:
@@ -130,6 +131,11 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
         raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{flag} {path} needs matplotlib: pip install 'megatron-mdm[plot]'")
+
+
+def _beside(target: str, kind: str = "tmp") -> str:
+    """A name beside a target that no thread, process or other machine has."""
+    return f"{target}.{kind}-{secrets.token_hex(8)}"
 
 
 def _flush_to_disk(path: str) -> None:

@@ -177,6 +177,7 @@ def preprocess(
     skip_bad_lines: bool = False,
     progress: bool = True,
     unless_done: bool = False,
+    replace: bool = True,
     command: Sequence[str] = (),
 ) -> PreprocessSummary | None:
     """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`, complete or not at all.
@@ -200,6 +201,7 @@ def preprocess(
         progress: Whether to show a progress bar on stderr.
         unless_done: Whether to keep files that were made from the same inputs, by their contents,
             with the same tokenizer and options.
+        replace: Whether to replace other files that are there.
         command: The words of the command line, for the record.
 
     Returns:
@@ -207,7 +209,8 @@ def preprocess(
 
     Raises:
         UserError: An unreadable document, no documents, no end-of-document token, an output that
-            cannot be written or would replace another file, or a worker that died.
+            cannot be written, would replace another file or is not to be replaced, or a worker that
+            died.
     """
     start = time.perf_counter()
     workers = default_workers() if workers is None else workers
@@ -215,7 +218,8 @@ def preprocess(
         raise UserError(f"--workers {workers}: must be at least 1")
     if append_eod and tokenizer.eod is None:
         raise UserError(
-            "the tokenizer has no end-of-document (eos) token: pass --no-append-eod to do without"
+            "the tokenizer has no end-of-document token (eos or sep): pass --no-append-eod to do "
+            "without"
         )
     special_tokens = _special_tokens(special_tokens, tokenizer, pairs)
     check_free(f"{output_prefix}.json", f"--output-prefix {output_prefix}")
@@ -229,6 +233,12 @@ def preprocess(
     }
     if unless_done and is_made_from(output_prefix, inputs, options):
         return None
+    if not replace and os.path.lexists(f"{output_prefix}.idx"):
+        was = ", and was made from other inputs or options" if unless_done else ""
+        raise UserError(
+            f"{output_prefix}.idx exists{was}: give another --output-prefix, or remove what was "
+            "made with it (--no-replace)"
+        )
     summary = PreprocessSummary(output_prefix, "", workers)
     encoder = (
         (ChunkEncoder, tokenizer, json_key) if pairs is None else (PairEncoder, tokenizer, pairs)

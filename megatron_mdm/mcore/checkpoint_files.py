@@ -89,7 +89,7 @@ def find_checkpoint(
                 f"{root / TRACKER} says {RELEASE}, which Megatron loads whatever --ckpt-step says: "
                 "leave --ckpt-step out, or write the iteration into that file"
             )
-        return _whole(SavedCheckpoint(directory, iteration), there, ckpt_format)
+        return _whole(SavedCheckpoint(directory, iteration), there, ckpt_format, is_named=True)
     text = _read_tracker(root)
     if text is None:
         newest = _newest_complete(root, there, ckpt_format)
@@ -107,18 +107,36 @@ def find_checkpoint(
 
 
 def _whole(
-    checkpoint: SavedCheckpoint, there: list[int | None], ckpt_format: str
+    checkpoint: SavedCheckpoint,
+    there: list[int | None],
+    ckpt_format: str,
+    is_named: bool = False,
 ) -> SavedCheckpoint:
     """The checkpoint itself.
+
+    Args:
+        checkpoint: that is to be loaded.
+        there: iterations in its directory.
+        ckpt_format: see `find_checkpoint`.
+        is_named: by --ckpt-step, and not by the tracker.
 
     Raises:
         UserError: it is not complete.
     """
     wrong = problem(checkpoint.path, ckpt_format)
     if wrong:
-        others = [other for other in there if other != checkpoint.iteration]
-        newest = _newest_complete(Path(checkpoint.directory), others, ckpt_format)
-        raise UserError(f"{checkpoint.path} {wrong}: {_remedy(Path(checkpoint.directory), newest)}")
+        # Later ones are of a branch that the run has left, if there are any.
+        before = [i for i in there if (i or 0) < (checkpoint.iteration or 0)]
+        root = Path(checkpoint.directory)
+        earlier = _newest_complete(root, before, ckpt_format)
+        if is_named and earlier is not None and earlier.iteration is not None:
+            remedy = f"take the newest complete one before it, --ckpt-step {earlier.iteration}"
+        elif earlier is not None:
+            remedy = _remedy(root, earlier, " before it")
+        else:
+            others = [other for other in there if other != checkpoint.iteration]
+            remedy = _remedy(root, _newest_complete(root, others, ckpt_format))
+        raise UserError(f"{checkpoint.path} {wrong}: {remedy}")
     return checkpoint
 
 
@@ -188,11 +206,14 @@ def _newest_complete(
     return next((c for c in candidates if not problem(c.path, ckpt_format)), None)
 
 
-def _remedy(root: Path, newest: SavedCheckpoint | None) -> str:
+def _remedy(root: Path, newest: SavedCheckpoint | None, which: str = "") -> str:
     if newest is None:
         return "no complete checkpoint is left there; give another directory"
     text = RELEASE if newest.iteration is None else newest.iteration
-    return f"the newest complete checkpoint is {newest}; to take it: echo {text} > {root / TRACKER}"
+    return (
+        f"the newest complete checkpoint{which} is {newest}; to take it: echo {text} > "
+        f"{root / TRACKER}"
+    )
 
 
 def _read_tracker(root: Path) -> str | None:

@@ -262,8 +262,11 @@ def build_datasets(
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
     return [
-        # Megatron makes no loader of a mixture without rows.
-        None if dataset is None or period == 0 else _rows(args, dataset, pad, period, first)
+        # Megatron makes no loader of a mixture without rows. Several files without weights have
+        # each text once, which may be fewer than an evaluation takes.
+        None
+        if dataset is None or period == 0
+        else _rows(args, dataset, pad, period and min(period, len(dataset)), first)
         for dataset, period, first in zip(
             datasets, [None, valid, test], [offset, 0, 0], strict=True
         )

@@ -34,7 +34,7 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
         tokenizer: Megatron's.
 
     Raises:
-        UserError: a file was made with another tokenizer.
+        UserError: a file was made with another tokenizer, unless --mdm-allow-flag-change.
     """
     args.mdm_data = args.mdm_tokenizer = None
     if not is_first_rank():
@@ -52,9 +52,15 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
     ]
     compared: list[dict[str, Any] | None] = []
     for entry in args.mdm_data:
-        if entry.get("tokenizer") not in compared:  # of thousands of files most have the same
+        if entry.get("tokenizer") in compared:  # of thousands of files most have the same
+            continue
+        compared.append(entry.get("tokenizer"))
+        try:
             check_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
-            compared.append(entry.get("tokenizer"))
+        except UserError as error:
+            if not args.mdm_allow_flag_change:
+                raise UserError(f"{error}, or add --mdm-allow-flag-change") from error
+            notice(str(error))
 
 
 def _shares(prefixes: list[str], weights: list[float] | None) -> list[float | None]:
@@ -168,5 +174,5 @@ def share_identities(args: Namespace) -> None:
 
 def cache_keys(args: Namespace) -> dict[str, str]:
     """Prefix -> what tells its content, for the keys of Megatron's index cache."""
-    entries = args.mdm_data or []
+    entries = getattr(args, "mdm_data", None) or []  # a checkpoint may be older than this
     return {e["prefix"]: e.get("full") or e["quick"] for e in entries if e.get("quick")}

@@ -21,6 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_mdm.data.outputs import complete_or_absent, write_errors
 from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.ranks import notice
 
 
 @dataclass
@@ -105,4 +106,4 @@ def remove_damaged(directory: str, key: str) -> None:
             np.load(path, mmap_mode="r")
         except (ValueError, EOFError):  # NumPy's words for a file that is cut short
             os.unlink(path)
-            print(f"{path} was damaged, and is made anew", flush=True)
+            notice(f"{path} was damaged, and is made anew")

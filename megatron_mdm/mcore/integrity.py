@@ -20,8 +20,18 @@ from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.mcore.unpickling import METADATA, read_metadata
 
 ALGORITHM = "sha256"  # the only one that Megatron reads
+
+
+def remove_sums(path: Path) -> None:
+    """Removes the sums of a checkpoint that is about to be saved over; a collective call.
+
+    Raises:
+        SharedError: they cannot be removed.
+    """
+    _on_first_rank(lambda: (path / INTEGRITY_FNAME).unlink(missing_ok=True))
 
 
 def write_sums(path: Path) -> None:
@@ -33,7 +43,8 @@ def write_sums(path: Path) -> None:
     Raises:
         SharedError: a file cannot be read, or the sums cannot be written.
     """
-    names = [name for name in _on_first_rank(lambda: _sizes(path)) if name != INTEGRITY_FNAME]
+    # A shared disk may not show the first rank yet what others have just written.
+    names = _on_first_rank(lambda: sorted({*_sizes(path), *_shards(path)} - {INTEGRITY_FNAME}))
     rank, ranks = _rank_and_size()
     # Its writer has a file in memory still.
     own = [name for name in names if _writer(name) % ranks == rank]
@@ -65,6 +76,12 @@ def check_sums(path: Path) -> None:
     sums = _gathered({name: _sum(path / name) for name in own})
     _raise_unread(path, sums)
     wrong = sorted(name for name in expected if sums[name] != expected[name])
+    unsummed = [] if wrong else _on_first_rank(lambda: sorted(_shards(path) - expected.keys()))
+    if unsummed:
+        raise SharedError(
+            f"{path / INTEGRITY_FNAME} has no sum of {unsummed[0]}: copy the checkpoint again, or "
+            "take another one"
+        )
     if wrong:
         raise SharedError(
             f"{path} is damaged: {wrong[0]} is not as it was saved, by its sum in "
@@ -90,6 +107,15 @@ def _expected(path: Path) -> dict[str, str] | None:
 
 def _sizes(path: Path) -> dict[str, int]:
     return {entry.name: entry.stat().st_size for entry in os.scandir(path) if entry.is_file()}
+
+
+def _shards(path: Path) -> set[str]:
+    """The files that hold the checkpoint's tensors, by its index."""
+    if not (path / METADATA).exists():
+        return set()
+    return {
+        item.relative_path for item in (read_metadata(path / METADATA).storage_data or {}).values()
+    }
 
 
 def _writer(name: str) -> int:

@@ -24,8 +24,10 @@ from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_
 from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
 from megatron_mdm.mcore.hybrid import HybridModelWithHead, bidirectional_stack
 from megatron_mdm.mcore.metrics import LogState, finalize_and_log
+from megatron_mdm.mcore.ranks import equal_on_all_ranks
 from megatron_mdm.mcore.routers import count_short_rows, router_loss_scale
-from megatron_mdm.mcore.sampler_state import SamplerState, equal_on_all_ranks, online_sampler
+from megatron_mdm.mcore.sampler_state import SamplerState, online_sampler
+from megatron_mdm.mcore.start import check_same_start
 from megatron_mdm.mcore.vocabulary import leave_out_padding
 from megatron_mdm.objective.fit_file import load_sampler
 
@@ -73,7 +75,7 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     if not get_args().skip_train:
         in_checkpoint = getattr(get_args(), "mdm_log_state_in_checkpoint", False)
         model.mdm_logs = LogState(model.config, vp_stage, in_checkpoint)
-    _check_density_file()
+    _check_ranks_agree()
     return model
 
 
@@ -95,14 +97,16 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
 
 
 @lru_cache  # once a process, whatever the number of its virtual stages
-def _check_density_file() -> None:
-    """Compares the density of --mdm-ppots-file between ranks, which may lie on different disks.
+def _check_ranks_agree() -> None:
+    """Compares what ranks have read from files, which may lie on different disks.
 
     Raises:
+        SharedError: they would start from different checkpoints.
         UserError: stages would mask the same row differently.
     """
+    check_same_start(get_args())
     path = getattr(get_args(), "mdm_ppots_file", None)
-    if path and not equal_on_all_ranks(load_sampler(path).sampler()):
+    if path and not equal_on_all_ranks(load_sampler(path).sampler().digest()):
         raise UserError(
             f"--mdm-ppots-file {path} is not the same file on all nodes: copy one to all of them"
         )

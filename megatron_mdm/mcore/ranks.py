@@ -1,7 +1,11 @@
-"""This process among those that a launcher started, before they are connected."""
+"""This process among those that a launcher started."""
 
 import os
 from typing import TextIO
+
+import torch
+
+from megatron_mdm.errors import escaped
 
 
 def is_first_rank() -> bool:
@@ -14,12 +18,20 @@ def is_first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
+def equal_on_all_ranks(digest: str) -> bool:
+    """Whether all ranks have the same digest, in hexadecimal; a collective call, of 16 bytes."""
+    number = int(digest[:15], 16)
+    ends = torch.tensor([number, -number], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 def notice(text: str, file: TextIO | None = None) -> None:
     """Prints a line that tells a user what a run or a tool does, on the first rank alone.
 
     Args:
-        text: the line.
+        text: the line; what cannot be shown is escaped.
         file: where to; None: stdout.
     """
     if is_first_rank():
-        print(text, file=file, flush=True)
+        print(escaped(text), file=file, flush=True)

@@ -58,6 +58,12 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     kept_order = saved.get("mdm_row_order") if is_resumed else None
     args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
     if not is_resumed:
+        before = saved.get("mdm_mask_token_id")
+        if before not in (None, args.mdm_mask_token_id):
+            notice(
+                f"the checkpoint was trained with mask token {before}, and this run has "
+                f"{args.mdm_mask_token_id}"
+            )
         return
     settings = [f.name for f in fields(MDMConfig) if group(f.name) is Group.OBJECTIVE]
     changes = _changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])

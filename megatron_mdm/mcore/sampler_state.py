@@ -21,6 +21,7 @@ from megatron.training import get_args
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.carried_state import CarriedState
 from megatron_mdm.mcore.context import counts_rows
+from megatron_mdm.mcore.ranks import equal_on_all_ranks
 from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.fits import FitError, PotsFit, fit
 from megatron_mdm.objective.pots import PotsState, accumulate
@@ -101,7 +102,7 @@ class OnlineSampler:
             self.state.moments.decay(self.config.mdm_ppots_decay)
         except FitError as error:
             result = error
-        if not equal_on_all_ranks(self.state.sampler):
+        if not equal_on_all_ranks(self.state.sampler.digest()):
             raise RuntimeError(
                 f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
                 f"than others at iteration {self.iteration}: the machines compute differently, or "
@@ -152,14 +153,6 @@ class OnlineSampler:
             self.pending = None
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all
-
-
-def equal_on_all_ranks(sampler: PiecewiseSampler) -> bool:
-    """Whether all ranks have the same density; a collective call, of 16 bytes."""
-    digest = int(sampler.digest()[:15], 16)
-    ends = torch.tensor([digest, -digest], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
-    return bool(ends[0] == -ends[1])
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from megatron.training import checkpointing
 from megatron_mdm.data.outputs import complete_or_absent
 from megatron_mdm.mcore.checkpoint_files import TRACKER, is_remote
 from megatron_mdm.mcore.device import replaced
-from megatron_mdm.mcore.integrity import check_sums, write_sums
+from megatron_mdm.mcore.integrity import check_sums, remove_sums, write_sums
 
 
 @contextmanager
@@ -26,14 +26,15 @@ def safe_checkpoints(hashes: bool) -> Iterator[None]:
 
     Args:
         hashes: write the sums of each checkpoint's files before the tracker moves, of an
-            asynchronous save too, and check them before tensors are read (integrity.py).
+            asynchronous save too, and check them before tensors are read (integrity.py). Without,
+            sums of a checkpoint that is saved over are removed.
     """
     with ExitStack() as stack:
         files = _WholeTracker(checkpointing.maybe_msc)
         stack.enter_context(replaced(checkpointing, "maybe_msc", files))
+        save, load = dist_checkpointing.save, dist_checkpointing.load
+        stack.enter_context(replaced(dist_checkpointing, "save", _with_sums(save, hashes)))
         if hashes:
-            save, load = dist_checkpointing.save, dist_checkpointing.load
-            stack.enter_context(replaced(dist_checkpointing, "save", _with_sums(save)))
             stack.enter_context(replaced(dist_checkpointing, "load", _checked(load)))
         yield
 
@@ -61,10 +62,13 @@ def _renamed_when_written(path: str) -> Iterator[Any]:
         file.flush()
 
 
-def _with_sums(save: Any) -> Any:
+def _with_sums(save: Any, hashes: bool) -> Any:
     def save_with_sums(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any):
-        request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if is_remote(str(checkpoint_dir)):
+            return save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        remove_sums(Path(checkpoint_dir))
+        request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        if not hashes:
             return request
         if request is None:
             write_sums(Path(checkpoint_dir))

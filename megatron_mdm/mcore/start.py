@@ -15,20 +15,24 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training.checkpointing import _load_base_checkpoint
 
 from megatron_mdm.config import flag
-from megatron_mdm.errors import UserError
+from megatron_mdm.data.record import digest
+from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint, is_remote
-from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.mcore.ranks import equal_on_all_ranks, notice
 from megatron_mdm.mcore.unpickling import check_pickles
 
 SUMMED = "torch_dist"  # the format whose files have sums (saving.py)
+# How a run begins, and does not go on.
+_CHANGEABLE = ("finetune", "no_load_optim", "no_load_rng")
 
 
 def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
     """Decides on the checkpoint to load, and makes the arguments say so.
 
     A command that begins from one directory, or from one iteration of it, and saves into another
-    finds checkpoints of its own there when it is given again, and then goes on from these. So
-    --load, --ckpt-step, --finetune, --no-load-optim and --no-load-rng may change here.
+    finds checkpoints of its own there when it is given again, and then goes on from these. From a
+    converted model a new run begins. So --load, --ckpt-step, --finetune, --no-load-optim and
+    --no-load-rng may change here.
     `args.mdm_started_from` records how the run began.
 
     Args:
@@ -50,9 +54,30 @@ def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
     if own is not None:
         _go_on_or_refuse(args, own, of_own)
     source, found = _source(args)
+    if found is not None and found.iteration is None:
+        args.finetune = True  # a converted model is no run that could go on
     if source is None or (own is not None and _is_same(found, own)):
         return source, of_own if source else {}
     return source, saved_arguments(args, found or SavedCheckpoint(source, args.ckpt_step))
+
+
+def check_same_start(args: Namespace) -> None:
+    """Checks that all ranks start from one checkpoint; a collective call.
+
+    Each rank has looked at its own disk, and a shared one need not show all nodes the same.
+
+    Raises:
+        SharedError: they do not.
+    """
+    names = ("load", "pretrained_checkpoint", "ckpt_step", *_CHANGEABLE)
+    start = {name: getattr(args, name) for name in names}
+    if not equal_on_all_ranks(digest(start)):
+        where = args.load or args.pretrained_checkpoint or "random weights"
+        raise SharedError(
+            f"the ranks see different checkpoints: this one would start from {where}, others from "
+            "elsewhere or otherwise. Check that --save and --load are the same directories on all "
+            "nodes, and start again"
+        )
 
 
 def check_checkpoints(args: Namespace) -> None:
@@ -97,7 +122,8 @@ def _go_on_or_refuse(args: Namespace, own: SavedCheckpoint, saved: Mapping[str, 
             "from there (--mdm-overwrite-save begins it again)"
         )
         args.load, args.ckpt_step = args.save, None
-        args.finetune = args.no_load_optim = args.no_load_rng = False
+        for name in _CHANGEABLE:
+            setattr(args, name, False)
     elif in_place and not args.finetune:
         if args.ckpt_step is not None:
             notice(

@@ -14,6 +14,7 @@ from megatron.core import mpu
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_rows
 
 
@@ -23,7 +24,8 @@ def resolve_vocab_size(
     """Sets `args.mdm_vocab_size`, the number of rows that are tokens.
 
     It is the checkpoint's: a converted model has trained rows beyond its tokenizer's. In a new run
-    it is that of the tokenizer, and of the mask token if that comes after it.
+    it is that of the tokenizer, and of the mask token if that comes after it. A new run that begins
+    from a checkpoint (--finetune) may make tokens of rows of its padding, if it says so.
 
     Args:
         args: of this run, with the id of the mask token.
@@ -37,6 +39,13 @@ def resolve_vocab_size(
     """
     needed = max(tokenizer_rows(tokenizer), args.mdm_mask_token_id + 1)
     size, given = saved.get("mdm_vocab_size"), args.mdm_vocab_size
+    begins = args.finetune or source != args.load
+    if size is not None and begins and (given or 0) > size:
+        notice(
+            f"the checkpoint in {source} has {size} tokens: the rows of the other "
+            f"{given - size} (--mdm-vocab-size {given}) have not been trained"
+        )
+        size = given
     if size is not None:
         if given not in (None, size):
             raise UserError(
@@ -44,10 +53,11 @@ def resolve_vocab_size(
                 "the flag out"
             )
         if needed > size:
+            new = f", or --mdm-vocab-size {needed} for new tokens" if begins else ""
             raise UserError(
                 f"the tokenizer and the mask token have ids up to {needed - 1}, and the checkpoint "
                 f"in {source} has a vocabulary of {size} tokens: give the tokenizer that it was "
-                "trained with"
+                f"trained with{new}"
             )
         if given is None and _is_of_another_tokenizer(args, tokenizer, saved):
             raise UserError(

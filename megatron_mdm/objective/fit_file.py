@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def save_sampler(path: str | Path, fit: PotsFit) -> None:
         "edges": fit.table.edges.tolist(),
         "density": fit.table.values.tolist(),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         # Python writes floats by their shortest exact decimals: they are read back bit for bit.
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

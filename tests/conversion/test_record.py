@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import hub, record
 from megatron_mdm.data.outputs import set_aside
+from megatron_mdm.data.record import made_from
 from tests.conversion import models
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -52,6 +53,8 @@ def test_both_ways(tmp_path, convert):
     assert (there / "launch.txt").exists() and not list(tmp_path.glob("mg.*"))
     assert converted("--pad-vocab-to-multiple-of", "3", "--replace")
     assert converted("--replace")
+    # Without trust no logits were compared.
+    assert "no record says" in again("--trust-remote-code")
     # A tokenizer that lies beside the weights counts too.
     (source / "added_tokens.json").write_text("{}")
     assert "no record says" in again() and converted("--replace")
@@ -66,6 +69,18 @@ def test_both_ways(tmp_path, convert):
     assert done not in convert("huggingface", there, back, "--dtype", "bfloat16", "--replace")
     (there / "huggingface/added_tokens.json").unlink()
     assert "no record says" in convert("huggingface", there, back, "--dtype", "bfloat16")
+
+    # Whoever asks for a damaged one gets it.
+    shard = there / "release" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "is damaged: __0_0.distcp" in convert("huggingface", there, tmp_path / "damaged")
+    assert f"{tmp_path / 'damaged'}: qwen2" in convert(
+        "huggingface", there, tmp_path / "damaged", "--no-checkpoint-hashes"
+    )
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
 
     # What lies in the output is all there, and nothing else is removed.
     (back / "mine").write_text("")
@@ -94,14 +109,14 @@ def test_a_failed_conversion_leaves_what_was_to_be_replaced(tmp_path, convert):
 def test_large_files_are_told_apart_by_a_part_of_each_mib(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(3 << 20))
-    found = [record.made_from([path], {})]
+    found = [made_from([path], {})]
     for place in (0, 1 << 19, 1 << 20, 2 << 20):
         path.write_bytes(bytes(place) + b"x" + bytes((3 << 20) - place - 1))
-        found.append(record.made_from([path], {}))
+        found.append(made_from([path], {}))
     path.write_bytes(bytes((3 << 20) + 1))
-    found.append(record.made_from([path], {}))
-    found.append(record.made_from([path], {"dtype": "bfloat16"}))
-    found.append(record.made_from([path.rename(tmp_path / "other.safetensors")], {}))
+    found.append(made_from([path], {}))
+    found.append(made_from([path], {"dtype": "bfloat16"}))
+    found.append(made_from([path.rename(tmp_path / "other.safetensors")], {}))
     assert len(set(found)) == len(found)
 
 

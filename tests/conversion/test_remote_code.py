@@ -68,6 +68,16 @@ def test_without_the_flag_tokenizer_json_takes_its_place(source, tmp_path, monke
     assert result.returncode == 0 and result.stdout.startswith("w1 w2 ") and not ran
 
 
+def test_a_name_of_code_does_not_forge_a_line(source, tmp_path):
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["x\nerror: fake\x1b[31m.T", None]}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    said = []
+    to_megatron(str(source), str(tmp_path / "mg"), say=said.append)
+    assert r"its Python code, x\nerror: fake\x1b[31m.T, was not run" in said[0]
+    assert all(line.isprintable() for line in said[:-1])  # the last one is the launch line
+
+
 def test_what_a_checkpoint_says_of_trust_does_not_count(source, tmp_path):
     checkpoint = tmp_path / "mg"
     to_megatron(str(source), str(checkpoint), trust=True, say=str)

@@ -194,6 +194,17 @@ def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
     assert "was not compared with the run's, which is not at" in said[1]
 
 
+def test_a_tokenizer_that_was_replaced_is_not_written(tmp_path):
+    """The run's own, and thus the one that is written, is another one by now."""
+    source = models.make("llama", tmp_path / "hf")
+    write_tokenizer(source, 90)
+    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    words = {f"w{i}": i for i in range(90)} | {"w7": 8, "w8": 7, "<unk>": 89}
+    models.write_tokenizer(tmp_path / "mg" / "huggingface", words)
+    with pytest.raises(UserError, match="huggingface is not the one that the checkpoint was train"):
+        to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"))
+
+
 def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
     (tmp_path / "text.txt").write_text("some words to learn from\n" * 50)
     model = tmp_path / "my.model"

@@ -296,7 +296,7 @@ def test_messages_that_a_template_leaves_out_are_refused(tmp_path):
     speakers = "{% for m in messages %}{{ m.content if m.role != 'system' }};{% endfor %}"
     assert rendered(tmp_path, speakers.replace(";", ""), row)[1] == (
         'x.jsonl:7: the chat template renders the same without the messages of the role "system": '
-        "--ignore-keys leaves out the keys that it names"
+        "take these messages out of the file"
     )
     row["m"][0]["content"] = ""
     assert rendered(tmp_path, speakers.replace(";", ""), row) == (("a", "b"), None)

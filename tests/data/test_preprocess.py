@@ -23,6 +23,8 @@ import sentencepiece
 
 from megatron_mdm.data import preprocess as module
 from megatron_mdm.data.documents import read_documents, resolve_inputs
+from megatron_mdm.data.encoding import hugging_face_data
+from megatron_mdm.data.fingerprint import differs, fingerprint
 from megatron_mdm.data.identity import data_identity
 from megatron_mdm.data.outputs import complete_or_absent, termination_raises
 from megatron_mdm.data.pairs import PairKeys
@@ -410,15 +412,18 @@ def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
         assert (summary.documents, summary.bad_documents) == (2, 1)
 
 
-def test_hugging_face_agrees_with_megatron(tmp_path):
+@pytest.mark.parametrize("end", ["eos_token", "sep_token"])
+def test_hugging_face_agrees_with_megatron(tmp_path, end):
+    """BERT's tokenizer has a sep token, and no eos token."""
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
-    tokenizer = save_hugging_face(tmp_path / "hf", WORDS, eos_token="</s>")
+    tokenizer = save_hugging_face(tmp_path / "hf", WORDS, **{end: "</s>"})
     theirs = HuggingFaceTokenizer(str(tmp_path / "hf"))
     text = "a b nonsense c"
     run([write_jsonl(tmp_path / "a.jsonl", [text])], tmp_path / "out", tokenizer)
     assert read(tmp_path / "out") == [[*theirs.text_to_ids(text), theirs.eod]]
     assert tokenizer.vocab_size == theirs.vocab_size
+    assert differs(fingerprint(tokenizer), hugging_face_data(theirs.tokenizer)) == ""
 
 
 @pytest.mark.parametrize(
@@ -469,6 +474,20 @@ def test_existing_output_is_replaced_by_success_only(tmp_path, tokenizer, expect
         "old.idx",
         "old.json",
     ]
+
+
+def test_output_is_kept_where_it_is_not_to_be_replaced(tmp_path, tokenizer, expected):
+    """A training may have begun with it."""
+    once = {"unless_done": True, "replace": False}
+    source = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    assert run([source], tmp_path / "out", tokenizer, **once).documents == 1
+    assert run([source], tmp_path / "out", tokenizer, **once) is None
+    write_jsonl(tmp_path / "a.jsonl", ["a", "b"])
+    with pytest.raises(UserError, match=r"out.idx exists, and was made from other inputs or opti"):
+        run([source], tmp_path / "out", tokenizer, **once)
+    with pytest.raises(UserError, match=r"out.idx exists: give another --output-prefix, or rem"):
+        run([source], tmp_path / "out", tokenizer, replace=False)
+    assert read(tmp_path / "out") == expected(["a"])
 
 
 def test_output_directory_is_made(tmp_path, tokenizer, expected):

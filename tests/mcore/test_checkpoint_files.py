@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from megatron.core import dist_checkpointing
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.integrity import INTEGRITY_FNAME, check_sums, write_sums
+from megatron_mdm.mcore.saving import safe_checkpoints
 from tests import ranks
 from tests.old_checkpoints.unpack import unpack
 
@@ -54,9 +56,24 @@ def test_damage_is_named_with_a_remedy_that_works(case, run):
         find_checkpoint(str(run))
     text = str(caught.value)
     assert message in text and "\n" not in text
-    assert f"the newest complete checkpoint is iteration {newest}; to take it: echo" in text
+    which = "" if newest == 6 else " before it"
+    assert f"the newest complete checkpoint{which} is iteration {newest}; to take it: ech" in text
     os.system(text.rpartition("to take it: ")[2])
     assert find_checkpoint(str(run)).path == run / f"iter_{newest:07d}"
+
+
+def test_a_branch_that_the_run_has_left_is_no_remedy(run):
+    """As after --ckpt-step 3: the tracker is behind checkpoints of before."""
+    shutil.copytree(latest(run), run / "iter_0000004")
+    (run / TRACKER).write_text("4")
+    cut(run / "iter_0000004" / "__0_0.distcp")
+    with pytest.raises(UserError, match="complete checkpoint before it is iteration 3; to take it"):
+        find_checkpoint(str(run))
+    with pytest.raises(UserError, match="take the newest complete one before it, --ckpt-step 3$"):
+        find_checkpoint(str(run), 4)
+    shutil.rmtree(run / "iter_0000003")
+    with pytest.raises(UserError, match="complete checkpoint is iteration 6; to take it: echo 6"):
+        find_checkpoint(str(run))
 
 
 def test_nothing_whole_is_left(run):
@@ -145,6 +162,28 @@ def test_sums_that_are_missing_or_damaged(run, capfd):
         (latest(run) / INTEGRITY_FNAME).write_text(text)
         with pytest.raises(UserError, match=f"{INTEGRITY_FNAME} is damaged: copy"):
             check_sums(latest(run))
+
+
+def test_every_shard_has_a_sum(run):
+    """Whatever the first rank has been shown of a shared disk."""
+    path = latest(run)
+    write_sums(path)
+    content = json.loads((path / INTEGRITY_FNAME).read_text())
+    del content["files"]["__0_0.distcp"]
+    (path / INTEGRITY_FNAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{INTEGRITY_FNAME} has no sum of __0_0.distcp: copy the"):
+        check_sums(path)
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match="cannot be read whole .__0_0.distcp: No such file"):
+        write_sums(path)
+
+
+def test_sums_of_what_is_saved_over_go(run, monkeypatch):
+    write_sums(latest(run))
+    monkeypatch.setattr(dist_checkpointing, "save", lambda state, path: None)
+    with safe_checkpoints(hashes=False):
+        dist_checkpointing.save({}, str(latest(run)))
+    assert not (latest(run) / INTEGRITY_FNAME).exists()
 
 
 def test_sums_are_there_before_the_tracker_moves(tmp_path):

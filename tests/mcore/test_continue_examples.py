@@ -199,7 +199,9 @@ def test_the_same_command_goes_on_and_another_model_starts_anew(example):
     assert all("--unless-done" in call for call in (first[0], first[1], first[3]))
     again = example.run("continue_llada.sh", models[0], str(texts))[1]
     # What a training began with is not replaced.
-    assert again == [[word for word in first[0] if word != "--replace"], *first[1:]]
+    assert again[0] == [word for word in first[0] if word != "--replace"]
+    assert [word for word in again[1] if word != "--no-replace"] == first[1] != again[1]
+    assert again[2:] == first[2:]
     assert "--replace" in first[0] and "--replace" in first[3]
 
     directories = {run}

@@ -86,6 +86,18 @@ def test_files_without_weights_that_do_not_last_are_refused(run, tmp_path):
     assert len(run("short", data=("text", "more")).losses) == 4
 
 
+def test_evaluations_go_on_with_files_without_weights_that_do_not_last(run, tmp_path):
+    """They take every text once before they take one again."""
+    for name in ("text", "more"):
+        ranks.write_documents(tmp_path / name, DOCUMENTS)
+    flags = ["--eval-interval", "2", "--split", "80,20,0"]
+    few, many = (
+        run(iters, *flags, "--eval-iters", iters, data=("text", "more")) for iters in ("2", "40")
+    )
+    assert len(many.scalars["mdm/validation NELBO"]) == len(few.scalars["mdm/validation NELBO"])
+    assert "texts" in "".join(many.output)
+
+
 # -- a resume
 
 
@@ -181,6 +193,8 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
     run("one", *with_tokenizer(tmp_path, "one"), *save, drop=NULL)
     line = the_error(run("two", *with_tokenizer(tokenizers, "two"), drop=NULL, check=False))
     assert f"{tmp_path / 'text'} was made with another tokenizer than this one: its ids" in line
+    allowed = [*with_tokenizer(tokenizers, "two"), "--mdm-allow-flag-change"]
+    assert len(run("allowed", *allowed, drop=NULL).losses) == 4
     # A record that is not of the files says nothing; the checkpoint still does.
     (tmp_path / "text.json").unlink()
     resume = [*with_tokenizer(tokenizers, "two"), "--load", str(tmp_path / "save")]

@@ -37,6 +37,15 @@ def test_tools_open_an_old_checkpoint(tmp_path):
     assert found == pytest.approx(EXPECTED["logits"], rel=1e-5)
 
 
+def test_tools_measure_an_old_checkpoint_on_pairs(tmp_path):
+    unpack("packed-pairs", tmp_path)
+    write_data(tmp_path)
+    measured = "--data pairs --rows 4 --rates 4 --masks 2 --batch 4 --bins 4 --output report.json"
+    words = ["tools/variance_report.py", "--load", "checkpoint", "--device", "cpu"]
+    ranks.launch(tmp_path, 1, "--", *words, *measured.split(), entry="tool_in_its_directory")
+    assert (tmp_path / "report.json").exists()
+
+
 def test_every_newer_setting_has_a_value_for_old_checkpoints(tmp_path):
     directory = unpack("pretraining", tmp_path)
     saved = vars(load_common_state_dict(str(directory / f"iter_{SAVED:07d}"))["args"])

@@ -96,6 +96,27 @@ def test_a_resume_takes_the_latest(start, run):
     assert start("--load", run)[0] == run
 
 
+def test_a_new_run_begins_from_a_converted_model(start, run, tmp_path):
+    """Also without --finetune: Megatron loads a release as it does with it."""
+    release(run)
+    flags = ["--load", run, "--save", tmp_path / "new"]
+    directory, args = start(*flags)
+    assert directory == run and args.finetune
+    # It goes on from its own checkpoints when the command is given again.
+    shutil.copytree(unpack("mirror", tmp_path / "mirror"), tmp_path / "new")
+    saved_by(args, tmp_path / "new")
+    directory, args = start(*flags)
+    assert directory == str(tmp_path / "new") and not args.finetune
+
+
+def test_ranks_that_would_start_from_elsewhere_stop(base, tmp_path):
+    """A shared disk does not show all nodes the same at once."""
+    launched = ranks.launch(tmp_path, 2, *base, entry="other_start", check=False)
+    assert 2 in launched.status and 0 not in launched.status
+    message = "error: the ranks see different checkpoints: this one would start from "
+    assert message in "".join(launched.output)
+
+
 # -- what is saved over
 
 

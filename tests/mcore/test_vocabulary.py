@@ -90,8 +90,10 @@ def tokenizer(size):
     return SimpleNamespace(vocab_size=size)
 
 
-def resolved(size, saved, mask=0, given=None, padded=128, model="my.model"):
+def resolved(size, saved, mask=0, given=None, padded=128, model="my.model", finetune=False):
     args = SimpleNamespace(
+        load="run",
+        finetune=finetune,
         mdm_mask_token_id=mask,
         mdm_vocab_size=given,
         padded_vocab_size=padded,
@@ -131,6 +133,22 @@ def test_a_tokenizer_that_is_too_large_for_the_checkpoint():
     saved = {"mdm_vocab_size": 100, "padded_vocab_size": 128, "mdm_tokenizer": {"size": 100}}
     with pytest.raises(UserError, match="ids up to 100, and the checkpoint in run has a vocabula"):
         resolved(101, saved)
+
+
+def test_a_new_run_may_make_tokens_of_the_padding_of_its_checkpoint(start, tmp_path):
+    """Markers of a conversation, say, which a pretrained model does not have."""
+    saved = {"mdm_vocab_size": 100, "padded_vocab_size": 128, "mdm_tokenizer": {"size": 100}}
+    assert resolved(102, saved, given=102, finetune=True) == 102
+    with pytest.raises(UserError, match="trained with, or --mdm-vocab-size 102 for new tokens"):
+        resolved(102, saved, finetune=True)
+    with pytest.raises(UserError, match="has 100 tokens; leave the flag out"):
+        resolved(100, saved, given=90, finetune=True)
+    with pytest.raises(UserError, match="the vocabulary has 129 tokens, and --padded-vocab-size"):
+        resolved(102, saved, given=129, finetune=True)
+    flags = ["--finetune", "--mdm-vocab-size", "124", "--exit-interval", "1"]
+    run = ranks.launch(tmp_path, 1, *start, *flags)
+    assert "the rows of the other 3 (--mdm-vocab-size 124) have not been trained" in run.output[0]
+    assert len(run.losses) == 1
 
 
 def test_a_checkpoint_of_be7fed4_under_another_tokenizer():
