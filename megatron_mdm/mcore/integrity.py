@@ -26,7 +26,7 @@ ALGORITHM = "sha256"  # the only one that Megatron reads
 
 
 def remove_sums(path: Path) -> None:
-    """Removes the sums of a checkpoint that is about to be saved over; a collective call.
+    """Removes the sums of a checkpoint that was saved over; a collective call.
 
     Raises:
         SharedError: they cannot be removed.

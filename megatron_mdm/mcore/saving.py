@@ -27,7 +27,7 @@ def safe_checkpoints(hashes: bool) -> Iterator[None]:
     Args:
         hashes: write the sums of each checkpoint's files before the tracker moves, of an
             asynchronous save too, and check them before tensors are read (integrity.py). Without,
-            sums of a checkpoint that is saved over are removed.
+            sums of a checkpoint that was saved over are removed.
     """
     with ExitStack() as stack:
         files = _WholeTracker(checkpointing.maybe_msc)
@@ -64,16 +64,15 @@ def _renamed_when_written(path: str) -> Iterator[Any]:
 
 def _with_sums(save: Any, hashes: bool) -> Any:
     def save_with_sums(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any):
-        if is_remote(str(checkpoint_dir)):
-            return save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        remove_sums(Path(checkpoint_dir))
         request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        if not hashes:
+        if is_remote(str(checkpoint_dir)):
             return request
+        # Until then the sums of a checkpoint that is saved over tell that its files are mixed.
+        finish = write_sums if hashes else remove_sums
         if request is None:
-            write_sums(Path(checkpoint_dir))
+            finish(Path(checkpoint_dir))
         else:  # Megatron calls these on all ranks, and moves the tracker in a later one
-            request.add_finalize_fn(lambda: write_sums(Path(checkpoint_dir)))
+            request.add_finalize_fn(lambda: finish(Path(checkpoint_dir)))
         return request
 
     return save_with_sums
