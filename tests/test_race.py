@@ -63,7 +63,8 @@ def test_the_results_of_a_race(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "write_data", shorter)
     race.run(options(tmp_path / "runs", *words))
     assert len(trained) == 18
-    monkeypatch.setattr(runs, "program", lambda: "another")
+    for name in ("program", "program_now"):
+        monkeypatch.setattr(runs, name, lambda: "another")
     race.run(options(tmp_path / "runs", *words))
     assert len(trained) == 24
 

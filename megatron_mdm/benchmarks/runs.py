@@ -80,16 +80,22 @@ def kept(
 
 def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
     """What the files of a run are called, without an ending; see `kept`."""
-    words = map(_with_contents, flags, ["", *flags])
+    words = [
+        _with_contents(word, before in READ_FROM and directory not in pathlib.Path(word).parents)
+        for before, word in zip(["", *flags], flags, strict=False)
+    ]
     return directory / digest("\n".join([program(), *words]))
 
 
-def _with_contents(word: str, before: str) -> str:
+def _with_contents(word: str, is_read: bool) -> str:
     """A word of a command, and what is in the input that it may name: a file, a .bin/.idx pair.
 
-    A directory is an input after some flags only.
+    Args:
+        word: one of a command.
+        is_read: a directory counts too. The name of one that a run has left beside its result says
+            already what it follows from.
     """
-    if before in READ_FROM and os.path.isdir(word):
+    if is_read and os.path.isdir(word):
         files = sorted(path for path in pathlib.Path(word).rglob("*") if path.is_file())
         return f"{word} {made_from(files, {})}"
     if os.path.isfile(f"{word}.idx") and os.path.isfile(f"{word}.bin"):
