@@ -51,6 +51,25 @@ def add_hashes_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def open_asked_for(
+    options: argparse.Namespace, change: Callable[[argparse.Namespace], None] | None = None
+) -> contextlib.AbstractContextManager["LoadedModel"]:
+    """Opens the checkpoint that the flags of `add_checkpoint_arguments` ask for.
+
+    Args:
+        options: the tool's flags.
+        change: see `open_checkpoint`.
+    """
+    return open_checkpoint(
+        options.load,
+        options.device,
+        getattr(options, "pipeline_model_parallel_size", 1),
+        change,
+        options.checkpoint_hashes,
+        options.trust_remote_code,
+    )
+
+
 @contextlib.contextmanager
 def open_checkpoint(
     checkpoint: str,

@@ -15,7 +15,7 @@ the checkpoint's run did. Under torchrun the ranks share the model.
 import argparse
 import math
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
@@ -61,13 +61,7 @@ def main() -> None:
         raise UserError(f"--seed {options.seed}: must not be negative")
     if options.draws < 2 or options.draws % 2:
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
-    with open_checkpoint(
-        options.load,
-        options.device,
-        options.pipeline_model_parallel_size,
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options) as loaded:
         import torch
         from tqdm import tqdm
 

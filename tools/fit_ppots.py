@@ -20,7 +20,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
 from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
 from megatron_mdm.errors import UserError, escaped, run_tool
@@ -138,13 +138,7 @@ def main() -> None:
     """Measures, fits, writes, draws."""
     options = parse()
     check(options)
-    with open_checkpoint(
-        options.load,
-        options.device,
-        change=partial(take_over, options),
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options, partial(take_over, options)) as loaded:
         from tqdm import tqdm
 
         from megatron_mdm.mcore.measure import measure

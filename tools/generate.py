@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
 from megatron_mdm.errors import UserError, escaped, run_tool
@@ -122,13 +122,7 @@ def main() -> None:
         if len(prompts) > 1:
             raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
 
-    with open_checkpoint(
-        options.load,
-        options.device,
-        options.pipeline_model_parallel_size,
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder, filling_order

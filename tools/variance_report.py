@@ -20,7 +20,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture, termination_raises, write_json
 from megatron_mdm.errors import UserError, run_tool
@@ -113,12 +113,7 @@ def main() -> None:
     variance_report.Settings(
         **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
     )
-    with open_checkpoint(
-        options.load,
-        options.device,
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options) as loaded:
         from megatron_mdm.mcore.inference import other_weights
         from megatron_mdm.mcore.measure import causal_step, gradient_step
 

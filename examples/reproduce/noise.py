@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
@@ -42,12 +42,7 @@ def main() -> None:
         raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
     if "standard" not in methods or options.batches < 2:
         raise UserError("it takes --batches 2 at least, and `standard` among --methods")
-    with open_checkpoint(
-        options.load,
-        options.device,
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options) as loaded:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron tells where its data are
             variances = {
                 name: variance(

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from problems import answer
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_checkpoint
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
 
@@ -30,12 +30,7 @@ def main() -> None:
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
     pairs = read_pairs(options.problems)
-    with open_checkpoint(
-        options.load,
-        options.device,
-        hashes=options.checkpoint_hashes,
-        trust=options.trust_remote_code,
-    ) as loaded:
+    with open_asked_for(options) as loaded:
         import torch
 
         from megatron_mdm.generation import Decoder

@@ -17,7 +17,7 @@ from megatron_mdm.conversion.family import Family
 from megatron_mdm.conversion.layout import Heads, names_in_layer, part_shapes
 from megatron_mdm.conversion.torch_dist import Place, locate
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary
-from megatron_mdm.errors import UserError
+from megatron_mdm.errors import UserError, escaped
 
 # Elements that are looked at together, so that what is found about them takes little memory.
 _CHUNK = 1 << 20
@@ -92,6 +92,11 @@ def pairs(
             f"{where} has the tensor {extra[0]}, which the family {family.name} does not know"
         )
     return found
+
+
+def escaping(say: Callable[[str], object]) -> Callable[[str], object]:
+    """Makes what prints a line show names of others without their line ends and escapes."""
+    return lambda line: say(escaped(line))
 
 
 def check_space(directory: str, needed: int) -> None:

@@ -9,13 +9,13 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_mdm.data.record import read_errors
 from megatron_mdm.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,15 +55,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object: download the model again")
     return value
-
-
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turns an `OSError` of the block into a `UserError` about `path`, which it reads."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def check_no_adapter(directory: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_mdm.conversion.common import (
     Pair,
     cast,
     check_space,
+    escaping,
     pairs,
     progress,
     write_hub_files,
@@ -27,9 +28,9 @@ from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import data_of, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
-from megatron_mdm.data.fingerprint import Fingerprint, differs, fingerprint
+from megatron_mdm.data.fingerprint import Fingerprint, differs
 from megatron_mdm.data.outputs import new_directory
-from megatron_mdm.errors import UserError, escaped
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import differences
 
 
@@ -62,10 +63,7 @@ def to_hugging_face(
     Raises:
         UserError: the checkpoint is not the model that config.json describes, or is damaged.
     """
-
-    def tell(line: str) -> None:
-        say(escaped(line))
-
+    tell = escaping(say)
     with new_directory(output) as temporary:
         checkpoint = DistCheckpoint(Path(source), iteration, hashes)
         tell(f"checkpoint: {source}, {checkpoint.name}")
@@ -194,9 +192,10 @@ def _check_unchanged(args: Namespace, path: Path) -> None:
     if saved is None or tokenizer is None:
         return
     trained_with = Fingerprint(**saved)
-    # One of another kind may have the same tokens, which are compared below.
+    if tokenizer.kind != trained_with.kind:
+        return  # it may have the same tokens, which are compared next
     difference = differs(trained_with, tokenizer)
-    if difference and fingerprint(tokenizer).kind == trained_with.kind:
+    if difference:
         raise UserError(
             f"the tokenizer {path} is not the one that the checkpoint was trained with: "
             f"{difference}. Put that one back"

@@ -17,6 +17,7 @@ from megatron_mdm.conversion.common import (
     cast,
     check_space,
     equal,
+    escaping,
     pairs,
     progress,
     write_hub_files,
@@ -40,7 +41,7 @@ from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, vocabulary
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.outputs import new_directory
-from megatron_mdm.errors import UserError, escaped
+from megatron_mdm.errors import UserError
 
 LAUNCH_FILE = "launch.txt"
 # Tensors that some releases carry along, computed from the configuration.
@@ -75,10 +76,7 @@ def to_megatron(
     Raises:
         UserError: the model cannot be converted exactly, or the output not written.
     """
-
-    def tell(line: str) -> None:
-        say(escaped(line))
-
+    tell = escaping(say)
     with new_directory(output) as temporary:
         directory = Path(source)
         config = hub.read_object(directory / "config.json")

@@ -36,6 +36,12 @@ class TokenizerData:
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """What Megatron calls the tokenizer's type."""
+        is_pieces = self.sentencepiece_model is not None
+        return "SentencePieceTokenizer" if is_pieces else "HuggingFaceTokenizer"
+
     def digest(self) -> str:
         """A digest of all that the tokenizer does; two that agree encode every text alike."""
         content = hashlib.sha256(self.sentencepiece_model or self.tokenizer_json.encode())

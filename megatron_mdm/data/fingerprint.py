@@ -99,13 +99,11 @@ def _fingerprint(
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
-        kind = "SentencePieceTokenizer"
         vocabulary = [(i, processor.id_to_piece(i)) for i in range(processor.get_piece_size())]
         normalizer, pre_tokenizer = processor.normalize(PROBE), None
     else:
         import tokenizers
 
-        kind = "HuggingFaceTokenizer"
         backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
         vocabulary = [(i, token) for token, i in backend.get_vocab(with_added_tokens=True).items()]
         sections = json.loads(tokenizer.tokenizer_json)
@@ -113,7 +111,7 @@ def _fingerprint(
     size = 1 + max((i for i, _ in vocabulary if i != tokenizer.mask), default=-1)
     kept = [pair for pair in vocabulary if pair[0] < (below or size) and pair[0] not in left_out]
     return Fingerprint(
-        kind,
+        tokenizer.kind,
         size,
         tokenizer.eod,
         tokenizer.mask,

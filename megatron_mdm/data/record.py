@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from megatron_mdm.errors import UserError
 FORMAT = 1
 BLOCK, SAMPLE = 1 << 20, 4 << 10
 _BEGIN = re.compile(rb'\{\s*"format": \d+,\s*"made_by": "')
+
+
+@contextmanager
+def read_errors(path: str | Path) -> Iterator[None]:
+    """Turns an `OSError` of the block into a `UserError` about `path`, which it reads."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def record(tool: str, **content: Any) -> str:
@@ -97,14 +107,11 @@ def made_from(sources: Iterable[Path], options: dict[str, Any]) -> str:
     """
     result = hashlib.sha256(digest(options).encode())
     for path in sources:
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                result.update(f"{path.name}\n{size}\n".encode("utf-8", "surrogateescape"))
-                result.update(file.read(BLOCK))
-                for start in range(BLOCK, size, BLOCK):
-                    file.seek(start)
-                    result.update(file.read(SAMPLE))
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        with read_errors(path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            result.update(f"{path.name}\n{size}\n".encode("utf-8", "surrogateescape"))
+            result.update(file.read(BLOCK))
+            for start in range(BLOCK, size, BLOCK):
+                file.seek(start)
+                result.update(file.read(SAMPLE))
     return result.hexdigest()

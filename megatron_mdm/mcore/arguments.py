@@ -213,8 +213,6 @@ def resolve(args: Namespace) -> Namespace:
                 "give ids of the tokenizer"
             )
     check_scales(args, saved, source)
-    if source is not None and source != args.load:
-        args.finetune = True  # as Megatron will, once it loads --pretrained-checkpoint
     if source is not None:
         check_tokenizer(args, saved, source, get_tokenizer())
     check_resume(args, saved)

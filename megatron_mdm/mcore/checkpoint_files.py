@@ -127,15 +127,13 @@ def _whole(
     if wrong:
         # Later ones are of a branch that the run has left, if there are any.
         before = [i for i in there if (i or 0) < (checkpoint.iteration or 0)]
+        after = [i for i in there if i not in before and i != checkpoint.iteration]
         root = Path(checkpoint.directory)
-        earlier = _newest_complete(root, before, ckpt_format)
-        if is_named and earlier is not None and earlier.iteration is not None:
-            remedy = f"take the newest complete one before it, --ckpt-step {earlier.iteration}"
-        elif earlier is not None:
-            remedy = _remedy(root, earlier, " before it")
-        else:
-            others = [other for other in there if other != checkpoint.iteration]
-            remedy = _remedy(root, _newest_complete(root, others, ckpt_format))
+        newest = _newest_complete(root, [*after, *before], ckpt_format)
+        is_before = newest is not None and newest.iteration in before
+        remedy = _remedy(root, newest, " before it" if is_before else "")
+        if is_named and is_before and newest.iteration is not None:
+            remedy = f"take the newest complete one before it, --ckpt-step {newest.iteration}"
         raise UserError(f"{checkpoint.path} {wrong}: {remedy}")
     return checkpoint
 

@@ -55,12 +55,11 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
         if entry.get("tokenizer") in compared:  # of thousands of files most have the same
             continue
         compared.append(entry.get("tokenizer"))
-        try:
-            check_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
-        except UserError as error:
-            if not args.mdm_allow_flag_change:
-                raise UserError(f"{error}, or add --mdm-allow-flag-change") from error
-            notice(str(error))
+        line = other_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
+        if line and not args.mdm_allow_flag_change:
+            raise UserError(f"{line}, or add --mdm-allow-flag-change")
+        if line:
+            notice(line)
 
 
 def _shares(prefixes: list[str], weights: list[float] | None) -> list[float | None]:
@@ -76,27 +75,23 @@ def _identity(prefix: str) -> dict[str, Any]:
     return {} if is_remote(prefix) else asdict(data_identity(prefix))
 
 
-def check_tokenizer_of_data(
+def other_tokenizer_of_data(
     prefix: str, made_with: Mapping[str, Any] | None, tokenizer: TokenizerData | Fingerprint | None
-) -> None:
-    """Checks that data were made with a tokenizer, as far as both are known.
+) -> str:
+    """Says with which other tokenizer data were made, empty if not or if it is not known.
 
     Args:
         prefix: of the .bin/.idx pair.
         made_with: the fingerprint in its record, None without one.
         tokenizer: see `tokenizer_data`.
-
-    Raises:
-        UserError: they were made with another.
     """
     if made_with is None or tokenizer is None:
-        return
+        return ""
     difference = differs(Fingerprint(**made_with), tokenizer)
-    if difference:
-        raise UserError(
-            f"{prefix} was made with another tokenizer than this one: {difference}. Run "
-            "tools/preprocess_data.py with this tokenizer, or give the one that the data has"
-        )
+    return difference and (
+        f"{prefix} was made with another tokenizer than this one: {difference}. Run "
+        "tools/preprocess_data.py with this tokenizer, or give the one that the data has"
+    )
 
 
 def other_tokenizer(saved: Mapping[str, Any], tokenizer: Any) -> str:

@@ -31,9 +31,9 @@ def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
 
     A command that begins from one directory, or from one iteration of it, and saves into another
     finds checkpoints of its own there when it is given again, and then goes on from these. From a
-    converted model a new run begins. So --load, --ckpt-step, --finetune, --no-load-optim and
-    --no-load-rng may change here.
-    `args.mdm_started_from` records how the run began.
+    converted model and from --pretrained-checkpoint a new run begins. So --load, --ckpt-step,
+    --finetune, --no-load-optim and --no-load-rng may change here. `args.mdm_started_from` records
+    how the run began.
 
     Args:
         args: of this run.
@@ -54,8 +54,9 @@ def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
     if own is not None:
         _go_on_or_refuse(args, own, of_own)
     source, found = _source(args)
-    if found is not None and found.iteration is None:
-        args.finetune = True  # a converted model is no run that could go on
+    is_converted = found is not None and found.iteration is None
+    if is_converted or source not in (None, args.load):  # as Megatron will, once it loads it
+        args.finetune = True
     if source is None or (own is not None and _is_same(found, own)):
         return source, of_own if source else {}
     return source, saved_arguments(args, found or SavedCheckpoint(source, args.ckpt_step))

@@ -21,7 +21,7 @@ from megatron_mdm.mcore.attention import isolated_documents
 from megatron_mdm.mcore.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.dataset import rows_of_file
 from megatron_mdm.mcore.forward_step import Rows, eligible_positions
-from megatron_mdm.mcore.identities import check_tokenizer_of_data
+from megatron_mdm.mcore.identities import other_tokenizer_of_data
 from megatron_mdm.mcore.inference import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
 
@@ -220,7 +220,9 @@ def holds_pairs(prefix: str) -> bool:
 def _check_made_with(loaded: LoadedModel, prefix: str) -> None:
     """Raises a `UserError` for a .bin/.idx pair that was made with another tokenizer."""
     made_with = data_identity(prefix).tokenizer
-    check_tokenizer_of_data(prefix, made_with, tokenizer_data(loaded.tokenizer))
+    line = other_tokenizer_of_data(prefix, made_with, tokenizer_data(loaded.tokenizer))
+    if line:
+        raise UserError(line)
 
 
 def pair_rows(loaded: LoadedModel, prefix: str, limit: int) -> list[Text]:

@@ -39,8 +39,7 @@ def resolve_vocab_size(
     """
     needed = max(tokenizer_rows(tokenizer), args.mdm_mask_token_id + 1)
     size, given = saved.get("mdm_vocab_size"), args.mdm_vocab_size
-    begins = args.finetune or source != args.load
-    if size is not None and begins and (given or 0) > size:
+    if size is not None and args.finetune and (given or 0) > size:
         notice(
             f"the checkpoint in {source} has {size} tokens: the rows of the other "
             f"{given - size} (--mdm-vocab-size {given}) have not been trained"
@@ -53,7 +52,7 @@ def resolve_vocab_size(
                 "the flag out"
             )
         if needed > size:
-            new = f", or --mdm-vocab-size {needed} for new tokens" if begins else ""
+            new = f", or --mdm-vocab-size {needed} for new tokens" if args.finetune else ""
             raise UserError(
                 f"the tokenizer and the mask token have ids up to {needed - 1}, and the checkpoint "
                 f"in {source} has a vocabulary of {size} tokens: give the tokenizer that it was "
