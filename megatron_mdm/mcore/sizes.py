@@ -72,6 +72,8 @@ def check_sizes(args: Namespace) -> None:
                 f"--micro-batch-size {micro} is not a multiple of --mdm-views {args.mdm_views}: "
                 "the views of a text must lie in one micro-batch"
             )
+        if not prefix and args.step_batch_size_schedule:
+            total = None  # Megatron derives a stand-in from the ranks; the schedule says the sizes
         if total is None:
             continue
         if total < 1 or total % (micro * replicas):

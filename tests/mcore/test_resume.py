@@ -17,7 +17,7 @@ TRAIN = [
 ]
 LAYOUTS = [
     "--tensor-model-parallel-size 2",
-    "--pipeline-model-parallel-size 2",
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "",  # DP 2
 ]
 SCHEDULES = {
