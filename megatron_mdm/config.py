@@ -13,6 +13,9 @@ from megatron_mdm.errors import UserError
 
 # Bins of t whose fit still finds room in a checkpoint: objective/pots.py, TABLE_SIZE - 2.
 MOST_PPOTS_BINS = 1022
+# Larger numbers are mistakes, for which there would be no memory.
+MOST_RATE_BINS = 10_000
+MOST_WINDOW = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,10 @@ class MDMConfig:
             _choice(self, "mdm_row_order")
         if not 0.0 < self.mdm_eps < 1.0:
             raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
-        if self.mdm_rate_bins < 1:
-            raise UserError(f"--mdm-rate-bins must be at least 1, got {self.mdm_rate_bins}")
+        if not 1 <= self.mdm_rate_bins <= MOST_RATE_BINS:
+            raise UserError(
+                f"--mdm-rate-bins must lie in 1..{MOST_RATE_BINS}, got {self.mdm_rate_bins}"
+            )
         if self.mdm_mask_token_id is not None and self.mdm_mask_token_id < 0:
             raise UserError(
                 f"--mdm-mask-token-id must not be negative, got {self.mdm_mask_token_id}"
@@ -252,8 +257,8 @@ class MDMConfig:
             )
         for name in ("mdm_strata", "mdm_strata_window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= MOST_WINDOW:
+                raise UserError(f"{flag(name)} must lie in 1..{MOST_WINDOW}, got {value}")
         if self.mdm_strata and self.mdm_strata_window and self.mdm_strata > self.mdm_strata_window:
             raise UserError(
                 f"--mdm-strata {self.mdm_strata} exceeds the --mdm-strata-window of "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names
+from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names, same_value
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
@@ -48,11 +48,6 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
     if name == "mdm_shift":  # an unshifted model may be continued with a shift, not the reverse
         return not saved[name] or bool(given[name])
     return same_value(saved[name], given[name])
-
-
-def same_value(one: Any, other: Any) -> bool:
-    """Whether two values of an argument mean the same: None, 0, False and nothing do."""
-    return bool(one == other) or (not one and not other)
 
 
 def _layers(args: Mapping[str, Any]) -> str | None:

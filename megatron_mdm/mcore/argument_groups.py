@@ -5,6 +5,8 @@ of the run that resumes. A forgotten flag would otherwise train another model, o
 another way, and say nothing.
 """
 
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -54,12 +56,34 @@ def flag_and_value(name: str, value: Any) -> tuple[str, Any]:
     return _OTHER_FLAGS.get(name, flag(name)), value
 
 
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of an argument mean the same: None, 0, False and nothing do."""
+    return bool(one == other) or (not one and not other)
+
+
+def changes(args: Namespace, saved: Mapping[str, Any], compared: Iterable[str]) -> list[str]:
+    """The flags whose value differs from that in a checkpoint, with both values.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint.
+        compared: names of arguments.
+    """
+    found = []
+    for name in compared:
+        if name in saved and not same_value(getattr(args, name), saved[name]):
+            flag, now = flag_and_value(name, getattr(args, name))
+            found.append(f"{flag} {now} (checkpoint: {flag_and_value(name, saved[name])[1]})")
+    return found
+
+
 # Flags of Megatron's that are not named like their argument, and those that turn one off.
 _OTHER_FLAGS = {
     "fp4": "--fp4-format",
     "fp8": "--fp8-format",
     "layernorm_epsilon": "--norm-epsilon",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",
 }
 _STORE_FALSE = {
     "add_bias_linear": "--disable-bias-linear",

@@ -22,14 +22,18 @@ from megatron_mdm.mcore.data_files import (
     check_data_files,
     check_ends_of_documents,
     check_single_texts,
+    check_split,
+    check_validation,
 )
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.mcore.identities import check_same_data, check_tokenizer, record_identities
 from megatron_mdm.mcore.old_checkpoints import complete
+from megatron_mdm.mcore.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.resume import check_resume
+from megatron_mdm.mcore.schedule import check_schedule
 from megatron_mdm.mcore.sizes import check_experts, check_sizes
 from megatron_mdm.mcore.start import check_checkpoints, choose_start
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
@@ -216,7 +220,10 @@ def resolve(args: Namespace) -> Namespace:
     if source is not None:
         check_tokenizer(args, saved, source, get_tokenizer())
     check_resume(args, saved)
+    check_optimizer_state(args, saved)
     check_data(args)
+    if args.eval_iters and not args.mock_data:
+        check_validation(args.eval_iters, args.split, get_blend_and_blend_per_split(args)[1])
     check_same_data(args, saved)
     return args
 
@@ -234,6 +241,7 @@ def check_data(args: Namespace) -> None:
             raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
         record_identities(args, None, None, get_tokenizer())
         return
+    check_split(args.split)
     try:
         blends = get_blend_and_blend_per_split(args)
     except (AssertionError, OSError, ValueError) as error:
@@ -332,12 +340,18 @@ def _check(args: Namespace) -> None:
             )
     if args.num_experts:
         check_experts(args)
+    if args.use_distributed_optimizer and args.optimizer == "sgd":
+        raise UserError(
+            "--optimizer sgd has no state that --use-distributed-optimizer could divide among "
+            "ranks: leave one of them out"
+        )
     if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
         raise UserError(
             f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
             "measured: use torch_dist"
         )
     _check_transformer_engine(args)
+    check_schedule(args)
     check_sizes(args)
 
 

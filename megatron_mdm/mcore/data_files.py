@@ -1,6 +1,7 @@
 """The .bin/.idx pairs of training data: damaged or unsuitable ones are refused in one line."""
 
 import os
+import re
 import struct
 from typing import Any
 
@@ -36,6 +37,49 @@ def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
     for prefix in prefixes:
         if not is_remote(prefix):
             _check_data_file(prefix)
+
+
+def check_split(split: str | None) -> None:
+    """Checks --split, of which Megatron takes whatever looks like a number.
+
+    Raises:
+        UserError: it is not up to three shares that are not all 0.
+    """
+    if split is None:  # each part has data of its own
+        return
+    shares = re.split(r"\s*[,/]\s*|\s+", split.strip())
+    if (
+        len(shares) > 3
+        or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", share) for share in shares)
+        or not any(map(float, shares))
+    ):
+        raise UserError(
+            f"--split {split} is not three shares of the data, for training, validation and test: "
+            "give plain numbers as in 95,5,0"
+        )
+
+
+def check_validation(eval_iters: int, split: str | None, blend_per_split: list[Any] | None) -> None:
+    """Checks that an evaluation has rows.
+
+    Args:
+        eval_iters: iterations of an evaluation, more than 0.
+        split: that `check_split` has accepted.
+        blend_per_split: see `check_data_files`.
+
+    Raises:
+        UserError: the data flags leave none.
+    """
+    if blend_per_split is None:
+        shares = [float(share) for share in re.findall(r"[.\d]+", split or "")]
+        given, has_rows = f"--split {split}", len(shares) > 1 and shares[1] > 0
+    else:
+        given, has_rows = "no --valid-data-path", blend_per_split[1] is not None
+    if not has_rows:
+        raise UserError(
+            f"--eval-iters {eval_iters} needs validation rows, and {given} leaves none: add "
+            "--eval-iters 0, or give validation a share"
+        )
 
 
 def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod_id: int) -> None:

@@ -245,11 +245,9 @@ def build_datasets(
     train, valid, test = num_rows
     offset = getattr(args, "mdm_text_offset", 0)
     texts = -(-train // config.mdm_views) + offset
+    is_built = on_all_ranks or loads_rows(config, vp_stage)
     datasets = DatasetBuilder(
-        _dataset_class(args),
-        [texts, valid, test],
-        lambda: on_all_ranks or loads_rows(config, vp_stage),
-        dataset_config,
+        _dataset_class(args), [texts, valid, test], lambda: is_built, dataset_config
     ).build()
     if datasets[0] is not None and len(datasets[0]) < texts:
         raise UserError(
@@ -257,6 +255,12 @@ def build_datasets(
             "without weights are passed over once; give a weight before each file, or train for "
             "fewer iterations"
         )
+    for name, dataset, rows in zip(("training", "validation"), datasets, num_rows, strict=False):
+        if is_built and dataset is None and rows:
+            raise UserError(
+                f"the {name} data have no rows: --split {args.split} leaves them no document. Give "
+                "them a larger share, or more data"
+            )
     if datasets[0] is not None and not args.mock_data and not vp_stage:
         _print_epochs(datasets[0], texts, config.mdm_views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).

@@ -14,9 +14,10 @@ from megatron_mdm.mcore.dataset import (
     use_shipped_dataset_helpers,
 )
 from megatron_mdm.mcore.forward_step import forward_step
+from megatron_mdm.mcore.loading import failures_in_a_line
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
-from megatron_mdm.mcore.resume import schedule_may_differ
+from megatron_mdm.mcore.optimizer_state import settings_may_differ
 from megatron_mdm.mcore.run_lock import only_writer
 from megatron_mdm.mcore.saving import safe_checkpoints
 
@@ -38,7 +39,11 @@ def run(program_start: float) -> None:
             config = model_config(args)
         container = pretrain_cfg_container_from_args(args, config)
         try:
-            with safe_checkpoints(args.mdm_checkpoint_hashes), schedule_may_differ():
+            with (
+                safe_checkpoints(args.mdm_checkpoint_hashes),
+                failures_in_a_line(),
+                settings_may_differ(args),
+            ):
                 pretrain(
                     container,
                     train_valid_test_datasets_provider,

@@ -1,16 +1,12 @@
 """Whether the settings of a run agree with those of the checkpoint that it resumes."""
 
-import re
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.architecture import same_value
-from megatron_mdm.mcore.argument_groups import Group, flag_and_value, group, names
+from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.fit_file import load_sampler
 
@@ -41,7 +37,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     """
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
-    other = _changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     args.mdm_sampler_state_in_checkpoint = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"
@@ -66,17 +62,17 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
             )
         return
     settings = [f.name for f in fields(MDMConfig) if group(f.name) is Group.OBJECTIVE]
-    changes = _changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
+    found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
     if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
         if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
             was = f"the density that {saved.get('mdm_ppots_file')} held"
             if saved["mdm_ppots_digest"] is None:
                 was = "none"
-            changes.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
-    if changes and not args.mdm_allow_flag_change:
+            found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
+    if found and not args.mdm_allow_flag_change:
         raise UserError(
-            f"the checkpoint in {args.load} was trained with other settings: {'; '.join(changes)}. "
+            f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "
             "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
         )
     if other:
@@ -86,7 +82,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
         )
     if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
-    for change in [*changes, *_changes(args, saved, _training(args))]:
+    for change in [*found, *changes(args, saved, _training(args))]:
         notice(f"the run resumes with another {change}")
 
 
@@ -118,39 +114,3 @@ def _training(args: Namespace) -> list[str]:
     if args.step_batch_size_schedule:  # Megatron sets it to the micro-batches of all ranks
         left_out.add("global_batch_size")
     return [name for name in names(Group.TRAINING) if name not in left_out]
-
-
-def _changes(args: Namespace, saved: dict[str, Any], compared: list[str]) -> list[str]:
-    """The flags whose value differs, with both values."""
-    found = []
-    for name in compared:
-        if name in saved and not same_value(getattr(args, name), saved[name]):
-            flag, now = flag_and_value(name, getattr(args, name))
-            found.append(f"{flag} {now} (checkpoint: {flag_and_value(name, saved[name])[1]})")
-    return found
-
-
-@contextmanager
-def schedule_may_differ() -> Iterator[None]:
-    """Makes a line of Megatron's assertion that a run resumes with the schedule it began with.
-
-    Raises:
-        UserError: names the flags, and those with which Megatron takes one schedule or the other.
-    """
-    try:
-        yield
-    except AssertionError as error:
-        found = re.fullmatch(
-            r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) "
-            "do not match",
-            str(error),
-        )
-        if not found:
-            raise
-        here, there, what = found.groups()
-        raise UserError(
-            f"the checkpoint's schedule has another {what}: {there}, here {here} (lengths in "
-            "samples). Give --train-iters, --global-batch-size, --lr and the other flags of the "
-            "schedule their values in the checkpoint, or add --override-opt_param-scheduler for "
-            "this run's schedule or --use-checkpoint-opt_param-scheduler for the checkpoint's"
-        ) from error

@@ -83,7 +83,7 @@ def the_error_line(output):
         (f"{ONLINE} --mdm-ppots-bins 5000", "--mdm-ppots-bins must lie in 1..1022, got 5000"),
         (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch would leave out what"),
         ("--mdm-strata 2", "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata"),
-        ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must be at least 1"),
+        ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must lie in 1.."),
         (
             "--mdm-quantiles strata --mdm-strata 9 --mdm-strata-window 8",
             "--mdm-strata 9 exceeds the --mdm-strata-window of 8",
@@ -125,6 +125,36 @@ def the_error_line(output):
             "--mdm-random-length-fraction 0.1",
             "quantile_balancing does not go with --mdm-random-length-fraction",
         ),
+        ("--seed -1", "--seed must lie in 1.."),
+        ("--seed 0", "--seed must lie in 1.."),
+        ("--mdm-rate-bins 1000000000", "--mdm-rate-bins must lie in 1..10000, got 1000000000"),
+        (
+            "--mdm-quantiles strata --mdm-strata-window 1000000000000",
+            "--mdm-strata-window must lie in 1..1000000, got 1000000000000",
+        ),
+        ("--train-iters 0", "--train-iters must be at least 1, got 0"),
+        ("--train-samples 0", "--train-samples must be at least 1, got 0"),
+        ("--eval-interval 0", "--eval-interval must be at least 1, got 0"),
+        ("--eval-iters -1", "--eval-iters must be at least 0, got -1"),
+        ("--log-interval 0", "--log-interval must be at least 1, got 0"),
+        ("--num-workers -1", "--num-workers must be at least 0, got -1"),
+        ("--save x", "--save needs --save-interval"),
+        ("--save x --save-interval 0", "--save-interval must be at least 1, got 0"),
+        ("--lr -1", "--min-lr 0.0 and --lr -1.0: give numbers from 0 on"),
+        ("--min-lr 1", "--min-lr 1.0 and --lr 0.01: give numbers"),
+        ("--lr nan", "--min-lr 0.0 and --lr nan: give numbers"),
+        ("--lr-warmup-init 1", "--lr-warmup-init 1.0 and --lr 0.01"),
+        ("--decoupled-lr 1e-3 --decoupled-min-lr 1", "--decoupled-min-lr 1.0 and --decoupled-lr"),
+        ("--weight-decay -1", "the weight decay goes from -1.0 to -1.0"),
+        ("--weight-decay-incr-style linear", "needs --start-weight-decay and --end-weight-decay"),
+        ("--lr-warmup-iters 5", "--lr-warmup-iters 5 must lie in 0..4: the schedule ends with --t"),
+        ("--lr-warmup-iters 3 --lr-decay-iters 3", "0..2: the schedule ends with --lr-decay-iters"),
+        ("--lr-warmup-samples 3", "--lr-warmup-samples goes with --train-samples, and this run"),
+        ("--train-samples 9 --lr-warmup-iters 3", "--lr-warmup-iters goes with --train-iters, and"),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction must lie in [0, 1): 1.0"),
+        ("--lr-warmup-fraction 0.1 --lr-warmup-iters 1", "say the same: leave one of them out"),
+        ("--lr-decay-style WSD", "WSD needs --lr-wsd-decay-iters, the length of its decay"),
+        ("--optimizer sgd --use-distributed-optimizer", "--optimizer sgd has no state that"),
         ("--kv-channels 15", "rope turns pairs of channels: 15 of a head"),
         ("--hidden-size 30 --num-attention-heads 2", "15 of a head (--kv-channels, by default"),
         ("--kv-channels 12 --rotary-percent 0.25", "rope turns pairs of channels: 3 of a head"),
@@ -135,6 +165,38 @@ def test_flags_that_cannot_work(flags, message, monkeypatch):
         arguments.check(parsed(monkeypatch, *flags.split()))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["--train-iters", "--eval-interval", "--lr"])
+def test_what_a_run_needs(name, monkeypatch):
+    args = parsed(monkeypatch)
+    setattr(args, name[2:].replace("-", "_"), None)
+    with pytest.raises(UserError, match=f"^{name} is missing: "):
+        arguments.check(args)
+    args.skip_train = True
+    arguments.check(args)
+
+
+@pytest.mark.parametrize("split", ["0,0,0", "-1,1,0", "90,abc5,5", "", "1,1,1,1", "1e2,1,0", "nan"])
+def test_splits_of_other_things_than_shares(split):
+    with pytest.raises(UserError, match=f"^--split {split} is not three shares of the data"):
+        data_files.check_split(split)
+
+
+@pytest.mark.parametrize("split", ["95,5,0", "969, 30, 1", ".9 .1 0", "949/50/1", "1", None])
+def test_splits(split):
+    data_files.check_split(split)
+
+
+@pytest.mark.parametrize("split, parts", [("100,0,0", None), ("1", None), (None, [["a"], None])])
+def test_a_validation_without_rows(split, parts):
+    with pytest.raises(UserError, match="^--eval-iters 3 needs validation rows, and .* leaves non"):
+        data_files.check_validation(3, split, parts)
+
+
+@pytest.mark.parametrize("split, parts", [("90,10,0", None), ("9 .1", None), (None, ["a", "b"])])
+def test_a_validation_with_rows(split, parts):
+    data_files.check_validation(3, split, parts)
 
 
 def test_batches_and_sizes_count_the_ranks(monkeypatch):
@@ -573,7 +635,7 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         resolved(*words, str(tmp_path / "new"))
     # A first start of a run that can be started again has no checkpoint yet.
     gone = ["--load", str(tmp_path / "gone")]
-    resolved(*gone, "--save", gone[1])
+    resolved(*gone, "--save", gone[1], "--save-interval", "1")
     with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
         resolved(*gone)
     with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
@@ -625,6 +687,7 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
         ("--data-path {short}", [], "the train split of {short} has 31 tokens, fewer than one row"),
+        ("--data-path {short} --split 1,0,0", [], "--eval-iters 1 needs validation rows, and --sp"),
         ("--data-path {none}", [], "the test split of {none} has 0 tokens, fewer than one row"),
     ],
 )
@@ -637,7 +700,9 @@ def test_mistakes_end_the_program(flags, drop, message, files, tmp_path):
     words = flags.format(**names).split()
     if "--data-path" not in words:
         words.append("--mock-data")
-    words += ["--split", "67,33,0" if "{none}" not in flags else "67,32,1", "--eval-iters", "1"]
+    if "--split" not in words:
+        words += ["--split", "67,33,0" if "{none}" not in flags else "67,32,1"]
+    words += ["--eval-iters", "1"]
     save = tmp_path / "checkpoint"
     run = ranks.launch(
         tmp_path / "run",

@@ -1,0 +1,116 @@
+"""The length of a run, its rates and its intervals; what cannot work is refused in one line.
+
+Megatron looks at them once the model has been built, and ends every rank with a traceback.
+"""
+
+import math
+from argparse import Namespace
+
+from megatron_mdm.config import flag
+from megatron_mdm.errors import UserError
+
+# Larger ones overflow a generator of numpy's, to which Megatron adds numbers of ranks.
+MOST_SEED = 4_000_000_000
+
+
+def check_schedule(args: Namespace) -> None:
+    """Checks the flags that say how long a run is, what it does when, and at which rates.
+
+    Args:
+        args: parsed arguments, before Megatron validates them or after.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    if not 1 <= args.seed <= MOST_SEED:
+        raise UserError(f"--seed must lie in 1..{MOST_SEED}, got {args.seed}")
+    _at_least(args, 1, "log_interval")
+    _at_least(args, 0, "eval_iters", "num_workers")
+    if args.save is not None and args.save_interval is None and not args.skip_train:
+        raise UserError("--save needs --save-interval: iterations from one checkpoint to the next")
+    for name in ("save_interval", "exit_interval", "save_retain_interval"):
+        if getattr(args, name) is not None:
+            _at_least(args, 1, name)
+    if args.skip_train:
+        return
+    length = "train_iters" if args.train_samples is None else "train_samples"
+    if getattr(args, length) is None:
+        raise UserError(
+            "--train-iters is missing: iterations of the whole run (or give --train-samples)"
+        )
+    _at_least(args, 1, length)
+    if args.eval_interval is None:
+        raise UserError(
+            "--eval-interval is missing: iterations from one validation to the next (any number "
+            "with --eval-iters 0, which turns validation off)"
+        )
+    _at_least(args, 1, "eval_interval")
+    _check_rates(args)
+    _check_decay(args)
+
+
+def _at_least(args: Namespace, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < least:
+            raise UserError(f"{flag(name)} must be at least {least}, got {getattr(args, name)}")
+
+
+def _check_rates(args: Namespace) -> None:
+    if args.lr is None:
+        raise UserError("--lr is missing: the highest learning rate")
+    pairs = {"min_lr": "lr", "lr_warmup_init": "lr", "decoupled_min_lr": "decoupled_lr"}
+    for low, high in pairs.items():
+        least, most = getattr(args, low) or 0.0, getattr(args, high)
+        if most is not None and not 0.0 <= least <= most < math.inf:
+            raise UserError(
+                f"{flag(low)} {least} and {flag(high)} {most}: give numbers from 0 on, of which "
+                f"{flag(high)} is the larger"
+            )
+    if args.weight_decay_incr_style == "constant":
+        first = last = args.weight_decay
+    else:
+        first, last = args.start_weight_decay, args.end_weight_decay
+        if first is None or last is None:
+            raise UserError(
+                f"--weight-decay-incr-style {args.weight_decay_incr_style} needs "
+                "--start-weight-decay and --end-weight-decay"
+            )
+    if not 0.0 <= first <= last < math.inf:
+        raise UserError(
+            f"the weight decay goes from {first} to {last}: it must not be negative, nor fall "
+            "(--weight-decay, --start-weight-decay, --end-weight-decay)"
+        )
+
+
+def _check_decay(args: Namespace) -> None:
+    """Checks the parts of the schedule against each other."""
+    unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
+    for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        if getattr(args, f"{name}_{other}"):
+            raise UserError(
+                f"{flag(f'{name}_{other}')} goes with --train-{other}, and this run has "
+                f"--train-{unit}: give {flag(f'{name}_{unit}')}"
+            )
+    warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"lr_decay_{unit}")
+    length = getattr(args, f"train_{unit}") if decay is None else decay
+    end = f"--train-{unit} {length}" if decay is None else f"--lr-decay-{unit} {decay}"
+    if length < 1:
+        raise UserError(f"--lr-decay-{unit} must be at least 1, got {length}")
+    if args.lr_warmup_fraction is not None:
+        if warmup:
+            raise UserError(
+                f"--lr-warmup-fraction and --lr-warmup-{unit} say the same: leave one of them out"
+            )
+        if not 0.0 <= args.lr_warmup_fraction < 1.0:
+            raise UserError(f"--lr-warmup-fraction must lie in [0, 1): {args.lr_warmup_fraction}")
+    elif not 0 <= warmup < length:
+        raise UserError(
+            f"--lr-warmup-{unit} {warmup} must lie in 0..{length - 1}: the schedule ends with {end}"
+        )
+    if args.lr_decay_style == "WSD":
+        last = getattr(args, f"lr_wsd_decay_{unit}")
+        if last is None or not 1 <= last <= length:
+            raise UserError(
+                f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its decay: a "
+                f"number in 1..{length} ({end}), got {last}"
+            )
