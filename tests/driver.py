@@ -121,6 +121,21 @@ def nan_row() -> None:
     main()
 
 
+def nan_from_third_iteration() -> None:
+    """The program with a row of the last rank that is no number, two micro-batches an iteration."""
+    at_tokens, calls = step.at_tokens, []
+
+    def with_nan(values, shift):
+        values = at_tokens(values, shift)
+        calls.append(values)
+        if len(calls) <= 4 or os.environ["RANK"] == "0":
+            return values
+        return values * torch.ones_like(values).index_fill(0, torch.tensor([1]), torch.nan)
+
+    step.at_tokens = with_nan
+    main()
+
+
 def whole_batch() -> None:
     """The objective of one global batch in plain torch, without our loss and Megatron's sums.
 

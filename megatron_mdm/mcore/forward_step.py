@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 from megatron.training.global_vars import get_tokenizer
@@ -24,6 +23,7 @@ from megatron_mdm.mcore.context import counts_rows, in_whole_rows, part_of, sum_
 from megatron_mdm.mcore.dataset import FIXED, needs_rows, row_columns
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.metrics import recorder
+from megatron_mdm.mcore.nonfinite import check_finite
 from megatron_mdm.mcore.routers import part_of_stage
 from megatron_mdm.mcore.sampler_state import online_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -31,8 +31,6 @@ from megatron_mdm.objective.fit_file import load_sampler
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
 from megatron_mdm.objective.segments import counts, totals
-
-NANS_NOT_ALLOWED = 0.0  # tolerance of Megatron's rerun machine for values that must be finite
 
 
 @dataclass(frozen=True)
@@ -266,14 +264,7 @@ def loss_func(
     denominator = losses.denominator * counts_rows()
     per_row = sum_over_parts(losses.per_row)
     if args.check_for_nan_in_loss_and_grad:
-        for reason, is_bad in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            get_rerun_state_machine().validate_result(
-                result=losses.numerator,
-                rejection_func=is_bad,
-                message=f"found {reason} in the loss of a micro-batch",
-                tolerance=NANS_NOT_ALLOWED,
-                fatal=True,
-            )
+        check_finite(per_row if segments is None else per_row.sum(dim=1), rows.row, training)
     recorder(training).add(
         split=rows.split,
         t=corrupted.t,

@@ -17,6 +17,7 @@ from megatron_mdm.mcore.forward_step import forward_step
 from megatron_mdm.mcore.loading import failures_in_a_line
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
+from megatron_mdm.mcore.nonfinite import not_saved
 from megatron_mdm.mcore.optimizer_state import settings_may_differ
 from megatron_mdm.mcore.run_lock import only_writer
 from megatron_mdm.mcore.saving import safe_checkpoints
@@ -43,6 +44,7 @@ def run(program_start: float) -> None:
                 safe_checkpoints(args.mdm_checkpoint_hashes),
                 failures_in_a_line(),
                 settings_may_differ(args),
+                not_saved(),
             ):
                 pretrain(
                     container,

@@ -1,0 +1,116 @@
+"""A loss or gradient that is NaN or infinite ends the run before it is trained on or saved.
+
+Megatron's rerun machine finds it and computes the iteration a second time. Megatron would then save
+a checkpoint, from which another GPU can repeat the iteration. This becomes the latest one, so that
+the run ends at it again at every start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    RerunState,
+    RerunStateMachine,
+    get_rerun_state_machine,
+)
+
+from megatron_mdm.errors import SharedError, UserError
+from megatron_mdm.mcore.device import replaced
+
+_RESTART = (
+    "It is not saved: the same command goes on from the last checkpoint. A lower --lr or "
+    "--clip-grad keeps a run from diverging; --no-check-for-nan-in-loss-and-grad trains on"
+)
+_AGAIN = {
+    RerunState.WILL_RERUN_FROM_CHECKPOINT: "and again when it was computed a second time",
+    RerunState.RERUNNING_IN_PLACE: "and another value when it was computed a second time, as "
+    "where a GPU is faulty",
+}
+_FROM_CHECKPOINT = (
+    "in the checkpoint that Megatron saved to repeat the iteration: take an earlier one with "
+    "--ckpt-step"
+)
+
+
+def check_finite(loss: torch.Tensor, rows: torch.Tensor, training: bool) -> None:
+    """Has Megatron's rerun machine check the losses of a micro-batch.
+
+    Args:
+        loss: of each row, float [b].
+        rows: their numbers, int64 [b].
+        training: whether they are training's or an evaluation's.
+
+    Raises:
+        UserError: one is not finite, where nothing is computed a second time: in evaluations, and
+            with --rerun-mode disabled.
+    """
+    machine = get_rerun_state_machine()
+    numbered = torch.stack([rows.double(), loss.detach().double()])
+    if machine.mode == RerunMode.DISABLED:
+        if _is_bad(numbered):
+            kind = "training" if training else "evaluation"
+            when = f"iteration {machine.current_iteration}, {kind}"
+            raise UserError(f"{when}: {_description(numbered)}. {_RESTART}")
+        return
+    # Megatron leaves out the first iteration, after which it could not save yet.
+    machine.first_iteration_complete = True
+    machine.validate_result(
+        result=numbered,
+        rejection_func=_is_bad,
+        message="the loss of a row is NaN or infinite",
+        comparison_func=_is_different,
+        fatal=True,
+    )
+
+
+@contextmanager
+def not_saved() -> Iterator[None]:
+    """Context in which such an iteration ends the run with one line, and saves nothing.
+
+    Raises:
+        SharedError: says the iteration, and the row or where the gradient was found.
+    """
+    decide = RerunStateMachine.should_checkpoint_and_exit
+    with replaced(RerunStateMachine, "should_checkpoint_and_exit", _with_a_line(decide)):
+        yield
+
+
+def _with_a_line(decide: Callable[[Any], tuple[bool, bool, int]]) -> Callable[[Any], Any]:
+    def should_checkpoint_and_exit(machine: RerunStateMachine) -> tuple[bool, bool, int]:
+        decision = decide(machine)
+        if not decision[1]:
+            return decision
+        mine = _found(machine) if machine.rerun_requested else None
+        found = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+        first = next((f"rank {i}: {x}" for i, x in enumerate(found) if x), "the loss is not finite")
+        again = _AGAIN.get(machine.state, _FROM_CHECKPOINT)
+        raise SharedError(f"iteration {machine.current_iteration}, {first}, {again}. {_RESTART}")
+
+    return should_checkpoint_and_exit
+
+
+def _found(machine: RerunStateMachine) -> str:
+    """What this rank has found."""
+    result = machine.initial_result
+    if isinstance(result, torch.Tensor) and result.dim() == 2:
+        return _description(result)
+    return str(machine.failed_validation_call.caller.message)
+
+
+def _description(numbered: torch.Tensor) -> str:
+    bad = (~numbered[1].isfinite()).nonzero().flatten().tolist()
+    row, loss = numbered[:, bad[0]].tolist()
+    others = f" (and of {len(bad) - 1} more of its micro-batch)" if bad[1:] else ""
+    return f"the loss of row {row:.0f} is {loss}{others}"
+
+
+def _is_bad(numbered: torch.Tensor) -> bool:
+    return not numbered[1].isfinite().all()
+
+
+def _is_different(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(not torch.equal(one.nan_to_num(), other.nan_to_num()))

@@ -1,0 +1,45 @@
+"""A loss that is no number ends the run with one line, and is neither trained on nor saved."""
+
+import pytest
+
+from tests import ranks
+from tests.mcore.test_bad_input import the_error_line
+
+STEPS = "--train-iters 6 --save-interval 1".split()
+
+
+def latest(directory):
+    return (directory / "latest_checkpointed_iteration.txt").read_text()
+
+
+def test_the_last_good_checkpoint_stays_the_latest(base, tmp_path):
+    """Megatron would save one of the iteration that failed, at which every start then ends."""
+    save = tmp_path / "checkpoint"
+    flags = [*base, *STEPS, "--save", str(save)]
+    run = ranks.launch(tmp_path / "run", 2, *flags, entry="nan_from_third_iteration", check=False)
+    assert 2 in run.status
+    # Rows 16 and 17 are of rank 0 in the third iteration.
+    assert the_error_line(run.output).startswith(
+        "error: iteration 3, rank 1: the loss of row 19 is nan, and again when it was computed a "
+        "second time. It is not saved: the same command goes on from the last checkpoint"
+    )
+    assert latest(save) == "2" and not (save / "iter_0000003").exists()
+    run = ranks.launch(tmp_path / "again", 2, *flags)
+    assert len(run.losses) == 4 and latest(save) == "6"
+
+
+@pytest.mark.parametrize("rerun", [True, False])
+def test_the_first_iteration_after_a_start(base, tmp_path, rerun):
+    """Megatron leaves it unchecked."""
+    save = tmp_path / "checkpoint"
+    flags = [*base, *STEPS, "--save", str(save), *([] if rerun else ["--rerun-mode", "disabled"])]
+    run = ranks.launch(tmp_path / "run", 1, *flags, entry="nan_row", check=False)
+    assert run.status == [2]
+    line = the_error_line(run.output)
+    assert line.startswith(
+        "error: iteration 1, rank 0: the loss of row 0 is nan, and another value when it was "
+        "computed a second time, as where a GPU is faulty. "
+        if rerun
+        else "error: iteration 1, training: the loss of row 0 is nan. It is not saved"
+    )
+    assert not list(save.glob("iter_*"))
