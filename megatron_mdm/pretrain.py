@@ -8,22 +8,27 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megatron_mdm.config import requested_device
 from megatron_mdm.errors import UserError, exit_rank_with
+from megatron_mdm.interruption import Interruption
 
 PROGRAM_START = time.time()
 MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
 
 
 def main() -> None:
-    """Runs the program; a `UserError` ends it with one line and status 2."""
-    prepare_environment(requested_device())
-    # Records the exception for torchrun, whose report then ends with the message of the rank that
-    # failed first, whatever the others print when their connections break.
-    from torch.distributed.elastic.multiprocessing.errors import record
+    """Runs the program; a `UserError` ends it with one line and status 2.
 
-    try:
-        record(_run)()
-    except UserError as error:
-        exit_rank_with(error)
+    A signal that asks it to stop ends it with status 75 (interruption.py).
+    """
+    with Interruption() as interruption:
+        prepare_environment(requested_device())
+        # Records the exception for torchrun, whose report then ends with the message of the rank
+        # that failed first, whatever the others print when their connections break.
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        try:
+            record(_run)(interruption)
+        except UserError as error:
+            exit_rank_with(error)
 
 
 def prepare_environment(device: str) -> None:
@@ -39,14 +44,14 @@ def prepare_environment(device: str) -> None:
             sys.modules[library] = None  # type: ignore[assignment]  # makes its import fail
 
 
-def _run() -> None:
+def _run(interruption: Interruption) -> None:
     check_megatron_version()
     from megatron_mdm.mcore.device import training_device
 
     with training_device(requested_device()):
         from megatron_mdm.mcore.pretrain import run
 
-        run(PROGRAM_START)
+        run(PROGRAM_START, interruption)
 
 
 def check_megatron_version() -> None:

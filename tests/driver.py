@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import resource
 import runpy
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +27,10 @@ from torch.nn import functional
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments as arguments_module
+from megatron_mdm.mcore import checkpoint_workers, sampler_state
 from megatron_mdm.mcore import forward_step as step
 from megatron_mdm.mcore import pretrain as program
-from megatron_mdm.mcore import sampler_state
+from megatron_mdm.mcore.checkpoint_files import TRACKER
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.measure import measure
 from megatron_mdm.objective.corruption import Corrupter
@@ -67,6 +71,51 @@ def every_step_twice() -> None:
     """`train`, repeated by the rerun machine in the mode that no value of --rerun-mode chooses."""
     initialize.RerunMode = lambda mode: RerunMode.REPORT_DETERMINISM_STATS
     train()
+
+
+def interrupted() -> None:
+    """`train`, whose last rank and its group get two signals in the third iteration.
+
+    As from a terminal and from torchrun. The group are its workers for data and checkpoints.
+    """
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked
+
+    def interrupt():
+        assert len(multiprocessing.active_children()) == 3  # loader, writer, their queue
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(0, number)
+
+    _at_forward(lambda: get_args().curr_iteration == 2, interrupt)
+    train()
+
+
+def loses_its_writer() -> None:
+    """The program; the last rank's writer of checkpoints is killed in the midst of a later one.
+
+    The process is stopped until the rank waits for it.
+    """
+
+    def lose():
+        writer = checkpoint_workers.CheckpointWorker._persistent_process
+        os.kill(writer.pid, signal.SIGSTOP)
+        threading.Timer(2.0, writer.kill).start()
+
+    _at_forward(lambda: Path(get_args().save, TRACKER).exists(), lose)
+    main()
+
+
+def _at_forward(condition, act) -> None:
+    """Has the last rank act once, before the first forward pass in which the condition holds."""
+    forward_step, done = program.forward_step, []
+
+    def acting_forward_step(*args):
+        is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+        if is_last and not done and condition():
+            done.append(act())
+        return forward_step(*args)
+
+    program.forward_step = acting_forward_step
 
 
 def libraries() -> None:

@@ -115,6 +115,10 @@ def launch(
             time.sleep(1.0)
             for process in processes:
                 process.terminate()
+            end = time.monotonic() + 30.0
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+                process.kill()
             break
         time.sleep(0.02)
     for process in processes:

@@ -97,6 +97,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     ArgumentGroupFactory(MDMConfig).build_group(parser, "masked diffusion")
     set_recipe_defaults(parser)
     parser.set_defaults(calculate_per_token_loss=True)
+    # Without the first Megatron leaves --async-save out; its own worker needs no other library.
+    parser.set_defaults(use_persistent_ckpt_worker=True, async_strategy="mcore")
     for name, libraries in FUSED_BY.items():
         if not any(map(importlib.util.find_spec, libraries)):
             parser.set_defaults(**{name: False})

@@ -67,8 +67,8 @@ def check_finite(loss: torch.Tensor, rows: torch.Tensor, training: bool) -> None
 
 
 @contextmanager
-def not_saved() -> Iterator[None]:
-    """Context in which such an iteration ends the run with one line, and saves nothing.
+def stops_when_not_finite() -> Iterator[None]:
+    """Context in which such an iteration ends the run with one line and is not saved.
 
     Raises:
         SharedError: says the iteration, and the row or where the gradient was found.

@@ -8,7 +8,9 @@ from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_mdm.config import requested_save
+from megatron_mdm.interruption import INTERRUPTED, Interruption
 from megatron_mdm.mcore.arguments import megatron_may_reject_flags, parse
+from megatron_mdm.mcore.checkpoint_workers import checkpoint_workers
 from megatron_mdm.mcore.dataset import (
     train_valid_test_datasets_provider,
     use_shipped_dataset_helpers,
@@ -17,47 +19,54 @@ from megatron_mdm.mcore.forward_step import forward_step
 from megatron_mdm.mcore.loading import failures_in_a_line
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
-from megatron_mdm.mcore.nonfinite import not_saved
+from megatron_mdm.mcore.nonfinite import stops_when_not_finite
 from megatron_mdm.mcore.optimizer_state import settings_may_differ
 from megatron_mdm.mcore.run_lock import only_writer
 from megatron_mdm.mcore.saving import safe_checkpoints
+from megatron_mdm.mcore.stopping import no_workers_left, stops_together
 
 
-def run(program_start: float) -> None:
+def run(program_start: float, interruption: Interruption) -> None:
     """Trains as sys.argv says.
 
     Args:
         program_start: time.time() at the start of the process, for Megatron's start-up timers.
+        interruption: what may ask this rank to stop.
 
     Raises:
         UserError: bad input.
+        SystemExit: with `INTERRUPTED`, if a signal has ended the training.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     use_shipped_dataset_helpers()
-    with only_writer(requested_save()):
+    with only_writer(requested_save()), no_workers_left():
         args = parse()
         with megatron_may_reject_flags():
             config = model_config(args)
         container = pretrain_cfg_container_from_args(args, config)
-        try:
-            with (
-                safe_checkpoints(args.mdm_checkpoint_hashes),
-                failures_in_a_line(),
-                settings_may_differ(args),
-                not_saved(),
-            ):
+        with (
+            safe_checkpoints(args.mdm_checkpoint_hashes),
+            checkpoint_workers(args.async_save),
+            failures_in_a_line(),
+            settings_may_differ(args),
+            stops_when_not_finite(),
+            stops_together(args, interruption) as stop,
+        ):
+            try:
                 pretrain(
                     container,
                     train_valid_test_datasets_provider,
                     ModelType.encoder_or_decoder,
-                    forward_step,
+                    stop.begun_by(forward_step),
                     non_loss_data_func=evaluation_hook,
                 )
-        except SystemExit as end:  # how Megatron ends at --exit-interval and the like
-            if not end.code:
-                _disconnect()
-            raise
+            except SystemExit as end:  # how Megatron ends at --exit-interval and the like
+                if end.code:
+                    raise
+        interruption.has_ended = True
         _disconnect()
+        if stop.has_agreed:
+            raise SystemExit(INTERRUPTED)
 
 
 def _disconnect() -> None:

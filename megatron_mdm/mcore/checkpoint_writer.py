@@ -1,0 +1,48 @@
+"""What the process runs that writes a rank's checkpoints in the background.
+
+Imports Megatron only once the environment is prepared for it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron_mdm.config import requested_device
+from megatron_mdm.interruption import end_with_parent
+from megatron_mdm.pretrain import prepare_environment
+
+
+def write_checkpoints(rank: int, *queues_and_settings: Any) -> None:
+    """Runs the loop of Megatron's worker, on the device of its rank.
+
+    Args:
+        rank: whose checkpoints it writes; the process ends with it.
+        queues_and_settings: what `PersistentAsyncCaller.async_loop` takes after the rank.
+    """
+    end_with_parent()
+    device = requested_device()
+    prepare_environment(device)
+    from megatron_mdm.mcore.device import replaced, training_device
+
+    with training_device(device):
+        from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+            FileSystemWriterAsync,
+        )
+
+        preload = staticmethod(partial(_preload_copies, FileSystemWriterAsync.preload_tensors))
+        with replaced(FileSystemWriterAsync, "preload_tensors", preload):
+            PersistentAsyncCaller.async_loop(rank, *queues_and_settings)
+
+
+def _preload_copies(preload: Callable, write_buckets: list, non_blocking: bool = True) -> list:
+    """Megatron's copies to the host's memory, of tensors that are there already too.
+
+    Those are shared with the rank, which goes on to change them once this returns.
+    """
+    copied = [
+        (name, key, (data, [(item, x.clone() if x.is_cpu else x) for item, x in tensors]))
+        for name, key, (data, tensors) in write_buckets
+    ]
+    result: list = preload(copied, non_blocking)
+    return result
