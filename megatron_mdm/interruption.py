@@ -75,7 +75,10 @@ class Interruption:
         """Whether torchrun is stopping what a failed rank has left: nothing can be saved then."""
         if self._launcher is None or self._launcher != os.getppid():
             return False
-        ranks = psutil.Process(self._launcher).children()
+        try:
+            ranks = psutil.Process(self._launcher).children()
+        except psutil.NoSuchProcess:
+            return False
         return len(ranks) < int(os.environ["LOCAL_WORLD_SIZE"])
 
     def _say(self, cause: str) -> None:

@@ -7,6 +7,7 @@ with their status. SIGQUIT still ends all at once.
 
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -35,7 +36,8 @@ def _hand_on(number: int, _frame: FrameType | None) -> None:
     if not ranks:
         die_of(number)
     for rank in ranks:
-        rank.send_signal(number)
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
 
 
 if __name__ == "__main__":

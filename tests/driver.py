@@ -353,10 +353,7 @@ def measured_documents() -> None:
 
 
 def asynchronous_save() -> None:
-    """Names of a checkpoint's files when Megatron would move the tracker, in seen.json.
-
-    Megatron saves in the background only with a library that needs a GPU; its request is real.
-    """
+    """Names of a checkpoint's files when Megatron would move the tracker, in seen.json."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 

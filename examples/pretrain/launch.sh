@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-#SBATCH --ntasks-per-node=1 --gpus-per-node=8 --exclusive
+#SBATCH --ntasks-per-node=1 --gpus-per-node=8 --exclusive --signal=USR1@600
 # Pretrains a masked-diffusion model of one of the sizes beside this file, on one node or many:
 #   bash examples/pretrain/launch.sh MODEL DATA TOKENIZER [FLAGS...]
 # MODEL: 170m, 1b, 8b or moe: the file of flags. DATA: prefix of a .bin/.idx pair. TOKENIZER: a sentencepiece
@@ -10,6 +10,7 @@
 # GPUS: of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
 # Transformer Engine, as FP8=tensorwise or blockwise on H100 and mxfp8 on Blackwell; with delayed comes the margin that
 # README recommends. PORT: of the rendezvous (default 29500). DRY_RUN=1 prints the command.
+# Slurm asks the run to save and end 600 s before the time limit: examples/scale/README.md.
 # Environment: what `pip install -e '.[gpu]'` needs is taken to be active.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
@@ -40,7 +41,7 @@ type=HuggingFaceTokenizer
 flags+=(--tokenizer-type "$type" --tokenizer-model "$TOKENIZER" --data-path "$DATA")
 flags+=(--save "runs/$MODEL/checkpoint" --load "runs/$MODEL/checkpoint" --tensorboard-dir "runs/$MODEL/tb")
 
-launch=(torchrun --nproc-per-node "${GPUS:-8}")
+launch=(python -m megatron_mdm.launch --nproc-per-node "${GPUS:-8}")
 rendezvous=(--rdzv-backend c10d --rdzv-endpoint)
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -31,12 +31,12 @@ class StopTogether:
         return [self.has_agreed]
 
     def begun_by(self, forward_step: Callable) -> Callable:
-        """A forward step that ends the time in which a signal ends the process at once."""
+        """A forward step that ends, in training, the time of signals that end a run at once."""
 
         @functools.wraps(forward_step)
-        def begin(*args: Any, **kwargs: Any) -> Any:
-            self._interruption.has_begun = True
-            return forward_step(*args, **kwargs)
+        def begin(data_iterator: Any, model: Any, *args: Any) -> Any:
+            self._interruption.has_begun |= model.training
+            return forward_step(data_iterator, model, *args)
 
         return begin
 

@@ -14,6 +14,7 @@ from tests import ranks
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ROOT / "examples/pretrain"
+LAUNCHER = "python -m megatron_mdm.launch"
 # What the recipes are named for: parameters, vocabulary of their tokenizers, rotary base.
 MODELS = {
     "170m": (170e6 + 2 * 768 * 32_000, 32_000, 10_000),
@@ -100,14 +101,14 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
 
 def test_launch_lines(tmp_path):
     words = launch_line("1b", "--lr", "1e-4")
-    assert words[:4] == ["torchrun", "--nproc-per-node", "8", "--standalone"]
+    assert words[:3] == LAUNCHER.split() and words[3:6] == ["--nproc-per-node", "8", "--standalone"]
     assert words[-2:] == ["--lr", "1e-4"] and "--fp8-format" not in words
     assert words[words.index("--tokenizer-type") + 1] == "SentencePieceTokenizer"
     assert not any("#" in word for word in words)
 
     words = launch_line("8b", NODES="4", MASTER="node0", FP8="tensorwise", GPUS="4")
     text = " ".join(words)
-    assert text.startswith("torchrun --nproc-per-node 4 --nnodes 4 --rdzv-id mdm")
+    assert text.startswith(f"{LAUNCHER} --nproc-per-node 4 --nnodes 4 --rdzv-id mdm")
     assert "--rdzv-endpoint node0:29500" in text
     assert "--fp8-format hybrid --fp8-recipe tensorwise" in text and "--fp8-margin" not in text
     assert "--fp8-recipe delayed --fp8-margin 4 " in " ".join(launch_line("1b", FP8="delayed"))
@@ -125,7 +126,7 @@ def test_launch_lines(tmp_path):
     }
     text = " ".join(launch_line("moe", **slurm))
     srun = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
-    assert text.startswith(f"{srun} torchrun --nproc-per-node 8 --nnodes 2")
+    assert text.startswith(f"{srun} {LAUNCHER} --nproc-per-node 8 --nnodes 2")
     assert "--rdzv-id 99 --rdzv-backend c10d --rdzv-endpoint n7:29500 -m megatron_mdm" in text
 
 
