@@ -59,8 +59,9 @@ class Interruption:
         return self._received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.has_ended or os.getpid() != self._process:
-            return  # a loader worker, which this signal reached too: it ends with its rank
+        is_loader_worker = os.getpid() != self._process  # which ends with its rank
+        if self.has_ended or is_loader_worker:
+            return
         name = signal.Signals(number).name
         if number == signal.SIGTERM and self._a_rank_has_gone():
             die_of(number)
