@@ -985,3 +985,11 @@ def traffic() -> None:
     main()
     path = Path(os.environ["TRACE_DIR"], f"calls{os.environ['RANK']}.json")
     path.write_text(json.dumps(calls))
+
+
+def host_waits() -> None:
+    """What of a forward step would make the host wait for a GPU; see tests/waits.py."""
+    from tests import waits
+
+    program.forward_step = waits.forward_step
+    main()

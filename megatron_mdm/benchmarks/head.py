@@ -108,7 +108,8 @@ def measure(
             positions = MaskedPositions(mask) if side == "masked" else None
             context = HeadContext(positions)
             losses = head(states, layer, None, labels, cross_entropy, _unscaled, None, context)
-            losses[mask].sum().backward()
+            # Not losses[mask], for whose size the host would wait.
+            torch.where(mask, losses, 0.0).sum().backward()
 
         for repeat in range(repeats + 1):  # the first one warms up
             mask = _mask(rows, length, repeat, generator).to(device)

@@ -180,7 +180,7 @@ def document_bounds(documents: torch.Tensor) -> torch.Tensor:
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     bounds = begins.flatten().nonzero()[:, 0]
-    return torch.cat([bounds, bounds.new_tensor([documents.numel()])]).to(torch.int32)
+    return torch.nn.functional.pad(bounds, (0, 1), value=documents.numel()).to(torch.int32)
 
 
 def attend_in_documents(

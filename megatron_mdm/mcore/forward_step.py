@@ -263,6 +263,7 @@ def loss_func(
     # Numerator and losses are of this rank's part of the positions, all else is of whole rows.
     denominator = losses.denominator * counts_rows()
     per_row = sum_over_parts(losses.per_row)
+    # As in Megatron's own loss functions: the host waits for the loss, in each micro-batch.
     if args.check_for_nan_in_loss_and_grad:
         check_finite(per_row if segments is None else per_row.sum(dim=1), rows.row, training)
     recorder(training).add(

@@ -1,6 +1,6 @@
 """One call from clean rows to masked rows: what the forward step, tools and tests share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -56,6 +56,10 @@ class Corrupter:
     isad_token_ids: tuple[int, ...] = ()
     isad_delta: float = 0.0
     isad_weight: Literal["inclusion", "exact"] = "inclusion"
+    # `isad_token_ids` in ascending order on each device that has asked.
+    _ids: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(
         self,
@@ -93,10 +97,19 @@ class Corrupter:
         segments: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.isad_token_ids:
-            ids = torch.tensor(self.isad_token_ids, device=tokens.device)
-            chosen = torch.isin(tokens, ids)
             isad = self.isad_delta, self.isad_weight
-            return isad_mask(u, eligible, t, self.eps, chosen, *isad, segments)
+            return isad_mask(u, eligible, t, self.eps, self._chosen(tokens), *isad, segments)
         if self.mask_kind == "exact-count":
             return exact_count_mask(u, eligible, t, segments)
         return bernoulli_mask(u, eligible, t, self.eps, segments)
+
+    def _chosen(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens that ISAD masks more often, bool [B, L]."""
+        # Copied to a device once: a copy for every micro-batch would make the host wait for it.
+        ids = self._ids.get(tokens.device)
+        if ids is None:
+            ids = torch.tensor(sorted(self.isad_token_ids), device=tokens.device)
+            self._ids[tokens.device] = ids
+        # torch.isin would ask the device how many different tokens there are if the ids are many.
+        place = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+        return ids[place] == tokens

@@ -68,5 +68,6 @@ def row_losses(
         return RowLosses(
             per_row, (per_token / spread(size, segments)).sum(), (num_eligible > 0).sum()
         )
-    count = torch.tensor(mask.shape[0], dtype=torch.int64, device=mask.device)
+    # Filled on the device: the host would wait for the copy of a number of its own.
+    count = torch.full((), mask.shape[0], dtype=torch.int64, device=mask.device)
     return RowLosses(per_row, per_row.sum(), count)

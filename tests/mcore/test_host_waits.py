@@ -1,0 +1,13 @@
+"""Nothing in a micro-batch makes the host wait for a GPU, but what says so."""
+
+import json
+
+from tests import ranks
+from tests.waits import SETTINGS
+
+
+def test_a_forward_step_queues_without_waiting(tmp_path, data):
+    flags = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
+    ranks.launch(tmp_path, 1, *flags, entry="host_waits")
+    found = json.loads((tmp_path / "waits.json").read_text())
+    assert found == {name: [] for name in SETTINGS}

@@ -1,0 +1,152 @@
+"""What of a forward step would make the host wait for a GPU, found without one.
+
+While the host waits, it queues nothing, and the device runs dry. Our forward step runs here on
+tensors that have shapes and a device, `cuda`, and no numbers (torch's fake tensors): asking for a
+number fails, and copies between the devices are seen.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore import forward_step as step
+from megatron_mdm.mcore import metrics, sampler_state
+from megatron_mdm.mcore.dataset import row_columns
+from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.head import MaskedPositions
+
+CUDA = torch.device("cuda", 0)
+# What is set beside the flags of the run, in one process: nothing of the model depends on it.
+ISAD = {"mdm_isad_token_ids": list(range(60)), "mdm_isad_delta": 0.1}
+DOCUMENTS = {"mdm_isolate_documents": True, "mdm_rate_per": "document"}
+FIT = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
+SETTINGS = {
+    "defaults": {},
+    "rows": {"mdm_normalization": "rows"},
+    "full head, shift": {"mdm_head": "full", "mdm_shift": True},
+    "exact count": {"mdm_mask": "exact-count"},
+    "isad": ISAD,
+    "isad, exact weights": {**ISAD, **DOCUMENTS, "mdm_isad_weight": "exact"},
+    "documents": {**DOCUMENTS, "mdm_normalization": "rows", "mdm_mask": "exact-count"},
+    "random lengths": {"mdm_random_length_fraction": 0.5},
+    "padding and ends": {"mdm_pad_eligible": True, "mdm_eod_eligible": False},
+    "hidden": {"mdm_pad_attended": False, "mdm_eod_attended": False},
+    "annealing": {"mdm_anneal_attention_iters": 100},
+    "clipped": {"mdm_rate_sampler": "clipped", "mdm_clip": [0.3, 0.8]},
+    "ppots, loss": {**FIT, "mdm_ppots_target": "loss"},
+    "ppots, gradient": {**FIT, "mdm_ppots_target": "gradient", **DOCUMENTS},
+    "evaluation": None,
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that make the host wait; asking for a number fails by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        name = operation.overloadpacket.__name__
+        devices = [x.device.type for x in (*args, result) if torch.is_tensor(x)]
+        if name in ("_to_copy", "copy_") and len(set(devices)) > 1:
+            # A copy to the host goes on without it into memory that torch pins.
+            if not kwargs.get("non_blocking", False):
+                self.found.append(f"{name} {devices[0]} to {devices[-1]}")
+        elif name == "isin" or name.startswith("_unique"):  # counts different numbers
+            self.found.append(name)
+        elif name in ("index", "index_put", "index_put_"):
+            if any(x is not None and x.dtype is torch.bool for x in args[1]):
+                self.found.append(f"{name} by a mask")
+        return result
+
+
+class Stage:
+    """A model whose layers take no time: hidden states, and our head on them."""
+
+    vp_stage = None
+
+    def __init__(self, training):
+        self.training = training
+
+    def __call__(self, tokens, *_, labels, output_processor, output_processor_context, **__):
+        hidden = torch.ones((*tokens.t().shape, 8), device=CUDA, requires_grad=True)
+        # Without a GPU nothing runs backward: what looks at the gradient is given one.
+        hidden.register_hook = lambda look: look(torch.ones_like(hidden))
+        return output_processor(
+            hidden_states=hidden,
+            output_layer=self._logits,
+            output_weight=None,
+            labels=labels,
+            compute_language_model_loss=self._losses,
+            scale_logits=lambda logits: logits,
+            config=Config(),
+            context=output_processor_context,
+        )
+
+    @staticmethod
+    def _losses(labels, logits):
+        logits = logits.transpose(0, 1)
+        picked = logits.gather(-1, (labels % 8)[..., None])[..., 0]
+        return logits.logsumexp(dim=-1) - picked
+
+    class _Layer:
+        sequence_parallel = False
+
+        def __call__(self, hidden, weight):
+            return hidden, None
+
+    _logits = _Layer()
+
+
+class Config:
+    grad_scale_func = None
+
+
+def forward_step(iterator, model):
+    """In the place of the program's: takes all settings in turn, saves what they wait for."""
+    assert get_attr_wrapped_model(model, "vp_stage") is None
+    args = get_args()
+    args.check_for_nan_in_loss_and_grad = False  # Megatron's own check, which waits
+    before, found = dict(vars(args)), {}
+    for name, changes in SETTINGS.items():
+        vars(args).update(before | (changes or {}))
+        for cached in (step.corrupter, metrics.recorder, sampler_state.online_sampler):
+            cached.cache_clear()
+        found[name] = _waits(training=changes is not None)
+    Path(os.environ["TRACE_DIR"], "waits.json").write_text(json.dumps(found))
+    raise SystemExit(0)
+
+
+def _waits(training):
+    args = get_args()
+    columns = row_columns(MDMConfig.from_args(args), training)
+    b = args.micro_batch_size
+    batch = {
+        name: torch.zeros(b, args.seq_length if vector else 1, dtype=torch.int64)
+        for name, vector in columns.items()
+    }
+    # The CPU mode rewrites the device of torch's functions; its stand-ins of torch.cuda stay.
+    with (
+        torch._C.DisableTorchFunction(),
+        replaced(torch.cuda, "current_device", lambda: CUDA),
+        replaced(torch.cuda, "is_available", lambda: False),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        # The one number that the head needs; see MaskedPositions.
+        replaced(MaskedPositions, "num_rows", 32),
+        Waits() as waits,
+    ):
+        for _ in range(2):
+            waits.found.clear()  # what is copied once stays on the device
+            losses, loss_func = step.forward_step(iter([batch]), Stage(training))
+            loss_func(losses)
+    return waits.found
