@@ -76,7 +76,7 @@ class PlainLoop:
             LlamaConfig(
                 vocab_size=vocabulary,
                 hidden_size=sizes["hidden"],
-                intermediate_size=overhead.ffn_size(sizes["hidden"]),
+                intermediate_size=overhead.ffn_size(sizes["hidden"], device),
                 num_hidden_layers=sizes["layers"],
                 num_attention_heads=sizes["heads"],
                 max_position_embeddings=sizes["length"],

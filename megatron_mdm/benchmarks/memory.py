@@ -21,8 +21,6 @@ Workspaces, communication buffers, fragments and the CUDA context (some GiB) com
 
 from argparse import Namespace
 
-from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
-
 from megatron_mdm.benchmarks.flops import ModelShape
 
 GIB = 2**30
@@ -56,6 +54,8 @@ def expected_bytes(args: Namespace, head_fraction: float = 1.0) -> dict[str, flo
         args: Megatron's arguments, validated.
         head_fraction: of the tokens of the fullest micro-batch that are masked.
     """
+    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
     shape = ModelShape.from_args(args)
     tokens = args.micro_batch_size * args.seq_length
     moe = shape.num_moe_layers or 0
