@@ -17,8 +17,15 @@ find_python() {
     return 1
 }
 
+pip_install() { # ROOT WORDS: into its .venv, in the tested versions
+    local root=$1
+    shift
+    "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check \
+        -c "$root/examples/constraints.txt" "$@"
+}
+
 setup() {
-    local extra=$1 root stamp python
+    local extra=$1 root stamp python others
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     stamp=$root/.venv/installed-$extra-$(cat "$root/setup.py" "$root/examples/constraints.txt" \
         | sha256sum | cut -c1-16)
@@ -32,8 +39,17 @@ setup() {
         "$root/.venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
             2>/dev/null || "$python" -m venv --clear "$root/.venv" || return 1
         echo "installing into .venv (a few minutes, some GB for torch)" >&2
-        "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check \
-            -c "$root/examples/constraints.txt" -e "$root[$extra]" || return 1
+        others=${extra//gpu/}
+        others=${others//,,/,}
+        others=${others#,}
+        others=${others%,}
+        pip_install "$root" -e "$root${others:+[$others]}" || return 1
+        if [ "$others" != "$extra" ]; then
+            # A part of Transformer Engine is compiled against the torch that is there by now. In an
+            # environment of its own pip would take the newest torch for that.
+            pip_install "$root" wheel ninja || return 1
+            pip_install "$root" --no-build-isolation -e "$root[$extra]" || return 1
+        fi
         touch "$stamp"
     fi
     # shellcheck disable=SC1091

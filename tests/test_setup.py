@@ -1,0 +1,59 @@
+"""tools/setup.sh: what it asks pip for."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Stands in for the Python of .venv: notes what pip is asked for.
+PYTHON = """#!/bin/bash
+[ "$2" != pip ] || echo "${@:3}" >>"$(dirname "$0")/../../asked"
+[[ "$*" != *"$REFUSED"* ]]
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("tools/setup.sh", "setup.py", "examples/constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text("")
+    (programs / "python").write_text(PYTHON)
+    (programs / "python").chmod(0o755)
+    return tmp_path
+
+
+def asked_for(checkout, extras, refused="nothing"):
+    """Status, and what pip was asked for beyond what it is always told."""
+    environment = {
+        **{"PATH": "/usr/bin:/bin", "HOME": str(checkout), "REFUSED": refused},
+        "PYTHON": str(checkout / ".venv/bin/python"),
+    }
+    command = ["bash", "-c", f"source tools/setup.sh {extras}"]
+    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    asked = checkout / "asked"
+    lines = asked.read_text().splitlines() if asked.exists() else []
+    asked.unlink(missing_ok=True)
+    always = f"install -q --disable-pip-version-check -c {checkout}/examples/constraints.txt "
+    assert all(line.startswith(always) for line in lines)
+    return run.returncode, [line.removeprefix(always) for line in lines]
+
+
+def test_transformer_engine_is_built_against_the_torch_that_was_installed_before_it(checkout):
+    first = f"-e {checkout}[hf]"
+    second = f"--no-build-isolation -e {checkout}[hf,gpu]"
+    # What failed is not taken for installed.
+    assert asked_for(checkout, "hf,gpu", refused="--no-build-isolation")[0] == 1
+    assert asked_for(checkout, "hf,gpu") == (0, [first, "wheel ninja", second])
+    assert asked_for(checkout, "hf,gpu") == (0, [])
+    alone = f"--no-build-isolation -e {checkout}[gpu]"
+    assert asked_for(checkout, "gpu") == (0, [f"-e {checkout}", "wheel ninja", alone])
+
+
+def test_other_extras_are_installed_as_usual(checkout):
+    assert asked_for(checkout, "hf") == (0, [f"-e {checkout}[hf]"])
+    assert asked_for(checkout, "hf,plot") == (0, [f"-e {checkout}[hf,plot]"])
