@@ -63,7 +63,8 @@ train() { # FLAGS: runs the launch line of the conversion, with these flags afte
     echo "== training"
     local command
     command=$(sed -e 's#MY_RUN#"$RUN/checkpoint"#g' -e 's#MY_DATA#"$RUN/text"#' \
-        -e 's#--nproc-per-node [0-9]*#--standalone --nproc-per-node "$GPUS"#' "$RUN/megatron/launch.txt")
+        -e 's#--nproc-per-node [0-9]*#--standalone --local-addr 127.0.0.1 --nproc-per-node "$GPUS"#' \
+        "$RUN/megatron/launch.txt")
     command+=' --split 95,5,0 --data-cache-path "$RUN/cache" "${HARDWARE[@]}" "$@"'
     if [ -n "$REAL" ]; then
         eval "$command"

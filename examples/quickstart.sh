@@ -29,7 +29,8 @@ python tools/preprocess_data.py --input-list $run/files.txt --output-prefix $run
 pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summary to the terminal
     local log=$run/$1.log
     shift
-    if ! torchrun --standalone --nproc-per-node 2 -m megatron_mdm.pretrain --mdm-device cpu \
+    # Without an address torchrun would ask for that of the machine's name, which not all machines know.
+    if ! torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_mdm.pretrain --mdm-device cpu \
         --tensor-model-parallel-size 2 \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 \
         --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope \

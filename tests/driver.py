@@ -119,9 +119,11 @@ def _at_forward(condition, act) -> None:
 
 
 def libraries() -> None:
-    """Whether Transformer Engine was hidden before Megatron could import it."""
+    """Whether Transformer Engine was hidden before Megatron could import it, and compiling off."""
     hidden = sys.modules.get("transformer_engine", "not hidden") is None
-    Path(os.environ["TRACE_DIR"], "hidden").write_text(str(hidden and not layers.HAVE_TE))
+    found = {"hidden": hidden, "used": layers.HAVE_TE}
+    found["compile disabled"] = os.environ.get("TORCH_COMPILE_DISABLE")
+    Path(os.environ["TRACE_DIR"], "libraries.json").write_text(json.dumps(found))
 
 
 def other_density() -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
 TIMEOUT = 180  # seconds; a run here takes about 5
+# Characters of output that a failure shows: tracebacks of ranks go through Megatron and torchrun.
+RANK_TAIL, TOOL_TAIL = 8000, 4000
+# Two ranks on any free port, also where the machine's own name cannot be resolved.
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
 VOCAB, MASK_ID, EOD_ID = 120, 127, 119
 
 multiprocessing.set_forkserver_preload(["tests.driver"])
@@ -105,8 +110,10 @@ def launch(
         context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
+    environment = users_environment() if transformer_engine else dict(os.environ)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        for process in processes:
+            process.start()
     # As torchrun does: when one rank fails, the others are stopped.
     deadline = time.monotonic() + TIMEOUT
     while any(p.is_alive() for p in processes):
@@ -126,7 +133,7 @@ def launch(
     output = [(directory / f"rank{rank}.log").read_text() for rank in range(ranks)]
     run = Run([p.exitcode for p in processes], output)
     if check:
-        assert run.status == [0] * ranks, "\n".join(text[-3000:] for text in output)
+        assert run.status == [0] * ranks, "\n".join(text[-RANK_TAIL:] for text in output)
         run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
         run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
     return run
@@ -157,14 +164,30 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def users_environment() -> dict[str, str]:
+    """The environment in which the tests were started, where torch.compile is not switched off."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_COMPILE_DISABLE"}
+    given = environment.get("MDM_TEST_COMPILE_DISABLE")
+    return environment | ({"TORCH_COMPILE_DISABLE": given} if given else {})
+
+
+def tool(name: str, *flags: str) -> str:
+    """What one of tools/ prints, started as users do, on one rank."""
+    result = subprocess.run(
+        [sys.executable, f"tools/{name}.py", *flags],
+        cwd=Path(__file__).parents[1],
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-TOOL_TAIL:]
+    return result.stdout
+
+
 def fit_ppots(load: str | Path, output: Path, *flags: str) -> str:
     """What tools/fit_ppots.py prints about its fit to a checkpoint, which it writes to `output`."""
-    command = [sys.executable, "tools/fit_ppots.py", "--device", "cpu", "--load", str(load)]
-    command += ["--output", str(output), *flags]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    where = ["--device", "cpu", "--load", str(load), "--output", str(output)]
+    return tool("fit_ppots", *where, *flags)
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:

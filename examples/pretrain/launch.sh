@@ -11,7 +11,7 @@
 # Transformer Engine, as FP8=tensorwise or blockwise on H100 and mxfp8 on Blackwell; with delayed comes the margin that
 # README recommends. PORT: of the rendezvous (default 29500). DRY_RUN=1 prints the command.
 # Slurm asks the run to save and end 600 s before the time limit: examples/scale/README.md.
-# Environment: what `pip install -e '.[gpu]'` needs is taken to be active.
+# Environment: one with Transformer Engine, as README installs it, is taken to be active.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain
@@ -53,7 +53,8 @@ elif [ "${NODES:-1}" -gt 1 ]; then
     [ -n "${MASTER:-}" ] || stop "NODES=$NODES needs MASTER, the name of one of the nodes"
     launch+=(--nnodes "$NODES" --rdzv-id mdm "${rendezvous[@]}" "$MASTER:${PORT:-29500}")
 else
-    launch+=(--standalone)
+    # With an address, since not all machines know that of their own name.
+    launch+=(--standalone --local-addr 127.0.0.1)
 fi
 
 command=("${launch[@]}" -m megatron_mdm.pretrain "${flags[@]}" "$@")

@@ -1,15 +1,11 @@
 """The same rows, masks, losses and gradients on the GPU as on the CPU; checkpoints go both ways."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests import ranks
 from tests.gpu.conftest import DEVICE, STILL, errors
-
-ROOT = ranks.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +20,7 @@ def test_masks_are_those_of_the_cpu_bit_for_bit(flags, train, checkpoint, tmp_pa
     if "FILE" in flags:
         fit = tmp_path / "fit.json"
         few = "--rates 4 --rows 4 --masks 4 --family piecewise".split()
-        tool("fit_ppots", "--device", "cpu", "--load", checkpoint, *few, "--output", str(fit))
+        ranks.fit_ppots(checkpoint, fit, *few)
         flags = flags.replace("FILE", str(fit))
     gpu, cpu = (train(*flags.split(), device=device) for device in (DEVICE, "cpu"))
     assert len(gpu.masks()) > 8
@@ -71,7 +67,8 @@ def test_a_gpu_checkpoint_loads_on_the_cpu(precision, train, data, tmp_path):
     values = [nelbo(directory, data, device, tmp_path) for device in (DEVICE, "cpu")]
     assert values[0] == pytest.approx(values[1], rel=5e-3)
     # Five tokens are no number of rows for FP8 products, so that they had better not be asked for.
-    tool("generate", "--device", DEVICE, "--load", directory, "--prompt", "5 6", "--length", "5")
+    few = ["--prompt", "5 6", "--length", "5"]
+    ranks.tool("generate", "--device", DEVICE, "--load", directory, *few)
 
 
 def test_the_tools_give_the_cpus_nelbo(checkpoint, data, tmp_path):
@@ -83,11 +80,5 @@ def nelbo(checkpoint, data, device, directory):
     """What tools/evaluate.py says of some rows."""
     path = directory / f"{device}.json"
     flags = ["--data", str(data), "--rows", "8", "--draws", "2", "--json", str(path)]
-    tool("evaluate", "--device", device, "--load", checkpoint, *flags)
+    ranks.tool("evaluate", "--device", device, "--load", checkpoint, *flags)
     return json.loads(path.read_text())["nelbo"]["value"]
-
-
-def tool(name, *flags):
-    """Runs one of tools/ on one rank."""
-    command = [sys.executable, f"tools/{name}.py", *flags]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -738,7 +738,7 @@ def test_one_rank_fails_while_the_other_waits(workers, tmp_path):
     documents[ROW_OF_RANK_1][9] = ranks.MASK_ID
     ranks.write_documents(tmp_path / "text", documents)
     command = [
-        *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        *[sys.executable, *ranks.TORCHRUN],
         *["-m", "megatron_mdm.pretrain", *COMMON, "--split", "1,0,0", "--mdm-row-order", "run"],
         *["--data-path", str(tmp_path / "text"), "--num-workers", str(workers)],
         *["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"],

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from tests import ranks
+from tests.ranks import TORCHRUN
 
 ROOT = ranks.Path(__file__).parents[2]
 COUNTS = ("num_tokens", "num_documents")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def evaluate(base, data, *flags, ranks=1):

@@ -102,6 +102,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
 def test_launch_lines(tmp_path):
     words = launch_line("1b", "--lr", "1e-4")
     assert words[:3] == LAUNCHER.split() and words[3:6] == ["--nproc-per-node", "8", "--standalone"]
+    assert words[6:8] == ["--local-addr", "127.0.0.1"]  # no name has to be resolved
     assert words[-2:] == ["--lr", "1e-4"] and "--fp8-format" not in words
     assert words[words.index("--tokenizer-type") + 1] == "SentencePieceTokenizer"
     assert not any("#" in word for word in words)

@@ -11,7 +11,7 @@ import pytest
 from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 pytestmark = pytest.mark.skipif(
-    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (extra `gpu`)"
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (README, Install)"
 )
 
 
