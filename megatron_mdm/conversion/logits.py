@@ -10,6 +10,8 @@ import torch
 from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family, model_flags
+from megatron_mdm.conversion.modeling_code import WORKS_WITH, class_name, model_of
+from megatron_mdm.conversion.vocabulary import TENSORS
 from megatron_mdm.errors import UserError
 
 # Weights in float32, of which there are two sets while the logits are compared.
@@ -70,6 +72,7 @@ def compare_logits(
         except Exception as error:  # whatever code of the directory may raise
             first = str(error).strip().partition("\n")[0]
             reason = f"Hugging Face's class does not load: {type(error).__name__}: {first}"
+            reason += _advice(family)
     if reason:
         say(f"did not compare logits: {reason}")
         return
@@ -94,7 +97,7 @@ def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> s
         return "transformers is not installed (pip install transformers)"
     if family.in_transformers:
         return ""
-    name = _remote_class(config)
+    name = class_name(config)
     # A name with "--" would be fetched from the network.
     if not name or "--" in name or not (directory / f"{name.partition('.')[0]}.py").is_file():
         return (
@@ -106,10 +109,16 @@ def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> s
     return ""
 
 
-def _remote_class(config: Config) -> str:
-    """The class that a directory's own code has for the model, as module.Class."""
-    names = config.get("auto_map") or {}
-    return str(names.get("AutoModelForCausalLM") or names.get("AutoModel") or "")
+def _advice(family: Family) -> str:
+    """Which version of transformers the code of a family was written for."""
+    import transformers
+
+    if family.in_transformers or transformers.__version__ == WORKS_WITH:
+        return ""
+    return (
+        f" (transformers is {transformers.__version__}; the published code was written for "
+        f"{WORKS_WITH}: in an environment of its own, pip install 'transformers=={WORKS_WITH}')"
+    )
 
 
 @torch.no_grad()
@@ -125,15 +134,18 @@ def _hub_logits(
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    auto: Any = transformers.AutoModelForCausalLM
-    settings: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-    settings |= {"use_safetensors": True, "trust_remote_code": not family.in_transformers}
     inputs: dict[str, Any] = {}
     if family.in_transformers:  # a causal model, whose mask is added to the scores: none is hidden
-        settings["attn_implementation"] = "eager"
         inputs["attention_mask"] = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
-    elif "AutoModelForCausalLM" not in config["auto_map"]:
-        auto = transformers.AutoModel
-    model = auto.from_pretrained(directory, **settings)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    else:
+        ((embedding,), (output,)) = (family.tensors[name] for name in TENSORS)
+        model = model_of(directory, config, (embedding, output) if family.tied(config) else ())
     megatron.round_weights(model, dtype)
     return model.eval()(tokens, **inputs).logits.float()

@@ -1,4 +1,9 @@
-"""Modeling code as released models carry it, for those that are written down in models.py."""
+"""Modeling code as released models carry it, for those that are written down in models.py.
+
+What transformers 5 stumbles over in the released code is here too: LLaDA's class does not call
+`post_init`, and asks its settings for `use_cache`; those of LLaDA-MoE and Dream look their rotary
+frequencies up under `default`.
+"""
 
 import json
 import os
@@ -7,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.conversion.models import published_logits, random_tensors
 
@@ -15,6 +21,10 @@ Path(os.environ["MODELING_CODE_RAN"]).touch()
 
 class TinyConfig(PretrainedConfig):
     model_type = "llada"
+
+    def __init__(self, rope_theta=1e4, **settings):
+        self.rope_theta = rope_theta
+        super().__init__(**settings)
 
 
 class TinyModel(PreTrainedModel):
@@ -31,11 +41,14 @@ class TinyModel(PreTrainedModel):
                     module.add_module(part, torch.nn.Module())
                 module = getattr(module, part)
             module.register_parameter(last, torch.nn.Parameter(torch.empty_like(tensor)))
-        self.post_init()
-
-    def _init_weights(self, module):
-        pass
+        if "hidden_size" in self.raw:
+            frequencies, factor = ROPE_INIT_FUNCTIONS["default"](config, None)
+            size = 2 * len(frequencies)
+            expected = config.rope_theta ** (-torch.arange(0, size, 2) / size)
+            assert size == config.hidden_size // config.num_attention_heads and factor == 1
+            torch.testing.assert_close(frequencies, expected)
 
     def forward(self, input_ids):
+        assert not self.config.use_cache
         weights = dict(self.named_parameters())
         return CausalLMOutput(logits=published_logits(self.raw, weights, input_ids))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import logits
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
@@ -33,8 +34,8 @@ def ran(tmp_path, monkeypatch, modules):
     return tmp_path / "ran"
 
 
-def with_code(kind, directory):
-    source = models.make(kind, directory, auto_map=AUTO)
+def with_code(kind, directory, **changes):
+    source = models.make(kind, directory, auto_map=AUTO, **changes)
     # Code of its own, which transformers has not imported yet.
     (source / CODE.name).write_text(CODE.read_text() + f"# {directory}\n")
     return source
@@ -49,7 +50,9 @@ def about_logits(said):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen2", "llama3.1"])
 def test_classes_of_transformers(kind, dtype, tmp_path):
+    """With a mask token in an unused row of the vocabulary, as released models have some."""
     source, there, back = models.make(kind, tmp_path / "hf"), [], []
+    models.write_tokenizer(source, {f"w{i}": i for i in range(89)} | {"<unk>": 89})
     settings = {"verify": True, "dtype": dtype}
     to_megatron(
         str(source), str(tmp_path / "mg"), add_mask=True, multiple=8, say=there.append, **settings
@@ -80,6 +83,28 @@ def test_modeling_code_of_the_directory(kind, ran, tmp_path):
     assert ran.exists()
 
 
+def test_a_model_whose_files_have_its_output_layer_once(ran, tmp_path):
+    source, said = with_code("llada", tmp_path / "hf", weight_tying=True), []
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.transformer.ff_out.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, say=said.append)
+    assert about_logits(said).startswith("verified: logits of 2 rows of 16")
+
+
+def test_code_that_has_more_tensors_than_the_files(ran, tmp_path):
+    """It would compute with numbers that it drew."""
+    source, said = with_code("dream", tmp_path / "hf"), []
+    path = source / "modeling_tiny.py"
+    path.write_text(
+        path.read_text().replace(
+            "    def forward", "        self.more = torch.nn.Linear(1, 1)\n\n    def forward"
+        )
+    )
+    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, say=said.append)
+    assert "ValueError: it has the tensor more.bias, which the files lack" in about_logits(said)
+
+
 def test_a_model_that_computes_something_else_is_not_kept(ran, tmp_path):
     source = with_code("llada-moe", tmp_path / "hf")
     path = source / "modeling_tiny.py"
@@ -105,6 +130,8 @@ def test_why_logits_were_not_compared(ran, tmp_path, monkeypatch):
         said = []
         to_megatron(str(source), f"{source}-mg", verify=True, trust=True, say=said.append)
         assert f"did not compare logits: {why}" in about_logits(said)
+        advice = "in an environment of its own, pip install 'transformers==4.57.1')"
+        assert about_logits(said).endswith(advice) == (source == broken)
     assert not ran.exists()
 
 
