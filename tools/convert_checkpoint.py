@@ -97,8 +97,8 @@ def parse() -> argparse.Namespace:
     back.add_argument(
         "--hf-config",
         metavar="DIR",
-        help="directory with config.json and tokenizer (default: those that the converted "
-        "checkpoint, or the run's --tokenizer-model, came with)",
+        help="directory with config.json and tokenizer (default: those beside the checkpoints; of "
+        "a run by an earlier version, in its --tokenizer-model directory)",
     )
     back.add_argument(
         "--iteration", type=int, metavar="N", help="checkpoint of the run (default: its last)"

@@ -118,6 +118,8 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.split = args.split or "100,0,0"
         args.train_data_path = args.valid_data_path = args.test_data_path = None
         args.data_args_path = args.per_split_data_args_path = None
+        if args.data_cache_path and not os.path.isdir(args.data_cache_path):
+            args.data_cache_path = None  # of another machine
     for name in OBJECTIVE:
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))

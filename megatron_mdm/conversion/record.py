@@ -10,6 +10,7 @@ from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.record import read_record, record
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
 
 TOOL = "tools/convert_checkpoint.py"
 RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along as a model's file
@@ -34,7 +35,9 @@ def megatron_sources(directory: str, iteration: int | None, hf_config: str | Non
     """
     checkpoint = DistCheckpoint(Path(directory), iteration, hashes=False)  # which come later
     found = sorted(path for path in checkpoint.path.iterdir() if path.is_file())
-    places = [hf_config, os.path.join(directory, HUB_FILES), checkpoint.args.tokenizer_model]
+    tokenizer = tokenizer_of(directory, checkpoint.args)
+    places = [hf_config, os.path.join(directory, HUB_FILES)]
+    places += [tokenizer] if tokenizer not in places else []
     for place in [Path(place) for place in places if place is not None]:
         found += [place] if place.is_file() else _files(place)
     return found

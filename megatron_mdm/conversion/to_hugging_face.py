@@ -32,6 +32,7 @@ from megatron_mdm.data.fingerprint import Fingerprint, differs
 from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.architecture import differences
+from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
 
 
 def to_hugging_face(
@@ -176,10 +177,8 @@ def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
     """Where the run's tokenizer lies, None if it has none on this disk."""
     if args.tokenizer_type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
         return None
-    places = [Path(args.tokenizer_model), source / HUB_FILES]
-    if args.tokenizer_type == "SentencePieceTokenizer":
-        places = places[:1]
-    return next((place for place in places if place.exists()), None)
+    found = tokenizer_of(str(source), args)
+    return None if found is None else Path(found)
 
 
 def _check_unchanged(args: Namespace, path: Path) -> None:
@@ -315,11 +314,9 @@ def _shift(family: Family, config: Config, args: Namespace, mask: int | None) ->
 def _hub_directory(source: Path, args: Namespace, given: str | None) -> Path:
     if given is not None:
         return Path(given)
-    candidates = [source / HUB_FILES]
-    if getattr(args, "tokenizer_model", None):
-        candidates.append(Path(args.tokenizer_model))
-    for candidate in candidates:
-        if (candidate / "config.json").is_file():
+    tokenizer = tokenizer_of(str(source), args) if hasattr(args, "tokenizer_model") else None
+    for candidate in (source / HUB_FILES, Path(tokenizer) if tokenizer else None):
+        if candidate is not None and (candidate / "config.json").is_file():
             return candidate
     raise UserError(
         f"no config.json for {source}: give --hf-config DIR, the directory of the model that it "

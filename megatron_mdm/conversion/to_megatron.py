@@ -47,6 +47,14 @@ LAUNCH_FILE = "launch.txt"
 # Tensors that some releases carry along, computed from the configuration.
 COMPUTED = (".rotary_emb.inv_freq",)
 _PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
+# What a training needs and the model does not say: a user's to change, in the line that trains it.
+# LLaDA's pretraining ended with a learning rate of 1e-5. It falls from there to a tenth, and not to
+# 0: a run with more --train-iters goes on from there. The ranks share the optimizer's state.
+_CHOICES = """
+--use-distributed-optimizer --micro-batch-size 1 --global-batch-size 64 --train-iters 10000
+--lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 100 --save-interval 1000
+--split 99,1,0 --eval-interval 1000 --eval-iters 8 --log-interval 10
+""".split()
 
 
 def to_megatron(
@@ -163,7 +171,10 @@ def to_megatron(
     for line in _remarks(family, config, words, tied, shift):
         tell(line)
     tell(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
-    say(f"train it with (data, batch and schedule are yours), or resume:\n\n{launch}\n")
+    say(
+        "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by you; "
+        f"batch, schedule and layout are yours to change, see README:\n\n{launch}\n"
+    )
 
 
 def _check_sources(
@@ -239,8 +250,7 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
         *["--pretrained-checkpoint", str(Path(output).absolute())],
         *["--load", "MY_RUN", "--save", "MY_RUN"],
         *flags,
-        *["--data-path", "MY_DATA", "--micro-batch-size", "1", "--global-batch-size", "64"],
-        *["--train-iters", "10000", "--lr", "1e-5", "--lr-warmup-iters", "100"],
+        *["--data-path", "MY_DATA", *_CHOICES],
     ]
     lines, line = [], "torchrun --nproc-per-node 8 -m megatron_mdm.pretrain"
     for i, word in enumerate(words):

@@ -29,6 +29,7 @@ from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.mcore.identities import check_same_data, check_tokenizer, record_identities
+from megatron_mdm.mcore.kept_tokenizer import check_tokenizer_path, checkpoints_bring_tokenizers
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.ranks import notice
@@ -134,8 +135,10 @@ def parse() -> Namespace:
     check(given)
     if given.use_checkpoint_args:
         check_checkpoints(given)
+    check_tokenizer_path(given)
     try:
-        args = parse_and_validate_args(add_arguments)
+        with checkpoints_bring_tokenizers():
+            args = parse_and_validate_args(add_arguments)
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError) as error:

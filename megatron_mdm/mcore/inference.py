@@ -25,7 +25,6 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import SharedError, UserError
@@ -37,6 +36,7 @@ from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.identities import other_tokenizer
+from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
 from megatron_mdm.mcore.model import model_config
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.ranks import notice
@@ -479,36 +479,18 @@ def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
 
 
 def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
-    """Where the tokenizer is, on this machine: nothing is fetched.
+    """Where the tokenizer is, on this machine: beside the checkpoint first.
 
     Raises:
-        UserError: it is not where it was.
+        UserError: it is neither there nor where it was.
     """
-    path = args.tokenizer_model
-    files = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
-    if args.tokenizer_type not in files or os.path.exists(path):
-        return path
-    if args.tokenizer_type == "HuggingFaceTokenizer":
-        own = os.path.join(checkpoint, HUB_FILES)
-        if os.path.isdir(own):  # a converted checkpoint, which has moved
-            return own
-        fetched = _fetched_before(path)
-        if fetched:
-            return fetched
-    raise UserError(
-        f"the tokenizer of {checkpoint} is not at {path}: start in the directory that the training "
-        "was started in, or put it there"
-    )
-
-
-def _fetched_before(name: str) -> str | None:
-    """Where huggingface_hub keeps the repository of this name, None if it keeps none."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        return str(snapshot_download(name, local_files_only=True))
-    except (ImportError, OSError, ValueError):
-        return None
+    path = tokenizer_of(checkpoint, args)
+    if path is None and args.tokenizer_model is not None:
+        raise UserError(
+            f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
+            "directory that the training was started in, or put it there"
+        )
+    return path
 
 
 def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:

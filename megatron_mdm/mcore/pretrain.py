@@ -16,6 +16,7 @@ from megatron_mdm.mcore.dataset import (
     use_shipped_dataset_helpers,
 )
 from megatron_mdm.mcore.forward_step import forward_step
+from megatron_mdm.mcore.kept_tokenizer import tokenizer_files
 from megatron_mdm.mcore.loading import failures_in_a_line
 from megatron_mdm.mcore.metrics import evaluation_hook
 from megatron_mdm.mcore.model import model_config
@@ -45,7 +46,7 @@ def run(program_start: float, interruption: Interruption) -> None:
             config = model_config(args)
         container = pretrain_cfg_container_from_args(args, config)
         with (
-            safe_checkpoints(args.mdm_checkpoint_hashes),
+            safe_checkpoints(args.mdm_checkpoint_hashes, tokenizer_files(args)),
             checkpoint_workers(args.async_save),
             failures_in_a_line(),
             settings_may_differ(args),

@@ -16,10 +16,11 @@ from megatron_mdm.data.outputs import complete_or_absent
 from megatron_mdm.mcore.checkpoint_files import TRACKER, is_remote
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.integrity import check_sums, remove_sums, write_sums
+from megatron_mdm.mcore.kept_tokenizer import TokenizerFiles
 
 
 @contextmanager
-def safe_checkpoints(hashes: bool) -> Iterator[None]:
+def safe_checkpoints(hashes: bool, tokenizer: TokenizerFiles | None = None) -> Iterator[None]:
     """Context in which Megatron saves and loads checkpoints.
 
     A kill or a full disk leaves the tracker as it was: Megatron alone would empty it first.
@@ -28,9 +29,11 @@ def safe_checkpoints(hashes: bool) -> Iterator[None]:
         hashes: write the sums of each checkpoint's files before the tracker moves, of an
             asynchronous save too, and check them before tensors are read (integrity.py). Without,
             sums of a checkpoint that was saved over are removed.
+        tokenizer: to be kept beside the checkpoints, before the tracker moves; given on the first
+            rank, which writes the tracker.
     """
     with ExitStack() as stack:
-        files = _WholeTracker(checkpointing.maybe_msc)
+        files = _WholeTracker(checkpointing.maybe_msc, tokenizer)
         stack.enter_context(replaced(checkpointing, "maybe_msc", files))
         save, load = dist_checkpointing.save, dist_checkpointing.load
         stack.enter_context(replaced(dist_checkpointing, "save", _with_sums(save, hashes)))
@@ -42,8 +45,9 @@ def safe_checkpoints(hashes: bool) -> Iterator[None]:
 class _WholeTracker:
     """Megatron's access to files, except that a tracker is written and then renamed."""
 
-    def __init__(self, files: Any) -> None:
+    def __init__(self, files: Any, tokenizer: TokenizerFiles | None) -> None:
         self._files = files
+        self._tokenizer = tokenizer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._files, name)
@@ -51,6 +55,8 @@ class _WholeTracker:
     def open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         """Opens a file."""
         if mode == "w" and Path(path).name == TRACKER and not is_remote(str(path)):
+            if self._tokenizer is not None:
+                self._tokenizer.keep(Path(path).parent)
             return _renamed_when_written(str(path))
         return self._files.open(path, mode, *args, **kwargs)
 

@@ -215,12 +215,17 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
         words = [f"tools/{name}.py", "--load", str(tmp_path / "save"), "--device", "cpu", *flags]
         tool = ranks.launch(tmp_path / name, 1, "--", *words, entry="tool", check=False)
         assert "was made with another tokenizer than this one: its ids" in the_error(tool)
-    # Another one in its place, of as many pieces, would read and write other texts.
+    # Another one in its place, of as many pieces, would read and write other texts. The run has
+    # kept its own; those of an earlier version have not.
     shutil.copy(tokenizers / "two.model", tmp_path / "one.model")
     words = ["tools/generate.py", "--load", str(tmp_path / "save"), "--device", "cpu"]
-    tool = ranks.launch(
-        tmp_path / "generate", 1, "--", *words, "--prompt", "some", entry="tool", check=False
-    )
+    words += ["--prompt", "some", "--length", "2", "--no-stop-at-eos"]
+    ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool")
+    assert (tmp_path / "generate" / "stdout0").read_text().startswith("some")
+    kept = tmp_path / "save" / "tokenizer.model"
+    assert kept.read_bytes() == (tokenizers / "one.model").read_bytes()
+    kept.unlink()
+    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool", check=False)
     line = the_error(tool)
     assert f"{tmp_path}/one.model is not the one that the checkpoint was trained with: its" in line
 

@@ -1,0 +1,252 @@
+"""A converted model trains with the line that it comes with; what it saves moves to anywhere."""
+
+import json
+import os
+import shlex
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_mdm.conversion.to_hugging_face import to_hugging_face
+from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.data.preprocess import load_hugging_face, preprocess
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore import kept_tokenizer
+from megatron_mdm.mcore.kept_tokenizer import tokenizer_files
+from tests import ranks
+from tests.conversion import models
+
+WORDS = {f"w{i}": i for i in range(80)} | {"<unk>": 80, "end": 81, "<|mdm_mask|>": 90}
+SPECIAL = {"eos_token": "end", "mask_token": "<|mdm_mask|>"}
+OWN = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def write_data(directory):
+    """text.jsonl, and text.bin and text.idx of it, by the tokenizer that lies in `directory`."""
+    lines = [" ".join(f"w{(7 * i + j * j) % 80}" for j in range(40)) for i in range(300)]
+    file = directory / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenizer = load_hugging_face(str(directory / "mg" / "huggingface"))
+    preprocess([str(file)], str(directory / "text"), tokenizer, workers=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A run by the line of a conversion, and its data, where neither was written.
+
+    Another tokenizer of as many tokens has taken the place of the original, and a file that of the
+    directory in which the run had its index cache.
+    """
+    old = tmp_path_factory.mktemp("old")
+    source = models.make("llada", old / "hf")
+    models.write_tokenizer(source, WORDS, **SPECIAL)
+    (source / "LICENSE").write_text("as you like")
+    to_megatron(str(source), str(old / "mg"), say=str)
+    write_data(old)
+    line = (old / "mg" / "launch.txt").read_text().replace("\\\n", "")
+    words = shlex.split(line.replace("MY_RUN", str(old / "run")).replace("MY_DATA", f"{old}/text"))
+    flags = words[words.index("megatron_mdm.pretrain") + 1 :]
+    flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
+    flags += ["--data-cache-path", str(old / "cache")]
+    run = ranks.launch(old / "log", 1, "--", *flags, entry="only_these_flags")
+    new = tmp_path_factory.mktemp("new")
+    for name in ("run", "text.jsonl", "text.bin", "text.idx", "text.json"):
+        shutil.move(old / name, new / name)
+    shutil.rmtree(old / "hf")
+    shutil.rmtree(old / "cache")
+    (old / "cache").touch()
+    tokenizer = old / "mg" / "huggingface"
+    models.write_tokenizer(tokenizer, WORDS | {"w7": 8, "w8": 7}, **SPECIAL)
+    return SimpleNamespace(run=new / "run", data=new, old=old, flags=flags, log=run)
+
+
+def tool(moved, directory, name, *flags):
+    """What a tool prints that starts in a directory of its own."""
+    words = [f"tools/{name}.py", "--device", "cpu", "--load", str(moved.run), *flags]
+    ranks.launch(directory / name, 1, "--", *words, entry="tool_in_its_directory")
+    return (directory / name / "stdout0").read_text()
+
+
+def test_the_line_of_a_conversion_trains_as_it_stands(moved):
+    """With its schedule, validation and saving; batch, device, loaders and end are not its own."""
+    assert "lr_decay_style .................................. cosine" in moved.log.output[0]
+    tracker = moved.run / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "2"
+
+
+def test_the_tokenizer_lies_beside_the_checkpoints(moved):
+    files = sorted(os.listdir(moved.run / "huggingface"))
+    assert files == sorted([*OWN, "LICENSE"])
+    assert not list(moved.run.glob("huggingface.*"))
+
+
+def test_tools_need_nothing_of_the_original_place(moved, tmp_path):
+    prompt = ["--prompt", "w1 w7", "--length", "4", "--no-stop-at-eos"]
+    assert tool(moved, tmp_path, "generate", *prompt).startswith("w1 w7 ")
+    text = tool(moved, tmp_path, "evaluate", "--data", str(moved.data / "text.jsonl"), "--rows=9")
+    assert "NELBO" in text
+    data = ["--data-path", str(moved.data / "text"), "--rows", "2", "--masks", "2"]
+    fit = tool(moved, tmp_path, "fit_ppots", *data, "--output", "fit.json")
+    assert "fit of the loss" in fit and (tmp_path / "fit_ppots" / "fit.json").exists()
+
+
+def test_it_converts_back(moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    to_hugging_face(str(moved.run), "back", verify=True, say=str)
+    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
+        written = (tmp_path / "back" / name).read_bytes()
+        assert written == (moved.run / "huggingface" / name).read_bytes()
+
+
+def test_it_resumes(moved, tmp_path):
+    """With its path, and with --use-checkpoint-args, which the checkpoint's own goes with."""
+    run = shutil.copytree(moved.run, tmp_path / "run")
+    flags = [word.replace(f"{moved.old}/run", str(run)) for word in moved.flags]
+    flags = [word.replace(f"{moved.old}/text", f"{moved.data}/text") for word in flags]
+    flags[flags.index("--data-cache-path") + 1] = str(tmp_path / "cache")
+    del flags[flags.index("--exit-interval") : flags.index("--exit-interval") + 2]
+    place = flags.index("--tokenizer-model") + 1
+    gone = str(tmp_path / "gone")
+
+    def resume(tokenizer, *more, **settings):
+        command = [*flags[:place], tokenizer, *flags[place + 1 :], *more]
+        return ranks.launch(
+            tmp_path / "log", 1, "--", *command, entry="only_these_flags", **settings
+        )
+
+    output = resume(gone, "--exit-interval", "3", check=False).output[0]
+    line = f"error: --tokenizer-model {gone} does not exist: give the copy beside the checkpoint, "
+    assert f"{line}--tokenizer-model {run / 'huggingface'}" in output
+    other = str(moved.old / "mg" / "huggingface")
+    output = resume(other, "--exit-interval", "3", check=False).output[0]
+    assert "was trained with another tokenizer: its ids below 82 stand for other" in output
+    for number, tokenizer, more in (
+        (3, str(run / "huggingface"), []),
+        (4, other, ["--use-checkpoint-args"]),
+    ):
+        resume(tokenizer, "--exit-interval", str(number), *more)
+        assert (run / "latest_checkpointed_iteration.txt").read_text() == str(number)
+
+
+# -- the copy
+
+
+@pytest.fixture
+def keeping(tmp_path):
+    """The files of a tokenizer, and a directory of checkpoints for their copy."""
+    source = tmp_path / "source"
+    models.write_tokenizer(source, WORDS, **SPECIAL)
+    for name in (
+        "model.safetensors",
+        "corpus.json",
+        ".hidden.json",
+        "model.safetensors.index.json",
+    ):
+        (source / name).write_text("not a tokenizer's")
+    (source / "code.py").write_text("")
+    (tmp_path / "run").mkdir()
+
+    def files(path=source, kind="HuggingFaceTokenizer"):
+        args = Namespace(tokenizer_type=kind, tokenizer_model=str(path), skip_train=False)
+        args.save = str(tmp_path / "run")
+        return tokenizer_files(args)
+
+    return files, source, tmp_path / "run"
+
+
+def names(directory):
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*"))
+
+
+def test_only_what_belongs_to_a_tokenizer_is_copied(keeping):
+    files, source, run = keeping
+    files().keep(run)
+    copies = ["code.py", "tokenizer.json", "tokenizer_config.json"]
+    assert names(run) == ["huggingface", *(f"huggingface/{name}" for name in copies)]
+    assert all(
+        (run / "huggingface" / name).read_bytes() == (source / name).read_bytes() for name in copies
+    )
+    before = (run / "huggingface").stat().st_ino
+    files().keep(run)
+    assert (run / "huggingface").stat().st_ino == before
+
+
+def test_a_tokenizer_that_has_changed_or_gone_is_not_copied(keeping, capfd):
+    files, source, run = keeping
+    found = files()
+    (source / "tokenizer.json").write_text("{}")
+    found.keep(run)
+    (source / "tokenizer.json").unlink()
+    found.keep(run)
+    assert names(run) == []
+    line = f"the tokenizer {source} is not what it was when the run began: no copy of it goes into"
+    assert capfd.readouterr().out.count(line) == 2
+
+
+def test_another_one_takes_its_place(keeping, capfd):
+    """A run that is allowed to save there has another tokenizer."""
+    files, source, run = keeping
+    files().keep(run)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "code.py").unlink()
+    files().keep(run)
+    assert "gives way to that of this run" in capfd.readouterr().out
+    assert (run / "huggingface" / "tokenizer.json").read_text() == "{}"
+    assert names(run / "huggingface") == ["tokenizer.json", "tokenizer_config.json"]
+    assert names(run)[0] == "huggingface"
+
+
+def test_a_converted_model_keeps_its_own(keeping):
+    files, _, run = keeping
+    (run / "release").mkdir()
+    (run / "huggingface").mkdir()
+    files().keep(run)
+    assert names(run) == ["huggingface", "release"]
+
+
+def test_a_single_file(keeping):
+    files, source, run = keeping
+    model = source / "my.model"
+    for content in ("one", "two"):
+        model.write_text(content)
+        files(model, "SentencePieceTokenizer").keep(run)
+        assert names(run) == ["tokenizer.model"]
+        assert (run / "tokenizer.model").read_text() == content
+
+
+def test_a_directory_of_data_is_not_copied(keeping, monkeypatch, capfd):
+    files, source, _ = keeping
+    monkeypatch.setattr(kept_tokenizer, "MOST_BYTES", 1000)
+    assert files() is None
+    assert f"the tokenizer {source} has 0.0 GB of files: no copy" in capfd.readouterr().out
+
+
+def test_a_full_disk_is_one_line(keeping, monkeypatch):
+    files, _, run = keeping
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept_tokenizer, "copyfile", fail)
+    with pytest.raises(UserError, match="cannot write .*huggingface: No space left on device"):
+        files().keep(run)
+    assert names(run) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_model": None},
+        {"tokenizer_type": "NullTokenizer"},
+        {"save": None},
+        {"save": "s3://bucket/run"},
+        {"skip_train": True},
+    ],
+)
+def test_nothing_to_keep(change):
+    args = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "my.model"}
+    assert (
+        tokenizer_files(Namespace(**{**args, "save": "run", "skip_train": False, **change})) is None
+    )
