@@ -29,9 +29,9 @@ from megatron_mdm.mcore.ranks import is_first_rank, notice
 DIRECTORY = "HuggingFaceTokenizer"
 # Types whose tokenizer is one file.
 FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
-# What belongs to a tokenizer in a directory of Hugging Face, which may hold weights and data too;
-# with config.json, which transformers reads for a tokenizer, and code and papers of the model,
-# which go back with it to Hugging Face.
+# What belongs to a tokenizer in a directory of Hugging Face, which may hold weights and data too:
+# its files, config.json, which transformers reads for it, and the code, card and license of the
+# model, which go back with it to Hugging Face.
 NAMES = """
 *token*.json vocab*.json chat_template*.json config.json generation_config.json *.jinja *.model
 *.tiktoken merges.txt vocab*.txt *.py README* LICENSE* NOTICE*
