@@ -654,7 +654,7 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         (
             "--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model",
             [],
-            "Megatron rejects these flags or their files: tokenizer_path: missing.model is invalid",
+            "--tokenizer-model missing.model does not exist: give the path of its file",
         ),
         (
             "--step-batch-size-schedule abc --eval-global-batch-size 8",
