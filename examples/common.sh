@@ -19,8 +19,7 @@ if [ -n "$MODEL" ]; then # the real thing, on GPUs
     REAL=yes
     GPUS=${GPUS:-8}
     TP=${TP:-4}
-    HARDWARE=(--tensor-model-parallel-size "$TP" --sequence-parallel --bf16 --use-distributed-optimizer
-        --dist-ckpt-optim-fully-reshardable)
+    HARDWARE=(--tensor-model-parallel-size "$TP" --sequence-parallel --bf16) # the launch line has the rest
     [ -e "$MODEL/config.json" ] || stop "$MODEL is no model directory of Hugging Face: it has no config.json"
     [ -f "$TEXT" ] || stop "name a file with the paths of your texts after $MODEL"
     RUN=$RUN/$(basename "$MODEL")-$({ realpath "$MODEL" && cat "$TEXT"; } | sha256sum | cut -c1-8)

@@ -51,7 +51,8 @@ _PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
 # LLaDA's pretraining ended with a learning rate of 1e-5. It falls from there to a tenth, and not to
 # 0: a run with more --train-iters goes on from there. The ranks share the optimizer's state.
 _CHOICES = """
---use-distributed-optimizer --micro-batch-size 1 --global-batch-size 64 --train-iters 10000
+--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce
+--micro-batch-size 1 --global-batch-size 64 --train-iters 10000
 --lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 100 --save-interval 1000
 --split 99,1,0 --eval-interval 1000 --eval-iters 8 --log-interval 10
 """.split()
