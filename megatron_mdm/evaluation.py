@@ -14,7 +14,7 @@ documents, and unknown where all rows are of one.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,8 @@ Floats = npt.NDArray[np.float64]
 # `clean`, the tokens before masking, and `documents`, both int64 [B, L].
 LogitsFunction = Callable[..., torch.Tensor]
 GROUPS = 64  # at most; enough for an error bar to be known to a tenth
+# Masks of a continuation: as many as answers of 6 tokens have, or of fewer.
+DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -215,12 +217,16 @@ def log_likelihoods(
     logits: LogitsFunction,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     mask_token_id: int,
-    draws: int = 32,
+    draws: int = DRAWS,
     seed: int = 0,
     batch_size: int = 16,
     device: torch.device | str | int = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, float]]:
     """Conditional log-likelihoods of continuations: only these are masked, the contexts are seen.
+
+    A continuation of n tokens has 2^n - 1 masks that hide any of them. If these are no more than
+    `draws`, each is scored once and the bound is exact.
 
     Args:
         logits: as in `evaluate`.
@@ -231,11 +237,11 @@ def log_likelihoods(
         seed: of rates and masks.
         batch_size: masked rows in a call of `logits`.
         device: of the tokens that `logits` takes.
+        progress: called with the number of masks of each batch; see `num_masks`.
 
     Returns:
         For each pair an unbiased estimate of the lower bound on log p(continuation | context), nats
-        over the whole continuation, and the standard error of the masking. Continuations of one
-        token are exact.
+        over the whole continuation, and the standard error of the masking, 0 where it is exact.
 
     Raises:
         UserError: draws that are no multiple of 4, a mask token among the tokens, or logits that
@@ -250,11 +256,79 @@ def log_likelihoods(
         )
         for context, continuation in pairs
     ]
-    alone = np.arange(len(texts))
-    drawn = draw(logits, texts, mask_token_id, 4, draws // 4, seed, alone, batch_size, device)
+    _check_tokens(texts, mask_token_id)
+    few = [i for i, (_, after) in enumerate(pairs) if 2 ** len(after) - 1 <= draws]
+    many = sorted({*range(len(texts))} - {*few})
+    bounds, errors = np.zeros((2, len(texts)))
+    bounds[few] = -exact_nats(
+        logits, [texts[i] for i in few], mask_token_id, batch_size, device, progress
+    )
+    drawn = draw(
+        logits,
+        [texts[i] for i in many],
+        mask_token_id,
+        4,
+        draws // 4,
+        seed,
+        np.arange(len(many)),
+        batch_size,
+        device,
+        progress,
+    )
     replicates = drawn.nats.mean(axis=2)
-    errors = replicates.std(axis=1, ddof=1) / math.sqrt(replicates.shape[1])
-    return list(zip((-replicates.mean(axis=1)).tolist(), errors.tolist(), strict=True))
+    bounds[many] = -replicates.mean(axis=1)
+    errors[many] = replicates.std(axis=1, ddof=1) / math.sqrt(replicates.shape[1])
+    return list(zip(bounds.tolist(), errors.tolist(), strict=True))
+
+
+def num_masks(num_tokens: int, draws: int) -> int:
+    """Masks under which `log_likelihoods` scores a continuation of so many tokens."""
+    return min(2**num_tokens - 1, draws)
+
+
+@torch.no_grad()
+def exact_nats(
+    logits: LogitsFunction,
+    texts: Sequence[Text],
+    mask_token_id: int,
+    batch_size: int,
+    device: torch.device | str | int = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> Floats:
+    """The NELBO of each text, its sum over tokens, over all masks; arguments as in `evaluate`.
+
+    The rate t is uniform over (0, 1), and a masked token weighs 1/t. A mask that hides k of n
+    tokens has the probability t^k (1 - t)^(n - k), so that each of its cross entropies CE weighs
+
+        integral over t of  t^(k - 1) (1 - t)^(n - k)  =  1 / (k C(n, k))
+
+    The sum over the 2^n - 1 masks that hide a token is what `draw` estimates. It has k uniform
+    over 1 to n, one of the C(n, k) masks with equal chances, and the weight n / k.
+
+    Returns:
+        nats, float64 [N].
+
+    Raises:
+        UserError: a mask token among the tokens, or logits that are no numbers.
+    """
+    _check_tokens(texts, mask_token_id)
+    places = [text.eligible.nonzero()[:, 0] for text in texts]  # of the n tokens
+    jobs = [(i, mask) for i, place in enumerate(places) for mask in range(1, 2 ** len(place))]
+    nats = np.zeros(len(texts))
+    for batch in _batches([len(texts[i].tokens) for i, _ in jobs], batch_size):
+        chosen = [texts[jobs[job][0]] for job in batch]
+        mask = torch.zeros((len(batch), len(chosen[0].tokens)), dtype=torch.bool)
+        for row, job in enumerate(batch):
+            i, bits = jobs[job]
+            mask[row, places[i]] = torch.tensor([bits >> n & 1 for n in range(len(places[i]))]) > 0
+        total = _cross_entropies(logits, chosen, mask, mask_token_id, device).sum(dim=1).numpy()
+        _check_finite(total)
+        for row, job in enumerate(batch):
+            i, bits = jobs[job]
+            k = bits.bit_count()
+            nats[i] += total[row] / (k * math.comb(len(places[i]), k))
+        progress(len(batch))
+    return nats
 
 
 @torch.no_grad()
@@ -279,55 +353,93 @@ def draw(
         UserError: a mask token among the tokens, or logits that are no numbers.
     """
     corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps plays no part
+    _check_tokens(texts, mask_token_id)
+    shape = (len(texts), replicates, draws)
+    quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
+    nats, rate = np.zeros(quantile.shape), np.zeros(quantile.shape)
+    per_text = replicates * draws
+    lengths = [len(texts[job // per_text].tokens) for job in range(len(quantile))]
+    for batch in _batches(lengths, batch_size):
+        chosen = [texts[job // per_text] for job in batch]
+        tokens = torch.stack([text.tokens for text in chosen])
+        eligible = torch.stack([text.eligible for text in chosen])
+        uniforms = [row_uniforms(seed, Split.TEST, job, tokens.shape[1]) for job in batch]
+        corrupted = corrupter(
+            tokens,
+            eligible,
+            torch.from_numpy(np.stack(uniforms)),
+            torch.from_numpy(quantile[batch]),
+        )
+        cross_entropy = _cross_entropies(logits, chosen, corrupted.mask, mask_token_id, device)
+        losses = row_losses(
+            cross_entropy, corrupted.mask, corrupted.weight, eligible.sum(dim=1), "rows"
+        )
+        nats[batch] = (losses.per_row * eligible.sum(dim=1)).numpy()
+        _check_finite(nats[batch])
+        rate[batch] = corrupted.t.numpy()
+        progress(len(batch))
+    num_eligible = np.array([int(text.eligible.sum()) for text in texts], dtype=np.int64)
+    return Draws(nats.reshape(shape), rate.reshape(shape), num_eligible)
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows of one length, at most `batch_size` of them: nothing is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for _, same in itertools.groupby(order, key=lengths.__getitem__):
+        yield from map(list, itertools.batched(same, batch_size))
+
+
+def _cross_entropies(
+    logits: LogitsFunction,
+    texts: Sequence[Text],
+    mask: torch.Tensor,
+    mask_token_id: int,
+    device: torch.device | str | int,
+) -> torch.Tensor:
+    """Cross entropies of texts of one length where `mask`, bool [B, L], hides their tokens.
+
+    Returns:
+        nats, float64 [B, L] on the CPU, 0 where nothing is hidden.
+    """
+    tokens = torch.stack([text.tokens for text in texts])
+    context = {}
+    if texts[0].documents is not None:
+        documents = torch.stack([text.documents for text in texts])
+        context = {"clean": tokens.to(device), "documents": documents.to(device)}
+    seen = torch.where(mask, mask_token_id, tokens).to(device)
+    scores = logits(seen, **context)[mask.to(device)]
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    masked = torch.nn.functional.cross_entropy(scores, tokens[mask].to(device), reduction="none")
+    cross_entropy = torch.zeros(tokens.shape, dtype=torch.float64)
+    cross_entropy[mask] = masked.double().cpu()
+    return cross_entropy
+
+
+def _check_tokens(texts: Sequence[Text], mask_token_id: int) -> None:
+    """Checks that no text contains the mask token.
+
+    Raises:
+        UserError: one does.
+    """
     for number, text in enumerate(texts):
         if (text.tokens == mask_token_id).any():
             raise UserError(
                 f"text {number} contains the mask token {mask_token_id}, which the model would "
                 "take for a masked position: tokenize it again without"
             )
-    shape = (len(texts), replicates, draws)
-    quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
-    nats, rate = np.zeros(quantile.shape), np.zeros(quantile.shape)
-    per_text = replicates * draws
-    length = [len(text.tokens) for text in texts]
-    jobs = sorted(range(len(quantile)), key=lambda job: length[job // per_text])
-    for _, same in itertools.groupby(jobs, key=lambda job: length[job // per_text]):
-        for batch in itertools.batched(same, batch_size):
-            chosen = [texts[job // per_text] for job in batch]
-            tokens = torch.stack([text.tokens for text in chosen])
-            eligible = torch.stack([text.eligible for text in chosen])
-            uniforms = [row_uniforms(seed, Split.TEST, job, tokens.shape[1]) for job in batch]
-            indices = list(batch)
-            corrupted = corrupter(
-                tokens,
-                eligible,
-                torch.from_numpy(np.stack(uniforms)),
-                torch.from_numpy(quantile[indices]),
-            )
-            context = {}
-            if chosen[0].documents is not None:
-                documents = torch.stack([text.documents for text in chosen])
-                context = {"clean": tokens.to(device), "documents": documents.to(device)}
-            scores = logits(corrupted.tokens.to(device), **context)[corrupted.mask.to(device)]
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            masked = torch.nn.functional.cross_entropy(
-                scores, tokens[corrupted.mask].to(device), reduction="none"
-            )
-            cross_entropy = torch.zeros(tokens.shape, dtype=torch.float64)
-            cross_entropy[corrupted.mask] = masked.double().cpu()
-            losses = row_losses(
-                cross_entropy, corrupted.mask, corrupted.weight, eligible.sum(dim=1), "rows"
-            )
-            nats[indices] = (losses.per_row * eligible.sum(dim=1)).numpy()
-            if not np.isfinite(nats[indices]).all():
-                raise UserError(
-                    "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
-                    "too large for its precision"
-                )
-            rate[indices] = corrupted.t.numpy()
-            progress(len(batch))
-    num_eligible = np.array([int(text.eligible.sum()) for text in texts], dtype=np.int64)
-    return Draws(nats.reshape(shape), rate.reshape(shape), num_eligible)
+
+
+def _check_finite(nats: Floats) -> None:
+    """Checks what texts cost.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if not np.isfinite(nats).all():
+        raise UserError(
+            "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
+            "too large for its precision"
+        )
 
 
 def lattice_quantiles(

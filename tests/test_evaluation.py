@@ -12,11 +12,13 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import (
     Text,
     cut_rows,
+    draw,
     evaluate,
     groups_of,
     lattice_quantiles,
     log_likelihoods,
     num_documents,
+    num_masks,
 )
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.reference import objective_coefficients, patterns
@@ -34,7 +36,7 @@ def model(tokens):
     return torch.stack([features @ head[i] for i in range(L)], dim=1)
 
 
-def exact_nats(text):
+def oracle_nats(text):
     """The NELBO of a text, summed over its tokens, over all masks."""
     coefficients = objective_coefficients(text.eligible.tolist(), eps=0.0)
     total = 0.0
@@ -60,7 +62,7 @@ def random_texts(count, seed=0):
 def test_the_estimate_and_its_error_bar_are_those_of_the_exact_nelbo(count):
     texts = random_texts(count)
     tokens = sum(int(text.eligible.sum()) for text in texts)
-    exact = sum(map(exact_nats, texts)) / tokens
+    exact = sum(map(oracle_nats, texts)) / tokens
     repetitions = 100
     runs = [
         evaluate(model, texts, MASK, draws=16 if count < 10 else 4, seed=seed).nelbo
@@ -172,17 +174,93 @@ def test_quantiles_are_stratified_and_differ_between_replicates():
     assert abs(correlation) < 4 / np.sqrt(200)
 
 
+PAIRS = [([0, 1], [2, 1, 0]), ([2], [0]), ([], [1, 1]), ([1, 0], []), ([2], [0, 0, 1, 2, 1, 0])]
+
+
+def continuation_of(context, continuation):
+    tokens = torch.tensor([*context, *continuation])
+    return Text(tokens, torch.arange(len(tokens)) >= len(context))
+
+
 def test_conditional_likelihood_masks_only_the_continuation():
-    pairs = [([0, 1], [2, 1, 0]), ([2], [0]), ([], [1, 1]), ([1, 0], [])]
-    results = log_likelihoods(model, pairs, MASK, draws=2000)
-    for (context, continuation), (bound, error) in zip(pairs, results, strict=True):
-        tokens = torch.tensor([*context, *continuation])
-        eligible = torch.arange(len(tokens)) >= len(context)
-        exact = -exact_nats(Text(tokens, eligible))
-        assert abs(bound - exact) < max(5 * error, 1e-12)  # 3 degrees of freedom
-        assert error <= 0.05 * abs(exact)
-    assert results[1][1] == 0.0  # one token is exact
+    """By draws, of which a continuation with fewer masks has the exact value in their place."""
+    assert [num_masks(len(after), 64) for _, after in PAIRS] == [7, 1, 3, 0, 63]
+    texts = [continuation_of(*pair) for pair in PAIRS]
+    drawn = draw(model, texts, MASK, 100, 20, 0, np.arange(len(texts)), 50).nats.mean(axis=2)
+    for text, replicates in zip(texts, drawn, strict=True):
+        spread = replicates.std(ddof=1) / 10
+        assert abs(replicates.mean() - oracle_nats(text)) < max(4 * spread, 1e-12)
+        assert spread <= 0.02 * replicates.mean()
+    for draws in (4, 32, 64):
+        results = log_likelihoods(model, PAIRS, MASK, draws=draws)
+        for text, (bound, error) in zip(texts, results, strict=True):
+            if 2 ** int(text.eligible.sum()) - 1 <= draws:
+                assert bound == pytest.approx(-oracle_nats(text), rel=1e-12, abs=1e-15)
+                assert error == 0.0
+            else:
+                assert bound == pytest.approx(-oracle_nats(text), rel=0.5) and error > 0.01
     assert results[3] == (0.0, 0.0)
+
+
+def test_few_masks_are_enumerated_once():
+    """Each mask of a continuation is seen once, whatever the batch."""
+    seen = []
+
+    def watching(tokens):
+        seen.extend(tuple(row) for row in tokens.tolist())
+        return model(tokens)
+
+    (once,) = log_likelihoods(watching, [([0, 1], [2, 1, 0])], MASK, draws=8)
+    tails = itertools.product(*[(token, MASK) for token in (2, 1, 0)])
+    assert sorted(seen) == sorted((0, 1, *tail) for tail in tails if MASK in tail)
+    seen.clear()
+    pairs = [([0, 1], [2, 1, 0]), ([0], [1, 0, 2, 1])]  # equally long; 15 masks are more than 8
+    both = log_likelihoods(watching, pairs, MASK, draws=8, batch_size=4)
+    assert len(seen) == 7 + 8
+    assert both[0] == pytest.approx(once, rel=1e-12) and both[0][1] == 0.0 < both[1][1]
+
+
+def test_the_bound_of_conditionals_of_one_distribution_is_the_likelihood():
+    """In closed form: whatever order tokens come in, their chain is the joint probability."""
+    length, size = 5, 3
+    generator = torch.Generator().manual_seed(1)
+    joint = torch.rand((size,) * length, generator=generator, dtype=torch.float64) ** 4
+    joint /= joint.sum()
+
+    def conditionals(tokens):
+        """Logits of each position given the tokens that are seen."""
+        rows = []
+        for row in tokens.tolist():
+            seen = joint
+            for place, token in enumerate(row):
+                if token != MASK:
+                    chosen = torch.nn.functional.one_hot(torch.tensor(token), size)
+                    seen = seen * chosen.view([-1 if i == place else 1 for i in range(length)])
+            others = [[j for j in range(length) if j != i] for i in range(length)]
+            rows.append(torch.stack([seen.sum(dim=places) for places in others]).log())
+        missing = torch.full((len(rows), length, 1), -torch.inf, dtype=torch.float64)
+        return torch.cat([torch.stack(rows), missing], dim=-1)
+
+    tokens = (0, 2, 1, 1, 0)
+    marginals = [joint.sum(dim=tuple(range(n, length))) for n in range(1, length + 1)]
+    for given in range(length):
+        (found,) = log_likelihoods(conditionals, [(tokens[:given], tokens[given:])], MASK, draws=32)
+        before = marginals[given - 1][tokens[:given]] if given else torch.tensor(1.0)
+        assert found == (pytest.approx((joint[tokens] / before).log().item(), rel=1e-12), 0.0)
+
+
+def test_a_cross_entropy_that_depends_on_the_number_of_masks_is_summed_over_it():
+    """In closed form: with CE = f(k) under k masks the bound is the sum of f over k."""
+    f = [0.3, 2.0, 0.7, 1.1, 5.0, 0.2]
+
+    def by_number(tokens):
+        nats = torch.tensor([0.0, *f], dtype=torch.float64)[(tokens == MASK).sum(dim=1)]
+        right = -nats[:, None, None].expand(*tokens.shape, 1)
+        return torch.cat([right, torch.log(-torch.expm1(right))], dim=-1)
+
+    for n in range(1, 7):
+        ((bound, error),) = log_likelihoods(by_number, [([0], [0] * n)], MASK)
+        assert bound == pytest.approx(-sum(f[:n]), rel=1e-12) and error == 0.0
 
 
 def test_rows_of_any_batch_size_are_the_same_numbers():
