@@ -35,10 +35,11 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "plot": ["matplotlib"],
         "hf": ["transformers"],
-        "eval": ["lm-eval"],
+        # Its tasks, metrics and `datasets`; what single tasks need beside is in extras of its own.
+        "eval": ["lm-eval>=0.4.13"],
         "test": [
             *("pytest", "pytest-timeout", "ruff", "mypy"),
-            *("matplotlib", "transformers", "lm-eval"),
+            *("matplotlib", "transformers", "lm-eval>=0.4.13"),
         ],
     },
 )

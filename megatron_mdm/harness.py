@@ -1,47 +1,69 @@
-"""A masked-diffusion model for the tasks of lm-evaluation-harness that compare likelihoods.
+"""A masked-diffusion model as lm-evaluation-harness (`lm_eval`) asks for one.
 
-    with training_device("cuda"), loaded_model("checkpoints", "cuda") as loaded:
-        encode = mcore.texts.encoder(loaded)
-        model = HarnessModel(loaded.logits, encode, loaded.mask_token_id, max_length,
-                             shift=loaded.args.mdm_shift, opening_token_id=loaded.opening_token_id)
-        print(lm_eval.simple_evaluate(model=model, tasks=["arc_easy"])["results"])
-
-`lm_eval` is optional: without it the class stands alone, with the same methods.
+Over callables alone: `megatron_mdm.lm_eval` makes one of a checkpoint. `lm_eval` is optional:
+without it the class stands alone, with the same methods but `generate_until`.
 """
 
+import dataclasses
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.evaluation import cut_rows, log_likelihoods
+from megatron_mdm.evaluation import DRAWS, cut_rows, log_likelihoods, num_masks
 from megatron_mdm.generation import Decoder, LogitsFunction
+from megatron_mdm.prompts import Spelling, same_lengths, until_end
 
 try:
     from lm_eval.api.model import LM
 except ImportError:
     LM = object
 
+Message = dict[str, str]
+# Generation settings of tasks that are the decoder's own.
+DECODER_SETTINGS = {
+    "steps": int,
+    "block_length": int,
+    "remasking": str,
+    "threshold": float,
+    "temperature": float,
+}
+# Those that the decoder lacks, and the values with which they change nothing.
+NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
+logger = logging.getLogger(__name__)
+
 
 class HarnessModel(LM):
-    """Answers the requests of the harness with bounds on log-likelihoods, in nats.
+    """Answers the requests of the harness with bounds on log-likelihoods, in nats, and with texts.
 
     Args:
         logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
-        encode: a text to its token ids, without special tokens.
+        encode: a text to its token ids, without special tokens in front.
         mask_token_id: id put at masked positions.
         max_length: most tokens in a row; contexts are cut on the left to fit.
-        draws: masks of each request, a multiple of 4.
-        seed: of the masks.
-        batch_size: masked rows in a call of `logits`.
+        draws: masks of each request for a likelihood, a multiple of 4; see `log_likelihoods`.
+        seed: of masks and generated texts.
+        batch_size: rows in a call of `logits`.
         device: of the tokens that `logits` takes.
         shift: whether the model predicts each token at the position before it (--mdm-shift). It
             then cannot predict the first token of a row: every row begins with a token that is
             seen and not scored. That is the last one of the context or of the row before.
         opening_token_id: with `shift`, the token that stands in front of a text without context;
             None: such texts are refused.
+        decode: token ids to text; None: nothing can be generated.
+        decoder: writes the answers of `generate_until`, unless a task's `generation_kwargs` say
+            otherwise; default: `Decoder(mask_token_id)`.
+        max_gen_toks: tokens of a generated text where the task does not say, as in lm_eval.
+        render: messages, and whether the header of an answer follows them, to one text; None: the
+            tokenizer has no chat template.
+        template: that template, for lm_eval's records.
+        name: of the tokenizer, for lm_eval's records.
+        show_progress: draw a bar.
 
     Raises:
         UserError: a row has no room for a token beside that one.
@@ -53,12 +75,19 @@ class HarnessModel(LM):
         encode: Callable[[str], list[int]],
         mask_token_id: int,
         max_length: int,
-        draws: int = 32,
+        draws: int = DRAWS,
         seed: int = 0,
         batch_size: int = 16,
         device: torch.device | str | int = "cpu",
         shift: bool = False,
         opening_token_id: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        decoder: Decoder | None = None,
+        max_gen_toks: int = 256,
+        render: Callable[[list[Message], bool], str] | None = None,
+        template: str = "",
+        name: str = "",
+        show_progress: bool = False,
     ) -> None:
         super().__init__()
         self._num_given = int(shift)  # tokens at the start of a row that cannot be scored
@@ -75,6 +104,42 @@ class HarnessModel(LM):
             "batch_size": batch_size,
             "device": device,
         }
+        self._decode = decode
+        self._decoder = decoder or Decoder(mask_token_id)
+        self._max_gen_toks = max_gen_toks
+        self._render = render
+        self._template = template
+        self._name = name
+        self._show_progress = show_progress
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer."""
+        return self._name
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The chat template, for lm_eval's records; empty where none is applied."""
+        return self._template if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as one text.
+
+        Args:
+            chat_history: messages with `role` and `content`.
+            add_generation_prompt: whether the header of an answer follows; else the last message
+                is an answer that goes on.
+
+        Raises:
+            UserError: there is no chat template.
+        """
+        if self._render is None:
+            raise UserError(
+                "the model's tokenizer has no chat template: drop --apply-chat-template, or give "
+                "the checkpoint a tokenizer that has one"
+            )
+        return self._render(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Iterable[Any]) -> list[tuple[float, bool]]:
         """The bound on log p(continuation | context), and whether greedy decoding gives it.
@@ -88,11 +153,9 @@ class HarnessModel(LM):
             UserError: a continuation that is empty, longer than a row, or, for a shifted model,
                 without a context.
         """
-        pairs = [self._pair(*request.args) for request in requests]
-        bounds = log_likelihoods(self._logits, pairs, self._mask_token_id, **self._settings)
-        return [
-            (bound, self._is_greedy(*pair)) for (bound, _), pair in zip(bounds, pairs, strict=True)
-        ]
+        pairs = self._fitted([self._pair(*request.args) for request in requests])
+        bounds = self._bounds(pairs)
+        return list(zip(bounds, self._are_greedy(pairs), strict=True))
 
     def loglikelihood_rolling(self, requests: Iterable[Any]) -> list[float]:
         """The bound on log p of whole texts, each the sum over rows of at most `max_length`.
@@ -103,22 +166,130 @@ class HarnessModel(LM):
         Raises:
             UserError: nothing can stand before the first token, which a shifted model needs.
         """
-        totals, given = [], self._num_given
-        for request in requests:
-            text = [*self._opening(), *self._encode(request.args[0])]
-            rows = cut_rows([text], self._max_length, packed=False, overlap=given)
-            pairs = [(row[:given].tolist(), row[given:].tolist()) for row in rows]
-            bounds = log_likelihoods(self._logits, pairs, self._mask_token_id, **self._settings)
-            totals.append(sum(bound for bound, _ in bounds))
-        return totals
+        given = self._num_given
+        texts = [[*self._opening(), *self._encode(request.args[0])] for request in requests]
+        rows = [cut_rows([text], self._max_length, packed=False, overlap=given) for text in texts]
+        bounds = iter(
+            self._bounds(
+                [(row[:given].tolist(), row[given:].tolist()) for own in rows for row in own]
+            )
+        )
+        return [sum(next(bounds) for _ in own) for own in rows]
 
     def generate_until(self, requests: Iterable[Any]) -> list[str]:
-        """Not offered.
+        """Texts that follow contexts, each up to an end token and a string that ends it.
+
+        The generation settings of a task are lm_eval's own (`max_gen_toks`, `until`, `do_sample`,
+        `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`).
+        Settings that the decoder lacks are refused unless they change nothing.
+
+        Args:
+            requests: with `args` = (context, settings).
 
         Raises:
-            UserError: always.
+            UserError: a setting that is out of range or unknown, or a context that spells the mask
+                token.
         """
-        raise UserError("HarnessModel scores likelihoods only: choose multiple-choice tasks")
+        if self._decode is None:
+            raise UserError("this model has no `decode`, which turns what it generates into text")
+        contexts, decoders, lengths, ends = [], [], [], []
+        for request in requests:
+            context, settings = request.args
+            decoder, length, until = self._generation(settings)
+            contexts.append(self._context(context))
+            decoders.append(decoder)
+            lengths.append(length)
+            ends.append(until)
+        blanks = [[self._mask_token_id] * length for length in lengths]
+        pairs = self._fitted(list(zip(contexts, blanks, strict=True)))
+        rows = [[*before, *blank] for before, blank in pairs]
+        spelling = Spelling(self._encode, self._decode, self._mask_token_id)
+        texts = [""] * len(rows)
+        with self._bar(len(rows), "texts") as bar:
+            for decoder in dict.fromkeys(decoders):
+                own = [i for i, other in enumerate(decoders) if other == decoder]
+                for batch in same_lengths([rows[i] for i in own], self._settings["batch_size"]):
+                    chosen = [own[place] for place in batch]
+                    for i, row in zip(chosen, self._written(decoder, rows, chosen), strict=True):
+                        given = [token != self._mask_token_id for token in rows[i]]
+                        ids = until_end(row, given, decoder.end_token_ids)[len(pairs[i][0]) :]
+                        texts[i] = cut_at(spelling.inside(ids), ends[i])
+                    bar.update(len(batch))
+        return texts
+
+    def _written(
+        self, decoder: Decoder, rows: Sequence[list[int]], chosen: Sequence[int]
+    ) -> list[list[int]]:
+        """The chosen rows, which are equally long, without mask tokens.
+
+        A generator a row: a text depends on the seed and its place, not on its company.
+        """
+        device = self._settings["device"]
+        seeds = [
+            np.random.SeedSequence([self._settings["seed"], i]).generate_state(1)[0] for i in chosen
+        ]
+        generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+        tokens = torch.tensor([rows[i] for i in chosen], device=device)
+        return decoder(self._logits, tokens, generators).tolist()
+
+    def _generation(self, settings: dict[str, Any]) -> tuple[Decoder, int, list[str]]:
+        """The decoder, the most tokens and the ends of a text that a task asks for.
+
+        Raises:
+            UserError: see `generate_until`.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        try:
+            given = dict(normalize_gen_kwargs(settings, self._max_gen_toks))
+            own = {
+                name: kind(given.pop(name))
+                for name, kind in DECODER_SETTINGS.items()
+                if given.get(name) is not None
+            }
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the generation_kwargs {settings} cannot be read: {error}") from error
+        length, until, _ = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        for name, value in given.items():
+            if value is not None and value not in NEUTRAL.get(name, ()):
+                way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
+                raise UserError(
+                    f"generation_kwargs has {name} {value}, which the decoder lacks: choose a task "
+                    f"without{way}"
+                )
+        most = self._max_length - 1
+        if not 1 <= length <= most:
+            raise UserError(
+                f"max_gen_toks {length} must be 1 to {most}, the model's positions but for a token "
+                f"of context: add --gen-kwargs max_gen_toks={most}, or fewer"
+            )
+        return dataclasses.replace(self._decoder, **own), length, [str(end) for end in until]
+
+    def _context(self, text: str) -> list[int]:
+        """Token ids of a text that is to be gone on with.
+
+        Raises:
+            UserError: it spells the mask token.
+        """
+        ids = self._encode(text)
+        if self._mask_token_id in ids:
+            raise UserError(
+                f"the context {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
+                "would be filled in: take another task, or --no-special-tokens"
+            )
+        return ids
+
+    def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """The bounds on log p of (context, continuation), nats."""
+        masks = sum(num_masks(len(after), self._settings["draws"]) for _, after in pairs)
+        with self._bar(masks, "masks") as bar:
+            bounds = log_likelihoods(
+                self._logits, pairs, self._mask_token_id, progress=bar.update, **self._settings
+            )
+        return [bound for bound, _ in bounds]
+
+    def _bar(self, total: int, unit: str) -> tqdm:
+        return tqdm(total=total, unit=unit, disable=not self._show_progress)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids as one text would have them; a space between belongs to the continuation.
@@ -127,7 +298,7 @@ class HarnessModel(LM):
         context is what the whole has in common with the context alone.
 
         Raises:
-            UserError: nothing to score, or more than a row holds.
+            UserError: there is nothing to score.
         """
         stripped = context.rstrip()
         before = self._encode(stripped) if stripped else []
@@ -139,13 +310,37 @@ class HarnessModel(LM):
                 f"the continuation {continuation!r} of {context[-20:]!r} has no tokens of its own: "
                 "choose a task whose answers are not empty"
             )
-        room = self._max_length - len(after)
-        if room < self._num_given:
-            raise UserError(
-                f"a continuation has {len(after)} tokens and a row of the model has room for "
-                f"{self._max_length - self._num_given}: choose a task with shorter answers"
+        return before, after
+
+    def _fitted(
+        self, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Pairs of a context and what follows it, the contexts cut on the left to fit into a row.
+
+        Where a context is empty, and has to have a token, the opening token is in its place.
+
+        Raises:
+            UserError: what follows is too long, or nothing can stand in front of it.
+        """
+        fitted, cut = [], 0
+        for before, after in pairs:
+            room = self._max_length - len(after)
+            if room < self._num_given:
+                raise UserError(
+                    f"a continuation has {len(after)} tokens and a row of the model has room for "
+                    f"{self._max_length - self._num_given}: choose a task with shorter answers"
+                )
+            cut += len(before) > room
+            fitted.append((before[max(0, len(before) - room) :] or self._opening(), after))
+        if cut:
+            logger.warning(
+                "%d of %d contexts were longer than the model's rows of %d tokens have room for, "
+                "and lost their beginning: ask for fewer examples (--num-fewshot)",
+                cut,
+                len(fitted),
+                self._max_length,
             )
-        return before[max(0, len(before) - room) :] or self._opening(), after
+        return fitted
 
     def _opening(self) -> list[int]:
         """What stands in front of a text without context.
@@ -163,8 +358,20 @@ class HarnessModel(LM):
             )
         return [self._opening_token_id]
 
-    def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
-        blank = [self._mask_token_id] * len(continuation)
-        tokens = torch.tensor([context + blank], device=self._settings["device"])
-        filled = Decoder(self._mask_token_id)(self._logits, tokens)
-        return bool(filled[0, len(context) :].tolist() == continuation)
+    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether greedy decoding of as many tokens gives each continuation."""
+        rows = [[*before, *[self._mask_token_id] * len(after)] for before, after in pairs]
+        decoder = Decoder(self._mask_token_id, vocab_size=self._decoder.vocab_size)
+        greedy = [False] * len(rows)
+        for batch in same_lengths(rows, self._settings["batch_size"]):
+            tokens = torch.tensor([rows[i] for i in batch], device=self._settings["device"])
+            for i, filled in zip(batch, decoder(self._logits, tokens).tolist(), strict=True):
+                before, after = pairs[i]
+                greedy[i] = filled[len(before) :] == after
+        return greedy
+
+
+def cut_at(text: str, ends: Iterable[str]) -> str:
+    """The text before the first of the strings that end it; empty strings end nothing."""
+    found = [text.find(end) for end in ends if end]
+    return text[: min((place for place in found if place >= 0), default=len(text))]

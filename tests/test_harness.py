@@ -1,15 +1,15 @@
-"""The adapter, by itself and inside lm-evaluation-harness where that is installed."""
+"""The adapter, by itself; tests/test_lm_eval.py has it inside lm-evaluation-harness."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.generation import Decoder
 from megatron_mdm.harness import HarnessModel
 
-LETTERS = "abcdefgh "
+LETTERS = "abcdefgh 0"
 MASK = len(LETTERS)
 
 
@@ -45,12 +45,15 @@ def test_likelier_continuations_score_higher(model):
     assert one == pytest.approx(-torch.log(1 + MASK * torch.exp(torch.tensor(-3.0))).item())
 
 
-def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(model):
+def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(model, caplog):
     assert model._pair("ab ", "c") == ([0, 1], [8, 2])
-    assert model._pair("abcdefgh", "abc") == (encode("defgh"), encode("abc"))
     assert model._pair("", "abc") == ([], encode("abc"))
+    pairs = [model._pair("ab", "c"), model._pair("abcdefgh", "abc")]
+    assert model._fitted(pairs) == [pairs[0], (encode("defgh"), encode("abc"))]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("1 of 2 contexts were longer than the model's rows of 8 tokens")
     with pytest.raises(UserError, match="9 tokens and a row of the model has room for 8"):
-        model._pair("a", "abcdefgha")
+        model.loglikelihood([request("a", "abcdefgha")])
 
 
 def merging(text):
@@ -65,8 +68,8 @@ def merging(text):
 
 def test_tokens_of_context_and_continuation_belong_to_the_continuation():
     """Whatever the border, context and continuation are the tokens of the whole text."""
-    ab, bc = 9, 10
-    size = 12
+    ab, bc = 10, 11
+    size = 13
     model = HarnessModel(
         lambda tokens: torch.zeros(*tokens.shape, size + 1, dtype=torch.float64),
         merging,
@@ -79,9 +82,9 @@ def test_tokens_of_context_and_continuation_belong_to_the_continuation():
     assert model._pair("ca", "bb") == ([2], [ab, 1])  # no letter is lost
     assert model._pair("da", "bcb") == ([3], [ab, 2, 1])
     assert model._pair("db", "ca") == ([3], [bc, 0])
-    # One token of 13 that are equally likely; an answer is certain only if it has no token.
+    # One token of 14 that are equally likely; an answer is certain only if it has no token.
     (bound, _), (other, _) = model.loglikelihood([request("a", "b"), request("a", "c")])
-    assert bound == other == pytest.approx(-torch.log(torch.tensor(13.0)).item())
+    assert bound == other == pytest.approx(-torch.log(torch.tensor(14.0)).item())
     for context, continuation in (("ab", ""), ("ab ", ""), ("", "")):
         with pytest.raises(UserError, match="has no tokens of its own"):
             model.loglikelihood([request(context, continuation)])
@@ -140,11 +143,11 @@ def test_the_first_token_of_a_shifted_model_has_to_be_predicted_from_another():
         return oracle(True)(tokens)
 
     model = HarnessModel(seen_rows, encode, MASK, 4, draws=4, shift=True, opening_token_id=END)
-    assert model._pair("", "abc") == ([END], encode("abc"))
-    assert model._pair("ab", "cde") == (encode("b"), encode("cde"))
+    fitted = model._fitted([model._pair("", "abc"), model._pair("ab", "cde")])
+    assert fitted == [([END], encode("abc")), (encode("b"), encode("cde"))]
     model.loglikelihood_rolling([request("abcdeabcde")])
     with pytest.raises(UserError, match="4 tokens and a row of the model has room for 3"):
-        model._pair("ab", "cdea")
+        model.loglikelihood([request("ab", "cdea")])
     without = HarnessModel(oracle(True), encode, MASK, 4, draws=4, shift=True)
     assert without.loglikelihood([request("a", "bcd")])[0][1]
     for ask in (
@@ -157,31 +160,109 @@ def test_the_first_token_of_a_shifted_model_has_to_be_predicted_from_another():
         HarnessModel(oracle(True), encode, MASK, 1, shift=True, opening_token_id=END)
 
 
-def test_generation_is_refused_in_one_line(model):
-    with pytest.raises(UserError, match="multiple-choice"):
-        model.generate_until([])
+def test_rows_of_whole_texts_have_masks_of_their_own(model):
+    """Two texts that are alike are two draws."""
+    one, other = model.loglikelihood_rolling([request("abcdefgh"), request("abcdefgh")])
+    assert one != other and one == pytest.approx(other, rel=0.2)
 
 
-def test_a_local_task_in_the_harness(model, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
-    questions = [
-        {"start": LETTERS[i : i + 2], "answers": [LETTERS[i + 2], LETTERS[i]], "gold": 0}
-        for i in range(5)
+def writer(**settings):
+    """A model that goes on with the letters that follow, as `logits` wants them."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    decoder = Decoder(MASK, block_length=1, vocab_size=MASK, end_token_ids=(encode("h")[0],))
+    settings = {"max_length": 12, "decoder": decoder, "decode": decode, **settings}
+    return HarnessModel(logits, encode, MASK, **settings)
+
+
+def decode(ids):
+    return "".join(LETTERS[i] for i in ids)
+
+
+def test_texts_end_at_a_token_or_a_string(caplog):
+    """Each at the first of them; what the task does not say is as the model has it."""
+    model = writer(max_gen_toks=5)
+    asked = [
+        request("ab", {"until": []}),
+        request("ab", {"until": ["g", "ef", "ff"], "max_gen_toks": 8}),
+        request("ef", {"until": "", "max_gen_toks": 4}),  # up to its end token
+        request("", {"until": ["zz"], "max_gen_toks": 1}),
+        request("ab", {"until": ["e"], "max_new_tokens": 2}),
     ]
-    questions.append({"start": "ab", "answers": ["c", "d"], "gold": 1})  # it gets this one wrong
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
-    task = {
-        "task": "next_letter",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{start}}",
-        "doc_to_target": "gold",
-        "doc_to_choice": "answers",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
-    assert results["results"]["next_letter"]["acc,none"] == pytest.approx(5 / 6)
+    texts = model.generate_until(asked)
+    assert (texts[:3], len(texts[3]), texts[4]) == (["cdefg", "cd", "g"], 1, "cd")
+    assert writer(max_gen_toks=5, batch_size=1).generate_until(asked) == texts
+    assert not caplog.records
+    assert model.generate_until([request("gabcdefgabcde", {"max_gen_toks": 2})]) == ["fg"]
+    assert "1 of 1 contexts were longer" in caplog.records[0].getMessage()
+
+
+def test_a_task_says_how_texts_are_written(monkeypatch):
+    """The decoder's settings, over those of the model; a text depends on its place, not company."""
+    used, call = [], Decoder.__call__
+
+    def recording(self, *args):
+        used.append(self)
+        return call(self, *args)
+
+    monkeypatch.setattr(Decoder, "__call__", recording)
+    model = writer(decoder=Decoder(MASK, steps=7, threshold=0.9))
+    greedy = {"do_sample": False, "temperature": 0.8, "max_gen_toks": 4, "steps": "2"}
+    sampled = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 4, "block_length": 2}
+    model.generate_until([request("ab", greedy), request("ab", {**sampled, "threshold": 0.5})])
+    own = [(d.steps, d.block_length, d.temperature, d.threshold) for d in used]
+    assert own == [(2, None, 0.0, 0.9), (7, 2, 3.0, 0.5)]
+    asked = [request("ab", sampled) for _ in range(6)]
+    texts = model.generate_until(asked)
+    assert len(set(texts)) > 2
+    assert texts == writer(decoder=Decoder(MASK, steps=7, threshold=0.9)).generate_until(asked)
+    alone = writer(decoder=Decoder(MASK, steps=7, threshold=0.9), batch_size=1)
+    assert texts == alone.generate_until(asked)
+    other = writer(decoder=Decoder(MASK, steps=7, threshold=0.9), seed=1)
+    assert texts != other.generate_until(asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.95}, "generation_kwargs has top_p 0.95.* add --gen-kwargs top_p=1"),
+        ({"num_beams": 4}, "generation_kwargs has num_beams 4, .*: choose a task without"),
+        ({"max_gen_toks": 12}, "max_gen_toks 12 must be 1 to 11"),
+        ({"max_gen_toks": 0}, "max_gen_toks 0 must be 1 to 11"),
+        ({"steps": "few"}, "'steps': 'few'.* cannot be read: invalid literal"),
+        ({"temperature": "hot"}, "cannot be read: could not convert"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_had_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        writer().generate_until([request("ab", {"max_gen_toks": 3, **settings})])
+
+
+def test_settings_that_change_nothing_are_taken():
+    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1, "max_gen_toks": 3}
+    assert writer().generate_until([request("ab", neutral)]) == ["cde"]
+
+
+def test_a_context_that_spells_the_mask_token_is_refused():
+    model = HarnessModel(logits, lambda _: [0, MASK], MASK, max_length=9, decode=decode)
+    with pytest.raises(UserError, match="spells the mask token 10"):
+        model.generate_until([request("a", {"max_gen_toks": 1})])
+    with pytest.raises(UserError, match="no `decode`"):
+        HarnessModel(logits, encode, MASK, max_length=9).generate_until([])
+
+
+def test_a_shifted_model_writes_after_the_end_of_another_text():
+    def decoded(ids):
+        return decode(i for i in ids if i < MASK)
+
+    settings = {"shift": True, "opening_token_id": END, "decode": decoded}
+    settings["decoder"] = Decoder(MASK, block_length=1, vocab_size=MASK)
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    model = HarnessModel(oracle(True), encode, MASK, 12, **settings)
+    asked = [request("", {"max_gen_toks": 7}), request("bc", {"max_gen_toks": 7})]
+    assert model.generate_until(asked) == ["abcdeab", "deabcde"]
+
+
+def test_conversations_need_a_chat_template(model):
+    with pytest.raises(UserError, match="has no chat template: drop --apply-chat-template"):
+        model.apply_chat_template([{"role": "user", "content": "a"}])

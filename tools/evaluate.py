@@ -1,66 +1,173 @@
-"""Estimates the NELBO of a checkpoint on text: nats per token and bits per byte, with error bars.
+"""Measures a checkpoint: its NELBO on text, or its answers to the tasks of lm-evaluation-harness.
 
     python tools/evaluate.py --load checkpoints --data held_out.jsonl --json nelbo.json
     python tools/evaluate.py --load checkpoints --data my_text --rows 500 --draws 16
 
---data is a text or JSONL file, or the prefix of a .bin/.idx pair. The rows are drawn from all over
-it: whole documents at random, and rows of these at random. Rates are stratified, masks have an
-exact count, every row is masked --draws times. Of the two error bars the first is for the choice of
-documents and masks together, and grows with the kinship of rows of one document; the second is for
-the masks alone: take it to compare two checkpoints on the same rows with the same seed. Bits per
-byte count the tokens that are scored, as
-the checkpoint's run did. Under torchrun the ranks share the model.
+estimate the NELBO, in nats per token and bits per byte, with error bars. --data is a text or JSONL
+file, or the prefix of a .bin/.idx pair. The rows are drawn from all over it: whole documents at
+random, and rows of these at random. Rates are stratified, masks have an exact count, every row is
+masked --draws times. Of the two error bars the first is for the choice of documents and masks
+together, and grows with the kinship of rows of one document; the second is for the masks alone:
+take it to compare two checkpoints on the same rows with the same seed. Bits per byte count the
+tokens that are scored, as the checkpoint's run did.
+
+    python tools/evaluate.py --load checkpoints --tasks arc_easy hellaswag --json results.json
+    python tools/evaluate.py --load checkpoints --tasks gsm8k --block-length 32
+
+answer questions. A choice between answers takes the one of the highest bound on its likelihood,
+over the masks of its tokens: over all of them where these are no more than --draws, and else over
+as many that are drawn. Texts are generated as tools/generate.py does. All flags of lm_eval's own
+command are there with `python -m megatron_mdm.lm_eval`.
+
+Under torchrun the ranks share the model.
 """
 
 import argparse
 import math
+import os
+import sys
+from typing import Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import write_json
+from megatron_mdm.decoder_flags import add_decoder_arguments, add_token_arguments
 from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.pretrain import prepare_environment
+
+FILE = os.path.abspath(__file__)
+# Flags that concern --data alone, and --tasks alone.
+OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
+OF_TASKS = (
+    *("include_path", "num_fewshot", "fewshot_seed", "limit", "apply_chat_template"),
+    *("system_instruction", "gen_kwargs", "max_length", "special_tokens", "eos_token_ids"),
+    *("steps", "block_length", "remasking", "threshold", "confirm_run_unsafe_code", "log_samples"),
+)
 
 
 def parse() -> argparse.Namespace:
-    """Parses the command line."""
+    """Parses the command line.
+
+    Raises:
+        UserError: a value is out of range, or flags do not go together.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--data", required=True, help="file, or prefix of .bin/.idx")
-    parser.add_argument(
-        "--rows", type=int, default=200, help="most rows to score (default: %(default)s)"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="file, or prefix of .bin/.idx")
+    what.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="tasks, groups and tags of lm_eval (`lm_eval ls tasks`), or .yaml files of tasks",
     )
     parser.add_argument(
-        "--draws", type=int, default=8, help="masks of a row, even (default: %(default)s)"
+        "--draws",
+        type=int,
+        help="masks of a row, even (default: 8), or of an answer, a multiple of 4 (default: 64)",
     )
-    parser.add_argument("--bins", type=int, default=10, help="bins of t (default: %(default)s)")
     parser.add_argument(
-        "--per-document",
-        action="store_true",
-        help="begin a row with every document, instead of packing them as pretraining does",
-    )
-    add_format_argument(parser, "of --data, if it is a file")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of rows, rates and masks (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="of rows, rates, masks and generated texts (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=16, help="rows in a call (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Loads, draws, prints."""
-    options = parse()
+    data = parser.add_argument_group("with --data")
+    data.add_argument(
+        "--rows", type=int, default=200, help="most rows to score (default: %(default)s)"
+    )
+    data.add_argument("--bins", type=int, default=10, help="bins of t (default: %(default)s)")
+    data.add_argument(
+        "--per-document",
+        action="store_true",
+        help="begin a row with every document, instead of packing them as pretraining does",
+    )
+    add_format_argument(data, "of --data, if it is a file")
+    data.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
+    tasks = parser.add_argument_group("with --tasks")
+    tasks.add_argument(
+        "--include-path", metavar="DIR", help="directory with .yaml files of other tasks"
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before a question (default: task's)"
+    )
+    tasks.add_argument(
+        "--fewshot-seed",
+        type=int,
+        default=1234,
+        help="of the choice of examples (default: %(default)s, as in lm_eval)",
+    )
+    tasks.add_argument(
+        "--limit", type=float, metavar="N", help="questions of a task; below 1: their share"
+    )
+    tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask as the tokenizer's chat template writes a conversation; examples are turns of it",
+    )
+    tasks.add_argument("--system-instruction", metavar="TEXT", help="before all questions")
+    tasks.add_argument(
+        "--gen-kwargs",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="in place of the task's generation_kwargs: max_gen_toks, until, do_sample, "
+        "temperature, steps, block_length, remasking, threshold",
+    )
+    tasks.add_argument(
+        "--max-length", type=int, help="most tokens in a row (default: the model's positions)"
+    )
+    add_token_arguments(tasks)
+    add_decoder_arguments(tasks)
+    tasks.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="let tasks run the code that the model writes (HumanEval, MBPP)",
+    )
+    tasks.add_argument(
+        "--log-samples", metavar="FILE", help="also write every question and answer, as JSONL"
+    )
+    options = parser.parse_args()
+    for names, used, flag in ((OF_DATA, options.data, "data"), (OF_TASKS, options.tasks, "tasks")):
+        for name in names:
+            if used is None and getattr(options, name) != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} is of no effect without --{flag}")
     if min(options.rows, options.bins, options.batch_size) < 1:
         raise UserError("--rows, --bins and --batch-size must be at least 1")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must not be negative")
-    if options.draws < 2 or options.draws % 2:
+    if options.tasks and options.draws is not None and (options.draws < 4 or options.draws % 4):
+        raise UserError(f"--draws must be a multiple of 4 with --tasks, got {options.draws}")
+    if options.draws is not None and (options.draws < 2 or options.draws % 2):
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
+    if options.limit is not None and options.limit <= 0:
+        raise UserError(f"--limit {options.limit:g}: must be above 0")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot {options.num_fewshot}: must not be negative")
+    return options
+
+
+def main() -> None:
+    """Loads, measures, prints."""
+    options = parse()
+    if options.tasks:
+        answer(options)
+    else:
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Estimates the NELBO on --data.
+
+    Args:
+        options: of the command line.
+    """
+    draws = 8 if options.draws is None else options.draws
     with open_asked_for(options) as loaded:
         import torch
         from tqdm import tqdm
@@ -74,12 +181,12 @@ def main() -> None:
         )
         every = rows_of(loaded, documents, not options.per_document)
         rows = shuffled(every, options.seed)[: options.rows]
-        bar = tqdm(unit="masks", total=len(rows) * options.draws, disable=loaded.args.rank != 0)
+        bar = tqdm(unit="masks", total=len(rows) * draws, disable=loaded.args.rank != 0)
         result = evaluate(
             loaded.logits,
             rows,
             loaded.mask_token_id,
-            options.draws,
+            draws,
             options.bins,
             options.seed,
             options.batch_size,
@@ -90,6 +197,67 @@ def main() -> None:
         if loaded.args.rank == 0:
             # Of all documents that were read, of which the rows hold parts.
             report(options, result, scored_per_byte(loaded, every, documents))
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Answers the questions of --tasks.
+
+    Args:
+        options: of the command line.
+    """
+    prepare_environment(options.device)  # before lm_eval imports anything
+    # Of the library `evaluate`, which lm_eval imports, this file has the name.
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(FILE)]
+    from megatron_mdm.lm_eval import load_tasks, task_manager, write_results, write_samples
+
+    manager = task_manager(options.include_path)
+    tasks = load_tasks(manager, options.tasks, options.confirm_run_unsafe_code)
+    from megatron_mdm.evaluation import DRAWS
+
+    settings: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "draws": options.draws or DRAWS,
+        "seed": options.seed,
+        "max_length": options.max_length,
+        "special_tokens": options.special_tokens,
+        "eos_token_ids": options.eos_token_ids,
+        "steps": options.steps,
+        "block_length": options.block_length,
+        "remasking": options.remasking,
+        "threshold": options.threshold,
+    }
+    if options.special_tokens is None and options.apply_chat_template:
+        settings["special_tokens"] = True  # the template writes them out
+    with open_asked_for(options) as loaded:
+        from lm_eval import simple_evaluate
+        from lm_eval.utils import make_table
+
+        from megatron_mdm.harness import HarnessModel
+        from megatron_mdm.lm_eval_model import adapter_arguments
+
+        results = simple_evaluate(
+            model=HarnessModel(**adapter_arguments(loaded, **settings)),
+            model_args={"load": options.load, **settings},
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=options.num_fewshot,
+            fewshot_random_seed=options.fewshot_seed,
+            limit=options.limit,
+            gen_kwargs=",".join(options.gen_kwargs or ()) or None,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            log_samples=options.log_samples is not None,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )
+        if loaded.args.rank == 0:
+            print(make_table(results))
+            if results.get("groups"):
+                print(make_table(results, "groups"))
+            if options.json:
+                write_results(options.json, results)
+            if options.log_samples:
+                write_samples(options.log_samples, results)
 
 
 def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -> None:

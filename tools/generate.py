@@ -15,6 +15,7 @@ import numpy as np
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
+from megatron_mdm.decoder_flags import add_decoder_arguments, add_token_arguments
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
 from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
@@ -50,43 +51,12 @@ def parse() -> argparse.Namespace:
         metavar="TEXT",
         help="stands for one token to fill in, in prompt and suffix (default: <mask>)",
     )
-    text.add_argument(
-        "--special-tokens",
-        action=argparse.BooleanOptionalAction,
-        help="whether text that spells a special token is that token, or ordinary text (default: "
-        "as in the checkpoint's data, see tools/preprocess_data.py; that token where it is not "
-        "known)",
-    )
-    text.add_argument(
-        "--eos-token-ids",
-        type=int,
-        nargs="+",
-        metavar="ID",
-        help="tokens that end a text (default: the tokenizer's end of document, if it has one)",
-    )
+    add_token_arguments(text)
     text.add_argument(
         "--no-stop-at-eos", action="store_true", help="write on after a token that ends a text"
     )
     decoder = parser.add_argument_group("decoder")
-    decoder.add_argument("--steps", type=int, help="model calls (default: one a token)")
-    decoder.add_argument(
-        "--block-length",
-        type=int,
-        metavar="N",
-        help="fill N positions after N, from left to right (default: all at once)",
-    )
-    decoder.add_argument(
-        "--remasking",
-        choices=["low-confidence", "random"],
-        default="low-confidence",
-        help="what a call keeps: the most confident predictions (default), or any",
-    )
-    decoder.add_argument(
-        "--threshold",
-        type=float,
-        metavar="P",
-        help="keep all predictions of at least this probability: fewer calls",
-    )
+    add_decoder_arguments(decoder)
     decoder.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
     decoder.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     decoder.add_argument(

@@ -291,6 +291,11 @@ def template_digest(directory: str) -> str:
     return digest([tokenizer.chat_template, tokens])
 
 
+def undated(template: str) -> str:
+    """A chat template that writes the date of `TEMPLATE_DATE` for today's."""
+    return _with_date(template, TEMPLATE_DATE.strftime)
+
+
 def _another(value: Any) -> Any:
     """A value of the same kind that says something else; lists and objects stay as they are."""
     if isinstance(value, bool):

@@ -1,7 +1,9 @@
 """What a Megatron text tokenizer knows, which wraps that of a library."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from megatron_mdm.data.chat import undated
 from megatron_mdm.data.encoding import (
     TokenizerData,
     hugging_face_data,
@@ -9,6 +11,7 @@ from megatron_mdm.data.encoding import (
     sentencepiece_data,
 )
 from megatron_mdm.data.fingerprint import Fingerprint
+from megatron_mdm.errors import UserError
 
 
 def tokenizer_rows(tokenizer: Any) -> int:
@@ -43,6 +46,51 @@ def tokenizer_data(tokenizer: Any) -> TokenizerData | Fingerprint | None:
     if type(_wrapped(tokenizer)).__name__ == "NullTokenizer":
         return Fingerprint("NullTokenizer", int(tokenizer.vocab_size), tokenizer.eod)
     return None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template.
+
+    Attributes:
+        template: in jinja; it writes the same date on every day.
+        apply: the library's function.
+    """
+
+    template: str
+    apply: Any
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """A conversation as one text.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: whether the header of an answer follows; else the last message
+                is an answer that goes on.
+
+        Raises:
+            UserError: the template refuses it.
+        """
+        try:
+            text: str = self.apply(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # whatever a template raises, in a language of its own
+            reason = " ".join(str(error).split())
+            raise UserError(f"the chat template refuses a conversation: {reason}") from error
+        return text
+
+
+def chat_template(tokenizer: Any) -> Chat | None:
+    """The chat template of a Hugging Face tokenizer, None if there is none."""
+    inner = _of_library(tokenizer)
+    if not getattr(inner, "chat_template", None):
+        return None
+    return Chat(undated(inner.get_chat_template()), inner.apply_chat_template)
 
 
 def _wrapped(tokenizer: Any) -> Any:

@@ -1,0 +1,52 @@
+"""The flags that say how a tool reads and writes texts with a checkpoint."""
+
+import argparse
+
+
+def add_token_arguments(group: argparse._ActionsContainer) -> None:
+    """Adds the flags about the tokens of texts.
+
+    Args:
+        group: of a tool's flags.
+    """
+    group.add_argument(
+        "--special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="whether text that spells a special token is that token, or ordinary text (default: "
+        "as in the checkpoint's data, see tools/preprocess_data.py; that token where it is not "
+        "known)",
+    )
+    group.add_argument(
+        "--eos-token-ids",
+        type=int,
+        nargs="+",
+        metavar="ID",
+        help="tokens that end a text (default: the tokenizer's end of document, if it has one)",
+    )
+
+
+def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of `generation.Decoder`, of the same names.
+
+    Args:
+        group: of a tool's flags.
+    """
+    group.add_argument("--steps", type=int, help="model calls (default: one a token)")
+    group.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="fill N positions after N, from left to right (default: all at once)",
+    )
+    group.add_argument(
+        "--remasking",
+        choices=["low-confidence", "random"],
+        default="low-confidence",
+        help="what a call keeps: the most confident predictions (default), or any",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="keep all predictions of at least this probability: fewer calls",
+    )

@@ -1,0 +1,170 @@
+r"""lm-evaluation-harness (`lm_eval`) on checkpoints.
+
+    python -m megatron_mdm.lm_eval run --model mdm --model_args load=DIR --device cpu \
+        --batch_size 16 --tasks gsm8k
+
+is lm_eval's own command, which knows the model `mdm` (see `lm_eval_model.CheckpointModel`); so does
+`lm_eval.simple_evaluate(model="mdm", ...)` in a script that has imported this module.
+tools/evaluate.py --tasks has the flags that are needed most.
+
+Imports neither torch nor megatron, and `lm_eval` itself only where it is needed.
+"""
+
+import difflib
+import importlib.util
+import json
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_mdm.data.outputs import write_json, write_text
+from megatron_mdm.errors import UserError, run_tool
+
+MODEL = "mdm"
+
+
+def register() -> None:
+    """Makes the model `mdm` known to lm_eval; does nothing where that is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register(MODEL, target="megatron_mdm.lm_eval_model:CheckpointModel")
+
+
+def task_manager(include_path: str | None = None) -> Any:
+    """lm_eval's index of tasks, which takes seconds to make.
+
+    Args:
+        include_path: directory with .yaml files of other tasks.
+
+    Raises:
+        UserError: lm_eval is missing, or there is no such directory.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness: pip install 'megatron-mdm[eval]'")
+    if include_path is not None and not os.path.isdir(include_path):
+        raise UserError(f"--include-path {include_path} is no directory: name that of the tasks")
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def load_tasks(manager: Any, names: Sequence[str], run_unsafe_code: bool = False) -> list[Any]:
+    """Loads tasks, groups and tags with their data, as `lm_eval.simple_evaluate` takes them.
+
+    Args:
+        manager: see `task_manager`.
+        names: of tasks, groups and tags, in which * stands for anything, or .yaml files. One may
+            hold several, with commas between.
+        run_unsafe_code: whether tasks may run the code that the model writes.
+
+    Raises:
+        UserError: there is no such task, its data cannot be loaded, or it needs what is not
+            allowed.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    # Some tasks shuffle while they are loaded. As `simple_evaluate` seeds before it loads tasks.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    if run_unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metrics of these tasks ask for it too
+    found: dict[str, None] = {}
+    for name in [part for text in names for part in text.split(",") if part]:
+        if name.endswith(".yaml") and os.path.isfile(name):
+            found[name] = None
+            continue
+        matches = manager.match_tasks([name])
+        if not matches:
+            similar = difflib.get_close_matches(name, manager.all_tasks)
+            meant = f"did you mean {', '.join(similar)}? " if similar else ""
+            raise UserError(
+                f"--tasks {name}: lm_eval has no such task: {meant}`lm_eval ls tasks` prints them, "
+                "and --include-path adds a directory of others"
+            )
+        found.update(dict.fromkeys(matches))
+    chosen: list[Any] = []
+    for name in found:
+        entry = manager.task_index.get(name)
+        _check_task(name, (entry and entry.cfg) or {}, run_unsafe_code)
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # whatever a task's own code, or a library for its data, raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"--tasks {name} cannot be loaded: {reason}") from error
+        for task in loaded["tasks"].values():
+            _check_task(task.task_name, task.dump_config(), run_unsafe_code)
+        outermost = loaded["groups"].get(name)
+        chosen += [outermost] if outermost else loaded["tasks"].values()
+    return chosen
+
+
+def _check_task(name: str, config: Mapping[str, Any], run_unsafe_code: bool) -> None:
+    """Checks that a task can be asked and may do all that it does.
+
+    Raises:
+        UserError: it cannot, or may not.
+    """
+    if config.get("unsafe_code") and not run_unsafe_code:
+        raise UserError(
+            f"--tasks {name} runs code that the model writes: add --confirm-run-unsafe-code where "
+            "that code can do no harm"
+        )
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        raise UserError(f"--tasks {name} shows pictures or plays sounds: the model reads text")
+
+
+def write_results(path: str, results: dict[str, Any]) -> None:
+    """Writes results as lm_eval does, without the answers; null where they hold no number.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    shown = {key: value for key, value in results.items() if key != "samples"}
+    write_json(path, json.loads(_json(shown), parse_constant=lambda _: None))
+
+
+def write_samples(path: str, results: dict[str, Any]) -> None:
+    """Writes a line of JSON for every question, with what the model was asked and answered.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    lines = [
+        _json({"task": task, **sample})
+        for task, samples in results["samples"].items()
+        for sample in samples
+    ]
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _json(value: Any) -> str:
+    """JSON of what lm_eval holds, functions and numpy's numbers among it."""
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)
+
+
+def main() -> None:
+    """lm_eval's command line, with the model `mdm`.
+
+    Raises:
+        UserError: lm_eval is missing, or the model refuses its arguments.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is missing: pip install 'megatron-mdm[eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[0] = "lm_eval"
+    cli_evaluate()
+
+
+register()
+
+if __name__ == "__main__":
+    run_tool(main)
