@@ -35,6 +35,7 @@ DECODER_SETTINGS = {
 }
 # Those that the decoder lacks, and the values with which they change nothing.
 NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
+SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
 logger = logging.getLogger(__name__)
 
 
@@ -250,7 +251,10 @@ class HarnessModel(LM):
         except (TypeError, ValueError) as error:
             raise UserError(f"the generation_kwargs {settings} cannot be read: {error}") from error
         length, until, _ = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        greedy = own.get("temperature", self._decoder.temperature) == 0.0
         for name, value in given.items():
+            if greedy and name in SAMPLING:
+                continue
             if value is not None and value not in NEUTRAL.get(name, ()):
                 way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
                 raise UserError(

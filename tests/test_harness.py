@@ -224,7 +224,7 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_p": 0.95}, "generation_kwargs has top_p 0.95.* add --gen-kwargs top_p=1"),
+        ({"top_p": 0.95, "temperature": 0.2}, "has top_p 0.95.* add --gen-kwargs top_p=1"),
         ({"num_beams": 4}, "generation_kwargs has num_beams 4, .*: choose a task without"),
         ({"max_gen_toks": 12}, "max_gen_toks 12 must be 1 to 11"),
         ({"max_gen_toks": 0}, "max_gen_toks 0 must be 1 to 11"),
@@ -240,7 +240,9 @@ def test_settings_that_cannot_be_had_are_one_line(settings, message):
 
 def test_settings_that_change_nothing_are_taken():
     neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1, "max_gen_toks": 3}
-    assert writer().generate_until([request("ab", neutral)]) == ["cde"]
+    greedy = {"do_sample": False, "top_p": 0.9, "top_k": 50, "max_gen_toks": 3}
+    asked = [request("ab", neutral), request("ab", greedy)]
+    assert writer().generate_until(asked) == ["cde", "cde"]
 
 
 def test_a_context_that_spells_the_mask_token_is_refused():
