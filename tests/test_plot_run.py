@@ -58,4 +58,8 @@ def test_bad_output_is_one_line_and_missing_directories_are_made(tmp_path):
 def test_a_directory_without_a_run_is_one_line(tmp_path):
     run = plot(tmp_path, tmp_path / "run.png")
     assert run.returncode == 2 and "has no run of megatron_mdm" in run.stderr.splitlines()[-1]
+    for path in (tmp_path / "none", Path(__file__)):
+        run = plot(path, tmp_path / "run.png")
+        assert run.returncode == 2
+        assert run.stderr == f"error: --tensorboard-dir {path}: no such directory\n"
     assert not (tmp_path / "run.png").exists()

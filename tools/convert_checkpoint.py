@@ -127,9 +127,10 @@ def main() -> None:
     from megatron_mdm.conversion.record import is_made_from, write_record
     from megatron_mdm.conversion.to_hugging_face import to_hugging_face
     from megatron_mdm.conversion.to_megatron import to_megatron
-    from megatron_mdm.data.outputs import termination_raises
+    from megatron_mdm.data.outputs import remove_abandoned, termination_raises
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
+    remove_abandoned(options.output)
     source = _source(options)
     if options.unless_done and is_made_from(options.output, source):
         print(f"{escaped(options.output)}: already made from this input and these options")

@@ -181,20 +181,20 @@ def measure(options: argparse.Namespace) -> None:
         )
         every = rows_of(loaded, documents, not options.per_document)
         rows = shuffled(every, options.seed)[: options.rows]
-        bar = tqdm(unit="masks", total=len(rows) * draws, disable=loaded.args.rank != 0)
-        result = evaluate(
-            loaded.logits,
-            rows,
-            loaded.mask_token_id,
-            draws,
-            options.bins,
-            options.seed,
-            options.batch_size,
-            torch.cuda.current_device(),
-            bar.update,
-        )
-        bar.close()
-        if loaded.args.rank == 0:
+        masks, first = len(rows) * draws, loaded.args.rank == 0
+        with tqdm(unit="masks", total=masks, disable=not first) as bar:
+            result = evaluate(
+                loaded.logits,
+                rows,
+                loaded.mask_token_id,
+                draws,
+                options.bins,
+                options.seed,
+                options.batch_size,
+                torch.cuda.current_device(),
+                bar.update,
+            )
+        if first:
             # Of all documents that were read, of which the rows hold parts.
             report(options, result, scored_per_byte(loaded, every, documents))
 

@@ -151,10 +151,9 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             draws = measure(loaded, options.target, options.rates, options.rows, options.masks)
             done = 0
-            bar = tqdm(unit="draws", total=options.rates * options.rows * options.masks)
-            for done, _, moments in draws:  # noqa: B007
-                bar.update(done - bar.n)
-            bar.close()
+            with tqdm(unit="draws", total=options.rates * options.rows * options.masks) as bar:
+                for done, _, moments in draws:  # noqa: B007
+                    bar.update(done - bar.n)
         result = fit(
             moments,
             family=options.family,

@@ -4,6 +4,7 @@ python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output 
 """
 
 import argparse
+import os
 import re
 
 from megatron_mdm.benchmarks.runs import read_scalars
@@ -27,6 +28,8 @@ def main() -> None:
     """Reads, prints, draws."""
     options = parse()
     check_picture(options.output, "--output", (".png", ".svg", ".pdf"))
+    if not os.path.isdir(options.tensorboard_dir):
+        raise UserError(f"--tensorboard-dir {options.tensorboard_dir}: no such directory")
     scalars = read_scalars(options.tensorboard_dir)
     nelbo = scalars.get("mdm/validation NELBO", [])
     if not nelbo or "mdm loss" not in scalars:

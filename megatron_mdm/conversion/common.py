@@ -108,9 +108,18 @@ def check_space(directory: str, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{needed / 1e9:.1f} GB are needed beside {Path(directory).parent}, {free / 1e9:.1f} "
-            "GB are free: give --output on another disk"
+            f"{_size(needed)} are needed beside {Path(directory).parent} and {_size(free)} are "
+            f"free, {_size(needed - free)} too little: give --output on another disk"
         )
+
+
+def _size(num_bytes: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} GB"
 
 
 def write_hub_files(

@@ -1,17 +1,32 @@
-"""Output files that are there complete or not at all."""
+"""Output files that are there complete or not at all.
 
+An output is written under a temporary name beside it. A process that is killed leaves the temporary
+file behind, and the next one that writes the same output removes it. The kernel's lock on the file
+says whether its process is alive: the lock ends with the process, however that ends.
+"""
+
+import fcntl
+import functools
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from megatron_mdm.errors import UserError
+
+# Locks of other hosts are not seen on every shared disk. What they make is theirs until it has not
+# changed for so many seconds.
+_ABANDONED_AFTER = 24 * 3600.0
 
 
 @contextmanager
@@ -21,32 +36,38 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
     After an exception, Ctrl-C included, the temporary files are gone and files that `targets`
     named before are as they were. Several targets belong together: the last one, which is taken
     for the sign that the others are valid, is removed first and appears last, and an interruption
-    in between leaves none of them. Directories that are missing are made.
+    in between leaves none of them. Directories that are missing are made. The temporary files are
+    there, empty, when the block begins; those of processes that were killed are removed.
 
     Raises:
         UserError: A file cannot be put in its place.
     """
-    temporary = [_beside(target) for target in targets]
-    doomed = list(temporary)
-    try:
-        directory = os.path.dirname(os.path.abspath(targets[0]))
-        with write_errors(directory):
-            os.makedirs(directory, exist_ok=True)
-        yield temporary
-        with write_errors(targets[0]):
-            for name in temporary:
-                _flush_to_disk(name)
-            if len(targets) > 1:
-                doomed += targets
-                with suppress(FileNotFoundError):
-                    os.unlink(targets[-1])
-            for name, target in zip(temporary, targets, strict=True):
-                os.replace(name, target)
-    except BaseException:
-        for name in doomed:
-            with suppress(OSError):
-                os.unlink(name)
-        raise
+    directory = os.path.dirname(os.path.abspath(targets[0]))
+    with write_errors(directory):
+        os.makedirs(directory, exist_ok=True)
+    temporary: list[str] = []
+    spoilt: tuple[str, ...] = ()
+    with ExitStack() as locks:
+        try:
+            for target in targets:
+                remove_abandoned(target)
+                with write_errors(target):
+                    temporary.append(locks.enter_context(_new_locked(target, _make_file)))
+            yield temporary
+            with write_errors(targets[0]):
+                for name in temporary:
+                    _flush_to_disk(name)
+                if len(targets) > 1:
+                    spoilt = targets
+                    with suppress(FileNotFoundError):
+                        os.unlink(targets[-1])
+                for name, target in zip(temporary, targets, strict=True):
+                    os.replace(name, target)
+        except BaseException:
+            for name in (*temporary, *spoilt):
+                with suppress(OSError):
+                    os.unlink(name)
+            raise
 
 
 @contextmanager
@@ -59,31 +80,31 @@ def new_directory(target: str) -> Iterator[str]:
         UserError: `target` exists already, or cannot be made.
     """
     target = os.path.abspath(target)
+    remove_abandoned(target)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or give another directory")
-    temporary = _beside(target)
-    with write_errors(target):
-        os.makedirs(temporary)
-    try:
-        with write_errors(target):
+    with write_errors(target), _new_locked(target, os.makedirs) as temporary:
+        try:
             yield temporary
             os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 @contextmanager
 def set_aside(directory: str) -> Iterator[None]:
     """Renames a directory for the time of the block, in which another one may take its place.
 
-    Afterwards it is removed; after an exception, Ctrl-C included, it is where it was.
+    Afterwards it is removed; after an exception, Ctrl-C included, it is where it was. After a kill,
+    `remove_abandoned` puts it back.
 
     Raises:
         UserError: It cannot be renamed.
     """
     old = _beside(os.path.abspath(directory), "old")
     with write_errors(directory):
+        descriptor = _lock(directory)
         os.rename(directory, old)
     try:
         yield
@@ -91,7 +112,54 @@ def set_aside(directory: str) -> Iterator[None]:
         shutil.rmtree(directory, ignore_errors=True)
         os.rename(old, directory)
         raise
-    shutil.rmtree(old)
+    else:
+        shutil.rmtree(old)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_abandoned(target: str) -> None:
+    """Removes what processes that were killed have left beside an output.
+
+    A directory that one of them had set aside comes back, unless another one has taken its place.
+    Temporary files of processes that are alive stay. So do those of other hosts that have changed
+    within a day, because not every shared disk shows locks of other hosts.
+    """
+    target = os.path.abspath(target)
+    directory, base = os.path.split(target)
+    form = re.compile(re.escape(base) + r"\.(tmp|old)-([0-9a-f]{8})-[0-9a-f]{16}")
+    with suppress(OSError):  # nothing there, or nobody's to remove
+        for name in os.listdir(directory):
+            if found := form.fullmatch(name):
+                with suppress(OSError):
+                    _remove_if_abandoned(os.path.join(directory, name), target, *found.groups())
+
+
+def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str) -> None:
+    """Removes a temporary file or directory, or puts it back, if no process is at work on it."""
+    descriptor = _lock(path, wait=False)  # which fails while its process is alive
+    if descriptor is None:
+        return
+    try:
+        if kernel != _kernel() and time.time() - _last_change(path) < _ABANDONED_AFTER:
+            return
+        if kind == "old" and not os.path.lexists(target):
+            os.rename(path, target)
+        elif os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _last_change(path: str) -> float:
+    """When a file, or anything in a directory, was last changed or renamed."""
+    found = [path]
+    for top, directories, files in os.walk(path):
+        found += [os.path.join(top, name) for name in (*directories, *files)]
+    return max(os.lstat(name).st_ctime for name in found)
 
 
 def write_text(path: str, text: str) -> None:
@@ -135,7 +203,68 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
 
 def _beside(target: str, kind: str = "tmp") -> str:
     """A name beside a target that no thread, process or other machine has."""
-    return f"{target}.{kind}-{secrets.token_hex(8)}"
+    return f"{target}.{kind}-{_kernel()}-{secrets.token_hex(8)}"
+
+
+@functools.cache
+def _kernel() -> str:
+    """Names the running kernel, whose locks its processes see on every disk, in containers too."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            name = file.read()
+    except OSError:
+        name = socket.gethostname()
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def _new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
+    """Makes a temporary file or directory beside a target, and holds its lock in the block."""
+    descriptor = None
+    while descriptor is None:  # another process may take it for abandoned before it is locked
+        name = _beside(target)
+        make(name)
+        descriptor = _lock(name)
+    try:
+        yield name
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: str, wait: bool = True) -> int | None:
+    """Takes the lock of a file or directory; to be closed, which gives the lock up.
+
+    Args:
+        path: of it.
+        wait: for the process that holds the lock; and do without it on a disk that has no locks.
+
+    Returns:
+        A file descriptor; None if there is no such file (any more).
+
+    Raises:
+        OSError: it cannot be opened, or `wait` is False and it cannot be locked.
+    """
+    # Some network file systems lock for writers only. Nobody can write to a directory.
+    mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
+    try:
+        descriptor = os.open(path, mode)
+    except FileNotFoundError:
+        return None
+    try:
+        with suppress(*([OSError] if wait else [])):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            return descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _make_file(path: str) -> None:
+    with open(path, "xb"):
+        pass
 
 
 def _flush_to_disk(path: str) -> None:

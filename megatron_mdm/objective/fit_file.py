@@ -1,11 +1,10 @@
 """Files of fitted rate densities: JSON, versioned, read back bit for bit."""
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.fits import PotsFit
 from megatron_mdm.objective.pots import TABLE_SIZE, RateMoments
@@ -20,7 +19,6 @@ def save_sampler(path: str | Path, fit: PotsFit) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -35,14 +33,8 @@ def save_sampler(path: str | Path, fit: PotsFit) -> None:
         "edges": fit.table.edges.tolist(),
         "density": fit.table.values.tolist(),
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        # Python writes floats by their shortest exact decimals: they are read back bit for bit.
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    # Python writes floats by their shortest exact decimals: they are read back bit for bit.
+    write_text(str(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_sampler(path: str | Path) -> PotsFit:

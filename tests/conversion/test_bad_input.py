@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,10 +200,12 @@ def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
             to_megatron(str(given), str(tmp_path / output), dtype=dtype, say=str)
 
     convert(source, "half", torch.bfloat16, size * 3 // 4)
-    with pytest.raises(UserError, match="GB are needed beside"):
+    with pytest.raises(UserError, match=" kB are needed beside ") as caught:
         convert(source, "out", None, size * 3 // 4)
+    needed, free, missing = map(float, re.findall(r"([\d.]+) kB", str(caught.value)))
+    assert needed > free > missing == pytest.approx(needed - free, abs=1)
     to_hugging_face(str(tmp_path / "half"), str(tmp_path / "small"), say=str)
-    with pytest.raises(UserError, match="GB are needed beside"):
+    with pytest.raises(UserError, match="kB are needed beside"):
         convert(tmp_path / "small", "out", torch.float32, size * 3 // 4)
     assert not (tmp_path / "out").exists()
 

@@ -552,9 +552,10 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     assert os.listdir(path.parent) == ["rates.json"]
 
 
-def test_missing_folders_are_named(tmp_path, saved):
-    with pytest.raises(UserError, match="cannot write .*nowhere"):
-        save_sampler(tmp_path / "nowhere" / "rates.json", saved[1])
+def test_paths_that_cannot_be_are_named(tmp_path, saved):
+    save_sampler(tmp_path / "new" / "rates.json", saved[1])  # whose folder is made
+    with pytest.raises(UserError, match="cannot write .*new/rates.json"):
+        save_sampler(tmp_path / "new" / "rates.json" / "rates.json", saved[1])
     with pytest.raises(UserError, match=r"cannot read .*absent.json \(No such file"):
         load_sampler(tmp_path / "absent.json")
 
