@@ -17,10 +17,11 @@ made from.
 
 Documents keep their order, and the output is the same for every number of workers. Each document
 ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
-is encoded as ordinary text, unless --special-tokens. Where it would become the mask token, the
-document is refused, since training stops at a row that contains it. Empty documents are left out
-and counted. If the run fails or is interrupted, nothing is written. With --prompt-key or
---messages-key the documents are pairs of a prompt and a response, for fine-tuning with --mdm-sft.
+is encoded as ordinary text, unless --special-tokens. Where a tokenizer cannot do that, the document
+is refused, and so is one that would contain the mask token, at which training stops. Empty
+documents are left out and counted. If the run fails or is interrupted, nothing is written. With
+--prompt-key or --messages-key the documents are pairs of a prompt and a response, for fine-tuning
+with --mdm-sft.
 """
 
 EXAMPLES = """\
@@ -116,7 +117,8 @@ def main() -> None:
         "--special-tokens",
         action=argparse.BooleanOptionalAction,
         help="whether text that spells a special token, as rendered prompts do, is encoded as that "
-        "token or as ordinary text (default: as that token for --messages-key alone); "
+        "token or as ordinary text (default: as that token for --messages-key alone, where the "
+        "template spells it; what the lines themselves spell there is always ordinary text); "
         "tools/generate.py then does as the data of its checkpoint do",
     )
     parser.add_argument(
@@ -130,8 +132,8 @@ def main() -> None:
         "--skip-bad-lines",
         action="store_true",
         help="skip and count documents that cannot be read (bad JSON, no such key, not a string, "
-        "not UTF-8), or that spell the mask token, instead of stopping at the first; in text files "
-        "that is the whole file",
+        "not UTF-8), or that spell a special token which cannot stay text, instead of stopping at "
+        "the first; in text files that is the whole file",
     )
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)

@@ -2,7 +2,8 @@
 
 Whatever a row says has to reach what is trained, or the row is refused: content that is no text, a
 key that the template does not look at, a role that it leaves out. Keys that are to be left out are
-named on the command line. A null value says nothing, and is passed over.
+named on the command line. A null value says nothing, and is passed over. Special tokens are the
+template's alone: what a row spells stays text.
 
 A template that asks for today's date gets a fixed one, so that the same rows are the same tokens on
 every day.
@@ -13,7 +14,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_mdm.data.documents import (
     Document,
@@ -24,6 +25,7 @@ from megatron_mdm.data.documents import (
 )
 from megatron_mdm.data.encoding import open_hugging_face
 from megatron_mdm.data.record import digest
+from megatron_mdm.data.special_tokens import MARK, SpecialTokens, change_strings, strings_of
 
 Message = dict[str, Any]
 # What Llama 3.1's template writes where it cannot ask for today's date.
@@ -38,6 +40,21 @@ SPEAKERS = {"user", "assistant"}
 _IGNORE_KEYS = "--ignore-keys leaves out the keys that it names"
 
 
+class Pair(NamedTuple):
+    """A conversation as a template renders it.
+
+    Attributes:
+        prompt: All but the last message, and the header of an answer.
+        response: What the last message adds to it.
+        has_marks: Whether special tokens that the row spells have marks in both texts, see
+            `megatron_mdm.data.special_tokens`.
+    """
+
+    prompt: str
+    response: str
+    has_marks: bool = False
+
+
 class ChatTemplate:
     """Splits conversations before their last message, the assistant's.
 
@@ -47,6 +64,7 @@ class ChatTemplate:
     Args:
         directory: Of a Hugging Face tokenizer with a chat template.
         key: Where a row holds its messages.
+        special: The special tokens of this tokenizer.
         ignored: Keys of rows, messages and their parts that are left out.
         date: What the template gets for today's date.
 
@@ -58,6 +76,7 @@ class ChatTemplate:
         self,
         directory: str,
         key: str,
+        special: SpecialTokens,
         ignored: Collection[str] = (),
         date: datetime.date = TEMPLATE_DATE,
     ) -> None:
@@ -68,11 +87,12 @@ class ChatTemplate:
         self._apply = tokenizer.apply_chat_template
         self._end = tokenizer.eos_token
         self._key = key
+        self._special = special
         self._ignored = set(ignored)
         arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._unavailable = {"messages", *arguments} - GIVEN_BY_ROWS
 
-    def pair(self, document: Document) -> tuple[str, str]:
+    def pair(self, document: Document) -> Pair:
         """The prompt and the response of a row.
 
         What the last message adds to the rendered others, with the header of an answer after them,
@@ -80,9 +100,13 @@ class ChatTemplate:
 
         Raises:
             BadDocumentError: The row is no conversation, the template refuses it or leaves out a
-                part of it, or the response cannot be told from the prompt.
+                part of it, the response cannot be told from the prompt, or a special token that the
+                row spells cannot stay text.
         """
         messages, variables = self._read(document)
+        has_marks = any(map(self._special.spelled_in, strings_of([messages, variables])))
+        if has_marks:
+            messages, variables = self._marked(document, messages, variables)
         silent = [n for n, message in enumerate(messages) if message["content"] is None]
         try:
             messages = self._without_none(messages, variables)
@@ -94,6 +118,8 @@ class ChatTemplate:
         except Exception as error:  # whatever a template raises, in a language of its own
             reason = " ".join(str(error).split())
             raise bad_document(document, f"the chat template refuses it: {reason}") from error
+        if has_marks:
+            self._check_unmarked(document, messages, variables, prompt, whole)
         for n in silent:
             bare = {"role": messages[n]["role"], "content": messages[n]["content"]}
             if self._rendered([*messages[:n], bare, *messages[n + 1 :]], variables) == whole:
@@ -127,7 +153,42 @@ class ChatTemplate:
             response = response.rstrip()
         if not self.is_dated and ASKS_FOR_DATE in self._template(tools=variables.get("tools")):
             self.is_dated = self._rendered(messages, variables, write_date=_no_date) != rendered
-        return prompt, response
+        return Pair(prompt, response, has_marks)
+
+    def _marked(
+        self, document: Document, messages: list[Message], variables: dict[str, Any]
+    ) -> tuple[list[Message], dict[str, Any]]:
+        """A row with marks in the special tokens that it spells."""
+        strings = strings_of([messages, variables])
+        if any(MARK in text or self._special.marked(text) is None for text in strings):
+            raise bad_document(
+                document, "it spells a special token of the tokenizer, and that cannot stay text"
+            )
+        marked = change_strings([messages, variables], self._special.marked)
+        return marked[0], marked[1]
+
+    def _check_unmarked(
+        self,
+        document: Document,
+        messages: list[Message],
+        variables: dict[str, Any],
+        prompt: str,
+        whole: str,
+    ) -> None:
+        """Checks that the template renders a row as it would without the marks, but for these."""
+        messages, variables = change_strings(
+            [messages, variables], lambda text: text.replace(MARK, "")
+        )
+        rendered = (
+            self._rendered(messages[:-1], variables, add_generation_prompt=True),
+            self._rendered(messages, variables),
+        )
+        if rendered != (prompt.replace(MARK, ""), whole.replace(MARK, "")):
+            raise bad_document(
+                document,
+                "it spells a special token of the tokenizer, and that cannot stay text: the chat "
+                "template looks for it, or changes it",
+            )
 
     def _read(self, document: Document) -> tuple[list[Message], dict[str, Any]]:
         """The messages of a row, the content of each a text or None, and its other keys."""

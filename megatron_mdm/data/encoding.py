@@ -16,6 +16,7 @@ from megatron_mdm.data.documents import (
     bad_document,
     document_text,
 )
+from megatron_mdm.data.special_tokens import SpecialTokens
 
 # Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
 MASK_PIECES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
@@ -27,7 +28,8 @@ class TokenizerData:
 
     Exactly one of `sentencepiece_model` (the bytes of a `.model` file) and `tokenizer_json` (the
     JSON of a `tokenizers.Tokenizer`) is set. `vocab_size` is larger than every id; `eod` is the
-    id of the end-of-document token, and `mask` that of the mask token, if there is one.
+    id of the end-of-document token, and `mask` that of the mask token, if there is one. `special`
+    are the ids of special tokens, without the one for what the tokenizer does not know.
     """
 
     vocab_size: int
@@ -35,6 +37,7 @@ class TokenizerData:
     mask: int | None = None
     sentencepiece_model: bytes | None = None
     tokenizer_json: str | None = None
+    special: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -58,13 +61,21 @@ class TokenizerData:
             import sentencepiece
 
             return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model).encode
+        tokenizer = self._fast()
+        tokenizer.encode_special_tokens = not special
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+    def special_tokens(self) -> SpecialTokens:
+        """Returns the special tokens of a Hugging Face tokenizer."""
+        return SpecialTokens(self._fast(), self.special)
+
+    def _fast(self) -> Any:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
-        tokenizer.encode_special_tokens = not special
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer
 
 
 def open_hugging_face(directory: str, trust: bool = False) -> Any:
@@ -131,11 +142,14 @@ def hugging_face_data(tokenizer: Any) -> TokenizerData:
     Megatron's own class for these tokenizers.
     """
     eos = tokenizer.eos_token_id
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    special = {number for number, token in added.items() if token.special}
     return TokenizerData(
         vocab_size=max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)),
         eod=tokenizer.sep_token_id if eos is None else eos,
         mask=mask_id(tokenizer),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        special=tuple(sorted(special - {tokenizer.unk_token_id})),
     )
 
 
@@ -150,6 +164,7 @@ class EncodedChunk(NamedTuple):
         bad: `FILE:LINE: REASON` of the documents that could not be read.
         position: Where the input had been read to, as `Document.position`.
         is_dated: Whether a chat template has written the date that it was given.
+        spelling: How many conversations spell a special token, which stays text there.
     """
 
     tokens: np.ndarray
@@ -159,6 +174,7 @@ class EncodedChunk(NamedTuple):
     bad: list[str]
     position: int
     is_dated: bool = False
+    spelling: int = 0
 
 
 class ChunkEncoder:
@@ -176,6 +192,7 @@ class ChunkEncoder:
     ) -> None:
         self._encode = tokenizer.load(special)
         self._mask = tokenizer.mask
+        self._refused = frozenset(() if special else tokenizer.special) | {tokenizer.mask}
         self._json_key = json_key
         self._ending = [tokenizer.eod] if append_eod else []
         # Small, because it travels to the parent, which converts it to Megatron's choice.
@@ -187,12 +204,16 @@ class ChunkEncoder:
         text_bytes = empty = 0
         for document in documents:
             try:
-                texts = self._texts(document)
-                sequences = [self._encode(text) for text in texts]
-                self._check_mask(document, sequences)
+                texts, sequences = self._encoded(document)
             except BadDocumentError as error:
                 bad.append(str(error))
                 continue
+            except RecursionError:
+                bad.append(str(bad_document(document, "its JSON is nested too deeply")))
+                continue
+            except Exception as error:  # a mistake of ours, whose traceback goes to the user
+                error.add_note(str(bad_document(document, "while this was encoded")))
+                raise
             if not sequences[-1]:
                 empty += 1
                 continue
@@ -204,12 +225,43 @@ class ChunkEncoder:
         tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
 
-    def _check_mask(self, document: Document, sequences: Sequence[list[int]]) -> None:
-        """Checks that no text spells the mask token, at which training would stop."""
-        if self._mask is not None and any(self._mask in ids for ids in sequences):
+    def _encoded(self, document: Document) -> tuple[Sequence[str], list[list[int]]]:
+        """The texts of a document and their ids, which may be empty."""
+        texts = self._texts(document)
+        return texts, self._ids(document, texts, self._encode)
+
+    def _ids(
+        self, document: Document, texts: Sequence[str], encode: Callable[[str], list[int]]
+    ) -> list[list[int]]:
+        """The ids of a document's texts, which have been checked."""
+        try:
+            sequences = [encode(text) for text in texts]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what a library raises; Rust's panics are no Exception
+            reason = " ".join(str(error).split())
+            raise bad_document(document, f"the tokenizer refuses it: {reason}") from error
+        self._check(document, sequences)
+        return sequences
+
+    def _check(self, document: Document, sequences: Sequence[list[int]]) -> None:
+        """Checks that no text has become a special token.
+
+        Some tokenizers have these in their vocabulary too, and make them of text that spells them.
+        Training would stop at a mask token, and a document would end at another one.
+        """
+        if any(self._mask in ids for ids in sequences):
             raise bad_document(
                 document, f"the text spells the tokenizer's mask token (id {self._mask})"
             )
+        for ids in sequences:
+            if not self._refused.isdisjoint(ids):
+                found = next(i for i in ids if i in self._refused)
+                raise bad_document(
+                    document,
+                    f"the text spells a special token (id {found}), which this tokenizer cannot "
+                    "encode as text (--special-tokens if it is meant as that token)",
+                )
 
     def _texts(self, document: Document) -> Sequence[str]:
         """The sequences of a document; without the last one there is nothing to learn from it."""

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mdm.data.chat import TEMPLATE_DATE, ChatTemplate, template_digest
 from megatron_mdm.data.documents import Document, document_object, string_value
 from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
+from megatron_mdm.data.special_tokens import MARK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class PairKeys:
         return {
             "messages_key": self.messages,
             "template": template_digest(self.template),
+            "special_tokens_in_rows": "text",  # earlier versions made special tokens of it
             "ignore_keys": sorted(self.ignored),
             "template_date": self.date.isoformat(),
         }
@@ -47,7 +49,7 @@ class PairEncoder(ChunkEncoder):
         keys: Where the pair is.
         append_eod: Whether to end each response with `tokenizer.eod`, unless it does already.
         special: Whether text that spells a special token is that token. For conversations it
-            always is, since a template writes special tokens.
+            always is, since a template writes special tokens; what a row itself spells is text.
     """
 
     def __init__(
@@ -56,17 +58,32 @@ class PairEncoder(ChunkEncoder):
         super().__init__(tokenizer, "", append_eod, special or keys.messages is not None)
         self._keys = keys
         self._template = None
+        self._spelling = 0
         if keys.messages is not None:
-            self._template = ChatTemplate(keys.template, keys.messages, keys.ignored, keys.date)
+            self._special = tokenizer.special_tokens()
+            self._template = ChatTemplate(
+                keys.template, keys.messages, self._special, keys.ignored, keys.date
+            )
 
     def __call__(self, documents: Sequence[Document]) -> EncodedChunk:
         """Encodes one chunk, which must not be empty."""
+        self._spelling = 0
         chunk = super().__call__(documents)
-        return chunk._replace(is_dated=self._template is not None and self._template.is_dated)
+        is_dated = self._template is not None and self._template.is_dated
+        return chunk._replace(is_dated=is_dated, spelling=self._spelling)
+
+    def _encoded(self, document: Document) -> tuple[Sequence[str], list[list[int]]]:
+        if self._template is None:
+            return super()._encoded(document)
+        pair = self._template.pair(document)
+        texts = [pair.prompt, pair.response]
+        if not pair.has_marks:
+            return texts, self._ids(document, texts, self._encode)
+        sequences = self._ids(document, texts, self._special.encode)
+        self._spelling += 1
+        return [text.replace(MARK, "") for text in texts], sequences
 
     def _texts(self, document: Document) -> Sequence[str]:
-        if self._template is not None:
-            return self._template.pair(document)
         value = document_object(document)
         named = (("--prompt-key", self._keys.prompt), ("--response-key", self._keys.response))
         return [string_value(document, value, key, flag) for flag, key in named]

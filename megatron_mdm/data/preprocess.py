@@ -9,8 +9,8 @@ What is done with documents that are not as they should be:
 * A document without any token (an empty file, `{"text": ""}`) is left out and counted, since
   there is nothing to learn from it. It is not an error: source trees have many empty files.
 * A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate, a
-  conversation that its template does not render whole), or that spells the mask token, at which
-  training would stop, stops the run, or is left out and counted with `skip_bad_lines`.
+  conversation that its template does not render whole), or that would become a special token which
+  it spells, stops the run, or is left out and counted with `skip_bad_lines`.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ class PreprocessSummary:
         bad_documents: Documents left out because they cannot be read.
         bad_examples: `FILE:LINE: REASON` for the first few of those.
         template_date: What a chat template was given for today's date, None if it wrote none.
+        spelling: Conversations that spell special tokens, which were encoded as text.
         seconds: Time it took.
     """
 
@@ -74,6 +75,7 @@ class PreprocessSummary:
     bad_documents: int = 0
     bad_examples: list[str] = dataclasses.field(default_factory=list)
     template_date: str | None = None
+    spelling: int = 0
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -92,6 +94,11 @@ class PreprocessSummary:
         if self.template_date is not None:
             lines.append(
                 f"the chat template wrote {self.template_date} for today's date (--template-date)"
+            )
+        if self.spelling:
+            lines.append(
+                f"{self.spelling:,} conversations spell special tokens, which are text there and "
+                "no special tokens"
             )
         return "\n".join(lines)
 
@@ -195,7 +202,8 @@ def preprocess(
         pairs: Where it holds a prompt and a response instead: documents of two sequences.
         append_eod: Whether to end each document with the end-of-document token.
         special_tokens: Whether text that spells a special token is encoded as that token; None for
-            conversations alone, whose template writes special tokens.
+            conversations alone, whose template writes special tokens. What their rows spell is
+            text.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.
@@ -325,6 +333,7 @@ def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: boo
     summary.text_bytes += result.text_bytes
     summary.empty_documents += result.empty
     summary.bad_documents += len(result.bad)
+    summary.spelling += result.spelling
     room = _BAD_SHOWN - len(summary.bad_examples)
     summary.bad_examples += result.bad[:room]
 

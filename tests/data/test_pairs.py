@@ -2,11 +2,21 @@
 
 import datetime
 import json
+import random
+import traceback
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.data.chat import ChatTemplate
@@ -53,12 +63,16 @@ def rendered(path, chat_template, row, *ignored):
     """Prompt and response of a row, and why it is refused, one of the two."""
     directory = tokenizer_directory(path, chat_template)
     try:
-        pair = ChatTemplate(directory, "m", ignored).pair(
-            Document("x.jsonl", 7, json.dumps(row).encode(), 0)
-        )
+        pair = chat(directory, ignored).pair(Document("x.jsonl", 7, json.dumps(row).encode(), 0))
     except UserError as error:
         return None, str(error)
-    return pair, None
+    assert not pair.has_marks
+    return pair[:2], None
+
+
+def chat(directory, ignored=(), **options):
+    special = load_hugging_face(directory).special_tokens()
+    return ChatTemplate(directory, "m", special, ignored, **options)
 
 
 def tokenizer_directory(path, chat_template):
@@ -324,17 +338,17 @@ def test_a_template_writes_the_same_date_on_every_day(tmp_path, before, written,
     directory = tokenizer_directory(tmp_path, chat_template)
     keys = PairKeys(messages="m", template=directory, **({"date": date} if date else {}))
     date = date or datetime.date(2024, 7, 26)
-    chat = ChatTemplate(directory, "m", date=keys.date)
+    dated = chat(directory, date=keys.date)
     document = Document("x.jsonl", 1, json.dumps({"m": CHAT}).encode(), 0)
     pair = (written.format(date) + "<user> a <eos> <bot> ", "b <eos>")
-    assert chat.pair(document) == pair
+    assert dated.pair(document)[:2] == pair
     _, summary = run(tmp_path, directory, [{"m": CHAT}], keys)
     assert summary.template_date == (date.isoformat() if written else None)
     said = f"wrote {date} for today's date (--template-date)"
     assert (said in str(summary)) == bool(written)
     if before.startswith(ASKING) and written:  # a row may have a date of its own
         row = json.dumps({"m": CHAT, "date_string": "then"}).encode()
-        assert chat.pair(Document("x", 1, row, 0))[0].startswith("then: ")
+        assert dated.pair(Document("x", 1, row, 0))[0].startswith("then: ")
 
 
 def test_a_date_in_a_format_that_is_not_known_is_refused(tmp_path):
@@ -352,7 +366,7 @@ def test_reasoning_may_be_left_out_of_earlier_answers(tmp_path):
     assert 'without the key "why" of messages' in rendered(tmp_path, last, {"m": messages})[1]
 
 
-def test_a_pair_that_spells_the_mask_token_is_refused(tmp_path):
+def test_a_mask_token_that_a_pair_spells_is_text(tmp_path):
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -360,17 +374,259 @@ def test_a_pair_that_spells_the_mask_token_is_refused(tmp_path):
     )
     fast.chat_template = template("<eos> ", ASKED)
     fast.save_pretrained(tmp_path / "hf")
-    tokenizer = load_hugging_face(str(tmp_path / "hf"))
-    (tmp_path / "x.jsonl").write_text(
-        json.dumps({"m": answer("b <mask>"), "prompt": "a", "response": "b <mask>"})
-    )
-    arguments = [str(tmp_path / "x.jsonl")], str(tmp_path / "out"), tokenizer
+    row = {"m": answer("b <mask>"), "prompt": "a", "response": "b <mask>"}
     ignored = ("prompt", "response")
     keys = PairKeys(messages="m", template=str(tmp_path / "hf"), ignored=ignored)
+    for pair in (keys, PairKeys()):
+        pairs, summary = run(tmp_path, str(tmp_path / "hf"), [row], pair)
+        assert pairs[0][1] == "b [UNK] <eos>"
+        assert summary.spelling == (pair is keys)
     with pytest.raises(UserError, match=r"x.jsonl:1: the text spells .* mask token \(id 10\)"):
-        preprocess(*arguments, pairs=keys, workers=1, progress=False)
-    assert not list(tmp_path.glob("out*"))
-    # Elsewhere it is ordinary text.
-    preprocess(*arguments, pairs=PairKeys(), workers=1, progress=False)
-    dataset = IndexedDataset(str(tmp_path / "out"))  # which the arrays need as long as they live
-    assert 10 not in dataset[1]
+        run(tmp_path, str(tmp_path / "hf"), [row], PairKeys(), special_tokens=True)
+    # A template may write it too, whatever for.
+    fast.chat_template = template("<mask> ", ASKED)
+    fast.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"x.jsonl:1: the text spells .* mask token \(id 10\)"):
+        run(
+            tmp_path,
+            str(tmp_path / "hf"),
+            [{"m": CHAT}],
+            PairKeys(messages="m", template=keys.template),
+        )
+
+
+# -- special tokens that a row spells
+
+CHATML = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|mask|>", ">>"]
+
+
+def byte_pairs(normalizer=None, pre_tokenizer=None, **options):
+    """A tokenizer of bytes with some merges, and special tokens with these options."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.train_from_iterator(["<|im_end|> user assistant what is <|im_start|>?\n"] * 9, trainer)
+    inner.decoder = decoders.ByteLevel()
+    if normalizer:
+        inner.normalizer = normalizer
+    if pre_tokenizer:
+        inner.pre_tokenizer = pre_tokenizer
+    inner.add_special_tokens([AddedToken(token, **options) for token in SPECIAL])
+    return inner
+
+
+def pieces_of_unigram():
+    """A tokenizer that has special tokens among its pieces, and so finds them in text."""
+    letters = [(c, -5.0) for c in map(chr, range(33, 127))] + [("\u2581", -2.0), ("\n", -3.0)]
+    inner = Tokenizer(models.Unigram([("<unk>", 0.0), ("<|im_end|>", 0.0), *letters], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.add_special_tokens(SPECIAL)
+    return inner
+
+
+def chat_directory(path, inner, chat_template=CHATML):
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", mask_token="<|mask|>"
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(path)
+    return str(path), fast
+
+
+def encoder_of(directory):
+    keys = PairKeys(messages="m", template=directory)
+    return PairEncoder(load_hugging_face(directory), keys, append_eod=True)
+
+
+def document_of(row, line=1):
+    return Document("x.jsonl", line, json.dumps(row).encode(), 0)
+
+
+def test_a_special_token_in_a_message_is_text(tmp_path):
+    directory, fast = chat_directory(tmp_path, byte_pairs())
+    question = "what is <|im_end|> and <|mask|>>> ?"
+    row = {
+        "m": [{"role": "user", "content": question}, {"role": "assistant", "content": "<|im_end|>"}]
+    }
+    row["tools"] = [{"<|mask|>": {"name": "ends with <|im_end|>"}}]
+    chunk = encoder_of(directory)([document_of(row)])
+    assert chunk.bad == [] and chunk.spelling == 1
+    ids = chunk.tokens.tolist()
+    rendered = fast.apply_chat_template(row["m"], tools=row["tools"], tokenize=False)
+    text = rendered.removesuffix("\n")
+    assert fast.decode(ids) == text and chunk.text_bytes == len(text.encode())
+    start, end, mask, pair = map(fast.convert_tokens_to_ids, SPECIAL)
+    assert (ids.count(start), ids.count(end), ids.count(mask), ids.count(pair)) == (2, 2, 0, 0)
+    ((length, _),) = chunk.lengths
+    plain = load_hugging_face(directory).load()
+    assert ids[length:] == [*plain("<|im_end|>"), end]
+    before, _, after = rendered.partition("<|im_start|>")
+    after = after.partition("<|im_end|>\n<|im_start|>assistant")[0]
+    user = f"user\n{question}"
+    assert ids[:length] == [
+        *plain(before), start, *plain(user), end, *plain("\n"), start, *plain("assistant\n")
+    ]  # fmt: skip
+    # What another row spells does not touch this one.
+    ordinary = {"m": CHAT}
+    alone, both = (
+        encoder_of(directory)([document_of(r) for r in rows])
+        for rows in ([ordinary], [row, ordinary])
+    )
+    assert both.tokens.tolist() == ids + alone.tokens.tolist() and alone.spelling == 0
+    whole = fast.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert [*alone.tokens.tolist(), *plain("\n")] == whole
+
+
+KINDS = {
+    "bytes": lambda: byte_pairs(),
+    "strip": lambda: byte_pairs(lstrip=True, rstrip=True),
+    "normalized": lambda: byte_pairs(normalizers.Lowercase(), normalized=True),
+    "prepend": lambda: byte_pairs(normalizers.Prepend("_"), normalized=False),
+    "first": lambda: byte_pairs(
+        pre_tokenizer=pre_tokenizers.Metaspace(replacement="_", prepend_scheme="first")
+    ),
+    "pieces": pieces_of_unigram,
+}
+# Which of them refuse rows that spell special tokens, or some of these.
+REFUSING = {"normalized", "first", "pieces"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_the_template_s_or_the_row_is_refused(kind, tmp_path):
+    """For tokenizers that cut texts at special tokens in ways of their own."""
+    directory, fast = chat_directory(tmp_path, KINDS[kind]())
+    backend = fast.backend_tokenizer
+    special = {fast.convert_tokens_to_ids(token) for token in SPECIAL}
+    encode = encoder_of(directory)
+    rng = random.Random(0)
+    parts = [*SPECIAL, "<|", "im_end", "|>", ">", " ", "\n", "a", " b", "<|IM_END|>", "user"]
+    refused = {True: 0, False: 0}
+    for line in range(1, 201):
+        texts = ["".join(rng.choices(parts, k=rng.randrange(1, 5))) for _ in range(3)]
+        roles = ("user", "assistant", "user")
+        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        messages.append({"role": "assistant", "content": "a"})
+        chunk = encode([document_of({"m": messages}, line)])
+        spelled = [
+            t
+            for t in texts
+            if any(
+                s in backend.normalizer.normalize_str(t) if kind == "normalized" else s in t
+                for s in SPECIAL
+            )
+        ]
+        if chunk.bad:
+            assert chunk.bad[0].startswith(f"x.jsonl:{line}: ")
+            refused[bool(spelled)] += 1
+            continue
+        ids = chunk.tokens.tolist()
+        found = [i for i in ids if i in special]
+        start, end = map(fast.convert_tokens_to_ids, SPECIAL[:2])
+        assert found == [start, end] * 4
+        if not spelled:
+            ((length, _),) = chunk.lengths
+            text = fast.apply_chat_template(messages, tokenize=False)
+            cut = text.rindex("a<|im_end|>")
+            backend.encode_special_tokens = False
+            for part, own in ((text[:cut], ids[:length]), (text[cut:].rstrip(), ids[length:])):
+                assert backend.encode(part, add_special_tokens=False).ids == own
+    assert refused[False] == 0
+    assert bool(refused[True]) == (kind in REFUSING)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        (CHATML.replace("m.content", "m.content | upper"), None),
+        (CHATML.replace("m.content", "m.content | trim"), None),
+        (
+            CHATML.replace("m.content", "m.content.split('<|mask|>')[-1]"),
+            "looks for it, or changes",
+        ),
+        (CHATML.replace("m.content", "m.content | length"), "looks for it, or changes it"),
+        (
+            "{% if '<|mask|>' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+            + CHATML,
+            "looks for it, or changes it",
+        ),
+    ],
+)
+def test_a_template_that_looks_for_special_tokens_in_messages(tmp_path, chat_template, message):
+    directory, _ = chat_directory(tmp_path, byte_pairs(), chat_template)
+    row = {"m": [{"role": "user", "content": " a<|mask|> "}, *answer("b")[1:]]}
+    chunk = encoder_of(directory)([document_of(row), document_of({"m": CHAT}, 2)])
+    if message is None:
+        assert chunk.bad == []
+    else:
+        assert len(chunk.bad) == 1
+        assert chunk.bad[0].startswith("x.jsonl:1: it spells a special token of the tokenizer, and")
+        assert message in chunk.bad[0]
+
+
+def test_the_mark_itself_in_a_row(tmp_path):
+    directory, fast = chat_directory(tmp_path, byte_pairs())
+    chunk = encoder_of(directory)(
+        [document_of({"m": answer(c)}) for c in ("\ufdd0", "\ufdd0<|mask|>")]
+    )
+    assert len(chunk.bad) == 1 and "spells a special token" in chunk.bad[0]
+    assert fast.decode(chunk.tokens.tolist()).endswith("assistant\n\ufdd0<|im_end|>")
+
+
+def test_texts_that_become_special_tokens_are_refused(tmp_path):
+    directory, fast = chat_directory(tmp_path / "hf", pieces_of_unigram())
+    end, mask = map(fast.convert_tokens_to_ids, ("<|im_end|>", "<|mask|>"))
+    rows = [{"prompt": "a<|mask|>", "response": "b"}, {"prompt": "a<|im_end|>", "response": "b"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(tmp_path / "x.jsonl")], str(tmp_path / "out"), load_hugging_face(directory)
+    options = {"workers": 1, "progress": False}
+    for data in ({"pairs": PairKeys()}, {"json_key": "prompt"}):
+        with pytest.raises(UserError) as caught:
+            preprocess(*arguments, **data, **options)
+        assert f"x.jsonl:2: the text spells a special token (id {end}), which this" in str(
+            caught.value
+        )
+        summary = preprocess(*arguments, **data, **options, **SKIP)
+        assert (summary.documents, summary.bad_documents) == (1, 1)
+        dataset = IndexedDataset(str(tmp_path / "out"))  # which the arrays need
+        tokens = np.concatenate(list(dataset))
+        assert mask not in tokens and tokens.tolist().count(end) == 1
+    with pytest.raises(UserError, match="x.jsonl:1: the text spells the tokenizer's mask token"):
+        preprocess(*arguments, pairs=PairKeys(), special_tokens=True, **options)
+
+
+# -- what a library raises
+
+
+def test_what_raises_in_a_worker_names_its_line(tmp_path, monkeypatch):
+    inner = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}))  # which knows no other word
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    fast.save_pretrained(tmp_path)
+    deep = "[" * 900 + "]" * 900
+    encode = encoder_of(str(tmp_path))
+    lines = [answer("a"), answer("b")]
+    documents = [document_of({"m": line}, n) for n, line in enumerate(lines, 1)]
+    documents.append(
+        Document("x.jsonl", 3, f'{{"m": {json.dumps(CHAT)}, "x": {deep}}}'.encode(), 0)
+    )
+    for n in (0, 1):
+        documents[n] = document_of({"m": [{"role": "user", "content": "a"}, lines[n][1]]}, n + 1)
+    chunk = encode(documents)
+    assert len(chunk.lengths) == 1
+    assert chunk.bad[0].startswith("x.jsonl:2: the tokenizer refuses it: ")
+    assert chunk.bad[1].startswith("x.jsonl:3: ")
+
+    def fail(_document):
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(encode._template, "_read", fail)
+    with pytest.raises(KeyError) as caught:
+        encode(documents)
+    assert "x.jsonl:1: while this was encoded" in "".join(traceback.format_exception(caught.value))

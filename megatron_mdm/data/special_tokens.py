@@ -1,0 +1,101 @@
+"""Text that spells a special token, in the midst of special tokens that are meant.
+
+A chat template writes special tokens around the contents of messages. A tokenizer would find them
+in the contents too: a conversation about `<|im_end|>` would end there. So a mark goes between the
+letters of each special token that a row spells, before the template renders the row. What is a
+special token afterwards is the template's. Everything else is encoded as text, without the marks.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# A character that Unicode keeps for such purposes, and that is part of no text.
+MARK = "\ufdd0"
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer.
+
+    Args:
+        tokenizer: A `tokenizers.Tokenizer` that neither pads nor truncates. Nobody else may use it.
+        refused: Ids that no text may become.
+    """
+
+    def __init__(self, tokenizer: Any, refused: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._refused = frozenset(refused)
+        tokens = [t for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        tokens.sort(key=lambda token: -len(token.content))  # of two that begin alike, the longer
+        self._ids = [tokenizer.token_to_id(token.content) for token in tokens]
+        self._spelled = re.compile("|".join(re.escape(t.content) for t in tokens) or r"(?!)")
+        # Some tokens take the space beside them.
+        forms = (
+            rf"{r'\s*' if t.lstrip else ''}({re.escape(t.content)}){r'\s*' if t.rstrip else ''}"
+            for t in tokens
+        )
+        self._found = re.compile("|".join(forms) or r"(?!)")
+        self._normalize = lambda text: text
+        if tokenizer.normalizer is not None and any(token.normalized for token in tokens):
+            self._normalize = tokenizer.normalizer.normalize_str
+
+    def spelled_in(self, text: str) -> bool:
+        """Whether a tokenizer would find special tokens in a text."""
+        return any(self._spelled.search(form) for form in (text, self._normalize(text)))
+
+    def marked(self, text: str) -> str | None:
+        """The text with marks in all special tokens that it spells; None if that cannot be."""
+        before = None
+        while text != before:
+            before = text
+            text = self._spelled.sub(lambda found: MARK.join(found[0]), text)
+        return None if self.spelled_in(text) else text
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text with marks, in which what is marked is no special token.
+
+        Raises:
+            ValueError: The tokenizer cannot do that. It encodes the text between special tokens
+                otherwise than alone, or it makes special tokens of ordinary text too.
+        """
+        with_marks: list[int] = []
+        with_text: list[int] = []
+        start = 0
+        for found in [*self._found.finditer(text), None]:
+            piece = text[start : found.start() if found else None]
+            with_marks += self._ids_of(piece, special=False)
+            between = self._ids_of(piece.replace(MARK, ""), special=False)
+            if not self._refused.isdisjoint(between):
+                raise ValueError("it encodes text that spells a special token as that token")
+            with_text += between
+            if found:
+                token = self._ids[found.lastindex - 1]
+                with_marks.append(token)
+                with_text.append(token)
+                start = found.end()
+        if with_marks != self._ids_of(text, special=True):
+            raise ValueError("the row spells a special token, which it cannot encode as text here")
+        return with_text
+
+    def _ids_of(self, text: str, special: bool) -> list[int]:
+        self._tokenizer.encode_special_tokens = not special
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def change_strings(value: Any, change: Callable[[str], Any]) -> Any:
+    """A value of JSON's types with other strings, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [change_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): change_strings(item, change) for key, item in value.items()}
+    return value
+
+
+def strings_of(value: Any) -> list[str]:
+    """All strings in a value of JSON's types, keys included."""
+    found: list[str] = []
+    change_strings(value, lambda text: found.append(text) or text)
+    return found
