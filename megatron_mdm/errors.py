@@ -1,6 +1,7 @@
 """Mistakes that a user can mend: one line that names the flag or file and says what to do."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,19 +47,24 @@ def exit_with(error: UserError) -> NoReturn:
 def exit_rank_with(error: UserError) -> NoReturn:
     """Ends one rank of a training run with the one line of `error` and status 2.
 
-    Before the ranks are connected all of them find the same mistake, and the first of each node
-    prints it; likewise a `SharedError` later on. Any other is a matter of this rank, which the line
-    then names.
+    Before the ranks are connected most mistakes are found by all of them, and the first of each
+    node prints them; likewise a `SharedError` later on. Another rank prints a mistake that the
+    first one has not found. The line then names this rank, as it does for every other mistake.
     """
     state = sys.modules.get("megatron.core.parallel_state")
     is_connected = state is not None and state.is_initialized()
-    if is_connected and not isinstance(error, SharedError):
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
-    elif os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
+    is_shared = isinstance(error, SharedError)
+    is_of_this_rank = is_connected and not is_shared
+    is_first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if not is_of_this_rank and not is_first:
         # A launcher stops all ranks when the first one ends: that has to be the one that prints.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE)
-        sys.exit(2)
+        if is_shared:
+            sys.exit(2)
+        is_of_this_rank = True
+    if is_of_this_rank and os.environ.get("WORLD_SIZE", "1") != "1":
+        error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
     exit_with(error)
 
 

@@ -1,4 +1,7 @@
-"""`torchrun ... -m megatron_mdm.pretrain <Megatron's flags> --mdm-...`: trains a model."""
+"""`torchrun ... -m megatron_mdm.pretrain <Megatron's flags> --mdm-...`: trains a model.
+
+Without torchrun it is a run of one rank.
+"""
 
 import os
 import re
@@ -12,6 +15,13 @@ from megatron_mdm.interruption import Interruption
 
 PROGRAM_START = time.time()
 MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
+# What torchrun sets, and the values for a process that nobody else belongs to.
+ALONE = {
+    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+}
+# Where srun and mpirun say how many processes they have started.
+STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def main() -> None:
@@ -46,12 +56,31 @@ def prepare_environment(device: str) -> None:
 
 def _run(interruption: Interruption) -> None:
     check_megatron_version()
+    join_ranks()
     from megatron_mdm.mcore.device import training_device
 
     with training_device(requested_device()):
         from megatron_mdm.mcore.pretrain import run
 
         run(PROGRAM_START, interruption)
+
+
+def join_ranks() -> None:
+    """Makes a run of one rank of a process that no launcher has started.
+
+    Raises:
+        UserError: it is one of several, and does not know which one or where the others are.
+    """
+    missing = [name for name in ALONE if name not in os.environ]
+    if not missing:
+        return
+    for name in ("WORLD_SIZE", *([] if "WORLD_SIZE" in os.environ else STARTED_TOGETHER)):
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                f"{name} is {os.environ[name]}, and {missing[0]} is not set: start the ranks with "
+                "torchrun --nproc-per-node N -m megatron_mdm.pretrain, which sets it"
+            )
+    os.environ.update({name: ALONE[name] for name in missing})
 
 
 def check_megatron_version() -> None:

@@ -20,6 +20,7 @@ from megatron_mdm.data.identity import quick_digest
 from megatron_mdm.data.outputs import write_errors, write_json
 from megatron_mdm.data.record import file_digest, made_from
 from megatron_mdm.errors import UserError
+from megatron_mdm.pretrain import ALONE
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
 # Flags that name directories to read.
@@ -29,8 +30,7 @@ READ_FROM = ("--tokenizer-model", "--load", "--pretrained-checkpoint")
 _ASKING = threading.Lock()
 ENVIRONMENT = {
     # One rank needs no launcher, which would import torch a second time.
-    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+    **ALONE,
     "OMP_NUM_THREADS": "1",
     # glibc gives large blocks back and takes them anew at every step: a quarter of the time.
     "MALLOC_MMAP_THRESHOLD_": "4000000000",

@@ -97,8 +97,8 @@ class PreprocessSummary:
             )
         if self.spelling:
             lines.append(
-                f"{self.spelling:,} conversations spell special tokens, which are text there and "
-                "no special tokens"
+                f"conversations that spell special tokens, which are ordinary text there: "
+                f"{self.spelling:,}"
             )
         return "\n".join(lines)
 

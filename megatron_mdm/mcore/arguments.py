@@ -142,7 +142,7 @@ def parse() -> Namespace:
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise rejection(error) from error
+        raise _log_rejection(error, given.tensorboard_dir) or rejection(error) from error
     return resolve(args)
 
 
@@ -151,6 +151,16 @@ def rejection(error: Exception) -> UserError:
     where = traceback.extract_tb(error.__traceback__)[-1]
     reason = " ".join(str(error).split()) or where.line
     return UserError(f"Megatron rejects these flags or their files: {reason}")
+
+
+def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
+    """One line for an exception about the directory of the logs, which the last rank makes."""
+    path = getattr(error, "filename", None)
+    if not directory or not isinstance(path, str):
+        return None
+    if not path.startswith(directory) and not directory.startswith(path):
+        return None
+    return UserError(f"--tensorboard-dir {directory} cannot be written: {error.strerror or error}")
 
 
 @contextmanager
@@ -297,6 +307,7 @@ def check(args: Namespace) -> None:
 
 def _check(args: Namespace) -> None:
     MDMConfig.from_args(args)
+    _check_log_directory(args.tensorboard_dir)
     for name in REFUSED:
         if getattr(args, name):
             raise _refusal(name)
@@ -358,6 +369,18 @@ def _check(args: Namespace) -> None:
     _check_transformer_engine(args)
     check_schedule(args)
     check_sizes(args)
+
+
+def _check_log_directory(directory: str | None) -> None:
+    """Checks on all ranks what only the last one would find, which writes the logs."""
+    path = directory or ""
+    while path and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if path and not os.path.isdir(path):
+        raise UserError(
+            f"--tensorboard-dir {directory} cannot be made: {path} is no directory; give another "
+            "one"
+        )
 
 
 def _refusal(name: str) -> UserError:

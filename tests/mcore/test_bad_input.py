@@ -1,8 +1,10 @@
 """Bad input ends with one clear line, a status other than 0, and no rank left waiting."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -401,6 +403,76 @@ def test_no_gpu_names_the_flag(monkeypatch, capfd):
     assert "add --mdm-device cpu" in the_error_line(capfd.readouterr())
 
 
+# -- without a launcher
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, and LOCAL_RANK is not set: start the"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8"},
+            "SLURM_STEP_NUM_TASKS is 8, and RANK is not set: start the",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_SIZE is 2, and RANK is not set: start the",
+        ),
+    ],
+)
+def test_one_of_several_ranks_that_no_torchrun_started(environment, message, monkeypatch):
+    clear_launcher(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        pretrain.join_ranks()
+
+
+def test_a_process_that_nobody_launched_is_a_run_of_one_rank(monkeypatch):
+    clear_launcher(monkeypatch)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    pretrain.join_ranks()
+    assert {name: os.environ[name] for name in pretrain.ALONE} == pretrain.ALONE
+    # torchrun under srun, one a node
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    pretrain.join_ranks()
+    assert os.environ["WORLD_SIZE"] == "16"
+
+
+def clear_launcher(monkeypatch):
+    for name in (*pretrain.ALONE, *pretrain.STARTED_TOGETHER):
+        monkeypatch.setenv(name, "")  # so that what is set later is undone
+        monkeypatch.delenv(name)
+
+
+def test_the_program_trains_without_torchrun(tmp_path):
+    """Worth a start of its own: all others set what torchrun sets."""
+    names = (*pretrain.ALONE, *pretrain.STARTED_TOGETHER)
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "megatron_mdm.pretrain", *COMMON, "--mock-data"]
+    run = subprocess.run(
+        [*command, "--train-iters", "1", "--split", "1,0,0"],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "iteration        1/       1" in run.stdout
+
+
+def test_a_file_in_the_place_of_the_logs(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/logs/run"):
+        args = parsed(monkeypatch, "--tensorboard-dir", str(path))
+        with pytest.raises(UserError) as caught:
+            arguments.check(args)
+        assert str(caught.value).startswith(
+            f"--tensorboard-dir {path} cannot be made: {tmp_path / 'file'} is no directory"
+        )
+    for path in (tmp_path, tmp_path / "new/run", "new", "hdfs://host/run"):
+        arguments.check(parsed(monkeypatch, "--tensorboard-dir", str(path)))
+
+
 # -- which rank prints
 
 
@@ -419,7 +491,8 @@ def exit_output(monkeypatch, capsys, message, connected, **environment):
     "connected, environment, printed",
     [
         (False, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "error: oh\n"),
-        (False, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ""),
+        # The first rank has had its time to find it too.
+        (False, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
         (False, {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: oh\n"),
         (True, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
         (True, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "error: oh\n"),
@@ -427,6 +500,27 @@ def exit_output(monkeypatch, capsys, message, connected, **environment):
 )
 def test_who_prints(connected, environment, printed, monkeypatch, capsys):
     assert exit_output(monkeypatch, capsys, "oh", connected, **environment) == printed
+
+
+def test_a_launcher_stops_a_rank_that_waits_for_the_first_one():
+    """Also where the program answers SIGTERM in a way of its own."""
+    code = (
+        "import signal\n"
+        "from megatron_mdm.errors import UserError, exit_rank_with\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "print('ready', flush=True)\n"
+        "exit_rank_with(UserError('oh'))"
+    )
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        process.stdout.readline()
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.05)
+        assert process.returncode == -signal.SIGTERM
+        assert process.stderr.read() == b""
 
 
 def test_the_message_of_a_loader_worker_is_one_line():
@@ -685,6 +779,12 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
             "Megatron rejects these flags or their files: DeepEP dispatcher requires TPxEP > 1",
         ),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
+        # Of which Megatron's writer of logs complains, on the last rank alone.
+        (
+            "--tensorboard-dir /proc/nowhere/logs",
+            [],
+            "--tensorboard-dir /proc/nowhere/logs cannot be written: No such file or directory",
+        ),
         # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
         ("--data-path {short}", [], "the train split of {short} has 31 tokens, fewer than one row"),
         ("--data-path {short} --split 1,0,0", [], "--eval-iters 1 needs validation rows, and --sp"),
