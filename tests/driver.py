@@ -29,11 +29,10 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments as arguments_module
 from megatron_mdm.mcore import checkpoint_workers, sampler_state
 from megatron_mdm.mcore import forward_step as step
+from megatron_mdm.mcore import measure as measure_module
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.checkpoint_files import TRACKER
 from megatron_mdm.mcore.device import training_device
-from megatron_mdm.mcore.measure import measure
-from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.pots import accumulate
 from megatron_mdm.pretrain import main
@@ -116,6 +115,25 @@ def _at_forward(condition, act) -> None:
         return forward_step(*args)
 
     program.forward_step = acting_forward_step
+
+
+def measured_rows() -> None:
+    """The program, saving t, value and importance weight of the rows that P-POTS measured.
+
+    One tensor rank of the last stage saves those of its rows.
+    """
+    rows: list = []
+    record = sampler_state.OnlineSampler.record
+
+    def recording_record(self, t, value, rate_weight, present=None):
+        rows.append(torch.stack([x.detach().double().flatten() for x in (t, value, rate_weight)]))
+        record(self, t, value, rate_weight, present)
+
+    sampler_state.OnlineSampler.record = recording_record
+    main()
+    if rows and mpu.get_tensor_model_parallel_rank() == 0:
+        path = f"{os.environ['TRACE_DIR']}/measured{os.environ['RANK']}.pt"
+        torch.save(torch.cat(rows, dim=1), path)
 
 
 def libraries() -> None:
@@ -318,21 +336,23 @@ def measured_documents() -> None:
     """
     (load,) = sys.argv[sys.argv.index("--") + 1 :]
     found: dict = {}
-    corrupt = Corrupter.__call__
+    mask_for_bins = measure_module.mask_for_bins
 
-    def recording_corrupt(self, tokens, eligible, *draws):
-        result = corrupt(self, tokens, eligible, *draws)
+    def recording_mask(tokens, eligible, *draws, **settings):
+        result = mask_for_bins(tokens, eligible, *draws, **settings)
         columns = (tokens, eligible, draws[-1], result.tokens, result.mask, result.weight, result.t)
         drawn.extend(zip(*columns, strict=True))
         return result
 
-    Corrupter.__call__ = recording_corrupt
+    measure_module.mask_for_bins = recording_mask
     with open_checkpoint(load, "cpu") as loaded:
         loaded.args.mdm_isolate_documents, loaded.args.mdm_rate_per = True, "document"
         head = unwrap_model(loaded.model).output_layer.weight.detach().double()
         for target in ("loss", "gradient"):
             drawn: list = []
-            *_, (_, _, moments) = measure(loaded, target, num_bins=4, num_rows=6, masks_per_bin=2)
+            *_, (_, _, measured) = measure_module.measure(
+                loaded, target, num_bins=4, num_rows=6, masks_per_bin=2
+            )
             bins, expected = [], np.zeros(17)
             for draw, (tokens, eligible, documents, seen, mask, weight, t) in enumerate(drawn):
                 for number in documents.unique().tolist():
@@ -350,7 +370,7 @@ def measured_documents() -> None:
                         value = (share[:, None] * error @ head).norm()
                     bins.append((draw // 8, number, int(t[number] * 4)))
                     expected += from_limbs(accumulate(t[number], value, torch.ones(1), 4))
-            found[target] = bins, moments.vector(), expected
+            found[target] = bins, measured.total.vector(), expected
     torch.save(found, f"{os.environ['TRACE_DIR']}/measured.pt")
 
 

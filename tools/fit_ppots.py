@@ -3,8 +3,10 @@
     python tools/fit_ppots.py --load checkpoints --target gradient --output ppots.json
 
 measures the checkpoint on its training data and writes ppots.json, for --mdm-ppots-file, and
-ppots.png: the measured points, the fit and the density. Under torchrun the ranks share the model
-as tensor-parallel ranks. The paper measures the loss of the data to come before fine-tuning:
+ppots.png: the measured points with error bars (twice the standard error, of the choice of rows and
+masks), the fit and the density. The JSON file has the standard errors too. Under torchrun the ranks
+share the model as tensor-parallel ranks. The paper measures the loss of the data to come before
+fine-tuning:
 
     python tools/fit_ppots.py --load checkpoints --data-path pairs --mdm-sft --output ppots.json
 
@@ -152,14 +154,15 @@ def main() -> None:
             draws = measure(loaded, options.target, options.rates, options.rows, options.masks)
             done = 0
             with tqdm(unit="draws", total=options.rates * options.rows * options.masks) as bar:
-                for done, _, moments in draws:  # noqa: B007
+                for done, _, measured in draws:  # noqa: B007
                     bar.update(done - bar.n)
         result = fit(
-            moments,
+            measured.total,
             family=options.family,
             target=options.target,
             lam=options.uniform_share,
             eps=MDMConfig.from_args(loaded.args).least_masked_fraction(loaded.args.seq_length),
+            errors=measured.errors(),
         )
         if loaded.args.rank == 0:
             save_sampler(options.output, result)
@@ -171,12 +174,28 @@ def main() -> None:
             if result.moments.skipped:
                 print(f"{result.moments.skipped} draws without a finite value were left out")
             print(f"parameters: {parameters or 'the measured bins'}")
+            print(f"standard error of the second moment: {errors_in_words(result)}")
             print("KL of each family: " + ", ".join(f"{k} {v:.2e}" for k, v in result.kls.items()))
             print(f"picture: {escaped(str(picture))}")
 
 
+def errors_in_words(result) -> str:
+    """Relative standard errors, of all bins and of the worst."""
+    import numpy as np
+
+    if result.errors is None:
+        return "not known, since it is that of the choice of rows: take --rows 2 or more"
+    square = result.moments.second_moment()
+    relative = np.divide(result.errors, square, out=np.zeros_like(square), where=square > 0.0)
+    worst, n = int(relative.argmax()), len(relative)
+    return (
+        f"{np.median(relative):.1%} (median), {relative[worst]:.1%} at most, for t in "
+        f"({worst / n:.3g}, {(worst + 1) / n:.3g}]"
+    )
+
+
 def draw(result, picture: Path) -> None:
-    """Measured root mean squares, fit and density against t."""
+    """Measured root mean squares with error bars, fit and density against t."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,12 +203,18 @@ def draw(result, picture: Path) -> None:
     import torch
     from matplotlib import pyplot as plt
 
-    measured = np.sqrt(result.moments.second_moment())
-    n = len(measured)
+    square = result.moments.second_moment()
+    measured, n = np.sqrt(square), len(square)
     t = np.linspace(1e-3, 1.0, 500)
     density = result.sampler().density(torch.from_numpy(t)).numpy()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot((np.arange(n) + 0.5) / n, measured / measured.mean(), "ko", label="measured")
+    bars, label = None, "measured"
+    if result.errors is not None:
+        twice = 2 * np.array(result.errors)
+        ends = [np.sqrt((square + sign * twice).clip(min=0.0)) - measured for sign in (-1, 1)]
+        bars, label = np.abs(ends) / measured.mean(), "measured, twice the standard error"
+    centers = (np.arange(n) + 0.5) / n
+    axes.errorbar(centers, measured / measured.mean(), bars, fmt="ko", capsize=2, label=label)
     if result.lam < 1.0:  # the density without the uniform's share
         axes.plot(t, (density - result.lam) / (1 - result.lam), "C0", label=f"fit: {result.family}")
     axes.plot(t, density, "C3", label=f"density, uniform share {result.lam:g}")

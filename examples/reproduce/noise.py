@@ -136,7 +136,7 @@ def fitted(loaded: Any) -> Any:
     mdm = MDMConfig.from_args(loaded.args)
     args = copy.copy(loaded.args)
     args.mdm_views = 1  # every row is another text
-    *_, (_, _, moments) = measure(
+    *_, (_, _, measured) = measure(
         dataclasses.replace(loaded, args=args),
         mdm.mdm_ppots_target,
         mdm.mdm_ppots_bins,
@@ -144,7 +144,7 @@ def fitted(loaded: Any) -> Any:
         1,
     )
     return fit(
-        moments,
+        measured.total,
         target=mdm.mdm_ppots_target,
         lam=mdm.mdm_ppots_uniform_share,
         eps=mdm.least_masked_fraction(args.seq_length),

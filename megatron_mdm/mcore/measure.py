@@ -21,12 +21,12 @@ from megatron_mdm.mcore.dataset import FIXED, RowDataset, build_datasets
 from megatron_mdm.mcore.forward_step import Rows, as_in_the_sum, at_logits, at_tokens
 from megatron_mdm.mcore.head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.pots import RateMoments, accumulate
+from megatron_mdm.objective.pots import RateMoments, TextMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, row_uniforms
-from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.rate_bins import mask_for_bins
 from megatron_mdm.objective.segments import counts, totals
 from megatron_mdm.objective.sketch import Sketch, gradients
 from megatron_mdm.variance_report import CausalStep, Step
@@ -39,21 +39,25 @@ def measure(
     num_rows: int,
     masks_per_bin: int,
     micro_batch_size: int = 16,
-) -> Iterator[tuple[int, int, RateMoments]]:
-    """Measures E[value^2 | t] over rows of the training data and fresh masks.
+) -> Iterator[tuple[int, int, TextMoments]]:
+    """Measures E[value^2 | t in a bin] over rows of the training data and fresh masks.
+
+    Masks are drawn by their number of masked tokens (objective/rate_bins.py).
 
     Args:
         loaded: the model.
         target: value of a row, or of a document with a rate of its own: its loss l (nats per
             eligible token), or the norm of dl/dh with h the final hidden states; weighed as in
             training.
-        num_bins: equal bins of t; the rates of a row are stratified over each bin.
+        num_bins: equal bins of t; the draws of a bin are stratified over its numbers of masked
+            tokens.
         num_rows: rows of the training data.
         masks_per_bin: draws for each row in each bin.
         micro_batch_size: draws in one call of the model.
 
     Returns:
-        Iterator of (draws done, draws in all, moments so far); the last has everything.
+        Iterator of (draws done, draws in all, moments of each row so far); the last has everything.
+        Second moments only: the first moments are none of the value.
 
     Raises:
         UserError: the data cannot be trained on.
@@ -66,23 +70,22 @@ def measure(
 def _measure(
     loaded: LoadedModel,
     dataset: RowDataset,
-    target: str,
+    target: Literal["loss", "gradient"],
     num_bins: int,
     num_rows: int,
     masks_per_bin: int,
     micro_batch_size: int,
-) -> Iterator[tuple[int, int, RateMoments]]:
+) -> Iterator[tuple[int, int, TextMoments]]:
     args = loaded.args
     mdm = MDMConfig.from_args(args)
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
-    # Masks as the run trains on, ISAD's apart, at uniform rates: what the density should suit.
-    corrupter = Corrupter(Uniform(), mdm.mdm_mask, loaded.mask_token_id, mdm.mdm_eps)
-    # Every row, or each of its documents from a bin of its own on, goes through all bins; where in
-    # its bin a draw lies comes from the lattice.
-    inside = Quantiles("lattice", args.seed, Split.TEST)
+    # Every row, or each of its documents from a bin of its own on, goes through all bins. Where a
+    # bin has its numbers of masked tokens from is the lattice, turned by an angle of its own.
+    lattice = Quantiles("lattice", args.seed, Split.TEST)
+    turns = torch.tensor([lattice(total + index) for index in range(num_bins)])
+    texts = tuple(RateMoments(num_bins) for _ in range(num_rows))
     device = torch.cuda.current_device()
-    moments = RateMoments(num_bins)
     for first in range(0, total, micro_batch_size):
         draws = range(first, min(first + micro_batch_size, total))
         items = [dataset[draw // draws_per_row] for draw in draws]
@@ -97,13 +100,18 @@ def _measure(
         columns["uniforms"] = uniforms.masked_fill(fixed, FIXED)
         numbers, places = (
             torch.tensor(values).view(-1, *[1] * (columns["quantile"].dim() - 1))
-            for values in (list(draws), [inside(draw) for draw in draws])
+            for values in (list(draws), [lattice(draw // num_bins) for draw in draws])
         )
         bins = (numbers + (columns["quantile"] * num_bins >> GRID_BITS)) % num_bins
-        columns["quantile"] = ((bins << GRID_BITS) + places) // num_bins
+        places = places + turns[bins] & 2**GRID_BITS - 1
         rows = Rows(**{name: column.to(device) for name, column in columns.items()})
-        moments.add(from_limbs(_draw(loaded, mdm, corrupter, rows, target, num_bins)))
-        yield draws.stop, total, moments
+        values = _draw(loaded, mdm, rows, target, num_bins, bins.to(device), places.to(device))
+        for text in sorted({draw // draws_per_row for draw in draws}):
+            own = torch.tensor([draw // draws_per_row == text for draw in draws], device=device)
+            t, value, present = (x if x is None else x[own] for x in values)
+            sums = accumulate(t, value, torch.ones_like(t), num_bins, present)
+            texts[text].add(from_limbs(sums.cpu()))
+        yield draws.stop, total, TextMoments(texts)
 
 
 class ParallelSketch(Sketch):
@@ -256,18 +264,35 @@ class _Inputs:
 def _draw(
     loaded: LoadedModel,
     mdm: MDMConfig,
-    corrupter: Corrupter,
     rows: Rows,
-    target: str,
+    target: Literal["loss", "gradient"],
     num_bins: int,
-) -> torch.Tensor:
-    """The sums of `accumulate` over one micro-batch, on the CPU, of what has rates of its own."""
+    bins: torch.Tensor,
+    places: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """t, value and presence of what has rates of its own in a micro-batch; see `accumulate`.
+
+    For `bins` and `places` see `mask_for_bins`.
+    """
     eod_id = get_tokenizer().eod
     documents = rows.isolated(eod_id, mdm)
     eligible = rows.eligible(eod_id, mdm)
     segments = rows.segments(eod_id, mdm)
     num_eligible = counts(eligible, segments)
-    corrupted = corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
+    # Masks as the run trains on, ISAD's apart.
+    corrupted = mask_for_bins(
+        rows.tokens,
+        eligible,
+        rows.uniforms,
+        bins,
+        places,
+        segments,
+        num_bins=num_bins,
+        mask_kind=mdm.mdm_mask,
+        mask_token_id=loaded.mask_token_id,
+        eps=mdm.mdm_eps,
+        target=target,
+    )
 
     def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
         """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
@@ -297,4 +322,4 @@ def _draw(
         )
     values = as_in_the_sum(values, num_eligible, loaded.args)
     present = None if segments is None else num_eligible > 0
-    return accumulate(corrupted.t, values, corrupted.rate_weight, num_bins, present).cpu()
+    return corrupted.t, values, present

@@ -30,6 +30,7 @@ def save_sampler(path: str | Path, fit: PotsFit) -> None:
         "lam": fit.lam,
         "eps": fit.eps,
         "moments": fit.moments.vector().tolist(),
+        "errors": fit.errors,
         "edges": fit.table.edges.tolist(),
         "density": fit.table.values.tolist(),
     }
@@ -68,6 +69,7 @@ def load_sampler(path: str | Path) -> PotsFit:
             raise ValueError(f"'lam', the share of the uniform, is {lam}")
         if not 0.0 < eps < 1.0:
             raise ValueError(f"'eps', the least masked fraction, is {eps}")
+        moments = RateMoments.from_vector(content["moments"])
         return PotsFit(
             target=content["target"],
             family=str(content["family"]),
@@ -76,10 +78,21 @@ def load_sampler(path: str | Path) -> PotsFit:
             kls={str(k): float(v) for k, v in content["kls"].items()},
             lam=lam,
             eps=eps,
-            moments=RateMoments.from_vector(content["moments"]),
+            moments=moments,
             table=PiecewiseSampler(content["edges"], content["density"]),
+            errors=_errors(content.get("errors"), moments.num_bins),
         )
     except KeyError as error:
         raise UserError(f"{path} lacks {error}: {again}") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} does not hold a density on (0, 1]: {error}; {again}") from error
+
+
+def _errors(values: Any, num_bins: int) -> tuple[float, ...] | None:
+    """Standard errors of a file; those of earlier versions of this program have none."""
+    if values is None:
+        return None
+    errors = tuple(float(value) for value in values)
+    if len(errors) != num_bins or not all(0.0 <= error < float("inf") for error in errors):
+        raise ValueError("'errors' are not one number for each bin, finite and not negative")
+    return errors

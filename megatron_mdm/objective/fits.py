@@ -11,6 +11,19 @@ count less. Like is compared with like, the root of a mean with the root of a me
 holds the truth then recovers it however steep m2 is within a bin, which the mean of sqrt(m2) over
 the bin would not (12% off in the first of 30 bins for m2 = 1/p).
 
+Measured bins do not determine every parameter: a term that is small in all bins may have any
+exponent, and a spike inside one bin any width. Rounding would then choose. So the parameters x of
+the n bins minimise
+
+    n/2 log(rows KL + FLOOR) + sum_j ((x_j - c_j) / s_j)^2 / 2,
+
+the likelihood of noise of unknown size with a normal prior of center c and width s. A parameter
+that the bins do not determine takes the center of its prior. The prior fades as the divergence
+falls: exact measurements of a member of a family give that member. And no term of g is narrower
+than a bin: m <= n, and k <= 1 / (1/10 + m / 4n), so that log g rises by less than 4 over a bin.
+r and s of `epr`, which are exponents of a square, are at most 2 n. Sums that differ by rounding
+then give densities that differ little more.
+
 Families, with p(t) = (1 - eps) t + eps the masking probability:
 
     epr        m2 = A^2 exp(2 k t^m) + a t^r + b (1-t)^s      k >= 0, r, s, m >= 1 (the paper's)
@@ -39,12 +52,16 @@ Floats = npt.NDArray[np.float64]
 # Nodes of the quadrature over one bin: exact to rounding for m2 = p^-2 over the first bin.
 ORDER = 16
 # Starts that are followed to the end.
-KEPT_STARTS = 3
+KEPT_STARTS = 8
+# Divergence times rows, nats, far below which a fit need not fall: above rounding, below noise.
+FLOOR = 0.01
+# Most of k, and of every exponent.
+MOST_SLOPE, MOST_EXPONENT = 10.0, 20.0
 # Relative error of a table, at most, before it is normalised.
 TABLE_ERROR = 4e-4
 # Of L-BFGS-B: from all starts, and from the best ends to as far as float64 can tell.
-ROUGH_OPTIONS = {"ftol": 1e-6, "gtol": 1e-5, "maxiter": 500}
-OPTIONS = {"ftol": 1e-13, "gtol": 1e-10, "maxiter": 500}
+ROUGH_OPTIONS = {"ftol": 1e-5, "gtol": 1e-3, "maxiter": 500}
+OPTIONS = {"ftol": 0.0, "gtol": 1e-10, "maxiter": 1000}
 
 
 class FitError(UserError):
@@ -57,13 +74,16 @@ class Family:
 
     Attributes:
         names: its parameters; the first stands for the factor and is not fitted.
-        bounds: bounds of the fitted parameters, factors a and b by their logarithm.
+        bounds: bounds of the fitted parameters, factors a and b by their logarithm. k and m come
+            first; few bins narrow those of k and of the exponents (see the head of this module).
+        prior: center and width of the prior of each; of k as a share of its upper bound.
         moment: (fitted parameters, t, p(t)) -> m2 and its derivatives by each fitted parameter.
         named: (fitted parameters, factor) -> values of `names`.
     """
 
     names: tuple[str, ...]
     bounds: tuple[tuple[float, float], ...]
+    prior: tuple[tuple[float, float], ...]
     moment: Callable[[Floats, Floats, Floats], tuple[Floats, list[Floats]]]
     named: Callable[[Floats, float], tuple[float, ...]]
 
@@ -96,17 +116,21 @@ def _power(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
     return square + noise, [*derivatives, noise, -np.log(p) * noise]
 
 
-_EXPONENT, _FACTOR = (1.0, 20.0), (-15.0, 15.0)
+_SLOPE, _EXPONENT, _FACTOR = (0.0, MOST_SLOPE), (1.0, MOST_EXPONENT), (-15.0, 15.0)
+# Wide: no parameter costs more than half a nat anywhere. Horvitz-Thompson noise has r = 1.
+_PRIOR = {"k": (0.0, 2.0), "exponent": (1.0, 20.0), "factor": (0.0, 15.0), "noise": (1.0, 1.0)}
 FAMILIES = {
     "power": Family(
         names=("A", "k", "m", "b", "r"),
-        bounds=((0.0, 10.0), _EXPONENT, _FACTOR, (0.0, 1.99)),
+        bounds=(_SLOPE, _EXPONENT, _FACTOR, (0.0, 1.99)),
+        prior=(_PRIOR["k"], _PRIOR["exponent"], _PRIOR["factor"], _PRIOR["noise"]),
         moment=_power,
         named=lambda x, c: (c**0.5, x[0], x[1], c * np.exp(x[2]), x[3]),
     ),
     "epr": Family(
         names=("A", "k", "m", "a", "r", "b", "s"),
-        bounds=((0.0, 10.0), _EXPONENT, _FACTOR, _EXPONENT, _FACTOR, _EXPONENT),
+        bounds=(_SLOPE, _EXPONENT, _FACTOR, _EXPONENT, _FACTOR, _EXPONENT),
+        prior=(_PRIOR["k"], _PRIOR["exponent"], *2 * (_PRIOR["factor"], _PRIOR["exponent"])),
         moment=_epr,
         named=lambda x, c: (c**0.5, x[0], x[1], c * np.exp(x[2]), x[3], c * np.exp(x[4]), x[5]),
     ),
@@ -127,6 +151,7 @@ class PotsFit:
         eps: least masking probability.
         moments: the measurement.
         table: the mixture.
+        errors: standard errors of the second moment of each bin; None: not known.
     """
 
     target: Literal["loss", "gradient"]
@@ -138,6 +163,7 @@ class PotsFit:
     eps: float
     moments: RateMoments
     table: PiecewiseSampler
+    errors: tuple[float, ...] | None = None
 
     @property
     def rows(self) -> float:
@@ -158,6 +184,7 @@ def fit(
     eps: float = 1e-3,
     starts: int = 20,
     seed: int = 0,
+    errors: Floats | None = None,
 ) -> PotsFit:
     """Fits a density to measured second moments; equal arguments give bitwise equal fits.
 
@@ -170,6 +197,8 @@ def fit(
         eps: least masking probability, in (0, 1); for exact-count masks one over the row length.
         starts: number of starts of L-BFGS-B for each family; the best ones are refined.
         seed: of the starts.
+        errors: standard errors of the second moments [n], recorded only; those of bins that have
+            none are NaN, and then none is recorded.
 
     Raises:
         FitError: bins without rows, or only values 0.
@@ -209,6 +238,7 @@ def fit(
         eps=eps,
         moments=RateMoments.from_vector(moments.vector()),
         table=mixture(edges, values, lam),
+        errors=None if errors is None or np.isnan(errors).any() else tuple(errors.tolist()),
     )
 
 
@@ -235,28 +265,31 @@ def _fit_family(name: str, moments: RateMoments, eps: float, starts: int, seed: 
             "density: use more bins or the piecewise density"
         )
     t, p, w = _quadrature(n, eps)
+    box = _Box(family, n)
 
-    def objective(x: Floats) -> tuple[float, Floats]:
+    def objective(y: Floats) -> tuple[float, Floats]:
+        x, chain = box.parameters(y)
         m2, derivatives = family.moment(x, t, p)
         M = (w * m2).sum(axis=1)
         kl, Q = _divergence(P, rows, M)
         slope = w * ((Q - P) / (2 * M))[:, None]  # of kl by m2
-        return kl, np.array([(slope * d).sum() for d in derivatives])
+        gradient = chain @ np.array([(slope * d).sum() for d in derivatives])
+        misfit = moments.rows * kl + FLOOR
+        value = n / 2 * np.log(misfit) + y @ y / 2
+        return float(value), n / 2 * moments.rows / misfit * gradient + y
 
     def descents(points: list[Floats], options: dict[str, float]) -> list[Any]:
         """Runs L-BFGS-B from each of the points; the best end comes first."""
         ends = [
-            minimize(
-                objective, x, jac=True, method="L-BFGS-B", bounds=family.bounds, options=options
-            )
-            for x in points
+            minimize(objective, y, jac=True, method="L-BFGS-B", bounds=box.bounds, options=options)
+            for y in points
         ]
         return sorted(ends, key=lambda end: float(end.fun))
 
     # All starts roughly, and only the best ones to the end: the others cost two thirds of the time.
-    rough = descents(_starts(family.bounds, starts, seed), ROUGH_OPTIONS)
+    rough = descents(_starts(box.bounds, starts, seed), ROUGH_OPTIONS)
     best = descents([end.x for end in rough[:KEPT_STARTS]], OPTIONS)[0]
-    x = np.asarray(best.x, dtype=np.float64)
+    x, _ = box.parameters(np.asarray(best.x, dtype=np.float64))
     M = (w * family.moment(x, t, p)[0]).sum(axis=1)
     factor = float((rows * root).sum() / (rows * np.sqrt(M)).sum()) ** 2
     parameters = {k: float(v) for k, v in zip(family.names, family.named(x, factor), strict=True)}
@@ -264,16 +297,48 @@ def _fit_family(name: str, moments: RateMoments, eps: float, starts: int, seed: 
     def density(t: Floats) -> Floats:
         return np.sqrt(family.moment(x, t, (1 - eps) * t + eps)[0])
 
-    return _Candidate(float(best.fun), len(x), parameters, lambda: tabulate(density))
+    return _Candidate(_divergence(P, rows, M)[0], len(x), parameters, lambda: tabulate(density))
+
+
+class _Box:
+    """Coordinates y of a family's parameters in which the prior is the standard normal.
+
+    Args:
+        family: the family.
+        num_bins: n, the bins of t that it is fitted to.
+    """
+
+    def __init__(self, family: Family, num_bins: int) -> None:
+        self.center, self.width = np.array(family.prior).T
+        low, high = np.array(family.bounds).T
+        high = np.where(high == MOST_EXPONENT, min(MOST_EXPONENT, 2 * num_bins), high)
+        high[:2] = 1.0, min(MOST_EXPONENT, num_bins)
+        self.low, self.high, self.num_bins = low, high, num_bins
+
+    @property
+    def bounds(self) -> tuple[tuple[float, float], ...]:
+        """Bounds of y."""
+        ends = ((x - self.center) / self.width for x in (self.low, self.high))
+        return tuple(zip(*(end.tolist() for end in ends), strict=True))
+
+    def parameters(self, y: Floats) -> tuple[Floats, Floats]:
+        """The family's parameters x, and dx_j/dy_i as [i, j]."""
+        x = (self.center + self.width * y).clip(self.low, self.high)
+        most = 1.0 / (1.0 / MOST_SLOPE + x[1] / (4 * self.num_bins))
+        x[0] *= most
+        chain = np.diag(self.width)
+        chain[0, 0] *= most
+        chain[1, 0] = -self.width[1] * x[0] * most / (4 * self.num_bins)
+        return x, chain
 
 
 def _divergence(P: Floats, rows: Floats, M: Floats) -> tuple[float, Floats]:
     """KL(P | Q) and Q_i = n_i sqrt(M_i) / sum [n]."""
     Q = rows * np.sqrt(M)
     Q = Q / Q.sum()
-    some = P > 0.0
-    kl = (P[some] * np.log(P[some] / Q[some])).sum()
-    return max(float(kl), 0.0), Q
+    # As a sum of terms that are not negative, which P log(P / Q) are not, and would cancel.
+    off = (Q - P) / np.where(P > 0.0, P, 1.0)
+    return float(np.where(P > 0.0, P * (off - np.log1p(off)), Q).sum()), Q
 
 
 def _quadrature(num_bins: int, eps: float) -> tuple[Floats, Floats, Floats]:
@@ -294,7 +359,7 @@ def _starts(bounds: tuple[tuple[float, float], ...], count: int, seed: int) -> l
     low, high = np.array(bounds).T
     words = np.random.Philox(key=seed & (2**64 - 1)).random_raw(count * len(low))
     unit = (to_grid(words).reshape(count, len(low)) + 0.5) * 2.0**-GRID_BITS
-    # Slopes and exponents more often near their lower bound, factors not at the ends of theirs.
+    # Slopes and exponents more often near their lower bound, the others not at the ends of theirs.
     inner = np.where(low < 0.0, 0.3 + 0.4 * unit, unit**2)
     return list(low + (high - low) * inner)
 

@@ -176,6 +176,42 @@ class RateMoments:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
 
+@dataclass(frozen=True)
+class TextMoments:
+    """Moments of independent texts, which tell how far their sum can be trusted.
+
+    Attributes:
+        texts: the moments of each text, all of one number of bins.
+    """
+
+    texts: tuple[RateMoments, ...]
+
+    @property
+    def total(self) -> RateMoments:
+        """Moments of all texts."""
+        total = RateMoments(self.texts[0].num_bins)
+        for text in self.texts:
+            total.add(text)
+        return total
+
+    def errors(self) -> Floats:
+        """Standard error of `total.second_moment()`, by the jackknife over texts [n].
+
+        NaN in a bin that fewer than two texts have draws in.
+        """
+        sums = np.array([text._sums[[0, 2]] for text in self.texts])  # [texts, 2, n]
+        has = sums[:, 0] > 0.0
+        number = has.sum(axis=0)
+        result: Floats = np.full(sums.shape[2], np.nan)
+        some = number > 1
+        weights, squares = (sums.sum(axis=0) - sums).transpose(1, 0, 2)[:, :, some]
+        without = np.where(has[:, some], squares / weights, 0.0)
+        m = number[some]
+        spread = np.where(has[:, some], without - without.sum(axis=0) / m, 0.0)
+        result[some] = np.sqrt((m - 1) / m * (spread**2).sum(axis=0))
+        return result
+
+
 @dataclass(eq=False)
 class PotsState:
     """What a run needs to go on bit for bit: the density in use and what was measured so far.

@@ -487,6 +487,63 @@ def test_zero_in_some_bins_is_no_hole():
         assert sampler.values.min() >= 0.1
 
 
+def noisy_moments(rows, num_bins, target, seed):
+    """Moments of rows of 64 tokens with Bernoulli masks, as a run measures them."""
+    rng = np.random.default_rng(seed)
+    t = (np.arange(rows) + rng.random()) / rows
+    p = (1 - EPS) * t + EPS
+    k = rng.binomial(64, p)
+    of_row = np.exp(0.2 * rng.standard_normal(rows))
+    if target == "loss":
+        value = of_row * rng.gamma(2 * k + 1e-9, 1 + 1.5 * t**0.7) / (64 * p)
+    else:
+        value = of_row * np.sqrt(rng.gamma(2 * k + 1e-9, 0.5)) / (64 * p)
+    moments = RateMoments(num_bins)
+    moments.update(t, value, np.ones(rows))
+    return moments
+
+
+def rounded_otherwise(moments, seed):
+    """The same moments, the sums of each bin off by up to 1e-7."""
+    vector, n = moments.vector(), moments.num_bins
+    vector[: 3 * n] *= 1 + 1e-7 * np.random.default_rng(seed).uniform(-1, 1, 3 * n)
+    return RateMoments.from_vector(vector)
+
+
+@pytest.mark.parametrize("family", ["auto", "epr", "power"])
+@pytest.mark.parametrize("target", ["loss", "gradient"])
+@pytest.mark.parametrize("num_bins", [8, 12, 30])
+@pytest.mark.parametrize("rows", [64, 800])
+def test_rounding_moves_a_density_by_no_more_than_40_times_as_much(rows, num_bins, target, family):
+    """Layouts round their sums differently. Without a prior a density moved by up to 19%."""
+    for seed in range(5):
+        moments = noisy_moments(rows, num_bins, target, seed)
+        q = fitted_density(fit(moments, family=family))
+        other = fitted_density(fit(rounded_otherwise(moments, seed), family=family))
+        np.testing.assert_allclose(other, q, rtol=4e-6)
+
+
+@pytest.mark.parametrize("num_bins", [8, 12, 30])
+def test_no_spike_inside_the_last_bin(num_bins):
+    """A high last bin has many explanations: the fit takes none that is narrower than the bin."""
+    vector = moments_of(lambda t, p: 1 + 0 * t, num_bins, rows=800 / num_bins).vector()
+    vector[3 * num_bins - 1] *= 4.0
+    for family in FAMILIES:
+        result = fit(RateMoments.from_vector(vector), family=family)
+        slope = np.diff(np.log(fitted_density(result))) / np.diff(T.numpy())
+        assert 0.3 < slope.max() / num_bins < 4.0
+        p = result.parameters
+        assert p["k"] * p["m"] < 4 * num_bins and p["m"] <= num_bins
+    # The derivatives that L-BFGS-B goes by, in coordinates in which k and m depend on each other.
+    box = fits._Box(FAMILIES["epr"], num_bins)
+    y = np.array(box.bounds).mean(axis=1)
+    _, chain = box.parameters(y)
+    for i in range(len(y)):
+        step = 1e-6 * (np.arange(len(y)) == i)
+        difference = (box.parameters(y + step)[0] - box.parameters(y - step)[0]) / 2e-6
+        np.testing.assert_allclose(chain[i], difference, rtol=1e-6, atol=1e-8)
+
+
 DIGEST = """
 import numpy as np
 from megatron_mdm.objective.fits import fit
@@ -536,6 +593,20 @@ def test_files_are_read_back_bit_for_bit(tmp_path, family):
     assert loaded == result
     assert loaded.sampler().digest() == result.sampler().digest()
     assert os.listdir(tmp_path) == ["rates.json"]
+
+
+def test_errors_are_kept_and_files_without_them_are_read(tmp_path):
+    path = tmp_path / "rates.json"
+    errors = np.linspace(0.1, 0.2, 30)
+    result = fit(moments_of(power_moment), family="piecewise", errors=errors)
+    save_sampler(path, result)
+    assert load_sampler(path).errors == tuple(errors) and load_sampler(path) == result
+    content = json.loads(path.read_text())
+    del content["errors"]
+    path.write_text(json.dumps(content))
+    assert load_sampler(path).errors is None
+    errors[3] = np.nan
+    assert fit(moments_of(power_moment), family="piecewise", errors=errors).errors is None
 
 
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
@@ -605,6 +676,8 @@ def replace(key, index, value):
         (lambda content: content.update(edges=[0.0] * (TABLE_SIZE + 1)), "more than 1024 edges"),
         (replace("moments", 0, float("inf")), "rate moments hold a number"),
         (lambda content: content["moments"].pop(), "rate moments are 4 numbers"),
+        (put("errors", [0.1]), "'errors' are not one number for each bin"),
+        (put("errors", [-0.1] * 30), "'errors' are not one number for each bin"),
     ],
 )
 def test_damaged_files_are_named(saved, damage, message):
