@@ -523,6 +523,27 @@ def test_rounding_moves_a_density_by_no_more_than_40_times_as_much(rows, num_bin
         np.testing.assert_allclose(other, q, rtol=4e-6)
 
 
+@pytest.mark.parametrize(
+    ("family", "target", "num_bins", "rows", "seed"),
+    [
+        ("epr", "loss", 8, 64, 17),  # 59%
+        ("power", "gradient", 8, 64, 28),  # 3%
+        ("epr", "loss", 8, 64, 9),
+        ("epr", "loss", 12, 800, 5),
+        ("power", "gradient", 12, 800, 12),
+        ("power", "gradient", 8, 800, 12),
+    ],
+)
+def test_rounding_moves_no_density_that_it_moved_without_a_prior(
+    family, target, num_bins, rows, seed
+):
+    """Rounding of 1e-7 moved each of these by more than 2e-5."""
+    moments = noisy_moments(rows, num_bins, target, seed)
+    q = fitted_density(fit(moments, family=family))
+    other = fitted_density(fit(rounded_otherwise(moments, seed), family=family))
+    np.testing.assert_allclose(other, q, rtol=2e-6)
+
+
 @pytest.mark.parametrize("num_bins", [8, 12, 30])
 def test_no_spike_inside_the_last_bin(num_bins):
     """A high last bin has many explanations: the fit takes none that is narrower than the bin."""
