@@ -47,7 +47,7 @@ def check_split(split: str | None) -> None:
     """
     if split is None:  # each part has data of its own
         return
-    shares = re.split(r"\s*[,/]\s*|\s+", split.strip())
+    shares = re.split(r"\s*[,/]\s*|\s+", split.strip(" ,/"))
     if (
         len(shares) > 3
         or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", share) for share in shares)

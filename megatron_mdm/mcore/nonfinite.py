@@ -55,8 +55,6 @@ def check_finite(loss: torch.Tensor, rows: torch.Tensor, training: bool) -> None
             when = f"iteration {machine.current_iteration}, {kind}"
             raise UserError(f"{when}: {_description(numbered)}. {_RESTART}")
         return
-    # Megatron leaves out the first iteration, after which it could not save yet.
-    machine.first_iteration_complete = True
     machine.validate_result(
         result=numbered,
         rejection_func=_is_bad,
@@ -73,9 +71,22 @@ def stops_when_not_finite() -> Iterator[None]:
     Raises:
         SharedError: says the iteration, and the row or where the gradient was found.
     """
-    decide = RerunStateMachine.should_checkpoint_and_exit
-    with replaced(RerunStateMachine, "should_checkpoint_and_exit", _with_a_line(decide)):
+    begin = _from_the_first_iteration(RerunStateMachine.should_run_forward_backward)
+    decide = _with_a_line(RerunStateMachine.should_checkpoint_and_exit)
+    with (
+        replaced(RerunStateMachine, "should_run_forward_backward", begin),
+        replaced(RerunStateMachine, "should_checkpoint_and_exit", decide),
+    ):
         yield
+
+
+def _from_the_first_iteration(begin: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    def should_run_forward_backward(machine: RerunStateMachine, data_iterator: Any) -> bool:
+        # Megatron checks nothing in the first iteration, since it could not save after it.
+        machine.first_iteration_complete = True
+        return begin(machine, data_iterator)
+
+    return should_run_forward_backward
 
 
 def _with_a_line(decide: Callable[[Any], tuple[bool, bool, int]]) -> Callable[[Any], Any]:

@@ -28,9 +28,8 @@ def check_schedule(args: Namespace) -> None:
     _at_least(args, 0, "eval_iters", "num_workers")
     if args.save is not None and args.save_interval is None and not args.skip_train:
         raise UserError("--save needs --save-interval: iterations from one checkpoint to the next")
-    for name in ("save_interval", "exit_interval", "save_retain_interval"):
-        if getattr(args, name) is not None:
-            _at_least(args, 1, name)
+    if args.save_interval is not None:
+        _at_least(args, 1, "save_interval")
     if args.skip_train:
         return
     length = "train_iters" if args.train_samples is None else "train_samples"

@@ -185,7 +185,9 @@ def test_splits_of_other_things_than_shares(split):
         data_files.check_split(split)
 
 
-@pytest.mark.parametrize("split", ["95,5,0", "969, 30, 1", ".9 .1 0", "949/50/1", "1", None])
+@pytest.mark.parametrize(
+    "split", ["95,5,0", "969, 30, 1", ".9 .1 0", "949/50/1", "1", "9,1,", None]
+)
 def test_splits(split):
     data_files.check_split(split)
 
