@@ -282,7 +282,7 @@ def log_likelihoods(
 
 
 def num_masks(num_tokens: int, draws: int) -> int:
-    """Masks under which `log_likelihoods` scores a continuation of so many tokens."""
+    """Counts the masks under which `log_likelihoods` scores a continuation."""
     return min(2**num_tokens - 1, draws)
 
 

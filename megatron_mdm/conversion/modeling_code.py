@@ -94,7 +94,11 @@ def _rotary_embedding_without_scaling() -> Iterator[None]:
 def _frequencies(
     config: Any, device: torch.device | None = None, **_: Any
 ) -> tuple[torch.Tensor, float]:
-    """Of the rotary embedding: float32 [dimensions of a head / 2], and a factor of its result."""
+    """Computes the frequencies of the rotary embedding.
+
+    Returns:
+        The frequencies, float32 [dimensions of a head / 2], and a factor of the result.
+    """
     size = config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
     return config.rope_theta**-exponents, 1.0
