@@ -2,6 +2,10 @@
 
 import argparse
 
+# The flags of `add_token_arguments` and `add_decoder_arguments`.
+TOKEN_FLAGS = ("special_tokens", "eos_token_ids")
+DECODER_FLAGS = ("steps", "block_length", "remasking", "threshold")
+
 
 def add_token_arguments(group: argparse._ActionsContainer) -> None:
     """Adds the flags about the tokens of texts.

@@ -72,8 +72,29 @@ class Decoder:
                 raise UserError(f"--threshold must lie in (0, 1], got {self.threshold}")
             if self.remasking == "random":
                 raise UserError("--threshold needs --remasking low-confidence: drop one of them")
+        for token in self.end_token_ids:
+            if token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
+                raise UserError(f"--eos-token-ids {token}: the vocabulary has no such id")
         if self.mask_token_id in self.end_token_ids:
             raise UserError(f"the mask token {self.mask_token_id} cannot end a text")
+
+    def check_calls(self, wanted: int) -> None:
+        """Checks that `steps` are enough for the blocks of a row.
+
+        Args:
+            wanted: masked positions of the row.
+
+        Raises:
+            UserError: there are fewer steps than blocks.
+        """
+        if self.steps is None or self.block_length is None:
+            return
+        blocks = -(-wanted // self.block_length)
+        if blocks > self.steps:
+            raise UserError(
+                f"--steps {self.steps} is less than one a block: {blocks} blocks of "
+                f"--block-length {self.block_length} are to be filled"
+            )
 
     def __call__(
         self,
@@ -113,11 +134,7 @@ class Decoder:
         if self.block_length is not None:
             length = torch.full_like(wanted, self.block_length)
         blocks = (wanted + length - 1) // length
-        if self.steps is not None and (blocks > self.steps).any():
-            raise UserError(
-                f"--steps {self.steps} is less than one a block: {int(blocks.max())} blocks of "
-                f"--block-length {self.block_length} are to be filled"
-            )
+        self.check_calls(max(wanted.tolist(), default=0))
         ordinal = masked.cumsum(dim=1) - 1  # of a masked position among those of its row
         block_of = ordinal // length[:, None]
         after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()

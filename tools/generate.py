@@ -15,7 +15,11 @@ import numpy as np
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture
-from megatron_mdm.decoder_flags import add_decoder_arguments, add_token_arguments
+from megatron_mdm.decoder_flags import (
+    DECODER_FLAGS,
+    add_decoder_arguments,
+    add_token_arguments,
+)
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
 from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
@@ -95,24 +99,17 @@ def main() -> None:
     with open_asked_for(options) as loaded:
         import torch
 
-        from megatron_mdm.generation import Decoder, filling_order
-        from megatron_mdm.mcore.texts import encoder, spells_special_tokens, vocab_size
+        from megatron_mdm.generation import filling_order
+        from megatron_mdm.mcore.texts import decoder_of, encoder, spells_special_tokens
 
-        mask, end = loaded.mask_token_id, loaded.end_token_id
-        special = options.special_tokens
-        special = spells_special_tokens(loaded.args) if special is None else special
+        mask = loaded.mask_token_id
+        special = spells_special_tokens(loaded.args, options.special_tokens)
         tokenize, detokenize = encoder(loaded, special), loaded.tokenizer.detokenize
-        ends = options.eos_token_ids or ([] if end is None else [end])
-        ends = [] if options.no_stop_at_eos else ends
-        decoder = Decoder(
-            mask,
-            options.steps,
-            options.block_length,
-            options.remasking,
-            options.temperature,
-            options.threshold,
-            tuple(ends),
-            vocab_size(loaded),
+        decoder = decoder_of(
+            loaded,
+            () if options.no_stop_at_eos else options.eos_token_ids,
+            temperature=options.temperature,
+            **{name: getattr(options, name) for name in DECODER_FLAGS},
         )
         rows = [
             prompt_tokens(tokenize, text, options.length, options.suffix, options.mask_marker, mask)
@@ -148,7 +145,7 @@ def main() -> None:
                 draw_order(options.picture, pieces, order)
             for i, row in zip(batch, written, strict=True):
                 given = [token != mask for token in rows[i][len(openings[i]) :]]
-                texts[i] = detokenize(until_end(row, given, ends))
+                texts[i] = detokenize(until_end(row, given, decoder.end_token_ids))
         if loaded.args.rank == 0:
             for i in range(len(prompts)):
                 if len(prompts) > 1:

@@ -3,8 +3,9 @@
 import functools
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from megatron_mdm.data.identity import data_identity
 from megatron_mdm.data.sampling import Reservoir, drawn
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import Text, cut_rows
+from megatron_mdm.generation import Decoder
 from megatron_mdm.mcore.attention import isolated_documents
 from megatron_mdm.mcore.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.dataset import rows_of_file
@@ -134,16 +136,19 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
     return data.load(special) if isinstance(data, TokenizerData) else loaded.tokenizer.tokenize
 
 
-def spells_special_tokens(args: Namespace) -> bool:
+def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
     """Whether text that spells a special token is that token in the data of a checkpoint.
 
     Args:
         args: of the checkpoint, which says of its data how they were encoded.
+        asked: the answer where a user gives it (--special-tokens).
 
     Returns:
         True too where it is not known of all of them, or where they differ: conversations come
         rendered, with their special tokens spelled out.
     """
+    if asked is not None:
+        return asked
     known = {data.get("special_tokens") for data in getattr(args, "mdm_data", None) or ()}
     return known != {False}
 
@@ -151,6 +156,26 @@ def spells_special_tokens(args: Namespace) -> bool:
 def vocab_size(loaded: LoadedModel) -> int:
     """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
     return tokenizer_rows(loaded.tokenizer)
+
+
+def decoder_of(
+    loaded: LoadedModel, eos_token_ids: int | Sequence[int] | None = None, **settings: Any
+) -> Decoder:
+    """The decoder of texts of a checkpoint.
+
+    Args:
+        loaded: the checkpoint.
+        eos_token_ids: tokens that end a text; default: the end of document, if there is one.
+        settings: of `Decoder`.
+
+    Raises:
+        UserError: a value is out of range, or the model has no mask token.
+    """
+    end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    return Decoder(
+        loaded.mask_token_id, end_token_ids=ends, vocab_size=vocab_size(loaded), **settings
+    )
 
 
 def rows_of(loaded: LoadedModel, documents: Documents, packed: bool) -> list[Text]:
