@@ -7,6 +7,7 @@ without it the class stands alone, with the same methods but `generate_until`.
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,10 +26,26 @@ except ImportError:
     LM = object
 
 Message = dict[str, str]
+
+
+def _whole(value: Any) -> int:
+    """Reads a whole number.
+
+    Raises:
+        TypeError: the value is no number.
+        ValueError: it is no whole one.
+    """
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is no whole number")
+    return int(value)
+
+
+# lm_eval's names for the number of tokens of a text.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Generation settings of tasks that are the decoder's own.
 DECODER_SETTINGS = {
-    "steps": int,
-    "block_length": int,
+    "steps": _whole,
+    "block_length": _whole,
     "remasking": str,
     "threshold": float,
     "temperature": float,
@@ -62,7 +79,7 @@ class HarnessModel(LM):
         max_gen_toks: tokens of a generated text where the task does not say, as in lm_eval.
         render: messages, and whether the header of an answer follows them, to one text; None: the
             tokenizer has no chat template.
-        template: that template, for lm_eval's records.
+        template: gives that template, for lm_eval's records.
         name: of the tokenizer, for lm_eval's records.
         show_progress: draw a bar.
 
@@ -86,7 +103,7 @@ class HarnessModel(LM):
         decoder: Decoder | None = None,
         max_gen_toks: int = 256,
         render: Callable[[list[Message], bool], str] | None = None,
-        template: str = "",
+        template: Callable[[], str] = str,
         name: str = "",
         show_progress: bool = False,
     ) -> None:
@@ -112,6 +129,19 @@ class HarnessModel(LM):
         self._template = template
         self._name = name
         self._show_progress = show_progress
+        self._expected: Callable[[], Iterable[Any]] = tuple
+
+    def expect(self, requests: Callable[[], Iterable[Any]]) -> None:
+        """Has all requests of an evaluation checked before the first of them is answered.
+
+        Without it, a method checks its own requests before it answers them. The answers of another
+        method are lost if that fails.
+
+        Args:
+            requests: gives them once the first one is to be answered. Each has `request_type`, the
+                name of the method that answers it, and its `args`.
+        """
+        self._expected = requests
 
     @property
     def tokenizer_name(self) -> str:
@@ -120,7 +150,7 @@ class HarnessModel(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The chat template, for lm_eval's records; empty where none is applied."""
-        return self._template if chat_template else ""
+        return self._template() if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
@@ -152,8 +182,9 @@ class HarnessModel(LM):
 
         Raises:
             UserError: a continuation that is empty, longer than a row, or, for a shifted model,
-                without a context.
+                without a context; a text that spells the mask token.
         """
+        self._check_expected()
         pairs = self._fitted([self._pair(*request.args) for request in requests])
         bounds = self._bounds(pairs)
         return list(zip(bounds, self._are_greedy(pairs), strict=True))
@@ -165,10 +196,12 @@ class HarnessModel(LM):
             requests: with `args` = (text,).
 
         Raises:
-            UserError: nothing can stand before the first token, which a shifted model needs.
+            UserError: nothing can stand before the first token, which a shifted model needs; a text
+                that spells the mask token.
         """
+        self._check_expected()
         given = self._num_given
-        texts = [[*self._opening(), *self._encode(request.args[0])] for request in requests]
+        texts = [self._opened(*request.args) for request in requests]
         rows = [cut_rows([text], self._max_length, packed=False, overlap=given) for text in texts]
         bounds = iter(
             self._bounds(
@@ -182,7 +215,8 @@ class HarnessModel(LM):
 
         The generation settings of a task are lm_eval's own (`max_gen_toks`, `until`, `do_sample`,
         `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`).
-        Settings that the decoder lacks are refused unless they change nothing.
+        With `do_sample` alone the temperature is 1. None is as good as no setting. Settings that
+        the decoder lacks are refused unless they change nothing.
 
         Args:
             requests: with `args` = (context, settings).
@@ -193,16 +227,14 @@ class HarnessModel(LM):
         """
         if self._decode is None:
             raise UserError("this model has no `decode`, which turns what it generates into text")
-        contexts, decoders, lengths, ends = [], [], [], []
+        self._check_expected()
+        pairs, decoders, ends = [], [], []
         for request in requests:
-            context, settings = request.args
-            decoder, length, until = self._generation(settings)
-            contexts.append(self._context(context))
+            pair, decoder, until = self._blank(*request.args)
+            pairs.append(pair)
             decoders.append(decoder)
-            lengths.append(length)
             ends.append(until)
-        blanks = [[self._mask_token_id] * length for length in lengths]
-        pairs = self._fitted(list(zip(contexts, blanks, strict=True)))
+        pairs = self._fitted(pairs)
         rows = [[*before, *blank] for before, blank in pairs]
         spelling = Spelling(self._encode, self._decode, self._mask_token_id)
         texts = [""] * len(rows)
@@ -233,6 +265,41 @@ class HarnessModel(LM):
         tokens = torch.tensor([rows[i] for i in chosen], device=device)
         return decoder(self._logits, tokens, generators).tolist()
 
+    def _check_expected(self) -> None:
+        """Checks the requests that are to come; see `expect`.
+
+        Raises:
+            UserError: one of them cannot be answered.
+        """
+        expected, self._expected = self._expected, tuple
+        for request in expected():
+            if request.request_type == "loglikelihood":
+                self._fit(*self._pair(*request.args))
+            elif request.request_type == "loglikelihood_rolling":
+                self._opened(*request.args)
+            else:
+                pair, _, _ = self._blank(*request.args)
+                self._fit(*pair)
+
+    def _blank(
+        self, context: str, settings: dict[str, Any]
+    ) -> tuple[tuple[list[int], list[int]], Decoder, list[str]]:
+        """A context with the masks that are to be filled, how they are, and the ends of the text.
+
+        Raises:
+            UserError: see `generate_until`.
+        """
+        decoder, length, until = self._generation(settings)
+        return (self._ids(context), [self._mask_token_id] * length), decoder, until
+
+    def _opened(self, text: str) -> list[int]:
+        """A whole text, with what stands in front of it.
+
+        Raises:
+            UserError: see `loglikelihood_rolling`.
+        """
+        return [*self._opening(), *self._ids(text)]
+
     def _generation(self, settings: dict[str, Any]) -> tuple[Decoder, int, list[str]]:
         """The decoder, the most tokens and the ends of a text that a task asks for.
 
@@ -241,12 +308,20 @@ class HarnessModel(LM):
         """
         from lm_eval.models.utils import normalize_gen_kwargs
 
+        given = {name: value for name, value in settings.items() if value is not None}
         try:
-            given = dict(normalize_gen_kwargs(settings, self._max_gen_toks))
+            for name in LENGTHS:
+                if name in given:
+                    given[name] = _whole(given[name])  # lm_eval would cut off a fraction
+            if not isinstance(given.get("do_sample", False), bool):
+                raise ValueError(f"do_sample {given['do_sample']} is neither true nor false")
+            if given.get("do_sample"):  # which lm_eval takes for greedy without a temperature
+                given.setdefault("temperature", self._decoder.temperature or 1.0)
+            given = dict(normalize_gen_kwargs(given, self._max_gen_toks))
             own = {
                 name: kind(given.pop(name))
                 for name, kind in DECODER_SETTINGS.items()
-                if given.get(name) is not None
+                if name in given
             }
         except (TypeError, ValueError) as error:
             raise UserError(f"the generation_kwargs {settings} cannot be read: {error}") from error
@@ -255,7 +330,7 @@ class HarnessModel(LM):
         for name, value in given.items():
             if greedy and name in SAMPLING:
                 continue
-            if value is not None and value not in NEUTRAL.get(name, ()):
+            if value not in NEUTRAL.get(name, ()):
                 way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
                 raise UserError(
                     f"generation_kwargs has {name} {value}, which the decoder lacks: choose a task "
@@ -267,10 +342,16 @@ class HarnessModel(LM):
                 f"max_gen_toks {length} must be 1 to {most}, the model's positions but for a token "
                 f"of context: add --gen-kwargs max_gen_toks={most}, or fewer"
             )
-        return dataclasses.replace(self._decoder, **own), length, [str(end) for end in until]
+        try:
+            decoder = dataclasses.replace(self._decoder, **own)
+            decoder.check_calls(length)
+        except UserError as error:  # which names the flags of a tool
+            line = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
+            raise UserError(f"the generation_kwargs {settings} cannot be had: {line}") from error
+        return decoder, length, [str(end) for end in until if end is not None]
 
-    def _context(self, text: str) -> list[int]:
-        """Token ids of a text that is to be gone on with.
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text.
 
         Raises:
             UserError: it spells the mask token.
@@ -278,8 +359,8 @@ class HarnessModel(LM):
         ids = self._encode(text)
         if self._mask_token_id in ids:
             raise UserError(
-                f"the context {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
-                "would be filled in: take another task, or --no-special-tokens"
+                f"the text {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
+                "stands for tokens that are not known: take another task, or --no-special-tokens"
             )
         return ids
 
@@ -302,11 +383,11 @@ class HarnessModel(LM):
         context is what the whole has in common with the context alone.
 
         Raises:
-            UserError: there is nothing to score.
+            UserError: there is nothing to score, or the mask token is spelled.
         """
         stripped = context.rstrip()
         before = self._encode(stripped) if stripped else []
-        whole = self._encode(context + continuation)
+        whole = self._ids(context + continuation)
         common = len(os.path.commonprefix([before, whole]))
         before, after = whole[:common], whole[common:]
         if not continuation or not after:
@@ -319,23 +400,13 @@ class HarnessModel(LM):
     def _fitted(
         self, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[tuple[list[int], list[int]]]:
-        """Pairs of a context and what follows it, the contexts cut on the left to fit into a row.
-
-        Where a context is empty, and has to have a token, the opening token is in its place.
+        """Pairs that `_fit` has cut, which is said.
 
         Raises:
-            UserError: what follows is too long, or nothing can stand in front of it.
+            UserError: see `_fit`.
         """
-        fitted, cut = [], 0
-        for before, after in pairs:
-            room = self._max_length - len(after)
-            if room < self._num_given:
-                raise UserError(
-                    f"a continuation has {len(after)} tokens and a row of the model has room for "
-                    f"{self._max_length - self._num_given}: choose a task with shorter answers"
-                )
-            cut += len(before) > room
-            fitted.append((before[max(0, len(before) - room) :] or self._opening(), after))
+        fitted = [self._fit(*pair) for pair in pairs]
+        cut = sum(len(new) < len(old) for (new, _), (old, _) in zip(fitted, pairs, strict=True))
         if cut:
             logger.warning(
                 "%d of %d contexts were longer than the model's rows of %d tokens have room for, "
@@ -345,6 +416,22 @@ class HarnessModel(LM):
                 self._max_length,
             )
         return fitted
+
+    def _fit(self, before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
+        """A context, cut on the left to fit into a row, and what follows it.
+
+        Where the context is empty, and has to have a token, the opening token is in its place.
+
+        Raises:
+            UserError: what follows is too long, or nothing can stand in front of it.
+        """
+        room = self._max_length - len(after)
+        if room < self._num_given:
+            raise UserError(
+                f"a continuation has {len(after)} tokens and a row of the model has room for "
+                f"{self._max_length - self._num_given}: choose a task with shorter answers"
+            )
+        return before[max(0, len(before) - room) :] or self._opening(), after
 
     def _opening(self) -> list[int]:
         """What stands in front of a text without context.

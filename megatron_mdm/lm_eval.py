@@ -16,7 +16,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,64 @@ def _check_task(name: str, config: Mapping[str, Any], run_unsafe_code: bool) -> 
         raise UserError(f"--tasks {name} shows pictures or plays sounds: the model reads text")
 
 
+def generation_settings(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Reads settings of generated texts, as tasks have them in `generation_kwargs`.
+
+    Args:
+        given: names and values, which are numbers, true, false, none, or else text. The value of
+            `until` is text as it stands, and each one is another string that ends a text.
+    """
+    from lm_eval.utils import handle_arg_string
+
+    settings: dict[str, Any] = {}
+    for name, value in given:
+        if name == "until":
+            settings.setdefault(name, []).append(value)
+        else:
+            settings[name] = handle_arg_string(value)
+    return settings
+
+
+def ask(model: Any, tasks: list[Any], manager: Any, **settings: Any) -> dict[str, Any] | None:
+    """Has a model answer tasks, all of whose requests are checked before the first is answered.
+
+    Args:
+        model: a `HarnessModel`.
+        tasks: of `load_tasks`.
+        manager: see `task_manager`.
+        settings: of `lm_eval.simple_evaluate`.
+
+    Returns:
+        Results as lm_eval has them; None on all ranks of a machine but the first.
+
+    Raises:
+        UserError: the questions of a task cannot be written, or the model cannot answer them.
+    """
+    from lm_eval import simple_evaluate
+
+    chosen = manager.load(tasks)["tasks"].values()
+    model.expect(lambda: [request for task in chosen for request in task.instances])
+    try:
+        results: dict[str, Any] | None = simple_evaluate(
+            model=model, tasks=tasks, task_manager=manager, **settings
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        # The attribute is not there before the questions are written.
+        unwritten = [task for task in chosen if not getattr(task, "instances", None)]
+        if not unwritten:  # a fault of what came later
+            raise
+        # Whatever a task's own code raises, and lm_eval where there are too few examples.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        shots = unwritten[0].config.num_fewshot
+        how = f" with {shots} examples (--num-fewshot)" if shots else ""
+        raise UserError(
+            f"--tasks {unwritten[0].task_name} cannot be asked{how}: {reason}"
+        ) from error
+    return results
+
+
 def write_results(path: str, results: dict[str, Any]) -> None:
     """Writes results as lm_eval does, without the answers; null where they hold no number.
 
@@ -144,7 +202,7 @@ def write_samples(path: str, results: dict[str, Any]) -> None:
 
 
 def _json(value: Any) -> str:
-    """JSON of what lm_eval holds, functions and numpy's numbers among it."""
+    """Writes a value of lm_eval as JSON; it may hold functions and numpy's numbers."""
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation import DRAWS
-from megatron_mdm.generation import Decoder, Remasking
+from megatron_mdm.generation import Remasking
 from megatron_mdm.harness import HarnessModel, Message
 
 if TYPE_CHECKING:
@@ -108,15 +108,13 @@ def adapter_arguments(
     """
     import torch
 
-    from megatron_mdm.mcore.texts import encoder, spells_special_tokens, vocab_size
+    from megatron_mdm.mcore.texts import decoder_of, encoder, spells_special_tokens
     from megatron_mdm.mcore.tokenizer import chat_template
 
     max_length = loaded.max_length if max_length is None else max_length
     if max_length > loaded.max_length:
         raise UserError(f"max_length {max_length}: the model has {loaded.max_length} positions")
-    special = spells_special_tokens(loaded.args) if special_tokens is None else special_tokens
-    end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
-    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    special = spells_special_tokens(loaded.args, special_tokens)
     chat = chat_template(loaded.tokenizer)
 
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
@@ -139,18 +137,17 @@ def adapter_arguments(
         "shift": loaded.args.mdm_shift,
         "opening_token_id": loaded.opening_token_id,
         "decode": loaded.tokenizer.detokenize,
-        "decoder": Decoder(
-            loaded.mask_token_id,
-            steps,
-            block_length,
-            remasking,
+        "decoder": decoder_of(
+            loaded,
+            eos_token_ids,
+            steps=steps,
+            block_length=block_length,
+            remasking=remasking,
             threshold=threshold,
-            end_token_ids=ends,
-            vocab_size=vocab_size(loaded),
         ),
         "max_gen_toks": max_gen_toks,
         "render": render if chat else None,
-        "template": chat.template if chat else "",
+        "template": lambda: chat.template if chat else "",
         "name": str(loaded.args.tokenizer_model or loaded.args.tokenizer_type).replace("/", "__"),
         "show_progress": loaded.args.rank == 0,
     }

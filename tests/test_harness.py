@@ -208,9 +208,11 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
     model = writer(decoder=Decoder(MASK, steps=7, threshold=0.9))
     greedy = {"do_sample": False, "temperature": 0.8, "max_gen_toks": 4, "steps": "2"}
     sampled = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 4, "block_length": 2}
-    model.generate_until([request("ab", greedy), request("ab", {**sampled, "threshold": 0.5})])
+    alone = {"do_sample": True, "temperature": None, "max_gen_toks": 4.0, "steps": 3}
+    asked = [greedy, {**sampled, "threshold": 0.5}, alone]
+    model.generate_until([request("ab", settings) for settings in asked])
     own = [(d.steps, d.block_length, d.temperature, d.threshold) for d in used]
-    assert own == [(2, None, 0.0, 0.9), (7, 2, 3.0, 0.5)]
+    assert own == [(2, None, 0.0, 0.9), (7, 2, 3.0, 0.5), (3, None, 1.0, 0.9)]
     asked = [request("ab", sampled) for _ in range(6)]
     texts = model.generate_until(asked)
     assert len(set(texts)) > 2
@@ -230,7 +232,13 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
         ({"max_gen_toks": 0}, "max_gen_toks 0 must be 1 to 11"),
         ({"steps": "few"}, "'steps': 'few'.* cannot be read: invalid literal"),
         ({"temperature": "hot"}, "cannot be read: could not convert"),
-        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"steps": 0}, "'steps': 0.* cannot be had: steps must be at least 1, got 0"),
+        ({"temperature": -1}, "cannot be had: temperature must be 0 or more, got -1"),
+        ({"steps": 1, "block_length": 2}, "steps 1 is less than one a block: 2 blocks of block_l"),
+        ({"steps": 2.9}, "cannot be read: 2.9 is no whole number"),
+        ({"max_gen_toks": 3.5}, "cannot be read: 3.5 is no whole number"),
+        ({"do_sample": True, "top_p": 0.9}, "has top_p 0.9, which the decoder lacks"),
+        ({"do_sample": "maybe"}, "do_sample maybe is neither true nor false"),
     ],
 )
 def test_settings_that_cannot_be_had_are_one_line(settings, message):
@@ -245,10 +253,48 @@ def test_settings_that_change_nothing_are_taken():
     assert writer().generate_until(asked) == ["cde", "cde"]
 
 
-def test_a_context_that_spells_the_mask_token_is_refused():
+def test_null_ends_no_text():
+    for until in (None, [None, "b"]):
+        _, _, ends = writer()._generation({"until": until, "max_gen_toks": 1})
+        assert ends == (["b"] if until else [])
+
+
+def test_requests_that_are_expected_are_checked_before_any_is_answered(caplog):
+    """Whatever method answers them; and a context that is cut is said once."""
+    calls = []
+
+    def counted(tokens):
+        calls.append(tokens)
+        return logits(tokens)
+
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    model = HarnessModel(counted, encode, MASK, max_length=8, draws=4, decode=decode)
+    good = SimpleNamespace(request_type="loglikelihood", args=("abcdefgh", "abc"))
+    for kind, args, message in (
+        ("generate_until", ("ab", {"max_gen_toks": 8}), "max_gen_toks 8 must be 1 to 7"),
+        ("generate_until", ("ab", {"max_gen_toks": 2, "num_beams": 4}), "has num_beams 4"),
+        ("loglikelihood", ("ab", ""), "no tokens of its own"),
+        ("loglikelihood", ("a", "abcdefgha"), "9 tokens and a row of the model has room for 8"),
+    ):
+        model.expect(lambda a=args, k=kind: [good, SimpleNamespace(request_type=k, args=a)])
+        with pytest.raises(UserError, match=message):
+            model.loglikelihood([good])
+        assert not calls and not caplog.records
+    model.expect(lambda: [good, SimpleNamespace(request_type="loglikelihood_rolling", args=("a",))])
+    model.loglikelihood([good])
+    assert calls and len(caplog.records) == 1
+
+
+def test_a_text_that_spells_the_mask_token_is_refused():
     model = HarnessModel(logits, lambda _: [0, MASK], MASK, max_length=9, decode=decode)
-    with pytest.raises(UserError, match="spells the mask token 10"):
-        model.generate_until([request("a", {"max_gen_toks": 1})])
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    for ask in (
+        lambda: model.generate_until([request("a", {"max_gen_toks": 1})]),
+        lambda: model.loglikelihood([request("a", "b")]),
+        lambda: model.loglikelihood_rolling([request("a")]),
+    ):
+        with pytest.raises(UserError, match="spells the mask token 10"):
+            ask()
     with pytest.raises(UserError, match="no `decode`"):
         HarnessModel(logits, encode, MASK, max_length=9).generate_until([])
 

@@ -19,7 +19,7 @@ from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.errors import UserError
 from megatron_mdm.generation import Decoder
 from megatron_mdm.harness import HarnessModel
-from megatron_mdm.lm_eval import load_tasks, task_manager
+from megatron_mdm.lm_eval import ask, generation_settings, load_tasks, task_manager
 from megatron_mdm.lm_eval_model import CheckpointModel, adapter_arguments
 from megatron_mdm.mcore.arguments import add_arguments
 from megatron_mdm.mcore.inference import LoadedModel
@@ -265,6 +265,36 @@ def test_tasks_that_cannot_be_asked_are_one_line(manager, name, message):
         load_tasks(manager, [name])
 
 
+class Refusing(HarnessModel):
+    """Has a network that must not be called."""
+
+    def __init__(self):
+        super().__init__(None, lambda text: [1] * len(text.split()), MASK, 64, decode=words)
+
+
+def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager):
+    """Of a task too whose turn comes last."""
+    for settings, message in (
+        ({"gen_kwargs": {"top_k": 5, "temperature": 1.0}}, "has top_k 5, which the decoder lacks"),
+        ({"gen_kwargs": {"max_gen_toks": 64}}, "max_gen_toks 64 must be 1 to 63"),
+        ({"num_fewshot": 9}, r"words_choices cannot be asked with 9 examples \(--num-fewshot\): V"),
+        ({"num_fewshot": 5}, "words_texts cannot be asked with 5 examples"),
+    ):
+        tasks = load_tasks(manager, ["words_choices", "words_texts"])
+        with pytest.raises(UserError, match=message):
+            ask(Refusing(), tasks, manager, limit=2, **settings)
+    # Faults that come later are not taken for such.
+    with pytest.raises(TypeError, match="NoneType"):
+        ask(Refusing(), load_tasks(manager, ["words_texts"]), manager)
+
+
+def test_settings_of_texts_are_those_of_a_task():
+    """Texts that end one may hold a comma, or look like a number."""
+    given = [("until", "a b,c"), ("steps", "4"), ("until", "1.50"), ("do_sample", "true")]
+    expected = {"until": ["a b,c", "1.50"], "steps": 4, "do_sample": True}
+    assert generation_settings(given) == expected
+
+
 def test_a_directory_of_tasks_that_is_missing(tmp_path):
     with pytest.raises(UserError, match="--include-path .*absent is no directory"):
         task_manager(str(tmp_path / "absent"))
@@ -277,7 +307,15 @@ def test_a_directory_of_tasks_that_is_missing(tmp_path):
         ("--tasks x --rows 3", "--rows is of no effect without --data"),
         ("--data x --block-length 3", "--block-length is of no effect without --tasks"),
         ("--tasks x --draws 6", "--draws must be a multiple of 4 with --tasks, got 6"),
-        ("--tasks x --limit 0", "--limit 0: must be above 0"),
+        ("--tasks x --limit 0", "--limit 0: must be a whole number, or a share below 1"),
+        ("--tasks x --limit nan", "--limit nan: must be a whole number, or a share below 1"),
+        ("--tasks x --limit 2.5", "--limit 2.5: must be a whole number, or a share below 1"),
+        ("--tasks x --gen-kwargs foo", "--gen-kwargs foo: must have the form NAME=VALUE"),
+        ("--tasks x --json tests", "--json tests is a directory: give the name of a file"),
+        (
+            "--tasks x --log-samples /dev/null/x",
+            "--log-samples /dev/null/x: no file can be made in /dev/null: give another place",
+        ),
         ("--tasks x --num-fewshot -1", "--num-fewshot -1: must not be negative"),
     ],
 )
@@ -321,10 +359,10 @@ def test_conversations_are_rendered_as_for_training(loaded):
     assert model.apply_chat_template(chat[:1]) == "<user> w1 <end> <bot> "
     assert model.apply_chat_template(chat, add_generation_prompt=False).endswith("<bot> w2")
     assert model.chat_template(True) == TEMPLATE and model.chat_template(False) == ""
-    assert model._context("w1<user>w2") == [1, 82, 2]
+    assert model._ids("w1<user>w2") == [1, 82, 2]
     loaded.args.mdm_data = [{"special_tokens": False}]
     plain = HarnessModel(**adapter_arguments(loaded))
-    assert plain._context("w1<user>w2") == [79]
+    assert plain._ids("w1<user>w2") == [79]
     with pytest.raises(UserError, match="writes special tokens, .*: add --special-tokens"):
         plain.apply_chat_template(chat)
     assert HarnessModel(**adapter_arguments(loaded, special_tokens=True)).apply_chat_template(chat)
@@ -335,6 +373,12 @@ def test_conversations_are_rendered_as_for_training(loaded):
     inner.chat_template = "{{ strftime_now('%Y') }}"
     dated = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
     assert dated.apply_chat_template(chat).strip() == "2024"
+    inner.chat_template = {"tool_use": TEMPLATE, "plain": TEMPLATE}
+    named = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
+    assert named.chat_template(False) == ""
+    for use in (lambda: named.apply_chat_template(chat), lambda: named.chat_template(True)):
+        with pytest.raises(UserError, match="templates plain, tool_use and none named default"):
+            use()
     inner.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         HarnessModel(**adapter_arguments(loaded)).apply_chat_template(chat)
@@ -343,6 +387,8 @@ def test_conversations_are_rendered_as_for_training(loaded):
 def test_rows_are_no_longer_than_the_positions_of_the_model(loaded):
     with pytest.raises(UserError, match="max_length 65: the model has 64 positions"):
         adapter_arguments(loaded, max_length=65)
+    with pytest.raises(UserError, match="--eos-token-ids 99999: the vocabulary has no such id"):
+        adapter_arguments(loaded, eos_token_ids=[END, 99999])
     found = adapter_arguments(loaded, eos_token_ids=5, steps=7)
     assert (found["max_length"], found["decoder"].vocab_size) == (64, 91)
     assert (found["decoder"].end_token_ids, found["decoder"].steps) == ((5,), 7)

@@ -26,22 +26,25 @@ import argparse
 import math
 import os
 import sys
-from typing import Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import write_json
-from megatron_mdm.decoder_flags import add_decoder_arguments, add_token_arguments
+from megatron_mdm.data.outputs import check_output, write_json
+from megatron_mdm.decoder_flags import (
+    DECODER_FLAGS,
+    TOKEN_FLAGS,
+    add_decoder_arguments,
+    add_token_arguments,
+)
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.pretrain import prepare_environment
 
-FILE = os.path.abspath(__file__)
-# Flags that concern --data alone, and --tasks alone.
+# Flags that concern --data alone, and --tasks alone. Of these, some are the model's.
 OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
+OF_MODEL = ("max_length", *TOKEN_FLAGS, *DECODER_FLAGS)
 OF_TASKS = (
     *("include_path", "num_fewshot", "fewshot_seed", "limit", "apply_chat_template"),
-    *("system_instruction", "gen_kwargs", "max_length", "special_tokens", "eos_token_ids"),
-    *("steps", "block_length", "remasking", "threshold", "confirm_run_unsafe_code", "log_samples"),
+    *("system_instruction", "gen_kwargs", "confirm_run_unsafe_code", "log_samples", *OF_MODEL),
 )
 
 
@@ -104,7 +107,10 @@ def parse() -> argparse.Namespace:
         help="of the choice of examples (default: %(default)s, as in lm_eval)",
     )
     tasks.add_argument(
-        "--limit", type=float, metavar="N", help="questions of a task; below 1: their share"
+        "--limit",
+        type=float,
+        metavar="N",
+        help="questions of a task, a whole number; below 1: their share",
     )
     tasks.add_argument(
         "--apply-chat-template",
@@ -115,9 +121,10 @@ def parse() -> argparse.Namespace:
     tasks.add_argument(
         "--gen-kwargs",
         nargs="+",
+        default=(),
         metavar="NAME=VALUE",
-        help="in place of the task's generation_kwargs: max_gen_toks, until, do_sample, "
-        "temperature, steps, block_length, remasking, threshold",
+        help="in place of the task's generation_kwargs: max_gen_toks, until (once for each string "
+        "that ends a text), do_sample, temperature, steps, block_length, remasking, threshold",
     )
     tasks.add_argument(
         "--max-length", type=int, help="most tokens in a row (default: the model's positions)"
@@ -145,11 +152,28 @@ def parse() -> argparse.Namespace:
         raise UserError(f"--draws must be a multiple of 4 with --tasks, got {options.draws}")
     if options.draws is not None and (options.draws < 2 or options.draws % 2):
         raise UserError(f"--draws must be even and at least 2, got {options.draws}")
-    if options.limit is not None and options.limit <= 0:
-        raise UserError(f"--limit {options.limit:g}: must be above 0")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise UserError(f"--limit {limit:g}: must be a whole number, or a share below 1")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num-fewshot {options.num_fewshot}: must not be negative")
+    options.gen_kwargs = [named_value(word) for word in options.gen_kwargs]
+    for path, flag in ((options.json, "--json"), (options.log_samples, "--log-samples")):
+        if path:
+            check_output(path, flag)
     return options
+
+
+def named_value(word: str) -> tuple[str, str]:
+    """The name and the value of one of --gen-kwargs.
+
+    Raises:
+        UserError: it is not of the form NAME=VALUE.
+    """
+    name, equals, value = word.partition("=")
+    if not name.isidentifier() or not equals:
+        raise UserError(f"--gen-kwargs {word}: must have the form NAME=VALUE")
+    return name, value
 
 
 def main() -> None:
@@ -206,51 +230,49 @@ def answer(options: argparse.Namespace) -> None:
         options: of the command line.
     """
     prepare_environment(options.device)  # before lm_eval imports anything
-    # Of the library `evaluate`, which lm_eval imports, this file has the name.
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(FILE)]
-    from megatron_mdm.lm_eval import load_tasks, task_manager, write_results, write_samples
+    from megatron_mdm.lm_eval import (
+        ask,
+        generation_settings,
+        load_tasks,
+        task_manager,
+        write_results,
+        write_samples,
+    )
 
     manager = task_manager(options.include_path)
     tasks = load_tasks(manager, options.tasks, options.confirm_run_unsafe_code)
     from megatron_mdm.evaluation import DRAWS
 
-    settings: dict[str, Any] = {
+    settings = {
         "batch_size": options.batch_size,
         "draws": options.draws or DRAWS,
         "seed": options.seed,
-        "max_length": options.max_length,
-        "special_tokens": options.special_tokens,
-        "eos_token_ids": options.eos_token_ids,
-        "steps": options.steps,
-        "block_length": options.block_length,
-        "remasking": options.remasking,
-        "threshold": options.threshold,
+        **{name: getattr(options, name) for name in OF_MODEL},
     }
     if options.special_tokens is None and options.apply_chat_template:
         settings["special_tokens"] = True  # the template writes them out
     with open_asked_for(options) as loaded:
-        from lm_eval import simple_evaluate
         from lm_eval.utils import make_table
 
         from megatron_mdm.harness import HarnessModel
         from megatron_mdm.lm_eval_model import adapter_arguments
 
-        results = simple_evaluate(
-            model=HarnessModel(**adapter_arguments(loaded, **settings)),
+        results = ask(
+            HarnessModel(**adapter_arguments(loaded, **settings)),
+            tasks,
+            manager,
             model_args={"load": options.load, **settings},
-            tasks=tasks,
-            task_manager=manager,
             num_fewshot=options.num_fewshot,
             fewshot_random_seed=options.fewshot_seed,
             limit=options.limit,
-            gen_kwargs=",".join(options.gen_kwargs or ()) or None,
+            gen_kwargs=generation_settings(options.gen_kwargs) or None,
             apply_chat_template=options.apply_chat_template,
             fewshot_as_multiturn=options.apply_chat_template,
             system_instruction=options.system_instruction,
             log_samples=options.log_samples is not None,
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )
-        if loaded.args.rank == 0:
+        if results is not None and loaded.args.rank == 0:
             print(make_table(results))
             if results.get("groups"):
                 print(make_table(results, "groups"))
@@ -316,5 +338,12 @@ def _figures(estimate, factor: float = 1.0) -> dict[str, float | None]:
     }
 
 
+def uncover_evaluate() -> None:
+    """Takes this directory off the path: its `evaluate` hides the library that lm_eval imports."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path = [path for path in sys.path if os.path.abspath(path) != here]
+
+
 if __name__ == "__main__":
+    uncover_evaluate()
     run_tool(main)

@@ -184,6 +184,25 @@ def write_json(path: str, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def check_output(path: str, flag: str) -> None:
+    """Complains before anything is computed about a file that could not be written.
+
+    Args:
+        path: of the file; directories that are missing will be made.
+        flag: that names it.
+
+    Raises:
+        UserError: There is a directory of this name, or no file can be made where it is to be.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a directory: give the name of a file")
+    place = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: no file can be made in {place}: give another place")
+
+
 def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".svg")) -> None:
     """Complains before anything is computed about a picture that could not be drawn.
 

@@ -1,5 +1,6 @@
 """What a Megatron text tokenizer knows, which wraps that of a library."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +54,26 @@ class Chat:
     """A tokenizer's chat template.
 
     Attributes:
-        template: in jinja; it writes the same date on every day.
-        apply: the library's function.
+        tokenizer: of Hugging Face, with one template or several that have names.
     """
 
-    template: str
-    apply: Any
+    tokenizer: Any
+
+    @functools.cached_property
+    def template(self) -> str:
+        """The template in jinja; it writes the same date on every day.
+
+        Raises:
+            UserError: there are several, and none of them is named default.
+        """
+        named = self.tokenizer.chat_template
+        if isinstance(named, dict) and "default" not in named:
+            raise UserError(
+                f"the tokenizer has the chat templates {', '.join(sorted(named))} and none named "
+                "default, which is the one that is applied: name one of them so in its directory, "
+                "or drop --apply-chat-template"
+            )
+        return undated(self.tokenizer.get_chat_template())
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """A conversation as one text.
@@ -69,12 +84,13 @@ class Chat:
                 is an answer that goes on.
 
         Raises:
-            UserError: the template refuses it.
+            UserError: the template refuses it, or is none of several.
         """
+        template = self.template
         try:
-            text: str = self.apply(
+            text: str = self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
@@ -88,9 +104,7 @@ class Chat:
 def chat_template(tokenizer: Any) -> Chat | None:
     """The chat template of a Hugging Face tokenizer, None if there is none."""
     inner = _of_library(tokenizer)
-    if not getattr(inner, "chat_template", None):
-        return None
-    return Chat(undated(inner.get_chat_template()), inner.apply_chat_template)
+    return Chat(inner) if getattr(inner, "chat_template", None) else None
 
 
 def _wrapped(tokenizer: Any) -> Any:
