@@ -415,10 +415,10 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
     args = Namespace(**asdict(MDMConfig(mdm_random_length_fraction=0.01)))
     args.data_path, args.mock_data, args.train_data_path = None, True, ["elsewhere"]
-    args.split = None
+    args.split, args.data_cache_path = None, "/of/another/machine"
     tool["take_over"](tool["parse"](), args)
     assert (args.data_path, args.mock_data, args.train_data_path) == (["pairs"], False, None)
-    assert args.split == "100,0,0"
+    assert (args.split, args.data_cache_path) == ("100,0,0", None)
     # Rows of pairs have no random length.
     assert (args.mdm_sft, args.mdm_random_length_fraction) == (True, 0.0)
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words[:4], "--mdm-rate-per", "document"])
