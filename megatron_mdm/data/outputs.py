@@ -18,14 +18,14 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from megatron_mdm.errors import UserError
 
-# Locks of other hosts are not seen on every shared disk. What they make is theirs until it has not
-# changed for so many seconds.
+# Locks of other hosts are not seen on every shared disk, and earlier versions of this program took
+# none. What they make is theirs until it has not changed for so many seconds.
 _ABANDONED_AFTER = 24 * 3600.0
 
 
@@ -36,8 +36,9 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
     After an exception, Ctrl-C included, the temporary files are gone and files that `targets`
     named before are as they were. Several targets belong together: the last one, which is taken
     for the sign that the others are valid, is removed first and appears last, and an interruption
-    in between leaves none of them. Directories that are missing are made. The temporary files are
-    there, empty, when the block begins; those of processes that were killed are removed.
+    in between leaves none of them. Of processes that write the same targets, one after the other
+    renames all of its own. Directories that are missing are made. The temporary files are there,
+    empty, when the block begins; those of processes that were killed are removed.
 
     Raises:
         UserError: A file cannot be put in its place.
@@ -46,7 +47,6 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
     with write_errors(directory):
         os.makedirs(directory, exist_ok=True)
     temporary: list[str] = []
-    spoilt: tuple[str, ...] = ()
     with ExitStack() as locks:
         try:
             for target in targets:
@@ -57,16 +57,26 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
             with write_errors(targets[0]):
                 for name in temporary:
                     _flush_to_disk(name)
-                if len(targets) > 1:
-                    spoilt = targets
-                    with suppress(FileNotFoundError):
-                        os.unlink(targets[-1])
-                for name, target in zip(temporary, targets, strict=True):
-                    os.replace(name, target)
+                if len(targets) == 1:
+                    os.replace(temporary[0], targets[0])
+                else:
+                    _put_in_place(temporary, targets)
         except BaseException:
-            for name in (*temporary, *spoilt):
-                with suppress(OSError):
-                    os.unlink(name)
+            _unlink(temporary)
+            raise
+
+
+def _put_in_place(temporary: Sequence[str], targets: Sequence[str]) -> None:
+    """Renames files that belong together, while no other process does so; all of them or none."""
+    # A file beside them, and not their directory: whoever makes that one may hold its lock.
+    with _locked(f"{targets[-1]}.tmp-lock"):
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(targets[-1])
+            for name, target in zip(temporary, targets, strict=True):
+                os.replace(name, target)
+        except BaseException:
+            _unlink(targets)
             raise
 
 
@@ -96,27 +106,46 @@ def new_directory(target: str) -> Iterator[str]:
 def set_aside(directory: str) -> Iterator[None]:
     """Renames a directory for the time of the block, in which another one may take its place.
 
-    Afterwards it is removed; after an exception, Ctrl-C included, it is where it was. After a kill,
-    `remove_abandoned` puts it back.
+    Afterwards it is removed. After an exception, Ctrl-C included, it is where it was, unless
+    another one has taken its place: such a one is complete, and may be that of another process.
+    After a kill, `remove_abandoned` does the same. A link to a directory is renamed and removed
+    itself, and its directory stays. Nothing happens where there is no directory (any more).
 
     Raises:
-        UserError: It cannot be renamed.
+        UserError: It cannot be renamed or removed.
     """
-    old = _beside(os.path.abspath(directory), "old")
-    with write_errors(directory):
-        descriptor = _lock(directory)
-        os.rename(directory, old)
+    directory = os.path.abspath(directory)
+    old = _beside(directory, "old")
+    descriptor = None
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(old, directory)
-        raise
-    else:
-        shutil.rmtree(old)
+        with write_errors(directory):
+            while descriptor is None and os.path.exists(directory):
+                descriptor = _lock(directory)  # None if another process has exchanged it meanwhile
+            if descriptor is not None:
+                os.rename(directory, old)
+        try:
+            yield
+        except BaseException:
+            if descriptor is not None:
+                with write_errors(directory):
+                    _put_back(old, directory)
+            raise
+        if descriptor is not None:
+            with write_errors(directory):
+                _remove(old)
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _put_back(old: str, directory: str) -> None:
+    """Renames a directory that was set aside; removes it if another one has taken its place."""
+    try:
+        os.rename(old, directory)  # which fails if there is a directory that is not empty
+    except OSError:
+        if not os.path.lexists(directory):
+            raise
+        _remove(old)
 
 
 def remove_abandoned(target: str) -> None:
@@ -124,11 +153,12 @@ def remove_abandoned(target: str) -> None:
 
     A directory that one of them had set aside comes back, unless another one has taken its place.
     Temporary files of processes that are alive stay. So do those of other hosts that have changed
-    within a day, because not every shared disk shows locks of other hosts.
+    within a day, because not every shared disk shows locks of other hosts, and those that an
+    earlier version of this program has named (`FILE.tmp-1234`), because it took no locks.
     """
     target = os.path.abspath(target)
     directory, base = os.path.split(target)
-    form = re.compile(re.escape(base) + r"\.(tmp|old)-([0-9a-f]{8})-[0-9a-f]{16}")
+    form = re.compile(re.escape(base) + r"\.(tmp|old)-(?:(?:([0-9a-f]{8})-)?[0-9a-f]{16}|\d+)")
     with suppress(OSError):  # nothing there, or nobody's to remove
         for name in os.listdir(directory):
             if found := form.fullmatch(name):
@@ -136,8 +166,15 @@ def remove_abandoned(target: str) -> None:
                     _remove_if_abandoned(os.path.join(directory, name), target, *found.groups())
 
 
-def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str) -> None:
-    """Removes a temporary file or directory, or puts it back, if no process is at work on it."""
+def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str | None) -> None:
+    """Removes a temporary file or directory, or puts it back, if no process is at work on it.
+
+    Args:
+        path: of it.
+        target: in whose place it was, or was to be.
+        kind: "old" for what was set aside, or "tmp".
+        kernel: of the process that named it; None if an earlier version of this program did.
+    """
     descriptor = _lock(path, wait=False)  # which fails while its process is alive
     if descriptor is None:
         return
@@ -146,12 +183,25 @@ def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str) -> None
             return
         if kind == "old" and not os.path.lexists(target):
             os.rename(path, target)
-        elif os.path.isdir(path):
-            shutil.rmtree(path)
         else:
-            os.unlink(path)
+            _remove(path)
     finally:
         os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    """Removes a file, a directory with all that is in it, or a link alone."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def _unlink(paths: Iterable[str]) -> None:
+    """Removes those of these files that can be removed."""
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _last_change(path: str) -> float:
@@ -247,6 +297,21 @@ def _new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
     try:
         yield name
     finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Holds the lock of a file that is there for this alone; waits for whoever holds it."""
+    descriptor = None
+    while descriptor is None:  # the one that held it has removed it
+        with suppress(FileExistsError):
+            _make_file(path)
+        descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        _unlink([path])
         os.close(descriptor)
 
 

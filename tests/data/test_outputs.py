@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from megatron_mdm.data.outputs import (
     complete_or_absent,
     new_directory,
     remove_abandoned,
+    set_aside,
     write_json,
 )
 from megatron_mdm.errors import UserError
@@ -46,6 +48,59 @@ def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
         assert path.read_text() == "other"
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("o.bin", "o.idx", "o.json")]
+    ready, go, moved = (threading.Event() for _ in range(3))
+
+    def write(text, then=lambda: None):
+        with complete_or_absent(*map(str, paths)) as names:
+            for name in names:
+                Path(name).write_text(text)
+            then()
+
+    def other():
+        try:
+            write("other", lambda: (ready.set(), go.wait()))
+        finally:
+            moved.set()
+
+    def flock(*arguments, lock=outputs.fcntl.flock):
+        if threading.current_thread() is thread and go.is_set():
+            moved.set()  # it waits for the one that renames
+        return lock(*arguments)
+
+    def replace(*names, rename=os.replace):
+        rename(*names)
+        if threading.current_thread() is not thread and not go.is_set():
+            go.set()
+            assert moved.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert ready.wait(60)
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    monkeypatch.setattr(outputs.os, "replace", replace)
+    write("one")
+    thread.join()
+    assert [path.read_text() for path in paths] == ["other"] * 3
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in ("o.bin", "o.json")]
+
+    def replace(name, target, rename=os.replace):
+        if target == paths[1]:
+            raise OSError(28, "No space left on device")
+        rename(name, target)
+
+    monkeypatch.setattr(outputs.os, "replace", replace)
+    with pytest.raises(UserError, match="cannot write .*o.bin: No space left"):
+        with complete_or_absent(*paths):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
 def killed(code, *arguments):
@@ -148,3 +203,94 @@ def test_a_directory_that_a_killed_run_had_set_aside_comes_back(tmp_path, is_rep
     remove_abandoned(str(path))
     assert os.listdir(tmp_path) == ["d"]
     assert os.listdir(path) == ([] if is_replaced else ["old"])
+
+
+@pytest.fixture
+def replaced_link(tmp_path):
+    """A link to a directory of the user's, which holds a file."""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/file").touch()
+    link = tmp_path / "d"
+    link.symlink_to("user")
+    return link
+
+
+def test_a_link_is_set_aside_and_not_its_directory(tmp_path, replaced_link):
+    with pytest.raises(KeyboardInterrupt), set_aside(str(replaced_link)):
+        assert sorted(os.listdir(tmp_path))[1:] == ["user"]
+        raise KeyboardInterrupt
+    assert os.readlink(replaced_link) == "user"
+    with set_aside(str(replaced_link)), new_directory(str(replaced_link)):
+        pass
+    assert not replaced_link.is_symlink() and os.listdir(replaced_link) == []
+    assert sorted(os.listdir(tmp_path)) == ["d", "user"]
+    assert os.listdir(tmp_path / "user") == ["file"]
+
+
+def test_a_link_that_a_killed_run_had_set_aside(tmp_path, replaced_link):
+    killed("with set_aside(sys.argv[1]): kill()", replaced_link)
+    remove_abandoned(str(replaced_link))
+    assert os.readlink(replaced_link) == "user"
+    code = "with set_aside(sys.argv[1]):\n with new_directory(sys.argv[1]): pass\n kill()"
+    killed(code, replaced_link)
+    remove_abandoned(str(replaced_link))
+    assert sorted(os.listdir(tmp_path)) == ["d", "user"] and not replaced_link.is_symlink()
+    assert os.listdir(tmp_path / "user") == ["file"]
+
+
+def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    path.mkdir()
+
+    def fail(*_):
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(UserError, match="cannot write .*/d: Read-only file system"):
+        with set_aside(str(path)):
+            monkeypatch.setattr(outputs.shutil, "rmtree", fail)
+
+
+def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
+    """It may be another process's, and is complete."""
+    path = tmp_path / "d"
+    path.mkdir()
+    with pytest.raises(KeyboardInterrupt), set_aside(str(path)):
+        with new_directory(str(path)) as temporary:
+            Path(temporary, "new").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["d"] and os.listdir(path) == ["new"]
+
+
+def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkeypatch):
+    """The lock taken is then that of the new one, so that nobody takes it for abandoned."""
+    path = tmp_path / "d"
+    path.mkdir()
+    exchanged = []
+
+    def flock(*arguments, lock=outputs.fcntl.flock):
+        if not exchanged:
+            exchanged.append(path.rename(tmp_path / "other"))
+            path.mkdir()
+        return lock(*arguments)
+
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    with set_aside(str(path)):
+        remove_abandoned(str(path))
+        assert exchanged and not path.exists()
+    assert os.listdir(tmp_path) == ["other"]
+    with set_aside(str(path)):  # which is gone
+        path.mkdir()
+    assert path.exists()
+
+
+def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
+    """They took no locks."""
+    for name in ("d.tmp-1234", "d.tmp-0123456789abcdef"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.old-0123456789abcdef").mkdir()
+    remove_abandoned(str(tmp_path / "d"))
+    assert len(os.listdir(tmp_path)) == 3
+    later = time.time() + 24 * 3600 + 60
+    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    remove_abandoned(str(tmp_path / "d"))
+    assert os.listdir(tmp_path) == ["d"] and (tmp_path / "d").is_dir()
