@@ -24,7 +24,12 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
-from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
+from megatron_mdm.data.outputs import (
+    check_picture,
+    complete_or_absent,
+    write_errors,
+    write_text,
+)
 from megatron_mdm.errors import UserError, escaped, run_tool
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
@@ -146,7 +151,7 @@ def main() -> None:
         from tqdm import tqdm
 
         from megatron_mdm.mcore.measure import measure
-        from megatron_mdm.objective.fit_file import save_sampler
+        from megatron_mdm.objective.fit_file import sampler_text
         from megatron_mdm.objective.fits import fit
 
         # Megatron says where the data comes from.
@@ -165,7 +170,7 @@ def main() -> None:
             errors=measured.errors(),
         )
         if loaded.args.rank == 0:
-            save_sampler(options.output, result)
+            write_text(options.output, sampler_text(result))
             picture = Path(options.output).with_suffix(".png")
             draw(result, picture)
             parameters = ", ".join(f"{k} {v:.4g}" for k, v in result.parameters.items())

@@ -19,7 +19,7 @@ import sysconfig
 
 from megatron_mdm.benchmarks.measuring import check_numbers
 from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, at_once, kept, run_python
-from megatron_mdm.data.outputs import complete_or_absent, write_json
+from megatron_mdm.data.outputs import complete_or_absent, write_json, write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.recipes import RECIPES
 
@@ -172,7 +172,7 @@ def write_data(directory: pathlib.Path) -> None:
 
 def write_density(directory: pathlib.Path) -> None:
     """The density of `recommended-fixed`, as a file of --mdm-ppots-file."""
-    from megatron_mdm.objective.fit_file import save_sampler
+    from megatron_mdm.objective.fit_file import sampler_text
     from megatron_mdm.objective.fits import PotsFit, tabulate
     from megatron_mdm.objective.pots import RateMoments
     from megatron_mdm.objective.samplers import mixture
@@ -181,7 +181,7 @@ def write_density(directory: pathlib.Path) -> None:
     table = mixture(*tabulate(lambda t: ((1 - eps) * t + eps) ** -0.5), lam)
     given = {"family": "given", "parameters": {}, "kl": 0.0, "kls": {}}
     fit = PotsFit("gradient", lam=lam, eps=eps, moments=RateMoments(1), table=table, **given)
-    save_sampler(directory / "density.json", fit)
+    write_text(str(directory / "density.json"), sampler_text(fit))
 
 
 def _flags(args: argparse.Namespace, directory: pathlib.Path, seed: int) -> list[str]:

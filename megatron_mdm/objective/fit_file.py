@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.fits import PotsFit
 from megatron_mdm.objective.pots import TABLE_SIZE, RateMoments
@@ -13,12 +12,8 @@ from megatron_mdm.objective.samplers import PiecewiseSampler
 FORMAT, VERSION = "megatron-mdm rate density", 1
 
 
-def save_sampler(path: str | Path, fit: PotsFit) -> None:
-    """Writes a fit as JSON; a reader never sees half a file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+def sampler_text(fit: PotsFit) -> str:
+    """The text of a file of a fit, in JSON, for `load_sampler` to read."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -35,11 +30,11 @@ def save_sampler(path: str | Path, fit: PotsFit) -> None:
         "density": fit.table.values.tolist(),
     }
     # Python writes floats by their shortest exact decimals: they are read back bit for bit.
-    write_text(str(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def load_sampler(path: str | Path) -> PotsFit:
-    """Reads what `save_sampler` wrote, bit for bit; use `.sampler()` of the result.
+    """Reads what `sampler_text` wrote, bit for bit; use `.sampler()` of the result.
 
     Raises:
         UserError: no such file, damaged, of another version, or not a density.

@@ -62,12 +62,14 @@ def test_bernoulli_rate_and_weight():
     assert weight.unique().tolist() == pytest.approx([1 / p])
 
 
-def test_objective_does_not_import_megatron():
+def test_objective_imports_neither_megatron_nor_what_lies_above_it():
     code = (
         "import sys, pkgutil, importlib, megatron_mdm.objective as o\n"
         "for m in pkgutil.iter_modules(o.__path__, o.__name__ + '.'):\n"
         "    importlib.import_module(m.name)\n"
-        "assert not [m for m in sys.modules if m.split('.')[0] == 'megatron']"
+        "assert not [m for m in sys.modules if m.split('.')[0] == 'megatron']\n"
+        "ours = {m.split('.')[1] for m in sys.modules if m.startswith('megatron_mdm.')}\n"
+        "assert ours <= {'objective', 'errors'}, ours"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

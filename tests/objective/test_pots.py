@@ -13,10 +13,11 @@ import torch
 from scipy import optimize
 
 from megatron_mdm.config import MOST_PPOTS_BINS
+from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective import fits
 from megatron_mdm.objective.exact_sums import LIMBS, from_limbs, to_limbs
-from megatron_mdm.objective.fit_file import load_sampler, save_sampler
+from megatron_mdm.objective.fit_file import load_sampler, sampler_text
 from megatron_mdm.objective.fits import FAMILIES, FitError, fit
 from megatron_mdm.objective.pots import TABLE_SIZE, PotsState, RateMoments, accumulate
 from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform, mixture
@@ -595,6 +596,10 @@ def test_equal_numbers_give_bitwise_equal_fits():
 
 
 # Files
+
+
+def save_sampler(path, result):
+    write_text(str(path), sampler_text(result))
 
 
 @pytest.fixture
