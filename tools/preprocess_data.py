@@ -118,7 +118,7 @@ def main() -> None:
         action=argparse.BooleanOptionalAction,
         help="whether text that spells a special token, as rendered prompts do, is encoded as that "
         "token or as ordinary text (default: as that token for --messages-key alone, where the "
-        "template spells it; what the lines themselves spell there is always ordinary text); "
+        "template spells it; what a string of a line spells there is always ordinary text); "
         "tools/generate.py then does as the data of its checkpoint do",
     )
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 Whatever a row says has to reach what is trained, or the row is refused: content that is no text, a
 key that the template does not look at, a role that it leaves out. Keys that are to be left out are
-named on the command line. A null value says nothing, and is passed over. Special tokens are the
-template's alone: what a row spells stays text.
+named on the command line. A null value says nothing, and is passed over. A special token that
+a string of a row spells stays text; see `megatron_mdm.data.special_tokens`.
 
 A template that asks for today's date gets a fixed one, so that the same rows are the same tokens on
 every day.

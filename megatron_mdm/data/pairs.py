@@ -49,7 +49,8 @@ class PairEncoder(ChunkEncoder):
         keys: Where the pair is.
         append_eod: Whether to end each response with `tokenizer.eod`, unless it does already.
         special: Whether text that spells a special token is that token. For conversations it
-            always is, since a template writes special tokens; what a row itself spells is text.
+            always is, since a template writes special tokens. What a string of a row spells is
+            text.
     """
 
     def __init__(

@@ -202,8 +202,8 @@ def preprocess(
         pairs: Where it holds a prompt and a response instead: documents of two sequences.
         append_eod: Whether to end each document with the end-of-document token.
         special_tokens: Whether text that spells a special token is encoded as that token; None for
-            conversations alone, whose template writes special tokens. What their rows spell is
-            text.
+            conversations alone, whose template writes special tokens. What a string of their rows
+            spells is text.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.

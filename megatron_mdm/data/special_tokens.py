@@ -2,8 +2,12 @@
 
 A chat template writes special tokens around the contents of messages. A tokenizer would find them
 in the contents too: a conversation about `<|im_end|>` would end there. So a mark goes between the
-letters of each special token that a row spells, before the template renders the row. What is a
-special token afterwards is the template's. Everything else is encoded as text, without the marks.
+letters of each special token that a string of the row spells, before the template renders the row.
+Afterwards what is marked is encoded as text, without the marks.
+
+Every other special token counts as the template's. It may come from strings that do not spell it:
+`<|{{ m.role }}|>` puts it together, and `m.content | lower` makes it of `<|IM_END|>`. Templates do
+the former on purpose, and what they render does not tell one from the other.
 """
 
 import re
@@ -26,7 +30,8 @@ class SpecialTokens:
         self._tokenizer = tokenizer
         self._refused = frozenset(refused)
         tokens = [t for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        tokens.sort(key=lambda token: -len(token.content))  # of two that begin alike, the longer
+        # A pattern finds the first alternative: of two tokens that begin alike, the longer one.
+        tokens.sort(key=lambda token: -len(token.content))
         self._ids = [tokenizer.token_to_id(token.content) for token in tokens]
         self._spelled = re.compile("|".join(re.escape(t.content) for t in tokens) or r"(?!)")
         # Some tokens take the space beside them.

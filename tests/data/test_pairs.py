@@ -569,6 +569,25 @@ def test_a_template_that_looks_for_special_tokens_in_messages(tmp_path, chat_tem
         assert message in chunk.bad[0]
 
 
+@pytest.mark.parametrize(
+    ("rendered", "message"),
+    [
+        ("m.content ~ m.more", {"content": "<|im_", "more": "start|>"}),
+        ("m.content | lower", {"content": "<|IM_START|>"}),
+        ("m.content | replace('*', '')", {"content": "<|im_*start|>"}),
+    ],
+)
+def test_a_template_may_make_special_tokens_of_strings_that_spell_none(tmp_path, rendered, message):
+    """Some do on purpose, and nothing tells the others from them."""
+    chat_template = CHATML.replace("m.content", rendered)
+    directory, fast = chat_directory(tmp_path, byte_pairs(), chat_template)
+    messages = [{"role": "user", **message}, answer("b")[1]]
+    chunk = encoder_of(directory)([document_of({"m": messages})])
+    assert chunk.bad == [] and chunk.spelling == 0
+    start = fast.convert_tokens_to_ids("<|im_start|>")
+    assert chunk.tokens.tolist().count(start) == len(messages) + 1
+
+
 def test_the_mark_itself_in_a_row(tmp_path):
     directory, fast = chat_directory(tmp_path, byte_pairs())
     chunk = encoder_of(directory)(
