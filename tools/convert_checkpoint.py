@@ -17,8 +17,8 @@ Families, detected from config.json: Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA 
 LLaDA-MoE, Dream. One tensor is in memory at a time. What cannot be converted exactly is refused,
 and a failed run leaves nothing behind. The Megatron checkpoint loads under every tensor-, pipeline-
 and expert-parallel layout, carries its arguments (--use-checkpoint-args), config.json and
-tokenizer, and comes with the line that trains it (launch.txt). The way back reads what a run saved
-under any layout.
+tokenizer, and comes with the line that trains it (launch.txt), if it has a mask token. The way back
+reads what a run saved under any layout.
 """
 
 EXAMPLES = """\

@@ -141,8 +141,9 @@ def to_megatron(
             torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
         if shift:
             flags.append("--mdm-shift")
-        launch = _launch_line(output, flags)
-        (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
+        launch = None if words.mask is None else _launch_line(output, flags)
+        if launch is not None:
+            (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
         if verify:
             checkpoint = DistCheckpoint(Path(temporary))
 
@@ -172,10 +173,12 @@ def to_megatron(
     for line in _remarks(family, config, words, tied, shift):
         tell(line)
     tell(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
-    say(
-        "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by you; "
-        f"batch, schedule and layout are yours to change, see README:\n\n{launch}\n"
-    )
+    if launch is not None:
+        say(
+            "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by "
+            "you; batch, schedule and layout are yours to change, see README:\n\n"
+            f"{launch}\n"
+        )
 
 
 def _check_sources(

@@ -50,7 +50,7 @@ def test_both_ways(tmp_path, convert):
 
     assert converted()
     assert "exists already, and no record says" in again("--pad-vocab-to-multiple-of", "3")
-    assert (there / "launch.txt").exists() and not list(tmp_path.glob("mg.*"))
+    assert (there / "huggingface" / "config.json").exists() and not list(tmp_path.glob("mg.*"))
     assert converted("--pad-vocab-to-multiple-of", "3", "--replace")
     assert converted("--replace")
     # Without trust no logits were compared.
@@ -87,7 +87,7 @@ def test_both_ways(tmp_path, convert):
     message = convert("huggingface", there, back, "--replace")
     assert "--replace: " in message and "is not as tools/convert_checkpoint.py wrote it" in message
     assert (back / "mine").exists()
-    (there / "launch.txt").unlink()
+    (there / "huggingface" / "config.json").unlink()
     assert "no record says" in again()
     # Another place is another launch line.
     shutil.copytree(there, tmp_path / "copy")

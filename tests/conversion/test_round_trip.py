@@ -110,6 +110,14 @@ def test_the_tables_fit_their_families(converted):
     assert (models.logits(other, tokens, causal=True) - right).abs().max() > 100 * TOLERANCE
 
 
+def test_no_line_trains_a_model_without_a_mask_token(converted):
+    """Training would refuse it."""
+    _, checkpoint, said = converted("qwen2")
+    assert any("convert it with --add-mask-token" in line for line in said)
+    assert not (checkpoint / "launch.txt").exists()
+    assert "megatron_mdm.pretrain" not in "\n".join(said)
+
+
 def test_what_the_megatron_side_needs_is_there(converted):
     _, checkpoint, said = converted("dream")
     launch = (checkpoint / "launch.txt").read_text()
