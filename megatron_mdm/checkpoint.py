@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Where a converted checkpoint keeps config.json and the tokenizer.
 HUB_FILES = "huggingface"
+# Directory in which transformers keeps a tokenizer's chat templates other than the default.
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = True) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.checkpoint import CHAT_TEMPLATES
 from megatron_mdm.data.record import read_errors
 from megatron_mdm.errors import UserError
 
@@ -253,7 +254,9 @@ def copy_side_files(source: Path, target: Path) -> None:
     for path in side_files(source):
         with read_errors(path):
             file = open(path, "rb")
-        with file, open(target / path.name, "wb") as copy:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        with file, open(place, "wb") as copy:
             shutil.copyfileobj(file, copy)
 
 
@@ -261,11 +264,16 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def chat_templates(directory: Path) -> list[Path]:
+    """A tokenizer's chat templates other than the default."""
+    return sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
+
+
 def side_files(directory: Path) -> list[Path]:
     """What lies beside the weights: tokenizer, model code, model card; config.json left out."""
     return [
         path
-        for path in sorted(directory.iterdir())
+        for path in [*sorted(directory.iterdir()), *chat_templates(directory)]
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith((*WEIGHTS, ".index.json"))

@@ -83,8 +83,8 @@ def write_record(output: str, source: str, command: Sequence[str]) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Files of a directory that are not hidden; none if there is no such directory."""
-    found = directory.glob("*")
+    """A model's files that are not hidden; none if there is no such directory."""
+    found = [*directory.glob("*"), *hub.chat_templates(directory)]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 

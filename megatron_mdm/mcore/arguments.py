@@ -29,7 +29,11 @@ from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.hybrid import check_pattern
 from megatron_mdm.mcore.identities import check_same_data, check_tokenizer, record_identities
-from megatron_mdm.mcore.kept_tokenizer import check_tokenizer_path, checkpoints_bring_tokenizers
+from megatron_mdm.mcore.kept_tokenizer import (
+    check_tokenizer_path,
+    checkpoints_bring_tokenizers,
+    tokenizer_rejection,
+)
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.ranks import notice
@@ -142,7 +146,8 @@ def parse() -> Namespace:
     except UserError:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise _log_rejection(error, given.tensorboard_dir) or rejection(error) from error
+        line = _log_rejection(error, given.tensorboard_dir) or tokenizer_rejection(error, given)
+        raise line or rejection(error) from error
     return resolve(args)
 
 

@@ -36,7 +36,7 @@ from megatron_mdm.mcore.checkpoint_files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.dataset import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.identities import other_tokenizer
-from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
+from megatron_mdm.mcore.kept_tokenizer import place_of_tokenizer, tokenizer_of
 from megatron_mdm.mcore.model import model_config
 from megatron_mdm.mcore.old_checkpoints import complete
 from megatron_mdm.mcore.ranks import notice
@@ -488,7 +488,8 @@ def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
     if path is None and args.tokenizer_model is not None:
         raise UserError(
             f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
-            "directory that the training was started in, or put it there"
+            "directory that the training was started in, or put it beside the checkpoints, as "
+            f"{place_of_tokenizer(checkpoint, args)}"
         )
     return path
 

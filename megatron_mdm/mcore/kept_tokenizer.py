@@ -3,14 +3,16 @@
 A checkpoint's arguments name the tokenizer by its path. On another machine, or once the original
 has gone, that path names nothing, or something else. The copy in the directory of the checkpoints
 is therefore what is looked for first: `huggingface/`, as a conversion writes it, or
-`tokenizer.model` and its like, a single file.
+`tokenizer.model` and its like, a single file. A run replaces a copy that an earlier one has left,
+and nothing else that lies at its place.
 """
 
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from filecmp import cmp
 from fnmatch import fnmatch
 from pathlib import Path
 from shutil import copyfile
@@ -18,11 +20,14 @@ from typing import Any
 
 from megatron.training import checkpointing
 
-from megatron_mdm.checkpoint import HUB_FILES
+from megatron_mdm.checkpoint import CHAT_TEMPLATES, HUB_FILES
+from megatron_mdm.data.encoding import TokenizerData, hugging_face_data, open_hugging_face
+from megatron_mdm.data.fingerprint import Fingerprint, differs
 from megatron_mdm.data.outputs import complete_or_absent, new_directory, set_aside, write_errors
+from megatron_mdm.data.preprocess import load_sentencepiece
 from megatron_mdm.data.record import file_digest, read_errors
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.checkpoint_files import RELEASE, is_remote
+from megatron_mdm.mcore.checkpoint_files import RELEASE, TRACKER, is_remote
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.ranks import is_first_rank, notice
 
@@ -30,11 +35,13 @@ DIRECTORY = "HuggingFaceTokenizer"
 # Types whose tokenizer is one file.
 FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 # What belongs to a tokenizer in a directory of Hugging Face, which may hold weights and data too:
-# its files, config.json, which transformers reads for it, and the code, card and license of the
-# model, which go back with it to Hugging Face.
+# the files that classes of transformers name, config.json, which it reads for them, and the code,
+# card and license of the model, which go back with it to Hugging Face. Further templates lie in a
+# directory of their own.
 NAMES = """
-*token*.json vocab*.json chat_template*.json config.json generation_config.json *.jinja *.model
-*.tiktoken merges.txt vocab*.txt *.py README* LICENSE* NOTICE*
+*token*.json *vocab*.json *vocab*.txt chat_template*.json config.json generation_config.json *.jinja
+*.model *.spm *.tiktoken *.tokenizer tekken*.json merges.txt bpe.codes dict.txt normalizer.json
+emoji.json byte_maps.json word_*.json *.py README* LICENSE* NOTICE*
 """.split()
 MOST_BYTES = 10**9
 
@@ -56,22 +63,25 @@ class TokenizerFiles:
     def keep(self, directory: Path) -> None:
         """Puts a copy into a directory of checkpoints, complete or not at all, unless it is there.
 
-        A directory that a conversion made keeps its own, which may have a mask token more. Says so
-        if the tokenizer has changed or gone since the run began, and makes no copy then.
+        A directory that a conversion made keeps its own, which may have a mask token more. No copy
+        is made, and a line says so, if the tokenizer has changed or gone since the run began, or if
+        something else has come to lie at the place of the copy.
 
         Raises:
             UserError: it cannot be written.
         """
         target = directory / self.name
-        is_converted = (directory / RELEASE).is_dir() and target.exists()
-        copies = {self._copy(path, target): expected for path, expected in self.sums.items()}
-        if is_converted or _are(copies):
+        if self._needs_none(target):
             return
         if not _are(self.sums):
             notice(
                 f"the tokenizer {self.source} is not what it was when the run began: no copy of it "
                 f"goes into {directory}"
             )
+            return
+        foreign = _foreign(target)
+        if foreign:
+            notice(f"{foreign}: no copy of the tokenizer {self.source} goes there")
             return
         if target.exists():
             notice(f"{target}, another tokenizer, gives way to that of this run, {self.source}")
@@ -82,11 +92,66 @@ class TokenizerFiles:
         before = set_aside(str(target)) if target.exists() else nullcontext()
         with before, new_directory(str(target)) as temporary:
             for path in self.sums:
-                copyfile(path, self._copy(path, Path(temporary)))
+                copy = self._copy(path, Path(temporary))
+                copy.parent.mkdir(exist_ok=True)
+                copyfile(path, copy)
+
+    def check_place(self, directory: Path) -> None:
+        """Checks that a copy in a directory of checkpoints would replace nothing but a copy.
+
+        Raises:
+            UserError: it would; names what lies there.
+        """
+        target = directory / self.name
+        foreign = "" if self._needs_none(target) else _foreign(target)
+        if foreign:
+            raise UserError(
+                f"--save {directory}: {foreign}, and the run keeps the copy of its tokenizer in "
+                f"{target}: move what is there to another place, or give another --save"
+            )
+
+    def _needs_none(self, target: Path) -> bool:
+        """Whether what lies at the place of the copy is the tokenizer, or a conversion's own."""
+        if target.exists():
+            is_converted = (target.parent / RELEASE).is_dir()
+            if is_converted or (self.source.exists() and target.samefile(self.source)):
+                return True
+        copies = {self._copy(path, target): expected for path, expected in self.sums.items()}
+        if target.is_dir():
+            with read_errors(target):
+                if set(_files(target)) != copies.keys():
+                    return False
+        return _are(copies)
 
     def _copy(self, path: Path, target: Path) -> Path:
         """Where the copy of a file is."""
-        return target if path == self.source else target / path.name
+        return target / path.relative_to(self.source)
+
+
+def _foreign(target: Path) -> str:
+    """Says what lies at the place of a copy and is no copy of a run, empty if nothing does."""
+    if not os.path.lexists(target):
+        return ""
+    if target.is_symlink():
+        return f"{target} is a link"
+    if not (target.parent / TRACKER).exists():
+        return f"{target} is there, with other contents, before any checkpoint is"
+    if target.is_dir() != (target.name == HUB_FILES):
+        return f"{target} is a {'directory' if target.is_dir() else 'file'}"
+    if target.is_dir():
+        with read_errors(target):
+            own = {target / CHAT_TEMPLATES, *_files(target)}
+            below = [*target.iterdir(), *(target / CHAT_TEMPLATES).glob("*")]
+        for path in sorted(below):
+            if path not in own or (path == target / CHAT_TEMPLATES and not path.is_dir()):
+                return f"{path} is no tokenizer's file"
+    return ""
+
+
+def _files(directory: Path) -> list[Path]:
+    """What belongs to a tokenizer in a directory of Hugging Face, sorted."""
+    found = [path for path in directory.iterdir() if _belongs(path)]
+    return sorted([*found, *(directory / CHAT_TEMPLATES).glob("*.jinja")])
 
 
 def _are(sums: Mapping[Path, str]) -> bool:
@@ -108,7 +173,7 @@ def tokenizer_files(args: Namespace) -> TokenizerFiles | None:
         that is too large to be one.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file cannot be read, or something else lies where their copy goes.
     """
     kind, path = args.tokenizer_type, args.tokenizer_model
     if path is None or kind not in (DIRECTORY, *FILE) or not is_first_rank():
@@ -122,7 +187,7 @@ def tokenizer_files(args: Namespace) -> TokenizerFiles | None:
     files = [source]
     if source.is_dir():
         with read_errors(source):
-            files = [path for path in sorted(source.iterdir()) if _belongs(path)]
+            files = _files(source)
     with read_errors(source):
         size = sum(path.stat().st_size for path in files)
         if size > MOST_BYTES:
@@ -132,7 +197,9 @@ def tokenizer_files(args: Namespace) -> TokenizerFiles | None:
             )
             return None
         sums = {path: file_digest(str(path)) for path in files}
-    return TokenizerFiles(source, _name(kind, path), sums)
+    found = TokenizerFiles(source, _name(kind, path), sums)
+    found.check_place(Path(args.save))
+    return found
 
 
 def _belongs(path: Path) -> bool:
@@ -140,13 +207,26 @@ def _belongs(path: Path) -> bool:
     return names and not path.name.startswith(".") and path.is_file()
 
 
+def place_of_tokenizer(directory: str, args: Namespace) -> str:
+    """Where the tokenizer of a run, which has files, lies beside its checkpoints if it does.
+
+    Args:
+        directory: that --save named.
+        args: of the run.
+    """
+    return os.path.join(directory, _name(args.tokenizer_type, args.tokenizer_model))
+
+
 def _name(kind: str, path: str) -> str:
-    """Of the copy of a tokenizer of this type and path."""
+    """Names the copy of a tokenizer of this type and path."""
     return HUB_FILES if kind == DIRECTORY else f"tokenizer{Path(path).suffix}"
 
 
 def kept_tokenizer(directory: str, args: Namespace) -> str | None:
     """The tokenizer that lies beside checkpoints, None if there is none.
+
+    A run that was allowed to change its tokenizer has replaced the copy. For a checkpoint from
+    before, whose tokenizer still is at its path, the copy does not count.
 
     Args:
         directory: that --save named.
@@ -155,9 +235,42 @@ def kept_tokenizer(directory: str, args: Namespace) -> str | None:
     kind, path = args.tokenizer_type, args.tokenizer_model
     if path is None or kind not in (DIRECTORY, *FILE) or is_remote(directory):
         return None
-    own = os.path.join(directory, _name(kind, path))
+    own = place_of_tokenizer(directory, args)
     is_there = os.path.isdir if kind == DIRECTORY else os.path.isfile
-    return own if is_there(own) else None
+    if not is_there(own):
+        return None
+    saved = getattr(args, "mdm_tokenizer", None)
+    original = path if os.path.exists(path) or kind != DIRECTORY else fetched_before(path)
+    if saved is None or original is None or not is_there(original) or _same(own, original):
+        return own
+    trained_with = Fingerprint(**saved)
+    copy, other = _data(own), _data(original)
+    is_replaced = copy is not None and differs(trained_with, copy)
+    is_original = other is not None and not differs(trained_with, other)
+    return None if is_replaced and is_original else own
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two tokenizers, both files or both directories, are alike byte for byte."""
+    if os.path.isfile(one):
+        return cmp(one, other, shallow=False)
+    first, second = ({p.relative_to(x): p for p in _files(Path(x))} for x in (one, other))
+    return first.keys() == second.keys() and all(
+        cmp(path, second[name], shallow=False) for name, path in first.items()
+    )
+
+
+def _data(path: str) -> TokenizerData | None:
+    """A tokenizer as preprocessing knows it, None if it does not know it; no code there runs."""
+    if os.path.isfile(path):
+        with suppress(UserError):
+            return load_sentencepiece(path)
+        return None
+    try:
+        tokenizer = open_hugging_face(path)
+    except Exception:  # of many kinds; whoever then opens the one that is chosen says what is wrong
+        return None
+    return hugging_face_data(tokenizer) if tokenizer.is_fast else None
 
 
 def tokenizer_of(directory: str, args: Namespace) -> str | None:
@@ -191,7 +304,7 @@ def fetched_before(name: str) -> str | None:
 
 
 def check_tokenizer_path(args: Namespace) -> None:
-    """Checks that --tokenizer-model is there, before Megatron opens it.
+    """Checks, before Megatron opens it, that --tokenizer-model is there or may be on the hub.
 
     Args:
         args: as parsed.
@@ -203,15 +316,54 @@ def check_tokenizer_path(args: Namespace) -> None:
     is_from_checkpoint = args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args
     if path is None or kind not in (DIRECTORY, *FILE) or os.path.exists(path) or is_from_checkpoint:
         return
-    for directory in (args.load, args.pretrained_checkpoint):
-        own = directory and kept_tokenizer(directory, args)
-        if own:
-            raise UserError(
-                f"--tokenizer-model {path} does not exist: give the copy beside the checkpoint, "
-                f"--tokenizer-model {own}"
-            )
+    if kind == DIRECTORY and _may_be_on_hub(path):
+        return
+    own = _copy_to_load(args)
+    if own:
+        raise UserError(
+            f"--tokenizer-model {path} does not exist: give the copy beside the checkpoint, "
+            f"--tokenizer-model {own}"
+        )
     if kind in FILE:
         raise UserError(f"--tokenizer-model {path} does not exist: give the path of its file")
+
+
+def tokenizer_rejection(error: Exception, args: Namespace) -> UserError | None:
+    """One line for an exception of Megatron about a --tokenizer-model that is no path.
+
+    Args:
+        error: that Megatron raised.
+        args: as parsed.
+
+    Returns:
+        None if the exception is about something else, or there is no copy to be named.
+    """
+    path = args.tokenizer_model
+    is_about_it = path is not None and f"AutoTokenizer for {path}." in str(error)
+    own = _copy_to_load(args) if is_about_it and not os.path.exists(path) else None
+    if own is None:
+        return None
+    return UserError(
+        f"--tokenizer-model {path} does not exist, and transformers finds no tokenizer of this "
+        f"name: give the copy beside the checkpoint, --tokenizer-model {own}"
+    )
+
+
+def _may_be_on_hub(path: str) -> bool:
+    try:
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(path)
+    except (ImportError, ValueError):
+        return False
+    return True
+
+
+def _copy_to_load(args: Namespace) -> str | None:
+    """The copy beside the checkpoint that a run is about to load, None if there is none."""
+    places = (args.load, args.pretrained_checkpoint)
+    found = (kept_tokenizer(place, args) for place in places if place)
+    return next((own for own in found if own), None)
 
 
 @contextmanager
@@ -226,7 +378,12 @@ def checkpoints_bring_tokenizers() -> Iterator[None]:
         found = load_arguments(args, load_arg=load_arg, **options)
         directory = getattr(args, load_arg)
         if directory is not None and args.use_tokenizer_model_from_checkpoint_args:
-            args.tokenizer_model = kept_tokenizer(directory, args) or args.tokenizer_model
+            saved = found[1] if isinstance(found, tuple) else None  # there is no checkpoint
+            trained_with = getattr(saved, "mdm_tokenizer", None)
+            own = kept_tokenizer(
+                directory, Namespace(**vars(args) | {"mdm_tokenizer": trained_with})
+            )
+            args.tokenizer_model = own or args.tokenizer_model
         return found
 
     with replaced(checkpointing, "load_args_from_checkpoint", load_with_tokenizer):

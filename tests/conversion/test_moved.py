@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 from argparse import Namespace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_mdm.conversion.hub import copy_side_files
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.preprocess import load_hugging_face, preprocess
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import kept_tokenizer
-from megatron_mdm.mcore.kept_tokenizer import tokenizer_files
+from megatron_mdm.mcore.checkpoint_files import TRACKER
+from megatron_mdm.mcore.kept_tokenizer import check_tokenizer_path, tokenizer_files, tokenizer_of
 from tests import ranks
 from tests.conversion import models
 
@@ -60,6 +65,14 @@ def moved(tmp_path_factory):
     tokenizer = old / "mg" / "huggingface"
     models.write_tokenizer(tokenizer, WORDS | {"w7": 8, "w8": 7}, **SPECIAL)
     return SimpleNamespace(run=new / "run", data=new, old=old, flags=flags, log=run)
+
+
+def write_hub(directory, tokenizer):
+    """A cache of huggingface_hub that holds a tokenizer under the name me/tok."""
+    repository = directory / "hub" / "models--me--tok"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tokenizer, repository / "snapshots" / ("0" * 40))
 
 
 def tool(moved, directory, name, *flags):
@@ -113,18 +126,23 @@ def test_it_resumes(moved, tmp_path):
     def resume(tokenizer, *more, **settings):
         command = [*flags[:place], tokenizer, *flags[place + 1 :], *more]
         return ranks.launch(
-            tmp_path / "log", 1, "--", *command, entry="only_these_flags", **settings
+            tmp_path / "log", 1, "--", *command, entry="only_these_flags_with_a_hub", **settings
         )
 
     output = resume(gone, "--exit-interval", "3", check=False).output[0]
     line = f"error: --tokenizer-model {gone} does not exist: give the copy beside the checkpoint, "
     assert f"{line}--tokenizer-model {run / 'huggingface'}" in output
+    output = resume("not/there", "--exit-interval", "3", check=False).output[0]
+    line = "error: --tokenizer-model not/there does not exist, and transformers finds no tokenizer "
+    assert f"{line}of this name: give the copy beside the checkpoint, --tok" in output
     other = str(moved.old / "mg" / "huggingface")
     output = resume(other, "--exit-interval", "3", check=False).output[0]
     assert "was trained with another tokenizer: its ids below 82 stand for other" in output
+    write_hub(tmp_path, run / "huggingface")
     for number, tokenizer, more in (
         (3, str(run / "huggingface"), []),
         (4, other, ["--use-checkpoint-args"]),
+        (5, "me/tok", []),  # a name on the hub, beside whose checkpoints a copy lies
     ):
         resume(tokenizer, "--exit-interval", str(number), *more)
         assert (run / "latest_checkpointed_iteration.txt").read_text() == str(number)
@@ -189,6 +207,7 @@ def test_another_one_takes_its_place(keeping, capfd):
     """A run that is allowed to save there has another tokenizer."""
     files, source, run = keeping
     files().keep(run)
+    (run / TRACKER).write_text("1")
     (source / "tokenizer.json").write_text("{}")
     (source / "code.py").unlink()
     files().keep(run)
@@ -196,6 +215,9 @@ def test_another_one_takes_its_place(keeping, capfd):
     assert (run / "huggingface" / "tokenizer.json").read_text() == "{}"
     assert names(run / "huggingface") == ["tokenizer.json", "tokenizer_config.json"]
     assert names(run)[0] == "huggingface"
+    (run / "huggingface" / "chat_template.jinja").write_text("another's")
+    files().keep(run)
+    assert names(run / "huggingface") == ["tokenizer.json", "tokenizer_config.json"]
 
 
 def test_a_converted_model_keeps_its_own(keeping):
@@ -212,8 +234,176 @@ def test_a_single_file(keeping):
     for content in ("one", "two"):
         model.write_text(content)
         files(model, "SentencePieceTokenizer").keep(run)
-        assert names(run) == ["tokenizer.model"]
         assert (run / "tokenizer.model").read_text() == content
+        (run / TRACKER).write_text("1")
+    assert names(run) == [TRACKER, "tokenizer.model"]
+
+
+def put_model(run):
+    (run / TRACKER).write_text("1")
+    (run / "huggingface").mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        (run / "huggingface" / name).write_text("{}")
+    return f"{run}/huggingface/model.safetensors is no tokenizer's file"
+
+
+def put_template(run):
+    put_model(run)
+    shutil.rmtree(run / "huggingface")
+    (run / "huggingface" / "additional_chat_templates").mkdir(parents=True)
+    (run / "huggingface" / "additional_chat_templates" / "notes.txt").write_text("mine")
+    return f"{run}/huggingface/additional_chat_templates/notes.txt is no tokenizer's file"
+
+
+def put_first(run):
+    (run / "huggingface").mkdir()
+    (run / "huggingface" / "tokenizer.json").write_text("{}")
+    return f"{run}/huggingface is there, with other contents, before any checkpoint is"
+
+
+def put_link(run):
+    (run / TRACKER).write_text("1")
+    (run / "elsewhere").mkdir()
+    (run / "huggingface").symlink_to(run / "elsewhere")
+    return f"{run}/huggingface is a link"
+
+
+def put_dangling_link(run):
+    (run / TRACKER).write_text("1")
+    (run / "huggingface").symlink_to(run / "nowhere")
+    return f"{run}/huggingface is a link"
+
+
+def put_file(run):
+    (run / TRACKER).write_text("1")
+    (run / "huggingface").write_text("notes")
+    return f"{run}/huggingface is a file"
+
+
+@pytest.mark.parametrize(
+    "put", [put_model, put_template, put_first, put_link, put_dangling_link, put_file]
+)
+def test_nothing_but_a_copy_is_replaced(put, keeping, capfd):
+    """It is found at the start of the run; what is put there later stays, without a copy."""
+    files, _, run = keeping
+    found = files()
+    line = put(run)
+    before = names(run)
+    with pytest.raises(UserError, match=re.escape(f"--save {run}: {line}, and the run keeps")):
+        files()
+    found.keep(run)
+    assert f"{line}: no copy of the tokenizer" in capfd.readouterr().out
+    assert names(run) == before
+
+
+def test_a_file_that_no_run_has_put_there_stays(keeping):
+    files, source, run = keeping
+    (source / "my.model").write_text("one")
+    (run / "tokenizer.model").write_text("mine")
+    with pytest.raises(UserError, match="tokenizer.model is there, with other contents, before"):
+        files(source / "my.model", "SentencePieceTokenizer")
+    assert (run / "tokenizer.model").read_text() == "mine"
+
+
+def test_the_original_may_lie_at_the_place_of_the_copy(keeping):
+    """A model beside it too, and files that come later."""
+    files, source, run = keeping
+    shutil.copytree(source, run / "huggingface")
+    found = files(run / "huggingface")
+    (run / "huggingface" / "chat_template.jinja").write_text("new")
+    before = names(run)
+    found.keep(run)
+    assert names(run) == before
+
+
+def test_named_chat_templates_are_copied(keeping):
+    from transformers import AutoTokenizer
+
+    files, source, run = keeping
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "D", "tool_use": "T"}
+    tokenizer.save_pretrained(source)
+    files().keep(run)
+    copy = AutoTokenizer.from_pretrained(run / "huggingface")
+    assert copy.chat_template == tokenizer.chat_template
+    before = (run / "huggingface").stat().st_ino
+    files().keep(run)
+    assert (run / "huggingface").stat().st_ino == before
+    copy_side_files(source, run)
+    assert (run / "additional_chat_templates" / "tool_use.jinja").read_text() == "T"
+
+
+@pytest.mark.parametrize(
+    "name", ["tekken.json", "source.spm", "dict.txt", "bpe.codes", "entity_vocab.json"]
+)
+def test_files_of_other_tokenizers_are_copied(name, keeping):
+    files, source, run = keeping
+    (source / name).write_text("")
+    files().keep(run)
+    assert (run / "huggingface" / name).exists()
+
+
+# -- the tokenizer of --tokenizer-model
+
+
+@pytest.fixture
+def given(keeping):
+    """Arguments of a run beside whose checkpoints a copy lies."""
+    files, source, run = keeping
+    files().keep(run)
+    shutil.copy(source / "tokenizer.json", run / "tokenizer.model")
+
+    def arguments(path, kind="HuggingFaceTokenizer"):
+        args = Namespace(tokenizer_type=kind, tokenizer_model=str(path), load=str(run))
+        args.use_checkpoint_args = args.pretrained_checkpoint = None
+        return args
+
+    return arguments
+
+
+@pytest.mark.parametrize("name", ["org/name", "name", "org/name-1.5_b"])
+def test_a_name_on_the_hub_is_no_path(name, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_tokenizer_path(given(name))
+
+
+@pytest.mark.parametrize("name", ["/a/b", "./a", "../a", "a/b/c", "a b", "a--b", "~/a"])
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(name, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = f"--tokenizer-model {name} does not exist: give the copy .*/run/huggingface"
+    with pytest.raises(UserError, match=line):
+        check_tokenizer_path(given(name))
+
+
+def test_a_file_is_a_path(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="my.model does not exist: give the copy .*tokenizer.model"):
+        check_tokenizer_path(given("my.model", "SentencePieceTokenizer"))
+
+
+# -- another tokenizer in one directory of checkpoints
+
+
+def test_checkpoints_from_before_a_change_have_the_original(keeping):
+    """The copy is of the tokenizer that came later; without an original there is no other."""
+    files, source, run = keeping
+    other = run.parent / "other"
+    models.write_tokenizer(other, WORDS | {"w7": 8, "w8": 7}, **SPECIAL)
+    args = {}
+    for path in (source, other):
+        files(path).keep(run)
+        (run / TRACKER).write_text("1")
+        known = asdict(fingerprint(load_hugging_face(str(path))))
+        args[path] = Namespace(
+            tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(path), mdm_tokenizer=known
+        )
+    copy = str(run / "huggingface")
+    assert tokenizer_of(str(run), args[source]) == str(source)
+    assert tokenizer_of(str(run), args[other]) == copy
+    models.write_tokenizer(other, WORDS | {"w1": 2, "w2": 1}, **SPECIAL)
+    assert tokenizer_of(str(run), args[other]) == copy
+    shutil.rmtree(source)
+    assert tokenizer_of(str(run), args[source]) == copy
 
 
 def test_a_directory_of_data_is_not_copied(keeping, monkeypatch, capfd):

@@ -225,6 +225,10 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
     kept = tmp_path / "save" / "tokenizer.model"
     assert kept.read_bytes() == (tokenizers / "one.model").read_bytes()
     kept.unlink()
+    (tmp_path / "one.model").rename(tmp_path / "hidden.model")
+    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool", check=False)
+    assert f"or put it beside the checkpoints, as {kept}" in the_error(tool)
+    (tmp_path / "hidden.model").rename(tmp_path / "one.model")
     tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool", check=False)
     line = the_error(tool)
     assert f"{tmp_path}/one.model is not the one that the checkpoint was trained with: its" in line
