@@ -15,7 +15,7 @@ from megatron_mdm.errors import UserError
 MOST_PPOTS_BINS = 1022
 # Larger numbers are mistakes, for which there would be no memory.
 MOST_RATE_BINS = 10_000
-MOST_WINDOW = 1_000_000
+MOST_WINDOW = 2**24
 
 
 @dataclass(frozen=True)

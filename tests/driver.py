@@ -205,6 +205,20 @@ def nan_from_third_iteration() -> None:
     main()
 
 
+def nan_gradient_of_first_stage() -> None:
+    """The program, whose first rank gets gradients that are no numbers from the next stage."""
+    forward_step = program.forward_step
+
+    def with_nan(*args):
+        output, loss = forward_step(*args)
+        if os.environ["RANK"] == "0":
+            output.register_hook(lambda gradient: gradient * torch.nan)
+        return output, loss
+
+    program.forward_step = with_nan
+    main()
+
+
 def whole_batch() -> None:
     """The objective of one global batch in plain torch, without our loss and Megatron's sums.
 

@@ -163,7 +163,8 @@ def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
     path = getattr(error, "filename", None)
     if not directory or not isinstance(path, str):
         return None
-    if not path.startswith(directory) and not directory.startswith(path):
+    own, other = os.path.abspath(directory), os.path.abspath(path)
+    if os.path.commonpath([own, other]) not in (own, other):
         return None
     return UserError(f"--tensorboard-dir {directory} cannot be written: {error.strerror or error}")
 

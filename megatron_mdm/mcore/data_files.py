@@ -6,6 +6,7 @@ import struct
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.indexed_dataset import (
     _INDEX_HEADER,
     DType,
@@ -13,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import (
     get_bin_path,
     get_idx_path,
 )
+from megatron.core.datasets.utils import Split
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint_files import is_remote
@@ -47,11 +49,13 @@ def check_split(split: str | None) -> None:
     """
     if split is None:  # each part has data of its own
         return
-    shares = re.split(r"\s*[,/]\s*|\s+", split.strip(" ,/"))
+    numbers = re.findall(r"[.0-9]+", split)
+    between = re.sub(r"[.0-9]+", "", split)
     if (
-        len(shares) > 3
-        or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", share) for share in shares)
-        or not any(map(float, shares))
+        not 1 <= len(numbers) <= 3
+        or re.search(r"[-+\w]", between)  # a sign or an exponent, which Megatron would not see
+        or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", number) for number in numbers)
+        or not any(map(float, numbers))
     ):
         raise UserError(
             f"--split {split} is not three shares of the data, for training, validation and test: "
@@ -71,10 +75,10 @@ def check_validation(eval_iters: int, split: str | None, blend_per_split: list[A
         UserError: the data flags leave none.
     """
     if blend_per_split is None:
-        shares = [float(share) for share in re.findall(r"[.\d]+", split or "")]
-        given, has_rows = f"--split {split}", len(shares) > 1 and shares[1] > 0
+        has_rows = parse_and_normalize_split(split)[Split.valid.value] > 0
+        given = f"--split {split}"
     else:
-        given, has_rows = "no --valid-data-path", blend_per_split[1] is not None
+        given, has_rows = "what the flags name for each split", blend_per_split[1] is not None
     if not has_rows:
         raise UserError(
             f"--eval-iters {eval_iters} needs validation rows, and {given} leaves none: add "

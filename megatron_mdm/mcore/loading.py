@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training import training
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mdm.config import flag
 from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.optimizer_state import ANOTHER_LAYOUT
 
-_FAILURES = (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_FAILURES = (
+    *(AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError),
+    *(CheckpointException, CheckpointingException),
+)
 
 
 @contextmanager
@@ -51,7 +57,7 @@ def _with_a_line(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
-def _known(error: Exception) -> UserError | None:
+def _known(error: BaseException) -> UserError | None:
     """The line of an exception that is known; None for another one."""
     schedule = re.fullmatch(
         r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) "
@@ -74,6 +80,12 @@ def _known(error: Exception) -> UserError | None:
         name, there, here = argument.groups()
         return SharedError(
             f"{flag(name)} is {here}, and in the checkpoint {there}: give it the same value"
+        )
+    if "optimizer.distributed." in str(error):
+        return SharedError(
+            "the optimizer's state in the checkpoint is in other buckets than this run's, on which "
+            "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and the number of "
+            f"data-parallel ranks decide. {ANOTHER_LAYOUT}"
         )
     if any("rng" in (frame.line or "") for frame in traceback.extract_tb(error.__traceback__)):
         return UserError(

@@ -16,13 +16,15 @@ from megatron.core.rerun_state_machine import (
     RerunStateMachine,
     get_rerun_state_machine,
 )
+from megatron.training.async_utils import maybe_finalize_async_save
 
 from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.device import replaced
 
 _RESTART = (
-    "It is not saved: the same command goes on from the last checkpoint. A lower --lr or "
-    "--clip-grad keeps a run from diverging; --no-check-for-nan-in-loss-and-grad trains on"
+    "Nothing of this iteration is saved: the same command goes on from the last checkpoint. A "
+    "lower --lr (with --override-opt_param-scheduler) or --clip-grad keeps a run from diverging; "
+    "--no-check-for-nan-in-loss-and-grad trains on"
 )
 _AGAIN = {
     RerunState.WILL_RERUN_FROM_CHECKPOINT: "and again when it was computed a second time",
@@ -98,6 +100,7 @@ def _with_a_line(decide: Callable[[Any], tuple[bool, bool, int]]) -> Callable[[A
         found = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         first = next((f"rank {i}: {x}" for i, x in enumerate(found) if x), "the loss is not finite")
+        maybe_finalize_async_save(blocking=True)  # of an earlier iteration
         again = _AGAIN.get(machine.state, _FROM_CHECKPOINT)
         raise SharedError(f"iteration {machine.current_iteration}, {first}, {again}. {_RESTART}")
 

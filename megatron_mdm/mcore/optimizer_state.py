@@ -23,11 +23,19 @@ from megatron_mdm.mcore.device import replaced
 
 Group = dict[str, Any]
 
+# What helps where the distributed optimizer's usual format does not fit.
+ANOTHER_LAYOUT = (
+    "Go on with the flags of the checkpoint, to which --dist-ckpt-optim-fully-reshardable may be "
+    "added: what is saved with it fits every layout. Or add --no-load-optim, which begins the "
+    "optimizer's averages anew"
+)
+
 # Settings of a group that follow from the flags of the schedule.
 RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 # The rest of a group that is not a setting: parameters, and what the schedule and the steps set.
 _PROGRESS = ("params", "step", "lr", "weight_decay")
-# They tell groups apart whatever the rates are; --decoupled-lr has groups without default_config.
+# These settings tell groups apart whatever the rates are. Groups of --decoupled-lr have a
+# default_config that is false.
 _KIND = (*(name for name in param_group_identifier_keys if name not in RATES), "default_config")
 
 # Megatron's optimizers, and where the state of one holds its groups.
@@ -37,14 +45,13 @@ _OPTIMIZERS: dict[type, tuple[str, ...]] = {
     FP32Optimizer: ("param_groups",),
 }
 
-# Each of them changes the buffers of the distributed optimizer, in which its usual format is cut.
+# Each of them changes the buffers of the distributed optimizer, which its usual format holds as
+# they are. So do sizes of buckets, where a stage has several: loading.py has a line for these.
 _BUFFERS = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-decoder_first_pipeline_num_layers
-decoder_last_pipeline_num_layers pipeline_model_parallel_layout
-account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split bf16 fp16
-accumulate_allreduce_grads_in_fp32 overlap_grad_reduce ddp_bucket_size ddp_num_buckets
-ddp_pad_buckets_for_high_nccl_busbw num_distributed_optimizer_instances
+decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
+pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
+account_for_loss_in_pipeline_split bf16 fp16 accumulate_allreduce_grads_in_fp32
 """.split()
 _OF_EXPERTS = ["expert_model_parallel_size", "expert_tensor_parallel_size"]
 
@@ -78,9 +85,7 @@ def check_optimizer_state(args: Namespace, saved: Mapping[str, Any]) -> None:
         if other:
             raise UserError(
                 f"the optimizer's state in {args.load} fits the layout that saved it alone: "
-                f"{'; '.join(other)}. Go on with the flags of the checkpoint, to which "
-                "--dist-ckpt-optim-fully-reshardable may be added: what is saved with it fits "
-                "every layout. Or add --no-load-optim, which begins the optimizer's averages anew"
+                f"{'; '.join(other)}. {ANOTHER_LAYOUT}"
             )
 
 

@@ -82,7 +82,8 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
         )
     if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
-    for change in [*found, *changes(args, saved, _training(args))]:
+    how = [] if args.skip_train else changes(args, saved, _training(args))
+    for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
 
 

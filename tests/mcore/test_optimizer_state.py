@@ -83,10 +83,11 @@ def state_of(**values):
         "ckpt_format": "torch_dist",
         "optimizer": "adam",
         "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
         "decoupled_lr": None,
         "num_experts": None,
         **dict.fromkeys(("finetune", "no_load_optim", "skip_train", "bf16", "fp16"), False),
-        **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce"), False),
+        "use_distributed_optimizer": False,
     }
     return {**defaults, **values}
 
@@ -124,7 +125,7 @@ def test_states_of_another_kind(now, saved, message):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"tensor_model_parallel_size": 1}, {"bf16": True}, {"overlap_grad_reduce": True}],
+    [{"tensor_model_parallel_size": 1}, {"bf16": True}, {"pipeline_model_parallel_size": 2}],
 )
 def test_what_the_distributed_optimizer_saves(changed):
     distributed = {"use_distributed_optimizer": True}
@@ -213,6 +214,15 @@ def test_the_way_to_another_layout(base, tmp_path):
     runs = [ranks.launch(tmp_path / "first", 2, *flags, *two, "--exit-interval", "2")]
     refused = ranks.launch(tmp_path / "refused", 2, *flags, check=False)
     assert "--tensor-model-parallel-size 1 (checkpoint: 2)" in the_error_line(refused.output)
+    # One bucket holds the model, with communication between computations too, unless it is small.
+    reads = [*base[: base.index("--load")], "--load", save[1], "--use-distributed-optimizer", *two]
+    reads += ["--overlap-grad-reduce", "--exit-interval", "3"]
+    ranks.launch(tmp_path / "one bucket", 2, *reads)
+    small = ["--ddp-bucket-size", "2000"]
+    refused = ranks.launch(tmp_path / "buckets", 2, *reads, *small, check=False)
+    lines = [x for x in refused.output[0].splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and "is in other buckets than this run's" in lines[0]
+    assert "--dist-ckpt-optim-fully-reshardable may be added" in lines[0]
     runs += [ranks.launch(tmp_path / "second", 2, *flags, *two, *fits, "--exit-interval", "3")]
     runs += [ranks.launch(tmp_path / "third", 2, *flags, *fits)]
     losses = [loss for run in runs for loss in run.losses]
