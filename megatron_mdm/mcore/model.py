@@ -5,7 +5,7 @@ Megatron marks GPTModel as deprecated in favour of HybridModel, into which its c
 
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -39,6 +39,11 @@ class MDMBuilder(GPTModelBuilder):
     leave FP8 scales as they are.
     """
 
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Builds the stages of a rank."""
+        _check_ranks_agree()
+        return super().build_distributed_models(*args, **kwargs)
+
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
         with megatron_may_reject_flags():
@@ -48,6 +53,11 @@ class MDMBuilder(GPTModelBuilder):
 
 class MDMHybridBuilder(HybridModelBuilder):
     """The same for HybridModel, whose class Megatron's builder fixes."""
+
+    def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Builds the stages of a rank."""
+        _check_ranks_agree()
+        return super().build_distributed_models(*args, **kwargs)
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> HybridModel:
         """Builds one stage."""
@@ -75,7 +85,6 @@ def _equipped(model: Any, vp_stage: int | None) -> Any:
     if not get_args().skip_train:
         in_checkpoint = getattr(get_args(), "mdm_log_state_in_checkpoint", False)
         model.mdm_logs = LogState(model.config, vp_stage, in_checkpoint)
-    _check_ranks_agree()
     return model
 
 
@@ -96,9 +105,11 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-@lru_cache  # once a process, whatever the number of its virtual stages
 def _check_ranks_agree() -> None:
     """Compares what ranks have read from files, which may lie on different disks.
+
+    Before the first stage is built: ranks with several stages exchange tied embeddings while they
+    build them, at times of their own.
 
     Raises:
         SharedError: they would start from different checkpoints.

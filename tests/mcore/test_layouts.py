@@ -96,3 +96,16 @@ def test_the_distributed_optimizer_changes_nothing(adam):
         assert run.losses == pytest.approx(reference.losses, rel=1e-5)
         assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
         assert run.masks() == reference.masks()
+
+
+def test_tied_embeddings_under_virtual_stages(base, tmp_path, monkeypatch):
+    """Ranks exchange them while they build their stages, and once waited for each other there."""
+    tied = [word for word in ranks.MODEL if word != "--untie-embeddings-and-output-weights"]
+    monkeypatch.setattr(ranks, "MODEL", tied)
+    flags = base[: base.index("--load")]
+    save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
+    whole = ranks.launch(tmp_path / "whole", 1, *flags, *save)
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    load = ["--load", save[1], "--ckpt-step", "2"]
+    run = ranks.launch(tmp_path / "stages", 2, *flags, *load, *stages)
+    assert len(run.losses) == 3 and run.losses == pytest.approx(whole.losses[2:], rel=1e-5)
