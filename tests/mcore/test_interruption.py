@@ -88,15 +88,18 @@ def test_what_a_rank_shares_with_the_writer_is_copied():
 @pytest.mark.parametrize(
     ("launcher", "number", "status"),
     [
-        ("megatron_mdm.launch", signal.SIGTERM, INTERRUPTED),
+        ("megatron_mdm.launch --max-restarts 2", signal.SIGTERM, INTERRUPTED),
         ("torch.distributed.run", signal.SIGUSR1, -signal.SIGUSR1),  # of which torchrun dies
     ],
 )
 def test_a_signal_to_the_launcher(launcher, number, status, data, tmp_path):
-    """Under torchrun itself, whose ranks are children and groups of their own."""
+    """Under torchrun itself, whose ranks are children and groups of their own.
+
+    None is started again: that run would not end.
+    """
     save = tmp_path / "checkpoint"
     command = [
-        *[sys.executable, "-m", launcher, "--standalone", "--nproc-per-node", "2"],
+        *[sys.executable, "-m", *launcher.split(), "--standalone", "--nproc-per-node", "2"],
         *["-m", "megatron_mdm.pretrain", *ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING],
         *["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache")],
         *["--num-workers", "1", "--save", str(save), "--save-interval", "1"],
