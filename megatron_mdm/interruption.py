@@ -25,13 +25,13 @@ class Interruption:
     """Context manager: takes note of the signals that ask this process to stop.
 
     Before `has_begun` they end the process at once, by `SystemExit`. From then on somebody has to
-    look at `is_requested`. Once `has_ended`, and the process is about to exit, they do nothing. A
+    look at `is_requested`. After `end`, when the process is about to exit, they do nothing. A
     torchrun that is gone asks to stop as well, since nothing else would stop its ranks.
     """
 
     def __init__(self) -> None:
-        self.has_begun = self.has_ended = False
-        self._received = False
+        self.has_begun = False
+        self._has_ended = self._received = False
         self._process = os.getpid()
         self._launcher = _torchrun()
         self._before: dict[int, Any] = {}
@@ -41,7 +41,7 @@ class Interruption:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if not self.has_ended:
+        if not self._has_ended:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
@@ -50,6 +50,16 @@ class Interruption:
         for number in numbers:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
+
+    def end(self) -> None:
+        """Has the signals do nothing any more, until the process is gone.
+
+        They are ignored, since the interpreter gives a signal with a handler back to its default
+        action while it exits, and that would end the process.
+        """
+        self._has_ended = True
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def is_requested(self) -> bool:
         """Whether this process has been asked to stop."""
@@ -60,7 +70,7 @@ class Interruption:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         is_loader_worker = os.getpid() != self._process  # which ends with its rank
-        if self.has_ended or is_loader_worker:
+        if self._has_ended or is_loader_worker:
             return
         name = signal.Signals(number).name
         if number == signal.SIGTERM and self._a_rank_has_gone():

@@ -64,7 +64,7 @@ def run(program_start: float, interruption: Interruption) -> None:
             except SystemExit as end:  # how Megatron ends at --exit-interval and the like
                 if end.code:
                     raise
-        interruption.has_ended = True
+        interruption.end()
         _disconnect()
         if stop.has_agreed:
             raise SystemExit(INTERRUPTED)

@@ -76,6 +76,28 @@ def test_the_death_of_the_process_that_writes_a_checkpoint_ends_the_run(base, tm
     wait_for(lambda: not left(directory))
 
 
+def test_a_signal_while_the_interpreter_exits():
+    """A rank that was told to stop ends with its own status, however late a signal comes."""
+    program = """
+import os, signal
+from megatron_mdm.interruption import INTERRUPTED, Interruption
+
+class Last:
+    def __del__(self, os=os, signal=signal):  # the interpreter has dropped its handlers by now
+        assert not callable(signal.getsignal(signal.SIGTERM)) and os.write(1, b"late")
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+
+last = Last()
+with Interruption() as interruption:
+    interruption.listen(signal.SIGUSR2)
+    interruption.end()
+    raise SystemExit(INTERRUPTED)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (INTERRUPTED, "late", "")
+
+
 def test_what_a_rank_shares_with_the_writer_is_copied():
     """It goes on to train while the writer writes."""
     shared = torch.ones(3)
