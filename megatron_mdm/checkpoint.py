@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mdm.pretrain import prepare_environment
+from megatron_mdm.environment import prepare_environment
 
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference import LoadedModel

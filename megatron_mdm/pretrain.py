@@ -3,25 +3,14 @@
 Without torchrun it is a run of one rank.
 """
 
-import os
-import re
-import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 from megatron_mdm.config import requested_device
+from megatron_mdm.environment import check_megatron_version, join_ranks, prepare_environment
 from megatron_mdm.errors import UserError, exit_rank_with
 from megatron_mdm.interruption import Interruption
 
 PROGRAM_START = time.time()
-MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
-# What torchrun sets, and the values for a process that nobody else belongs to.
-ALONE = {
-    **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
-    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
-}
-# Where srun and mpirun say how many processes they have started.
-STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def main() -> None:
@@ -41,19 +30,6 @@ def main() -> None:
             exit_rank_with(error)
 
 
-def prepare_environment(device: str) -> None:
-    """Sets what must stand in the environment before torch and megatron are imported."""
-    # Megatron requires it for overlapping communication with tensor or context parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if device == "cpu":
-        # Megatron decorates functions with torch.compile while it is imported; on the CPU that
-        # would compile for minutes at the first call, and round differently between layouts.
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        # On a machine with a GPU Megatron would take these libraries' CUDA optimizers and norms.
-        for library in ("transformer_engine", "apex", "amp_C"):
-            sys.modules[library] = None  # type: ignore[assignment]  # makes its import fail
-
-
 def _run(interruption: Interruption) -> None:
     check_megatron_version()
     join_ranks()
@@ -63,44 +39,6 @@ def _run(interruption: Interruption) -> None:
         from megatron_mdm.mcore.pretrain import run
 
         run(PROGRAM_START, interruption)
-
-
-def join_ranks() -> None:
-    """Makes a run of one rank of a process that no launcher has started.
-
-    Raises:
-        UserError: it is one of several, and does not know which one or where the others are.
-    """
-    missing = [name for name in ALONE if name not in os.environ]
-    if not missing:
-        return
-    for name in ("WORLD_SIZE", *([] if "WORLD_SIZE" in os.environ else STARTED_TOGETHER)):
-        if os.environ.get(name, "1") != "1":
-            raise UserError(
-                f"{name} is {os.environ[name]}, and {missing[0]} is not set: start the ranks with "
-                "torchrun --nproc-per-node N -m megatron_mdm.pretrain, which sets it"
-            )
-    os.environ.update({name: ALONE[name] for name in missing})
-
-
-def check_megatron_version() -> None:
-    """Checks the installed megatron-core.
-
-    Raises:
-        UserError: it is missing, or of a version whose hooks differ.
-    """
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        raise UserError(
-            "megatron-core is not installed: pip install megatron-core==0.19.2"
-        ) from None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
-    least, below = MEGATRON_VERSIONS
-    if not least <= numbers < below:
-        raise UserError(
-            f"megatron-core {installed} is not supported: pip install 'megatron-core>=0.19.2,<0.20'"
-        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
 # What was said before; workers of pytest-xdist inherit what their parent has switched off.
 os.environ.setdefault("MDM_TEST_COMPILE_DISABLE", os.environ.get("TORCH_COMPILE_DISABLE", ""))
 if os.environ.get("MDM_TEST_RANKS") != "with Transformer Engine":  # set by ranks.launch
-    from megatron_mdm.pretrain import prepare_environment
+    from megatron_mdm.environment import prepare_environment
 
     prepare_environment("cpu")
 if os.environ.get("MDM_TEST_RANKS") == "on the CPU":

@@ -776,8 +776,8 @@ def checkpoint_logits() -> None:
     """
     from megatron.core.transformer.enums import AttnMaskType
 
+    from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.inference import loaded_model
-    from megatron_mdm.pretrain import prepare_environment
 
     directory = Path(os.environ["TRACE_DIR"])
     checkpoint, tokens = torch.load(directory / "request.pt")
@@ -799,7 +799,7 @@ def conversion_memory() -> None:
     After each of them, there, back and verified, and at last with all tensors of `many` in memory.
     """
     from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
-    from megatron_mdm.pretrain import prepare_environment
+    from megatron_mdm.environment import prepare_environment
 
     directory, peaks = Path(os.environ["TRACE_DIR"]), []
     sys.argv = sys.argv[:1]
@@ -826,8 +826,8 @@ def benchmark_sides() -> None:
     from megatron_mdm.benchmarks.overhead import model_flags
     from megatron_mdm.benchmarks.race import write_data
     from megatron_mdm.benchmarks.training import training_session
+    from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.causal import causal_attention
-    from megatron_mdm.pretrain import prepare_environment
 
     directory = Path(os.environ["TRACE_DIR"])
     write_data(directory)
@@ -921,7 +921,7 @@ class _Gathered(torch.autograd.Function):
 def benchmark_costs() -> None:
     """What tools/benchmark.py costs measures, of a tiny model."""
     from megatron_mdm.benchmarks import costs
-    from megatron_mdm.pretrain import prepare_environment
+    from megatron_mdm.environment import prepare_environment
 
     directory = Path(os.environ["TRACE_DIR"])
     prepare_environment("cpu")
@@ -971,9 +971,9 @@ def recipe() -> None:
     """Sizes and expected memory of the flags after `--` on 8 ranks, of which this is the first."""
     from megatron_mdm.benchmarks.flops import ModelShape
     from megatron_mdm.benchmarks.memory import expected_bytes
+    from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.arguments import parse
     from megatron_mdm.mcore.model import model_config
-    from megatron_mdm.pretrain import prepare_environment
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     os.environ["WORLD_SIZE"] = "8"

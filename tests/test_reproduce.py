@@ -281,7 +281,7 @@ def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
 
 
 CHECKS = """
-from megatron_mdm.pretrain import prepare_environment
+from megatron_mdm.environment import prepare_environment
 prepare_environment("cpu")
 from megatron_mdm.mcore.device import training_device
 with training_device("cpu"):

@@ -6,8 +6,8 @@ import os
 import sys
 
 from megatron_mdm.checkpoint import add_hashes_argument
+from megatron_mdm.environment import check_megatron_version, prepare_environment
 from megatron_mdm.errors import UserError, escaped, run_tool
-from megatron_mdm.pretrain import check_megatron_version, prepare_environment
 
 DESCRIPTION = """\
 Convert checkpoints between Hugging Face safetensors and Megatron's torch_dist, both ways, without a

@@ -36,8 +36,8 @@ from megatron_mdm.decoder_flags import (
     add_decoder_arguments,
     add_token_arguments,
 )
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, run_tool
-from megatron_mdm.pretrain import prepare_environment
 
 # Flags that concern --data alone, and --tasks alone. Of these, some are the model's.
 OF_DATA = ("rows", "bins", "per_document", "format", "json_key")

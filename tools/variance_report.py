@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.data.outputs import check_picture, termination_raises, write_json
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, run_tool
-from megatron_mdm.pretrain import prepare_environment
 
 if TYPE_CHECKING:
     from megatron_mdm.evaluation import Text

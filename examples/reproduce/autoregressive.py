@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from megatron_mdm.config import MDMConfig, requested_device
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, exit_rank_with
-from megatron_mdm.pretrain import prepare_environment
 
 
 def main() -> None:

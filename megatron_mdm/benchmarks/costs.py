@@ -30,8 +30,8 @@ from megatron_mdm.benchmarks.measuring import check_numbers, device_name
 from megatron_mdm.benchmarks.overhead import model_flags
 from megatron_mdm.benchmarks.race import write_data
 from megatron_mdm.data.outputs import write_json
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError
-from megatron_mdm.pretrain import prepare_environment
 
 DESCRIPTION = "what each part of the objective costs of a training step"
 QUICKSTART = {"layers": 4, "hidden": 128, "heads": 4, "rows": 32, "length": 128}

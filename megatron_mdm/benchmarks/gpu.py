@@ -58,8 +58,8 @@ from megatron_mdm.benchmarks.overhead import (
 from megatron_mdm.benchmarks.program import program
 from megatron_mdm.benchmarks.race import write_data
 from megatron_mdm.data.outputs import write_json
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError
-from megatron_mdm.pretrain import prepare_environment
 
 DESCRIPTION = "tokens/s and MFU on one GPU, BF16 and FP8, against Megatron's GPT objective"
 # Rows are those of a micro-batch; large models take several for a step of the optimizer.

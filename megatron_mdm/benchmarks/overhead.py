@@ -33,8 +33,8 @@ from megatron_mdm.benchmarks.measuring import (
 )
 from megatron_mdm.benchmarks.race import MASK, write_data
 from megatron_mdm.data.outputs import write_json
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError
-from megatron_mdm.pretrain import prepare_environment
 
 DESCRIPTION = "tokens/s and memory of a training step against Megatron's GPT objective"
 SIDES = ("gpt", "full_head", "masked_head", "causal")

@@ -19,8 +19,8 @@ from megatron_mdm.config import flag
 from megatron_mdm.data.identity import quick_digest
 from megatron_mdm.data.outputs import write_errors, write_json
 from megatron_mdm.data.record import file_digest, made_from
+from megatron_mdm.environment import ALONE
 from megatron_mdm.errors import UserError
-from megatron_mdm.pretrain import ALONE
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
 # Flags that name directories to read.

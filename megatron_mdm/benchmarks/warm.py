@@ -1,6 +1,6 @@
 """What the fork server of runs.py imports, once for all runs on the CPU: as the program does."""
 
-from megatron_mdm.pretrain import prepare_environment
+from megatron_mdm.environment import prepare_environment
 
 prepare_environment("cpu")
 

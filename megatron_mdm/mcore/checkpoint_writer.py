@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from megatron_mdm.config import requested_device
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.interruption import end_with_parent
-from megatron_mdm.pretrain import prepare_environment
 
 
 def write_checkpoints(rank: int, *queues_and_settings: Any) -> None:

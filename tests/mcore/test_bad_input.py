@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_mdm import errors, pretrain
 from megatron_mdm.config import flag
+from megatron_mdm.environment import ALONE, STARTED_TOGETHER, check_megatron_version, join_ranks
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore import arguments, data_files
 from tests import ranks
@@ -397,24 +399,24 @@ def test_fp4_without_transformer_engine(monkeypatch):
 
 @pytest.mark.parametrize("installed", ["0.18.0", "0.19.1", "0.20.0", "1.0"])
 def test_other_versions_of_megatron(installed, monkeypatch):
-    monkeypatch.setattr(pretrain, "version", lambda name: installed)
+    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
     with pytest.raises(UserError, match=f"^megatron-core {installed} is not supported: pip"):
-        pretrain.check_megatron_version()
+        check_megatron_version()
 
 
 @pytest.mark.parametrize("installed", ["0.19.2", "0.19.2+cu13", "0.19.10", "0.19.3rc1"])
 def test_supported_versions_of_megatron(installed, monkeypatch):
-    monkeypatch.setattr(pretrain, "version", lambda name: installed)
-    pretrain.check_megatron_version()
+    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
+    check_megatron_version()
 
 
 def test_no_megatron(monkeypatch):
     def version(name):
-        raise pretrain.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(pretrain, "version", version)
+    monkeypatch.setattr("megatron_mdm.environment.version", version)
     with pytest.raises(UserError, match="^megatron-core is not installed: pip install"):
-        pretrain.check_megatron_version()
+        check_megatron_version()
 
 
 def run_main(monkeypatch, *argv):
@@ -454,30 +456,30 @@ def test_one_of_several_ranks_that_no_torchrun_started(environment, message, mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        pretrain.join_ranks()
+        join_ranks()
 
 
 def test_a_process_that_nobody_launched_is_a_run_of_one_rank(monkeypatch):
     clear_launcher(monkeypatch)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    pretrain.join_ranks()
-    assert {name: os.environ[name] for name in pretrain.ALONE} == pretrain.ALONE
+    join_ranks()
+    assert {name: os.environ[name] for name in ALONE} == ALONE
     # torchrun under srun, one a node
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("WORLD_SIZE", "16")
-    pretrain.join_ranks()
+    join_ranks()
     assert os.environ["WORLD_SIZE"] == "16"
 
 
 def clear_launcher(monkeypatch):
-    for name in (*pretrain.ALONE, *pretrain.STARTED_TOGETHER):
+    for name in (*ALONE, *STARTED_TOGETHER):
         monkeypatch.setenv(name, "")  # so that what is set later is undone
         monkeypatch.delenv(name)
 
 
 def test_the_program_trains_without_torchrun(tmp_path):
     """Worth a start of its own: all others set what torchrun sets."""
-    names = (*pretrain.ALONE, *pretrain.STARTED_TOGETHER)
+    names = (*ALONE, *STARTED_TOGETHER)
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     command = [sys.executable, "-m", "megatron_mdm.pretrain", *COMMON, "--mock-data"]
