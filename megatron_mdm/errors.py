@@ -47,8 +47,8 @@ def exit_with(error: UserError) -> NoReturn:
 def exit_rank_with(error: UserError) -> NoReturn:
     """Ends one rank of a training run with the one line of `error` and status 2.
 
-    Before the ranks are connected most mistakes are found by all of them, and the first of each
-    node prints them; likewise a `SharedError` later on. Another rank prints a mistake that the
+    Before the ranks are connected, all of them find most mistakes, and the first rank of each node
+    prints them. It prints a `SharedError` too, at any time. Another rank prints a mistake that the
     first one has not found. The line then names this rank, as it does for every other mistake.
     """
     state = sys.modules.get("megatron.core.parallel_state")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED = os.EX_TEMPFAIL  # 75: what the same command, given again, goes on with
+INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command goes on from there
 
 
 class Interruption:

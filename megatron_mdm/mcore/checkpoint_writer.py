@@ -1,4 +1,4 @@
-"""What the process runs that writes a rank's checkpoints in the background.
+"""The program of the process that writes the checkpoints of a rank in the background.
 
 Imports Megatron only once the environment is prepared for it.
 """
