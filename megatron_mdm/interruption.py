@@ -27,6 +27,10 @@ class Interruption:
     Before `has_begun` they end the process at once, by `SystemExit`. From then on somebody has to
     look at `is_requested`. After `end`, when the process is about to exit, they do nothing. A
     torchrun that is gone asks to stop as well, since nothing else would stop its ranks.
+
+    A SIGTERM ends the process at once when a rank has gone: the others, which torchrun stops then,
+    can save nothing. They may wait for it in C, where no handler of Python's runs, so a thread
+    looks as well.
     """
 
     def __init__(self) -> None:
@@ -38,9 +42,14 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self.listen(*SIGNALS)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        os.close(signal.set_wakeup_fd(-1))
         if not self._has_ended:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -73,14 +82,23 @@ class Interruption:
         if self._has_ended or is_loader_worker:
             return
         name = signal.Signals(number).name
-        if number == signal.SIGTERM and self._a_rank_has_gone():
-            die_of(number)
+        self._end_if_a_rank_has_gone(number)
         is_first, self._received = not self._received, True
         if not self.has_begun:
             print(f"{name}: the run ends, nothing was trained yet", file=sys.stderr, flush=True)
             raise SystemExit(INTERRUPTED)
         if is_first:
             self._say(name)
+
+    def _watch(self, reader: int) -> None:
+        """Reads the signals that have come, a byte each, also those of forked loader workers."""
+        with open(reader, "rb", buffering=0) as pipe:
+            while received := pipe.read(1):
+                self._end_if_a_rank_has_gone(received[0])
+
+    def _end_if_a_rank_has_gone(self, number: int) -> None:
+        if number == signal.SIGTERM and not self._has_ended and self._a_rank_has_gone():
+            os._exit(128 + number)  # a thread cannot give the signal its default action back
 
     def _a_rank_has_gone(self) -> bool:
         """Whether torchrun is stopping what a failed rank has left: nothing can be saved then."""

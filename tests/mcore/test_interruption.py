@@ -98,6 +98,32 @@ with Interruption() as interruption:
     assert (run.returncode, run.stdout, run.stderr) == (INTERRUPTED, "late", "")
 
 
+def test_a_rank_that_waits_in_c_for_one_that_has_gone():
+    """As in a collective: torchrun's SIGTERM ends it, though no handler of Python's runs."""
+    program = """
+import ctypes
+from megatron_mdm.interruption import Interruption
+
+with Interruption() as interruption:
+    interruption.has_begun = True
+    mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)
+"""
+    torchrun = {"TORCHELASTIC_RUN_ID": "run", "LOCAL_WORLD_SIZE": "1000"}  # most of them gone
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, **torchrun}, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+
+
 def test_what_a_rank_shares_with_the_writer_is_copied():
     """It goes on to train while the writer writes."""
     shared = torch.ones(3)
