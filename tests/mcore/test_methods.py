@@ -373,7 +373,7 @@ def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
         args = Namespace(**asdict(config), load="somewhere", finetune=False)
         args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
         args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
-        args.weight_decay_incr_style = "constant"
+        args.weight_decay_incr_style, args.skip_train = "constant", False
         saved = {
             **vars(args),
             "mdm_ppots_file": "gone.json",
