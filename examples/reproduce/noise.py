@@ -112,6 +112,7 @@ def training_batches(
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
     args.seed += 1  # not the masks that the checkpoint was trained on
+    args.eval_interval = 1  # a run has one; nothing is validated here
     for name, value in settings.items():
         setattr(args, name, value)
     args = resolve(args)
