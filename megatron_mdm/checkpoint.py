@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_mdm.environment import prepare_environment
 
 if TYPE_CHECKING:
-    from megatron_mdm.mcore.inference import LoadedModel
-
-# Where a converted checkpoint keeps config.json and the tokenizer.
-HUB_FILES = "huggingface"
-# Directory in which transformers keeps a tokenizer's chat templates other than the default.
-CHAT_TEMPLATES = "additional_chat_templates"
+    from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = True) -> None:
@@ -103,7 +98,7 @@ def open_checkpoint(
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(sys.stderr):
             from megatron_mdm.mcore.device import training_device
-            from megatron_mdm.mcore.inference import loaded_model
+            from megatron_mdm.mcore.inference.loaded_model import loaded_model
 
             stack.enter_context(training_device(device))
             loaded = stack.enter_context(

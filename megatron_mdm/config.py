@@ -6,8 +6,8 @@ help, which is why annotations here must stay real types (no `from __future__ im
 
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from megatron_mdm.errors import UserError
 
@@ -22,167 +22,167 @@ MOST_WINDOW = 2**24
 class MDMConfig:
     """The masked-diffusion objective (arXiv 2511.18159 and LLaDA, arXiv 2502.09992)."""
 
-    mdm_device: Literal["cuda", "cpu"] = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     """Device to train on. `cpu` runs the same program over gloo, without a GPU."""
 
-    mdm_recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
+    recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
     """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
     MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best, of
     the unbiased ones, at equal compute: P-POTS on the gradient, lattice quantiles and exact-count
     masks. Flags given by hand win."""
 
-    mdm_mask_token_id: int | None = None
+    mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
 
-    mdm_vocab_size: int | None = None
+    vocab_size: int | None = None
     """Rows of the vocabulary that are tokens. Later ones are padding, and take no part in the
     softmax. Default: those of the checkpoint, or else of the tokenizer and the mask token."""
 
-    mdm_rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
+    rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `clipped` draws from
     --mdm-clip without a weight, which changes the objective; `ppots` is the paper's P-POTS, read
     from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval), or both."""
 
-    mdm_clip: list[float] | None = None
+    clip: list[float] | None = None
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
 
-    mdm_ppots_file: str | None = None
+    ppots_file: str | None = None
     """A density of t made by tools/fit_ppots.py (arXiv 2511.18159); with
     --mdm-ppots-refit-interval the one to start from."""
 
-    mdm_ppots_refit_interval: int = 0
+    ppots_refit_interval: int = 0
     """Iterations between fits of the density of t to the rows of the run itself; 0: never."""
 
-    mdm_ppots_target: Literal["loss", "gradient"] = "loss"
+    ppots_target: Literal["loss", "gradient"] = "loss"
     """What such a fit measures of a row: its `loss`, the paper's, or the norm of the `gradient` of
     its loss at the final hidden states, which is closer to what disturbs training."""
 
-    mdm_ppots_bins: int = 30
+    ppots_bins: int = 30
     """Equal bins of t in which the run measures its rows for P-POTS. With fewer than 7 the paper's
     family, which has as many parameters, is left out of the choice; with fewer than 5 only the
     measured values themselves are left."""
 
-    mdm_ppots_uniform_share: float = 0.1
+    ppots_uniform_share: float = 0.1
     """Share of the uniform in a density that the run fits, in (0, 1]; one over it bounds the
     importance weight."""
 
-    mdm_ppots_decay: float = 0.5
+    ppots_decay: float = 0.5
     """What older measurements count for after each fit, in [0, 1]."""
 
-    mdm_row_order: Literal["epoch", "run"] | None = None
+    row_order: Literal["epoch", "run"] | None = None
     """Order of the rows of text. `epoch`: every epoch passes over all of them in an order of its
     own, whatever the length of the run. `run`: Megatron's, which shuffles the epochs of a run
     together, so that another length reorders all rows. Default: `epoch`; a run that resumes keeps
     its order."""
 
-    mdm_quantiles: Literal["iid", "strata", "lattice"] = "lattice"
+    quantiles: Literal["iid", "strata", "lattice"] = "lattice"
     """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
     over windows of --mdm-strata-window rows; `lattice`, a golden-ratio sequence on the row number,
     which stratifies every contiguous window of rows."""
 
-    mdm_rate_per: Literal["row", "document"] = "row"
+    rate_per: Literal["row", "document"] = "row"
     """What draws a masking rate and counts as one under --mdm-normalization rows: a `row`, or each
     `document` of a packed row, which is then masked, weighted and measured as it would be alone."""
 
-    mdm_strata: int | None = None
+    strata: int | None = None
     """Number of strata in a window. Default: the square root of the window, as the paper's."""
 
-    mdm_strata_window: int | None = None
+    strata_window: int | None = None
     """Rows over which `strata` stratifies. Default: the global batch size."""
 
-    mdm_mask: Literal["bernoulli", "exact-count"] = "bernoulli"
+    mask: Literal["bernoulli", "exact-count"] = "bernoulli"
     """`bernoulli`: every eligible token is masked with probability p(t) = (1 - eps) t + eps and
     weighted by 1/p(t). `exact-count`: k = ceil(t L) of the L eligible tokens are masked, weighted
     by L/k; the same objective in the limit eps -> 0, without the noise of the count."""
 
-    mdm_views: int = 1
+    views: int = 1
     """Rows made of each text, with the same t and different masks; must divide the micro-batch
     size. 2 is MIRROR of the paper, uniforms u and 1 - u; K turns them: frac(u + j/K). Compare at
     equal rows: K views see a K-th of the texts."""
 
-    mdm_isad_token_ids: list[int] | None = None
+    isad_token_ids: list[int] | None = None
     """Tokens that ISAD of the paper masks more often. Bernoulli masks only."""
 
-    mdm_isad_delta: float = 0.1
+    isad_delta: float = 0.1
     """What ISAD adds to the masking probability of its tokens, in [0, 1]."""
 
-    mdm_isad_weight: Literal["inclusion", "exact"] = "inclusion"
+    isad_weight: Literal["inclusion", "exact"] = "inclusion"
     """`inclusion` weighs each token by one over its own masking probability, which shifts what the
     others are predicted from; `exact` weighs the row by the likelihood ratio of its mask, which is
     unbiased, and heavy-tailed when many tokens are chosen; it raises p to (1 + p)/2 at most."""
 
-    mdm_eps: float = 1e-3
+    eps: float = 1e-3
     """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks. Exact
     counts do not use it: they mask one token or more."""
 
-    mdm_normalization: Literal["tokens", "rows"] = "tokens"
+    normalization: Literal["tokens", "rows"] = "tokens"
     """`tokens`: sum of weighted losses over the global batch / its eligible tokens (pretraining).
     `rows`: mean over rows of the loss per eligible token of the row (LLaDA's fine-tuning)."""
 
-    mdm_head: Literal["masked", "full"] = "masked"
+    head: Literal["masked", "full"] = "masked"
     """Where logits and cross entropies are computed: at `masked` positions only, the others being
     no part of the loss, or at all. Both give the same loss and gradients."""
 
-    mdm_eod_eligible: bool = True
+    eod_eligible: bool = True
     """Leave end-of-document tokens out of masking and of the loss."""
 
-    mdm_eod_attended: bool = True
+    eod_attended: bool = True
     """Hide end-of-document tokens from the attention of all positions."""
 
-    mdm_pad_eligible: bool = False
+    pad_eligible: bool = False
     """Let padding take part in masking and in the loss (LLaDA's fine-tuning pads with EOS so)."""
 
-    mdm_pad_attended: bool = True
+    pad_attended: bool = True
     """Hide padding from the attention of all positions. Visible by default, as in LLaDA."""
 
-    mdm_isolate_documents: bool = False
+    isolate_documents: bool = False
     """Attention stays inside each document of a packed row, and positions start over with it."""
 
-    mdm_random_length_fraction: float = 0.0
+    random_length_fraction: float = 0.0
     """Fraction of the rows that end early, after a length uniform over 1 to --seq-length (LLaDA:
     0.01), in [0, 1]. What follows is neither attended to nor predicted."""
 
-    mdm_sft: bool = False
+    sft: bool = False
     """Supervised fine-tuning: rows are pairs of a prompt, which stays visible, and a response, made
     by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible. With
     --mdm-isolate-documents a row holds as many pairs as fit, none of which sees another."""
 
-    mdm_pad_response_to_multiple_of: int = 1
+    pad_response_to_multiple_of: int = 1
     """For the packed pairs of --mdm-sft and --mdm-isolate-documents: every response ends with as
     many end-of-document tokens as make its length a multiple of this, all of them eligible. What
     is visible then tells the length up to the multiple only, so that the model learns to end a text
     before its positions end."""
 
-    mdm_syrm_token_ids: list[int] | None = None
+    syrm_token_ids: list[int] | None = None
     """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
     objective."""
 
-    mdm_syrm_fraction: float = 0.0
+    syrm_fraction: float = 0.0
     """Fraction of the prompt's other tokens that SyRM masks too, in [0, 1]."""
 
-    mdm_shift: bool = False
+    shift: bool = False
     """The logits of a position predict the token after it, as in Dream and in models that were
     trained autoregressively. The first token of a row is then never masked."""
 
-    mdm_anneal_attention_iters: int = 0
+    anneal_attention_iters: int = 0
     """Iterations in which attention goes from causal to bidirectional, for a model that was trained
     autoregressively; 0: bidirectional from the start. Evaluations are always bidirectional."""
 
-    mdm_rate_bins: int = 10
+    rate_bins: int = 10
     """Number of equal bins of t in which the logs show the loss."""
 
-    mdm_ema_decay: float = 0.9
+    ema_decay: float = 0.9
     """What the moving average of the loss per rate keeps at each log line, in [0, 1]; it is the
     control variate of the `controlled loss` in the logs (EMA of the paper). It cannot change
     training."""
 
-    mdm_allow_flag_change: bool = False
+    allow_flag_change: bool = False
     """Resume although objective flags differ from the checkpoint's."""
 
-    mdm_checkpoint_hashes: bool = True
+    checkpoint_hashes: bool = True
     """Neither write nor check the SHA-256 of a checkpoint's files (its integrity.json)."""
 
-    mdm_overwrite_save: bool = False
+    overwrite_save: bool = False
     """Start where --load, --ckpt-step and --finetune say, although --save holds checkpoints of
     another run, or later ones. The run saves over them."""
 
@@ -192,136 +192,135 @@ class MDMConfig:
         Raises:
             UserError: a value is out of range; the message names the flag.
         """
-        _choice(self, "mdm_device", "mdm_rate_sampler", "mdm_quantiles", "mdm_mask")
-        _choice(self, "mdm_normalization", "mdm_isad_weight", "mdm_ppots_target", "mdm_head")
-        _choice(self, "mdm_rate_per")
-        if self.mdm_row_order is not None:
-            _choice(self, "mdm_row_order")
-        if not 0.0 < self.mdm_eps < 1.0:
-            raise UserError(f"--mdm-eps must lie in (0, 1), got {self.mdm_eps}")
-        if not 1 <= self.mdm_rate_bins <= MOST_RATE_BINS:
+        _choice(self, "device", "rate_sampler", "quantiles", "mask")
+        _choice(self, "normalization", "isad_weight", "ppots_target", "head")
+        _choice(self, "rate_per")
+        if self.row_order is not None:
+            _choice(self, "row_order")
+        if not 0.0 < self.eps < 1.0:
+            raise UserError(f"--mdm-eps must lie in (0, 1), got {self.eps}")
+        if not 1 <= self.rate_bins <= MOST_RATE_BINS:
             raise UserError(
-                f"--mdm-rate-bins must lie in 1..{MOST_RATE_BINS}, got {self.mdm_rate_bins}"
+                f"--mdm-rate-bins must lie in 1..{MOST_RATE_BINS}, got {self.rate_bins}"
             )
-        if self.mdm_mask_token_id is not None and self.mdm_mask_token_id < 0:
-            raise UserError(
-                f"--mdm-mask-token-id must not be negative, got {self.mdm_mask_token_id}"
-            )
-        if self.mdm_vocab_size is not None and self.mdm_vocab_size < 1:
-            raise UserError(f"--mdm-vocab-size must be at least 1, got {self.mdm_vocab_size}")
+        if self.mask_token_id is not None and self.mask_token_id < 0:
+            raise UserError(f"--mdm-mask-token-id must not be negative, got {self.mask_token_id}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise UserError(f"--mdm-vocab-size must be at least 1, got {self.vocab_size}")
         self._check_sampler()
-        if self.mdm_views < 1:
-            raise UserError(f"--mdm-views must be at least 1, got {self.mdm_views}")
-        if not self.mdm_isad_token_ids:
-            self._refuse_idle("--mdm-isad-token-ids", "mdm_isad_delta", "mdm_isad_weight")
-        if not 0.0 <= self.mdm_isad_delta <= 1.0:
-            raise UserError(f"--mdm-isad-delta must lie in [0, 1], got {self.mdm_isad_delta}")
-        if self.mdm_isad_token_ids and self.mdm_mask != "bernoulli":
+        if self.views < 1:
+            raise UserError(f"--mdm-views must be at least 1, got {self.views}")
+        if not self.isad_token_ids:
+            self._refuse_idle("--mdm-isad-token-ids", "isad_delta", "isad_weight")
+        if not 0.0 <= self.isad_delta <= 1.0:
+            raise UserError(f"--mdm-isad-delta must lie in [0, 1], got {self.isad_delta}")
+        if self.isad_token_ids and self.mask != "bernoulli":
             raise UserError("--mdm-isad-token-ids needs --mdm-mask bernoulli")
-        if not 0.0 <= self.mdm_syrm_fraction <= 1.0:
-            raise UserError(f"--mdm-syrm-fraction must lie in [0, 1], got {self.mdm_syrm_fraction}")
-        for name in ("mdm_syrm_token_ids", "mdm_syrm_fraction"):
-            if getattr(self, name) and not self.mdm_sft:
-                raise UserError(f"{flag(name)} needs --mdm-sft: only these rows have prompts")
-        if not 0.0 <= self.mdm_random_length_fraction <= 1.0:
+        if not 0.0 <= self.syrm_fraction <= 1.0:
+            raise UserError(f"--mdm-syrm-fraction must lie in [0, 1], got {self.syrm_fraction}")
+        for name in ("syrm_token_ids", "syrm_fraction"):
+            if getattr(self, name) and not self.sft:
+                raise UserError(f"{flag_of(name)} needs --mdm-sft: only these rows have prompts")
+        if not 0.0 <= self.random_length_fraction <= 1.0:
             raise UserError(
                 "--mdm-random-length-fraction must lie in [0, 1], got "
-                f"{self.mdm_random_length_fraction}"
+                f"{self.random_length_fraction}"
             )
-        for name in ("mdm_random_length_fraction", "mdm_anneal_attention_iters"):
-            if getattr(self, name) and self.mdm_sft:
-                raise UserError(f"{flag(name)} does not go with --mdm-sft: leave one of them out")
-        if self.mdm_sft and self.mdm_rate_per == "document" and not self.mdm_isolate_documents:
+        for name in ("random_length_fraction", "anneal_attention_iters"):
+            if getattr(self, name) and self.sft:
+                raise UserError(
+                    f"{flag_of(name)} does not go with --mdm-sft: leave one of them out"
+                )
+        if self.sft and self.rate_per == "document" and not self.isolate_documents:
             raise UserError(
                 "--mdm-rate-per document with --mdm-sft needs --mdm-isolate-documents, which packs "
                 "several pairs into a row: it holds one otherwise"
             )
-        if self.mdm_sft and self.mdm_isolate_documents and self.mdm_pad_eligible:
+        if self.sft and self.isolate_documents and self.pad_eligible:
             raise UserError(
                 "--mdm-pad-eligible does not go with the packed pairs of --mdm-sft and "
                 "--mdm-isolate-documents, which have no padding of their own: use "
                 "--mdm-pad-response-to-multiple-of"
             )
         self._check_response_multiple()
-        if self.mdm_anneal_attention_iters < 0:
+        if self.anneal_attention_iters < 0:
             raise UserError(
-                "--mdm-anneal-attention-iters must not be negative: "
-                f"{self.mdm_anneal_attention_iters}"
+                f"--mdm-anneal-attention-iters must not be negative: {self.anneal_attention_iters}"
             )
-        if not 0.0 <= self.mdm_ema_decay <= 1.0:
-            raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.mdm_ema_decay}")
-        if self.mdm_quantiles != "strata" and (self.mdm_strata or self.mdm_strata_window):
+        if not 0.0 <= self.ema_decay <= 1.0:
+            raise UserError(f"--mdm-ema-decay must lie in [0, 1]: {self.ema_decay}")
+        if self.quantiles != "strata" and (self.strata or self.strata_window):
             raise UserError(
                 "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata, "
-                f"got --mdm-quantiles {self.mdm_quantiles}"
+                f"got --mdm-quantiles {self.quantiles}"
             )
-        for name in ("mdm_strata", "mdm_strata_window"):
+        for name in ("strata", "strata_window"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST_WINDOW:
-                raise UserError(f"{flag(name)} must lie in 1..{MOST_WINDOW}, got {value}")
-        if self.mdm_strata and self.mdm_strata_window and self.mdm_strata > self.mdm_strata_window:
+                raise UserError(f"{flag_of(name)} must lie in 1..{MOST_WINDOW}, got {value}")
+        if self.strata and self.strata_window and self.strata > self.strata_window:
             raise UserError(
-                f"--mdm-strata {self.mdm_strata} exceeds the --mdm-strata-window of "
-                f"{self.mdm_strata_window} rows: use at most one stratum a row"
+                f"--mdm-strata {self.strata} exceeds the --mdm-strata-window of "
+                f"{self.strata_window} rows: use at most one stratum a row"
             )
 
     def _check_response_multiple(self) -> None:
-        name, multiple = "--mdm-pad-response-to-multiple-of", self.mdm_pad_response_to_multiple_of
+        name, multiple = "--mdm-pad-response-to-multiple-of", self.pad_response_to_multiple_of
         if multiple < 1:
             raise UserError(f"{name} must be at least 1, got {multiple}")
-        if multiple > 1 and not (self.mdm_sft and self.mdm_isolate_documents):
+        if multiple > 1 and not (self.sft and self.isolate_documents):
             raise UserError(
                 f"{name} needs the packed pairs of --mdm-sft and --mdm-isolate-documents; one pair "
                 "a row is filled up with its end by --mdm-pad-eligible"
             )
-        if multiple > 1 and not self.mdm_eod_eligible:
+        if multiple > 1 and not self.eod_eligible:
             raise UserError(
                 f"{name} pads with ends that are predicted: leave out --no-mdm-eod-eligible"
             )
 
     def _check_sampler(self) -> None:
         needs: dict[str, dict[str, object]] = {
-            "clipped": {"--mdm-clip": self.mdm_clip},
+            "clipped": {"--mdm-clip": self.clip},
             "ppots": {
-                "--mdm-ppots-file": self.mdm_ppots_file,
-                "--mdm-ppots-refit-interval": self.mdm_ppots_refit_interval,
+                "--mdm-ppots-file": self.ppots_file,
+                "--mdm-ppots-refit-interval": self.ppots_refit_interval,
             },
         }
-        if not self.mdm_ppots_refit_interval:
+        if not self.ppots_refit_interval:
             self._refuse_idle(
                 "--mdm-ppots-refit-interval",
-                *(f"mdm_ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
+                *(f"ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
             )
         for sampler, flags in needs.items():
             given = [name for name, value in flags.items() if value]
-            if given and self.mdm_rate_sampler != sampler:
+            if given and self.rate_sampler != sampler:
                 raise UserError(f"{given[0]} needs --mdm-rate-sampler {sampler}")
-            if not given and self.mdm_rate_sampler == sampler:
+            if not given and self.rate_sampler == sampler:
                 raise UserError(f"--mdm-rate-sampler {sampler} needs {' or '.join(flags)}")
-        if self.mdm_ppots_refit_interval < 0:
+        if self.ppots_refit_interval < 0:
             raise UserError(
-                f"--mdm-ppots-refit-interval must not be negative: {self.mdm_ppots_refit_interval}"
+                f"--mdm-ppots-refit-interval must not be negative: {self.ppots_refit_interval}"
             )
-        if not 1 <= self.mdm_ppots_bins <= MOST_PPOTS_BINS:
+        if not 1 <= self.ppots_bins <= MOST_PPOTS_BINS:
             raise UserError(
-                f"--mdm-ppots-bins must lie in 1..{MOST_PPOTS_BINS}, got {self.mdm_ppots_bins}"
+                f"--mdm-ppots-bins must lie in 1..{MOST_PPOTS_BINS}, got {self.ppots_bins}"
             )
-        if not 0.0 < self.mdm_ppots_uniform_share <= 1.0:
+        if not 0.0 < self.ppots_uniform_share <= 1.0:
             raise UserError(
-                f"--mdm-ppots-uniform-share must lie in (0, 1]: {self.mdm_ppots_uniform_share}"
+                f"--mdm-ppots-uniform-share must lie in (0, 1]: {self.ppots_uniform_share}"
             )
-        if not 0.0 <= self.mdm_ppots_decay <= 1.0:
-            raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.mdm_ppots_decay}")
-        if self.mdm_clip is not None:
-            if len(self.mdm_clip) != 2 or not 0 <= self.mdm_clip[0] < self.mdm_clip[1] <= 1:
-                ends = " ".join(map(str, self.mdm_clip))
+        if not 0.0 <= self.ppots_decay <= 1.0:
+            raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.ppots_decay}")
+        if self.clip is not None:
+            if len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1] <= 1:
+                ends = " ".join(map(str, self.clip))
                 raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
         """Refuses settings that do nothing without the flag `needed`, which is not given."""
         for name in names:
             if getattr(self, name) != getattr(MDMConfig, name):
-                raise UserError(f"{flag(name)} needs {needed}: it does nothing without")
+                raise UserError(f"{flag_of(name)} needs {needed}: it does nothing without")
 
     @classmethod
     def from_args(cls, args: Namespace) -> "MDMConfig":
@@ -329,26 +328,32 @@ class MDMConfig:
 
         Those of a checkpoint may be older than a flag, whose default then is how it was trained.
         """
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+        given = {field.name: destination(field.name) for field in fields(cls)}
+        return cls(
+            **{name: getattr(args, dest) for name, dest in given.items() if hasattr(args, dest)}
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """The values by their names among Megatron's arguments."""
+        return {destination(name): value for name, value in asdict(self).items()}
 
     def least_masked_fraction(self, seq_length: int) -> float:
         """Least mean fraction of a row that is masked: eps, or one token of an exact count."""
-        return 1.0 / seq_length if self.mdm_mask == "exact-count" else self.mdm_eps
+        return 1.0 / seq_length if self.mask == "exact-count" else self.eps
 
     @property
     def divides_rows(self) -> bool:
         """Whether attention stays inside parts of a row."""
-        return self.mdm_isolate_documents or self.mdm_random_length_fraction > 0.0
+        return self.isolate_documents or self.random_length_fraction > 0.0
 
     @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
         return (
-            self.mdm_eod_attended
-            and self.mdm_pad_attended
+            self.eod_attended
+            and self.pad_attended
             and not self.divides_rows
-            and not self.mdm_anneal_attention_iters
+            and not self.anneal_attention_iters
         )
 
 
@@ -359,7 +364,7 @@ def requested_device() -> str:
     """
     if _asks_for_help():
         return "cpu"
-    return str(_requested("--mdm-device", MDMConfig.mdm_device))
+    return str(_requested("--mdm-device", MDMConfig.device))
 
 
 def requested_save() -> str | None:
@@ -383,8 +388,23 @@ def _requested(name: str, default: str | None) -> str | None:
     return value
 
 
+def destination(name: str) -> str:
+    """The name of a field among Megatron's arguments, and in checkpoints: eps -> mdm_eps."""
+    return f"mdm_{name}"
+
+
+def destinations() -> list[str]:
+    """The names of all fields among Megatron's arguments."""
+    return [destination(field.name) for field in fields(MDMConfig)]
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field: eps -> --mdm-eps."""
+    return flag(destination(name))
+
+
 def flag(name: str) -> str:
-    """The command-line flag of a field: mdm_eps -> --mdm-eps."""
+    """The command-line flag of an argument of Megatron's or ours: mdm_eps -> --mdm-eps."""
     return "--" + name.replace("_", "-")
 
 
@@ -395,4 +415,4 @@ def _choice(config: MDMConfig, *names: str) -> None:
         choices = get_args(get_args(annotation)[0]) or get_args(annotation)
         value = getattr(config, name)
         if value not in choices:
-            raise UserError(f"{flag(name)} must be one of {', '.join(choices)}, got {value!r}")
+            raise UserError(f"{flag_of(name)} must be one of {', '.join(choices)}, got {value!r}")

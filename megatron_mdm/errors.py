@@ -1,5 +1,6 @@
 """Mistakes that a user can mend: one line that names the flag or file and says what to do."""
 
+import argparse
 import os
 import signal
 import sys
@@ -80,3 +81,15 @@ def run_tool(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def check_numbers(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Checks options of those names, where they are given.
+
+    Raises:
+        UserError: one is below `least`.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be at least {least}")

@@ -3,7 +3,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 
-from megatron_mdm.config import MDMConfig, flag
+from megatron_mdm.config import flag
 
 # Iterations between fits of P-POTS, when the run fits its own density. Early in training the second
 # moments move fast, and a fit costs about as much as a log line.
@@ -73,9 +73,9 @@ def _left_behind(settings: dict[str, object], sampler: object, is_fitted: bool) 
     return {name for name in settings if name.startswith(prefixes)}
 
 
-def expansion(args: Namespace | MDMConfig) -> str:
+def expansion(args: Namespace) -> str:
     """What the recipe of these arguments stands for, with the values in use, as flags."""
-    settings = RECIPES[args.mdm_recipe]  # type: ignore[index]
+    settings = RECIPES[args.mdm_recipe]
     left = _left_behind(settings, args.mdm_rate_sampler, args.mdm_ppots_refit_interval != 0)
     words = []
     for name, value in settings.items():

@@ -11,7 +11,9 @@ Ranks and tools that may use a GPU run as users do, with torch.compile, which is
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
 
 # What was said before; workers of pytest-xdist inherit what their parent has switched off.

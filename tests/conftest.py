@@ -4,6 +4,8 @@ import pytest
 
 # The fork server below inherits it: one thread a rank, since the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+from tests import ranks  # noqa: E402
+
 # Megatron's models write here how they attend, fixtures' too, and refuse what others wrote.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
@@ -15,3 +17,33 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prefix of an indexed dataset of about 20,000 tokens."""
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    ranks.write_documents(prefix, ranks.random_documents(600))
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Prefix of an indexed dataset of 120 prompts and responses."""
+    prefix = tmp_path_factory.mktemp("pairs") / "pairs"
+    ranks.write_pairs(prefix, ranks.random_pairs(120))
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, data):
+    """A checkpoint that all layouts start from: PP changes Megatron's initial weights by design."""
+    directory = tmp_path_factory.mktemp("base")
+    flags = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
+    ranks.launch(
+        directory,
+        1,
+        *flags,
+        *["--train-iters", "20", "--save", str(directory / "checkpoint"), "--save-interval", "20"],
+    )
+    return [*flags, "--load", str(directory / "checkpoint"), "--finetune"]

@@ -26,16 +26,18 @@ from torch.nn import functional
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import arguments as arguments_module
-from megatron_mdm.mcore import checkpoint_workers, sampler_state
-from megatron_mdm.mcore import forward_step as step
-from megatron_mdm.mcore import measure as measure_module
 from megatron_mdm.mcore import pretrain as program
-from megatron_mdm.mcore.checkpoint_files import TRACKER
+from megatron_mdm.mcore.checkpoint import workers as checkpoint_workers
+from megatron_mdm.mcore.checkpoint.files import TRACKER
 from megatron_mdm.mcore.device import training_device
-from megatron_mdm.objective.exact_sums import from_limbs
-from megatron_mdm.objective.pots import accumulate
+from megatron_mdm.mcore.flags import arguments as arguments_module
+from megatron_mdm.mcore.inference import measure as measure_module
+from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.mcore.training import online_sampler as sampler_state
+from megatron_mdm.objective.ppots.exact_sums import from_limbs
+from megatron_mdm.objective.ppots.moments import accumulate
 from megatron_mdm.pretrain import main
+from tests import ROOT
 
 
 def train() -> None:
@@ -149,7 +151,7 @@ def other_density() -> None:
     fit = sampler_state.fit
 
     def other_fit(*args, **settings):
-        settings["lam"] += 0.01 * int(os.environ["RANK"])
+        settings["uniform_share"] += 0.01 * int(os.environ["RANK"])
         return fit(*args, **settings)
 
     sampler_state.fit = other_fit
@@ -291,7 +293,7 @@ def tool() -> None:
     file, *sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     path = Path(os.environ["TRACE_DIR"], f"stdout{os.environ['RANK']}")
     with open(path, "w", encoding="utf-8") as stdout, contextlib.redirect_stdout(stdout):
-        runpy.run_path(str(Path(__file__).parent.parent / file), run_name="__main__")
+        runpy.run_path(str(ROOT / file), run_name="__main__")
 
 
 def logits() -> None:
@@ -393,7 +395,7 @@ def asynchronous_save() -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_mdm.mcore.saving import safe_checkpoints
+    from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
 
     directory, seen = Path(os.environ["TRACE_DIR"]), []
     checkpoint = directory / "checkpoint"
@@ -416,13 +418,13 @@ def asynchronous_save() -> None:
 
 def autoregressive() -> None:
     """The autoregressive program of the reproduction, as a user starts it."""
-    path = Path(__file__).parent.parent / "examples/reproduce/autoregressive.py"
+    path = ROOT / "examples/reproduce/autoregressive.py"
     runpy.run_path(str(path), run_name="__main__")
 
 
 def noise_batches() -> None:
     """Batches on which the reproduction measures gradients, numbered as the run's own."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples/reproduce"))
+    sys.path.insert(0, str(ROOT / "examples/reproduce"))
     from noise import training_batches
 
     load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
@@ -440,12 +442,12 @@ def noise_batches() -> None:
 
 
 def causal() -> None:
-    """What a checkpoint gives under a causal mask, for tests/mcore/test_causal.py."""
+    """What a checkpoint gives under a causal mask, for tests/mcore/model/test_causal.py."""
     (load,) = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
-        from megatron_mdm.evaluation import Text
-        from megatron_mdm.mcore.causal import causal_attention
-        from megatron_mdm.mcore.measure import ParallelSketch, causal_step
+        from megatron_mdm.evaluation.nelbo import ScoredRow
+        from megatron_mdm.mcore.inference.measure import ParallelSketch, causal_step
+        from megatron_mdm.mcore.model.causal import causal_attention
 
         tokens = torch.randint(0, 119, (3, 32), generator=torch.Generator().manual_seed(0))
         other = tokens.clone()
@@ -454,7 +456,7 @@ def causal() -> None:
             seen, unseen = loaded.logits(tokens), loaded.logits(other)
         parameters = list(loaded.model.parameters())
         step = causal_step(loaded, ParallelSketch(parameters, None))
-        steps = [step(Text(row, torch.ones_like(row, dtype=torch.bool))) for row in tokens]
+        steps = [step(ScoredRow(row, torch.ones_like(row, dtype=torch.bool))) for row in tokens]
         loss, gradient = (sum(x) / 3 for x in zip(*steps, strict=True))
         # Each token from its own prefix, where there is nothing later to be seen.
         with causal_attention(loaded.model):
@@ -481,35 +483,41 @@ def causal() -> None:
 
 
 def measured_texts() -> None:
-    """What tools measure a checkpoint on, for tests/mcore/test_texts.py."""
+    """What tools measure a checkpoint on, for tests/mcore/inference/test_eval_data.py."""
     load, text, pairs = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
-        from megatron_mdm.mcore.inference import other_weights
-        from megatron_mdm.mcore.texts import pair_rows, read_tokens, rows_of
+        from megatron_mdm.mcore.inference.eval_data import (
+            read_tokens,
+            rows_from_documents,
+            rows_from_pairs,
+        )
+        from megatron_mdm.mcore.inference.loaded_model import load_other_weights
 
-        rows = rows_of(loaded, read_tokens(loaded, text, "text", 8 * 32, seed=0), packed=True)[:8]
+        rows = rows_from_documents(
+            loaded, read_tokens(loaded, text, "text", 8 * 32, seed=0), packed=True
+        )[:8]
         found = {"evaluated": _evaluated(loaded, rows), "validated": _validated(loaded, rows)}
         one = [dataclasses.replace(row, documents=None) for row in rows]
         found["not divided"] = _evaluated(loaded, one)
-        twin = other_weights(loaded, load)
+        twin = load_other_weights(loaded, load)
         assert twin.model is not loaded.model and loaded.args.load == load
         found["logits"] = [x.logits(rows[0].tokens[None]) for x in (loaded, twin)]
         loaded.args.swiglu = False
         try:
-            other_weights(loaded, load)
+            load_other_weights(loaded, load)
         except UserError as error:
             found["refused"] = str(error)
         for name in ("mdm_isolate_documents", "mdm_eod_attended"):
             setattr(loaded.args, name, name == "mdm_eod_attended")
-        found["pairs"] = pair_rows(loaded, pairs, 200)
+        found["pairs"] = rows_from_pairs(loaded, pairs, 200)
         loaded.args.mdm_isolate_documents = True
-        found["packed pairs"] = pair_rows(loaded, pairs, 200)
+        found["packed pairs"] = rows_from_pairs(loaded, pairs, 200)
         torch.save(found, f"{os.environ['TRACE_DIR']}/texts.pt")
 
 
 def _evaluated(loaded, rows) -> torch.Tensor:
     """Nats of rows of 32 tokens, four draws each."""
-    from megatron_mdm.evaluation import draw
+    from megatron_mdm.evaluation.nelbo import draw
 
     drawn = draw(loaded.logits, rows, 127, 2, 2, 0, np.arange(len(rows)), batch_size=3)
     return torch.from_numpy(drawn.nats.reshape(-1))
@@ -517,8 +525,8 @@ def _evaluated(loaded, rows) -> torch.Tensor:
 
 def _validated(loaded, rows) -> torch.Tensor:
     """The same rows with the same masks, as the run's own validation scores them."""
-    from megatron_mdm.evaluation import lattice_quantiles
-    from megatron_mdm.mcore.forward_step import forward_step
+    from megatron_mdm.evaluation.nelbo import lattice_quantiles
+    from megatron_mdm.mcore.training.forward_step import forward_step
     from megatron_mdm.objective.randomness import Split, row_uniforms
 
     loaded.args.eval_micro_batch_size = 1
@@ -538,7 +546,7 @@ def _validated(loaded, rows) -> torch.Tensor:
 
 def _response_losses(loaded) -> float:
     """Mean over the last 12 of `ranks.random_pairs(120)` of the loss of the response's tokens."""
-    from megatron_mdm.mcore.causal import causal_attention
+    from megatron_mdm.mcore.model.causal import causal_attention
     from tests import ranks
 
     losses = []
@@ -555,7 +563,7 @@ def _response_losses(loaded) -> float:
 
 def readme_script() -> None:
     """The script of README's section on own scripts, word for word, on the CPU."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     with training_device("cpu"):
         exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
@@ -578,8 +586,8 @@ def transformer_engine_spec() -> None:
     from megatron.training.models.gpt import GPTModelConfig
 
     from megatron_mdm.config import MDMConfig
-    from megatron_mdm.mcore.attention import bidirectional_spec, leave_out_state_of_norms
-    from megatron_mdm.mcore.model import accumulate_in_place
+    from megatron_mdm.mcore.model.builder import accumulate_in_place
+    from megatron_mdm.mcore.model.layer_specs import bidirectional_spec, drop_norm_extra_state
 
     with training_device("cpu"):
         torch.distributed.init_process_group("gloo")
@@ -604,7 +612,7 @@ def transformer_engine_spec() -> None:
             config = dataclasses.replace(transformer, **changes)
             spec = bidirectional_spec(GPTModelConfig(transformer=config, vocab_size=128), mdm, None)
             model = GPTModel(config, spec, 128, 64, position_embedding_type="rope")
-            leave_out_state_of_norms(model)
+            drop_norm_extra_state(model)
             return model
 
         def keys(model):
@@ -612,7 +620,7 @@ def transformer_engine_spec() -> None:
             names = {getattr(v, "key", k) for k, v in state.items() if v is not None}
             return {name for name in names if not name.endswith("_extra_state")}  # FP8 scales
 
-        everywhere, hidden = MDMConfig(), MDMConfig(mdm_pad_attended=False)
+        everywhere, hidden = MDMConfig(), MDMConfig(pad_attended=False)
         local = build(everywhere, transformer_impl="local")
         te = build(everywhere, transformer_impl="transformer_engine")
         accumulate_in_place(te)
@@ -642,9 +650,7 @@ def transformer_engine_spec() -> None:
                 for layer in model.decoder.layers:
                     assert layer.self_attention.attn_mask_type == mask_type
                     assert "TE" in type(layer.self_attention.core_attention).__name__
-        isolated = build(
-            MDMConfig(mdm_isolate_documents=True), transformer_impl="transformer_engine"
-        )
+        isolated = build(MDMConfig(isolate_documents=True), transformer_impl="transformer_engine")
         assert keys(isolated) == keys(te)
         _attention_in_documents(isolated.decoder.layers[0].self_attention.core_attention)
         Path(os.environ["TRACE_DIR"], "built").write_text("done")
@@ -655,8 +661,8 @@ def fp8_flags() -> None:
     """Parses flags as the program does, and makes Transformer Engine's recipe of them."""
     from megatron.core.fp8_utils import get_fp8_recipe
 
-    from megatron_mdm.mcore.arguments import parse
-    from megatron_mdm.mcore.model import model_config
+    from megatron_mdm.mcore.flags.arguments import parse
+    from megatron_mdm.mcore.model.builder import model_config
 
     with training_device("cpu"):
         config = model_config(parse()).transformer
@@ -683,7 +689,7 @@ def delayed_scaling() -> None:
     from transformer_engine.common.recipe import DelayedScaling
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    from megatron_mdm.mcore.fp8 import keep_scales_in_evaluation, leave_out_scales
+    from megatron_mdm.mcore.model.fp8 import ignore_fp8_state_on_load, keep_scales_in_evaluation
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -716,7 +722,7 @@ def delayed_scaling() -> None:
         state = trained.state_dict()
         assert state["layer._extra_state"].numel()
         model = Model()
-        leave_out_scales(model)
+        ignore_fp8_state_on_load(model)
         model.load_state_dict(state)
         return torch.equal(model.layer.weight, trained.layer.weight)
 
@@ -777,7 +783,7 @@ def checkpoint_logits() -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_mdm.environment import prepare_environment
-    from megatron_mdm.mcore.inference import loaded_model
+    from megatron_mdm.mcore.inference.loaded_model import loaded_model
 
     directory = Path(os.environ["TRACE_DIR"])
     checkpoint, tokens = torch.load(directory / "request.pt")
@@ -822,12 +828,12 @@ def conversion_memory() -> None:
 
 def benchmark_sides() -> None:
     """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
-    from megatron_mdm.benchmarks.causal import causal_datasets, causal_forward_step
-    from megatron_mdm.benchmarks.overhead import model_flags
-    from megatron_mdm.benchmarks.race import write_data
-    from megatron_mdm.benchmarks.training import training_session
+    from benchmarks.causal import causal_datasets, causal_forward_step
+    from benchmarks.overhead import model_flags
+    from benchmarks.race import write_data
+    from benchmarks.session import training_session
     from megatron_mdm.environment import prepare_environment
-    from megatron_mdm.mcore.causal import causal_attention
+    from megatron_mdm.mcore.model.causal import causal_attention
 
     directory = Path(os.environ["TRACE_DIR"])
     write_data(directory)
@@ -871,7 +877,8 @@ def _gather_for_attention() -> None:
 
     It stands in for Transformer Engine's, which needs a GPU.
     """
-    from megatron_mdm.mcore import arguments, model
+    from megatron_mdm.mcore.flags import arguments
+    from megatron_mdm.mcore.model import builder as model
 
     class GatheringAttention(torch.nn.Module):
         """Full attention; q, k, v [s / ranks, b, heads or groups, h]."""
@@ -920,7 +927,7 @@ class _Gathered(torch.autograd.Function):
 
 def benchmark_costs() -> None:
     """What tools/benchmark.py costs measures, of a tiny model."""
-    from megatron_mdm.benchmarks import costs
+    from benchmarks import costs
     from megatron_mdm.environment import prepare_environment
 
     directory = Path(os.environ["TRACE_DIR"])
@@ -969,11 +976,11 @@ def in_its_directory() -> None:
 
 def recipe() -> None:
     """Sizes and expected memory of the flags after `--` on 8 ranks, of which this is the first."""
-    from megatron_mdm.benchmarks.flops import ModelShape
-    from megatron_mdm.benchmarks.memory import expected_bytes
     from megatron_mdm.environment import prepare_environment
-    from megatron_mdm.mcore.arguments import parse
-    from megatron_mdm.mcore.model import model_config
+    from megatron_mdm.mcore.flags.arguments import parse
+    from megatron_mdm.mcore.model.builder import model_config
+    from megatron_mdm.sizing.flops import ModelShape
+    from megatron_mdm.sizing.memory import expected_bytes
 
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     os.environ["WORLD_SIZE"] = "8"
@@ -995,7 +1002,7 @@ def traffic() -> None:
     """
     from torch import distributed
 
-    from megatron_mdm.mcore.sampler_state import OnlineSampler
+    from megatron_mdm.mcore.training.online_sampler import OnlineSampler
 
     calls = []
     reduce = OnlineSampler.reduce

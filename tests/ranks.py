@@ -21,6 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
+from tests import ROOT
+
 TIMEOUT = 180  # seconds; a run here takes about 5
 # Characters of output that a failure shows: tracebacks of ranks go through Megatron and torchrun.
 RANK_TAIL, TOOL_TAIL = 8000, 4000
@@ -175,7 +177,7 @@ def tool(name: str, *flags: str) -> str:
     """What one of tools/ prints, started as users do, on one rank."""
     result = subprocess.run(
         [sys.executable, f"tools/{name}.py", *flags],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=users_environment(),
         capture_output=True,
         text=True,

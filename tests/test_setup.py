@@ -2,11 +2,11 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 # Stands in for the Python of .venv: notes what pip is asked for.
 PYTHON = """#!/bin/bash
 [ "$2" != pip ] || echo "${@:3}" >>"$(dirname "$0")/../../asked"

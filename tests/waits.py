@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore import forward_step as step
-from megatron_mdm.mcore import metrics, sampler_state
-from megatron_mdm.mcore.dataset import row_columns
+from megatron_mdm.mcore.data.row_dataset import row_columns
 from megatron_mdm.mcore.device import replaced
-from megatron_mdm.mcore.head import MaskedPositions
+from megatron_mdm.mcore.model.masked_head import MaskedPositions
+from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.mcore.training import metrics
+from megatron_mdm.mcore.training import online_sampler as sampler_state
 
 CUDA = torch.device("cuda", 0)
 # What is set beside the flags of the run, in one process: nothing of the model depends on it.

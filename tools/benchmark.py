@@ -1,15 +1,15 @@
-"""Command line of megatron_mdm.benchmarks: one subcommand per module."""
+"""Command line of tools/benchmarks: one subcommand per module."""
 
 import argparse
 
-from megatron_mdm.benchmarks import (
+from benchmarks import (
     baseline,
     costs,
-    data,
     fp8,
     gpu,
     head,
     overhead,
+    preprocessing,
     race,
     variance,
 )
@@ -19,7 +19,7 @@ from megatron_mdm.errors import run_tool
 BENCHMARKS = {
     "baseline": baseline,
     "costs": costs,
-    "data": data,
+    "data": preprocessing,
     "fp8": fp8,
     "gpu": gpu,
     "head": head,

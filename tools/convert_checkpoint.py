@@ -127,7 +127,7 @@ def main() -> None:
     from megatron_mdm.conversion.record import is_made_from, write_record
     from megatron_mdm.conversion.to_hugging_face import to_hugging_face
     from megatron_mdm.conversion.to_megatron import to_megatron
-    from megatron_mdm.data.outputs import remove_abandoned, termination_raises
+    from megatron_mdm.files import remove_abandoned, termination_raises
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     remove_abandoned(options.output)
@@ -180,7 +180,7 @@ def _source(options: argparse.Namespace) -> str:
 def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager:
     """Puts an output that is to be replaced aside."""
     from megatron_mdm.conversion.record import check_replaceable
-    from megatron_mdm.data.outputs import set_aside
+    from megatron_mdm.files import set_aside
 
     if not os.path.lexists(options.output):
         return contextlib.nullcontext()

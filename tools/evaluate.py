@@ -29,15 +29,15 @@ import sys
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import check_output, write_json
-from megatron_mdm.decoder_flags import (
+from megatron_mdm.environment import prepare_environment
+from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.files import check_output, write_json
+from megatron_mdm.generation.decoder_flags import (
     DECODER_FLAGS,
     TOKEN_FLAGS,
     add_decoder_arguments,
     add_token_arguments,
 )
-from megatron_mdm.environment import prepare_environment
-from megatron_mdm.errors import UserError, run_tool
 
 # Flags that concern --data alone, and --tasks alone. Of these, some are the model's.
 OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
@@ -196,14 +196,20 @@ def measure(options: argparse.Namespace) -> None:
         import torch
         from tqdm import tqdm
 
-        from megatron_mdm.evaluation import evaluate
-        from megatron_mdm.mcore.texts import POOL, read_tokens, rows_of, scored_per_byte, shuffled
+        from megatron_mdm.evaluation.nelbo import evaluate
+        from megatron_mdm.mcore.inference.eval_data import (
+            POOL,
+            read_tokens,
+            rows_from_documents,
+            scored_per_byte,
+            shuffled,
+        )
 
         enough = POOL * options.rows * loaded.args.seq_length
         documents = read_tokens(
             loaded, options.data, options.json_key, enough, options.seed, options.format
         )
-        every = rows_of(loaded, documents, not options.per_document)
+        every = rows_from_documents(loaded, documents, not options.per_document)
         rows = shuffled(every, options.seed)[: options.rows]
         masks, first = len(rows) * draws, loaded.args.rank == 0
         with tqdm(unit="masks", total=masks, disable=not first) as bar:
@@ -230,7 +236,7 @@ def answer(options: argparse.Namespace) -> None:
         options: of the command line.
     """
     prepare_environment(options.device)  # before lm_eval imports anything
-    from megatron_mdm.lm_eval import (
+    from megatron_mdm.lm_eval.tasks import (
         ask,
         generation_settings,
         load_tasks,
@@ -241,7 +247,7 @@ def answer(options: argparse.Namespace) -> None:
 
     manager = task_manager(options.include_path)
     tasks = load_tasks(manager, options.tasks, options.confirm_run_unsafe_code)
-    from megatron_mdm.evaluation import DRAWS
+    from megatron_mdm.evaluation.nelbo import DRAWS
 
     settings = {
         "batch_size": options.batch_size,
@@ -254,8 +260,8 @@ def answer(options: argparse.Namespace) -> None:
     with open_asked_for(options) as loaded:
         from lm_eval.utils import make_table
 
-        from megatron_mdm.harness import HarnessModel
-        from megatron_mdm.lm_eval_model import adapter_arguments
+        from megatron_mdm.lm_eval.checkpoint_model import adapter_arguments
+        from megatron_mdm.lm_eval.harness import HarnessModel
 
         results = ask(
             HarnessModel(**adapter_arguments(loaded, **settings)),

@@ -24,13 +24,8 @@ from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
-from megatron_mdm.data.outputs import (
-    check_picture,
-    complete_or_absent,
-    write_errors,
-    write_text,
-)
 from megatron_mdm.errors import UserError, escaped, run_tool
+from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
 OBJECTIVE = ["mdm_sft", "mdm_isolate_documents", "mdm_rate_per", "mdm_mask", "mdm_normalization"]
@@ -150,9 +145,9 @@ def main() -> None:
     with open_asked_for(options, partial(take_over, options)) as loaded:
         from tqdm import tqdm
 
-        from megatron_mdm.mcore.measure import measure
-        from megatron_mdm.objective.fit_file import sampler_text
-        from megatron_mdm.objective.fits import fit
+        from megatron_mdm.mcore.inference.measure import measure
+        from megatron_mdm.objective.ppots.fit import fit
+        from megatron_mdm.objective.ppots.fit_file import sampler_text
 
         # Megatron says where the data comes from.
         with contextlib.redirect_stdout(sys.stderr):
@@ -165,7 +160,7 @@ def main() -> None:
             measured.total,
             family=options.family,
             target=options.target,
-            lam=options.uniform_share,
+            uniform_share=options.uniform_share,
             eps=MDMConfig.from_args(loaded.args).least_masked_fraction(loaded.args.seq_length),
             errors=measured.errors(),
         )
@@ -220,9 +215,14 @@ def draw(result, picture: Path) -> None:
         bars, label = np.abs(ends) / measured.mean(), "measured, twice the standard error"
     centers = (np.arange(n) + 0.5) / n
     axes.errorbar(centers, measured / measured.mean(), bars, fmt="ko", capsize=2, label=label)
-    if result.lam < 1.0:  # the density without the uniform's share
-        axes.plot(t, (density - result.lam) / (1 - result.lam), "C0", label=f"fit: {result.family}")
-    axes.plot(t, density, "C3", label=f"density, uniform share {result.lam:g}")
+    if result.uniform_share < 1.0:  # the density without the uniform's share
+        axes.plot(
+            t,
+            (density - result.uniform_share) / (1 - result.uniform_share),
+            "C0",
+            label=f"fit: {result.family}",
+        )
+    axes.plot(t, density, "C3", label=f"density, uniform share {result.uniform_share:g}")
     axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(0, 1), ylim=(0, None))
     axes.legend()
     with complete_or_absent(str(picture)) as (temporary,), write_errors(str(picture)):

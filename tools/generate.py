@@ -14,18 +14,24 @@ import numpy as np
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import check_picture
-from megatron_mdm.decoder_flags import (
+from megatron_mdm.errors import UserError, escaped, run_tool
+from megatron_mdm.files import check_picture
+from megatron_mdm.generation.decoder_flags import (
     DECODER_FLAGS,
     add_decoder_arguments,
     add_token_arguments,
 )
-from megatron_mdm.errors import UserError, escaped, run_tool
-from megatron_mdm.prompts import Spelling, prompt_tokens, read_prompts, same_lengths, until_end
-from megatron_mdm.showing import PICTURES, Screen, draw_order, shown_on
+from megatron_mdm.generation.display import PICTURES, Screen, draw_order, shown_on
+from megatron_mdm.generation.prompts import (
+    Spelling,
+    prompt_tokens,
+    read_prompts,
+    same_lengths,
+    until_end,
+)
 
 if TYPE_CHECKING:
-    from megatron_mdm.mcore.inference import LoadedModel
+    from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 
 
 def parse() -> argparse.Namespace:
@@ -99,8 +105,12 @@ def main() -> None:
     with open_asked_for(options) as loaded:
         import torch
 
-        from megatron_mdm.generation import filling_order
-        from megatron_mdm.mcore.texts import decoder_of, encoder, spells_special_tokens
+        from megatron_mdm.generation.decoder import filling_order
+        from megatron_mdm.mcore.inference.eval_data import (
+            decoder_of,
+            encoder,
+            spells_special_tokens,
+        )
 
         mask = loaded.mask_token_id
         special = spells_special_tokens(loaded.args, options.special_tokens)

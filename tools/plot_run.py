@@ -7,9 +7,9 @@ import argparse
 import os
 import re
 
-from megatron_mdm.benchmarks.runs import read_scalars
-from megatron_mdm.data.outputs import check_picture, complete_or_absent, write_errors
 from megatron_mdm.errors import UserError, escaped, run_tool
+from megatron_mdm.experiments.runs import read_scalars
+from megatron_mdm.files import check_picture, complete_or_absent, write_errors
 
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
-from megatron_mdm.data.outputs import check_picture, termination_raises, write_json
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.files import check_picture, termination_raises, write_json
 
 if TYPE_CHECKING:
-    from megatron_mdm.evaluation import Text
-    from megatron_mdm.mcore.inference import LoadedModel
+    from megatron_mdm.evaluation.nelbo import ScoredRow
+    from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 
 
 def parse() -> argparse.Namespace:
@@ -102,9 +102,10 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from megatron_mdm import variance_figure, variance_report
-    from megatron_mdm.objective.methods import choose
-    from megatron_mdm.variance_state import State
+    from megatron_mdm.variance import figure as variance_figure
+    from megatron_mdm.variance import report as variance_report
+    from megatron_mdm.variance.methods import choose
+    from megatron_mdm.variance.state import State
 
     names = ("rows", "rates", "masks", "batch", "bins", "seed")
     numbers = {name: getattr(options, name) for name in names}
@@ -114,8 +115,8 @@ def main() -> None:
         **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
     )
     with open_asked_for(options) as loaded:
-        from megatron_mdm.mcore.inference import other_weights
-        from megatron_mdm.mcore.measure import causal_step, gradient_step
+        from megatron_mdm.mcore.inference.loaded_model import load_other_weights
+        from megatron_mdm.mcore.inference.measure import causal_step, gradient_step
 
         args = loaded.args
         texts = read_rows(loaded, options)
@@ -123,7 +124,7 @@ def main() -> None:
         step = gradient_step(loaded, sketch)
         causal_model = loaded
         if options.autoregressive:
-            causal_model = other_weights(loaded, options.autoregressive)
+            causal_model = load_other_weights(loaded, options.autoregressive)
             sketch = sketch_of(causal_model, options)
         causal = causal_step(causal_model, sketch)
         # Which rows these are: what was measured on others does not go on.
@@ -159,30 +160,30 @@ def main() -> None:
             os.unlink(state.path)
 
 
-def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Text]":
+def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[ScoredRow]":
     """Rows from all over the data in random order, more than are measured.
 
     Raises:
         UserError: data that is too short, or that cannot be measured on.
     """
-    from megatron_mdm.mcore.texts import (
+    from megatron_mdm.mcore.inference.eval_data import (
         POOL,
-        holds_pairs,
-        pair_rows,
+        is_pair_dataset,
         read_tokens,
-        rows_of,
+        rows_from_documents,
+        rows_from_pairs,
         shuffled,
     )
 
     args, pool = loaded.args, POOL * options.rows
-    if not os.path.isfile(options.data) and holds_pairs(options.data):
-        rows = pair_rows(loaded, options.data, pool)
+    if not os.path.isfile(options.data) and is_pair_dataset(options.data):
+        rows = rows_from_pairs(loaded, options.data, pool)
     else:
         enough = pool * args.seq_length
         documents = read_tokens(
             loaded, options.data, options.json_key, enough, options.seed, options.format
         )
-        rows = rows_of(loaded, documents, packed=True)
+        rows = rows_from_documents(loaded, documents, packed=True)
         rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
     if any((row.tokens == loaded.mask_token_id).any() for row in rows):
         raise UserError(f"{options.data} contains the mask token: tokenize it again without")
@@ -195,8 +196,8 @@ def sketch_of(loaded: "LoadedModel", options: argparse.Namespace):
     Raises:
         UserError: it names none.
     """
-    from megatron_mdm.mcore.measure import ParallelSketch
-    from megatron_mdm.objective.sketch import MOST_WHOLE
+    from megatron_mdm.mcore.inference.measure import ParallelSketch
+    from megatron_mdm.variance.sketch import MOST_WHOLE
 
     parameters = [p for name, p in loaded.model.named_parameters() if options.parameters in name]
     if not parameters:

@@ -24,8 +24,8 @@ def main() -> None:
         from megatron.training import pretrain, set_startup_timestamps
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-        from megatron_mdm.mcore import parts as mdm
-        from megatron_mdm.mcore.arguments import parse
+        from megatron_mdm import plugin as mdm
+        from megatron_mdm.mcore.flags.arguments import parse
 
         set_startup_timestamps(program_start=time.time(), main_entry=time.time())
         mdm.use_shipped_dataset_helpers()
@@ -47,9 +47,9 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     from megatron.training import get_args
     from megatron.training.global_vars import get_tokenizer
 
-    from megatron_mdm.mcore.attention import position_ids
-    from megatron_mdm.mcore.causal import causal_attention
-    from megatron_mdm.mcore.forward_step import at_logits, load_rows
+    from megatron_mdm.mcore.data.documents import position_ids
+    from megatron_mdm.mcore.model.causal import causal_attention
+    from megatron_mdm.mcore.training.forward_step import at_logits, load_rows
 
     mdm, eod_id = MDMConfig.from_args(get_args()), get_tokenizer().eod
     rows = load_rows(data_iterator, model.training)
@@ -60,7 +60,7 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
             None,
             labels=at_logits(rows.tokens, shift=True),
         )
-    return cross_entropy, partial(loss_func, rows.eligible(eod_id, mdm), mdm.mdm_normalization)
+    return cross_entropy, partial(loss_func, rows.eligible(eod_id, mdm), mdm.normalization)
 
 
 def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:
@@ -73,7 +73,7 @@ def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[An
     """
     import torch
 
-    from megatron_mdm.mcore.forward_step import at_tokens
+    from megatron_mdm.mcore.training.forward_step import at_tokens
     from megatron_mdm.objective.loss import row_losses
 
     values = at_tokens(cross_entropy, shift=True)

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
-from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.files import write_json
 
 SKETCH = 65_536  # numbers that gradients are projected on: traces within half a percent
 RATE_ROWS = 100  # on which the density of P-POTS is measured, once in each bin of t
@@ -65,8 +65,8 @@ def variance(loaded: Any, batches: Iterator[tuple[Any, Any, Any]]) -> float:
     """
     import torch
 
-    from megatron_mdm.mcore.attention import position_ids
-    from megatron_mdm.mcore.measure import ParallelSketch
+    from megatron_mdm.mcore.data.documents import position_ids
+    from megatron_mdm.mcore.inference.measure import ParallelSketch
     from megatron_mdm.objective.loss import row_losses
 
     sketch = ParallelSketch(list(loaded.model.parameters()), SKETCH)
@@ -105,9 +105,9 @@ def training_batches(
     import torch
 
     from megatron_mdm.config import MDMConfig
-    from megatron_mdm.mcore.arguments import resolve
-    from megatron_mdm.mcore.dataset import build_datasets
-    from megatron_mdm.mcore.forward_step import Rows, given_sampler, training_corrupter
+    from megatron_mdm.mcore.data.row_dataset import build_datasets
+    from megatron_mdm.mcore.flags.arguments import finalize_args
+    from megatron_mdm.mcore.training.forward_step import Rows, fixed_sampler, training_corrupter
 
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
@@ -115,10 +115,10 @@ def training_batches(
     args.eval_interval = 1  # a run has one; nothing is validated here
     for name, value in settings.items():
         setattr(args, name, value)
-    args = resolve(args)
+    args = finalize_args(args)
     mdm = MDMConfig.from_args(args)
-    online = mdm.mdm_rate_sampler == "ppots"
-    sampler = fitted(dataclasses.replace(loaded, args=args)) if online else given_sampler(mdm)
+    online = mdm.rate_sampler == "ppots"
+    sampler = fitted(dataclasses.replace(loaded, args=args)) if online else fixed_sampler(mdm)
     corrupter = training_corrupter(args, sampler)
     dataset = build_datasets(args, [size * count, 0, 0])[0]
     for first in range(0, size * count, size):
@@ -131,23 +131,23 @@ def training_batches(
 def fitted(loaded: Any) -> Any:
     """The density of P-POTS that suits a checkpoint, for its settings of masks and target."""
     from megatron_mdm.config import MDMConfig
-    from megatron_mdm.mcore.measure import measure
-    from megatron_mdm.objective.fits import fit
+    from megatron_mdm.mcore.inference.measure import measure
+    from megatron_mdm.objective.ppots.fit import fit
 
     mdm = MDMConfig.from_args(loaded.args)
     args = copy.copy(loaded.args)
     args.mdm_views = 1  # every row is another text
     *_, (_, _, measured) = measure(
         dataclasses.replace(loaded, args=args),
-        mdm.mdm_ppots_target,
-        mdm.mdm_ppots_bins,
+        mdm.ppots_target,
+        mdm.ppots_bins,
         RATE_ROWS,
         1,
     )
     return fit(
         measured.total,
-        target=mdm.mdm_ppots_target,
-        lam=mdm.mdm_ppots_uniform_share,
+        target=mdm.ppots_target,
+        uniform_share=mdm.ppots_uniform_share,
         eps=mdm.least_masked_fraction(args.seq_length),
     ).sampler()
 

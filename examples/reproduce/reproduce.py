@@ -23,15 +23,9 @@ from methods import ALL, SCALES, Task, tasks
 from study import Study
 from tables import as_text, draw, insert
 
-from megatron_mdm.benchmarks.measuring import check_numbers
-from megatron_mdm.benchmarks.runs import at_once
-from megatron_mdm.data.outputs import (
-    check_picture,
-    termination_raises,
-    write_errors,
-    write_json,
-)
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, check_numbers, run_tool
+from megatron_mdm.experiments.runs import run_parallel
+from megatron_mdm.files import check_picture, termination_raises, write_errors, write_json
 
 # What the tables need of a result.
 RESULTS = {"scale": str, "machine": str, "date": str, "jobs": int, "runs": list}
@@ -159,7 +153,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         bases = sorted({ALL[task.method].causal for task in runs})
         steps += [functools.partial(study.pretrain, seed, causal) for causal in bases]
         steps += [functools.partial(work, task) for task in runs]
-    at_once(options.jobs, lambda step: step(), steps)
+    run_parallel(options.jobs, lambda step: step(), steps)
     return results
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from problems import answer
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
-from megatron_mdm.data.outputs import write_json
 from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.files import write_json
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     with open_asked_for(options) as loaded:
         import torch
 
-        from megatron_mdm.generation import Decoder
-        from megatron_mdm.mcore.causal import causal_attention
+        from megatron_mdm.generation.decoder import Decoder
+        from megatron_mdm.mcore.model.causal import causal_attention
 
         tokenizer, mask = loaded.tokenizer, loaded.args.mdm_mask_token_id
         decoder = Decoder(

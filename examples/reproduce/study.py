@@ -15,10 +15,10 @@ from typing import Any
 from methods import ALL, Scale, Task, tasks
 from problems import Problem, problems
 
-from megatron_mdm.benchmarks.runs import PROGRAM, as_flags, digest, kept, run_path, run_python
 from megatron_mdm.config import flag
-from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
+from megatron_mdm.experiments.runs import PROGRAM, as_flags, digest, kept, run_path, run_python
+from megatron_mdm.files import write_text
 
 HERE = pathlib.Path(__file__).parent
 TOOLS = HERE.parents[1] / "tools"

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from methods import DOUBLED, LONGER, METHODS, SCALES, SHORTER, Task, own_epochs
 
-from megatron_mdm.data.outputs import complete_or_absent, write_errors, write_text
 from megatron_mdm.errors import UserError
+from megatron_mdm.files import complete_or_absent, write_errors, write_text
 
 Run = dict[str, Any]
 VIEWS = [f"{name}, equal epochs" for name in METHODS if True in own_epochs(name)]

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.checkpoint import CHAT_TEMPLATES
 from megatron_mdm.data.record import read_errors
 from megatron_mdm.errors import UserError
+from megatron_mdm.hub_files import CHAT_TEMPLATES
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.conversion import contract as megatron
+from megatron_mdm.conversion import megatron_model as megatron
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family, model_flags
 from megatron_mdm.conversion.modeling_code import WORKS_WITH, class_name, model_of

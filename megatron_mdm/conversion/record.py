@@ -4,13 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mdm.checkpoint import HUB_FILES
 from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
-from megatron_mdm.data.outputs import write_text
 from megatron_mdm.data.record import read_record, record
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
+from megatron_mdm.files import write_text
+from megatron_mdm.hub_files import HUB_FILES
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_of
 
 TOOL = "tools/convert_checkpoint.py"
 RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along as a model's file

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.checkpoint import HUB_FILES
-from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import megatron_model as megatron
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
@@ -29,10 +28,11 @@ from megatron_mdm.conversion.tokenizer import data_of, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, embedding_rows
 from megatron_mdm.data.fingerprint import Fingerprint, differs
-from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.architecture import differences
-from megatron_mdm.mcore.kept_tokenizer import tokenizer_of
+from megatron_mdm.files import new_directory
+from megatron_mdm.hub_files import HUB_FILES
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_of
+from megatron_mdm.mcore.flags.architecture import differences
 
 
 def to_hugging_face(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.checkpoint import HUB_FILES
-from megatron_mdm.conversion import contract as megatron
 from megatron_mdm.conversion import hub, torch_dist
+from megatron_mdm.conversion import megatron_model as megatron
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
@@ -40,8 +39,9 @@ from megatron_mdm.conversion.tokenizer import (
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, Piece
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary, vocabulary
 from megatron_mdm.data.fingerprint import fingerprint
-from megatron_mdm.data.outputs import new_directory
 from megatron_mdm.errors import UserError
+from megatron_mdm.files import new_directory
+from megatron_mdm.hub_files import HUB_FILES
 
 LAUNCH_FILE = "launch.txt"
 # Tensors that some releases carry along, computed from the configuration.

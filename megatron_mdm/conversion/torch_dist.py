@@ -42,9 +42,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.checkpoint_files import TRACKER, find_checkpoint
-from megatron_mdm.mcore.integrity import check_sums, write_sums
-from megatron_mdm.mcore.unpickling import check_pickles
+from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
+from megatron_mdm.mcore.checkpoint.integrity import check_sums, write_sums
+from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
 
 COMMON_STATE = "common_state/shard_0_1"
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")

@@ -34,11 +34,11 @@ from megatron_mdm.data.encoding import (
     sentencepiece_data,
 )
 from megatron_mdm.data.identity import is_made_from, record_of
-from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.record import check_free
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError, escaped
+from megatron_mdm.files import complete_or_absent, termination_raises, write_errors
 
 # Large enough that handing it over costs nothing beside tokenizing it, small enough that the
 # workers finish together.

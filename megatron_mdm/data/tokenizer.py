@@ -25,11 +25,11 @@ from megatron_mdm.data.documents import (
     document_text,
     read_documents,
 )
-from megatron_mdm.data.outputs import complete_or_absent, termination_raises, write_errors
 from megatron_mdm.data.record import check_free, file_digest, read_record, record
 from megatron_mdm.data.sampling import Reservoir
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError, escaped
+from megatron_mdm.files import complete_or_absent, termination_raises, write_errors
 
 TOOL = "tools/train_tokenizer.py"
 MASK_PIECE = "<mask>"

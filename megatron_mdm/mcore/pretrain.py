@@ -9,22 +9,20 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_mdm.config import requested_save
 from megatron_mdm.interruption import INTERRUPTED, Interruption
-from megatron_mdm.mcore.arguments import megatron_may_reject_flags, parse
-from megatron_mdm.mcore.checkpoint_workers import checkpoint_workers
-from megatron_mdm.mcore.dataset import (
-    train_valid_test_datasets_provider,
-    use_shipped_dataset_helpers,
-)
-from megatron_mdm.mcore.forward_step import forward_step
-from megatron_mdm.mcore.kept_tokenizer import tokenizer_files
-from megatron_mdm.mcore.loading import failures_in_a_line
-from megatron_mdm.mcore.metrics import evaluation_hook
-from megatron_mdm.mcore.model import model_config
-from megatron_mdm.mcore.nonfinite import stops_when_not_finite
-from megatron_mdm.mcore.optimizer_state import settings_may_differ
-from megatron_mdm.mcore.run_lock import only_writer
-from megatron_mdm.mcore.saving import safe_checkpoints
-from megatron_mdm.mcore.stopping import no_workers_left, stops_together
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_files
+from megatron_mdm.mcore.checkpoint.loading import failures_in_a_line
+from megatron_mdm.mcore.checkpoint.optimizer_state import settings_may_differ
+from megatron_mdm.mcore.checkpoint.run_lock import only_writer
+from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
+from megatron_mdm.mcore.checkpoint.workers import checkpoint_workers
+from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
+from megatron_mdm.mcore.data.row_dataset import train_valid_test_datasets_provider
+from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
+from megatron_mdm.mcore.model.builder import model_config
+from megatron_mdm.mcore.training.forward_step import forward_step
+from megatron_mdm.mcore.training.metrics import evaluation_hook
+from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
+from megatron_mdm.mcore.training.stopping import no_workers_left, stops_together
 
 
 def run(program_start: float, interruption: Interruption) -> None:
@@ -42,7 +40,7 @@ def run(program_start: float, interruption: Interruption) -> None:
     use_shipped_dataset_helpers()
     with only_writer(requested_save()), no_workers_left():
         args = parse()
-        with megatron_may_reject_flags():
+        with megatron_errors_as_user_errors():
             config = model_config(args)
         container = pretrain_cfg_container_from_args(args, config)
         with (

@@ -5,9 +5,8 @@ not depend on the model's parameters has no gradient, so it cannot change traini
 """
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from megatron_mdm.objective.types import Floats
 
 
 class ControlVariate:

@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.special import betainc
 
@@ -29,8 +28,7 @@ from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.masks import exact_count_mask
 from megatron_mdm.objective.randomness import to_unit
 from megatron_mdm.objective.segments import counts, spread
-
-Floats = npt.NDArray[np.float64]
+from megatron_mdm.objective.types import Floats
 
 
 def mask_for_bins(

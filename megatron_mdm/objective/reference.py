@@ -15,9 +15,8 @@ from collections.abc import Callable
 from math import comb
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from megatron_mdm.objective.types import Floats
 
 
 def patterns(length: int) -> list[tuple[bool, ...]]:

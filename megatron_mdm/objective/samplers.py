@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.types import Floats
 
-Floats = npt.NDArray[np.float64]
 # How far the integral of a table may lie from 1: wide enough for rounding, and far below the 1e-9
 # by which a weight may be off.
 INTEGRAL_TOLERANCE = 1e-10
@@ -158,8 +158,10 @@ class PiecewiseSampler:
         return PiecewiseSampler, (self.edges, self.values)
 
 
-def mixture(edges: npt.ArrayLike, density: npt.ArrayLike, lam: float = 0.1) -> PiecewiseSampler:
-    """The defensive mixture q = (1 - lam) q_fit + lam, whose weights are at most 1/lam.
+def mixture(
+    edges: npt.ArrayLike, density: npt.ArrayLike, uniform_share: float = 0.1
+) -> PiecewiseSampler:
+    """The defensive mixture (1 - u) q_fit + u, u = `uniform_share`, whose weights are at most 1/u.
 
     Hesterberg (1995), Technometrics 37(2): a share of uniform draws bounds the harm that a wrong
     fit can do.
@@ -167,20 +169,22 @@ def mixture(edges: npt.ArrayLike, density: npt.ArrayLike, lam: float = 0.1) -> P
     Args:
         edges: 0 = e_0 < ... < e_K = 1, [K + 1].
         density: q_fit at the edges up to a factor, linear between them; not negative [K + 1].
-        lam: share of the uniform density, in (0, 1].
+        uniform_share: share of the uniform density, in (0, 1].
 
     Raises:
-        UserError: `lam` is out of range.
+        UserError: `uniform_share` is out of range.
         ValueError: `density` is not a density up to a factor.
     """
-    if not 0.0 < lam <= 1.0:
-        raise UserError(f"the uniform share of a rate density must lie in (0, 1], got {lam}")
+    if not 0.0 < uniform_share <= 1.0:
+        raise UserError(
+            f"the uniform share of a rate density must lie in (0, 1], got {uniform_share}"
+        )
     edges = np.asarray(edges, dtype=np.float64)
     density = np.asarray(density, dtype=np.float64)
     total = _masses(edges, density).sum()
     if not (total > 0.0 and np.isfinite(total) and (density >= 0.0).all()):
         raise ValueError("the values of a density must be finite and not negative, and not all 0")
-    return PiecewiseSampler(edges, (1.0 - lam) * (density / total) + lam)
+    return PiecewiseSampler(edges, (1.0 - uniform_share) * (density / total) + uniform_share)
 
 
 def _cell(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

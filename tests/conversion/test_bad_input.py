@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,10 @@ from megatron_mdm.conversion import common, hub
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.errors import UserError
+from tests import ROOT
 from tests.conversion import models
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture

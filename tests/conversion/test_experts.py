@@ -17,7 +17,6 @@ from megatron_mdm.errors import UserError
 from tests import ranks
 from tests.conversion import models
 from tests.conversion.test_layouts import STILL
-from tests.mcore.conftest import data  # noqa: F401
 
 CHANGES = {"vocab_size": 128, "mask_token_id": 127}
 MODEL = [

@@ -14,9 +14,14 @@ from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.preprocess import load_hugging_face
-from megatron_mdm.generation import Decoder
-from megatron_mdm.mcore.inference import LoadedModel
-from megatron_mdm.mcore.texts import encoder, read_tokens, spells_special_tokens, vocab_size
+from megatron_mdm.generation.decoder import Decoder
+from megatron_mdm.mcore.inference.eval_data import (
+    encoder,
+    read_tokens,
+    spells_special_tokens,
+    vocab_size,
+)
+from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data
 from tests import ranks
 from tests.conversion import models

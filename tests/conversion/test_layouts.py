@@ -13,7 +13,6 @@ from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from tests import ranks
 from tests.conversion import models
-from tests.mcore.conftest import data  # noqa: F401
 
 # LLaDA with grouped queries, in the vocabulary of the tests' data.
 CHANGES = {"n_kv_heads": 2, "vocab_size": 128, "embedding_size": 128, "mask_token_id": 127}

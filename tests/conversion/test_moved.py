@@ -17,9 +17,13 @@ from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.preprocess import load_hugging_face, preprocess
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import kept_tokenizer
-from megatron_mdm.mcore.checkpoint_files import TRACKER
-from megatron_mdm.mcore.kept_tokenizer import check_tokenizer_path, tokenizer_files, tokenizer_of
+from megatron_mdm.mcore.checkpoint import kept_tokenizer
+from megatron_mdm.mcore.checkpoint.files import TRACKER
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
+    check_tokenizer_path,
+    tokenizer_files,
+    tokenizer_of,
+)
 from tests import ranks
 from tests.conversion import models
 

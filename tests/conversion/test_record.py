@@ -5,18 +5,18 @@ import os
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import hub, record
-from megatron_mdm.data.outputs import set_aside
 from megatron_mdm.data.record import made_from
+from megatron_mdm.files import set_aside
+from tests import ROOT
 from tests.conversion import models
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,9 @@ from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.tokenizer import code_of
 from megatron_mdm.data.preprocess import load_hugging_face
 from megatron_mdm.errors import UserError
+from tests import ROOT
 from tests.conversion import models
 
-ROOT = Path(__file__).parents[2]
 CODE = """
 import os
 open(os.environ["RAN"], "a").write("ran")

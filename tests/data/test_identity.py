@@ -15,14 +15,13 @@ from megatron_mdm.data import identity
 from megatron_mdm.data.documents import InputsDigest, read_documents
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.identity import data_identity, quick_digest
-from megatron_mdm.data.outputs import complete_or_absent
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.data.preprocess import load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
-from tests import ranks
+from megatron_mdm.files import complete_or_absent
+from tests import ROOT, ranks
 
-ROOT = Path(__file__).parents[2]
 TEXT = "Words and more words, of which some come again and again.\n"
 
 

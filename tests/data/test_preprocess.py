@@ -26,14 +26,14 @@ from megatron_mdm.data.documents import read_documents, resolve_inputs
 from megatron_mdm.data.encoding import hugging_face_data
 from megatron_mdm.data.fingerprint import differs, fingerprint
 from megatron_mdm.data.identity import data_identity
-from megatron_mdm.data.outputs import complete_or_absent, termination_raises
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError
+from megatron_mdm.files import complete_or_absent, termination_raises
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"
 SOURCE = (pathlib.Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
 # Of very different lengths, so that the workers get out of step.
@@ -569,7 +569,7 @@ def test_interruption_leaves_nothing(tmp_path, model, number, status):
         [sys.executable, str(TOOL), "--input", "big.jsonl.gz", "--tokenizer-model", str(model),
          "--output-prefix", "out", "--workers", "2"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -697,7 +697,7 @@ def test_workers_end_when_the_parent_is_killed():
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])},
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
@@ -711,7 +711,7 @@ def test_workers_end_when_the_parent_is_killed():
 
 def test_workers_import_nothing_large(model):
     code = (
-        "import sys, megatron_mdm.data.tokenizer, megatron_mdm.benchmarks.data\n"
+        "import sys, megatron_mdm.data.tokenizer, benchmarks.preprocessing\n"
         "from megatron_mdm.data.preprocess import load_sentencepiece\n"
         "load_sentencepiece(sys.argv[1]).load()('text')\n"
         "import tokenizers\n"
@@ -719,7 +719,7 @@ def test_workers_import_nothing_large(model):
     )
     subprocess.run(
         [sys.executable, "-c", code, str(model)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])},
         check=True,
     )
 

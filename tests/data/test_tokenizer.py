@@ -18,8 +18,8 @@ import sentencepiece
 
 from megatron_mdm.data.tokenizer import EOD_PIECE, MASK_PIECE, train_tokenizer
 from megatron_mdm.errors import UserError
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_tokenizer.py"
 SOURCE = pathlib.Path(sysconfig.get_paths()["stdlib"]) / "argparse.py"
 

@@ -1,6 +1,7 @@
 """Documents of packed rows by Transformer Engine, against local layers on the CPU.
 
-That local layers compute the documents alone is shown in tests/mcore/test_normalization.py.
+That local layers compute the documents alone is shown in
+tests/mcore/training/test_normalization.py.
 """
 
 import os

@@ -7,10 +7,10 @@ from dataclasses import fields
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.architecture import differences
+from megatron_mdm.config import MDMConfig, destination
 from megatron_mdm.mcore.argument_groups import Group, flag_and_value, group, names
-from megatron_mdm.mcore.arguments import add_arguments
+from megatron_mdm.mcore.flags.architecture import differences
+from megatron_mdm.mcore.flags.arguments import add_arguments
 from tests import ranks
 
 
@@ -41,7 +41,7 @@ def test_groups_name_flags_that_exist(parser):
 
 
 def test_settings_of_the_objective_are_compared():
-    run = {f.name.removeprefix("mdm_") for f in fields(MDMConfig) if group(f.name) is Group.RUN}
+    run = {f.name for f in fields(MDMConfig) if group(destination(f.name)) is Group.RUN}
     assert run == set(
         "device recipe head rate_bins ema_decay allow_flag_change overwrite_save checkpoint_hashes "
         "ppots_file vocab_size".split()

@@ -13,13 +13,15 @@ import torch
 from scipy import optimize
 
 from megatron_mdm.config import MOST_PPOTS_BINS
-from megatron_mdm.data.outputs import write_text
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective import fits
-from megatron_mdm.objective.exact_sums import LIMBS, from_limbs, to_limbs
-from megatron_mdm.objective.fit_file import load_sampler, sampler_text
-from megatron_mdm.objective.fits import FAMILIES, FitError, fit
-from megatron_mdm.objective.pots import TABLE_SIZE, PotsState, RateMoments, accumulate
+from megatron_mdm.files import write_text
+from megatron_mdm.objective.ppots import fit as fits
+from megatron_mdm.objective.ppots.exact_sums import LIMBS, from_limbs, to_limbs
+from megatron_mdm.objective.ppots.families import FAMILIES
+from megatron_mdm.objective.ppots.fit import FitError, fit
+from megatron_mdm.objective.ppots.fit_file import load_sampler, sampler_text
+from megatron_mdm.objective.ppots.moments import RateMoments, accumulate
+from megatron_mdm.objective.ppots.state import TABLE_SIZE, PpotsState
 from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform, mixture
 from tests.objective.test_samplers import epr_moment, moments_of, power_moment, quadrature
 
@@ -251,7 +253,7 @@ def optimum(second_moment):
 
 def fitted_density(result):
     """The fitted density without the uniform share, at T."""
-    return (result.sampler().density(T).numpy() - result.lam) / (1 - result.lam)
+    return (result.sampler().density(T).numpy() - result.uniform_share) / (1 - result.uniform_share)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_piecewise_is_the_measurement_itself():
     rng = np.random.default_rng(0)
     square = np.exp(rng.standard_normal(12))
     vector = np.concatenate([np.ones(12), np.sqrt(square), square, np.full(12, 50.0), [0]])
-    result = fit(RateMoments.from_vector(vector), family="piecewise", lam=1e-9)
+    result = fit(RateMoments.from_vector(vector), family="piecewise", uniform_share=1e-9)
     centres = torch.from_numpy((np.arange(12) + 0.5) / 12)
     ratio = result.sampler().density(centres).numpy() / np.sqrt(square)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
@@ -471,7 +473,7 @@ def test_a_single_bin_is_uniform():
         ({"eps": 0.0}, "least masking probability"),
         ({"eps": 1.0}, "least masking probability"),
         ({"starts": 0}, "at least one start"),
-        ({"lam": 0.0}, "uniform share"),
+        ({"uniform_share": 0.0}, "uniform share"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -568,8 +570,8 @@ def test_no_spike_inside_the_last_bin(num_bins):
 
 DIGEST = """
 import numpy as np
-from megatron_mdm.objective.fits import fit
-from megatron_mdm.objective.pots import RateMoments
+from megatron_mdm.objective.ppots.fit import fit
+from megatron_mdm.objective.ppots.moments import RateMoments
 rng = np.random.default_rng(0)
 moments = RateMoments(30)
 moments.update(1 - rng.random(500), rng.exponential(size=500), np.ones(500))
@@ -613,7 +615,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("family", ["epr", "power", "piecewise"])
 def test_files_are_read_back_bit_for_bit(tmp_path, family):
     path = tmp_path / "rates.json"
-    result = fit(moments_of(epr_moment), family=family, lam=0.2, eps=0.002)
+    result = fit(moments_of(epr_moment), family=family, uniform_share=0.2, eps=0.002)
     save_sampler(path, result)
     loaded = load_sampler(str(path))
     assert loaded == result
@@ -739,9 +741,9 @@ def test_state_is_restored_bit_for_bit(family):
     uniform = PiecewiseSampler([0, 1], [1, 1])
     sampler = fit(moments, family=family).sampler() if family else uniform
     since = accumulate(torch.tensor([0.3]), torch.tensor([0.1]), torch.tensor([1.7]), 30)
-    vector = PotsState(sampler, moments, since.numpy()).state_vector()
+    vector = PpotsState(sampler, moments, since.numpy()).state_vector()
     assert vector.dtype == np.int64 and vector.shape == (1 + 2 * TABLE_SIZE + (1 + LIMBS) * 121,)
-    restored = PotsState.from_state_vector(vector, 30)
+    restored = PpotsState.from_state_vector(vector, 30)
     assert restored.sampler == sampler and restored.moments == moments
     np.testing.assert_array_equal(restored.state_vector(), vector)
     quantile = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -751,11 +753,11 @@ def test_state_is_restored_bit_for_bit(family):
 
 
 def test_state_of_another_number_of_bins_is_refused():
-    vector = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
+    vector = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
     with pytest.raises(
         UserError, match="not of 20 bins, or of another version.*: resume with the number"
     ):
-        PotsState.from_state_vector(vector, 20)
+        PpotsState.from_state_vector(vector, 20)
 
 
 @pytest.mark.parametrize(
@@ -766,15 +768,15 @@ def test_state_of_another_number_of_bins_is_refused():
     ],
 )
 def test_damaged_state_is_refused(index, value):
-    vector = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
+    vector = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
     vector[index] = np.array(value).view(np.int64)
     with pytest.raises(UserError, match="damaged"):
-        PotsState.from_state_vector(vector, 30)
+        PpotsState.from_state_vector(vector, 30)
 
 
 def test_a_table_that_is_too_long_is_refused():
     edges = np.linspace(0, 1, TABLE_SIZE + 1)
-    state = PotsState.start(PiecewiseSampler(edges, np.ones_like(edges)), 3)
+    state = PpotsState.start(PiecewiseSampler(edges, np.ones_like(edges)), 3)
     with pytest.raises(ValueError, match="does not fit"):
         state.state_vector()
 
@@ -785,7 +787,7 @@ def test_as_many_bins_as_the_flag_allows_find_room_in_a_checkpoint():
     moments.update(t, 1 + t, np.ones_like(t))
     sampler = fit(moments, family="piecewise").sampler()
     assert len(sampler.edges) == TABLE_SIZE
-    PotsState.start(sampler, MOST_PPOTS_BINS).state_vector()
+    PpotsState.start(sampler, MOST_PPOTS_BINS).state_vector()
     with pytest.raises(UserError, match="must lie in"):
         RateMoments(MOST_PPOTS_BINS + 1)
 
@@ -803,21 +805,21 @@ def test_as_many_bins_as_the_flag_allows_find_room_in_a_checkpoint():
     ],
 )
 def test_moments_of_more_or_larger_rows_than_there_were(place, value, message):
-    state = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
+    state = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
     state.moments.update([0.1, 0.6, 0.9], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
-    PotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
+    PpotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
     bins = slice(None) if place == -1 else slice(4 * place, 4 * place + 1)
     vector = state.moments.vector()
     vector[-1 if place == -1 else bins] = value
     state.moments = RateMoments.from_vector(vector)
     with pytest.raises(UserError, match=re.escape(message)):
-        PotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
+        PpotsState.from_state_vector(state.state_vector(), 4, most_rows=100)
 
 
 def test_exact_sums_of_more_rows_than_there_were():
-    state = PotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
-    state.since += accumulate(torch.tensor([0.3]), torch.tensor([1.0]), torch.ones(1), 4).numpy()
-    PotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
-    state.since[:, 13] *= 5  # the rows of the second bin
+    state = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
+    state.pending += accumulate(torch.tensor([0.3]), torch.tensor([1.0]), torch.ones(1), 4).numpy()
+    PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
+    state.pending[:, 13] *= 5  # the rows of the second bin
     with pytest.raises(UserError, match="it counts 5 rows, of 1 at most"):
-        PotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
+        PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)

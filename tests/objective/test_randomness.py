@@ -5,15 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_mdm.objective.randomness import (
-    GRID_BITS,
-    PHI64,
-    Quantiles,
-    Split,
-    row_length,
-    row_uniforms,
-    to_unit,
-)
+from megatron_mdm.objective.quantiles import PHI64, Quantiles
+from megatron_mdm.objective.randomness import GRID_BITS, Split, row_length, row_uniforms, to_unit
 
 # All tests of this module that can fail by chance share this error probability.
 ALPHA = 0.01

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.objective.exact_sums import from_limbs
-from megatron_mdm.objective.pots import RateMoments, TextMoments, accumulate
+from megatron_mdm.objective.ppots.exact_sums import from_limbs
+from megatron_mdm.objective.ppots.moments import RateMoments, TextMoments, accumulate
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.rate_bins import count_weights, mask_for_bins
 from megatron_mdm.objective.reference import integrate, patterns

@@ -12,8 +12,8 @@ import torch
 from scipy import stats
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.fits import fit, tabulate
-from megatron_mdm.objective.pots import RateMoments
+from megatron_mdm.objective.ppots.fit import fit, tabulate
+from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.samplers import (
     Clipped,
     PiecewiseSampler,
@@ -140,15 +140,15 @@ def test_draws_follow_the_density(name):
     assert pvalue > ALPHA / 6
 
 
-@pytest.mark.parametrize("lam", [1e-3, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("uniform_share", [1e-3, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("fitted", [[1e6, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1e-300]])
-def test_mixture_bounds_the_weight(lam, fitted):
+def test_mixture_bounds_the_weight(uniform_share, fitted):
     """Even where the fitted density is 0, and at the ends of every cell."""
-    sampler = mixture([0.0, 0.01, 1.0], fitted, lam)
+    sampler = mixture([0.0, 0.01, 1.0], fitted, uniform_share)
     ends = torch.tensor([2.0**-53, *sampler.breaks[1:-1], 1 - 2.0**-53])
     _, weight = sampler(torch.cat([ends, quadrature(sampler.breaks)[0]]))
-    assert float(weight.max()) <= 1 / lam * (1 + 1e-15)
-    assert (sampler.values >= lam).all()
+    assert float(weight.max()) <= 1 / uniform_share * (1 + 1e-15)
+    assert (sampler.values >= uniform_share).all()
 
 
 def test_clipped_draws_between_its_ends_with_weight_one():
@@ -171,10 +171,10 @@ def test_clipped_refuses_bad_ends(ends):
         Clipped(*ends)
 
 
-@pytest.mark.parametrize("lam", [0.0, -0.1, 1.1, float("nan")])
-def test_mixture_refuses_bad_shares(lam):
+@pytest.mark.parametrize("uniform_share", [0.0, -0.1, 1.1, float("nan")])
+def test_mixture_refuses_bad_shares(uniform_share):
     with pytest.raises(UserError, match="uniform share"):
-        mixture([0, 1], [1, 1], lam)
+        mixture([0, 1], [1, 1], uniform_share)
 
 
 @pytest.mark.parametrize(

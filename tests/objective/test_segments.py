@@ -8,20 +8,15 @@ import torch
 from scipy import stats
 
 from megatron_mdm.objective.corruption import Corrupter, Corruption
-from megatron_mdm.objective.exact_sums import from_limbs
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.pots import accumulate
-from megatron_mdm.objective.randomness import (
-    GRID_BITS,
-    Quantiles,
-    Split,
-    row_uniforms,
-    to_unit,
-    view_of,
-)
+from megatron_mdm.objective.ppots.exact_sums import from_limbs
+from megatron_mdm.objective.ppots.moments import accumulate
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms, to_unit
 from megatron_mdm.objective.reference import expected_coefficients, objective_coefficients
 from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
 from megatron_mdm.objective.segments import counts, products, ranks, totals
+from megatron_mdm.objective.views import turned_view
 
 MASK_ID = 99
 EPS = 0.05
@@ -66,7 +61,7 @@ def documents():
 @pytest.mark.parametrize("view", [(0, 1), (1, 2), (2, 3)])
 def test_a_document_is_masked_as_it_would_be_alone(name, view):
     tokens, eligible, uniforms, quantile = rows()
-    uniforms = torch.from_numpy(np.stack([view_of(u, *view) for u in uniforms.numpy()]))
+    uniforms = torch.from_numpy(np.stack([turned_view(u, *view) for u in uniforms.numpy()]))
     corrupter = Corrupter(FITTED, mask_token_id=MASK_ID, eps=EPS, **METHODS[name])
     packed = corrupter(tokens, eligible, uniforms, quantile, SEGMENTS)
     for row, part, d in documents():

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.objective import randomness
+from megatron_mdm.objective import quantiles as quantiles_module
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.masks import syrm
-from megatron_mdm.objective.randomness import GRID_BITS, Quantiles, Split, view_of
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import GRID_BITS, Split
 from megatron_mdm.objective.reference import (
     expected_coefficients,
     integrate,
@@ -20,6 +21,7 @@ from megatron_mdm.objective.reference import (
     patterns,
 )
 from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
+from megatron_mdm.objective.views import turned_view
 
 EPS = 0.05
 MASK_ID = 99
@@ -44,7 +46,7 @@ def estimator(eligible, sampler, view, **settings):
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def draw(u, quantile):
-        grid = view_of((u * 2**GRID_BITS).astype(np.int64), *view)
+        grid = turned_view((u * 2**GRID_BITS).astype(np.int64), *view)
         corruption = corrupter(
             tokens,
             eligible,
@@ -180,7 +182,7 @@ def test_the_quantile_of_a_row_is_uniform_over_offsets_of_the_lattice(monkeypatc
     lattice = Quantiles("lattice", 1, Split.TRAIN)
     found = []
     for i in range(16):
-        monkeypatch.setattr(randomness, "_offset", lambda *_, i=i: i << 60)
+        monkeypatch.setattr(quantiles_module, "_offset", lambda *_, i=i: i << 60)
         found.append([lattice(row), *map(int, lattice.of_documents(row, 3))])
     for quantiles in zip(*found, strict=True):
         assert set(np.diff(sorted(quantiles))) == {2**GRID_BITS // 16}
@@ -200,7 +202,7 @@ def test_the_quantile_of_a_row_is_uniform_over_the_draws_of_strata(monkeypatch, 
         ]
         bits = np.array([*order, *(number << shift for number in grid)], dtype=np.uint64)
         monkeypatch.setattr(Quantiles, "_bits", lambda *_, bits=bits: bits)
-        drawn = randomness._stratified_window.__wrapped__(quantiles, 0)
+        drawn = quantiles_module._stratified_window.__wrapped__(quantiles, 0)
         for row, quantile in enumerate(drawn):
             counts[row, quantile * strata * places >> GRID_BITS] += 1
     assert (counts == factorial(window) * window).all()

@@ -1,0 +1,166 @@
+"""What Megatron itself asks a checkpoint for: arguments from flags, keys and shapes from a model.
+
+The arguments are parsed from the very flags that are printed for the user, and the model is
+Megatron's, built without memory on PyTorch's meta device, or with it to see what it computes.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.models.gpt import GPTModelBuilder
+
+from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM
+from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.flags.arguments import add_arguments
+from megatron_mdm.mcore.model.builder import model_config
+
+_ROUTER = "mlp.router.weight"
+
+# Whatever is not the model's is left to the run that loads the checkpoint.
+_RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".split()
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What Megatron asks for.
+
+    Attributes:
+        shapes: key -> shape of every tensor.
+        objects: keys of the extra states.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    objects: list[str]
+
+
+def arguments(flags: Sequence[str]) -> Namespace:
+    """Megatron's validated arguments for these flags, as a checkpoint on GPUs records them."""
+    with training_device("cpu"):
+        return _parse(flags)
+
+
+def contract(flags: Sequence[str]) -> Contract:
+    """The keys and shapes of the model that these flags build."""
+    with _model(flags, "meta") as model:
+        state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        apply_factories(state)
+    shapes, objects = {}, []
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensor):
+            shapes[item.key] = tuple(item.global_shape)
+        else:
+            objects.append(item.unique_key)
+    for key in [key for key in shapes if key.endswith(_ROUTER)]:
+        layer = key.removesuffix(_ROUTER)
+        shapes[layer + TE_NORM] = shapes[layer + LOCAL_NORM]
+    # Transformer Engine's norms have an extra state too; Megatron's own have none.
+    for key, shape in shapes.items():
+        if key.endswith("layernorm.weight"):
+            name = key.removesuffix("weight") + "_extra_state"
+            count = shape[0] if len(shape) > 1 else 1
+            objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
+    return Contract(shapes, sorted(set(objects)))
+
+
+@torch.no_grad()
+def logits(
+    flags: Sequence[str], checkpoint: Path, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """What Megatron's model computes from a checkpoint in float32, with full attention.
+
+    Args:
+        flags: of the model, without those of a precision.
+        checkpoint: directory with the files of one iteration.
+        tokens: int64 [b, s].
+        dtype: the weights are rounded to it first; None: they are not.
+
+    Returns:
+        float32 [b, s, padded vocabulary].
+    """
+    with _model(flags, "cpu") as model:
+        state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        names = set(state)
+        loaded = dist_checkpointing.load(state, str(checkpoint))  # with the arguments, among others
+        model.load_state_dict({name: loaded[name] for name in names})
+        round_weights(model, dtype)
+        # Attention asks for a generator of its own, although it drops nothing.
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return model.eval()(tokens, positions, None)
+
+
+def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    """Rounds float32 weights to the values that `dtype` has, in place; None: leaves them."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+
+
+@contextlib.contextmanager
+def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
+    """Megatron's model on one rank, its weights not initialised."""
+    with training_device("cpu"), _one_rank(), _quiet():
+        args = _parse([*flags, "--mdm-device", "cpu"])
+        args.perform_initialization = False
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        with torch.device(device):
+            model = GPTModelBuilder(model_config(args)).build_model(groups)
+        yield model
+
+
+def _parse(flags: Sequence[str]) -> Namespace:
+    before = sys.argv
+    sys.argv = ["pretrain", *flags, *_RUN]  # Megatron parses the command line itself
+    refusal = io.StringIO()
+    try:
+        with _quiet(), contextlib.redirect_stderr(refusal):
+            args = parse_args(add_arguments)
+            validate_args(args)
+    except (AssertionError, ValueError, SystemExit) as error:
+        reason = " ".join((refusal.getvalue() or str(error)).split()).rpartition("error: ")[2]
+        raise UserError(
+            f"Megatron rejects this model: {reason} (flags: {' '.join(flags)})"
+        ) from None
+    finally:
+        sys.argv = before
+    return args
+
+
+@contextlib.contextmanager
+def _one_rank() -> Iterator[None]:
+    """Process groups of this process alone, without a network."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Megatron's listing of its arguments and its notices to itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,1 @@
+"""NELBO and log-likelihoods, over callables that give logits."""

@@ -1,0 +1,202 @@
+"""Runs of the program that are kept: each is named by what it follows from, and done once."""
+
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_mdm.config import flag
+from megatron_mdm.data.identity import quick_digest
+from megatron_mdm.data.record import file_digest, made_from
+from megatron_mdm.environment import ALONE
+from megatron_mdm.errors import UserError
+from megatron_mdm.experiments.program import program, program_now
+from megatron_mdm.files import write_errors, write_json
+
+PROGRAM = ("-m", "megatron_mdm.pretrain")
+# Flags that name directories to read.
+READ_FROM = ("--tokenizer-model", "--load", "--pretrained-checkpoint")
+# Held by the thread that asks how processes ended, which starting one does for all others: of two
+# that ask at once the second one hears 255.
+_ASKING = threading.Lock()
+ENVIRONMENT = {
+    # One rank needs no launcher, which would import torch a second time.
+    **ALONE,
+    "OMP_NUM_THREADS": "1",
+    # glibc gives large blocks back and takes them anew at every step: a quarter of the time.
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+}
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings of the objective as flags: {"mdm_views": 2} -> ["--mdm-views", "2"]."""
+    flags = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [flag(key), *map(str, values)]
+    return flags
+
+
+def kept(
+    directory: pathlib.Path, flags: Sequence[str], work: Callable[[pathlib.Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of a run, from an earlier time if it was finished.
+
+    Args:
+        directory: where results are.
+        flags: name the run, with the program and with what is in the files that they name: whoever
+            changes one of these asks for another run.
+        work: called if there is no result yet, with `run_path`.
+
+    Returns:
+        What `work` returned, `flags` and `program`.
+
+    Raises:
+        UserError: the program has changed since this process began. The result is not kept.
+    """
+    name = run_path(directory, flags)
+    path = name.with_suffix(".json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = {"flags": list(flags), "program": program(), **work(name)}
+    if program_now() != program():
+        raise UserError(
+            "the program has changed since these runs began, and the last one may be of either: it "
+            f"is not kept. Leave the checkout as it is while they go on; it was {program()}"
+        )
+    write_json(str(path), result)
+    return result
+
+
+def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
+    """What the files of a run are called, without an ending; see `kept`."""
+    words = [
+        _with_contents(word, before in READ_FROM and directory not in pathlib.Path(word).parents)
+        for before, word in zip(["", *flags], flags, strict=False)
+    ]
+    return directory / digest("\n".join([program(), *words]))
+
+
+def _with_contents(word: str, is_read: bool) -> str:
+    """A word of a command, and what is in the input that it may name: a file, a .bin/.idx pair.
+
+    Args:
+        word: one of a command.
+        is_read: a directory counts too. The name of one that a run has left beside its result says
+            already what it follows from.
+    """
+    if is_read and os.path.isdir(word):
+        files = sorted(path for path in pathlib.Path(word).rglob("*") if path.is_file())
+        return f"{word} {made_from(files, {})}"
+    if os.path.isfile(f"{word}.idx") and os.path.isfile(f"{word}.bin"):
+        return f"{word} {quick_digest(f'{word}.bin', f'{word}.idx')}"
+    return f"{word} {file_digest(word)}" if os.path.isfile(word) else word
+
+
+def digest(text: str) -> str:
+    """A name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_parallel[Task, Result](
+    jobs: int, work: Callable[[Task], Result], tasks: Sequence[Task]
+) -> list[Result]:
+    """Does tasks that wait for `run_python`, some at a time.
+
+    After a failure or an interruption nothing goes on: processes that still run are killed.
+
+    Args:
+        jobs: tasks at a time.
+        work: does one, in a thread.
+        tasks: begun in this order.
+
+    Returns:
+        What `work` returned, in the order of the tasks.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    futures = [pool.submit(work, task) for task in tasks]
+    try:
+        done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):
+            with _ASKING:
+                for process in multiprocessing.active_children():
+                    process.kill()
+            time.sleep(0.1)
+
+
+def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
+    """Runs Python with these arguments as a single rank.
+
+    In a fork of a process that has imported torch and Megatron, which takes longer than a short
+    run. Not where there is a GPU: what is imported there depends on the device.
+
+    Args:
+        command: arguments of the interpreter: a file, or -m and a module, and flags.
+        log: file for all output.
+        name: what it is called when it fails, such as "the run of standard".
+
+    Returns:
+        The output.
+
+    Raises:
+        UserError: it failed.
+    """
+    os.environ.update(ENVIRONMENT)  # before the server starts, which hands it on
+    context = multiprocessing.get_context("forkserver")
+    if not os.path.exists("/dev/nvidiactl"):
+        context.set_forkserver_preload([f"{__package__}.warm"])
+    with write_errors(str(log)):
+        log.touch()
+    process = context.Process(target=_execute, args=(list(command), str(log)))
+    with _ASKING:
+        process.start()
+    try:
+        multiprocessing.connection.wait([process.sentinel])
+    finally:
+        with _ASKING:
+            process.join(0)  # whoever has ended gets no signal
+            process.kill()
+            process.join()
+    if process.exitcode:
+        raise UserError(f"{name} failed: its output is in {log}")
+    return log.read_text(encoding="utf-8")
+
+
+def _execute(command: list[str], log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
+    """All scalars of a TensorBoard directory: name -> (step, value), in order of the steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(directory, size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }

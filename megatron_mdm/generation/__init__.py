@@ -1,0 +1,1 @@
+"""Decoding, prompts and the display of samples, over callables that give logits."""

@@ -1,0 +1,468 @@
+"""A masked-diffusion model as lm-evaluation-harness (`lm_eval`) asks for one.
+
+Over callables alone: `megatron_mdm.lm_eval` makes one of a checkpoint. `lm_eval` is optional:
+without it the class stands alone, with the same methods but `generate_until`.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.evaluation.nelbo import DRAWS, cut_rows, log_likelihoods, num_masks
+from megatron_mdm.generation.decoder import Decoder, LogitsFunction
+from megatron_mdm.generation.prompts import Spelling, same_lengths, until_end
+
+try:
+    from lm_eval.api.model import LM
+except ImportError:
+    LM = object
+
+Message = dict[str, str]
+
+
+def _whole(value: Any) -> int:
+    """Reads a whole number.
+
+    Raises:
+        TypeError: the value is no number.
+        ValueError: it is no whole one.
+    """
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is no whole number")
+    return int(value)
+
+
+# lm_eval's names for the number of tokens of a text.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Generation settings of tasks that are the decoder's own.
+DECODER_SETTINGS = {
+    "steps": _whole,
+    "block_length": _whole,
+    "remasking": str,
+    "threshold": float,
+    "temperature": float,
+}
+# Those that the decoder lacks, and the values with which they change nothing.
+NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
+SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
+logger = logging.getLogger(__name__)
+
+
+class HarnessModel(LM):
+    """Answers the requests of the harness with bounds on log-likelihoods, in nats, and with texts.
+
+    Args:
+        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
+        encode: a text to its token ids, without special tokens in front.
+        mask_token_id: id put at masked positions.
+        max_length: most tokens in a row; contexts are cut on the left to fit.
+        draws: masks of each request for a likelihood, a multiple of 4; see `log_likelihoods`.
+        seed: of masks and generated texts.
+        batch_size: rows in a call of `logits`.
+        device: of the tokens that `logits` takes.
+        shift: whether the model predicts each token at the position before it (--mdm-shift). It
+            then cannot predict the first token of a row: every row begins with a token that is
+            seen and not scored. That is the last one of the context or of the row before.
+        opening_token_id: with `shift`, the token that stands in front of a text without context;
+            None: such texts are refused.
+        decode: token ids to text; None: nothing can be generated.
+        decoder: writes the answers of `generate_until`, unless a task's `generation_kwargs` say
+            otherwise; default: `Decoder(mask_token_id)`.
+        max_gen_toks: tokens of a generated text where the task does not say, as in lm_eval.
+        render: messages, and whether the header of an answer follows them, to one text; None: the
+            tokenizer has no chat template.
+        template: gives that template, for lm_eval's records.
+        name: of the tokenizer, for lm_eval's records.
+        show_progress: draw a bar.
+
+    Raises:
+        UserError: a row has no room for a token beside that one.
+    """
+
+    def __init__(
+        self,
+        logits: LogitsFunction,
+        encode: Callable[[str], list[int]],
+        mask_token_id: int,
+        max_length: int,
+        draws: int = DRAWS,
+        seed: int = 0,
+        batch_size: int = 16,
+        device: torch.device | str | int = "cpu",
+        shift: bool = False,
+        opening_token_id: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        decoder: Decoder | None = None,
+        max_gen_toks: int = 256,
+        render: Callable[[list[Message], bool], str] | None = None,
+        template: Callable[[], str] = str,
+        name: str = "",
+        show_progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self._num_given = int(shift)  # tokens at the start of a row that cannot be scored
+        if max_length <= self._num_given:
+            raise UserError(f"max_length {max_length}: rows have no room for a token to score")
+        self._logits = logits
+        self._encode = encode
+        self._mask_token_id = mask_token_id
+        self._max_length = max_length
+        self._opening_token_id = opening_token_id
+        self._settings: dict[str, Any] = {
+            "draws": draws,
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": device,
+        }
+        self._decode = decode
+        self._decoder = decoder or Decoder(mask_token_id)
+        self._max_gen_toks = max_gen_toks
+        self._render = render
+        self._template = template
+        self._name = name
+        self._show_progress = show_progress
+        self._expected: Callable[[], Iterable[Any]] = tuple
+
+    def expect(self, requests: Callable[[], Iterable[Any]]) -> None:
+        """Has all requests of an evaluation checked before the first of them is answered.
+
+        Without it, a method checks its own requests before it answers them. The answers of another
+        method are lost if that fails.
+
+        Args:
+            requests: gives them once the first one is to be answered. Each has `request_type`, the
+                name of the method that answers it, and its `args`.
+        """
+        self._expected = requests
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer."""
+        return self._name
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The chat template, for lm_eval's records; empty where none is applied."""
+        return self._template() if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as one text.
+
+        Args:
+            chat_history: messages with `role` and `content`.
+            add_generation_prompt: whether the header of an answer follows; else the last message
+                is an answer that goes on.
+
+        Raises:
+            UserError: there is no chat template.
+        """
+        if self._render is None:
+            raise UserError(
+                "the model's tokenizer has no chat template: drop --apply-chat-template, or give "
+                "the checkpoint a tokenizer that has one"
+            )
+        return self._render(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: Iterable[Any]) -> list[tuple[float, bool]]:
+        """The bound on log p(continuation | context), and whether greedy decoding gives it.
+
+        Greedy decoding fills the most confident position first, one in each call of the model.
+
+        Args:
+            requests: with `args` = (context, continuation), strings.
+
+        Raises:
+            UserError: a continuation that is empty, longer than a row, or, for a shifted model,
+                without a context; a text that spells the mask token.
+        """
+        self._check_expected()
+        pairs = self._fitted([self._pair(*request.args) for request in requests])
+        bounds = self._bounds(pairs)
+        return list(zip(bounds, self._are_greedy(pairs), strict=True))
+
+    def loglikelihood_rolling(self, requests: Iterable[Any]) -> list[float]:
+        """The bound on log p of whole texts, each the sum over rows of at most `max_length`.
+
+        Args:
+            requests: with `args` = (text,).
+
+        Raises:
+            UserError: nothing can stand before the first token, which a shifted model needs; a text
+                that spells the mask token.
+        """
+        self._check_expected()
+        given = self._num_given
+        texts = [self._opened(*request.args) for request in requests]
+        rows = [cut_rows([text], self._max_length, packed=False, overlap=given) for text in texts]
+        bounds = iter(
+            self._bounds(
+                [(row[:given].tolist(), row[given:].tolist()) for own in rows for row in own]
+            )
+        )
+        return [sum(next(bounds) for _ in own) for own in rows]
+
+    def generate_until(self, requests: Iterable[Any]) -> list[str]:
+        """Texts that follow contexts, each up to an end token and a string that ends it.
+
+        The generation settings of a task are lm_eval's own (`max_gen_toks`, `until`, `do_sample`,
+        `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`).
+        With `do_sample` alone the temperature is 1. None is as good as no setting. Settings that
+        the decoder lacks are refused unless they change nothing.
+
+        Args:
+            requests: with `args` = (context, settings).
+
+        Raises:
+            UserError: a setting that is out of range or unknown, or a context that spells the mask
+                token.
+        """
+        if self._decode is None:
+            raise UserError("this model has no `decode`, which turns what it generates into text")
+        self._check_expected()
+        pairs, decoders, ends = [], [], []
+        for request in requests:
+            pair, decoder, until = self._blank(*request.args)
+            pairs.append(pair)
+            decoders.append(decoder)
+            ends.append(until)
+        pairs = self._fitted(pairs)
+        rows = [[*before, *blank] for before, blank in pairs]
+        spelling = Spelling(self._encode, self._decode, self._mask_token_id)
+        texts = [""] * len(rows)
+        with self._bar(len(rows), "texts") as bar:
+            for decoder in dict.fromkeys(decoders):
+                own = [i for i, other in enumerate(decoders) if other == decoder]
+                for batch in same_lengths([rows[i] for i in own], self._settings["batch_size"]):
+                    chosen = [own[place] for place in batch]
+                    for i, row in zip(chosen, self._written(decoder, rows, chosen), strict=True):
+                        given = [token != self._mask_token_id for token in rows[i]]
+                        ids = until_end(row, given, decoder.end_token_ids)[len(pairs[i][0]) :]
+                        texts[i] = cut_at(spelling.inside(ids), ends[i])
+                    bar.update(len(batch))
+        return texts
+
+    def _written(
+        self, decoder: Decoder, rows: Sequence[list[int]], chosen: Sequence[int]
+    ) -> list[list[int]]:
+        """The chosen rows, which are equally long, without mask tokens.
+
+        A generator a row: a text depends on the seed and its place, not on its company.
+        """
+        device = self._settings["device"]
+        seeds = [
+            np.random.SeedSequence([self._settings["seed"], i]).generate_state(1)[0] for i in chosen
+        ]
+        generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+        tokens = torch.tensor([rows[i] for i in chosen], device=device)
+        return decoder(self._logits, tokens, generators).tolist()
+
+    def _check_expected(self) -> None:
+        """Checks the requests that are to come; see `expect`.
+
+        Raises:
+            UserError: one of them cannot be answered.
+        """
+        expected, self._expected = self._expected, tuple
+        for request in expected():
+            if request.request_type == "loglikelihood":
+                self._fit(*self._pair(*request.args))
+            elif request.request_type == "loglikelihood_rolling":
+                self._opened(*request.args)
+            else:
+                pair, _, _ = self._blank(*request.args)
+                self._fit(*pair)
+
+    def _blank(
+        self, context: str, settings: dict[str, Any]
+    ) -> tuple[tuple[list[int], list[int]], Decoder, list[str]]:
+        """A context with the masks that are to be filled, how they are, and the ends of the text.
+
+        Raises:
+            UserError: see `generate_until`.
+        """
+        decoder, length, until = self._generation(settings)
+        return (self._ids(context), [self._mask_token_id] * length), decoder, until
+
+    def _opened(self, text: str) -> list[int]:
+        """A whole text, with what stands in front of it.
+
+        Raises:
+            UserError: see `loglikelihood_rolling`.
+        """
+        return [*self._opening(), *self._ids(text)]
+
+    def _generation(self, settings: dict[str, Any]) -> tuple[Decoder, int, list[str]]:
+        """The decoder, the most tokens and the ends of a text that a task asks for.
+
+        Raises:
+            UserError: see `generate_until`.
+        """
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        given = {name: value for name, value in settings.items() if value is not None}
+        try:
+            for name in LENGTHS:
+                if name in given:
+                    given[name] = _whole(given[name])  # lm_eval would cut off a fraction
+            if not isinstance(given.get("do_sample", False), bool):
+                raise ValueError(f"do_sample {given['do_sample']} is neither true nor false")
+            if given.get("do_sample"):  # which lm_eval takes for greedy without a temperature
+                given.setdefault("temperature", self._decoder.temperature or 1.0)
+            given = dict(normalize_gen_kwargs(given, self._max_gen_toks))
+            own = {
+                name: kind(given.pop(name))
+                for name, kind in DECODER_SETTINGS.items()
+                if name in given
+            }
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the generation_kwargs {settings} cannot be read: {error}") from error
+        length, until, _ = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        greedy = own.get("temperature", self._decoder.temperature) == 0.0
+        for name, value in given.items():
+            if greedy and name in SAMPLING:
+                continue
+            if value not in NEUTRAL.get(name, ()):
+                way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
+                raise UserError(
+                    f"generation_kwargs has {name} {value}, which the decoder lacks: choose a task "
+                    f"without{way}"
+                )
+        most = self._max_length - 1
+        if not 1 <= length <= most:
+            raise UserError(
+                f"max_gen_toks {length} must be 1 to {most}, the model's positions but for a token "
+                f"of context: add --gen-kwargs max_gen_toks={most}, or fewer"
+            )
+        try:
+            decoder = dataclasses.replace(self._decoder, **own)
+            decoder.check_calls(length)
+        except UserError as error:  # which names the flags of a tool
+            line = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
+            raise UserError(f"the generation_kwargs {settings} cannot be had: {line}") from error
+        return decoder, length, [str(end) for end in until if end is not None]
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            UserError: it spells the mask token.
+        """
+        ids = self._encode(text)
+        if self._mask_token_id in ids:
+            raise UserError(
+                f"the text {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
+                "stands for tokens that are not known: take another task, or --no-special-tokens"
+            )
+        return ids
+
+    def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """The bounds on log p of (context, continuation), nats."""
+        masks = sum(num_masks(len(after), self._settings["draws"]) for _, after in pairs)
+        with self._bar(masks, "masks") as bar:
+            bounds = log_likelihoods(
+                self._logits, pairs, self._mask_token_id, progress=bar.update, **self._settings
+            )
+        return [bound for bound, _ in bounds]
+
+    def _bar(self, total: int, unit: str) -> tqdm:
+        return tqdm(total=total, unit=unit, disable=not self._show_progress)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids as one text would have them; a space between belongs to the continuation.
+
+        So does a token of both, as tokenizers make them that merge letters over the border: the
+        context is what the whole has in common with the context alone.
+
+        Raises:
+            UserError: there is nothing to score, or the mask token is spelled.
+        """
+        stripped = context.rstrip()
+        before = self._encode(stripped) if stripped else []
+        whole = self._ids(context + continuation)
+        common = len(os.path.commonprefix([before, whole]))
+        before, after = whole[:common], whole[common:]
+        if not continuation or not after:
+            raise UserError(
+                f"the continuation {continuation!r} of {context[-20:]!r} has no tokens of its own: "
+                "choose a task whose answers are not empty"
+            )
+        return before, after
+
+    def _fitted(
+        self, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Pairs that `_fit` has cut, which is said.
+
+        Raises:
+            UserError: see `_fit`.
+        """
+        fitted = [self._fit(*pair) for pair in pairs]
+        cut = sum(len(new) < len(old) for (new, _), (old, _) in zip(fitted, pairs, strict=True))
+        if cut:
+            logger.warning(
+                "%d of %d contexts were longer than the model's rows of %d tokens have room for, "
+                "and lost their beginning: ask for fewer examples (--num-fewshot)",
+                cut,
+                len(fitted),
+                self._max_length,
+            )
+        return fitted
+
+    def _fit(self, before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
+        """A context, cut on the left to fit into a row, and what follows it.
+
+        Where the context is empty, and has to have a token, the opening token is in its place.
+
+        Raises:
+            UserError: what follows is too long, or nothing can stand in front of it.
+        """
+        room = self._max_length - len(after)
+        if room < self._num_given:
+            raise UserError(
+                f"a continuation has {len(after)} tokens and a row of the model has room for "
+                f"{self._max_length - self._num_given}: choose a task with shorter answers"
+            )
+        return before[max(0, len(before) - room) :] or self._opening(), after
+
+    def _opening(self) -> list[int]:
+        """What stands in front of a text without context.
+
+        Raises:
+            UserError: nothing can, and the model is shifted.
+        """
+        if not self._num_given:
+            return []
+        if self._opening_token_id is None:
+            raise UserError(
+                "a shifted model (--mdm-shift) cannot score the first token of a text without "
+                "context: its tokenizer has no end of document to put in front, or its documents "
+                "never saw one (--mdm-isolate-documents); choose tasks whose texts have a context"
+            )
+        return [self._opening_token_id]
+
+    def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether greedy decoding of as many tokens gives each continuation."""
+        rows = [[*before, *[self._mask_token_id] * len(after)] for before, after in pairs]
+        decoder = Decoder(self._mask_token_id, vocab_size=self._decoder.vocab_size)
+        greedy = [False] * len(rows)
+        for batch in same_lengths(rows, self._settings["batch_size"]):
+            tokens = torch.tensor([rows[i] for i in batch], device=self._settings["device"])
+            for i, filled in zip(batch, decoder(self._logits, tokens).tolist(), strict=True):
+                before, after = pairs[i]
+                greedy[i] = filled[len(before) :] == after
+        return greedy
+
+
+def cut_at(text: str, ends: Iterable[str]) -> str:
+    """The text before the first of the strings that end it; empty strings end nothing."""
+    found = [text.find(end) for end in ends if end]
+    return text[: min((place for place in found if place >= 0), default=len(text))]

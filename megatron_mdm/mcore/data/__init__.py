@@ -1,0 +1,1 @@
+"""Rows: datasets, and the micro-batches that ranks make of them."""

@@ -1,0 +1,13 @@
+"""Megatron's compiled helpers of datasets, as its wheel ships them."""
+
+from megatron.core.datasets import utils as dataset_utils
+
+
+def use_shipped_dataset_helpers() -> None:
+    """Lets Megatron use the compiled helpers of its wheel.
+
+    It would call make first, for which the wheel has no Makefile, and exit.
+    """
+    import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, in one line, if missing)
+
+    dataset_utils.compile_helpers = lambda: None

@@ -1,0 +1,376 @@
+"""Rows of training data: Megatron's GPTDataset with the random numbers of each row beside it.
+
+Blending, splitting, shuffling and caching stay Megatron's. A row carries its clean tokens and its
+own random numbers, but neither its rate t nor its mask: these depend on the rate sampler, which may
+move while a prefetched row waits in a loader.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.utils import Split as MegatronSplit
+from megatron.training import get_args
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.data.index_cache import DatasetBuilder
+from megatron_mdm.mcore.data.pair_dataset import PackedPairDataset, PairDataset, PairDatasetConfig
+from megatron_mdm.mcore.data.text_dataset import (
+    SPLITS,
+    CleanTokensDataset,
+    EpochDataset,
+    MockCleanTokensDataset,
+)
+from megatron_mdm.mcore.flags.identities import cache_keys, share_identities
+from megatron_mdm.objective.masks import syrm
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import (
+    Purpose,
+    Split,
+    random_bits,
+    row_length,
+    row_uniforms,
+    to_grid,
+)
+from megatron_mdm.objective.views import turned_view
+
+TEXT_BITS = 40  # of the number of a text within its file
+FIXED = -1  # the uniform of a token that is never masked
+
+
+def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
+    """The tensors of a row, and whether each is a vector or a number; see RowDataset."""
+    columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
+    columns |= {"tokens": True, "uniforms": True}
+    columns["quantile"] = training and config.rate_per == "document"
+    if not training:
+        columns["text"] = False
+    if config.sft and config.isolate_documents:
+        columns["document"] = True
+    return columns
+
+
+class RowDataset(torch.utils.data.Dataset):
+    """Rows by their position in the run, for Megatron's `single` loader.
+
+    A row is a dict of int64 tensors:
+        tokens [L]: clean tokens, padding as `pad_id`.
+        num_tokens []: positions from here on are padding.
+        length []: positions from here on are not of the row, which ends early
+            (--mdm-random-length-fraction); at least num_tokens.
+        split [], row []: part of the data (objective's Split), and position in the run.
+        uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
+            the tokens of a prompt, which are never masked. With --mdm-rate-per document quantile
+            [L], number d for document d of the row; evaluations have one rate a row.
+        text []: in evaluations, which of their texts it is, since a few may be taken many times.
+        document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
+            documents end with their end-of-document token.
+
+    With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i: one text,
+    one quantile and so one t, and the uniforms of the draw seen from K sides. Evaluations take
+    every text once, and their quantiles always from the lattice.
+
+    Args:
+        dataset: top-level dataset (a BlendedDataset passes its own numbers inward).
+        config: settings of the objective.
+        seed: seed of the run.
+        mask_token_id: must not occur in the data.
+        vocab_size: larger than every id in the data.
+        pad_id: id that stands at padding, inside the vocabulary.
+        period: for validation and test: the rows start over after this many, so that every
+            evaluation sees the same rows under the same masks, wherever Megatron's loader stands.
+        text_offset: of the draws, in a run that began with another number of views.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        config: MDMConfig,
+        seed: int,
+        mask_token_id: int,
+        vocab_size: int,
+        pad_id: int,
+        period: int | None = None,
+        text_offset: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
+        self.split = getattr(dataset, "split", None) or dataset.index_split
+        self.config = config
+        self.seed = seed
+        self.mask_token_id = mask_token_id
+        self.vocab_size = vocab_size
+        self.pad_id = pad_id
+        self.period = period
+        self.text_offset = text_offset
+        split = SPLITS[self.split]
+        self.training = split is Split.TRAIN
+        if self.training:
+            self.views = config.views
+            # A window is given in rows, and the quantiles belong to draws.
+            window = (config.strata_window or self.views) // self.views
+            strata = config.strata or 1
+            self.quantiles = Quantiles(config.quantiles, seed, split, window, strata)
+        else:
+            self.views = 1
+            self.quantiles = Quantiles("lattice", seed, split)
+
+    def __len__(self) -> int:
+        # Evaluations may go on for ever; 2^62 keeps sums with it inside int64.
+        if self.period:
+            return 2**62
+        return (len(self.dataset) - self.text_offset) * self.views
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = index % self.period if self.period else index
+        draw, view = divmod(row, self.views)
+        draw += self.text_offset
+        item = self.dataset[draw]
+        tokens = torch.from_numpy(item["tokens"])
+        length = self._length(draw, len(tokens))
+        num_tokens = min(int(item["num_tokens"]), length)
+        tokens[num_tokens:] = self.pad_id
+        self._check_ids(row, draw, tokens[:num_tokens].numpy())
+        uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
+        if self.views > 1:
+            uniforms = turned_view(uniforms, view, self.views)
+        if "prompt" in item:
+            uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
+        columns = {
+            "tokens": tokens,
+            "num_tokens": torch.tensor(num_tokens),
+            "length": torch.tensor(length),
+            "split": torch.tensor(int(self.quantiles.split)),
+            "row": torch.tensor(row),
+            "uniforms": torch.from_numpy(uniforms),
+            "quantile": torch.tensor(self.quantiles(draw)),
+        }
+        is_vector = row_columns(self.config, self.training)
+        if not self.training:
+            number = item.get("dataset_id", 0), item.get("text", draw)
+            columns["text"] = torch.tensor((int(number[0]) << TEXT_BITS) + int(number[1]))
+        if is_vector["quantile"]:
+            columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
+        if "document" in is_vector:
+            columns["document"] = torch.from_numpy(item["document"])
+        return columns
+
+    def _length(self, draw: int, longest: int) -> int:
+        """Positions that the row has; training only."""
+        fraction = self.config.random_length_fraction
+        if not (self.training and fraction):
+            return longest
+        return row_length(self.seed, Split.TRAIN, draw, longest, fraction)
+
+    def _syrm(self, draw: int, tokens: np.ndarray) -> np.ndarray:
+        """Tokens that SyRM would make eligible in a prompt, bool [L]; training only."""
+        if not self.training:
+            return np.zeros(len(tokens), dtype=bool)
+        return syrm(
+            tokens,
+            tuple(self.config.syrm_token_ids or ()),
+            self.config.syrm_fraction,
+            to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(tokens))),
+        )
+
+    def _check_ids(self, row: int, draw: int, tokens: np.ndarray) -> None:
+        is_mask = tokens == self.mask_token_id
+        is_beyond = (tokens < 0) | (tokens >= self.vocab_size)
+        if not (is_mask | is_beyond).any():
+            return
+        place = int((is_mask | is_beyond).argmax())
+        where = f"row {row} of the {self.split.name} data contains"
+        file = f"at position {place} ({self._path(draw)})"
+        if is_mask[place]:
+            raise UserError(
+                f"{where} the mask token {self.mask_token_id} {file}: the model would take it for "
+                "a masked position. Tokenize the data again, or give another --mdm-mask-token-id"
+            )
+        raise UserError(
+            f"{where} the token {tokens[place]} {file}, and the vocabulary has {self.vocab_size} "
+            "tokens: tokenize the data with the run's tokenizer"
+        )
+
+    def _path(self, draw: int) -> str:
+        """The .bin/.idx pair that a draw is from."""
+        dataset = self.dataset
+        if hasattr(dataset, "datasets"):
+            dataset = dataset.datasets[int(dataset.dataset_index[draw])]
+        return str(dataset.dataset_path)
+
+
+def train_valid_test_datasets_provider(
+    num_samples: list[int], vp_stage: int | None = None
+) -> list[RowDataset | None]:
+    """Builds the three datasets from Megatron's arguments; its `dataset_provider`.
+
+    Args:
+        num_samples: rows that training, all evaluations and the test will take.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        UserError: a split shorter than one row.
+    """
+    args = get_args()
+    eval_rows = args.eval_iters * args.eval_global_batch_size
+    return build_datasets(args, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+
+def build_datasets(
+    args: Namespace,
+    num_rows: list[int],
+    vp_stage: int | None = None,
+    on_all_ranks: bool = False,
+) -> list[RowDataset | None]:
+    """Builds the training, validation and test datasets of so many rows each.
+
+    Args:
+        args: of the run.
+        num_rows: of the three.
+        vp_stage: virtual pipeline stage.
+        on_all_ranks: build them on every rank, and not only where training loads rows.
+
+    Raises:
+        UserError: a split shorter than one row, or data that do not last.
+    """
+    share_identities(args)
+    config = MDMConfig.from_args(args)
+    dataset_config = _dataset_config(args)
+    train, valid, test = num_rows
+    offset = getattr(args, "mdm_text_offset", 0)
+    texts = -(-train // config.views) + offset
+    is_built = on_all_ranks or loads_rows(config, vp_stage)
+    datasets = DatasetBuilder(
+        _dataset_class(args), [texts, valid, test], lambda: is_built, dataset_config
+    ).build()
+    if datasets[0] is not None and len(datasets[0]) < texts:
+        raise UserError(
+            f"the run takes {texts} texts and --data-path has {len(datasets[0])}: several files "
+            "without weights are passed over once; give a weight before each file, or train for "
+            "fewer iterations"
+        )
+    for name, dataset, rows in zip(("training", "validation"), datasets, num_rows, strict=False):
+        if is_built and dataset is None and rows:
+            raise UserError(
+                f"the {name} data have no rows: --split {args.split} leaves them no document. Give "
+                "them a larger share, or more data"
+            )
+    if datasets[0] is not None and not args.mock_data and not vp_stage:
+        _print_epochs(datasets[0], texts, config.views)
+    # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
+    pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
+    return [
+        # Megatron makes no loader of a mixture without rows. Several files without weights have
+        # each text once, which may be fewer than an evaluation takes.
+        None
+        if dataset is None or period == 0
+        else _rows(args, dataset, pad, period and min(period, len(dataset)), first)
+        for dataset, period, first in zip(
+            datasets, [None, valid, test], [offset, 0, 0], strict=True
+        )
+    ]
+
+
+def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
+    """All pairs of one file as a training dataset, on every rank and unsplit; --mdm-sft only.
+
+    Raises:
+        UserError: no pair is short enough.
+    """
+    config = _dataset_config(args)
+    kind = _dataset_class(args)
+    indexed = kind.build_low_level_dataset(prefix, config)
+    pairs = np.arange(kind.numel_low_level_dataset(indexed))
+    dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
+    return _rows(args, dataset, config.tokenizer.eod)
+
+
+def _rows(
+    args: Namespace, dataset: Any, pad: int, period: int | None = None, text_offset: int = 0
+) -> RowDataset:
+    mdm = MDMConfig.from_args(args)
+    mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
+    return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
+
+
+def _print_epochs(dataset: Any, texts: int, views: int) -> None:
+    """Says how often training will pass over its data: rows are `views` times the texts."""
+    parts = getattr(dataset, "datasets", [dataset])
+    weights = dataset.weights if len(parts) > 1 else [1.0]
+    for part, weight in zip(parts, weights, strict=True):
+        share = texts * weight / sum(weights)
+        print_rank_0(
+            f" > training takes {share * views:.0f} rows of {share:.0f} texts from "
+            f"{part.dataset_path}: {share / part.texts_per_epoch:.2f} epochs of "
+            f"{part.texts_per_epoch} texts"
+        )
+
+
+def _dataset_class(args: Namespace) -> type:
+    if args.mock_data:
+        return MockCleanTokensDataset
+    if args.mdm_sft:
+        return PackedPairDataset if args.mdm_isolate_documents else PairDataset
+    return CleanTokensDataset if args.mdm_row_order == "run" else EpochDataset
+
+
+# Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+    """Whether this rank loads rows: tensor rank 0 of the stages that need them."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and needs_rows(config, vp_stage)
+
+
+def needs_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+    """Whether this stage needs rows: the first for its input, the last for the loss.
+
+    Stages between need them too where an attention mask follows from the tokens.
+    """
+    return (
+        not config.attends_everywhere
+        or mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    )
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that stands at padding: the tokenizer's, or else its end of document."""
+    for name in ("pad", "eod"):
+        value = getattr(tokenizer, name, None)
+        if value is not None and value >= 0:
+            return value
+    return 0
+
+
+def _dataset_config(args: Namespace) -> PairDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return PairDatasetConfig(
+        response_multiple=args.mdm_pad_response_to_multiple_of,
+        cache_keys=cache_keys(args),
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        # A row is L tokens: nothing is predicted from its predecessor.
+        add_extra_token_to_sequence=False,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+    )

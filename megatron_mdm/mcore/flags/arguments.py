@@ -1,0 +1,479 @@
+"""The `--mdm-*` flags beside Megatron's, and what is refused in one line before anything starts."""
+
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field
+from typing import Any, NoReturn
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.global_vars import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_mdm.config import MDMConfig, destination, flag, requested_device
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
+    check_tokenizer_path,
+    checkpoints_bring_tokenizers,
+    tokenizer_rejection,
+)
+from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
+from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.mcore.flags.architecture import check_model
+from megatron_mdm.mcore.flags.data_files import (
+    check_data_files,
+    check_ends_of_documents,
+    check_single_texts,
+    check_split,
+    check_validation,
+)
+from megatron_mdm.mcore.flags.fp8 import check_fp8, check_scales
+from megatron_mdm.mcore.flags.hybrid_pattern import check_pattern
+from megatron_mdm.mcore.flags.identities import check_same_data, check_tokenizer, record_identities
+from megatron_mdm.mcore.flags.layout_checks import check_experts, check_sizes
+from megatron_mdm.mcore.flags.old_checkpoints import complete
+from megatron_mdm.mcore.flags.resume import check_resume
+from megatron_mdm.mcore.flags.schedule import check_schedule
+from megatron_mdm.mcore.flags.start import check_checkpoints, choose_start
+from megatron_mdm.mcore.flags.vocabulary import resolve_vocab_size
+from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
+from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
+
+# Megatron flags that make no sense here, or are not supported, and what to do instead.
+REFUSED = {
+    "yaml_cfg": "give the settings as flags",
+    "mtp_num_layers": "multi-token prediction is causal; leave it out",
+    "flash_decode": "decoding with a key-value cache is causal; leave it out",
+    "window_size": "sliding-window attention is causal here; leave it out",
+    "reset_attention_mask": "use --mdm-isolate-documents",
+    "reset_position_ids": "use --mdm-isolate-documents",
+    "dataloader_inter_document_masking": "use --mdm-isolate-documents",
+    "eod_mask_loss": "use --no-mdm-eod-eligible",
+    "fim_data": "fill-in-the-middle is causal; a masked-diffusion model infills by itself",
+    "sft": "Megatron's SFT datasets have shifted labels; use --mdm-sft",
+    "perform_rl_step": "reinforcement learning is not supported",
+    "hybrid_override_pattern": "use --hybrid-layer-pattern",
+    "mtp_hybrid_override_pattern": "multi-token prediction is causal; leave it out",
+    "hybrid_context_parallel": "it packs rows by length, which would renumber them",
+    "experimental_attention_variant": "these variants are causal; leave it out",
+    "full_validation": "validation uses fixed rows; set --eval-iters",
+    "multiple_validation_sets": "blend the sets with weights in --valid-data-path",
+    "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
+    "rampup_batch_size": "use --step-batch-size-schedule",
+    "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
+    "moe_expert_capacity_factor": "experts that drop tokens predict a row by what else is in its "
+    "micro-batch; leave it out",
+    "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
+    "it out",
+    "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
+    "non_persistent_ckpt_type": "its checkpoints are not looked at when a run is started again; "
+    "use --save-interval with --save-retain-interval",
+    "verify_integrity": "all ranks share the work of hashing and checking files without it; leave "
+    "it out",
+    "spec": "the layers come from Megatron's own specs; leave it out",
+}
+
+# The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
+ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+
+# What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
+FUSED_BY = {
+    "apply_rope_fusion": ["transformer_engine"],
+    "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
+    "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
+}
+
+# Megatron flags, with their value, under which all micro-batches must have logits of one shape.
+FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
+
+
+class _FlagFactory(ArgumentGroupFactory):
+    """Megatron's factory of flags, with our prefix before the names of `MDMConfig`'s fields."""
+
+    def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
+        return super()._format_arg_name(destination(config_attr_name), prefix)
+
+    def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:
+        return {
+            **super()._build_argparse_kwargs_from_field(attribute),
+            "dest": destination(attribute.name),
+        }
+
+
+def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
+
+    Also sets the defaults that the objective needs: gradients are summed and divided by the global
+    count of eligible tokens (or rows), which is what --calculate-per-token-loss means.
+    """
+    _FlagFactory(MDMConfig).build_group(parser, "masked diffusion")
+    set_recipe_defaults(parser)
+    parser.set_defaults(calculate_per_token_loss=True)
+    # Without the first Megatron leaves --async-save out; its own worker needs no other library.
+    parser.set_defaults(use_persistent_ckpt_worker=True, async_strategy="mcore")
+    for name, libraries in FUSED_BY.items():
+        if not any(map(importlib.util.find_spec, libraries)):
+            parser.set_defaults(**{name: False})
+    _escape_help(parser)
+    if requested_device() == "cpu":
+        parser.set_defaults(**CPU_DEFAULTS)
+    return parser
+
+
+def _escape_help(parser: ArgumentParser) -> None:
+    """Mends help texts of Megatron in which a bare % makes --help fail."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError):
+            action.help = action.help.replace("%", "%%")
+
+
+def parse() -> Namespace:
+    """Parses and validates sys.argv as Megatron does, with one clear line for what we refuse.
+
+    Afterwards Megatron's globals are set and the arguments hold resolved values: the id of the mask
+    token and the window of the strata, so that a checkpoint records what was really used.
+
+    Raises:
+        UserError: a flag, or a combination, that cannot work.
+    """
+    # Megatron replaces all flags by the file's settings while it parses.
+    if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+        raise _refused_flag_error("yaml_cfg")
+    # Megatron validates with assertions and builds the tokenizer on the way, so ours comes first.
+    given = parse_args(_quiet_parser)
+    validate_flags(given)
+    if given.use_checkpoint_args:
+        check_checkpoints(given)
+    check_tokenizer_path(given)
+    try:
+        with checkpoints_bring_tokenizers():
+            args = parse_and_validate_args(add_arguments)
+    except UserError:
+        raise
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        line = _log_rejection(error, given.tensorboard_dir) or tokenizer_rejection(error, given)
+        raise line or to_user_error(error) from error
+    return finalize_args(args)
+
+
+def to_user_error(error: Exception) -> UserError:
+    """One line for an exception with which Megatron rejects its flags."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split()) or where.line
+    return UserError(f"Megatron rejects these flags or their files: {reason}")
+
+
+def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
+    """One line for an exception about the directory of the logs, which the last rank makes."""
+    path = getattr(error, "filename", None)
+    if not directory or not isinstance(path, str):
+        return None
+    own, other = os.path.abspath(directory), os.path.abspath(path)
+    if os.path.commonpath([own, other]) not in (own, other):
+        return None
+    return UserError(f"--tensorboard-dir {directory} cannot be written: {error.strerror or error}")
+
+
+@contextmanager
+def megatron_errors_as_user_errors() -> Iterator[None]:
+    """Makes a line of what Megatron itself raises against flags while it prepares the model.
+
+    Exceptions that come from other code, ours included, are bugs, and keep their traceback.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, UserError) or f"{os.sep}megatron{os.sep}" not in where:
+            raise
+        raise to_user_error(error) from error
+
+
+def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
+    """Adds our flags, and makes wrong ones a line without the hundreds of lines of the usage."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags)")
+
+    parser.error = error
+    return add_arguments(parser)
+
+
+def finalize_args(args: Namespace) -> Namespace:
+    """Fills in what depends on the tokenizer and the batch size, and checks a resume.
+
+    For scripts of your own: call it on what `parse_and_validate_args` returned.
+
+    Raises:
+        UserError: no mask token or end of document, or objective flags that differ from the
+            checkpoint's.
+    """
+    validate_flags(args)
+    if args.mdm_recipe:
+        notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
+    source, saved = choose_start(args)
+    if saved:
+        saved, line = complete(saved)
+        if line:
+            notice(line)
+    check_model(args, saved, source)
+    args.mdm_mask_token_id = _mask_token_id(args)
+    resolve_vocab_size(args, get_tokenizer(), saved, source)
+    if args.mdm_quantiles == "strata":
+        args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
+        draws = max(1, args.mdm_strata_window // args.mdm_views)
+        args.mdm_strata = args.mdm_strata or max(1, round(draws**0.5))
+        MDMConfig.from_args(args)
+        if args.mdm_strata_window % args.mdm_views:
+            raise UserError(
+                f"--mdm-strata-window {args.mdm_strata_window} is not a multiple of --mdm-views "
+                f"{args.mdm_views}"
+            )
+        if args.mdm_strata > args.mdm_strata_window // args.mdm_views:
+            raise UserError(
+                f"--mdm-strata {args.mdm_strata} exceeds the texts in a window of "
+                f"{args.mdm_strata_window} rows with --mdm-views {args.mdm_views}"
+            )
+    for name in ("mdm_isad_token_ids", "mdm_syrm_token_ids"):
+        for token in getattr(args, name) or ():
+            if 0 <= token < args.mdm_vocab_size:
+                continue
+            raise UserError(
+                f"{flag(name)} {token} lies outside the vocabulary of {args.mdm_vocab_size}: "
+                "give ids of the tokenizer"
+            )
+    check_scales(args, saved, source)
+    if source is not None:
+        check_tokenizer(args, saved, source, get_tokenizer())
+    check_resume(args, saved)
+    check_optimizer_state(args, saved)
+    check_data(args)
+    if args.eval_iters and not args.mock_data:
+        check_validation(args.eval_iters, args.split, get_blend_and_blend_per_split(args)[1])
+    check_same_data(args, saved)
+    return args
+
+
+def check_data(args: Namespace) -> None:
+    """Checks the files that --data-path and its like name.
+
+    Raises:
+        UserError: one is missing or damaged, was made with another tokenizer, holds pairs without
+            --mdm-sft, or its documents have no end that a flag needs.
+    """
+    _check_end_of_document(args)
+    if args.mock_data:
+        if args.mdm_sft:
+            raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
+        record_identities(args, None, None, get_tokenizer())
+        return
+    check_split(args.split)
+    try:
+        blends = get_blend_and_blend_per_split(args)
+    except (AssertionError, OSError, ValueError) as error:
+        raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
+    check_data_files(*blends)
+    if not args.mdm_sft:
+        check_single_texts(*blends)
+    record_identities(args, *blends, get_tokenizer())
+    divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
+    if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
+        check_ends_of_documents(*blends, get_tokenizer().eod)
+
+
+def _check_end_of_document(args: Namespace) -> None:
+    """Checks that the tokenizer has an end of document if a flag needs one."""
+    if tokenizer_end_id(get_tokenizer()) is not None:
+        return
+    needed_by = {
+        "--mdm-isolate-documents": args.mdm_isolate_documents,
+        "--mdm-rate-per document": args.mdm_rate_per == "document",
+        "--no-mdm-eod-eligible": not args.mdm_eod_eligible,
+        "--no-mdm-eod-attended": not args.mdm_eod_attended,
+        "--mdm-sft": args.mdm_sft,
+    }
+    for name, is_needed in needed_by.items():
+        if is_needed:
+            raise UserError(
+                f"{name} needs an end-of-document token, and the tokenizer "
+                f"{args.tokenizer_model or args.tokenizer_type} has none (eos): leave it out, or "
+                "give the tokenizer one and run tools/preprocess_data.py again"
+            )
+
+
+def validate_flags(args: Namespace) -> None:
+    """Checks parsed arguments, before Megatron validates them or after.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    try:
+        _validate_flags(args)
+    except UserError as error:
+        named = set(re.findall(r"--[\w-]+", str(error)))
+        if named.isdisjoint(map(flag, RECIPES.get(args.mdm_recipe, ()))):
+            raise
+        raise UserError(f"{error} (--mdm-recipe {args.mdm_recipe}: {expansion(args)})") from error
+
+
+def _validate_flags(args: Namespace) -> None:
+    MDMConfig.from_args(args)
+    _check_log_directory(args.tensorboard_dir)
+    for name in REFUSED:
+        if getattr(args, name):
+            raise _refused_flag_error(name)
+    if args.dataloader_type not in (None, "single"):
+        raise UserError(
+            f"--dataloader-type {args.dataloader_type} renumbers the rows, which their masks "
+            "depend on: use --dataloader-type single"
+        )
+    if args.context_parallel_size > 1:
+        _check_context_parallel(args)
+    if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
+        if args.mdm_strata_window is None:
+            raise UserError(
+                "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch "
+                "to stratify over: give --mdm-strata-window"
+            )
+    if args.step_batch_size_schedule and args.eval_iters and args.eval_global_batch_size is None:
+        raise UserError(
+            "--step-batch-size-schedule leaves the number of validation rows to the layout: give "
+            "--eval-global-batch-size"
+        )
+    if args.global_batch_size is None and not args.step_batch_size_schedule:
+        raise UserError("--global-batch-size is missing: rows that one step takes in all")
+    if args.mdm_head == "masked":
+        for name, value in FIXED_SHAPES.items():
+            if getattr(args, name) == value:
+                raise UserError(
+                    f"{flag(name)} needs logits of one shape, and those at masked positions change "
+                    "theirs with every micro-batch: add --mdm-head full"
+                )
+    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
+    for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
+        if args.transformer_impl == "local":
+            raise UserError(
+                f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
+                "it out"
+            )
+    if args.hybrid_layer_pattern:
+        check_pattern(args.hybrid_layer_pattern, args.num_experts)
+        if args.use_rope_scaling:
+            raise UserError("--use-rope-scaling does not reach HybridModel: use --num-layers")
+        if args.qk_layernorm and args.transformer_impl != "local":
+            raise UserError(
+                "--qk-layernorm does not reach HybridModel's layers of Transformer Engine: use "
+                "--num-layers, or --transformer-impl local"
+            )
+    if args.num_experts:
+        check_experts(args)
+    if args.use_distributed_optimizer and args.optimizer == "sgd":
+        raise UserError(
+            "--optimizer sgd has no state that --use-distributed-optimizer could divide among "
+            "ranks: leave one of them out"
+        )
+    if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
+        raise UserError(
+            f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
+            "measured: use torch_dist"
+        )
+    _check_transformer_engine(args)
+    check_schedule(args)
+    check_sizes(args)
+
+
+def _check_log_directory(directory: str | None) -> None:
+    """Checks on all ranks what only the last one would find, which writes the logs."""
+    path = directory or ""
+    while path and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if path and not os.path.isdir(path):
+        raise UserError(
+            f"--tensorboard-dir {directory} cannot be made: {path} is no directory; give another "
+            "one"
+        )
+
+
+def _refused_flag_error(name: str) -> UserError:
+    return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    if args.transformer_impl == "local":
+        raise UserError(
+            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
+            "Megatron's local attention a position would see its own rank's part of the row only"
+        )
+    if not MDMConfig.from_args(args).attends_everywhere:
+        raise UserError(
+            "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
+            "leave out --mdm-isolate-documents and every other flag that limits attention"
+        )
+
+
+def _check_transformer_engine(args: Namespace) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        for name in ("fp8", "fp4"):
+            if getattr(args, name):
+                raise UserError(
+                    f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
+                    "would silently ignore the flag): README says how to install it"
+                )
+        if args.transformer_impl == "transformer_engine":
+            raise UserError(
+                "--transformer-impl transformer_engine needs Transformer Engine, which is not "
+                "installed: README says how to, or use --transformer-impl local"
+            )
+    check_fp8(args)
+    if args.transformer_impl == "transformer_engine":
+        if not (args.mdm_pad_attended and args.mdm_eod_attended):
+            raise UserError(
+                "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
+                "local only: Transformer Engine takes a padding mask for a length"
+            )
+        if MDMConfig.from_args(args).divides_rows and args.cuda_graph_impl not in (None, "none"):
+            raise UserError(
+                f"--cuda-graph-impl {args.cuda_graph_impl} needs shapes that stay, and the number "
+                "of documents changes: leave it out, or --mdm-isolate-documents and "
+                "--mdm-random-length-fraction"
+            )
+        if args.mdm_anneal_attention_iters:
+            raise UserError(
+                "--mdm-anneal-attention-iters works with --transformer-impl local only: its "
+                "attention mask has no fused kernel"
+            )
+    elif args.multi_latent_attention:
+        raise UserError(
+            "--multi-latent-attention needs --transformer-impl transformer_engine: leave it out"
+        )
+    if args.transformer_impl == "inference_optimized":
+        raise UserError(
+            "--transformer-impl inference_optimized cannot train: use transformer_engine or local"
+        )
+
+
+def _mask_token_id(args: Namespace) -> int:
+    """The id given by the flag, else the tokenizer's, checked against the embedding table."""
+    mask = args.mdm_mask_token_id
+    if mask is None:
+        mask = tokenizer_mask_id(get_tokenizer())
+    if mask is None:
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} has no mask piece: give "
+            "--mdm-mask-token-id, or train one with tools/train_tokenizer.py"
+        )
+    if not 0 <= mask < args.padded_vocab_size:
+        raise UserError(
+            f"--mdm-mask-token-id {mask} lies outside the vocabulary of {args.padded_vocab_size} "
+            "(padding included): choose a smaller id, or enlarge --make-vocab-size-divisible-by"
+        )
+    return mask

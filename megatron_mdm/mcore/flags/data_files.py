@@ -1,0 +1,212 @@
+"""The .bin/.idx pairs of training data: damaged or unsuitable ones are refused in one line."""
+
+import os
+import re
+import struct
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
+from megatron.core.datasets.indexed_dataset import (
+    _INDEX_HEADER,
+    DType,
+    IndexedDataset,
+    get_bin_path,
+    get_idx_path,
+)
+from megatron.core.datasets.utils import Split
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint.files import is_remote
+from megatron_mdm.mcore.ranks import is_first_rank
+
+INDEX_PART = 1 << 20  # sequences of an index that are checked at a time: there may be billions
+FIRST_DOCUMENTS = 16
+
+# The prefixes of files and their weights, as Megatron parses them.
+Blend = tuple[list[str], list[float] | None] | None
+
+
+def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
+    """Checks every .bin/.idx pair of what Megatron's get_blend_and_blend_per_split returned.
+
+    Raises:
+        UserError: names the file.
+    """
+    prefixes = _prefixes(blend, blend_per_split)
+    if not prefixes:
+        raise UserError("no data: give --data-path PREFIX (without .bin), or --mock-data")
+    for prefix in prefixes:
+        if not is_remote(prefix):
+            _check_data_file(prefix)
+
+
+def check_split(split: str | None) -> None:
+    """Checks --split, of which Megatron takes whatever looks like a number.
+
+    Raises:
+        UserError: it is not up to three shares that are not all 0.
+    """
+    if split is None:  # each part has data of its own
+        return
+    numbers = re.findall(r"[.0-9]+", split)
+    between = re.sub(r"[.0-9]+", "", split)
+    if (
+        not 1 <= len(numbers) <= 3
+        or re.search(r"[-+\w]", between)  # a sign or an exponent, which Megatron would not see
+        or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", number) for number in numbers)
+        or not any(map(float, numbers))
+    ):
+        raise UserError(
+            f"--split {split} is not three shares of the data, for training, validation and test: "
+            "give plain numbers as in 95,5,0"
+        )
+
+
+def check_validation(eval_iters: int, split: str | None, blend_per_split: list[Any] | None) -> None:
+    """Checks that an evaluation has rows.
+
+    Args:
+        eval_iters: iterations of an evaluation, more than 0.
+        split: that `check_split` has accepted.
+        blend_per_split: see `check_data_files`.
+
+    Raises:
+        UserError: the data flags leave none.
+    """
+    if blend_per_split is None:
+        has_rows = parse_and_normalize_split(split)[Split.valid.value] > 0
+        given = f"--split {split}"
+    else:
+        given, has_rows = "what the flags name for each split", blend_per_split[1] is not None
+    if not has_rows:
+        raise UserError(
+            f"--eval-iters {eval_iters} needs validation rows, and {given} leaves none: add "
+            "--eval-iters 0, or give validation a share"
+        )
+
+
+def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod_id: int) -> None:
+    """Checks that documents end with their token, without which rows cannot be divided.
+
+    Looks at the first documents of each .bin/.idx pair: preprocessing ends all or none.
+
+    Args:
+        blend: see `check_data_files`, which has found the files whole.
+        blend_per_split: likewise.
+        eod_id: end-of-document token.
+
+    Raises:
+        UserError: names the file.
+    """
+    for prefix in _prefixes(blend, blend_per_split):
+        if is_remote(prefix):
+            continue
+        dataset = IndexedDataset(prefix)
+        lasts = (dataset[end - 1] for end in dataset.document_indices[1 : FIRST_DOCUMENTS + 1])
+        if not any(len(last) and last[-1] == eod_id for last in lasts):
+            raise UserError(
+                f"no document at the beginning of {get_bin_path(prefix)} ends with the tokenizer's "
+                f"end of document, {eod_id}, which --mdm-isolate-documents and --mdm-rate-per "
+                "document divide rows by: run tools/preprocess_data.py again without "
+                "--no-append-eod (Megatron's: with --append-eod)"
+            )
+
+
+def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
+    """Checks that every document is one sequence, as running text is.
+
+    Rows of text take the sequences in any order: a prompt and its response would be torn apart.
+
+    Args:
+        blend: see `check_data_files`, which has found the files whole.
+        blend_per_split: likewise.
+
+    Raises:
+        UserError: names the file.
+    """
+    for prefix in _prefixes(blend, blend_per_split):
+        if not is_remote(prefix) and has_several_sequences(prefix):
+            raise UserError(
+                f"{prefix} holds pairs of prompts and responses: add --mdm-sft to train on them, "
+                "or give running text"
+            )
+
+
+def has_several_sequences(prefix: str) -> bool:
+    """Whether the documents of a .bin/.idx pair, which is whole, have several sequences each."""
+    with open(get_idx_path(prefix), "rb") as stream:
+        stream.seek(len(_INDEX_HEADER))
+        _, _, sequences, bounds = struct.unpack("<QBQQ", stream.read(25))
+    return bool(bounds != sequences + 1)
+
+
+def _prefixes(blend: Blend, blend_per_split: list[Any] | None) -> list[str]:
+    blends = blend_per_split or [blend]
+    return list(dict.fromkeys(p for blend in blends if blend is not None for p in blend[0]))
+
+
+def _check_data_file(prefix: str) -> None:
+    bin_path, idx_path = get_bin_path(prefix), get_idx_path(prefix)
+    for path in (bin_path, idx_path):
+        if not os.path.isfile(path):
+            raise UserError(
+                f"{path} does not exist: make it with tools/preprocess_data.py "
+                f"--output-prefix {prefix}"
+            )
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path} is empty: run tools/preprocess_data.py again")
+    try:
+        expected = _indexed_bytes(idx_path)
+    except (ValueError, struct.error) as error:
+        raise UserError(
+            f"{idx_path} is not a Megatron index, or is damaged or cut short ({error}): "
+            "run tools/preprocess_data.py again"
+        ) from error
+    if expected == 0:
+        raise UserError(f"{idx_path} lists no documents: run tools/preprocess_data.py again")
+    if os.path.getsize(bin_path) != expected:
+        raise UserError(
+            f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
+            "is cut short or of another index; run tools/preprocess_data.py again"
+        )
+
+
+def _indexed_bytes(idx_path: str) -> int:
+    """The size that an index implies for its .bin.
+
+    Megatron's IndexedDataset reads the same, but trusts what it finds, and prints an ignored
+    exception when it is dropped after a failure.
+
+    Raises:
+        ValueError, struct.error: not an index, or one that contradicts itself.
+    """
+    with open(idx_path, "rb") as stream:
+        if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise ValueError("wrong header")
+        version, code, sequences, documents = struct.unpack("<QBQQ", stream.read(25))
+        start = stream.tell()
+    if version != 1:
+        raise ValueError(f"version {version}")
+    size = DType.size(DType.dtype_from_code(code))
+    expected = start + sequences * (4 + 8) + documents * 8
+    if os.path.getsize(idx_path) != expected:
+        raise ValueError(f"{os.path.getsize(idx_path)} bytes instead of {expected}")
+    if sequences == 0:
+        return 0
+    lengths = np.memmap(idx_path, np.int32, "r", start, (sequences,))
+    pointers = np.memmap(idx_path, np.int64, "r", start + 4 * sequences, (sequences,))
+    ends = np.memmap(idx_path, np.int64, "r", start + 12 * sequences, (documents,))
+    if documents == 0 or ends[-1] != sequences:
+        raise ValueError("its counts of documents and sequences differ")
+    starts = range(0, sequences, INDEX_PART)
+    if not is_first_rank():  # one reader is enough: others look at the end alone
+        starts = starts[-1:]
+    end = int(pointers[starts[0]]) if starts[0] else 0
+    for i in starts:
+        part = lengths[i : i + INDEX_PART].astype(np.int64) * size
+        after = end + part.cumsum()
+        if part.min() < 0 or not np.array_equal(pointers[i : i + INDEX_PART], after - part):
+            raise ValueError("its lengths and positions differ")
+        end = int(after[-1])
+    return end

@@ -1,0 +1,92 @@
+"""FP8 flags that the model, the GPU and the checkpoint allow."""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.flags.layout_checks import head_size
+
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # of Transformer Engine
+# Least compute capability of each --fp8-recipe in Transformer Engine.
+CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+ROW_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
+
+
+def check_fp8(args: Namespace) -> None:
+    """Checks that what --fp8-format asks for can be had here; Transformer Engine is installed.
+
+    Args:
+        args: parsed arguments, validated or not.
+
+    Raises:
+        UserError: no device or layers for it, or sizes that its products do not take.
+    """
+    if not args.fp8:
+        return
+    if args.mdm_device == "cpu":
+        raise UserError("--fp8-format needs a GPU: leave it out with --mdm-device cpu")
+    if args.transformer_impl != "transformer_engine":
+        raise UserError(
+            f"--fp8-format does nothing in the layers of --transformer-impl {args.transformer_impl}"
+            ": use --transformer-impl transformer_engine, or leave it out"
+        )
+    if args.use_transformer_engine_op_fuser and args.fp8_recipe == "delayed":
+        raise UserError(
+            "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed where "
+            "evaluations would move them: leave it out, or use --fp8-recipe tensorwise"
+        )
+    needed = CAPABILITY.get(args.fp8_recipe, (8, 9))
+    found = torch.cuda.get_device_capability()
+    if found < needed:
+        raise UserError(
+            f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability "
+            f"{needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}: use --bf16 alone"
+            + (", or --fp8-recipe delayed" if found >= CAPABILITY["delayed"] else "")
+        )
+    for name, size, parts in _sizes(args):
+        if size % (ROW_MULTIPLE * parts):
+            shares = f" ({ROW_MULTIPLE} for each of {parts} ranks)" if parts > 1 else ""
+            raise UserError(
+                f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE * parts}{shares}, got "
+                f"{size}"
+            )
+
+
+def _sizes(args: Namespace) -> Iterator[tuple[str, int, int]]:
+    """(flags, size, ranks that share it) of what FP8 products take; 0 where no flag says it."""
+    tensor, heads = args.tensor_model_parallel_size, args.num_attention_heads or 0
+    rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
+    parts = args.context_parallel_size * (tensor if args.sequence_parallel else 1)
+    yield "--micro-batch-size x --seq-length", rows, parts
+    yield "--hidden-size", args.hidden_size or 0, 1
+    yield "--num-attention-heads x --kv-channels", heads * head_size(args), tensor
+    yield "--ffn-hidden-size", args.ffn_hidden_size or 0, tensor
+    if args.num_experts:
+        of_experts = args.expert_tensor_parallel_size or tensor
+        yield "--moe-ffn-hidden-size", args.moe_ffn_hidden_size or 0, of_experts
+        shared = args.moe_shared_expert_intermediate_size or 0
+        yield "--moe-shared-expert-intermediate-size", shared, tensor
+
+
+def check_scales(args: Namespace, saved: dict[str, Any], source: str | None) -> None:
+    """Checks that Transformer Engine will read the scales of the checkpoint to be loaded.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
+        source: its directory.
+
+    Raises:
+        UserError: it keeps them as a pickle, and has not been told that it may read them.
+    """
+    delayed = all(x.get("fp8") and x.get("fp8_recipe") == "delayed" for x in (vars(args), saved))
+    if delayed and os.environ.get(UNSAFE_PICKLES) != "1":
+        raise UserError(
+            f"the checkpoint in {source} has scales of --fp8-recipe delayed, which Transformer "
+            f"Engine keeps as a pickle: set {UNSAFE_PICKLES}=1 in the environment if you trust it"
+        )

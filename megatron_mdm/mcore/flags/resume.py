@@ -1,0 +1,116 @@
+"""Whether the settings of a run agree with those of the checkpoint that it resumes."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_mdm.config import destinations
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.argument_groups import Group, changes, group, names
+from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.objective.ppots.fit_file import load_sampler
+
+# Beginnings of the flags that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
+_SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
+
+# The settings on which a measured value of P-POTS depends, and the bins that it is counted in.
+MEASURED = (
+    *("mdm_ppots_target", "mdm_ppots_bins", "mdm_normalization", "mdm_rate_per"),
+    *("mdm_mask", "mdm_eps", "mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"),
+)
+
+
+def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
+    """Compares the arguments with those of the checkpoint that is about to be resumed.
+
+    Masks and rates are functions of the seed, the flags and the row number: a change of objective
+    or data would train something else from here on, and is refused. A change of how the run is
+    optimised is printed.
+
+    Args:
+        args: of this run.
+        saved: of the checkpoint; empty if there is none.
+
+    Raises:
+        UserError: names every flag of the objective or the data that differs, unless
+            --mdm-allow-flag-change.
+    """
+    is_resumed = args.load is not None and not args.finetune
+    fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
+    other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    args.mdm_sampler_state_in_checkpoint = is_resumed and fits and not other
+    # Other formats keep parameters alone.
+    is_kept = args.ckpt_format == "torch_dist"
+    args.mdm_log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
+    before = saved.get("mdm_log_state") if is_resumed else None
+    args.mdm_log_state_in_checkpoint = before is not None and before == args.mdm_log_state
+    if args.mdm_sampler_state_in_checkpoint:
+        args.mdm_ppots_file = None  # the run has a density of its own by now
+    # Not the name of the file, which may move, or hold something else by now.
+    args.mdm_ppots_digest = (
+        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
+    )
+    args.mdm_text_offset = _text_offset(args, saved) if is_resumed else 0
+    kept_order = saved.get("mdm_row_order") if is_resumed else None
+    args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
+    if not is_resumed:
+        before = saved.get("mdm_mask_token_id")
+        if before not in (None, args.mdm_mask_token_id):
+            notice(
+                f"the checkpoint was trained with mask token {before}, and this run has "
+                f"{args.mdm_mask_token_id}"
+            )
+        return
+    settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
+    found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
+    # Runs that fit their own density go on with the one in the checkpoint.
+    if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
+        if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
+            was = f"the density that {saved.get('mdm_ppots_file')} held"
+            if saved["mdm_ppots_digest"] is None:
+                was = "none"
+            found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
+    if found and not args.mdm_allow_flag_change:
+        raise UserError(
+            f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "
+            "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
+        )
+    if other:
+        notice(
+            "P-POTS begins to measure anew, from the density that the flags say: the checkpoint's "
+            f"measurements are of another {'; '.join(other)}"
+        )
+    if saved and not args.mdm_log_state_in_checkpoint:
+        notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
+    how = [] if args.skip_train else changes(args, saved, _training(args))
+    for change in [*found, *how]:
+        notice(f"the run resumes with another {change}")
+
+
+def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
+    """What is added to the number of a text, row // views, so that texts go on where they were.
+
+    Raises:
+        UserError: the next row would not begin a text.
+    """
+    before, views = saved.get("mdm_views", 1), args.mdm_views
+    offset, rows = saved.get("mdm_text_offset", 0), saved.get("consumed_train_samples", 0)
+    if views == before:
+        return int(offset)
+    if rows % views:
+        raise UserError(
+            f"--mdm-views {views} (checkpoint: {before}): the {rows} rows that the run has trained "
+            f"on are not a multiple of it, so that its next row would not begin a text"
+        )
+    return int(offset + rows // before - rows // views)
+
+
+def _training(args: Namespace) -> list[str]:
+    """The arguments of optimisation that this run's flags decide on."""
+    left_out: set[str] = set()
+    if args.use_checkpoint_opt_param_scheduler:
+        left_out = {name for name in names(Group.TRAINING) if name.startswith(_SCHEDULE)}
+    if args.weight_decay_incr_style == "constant":  # Megatron sets both to --weight-decay
+        left_out |= {"start_weight_decay", "end_weight_decay"}
+    if args.step_batch_size_schedule:  # Megatron sets it to the micro-batches of all ranks
+        left_out.add("global_batch_size")
+    return [name for name in names(Group.TRAINING) if name not in left_out]

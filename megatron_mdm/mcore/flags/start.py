@@ -1,0 +1,236 @@
+"""Which checkpoint a run starts from, and whether it may save where --save says.
+
+Megatron starts from random weights where --load names nothing, and saves over whatever is there.
+A scheduler that gives the same command again would lose a run that way, or begin it anew each time.
+"""
+
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.training.checkpointing import _load_base_checkpoint
+
+from megatron_mdm.config import flag
+from megatron_mdm.data.record import digest
+from megatron_mdm.errors import SharedError, UserError
+from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint, find_checkpoint, is_remote
+from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
+from megatron_mdm.mcore.ranks import equal_on_all_ranks, notice
+
+SUMMED = "torch_dist"  # the format whose files have sums (saving.py)
+# How a run begins, and does not go on.
+_CHANGEABLE = ("finetune", "no_load_optim", "no_load_rng")
+
+
+def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
+    """Decides on the checkpoint to load, and makes the arguments say so.
+
+    A command that begins from one directory, or from one iteration of it, and saves into another
+    finds checkpoints of its own there when it is given again, and then goes on from these. From a
+    converted model and from --pretrained-checkpoint a new run begins. So --load, --ckpt-step,
+    --finetune, --no-load-optim and --no-load-rng may change here. `args.mdm_started_from` records
+    how the run began.
+
+    Args:
+        args: of this run.
+
+    Returns:
+        The directory of the checkpoint, None for a start from random weights; and the arguments in
+        the checkpoint, empty if it has none.
+
+    Raises:
+        UserError: a flag names no checkpoint, or a damaged one; or --save holds checkpoints of
+            another run, or later ones than this run starts from.
+    """
+    _say_what_is_not_checked(args)
+    args.mdm_started_from = _beginning(vars(args))
+    saves_over = args.skip_train or args.mdm_overwrite_save
+    own = None if saves_over else _find(args.save, None, args)
+    of_own = {} if own is None else saved_arguments(args, own)
+    if own is not None:
+        _go_on_or_refuse(args, own, of_own)
+    source, found = _source(args)
+    is_converted = found is not None and found.iteration is None
+    if is_converted or source not in (None, args.load):  # as Megatron will, once it loads it
+        args.finetune = True
+    if source is None or (own is not None and _is_same(found, own)):
+        return source, of_own if source else {}
+    return source, saved_arguments(args, found or SavedCheckpoint(source, args.ckpt_step))
+
+
+def check_same_start(args: Namespace) -> None:
+    """Checks that all ranks start from one checkpoint; a collective call.
+
+    Each rank has looked at its own disk, and a shared one need not show all nodes the same.
+
+    Raises:
+        SharedError: they do not.
+    """
+    names = ("load", "pretrained_checkpoint", "ckpt_step", *_CHANGEABLE)
+    start = {name: getattr(args, name) for name in names}
+    if not equal_on_all_ranks(digest(start)):
+        where = args.load or args.pretrained_checkpoint or "random weights"
+        raise SharedError(
+            f"the ranks see different checkpoints: this one would start from {where}, others from "
+            "elsewhere or otherwise. Check that --save and --load are the same directories on all "
+            "nodes, and start again"
+        )
+
+
+def check_checkpoints(args: Namespace) -> None:
+    """Checks the checkpoints that Megatron reads while it parses --use-checkpoint-args.
+
+    Raises:
+        UserError: one of them is damaged or could run code, or --ckpt-step names none.
+    """
+    for directory in (args.load, args.pretrained_checkpoint):
+        if _find(directory, None, args) is not None:
+            found = _find(directory, args.ckpt_step, args)
+            check_pickles(found.path)
+
+
+def _say_what_is_not_checked(args: Namespace) -> None:
+    for name in ("save", "load", "pretrained_checkpoint"):
+        directory = getattr(args, name)
+        if directory is not None and is_remote(directory):
+            notice(
+                f"{flag(name)} {directory} is in an object storage: nobody looks whether the "
+                "checkpoints there are whole, unchanged and harmless, or another run's"
+            )
+    if args.save is not None and args.ckpt_format != SUMMED and args.mdm_checkpoint_hashes:
+        notice(
+            f"checkpoints of --ckpt-format {args.ckpt_format} have no sums of their files; those "
+            f"of {SUMMED} have"
+        )
+
+
+def _go_on_or_refuse(args: Namespace, own: SavedCheckpoint, saved: Mapping[str, Any]) -> None:
+    """Decides on a start where --save holds a checkpoint, with these arguments in it.
+
+    See `choose_start`.
+    """
+    in_place = args.load is not None and _place(args.load) == _place(args.save)
+    began = saved.get("mdm_started_from") or _beginning(saved)
+    if in_place and args.mdm_started_from == _beginning({"load": args.load}):
+        args.mdm_started_from = began
+    elif args.load is not None and args.mdm_started_from == began:
+        notice(
+            f"--save {args.save} holds {own} of the run that this command began: the run goes on "
+            "from there (--mdm-overwrite-save begins it again)"
+        )
+        args.load, args.ckpt_step = args.save, None
+        for name in _CHANGEABLE:
+            setattr(args, name, False)
+    elif in_place and not args.finetune:
+        if args.ckpt_step is not None:
+            notice(
+                f"--ckpt-step {args.ckpt_step} goes back from {own} of {args.save}: the run saves "
+                "over later iterations"
+            )
+    elif not in_place or own.iteration is not None:  # a release is not saved over
+        remedy = "leave out --finetune" if in_place else f"give --load {args.save}"
+        raise UserError(
+            f"--save {args.save} holds {own} of a run that this command does not continue: "
+            f"{remedy} to go on from it, or give another --save (--mdm-overwrite-save saves over "
+            "it)"
+        )
+
+
+def _source(args: Namespace) -> tuple[str | None, SavedCheckpoint | None]:
+    """The directory that the run starts from, and the checkpoint that is there.
+
+    Returns:
+        None for a start from random weights; no checkpoint for one in an object storage.
+
+    Raises:
+        UserError: there is none, and nothing says that this is the first start of a run.
+    """
+    pretrained, is_given = args.pretrained_checkpoint, args.load is not None
+    if is_given and is_remote(args.load):
+        return args.load, None
+    # At the first start --ckpt-step is of the other checkpoint.
+    if is_given and (pretrained is None or _find(args.load, None, args) is not None):
+        found = _find(args.load, args.ckpt_step, args)
+        if found is not None:
+            return args.load, found
+        is_first_start = args.save is not None and _place(args.load) == _place(args.save)
+        if args.finetune or not is_first_start:
+            raise _no_checkpoint("--load", args.load)
+    if pretrained is None or is_remote(pretrained):
+        return pretrained, None
+    found = _find(pretrained, args.ckpt_step, args)
+    if found is None:
+        raise _no_checkpoint("--pretrained-checkpoint", pretrained)
+    return pretrained, found
+
+
+def _find(directory: str | None, iteration: int | None, args: Namespace) -> SavedCheckpoint | None:
+    if directory is None or is_remote(directory):
+        return None
+    return find_checkpoint(directory, iteration, args.ckpt_format)
+
+
+def _is_same(one: SavedCheckpoint | None, other: SavedCheckpoint) -> bool:
+    return one is not None and os.path.realpath(one.path) == os.path.realpath(other.path)
+
+
+def _no_checkpoint(name: str, directory: str) -> UserError:
+    return UserError(
+        f"{name} {directory} has no checkpoint: give the directory that --save or "
+        "tools/convert_checkpoint.py --output named"
+    )
+
+
+def _beginning(args: Mapping[str, Any]) -> dict[str, Any]:
+    """How a command says that its run begins; equal for the same command given again."""
+    pretrained = args.get("pretrained_checkpoint")
+    return {
+        "load": _place(args.get("load")),
+        "pretrained_checkpoint": _place(pretrained),
+        "ckpt_step": args.get("ckpt_step"),
+        # Megatron sets it by itself after a start from --pretrained-checkpoint.
+        "finetune": bool(args.get("finetune")) and pretrained is None,
+        "no_load_optim": bool(args.get("no_load_optim")),
+        "no_load_rng": bool(args.get("no_load_rng")),
+    }
+
+
+def _place(directory: str | None) -> str | None:
+    if directory is None or is_remote(directory):
+        return directory
+    return os.path.realpath(directory)
+
+
+def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, Any]:
+    """The arguments that a checkpoint holds; empty if it has none.
+
+    Args:
+        args: of this process, which say how Megatron reads it.
+        checkpoint: that `find_checkpoint` found, or one in an object storage.
+
+    Raises:
+        UserError: they cannot be read, or the checkpoint could run code.
+    """
+    directory = checkpoint.directory
+    if not is_remote(directory):
+        check_pickles(checkpoint.path)
+    asked = Namespace(**{**vars(args), "ckpt_step": checkpoint.iteration})
+    try:
+        state = _load_base_checkpoint(directory, asked, rank0=True)[0]
+    except (
+        CheckpointingException,
+        dcp.api.CheckpointException,
+        EOFError,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"the checkpoint in {directory} is damaged, its arguments cannot be read: take an "
+            "earlier one with --ckpt-step, or a copy"
+        ) from error
+    return vars(state["args"]) if state and state.get("args") else {}

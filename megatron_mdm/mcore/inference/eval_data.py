@@ -1,0 +1,297 @@
+"""Texts to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
+
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.data.documents import Document, document_text, read_documents
+from megatron_mdm.data.encoding import TokenizerData
+from megatron_mdm.data.identity import data_identity
+from megatron_mdm.data.sampling import Reservoir, drawn
+from megatron_mdm.errors import UserError
+from megatron_mdm.evaluation.nelbo import ScoredRow, cut_rows
+from megatron_mdm.generation.decoder import Decoder
+from megatron_mdm.mcore.data.documents import isolated_documents
+from megatron_mdm.mcore.data.row_dataset import rows_of_file
+from megatron_mdm.mcore.flags.data_files import check_data_files, has_several_sequences
+from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
+from megatron_mdm.mcore.inference.loaded_model import LoadedModel
+from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
+from megatron_mdm.mcore.training.forward_step import Rows, eligible_positions
+
+# Rows that are read for each one that is measured, so that those of long documents are from many.
+POOL = 8
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenized documents, each with its end-of-document token.
+
+    Attributes:
+        ids: token ids of each document, an integer array of one dimension.
+        num_bytes: their length in UTF-8; None where the tokenizer knows no text.
+    """
+
+    ids: list[np.ndarray]
+    num_bytes: int | None
+
+
+def read_tokens(
+    loaded: LoadedModel,
+    data: str,
+    json_key: str,
+    enough: int,
+    seed: int,
+    file_format: str = "auto",
+) -> Documents:
+    """Draws whole documents from all over the data until they have `enough` tokens.
+
+    Args:
+        loaded: the checkpoint, whose tokenizer is used.
+        data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
+        json_key: where a JSONL line holds its text.
+        enough: see above.
+        seed: of the choice.
+        file_format: of a file, see `read_documents`.
+
+    Returns:
+        The documents, in the order of the data.
+
+    Raises:
+        UserError: no such data, or data that cannot be read.
+    """
+    if os.path.isfile(data):
+        found = _documents_of_file(loaded, data, json_key, enough, seed, file_format)
+    else:
+        found = _indexed_documents(loaded, data, enough, seed)
+    if not found:
+        raise UserError(f"{data} holds no tokens: give other data")
+    sizes = [num_bytes for _, num_bytes in found if num_bytes is not None]
+    return Documents([ids for ids, _ in found], sum(sizes) if len(sizes) == len(found) else None)
+
+
+def _documents_of_file(
+    loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int, file_format: str
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a text or JSONL file, and the bytes of each."""
+    has_text = loaded.args.tokenizer_type != "NullTokenizer"
+    ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
+    encode = encoder(loaded)
+
+    def encoded(document: Document) -> tuple[int, tuple[np.ndarray, int | None]] | None:
+        text = document_text(document, json_key)
+        tokens = encode(text)
+        if not tokens:
+            return None
+        _check_ids(loaded, data, np.array(tokens))
+        ids = np.array([*tokens, *ending], dtype=np.int32)
+        return len(ids), (ids, len(text.encode()) if has_text else None)
+
+    sample: Reservoir[tuple[np.ndarray, int | None]] = Reservoir(enough, seed)
+    for document in read_documents([data], file_format):
+        sample.offer(functools.partial(encoded, document))
+    return sample.items()
+
+
+def _indexed_documents(
+    loaded: LoadedModel, data: str, enough: int, seed: int
+) -> list[tuple[np.ndarray, int | None]]:
+    """Token ids of documents of a .bin/.idx pair, and the bytes of each."""
+    if is_pair_dataset(data):
+        raise UserError(
+            f"{data} consists of prompts and responses, which have no likelihood as one text: "
+            "give plain text"
+        )
+    _check_made_with(loaded, data)
+    dataset = IndexedDataset(data)
+    found: list[tuple[np.ndarray, int | None]] = []
+    for number in drawn(dataset.sequence_lengths, enough, seed):
+        ids = dataset[number].astype(np.int32)
+        _check_ids(loaded, data, ids)
+        num_bytes = None
+        if loaded.args.tokenizer_type != "NullTokenizer":
+            words = ids[ids != loaded.end_token_id].tolist()
+            num_bytes = len(loaded.tokenizer.detokenize(words).encode())
+        found.append((ids, num_bytes))
+    return found
+
+
+def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[int]]:
+    """The checkpoint's tokenizer as preprocessing uses it: it puts nothing before a text.
+
+    Args:
+        loaded: the checkpoint.
+        special: whether text that spells a special token is that token, as where preprocessing
+            renders conversations with a chat template; else it is ordinary text.
+    """
+    data = tokenizer_data(loaded.tokenizer)
+    return data.load(special) if isinstance(data, TokenizerData) else loaded.tokenizer.tokenize
+
+
+def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
+    """Whether text that spells a special token is that token in the data of a checkpoint.
+
+    Args:
+        args: of the checkpoint, which says of its data how they were encoded.
+        asked: the answer where a user gives it (--special-tokens).
+
+    Returns:
+        True too where it is not known of all of them, or where they differ: conversations come
+        rendered, with their special tokens spelled out.
+    """
+    if asked is not None:
+        return asked
+    known = {data.get("special_tokens") for data in getattr(args, "mdm_data", None) or ()}
+    return known != {False}
+
+
+def vocab_size(loaded: LoadedModel) -> int:
+    """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
+    return tokenizer_rows(loaded.tokenizer)
+
+
+def decoder_of(
+    loaded: LoadedModel, eos_token_ids: int | Sequence[int] | None = None, **settings: Any
+) -> Decoder:
+    """The decoder of texts of a checkpoint.
+
+    Args:
+        loaded: the checkpoint.
+        eos_token_ids: tokens that end a text; default: the end of document, if there is one.
+        settings: of `Decoder`.
+
+    Raises:
+        UserError: a value is out of range, or the model has no mask token.
+    """
+    end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
+    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    return Decoder(
+        loaded.mask_token_id, end_token_ids=ends, vocab_size=vocab_size(loaded), **settings
+    )
+
+
+def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool) -> list[ScoredRow]:
+    """Rows of documents, at most as long as the model's, as it was trained on them.
+
+    A shifted model does not predict the first token of a row. Its rows begin with the last token of
+    the row before, or with the end of document, so that every token is scored in one row.
+
+    Args:
+        loaded: the checkpoint.
+        documents: token ids.
+        packed: see `cut_rows`.
+    """
+    mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
+    ids = documents.ids
+    if mdm.shift and loaded.opening_token_id is not None:
+        opened = [np.insert(document, 0, loaded.opening_token_id) for document in ids]
+        ids = [*opened[:1], *ids[1:]] if packed else opened
+    numbers = [np.full(len(document), number) for number, document in enumerate(ids)]
+    rows, origins = (
+        cut_rows(values, loaded.args.seq_length, packed, overlap=int(mdm.shift))
+        for values in (ids, numbers)
+    )
+    texts = []
+    for row, origin in zip(rows, origins, strict=True):
+        no_padding = torch.zeros_like(row[None], dtype=torch.bool)
+        apart = isolated_documents(row[None], eod_id, mdm)
+        eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
+        if apart is None and not mdm.eod_attended:  # hidden are the ends as they were
+            apart = torch.zeros_like(row[None])
+        texts.append(ScoredRow(row, eligible[0], None if apart is None else apart[0], origin))
+    return texts
+
+
+def shuffled(rows: list[ScoredRow], seed: int) -> list[ScoredRow]:
+    """The rows in a random order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order.tolist()]
+
+
+def scored_per_byte(
+    loaded: LoadedModel, rows: list[ScoredRow], documents: Documents
+) -> float | None:
+    """Tokens that are scored for each byte of text.
+
+    None where bytes are not known, or where tokens that have bytes are not scored: a shifted model
+    without an opening token leaves out the first one of a document.
+
+    Args:
+        loaded: the checkpoint.
+        rows: all of the documents.
+        documents: the documents.
+    """
+    if not documents.num_bytes or (loaded.args.mdm_shift and loaded.opening_token_id is None):
+        return None
+    return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
+
+
+def is_pair_dataset(prefix: str) -> bool:
+    """Whether an indexed dataset consists of prompts and responses instead of running text.
+
+    Raises:
+        UserError: there is no such dataset, or it is damaged.
+    """
+    check_data_files(([prefix], None), None)
+    return has_several_sequences(prefix)
+
+
+def _check_made_with(loaded: LoadedModel, prefix: str) -> None:
+    """Raises a `UserError` for a .bin/.idx pair that was made with another tokenizer."""
+    made_with = data_identity(prefix).tokenizer
+    line = other_tokenizer_of_data(prefix, made_with, tokenizer_data(loaded.tokenizer))
+    if line:
+        raise UserError(line)
+
+
+def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[ScoredRow]:
+    """Rows of prompts and responses, as fine-tuning would take them from this file.
+
+    They come from all over it, since fine-tuning takes them in a random order. The settings of the
+    objective are those of the checkpoint's run, as to padding and SyRM too.
+
+    Args:
+        loaded: the checkpoint.
+        prefix: of a .bin/.idx pair that `is_pair_dataset`.
+        limit: most rows.
+
+    Raises:
+        UserError: the checkpoint's settings do not go with pairs, or the data's tokens not with it.
+    """
+    args = Namespace(**{**vars(loaded.args), "mdm_sft": True})
+    mdm, eod_id = MDMConfig.from_args(args), loaded.tokenizer.eod
+    if not (mdm.eod_attended and mdm.pad_attended):
+        raise UserError(
+            f"{prefix} holds pairs, on which a checkpoint of --no-mdm-eod-attended or "
+            "--no-mdm-pad-attended cannot be measured"
+        )
+    _check_made_with(loaded, prefix)
+    dataset = rows_of_file(args, prefix)
+    texts = []
+    for number in range(min(limit, len(dataset))):
+        item = dataset[number]
+        _check_ids(loaded, prefix, item["tokens"].numpy())
+        rows = Rows(**{name: column[None] for name, column in item.items()})
+        apart = rows.isolated(eod_id, mdm)
+        eligible = rows.eligible(eod_id, mdm)[0]
+        texts.append(ScoredRow(rows.tokens[0], eligible, None if apart is None else apart[0]))
+    return texts
+
+
+def _check_ids(loaded: LoadedModel, data: str, ids: np.ndarray) -> None:
+    """Raises a `UserError` for token ids that the model does not have."""
+    size = loaded.args.mdm_vocab_size
+    if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+        wrong = ids.max() if ids.max() >= size else ids.min()
+        raise UserError(
+            f"{data} contains the token id {wrong} and the model has {size} of them: tokenize the "
+            "data with the model's tokenizer"
+        )

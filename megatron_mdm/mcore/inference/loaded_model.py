@@ -1,0 +1,524 @@
+"""A trained checkpoint as a function from tokens to logits, with nothing to give but its path."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import unwrap_model
+from megatron.training import set_startup_timestamps
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_args
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
+
+from megatron_mdm.config import MDMConfig, destination
+from megatron_mdm.data.encoding import named_code
+from megatron_mdm.errors import SharedError, UserError
+from megatron_mdm.mcore.argument_groups import Group, group
+from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint, find_checkpoint
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import place_of_tokenizer, tokenizer_of
+from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
+from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
+from megatron_mdm.mcore.data.documents import position_ids
+from megatron_mdm.mcore.device import CPU_DEFAULTS
+from megatron_mdm.mcore.flags.architecture import differences
+from megatron_mdm.mcore.flags.arguments import add_arguments, to_user_error
+from megatron_mdm.mcore.flags.identities import other_tokenizer
+from megatron_mdm.mcore.flags.old_checkpoints import complete
+from megatron_mdm.mcore.flags.start import saved_arguments
+from megatron_mdm.mcore.model.attention_mask import attention_mask
+from megatron_mdm.mcore.model.builder import model_config
+from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.mcore.tokenizer import tokenizer_end_id
+
+# Arguments of the run that stay: where its tokenizer and data are, how the checkpoint's tensors are
+# named and shaped, and those whose type Megatron's validation changes. All others of Group.RUN get
+# their default.
+KEPT = """
+ckpt_format data_args_path data_cache_path data_path inference_cuda_graph_scope
+make_vocab_size_divisible_by mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
+mdm_vocab_size megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype
+megatron_fsdp_main_params_dtype merge_file moe_grouped_gemm moe_single_grouped_bias
+moe_single_grouped_weight null_tokenizer_pad_id object_storage_cache_path padded_vocab_size
+per_split_data_args_path special_tokens test_data_path tiktoken_num_special_tokens tiktoken_pattern
+tokenizer_hf_no_include_special_tokens tokenizer_hf_no_use_fast tokenizer_model
+tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy train_data_path
+train_iters train_samples transformer_impl valid_data_path vocab_file
+""".split()
+
+# Arguments that are otherwise here than they were in the run, whatever they bear on.
+INFERENCE_OVERRIDES = {
+    # Derived from the tensor-parallel size of that run, and None derives them anew.
+    "tensor_parallel_num_weight_shards": None,
+    "expert_tensor_parallel_num_weight_shards": None,
+    "gtp_weight_remat_size": 1,
+    "expert_gtp_weight_remat_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "data_parallel_size": 1,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "step_batch_size_schedule": None,
+    "overlap_p2p_comm": False,  # as without virtual stages
+    "align_param_gather": False,
+    "gradient_accumulation_fusion": False,  # it would keep gradients from torch.autograd.grad
+    "skip_train": True,
+    "finetune": True,
+    "no_load_optim": True,
+    "no_load_rng": True,
+    "exit_on_missing_checkpoint": True,
+    "mdm_views": 1,  # rows are counted as texts
+    "mdm_text_offset": 0,
+    "mdm_rate_sampler": "uniform",
+    "mdm_clip": None,
+    **{destination(f.name): f.default for f in fields(MDMConfig) if f.name.startswith("ppots_")},
+    "wandb_project": "",
+    # FP8 and FP4 products take some numbers of rows and no others, and texts have any length. The
+    # weights are in the checkpoint in the precision of the run's other tensors.
+    "fp8": None,
+    "fp8_param_gather": False,
+    "fp8_output_proj": False,
+    "fp4": None,
+    "fp4_param_gather": False,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode.
+
+    Attributes:
+        model: Megatron's module.
+        args: the arguments of the run that trained it, with this process' layout.
+        tokenizer: Megatron's tokenizer.
+    """
+
+    model: Any
+    args: Namespace
+    tokenizer: Any
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            UserError: the model has none.
+        """
+        mask = self.args.mdm_mask_token_id
+        if mask is None:
+            raise UserError(
+                f"the model in {self.args.load} has no mask token, and so nothing to fill in: "
+                "convert it with --add-mask-token and train it first"
+            )
+        return int(mask)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """Id of the end-of-document token, None if the tokenizer has none."""
+        return tokenizer_end_id(self.tokenizer)
+
+    @property
+    def opening_token_id(self) -> int | None:
+        """The token after which texts began in the rows of training: the end of document.
+
+        A shifted model predicts the first token of a text from it. None if the tokenizer has none,
+        or if no text saw the end of another (--mdm-isolate-documents).
+        """
+        return None if self.args.mdm_isolate_documents else self.end_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens in a row: what the model has positions for, in training or not."""
+        return int(self.args.max_position_embeddings)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        clean: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits of the clean tokens.
+
+        Args:
+            tokens: int64 [b, s], the same on all ranks.
+            clean: the tokens before masking, where they are known [b, s]: which of them are hidden
+                from attention follows from these.
+            documents: what attention stays inside, int64 [b, s], and where positions start over;
+                None: a text to fill in is one document, whose end is still to be found.
+
+        Returns:
+            float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
+            for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
+
+        Raises:
+            UserError: the first token is masked, and the model is shifted.
+        """
+        b, s = tokens.shape
+        clean = tokens if clean is None else clean
+        positions = position_ids(clean, documents)
+        mdm = MDMConfig.from_args(self.args)
+        if mdm.shift:
+            self._check_first_tokens(tokens, positions)
+        no_padding = torch.zeros_like(tokens, dtype=torch.bool)
+        packed = self.args.transformer_impl == "transformer_engine"
+        hidden = attention_mask(
+            clean, no_padding, self.tokenizer.eod, mdm, documents, as_bounds=packed
+        )
+        outputs = get_forward_backward_func()(
+            forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=s,
+            micro_batch_size=b,
+            forward_only=True,
+        )
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            if not mpu.is_pipeline_last_stage():
+                columns = self.args.padded_vocab_size // self.args.tensor_model_parallel_size
+                outputs = [tokens.new_empty((b, s, columns), dtype=self.args.params_dtype)]
+            torch.distributed.broadcast(
+                outputs[0],
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        logits = gather_from_tensor_model_parallel_region(outputs[0])
+        if mdm.shift:  # the first position has only its own
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        return logits
+
+    def _check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+        """Checks that a shifted model is not asked for what its training never predicted.
+
+        Raises:
+            UserError: the first token of a row, or of a document that sees no other, is masked.
+        """
+        if ((tokens == self.args.mdm_mask_token_id) & (positions == 0)).any():
+            raise UserError(
+                "the first token of a row is masked, which a shifted model (--mdm-shift) cannot "
+                "predict: put a token in front, such as the end of document"
+            )
+
+
+@contextlib.contextmanager
+def loaded_model(
+    checkpoint: str,
+    device: str,
+    pipeline_parallel: int = 1,
+    change: Callable[[Namespace], None] | None = None,
+    hashes: bool = True,
+    trust: bool = False,
+) -> Iterator[LoadedModel]:
+    """Loads a checkpoint, whatever layout wrote it, over all ranks.
+
+    To be entered inside `training_device(device)`; without torchrun it is a single process.
+
+    Args:
+        checkpoint: directory that the run named as --save.
+        device: `cuda` or `cpu`.
+        pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
+        change: of the arguments that the checkpoint recorded, before the model is built.
+        hashes: compare its files with the sums that were saved with them.
+        trust: run Python code that lies beside the tokenizer.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged or has no arguments, or the model cannot be
+            divided so.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
+    found = _named(checkpoint)
+    notice(f"checkpoint: {checkpoint}, {found}", file=sys.stderr)
+    recorded = _checkpoint_args(found)
+    if change:
+        change(recorded)
+    args = args_for_inference(recorded, found, device, pipeline_parallel)
+    args.mdm_checkpoint_hashes = hashes
+    _limit_code(args, trust)
+    try:
+        set_global_variables(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _tokenizer_rejection(error, args) from error
+    _check_tokenizer(vars(args), get_tokenizer(), args)
+    use_shipped_dataset_helpers()
+    initialize_megatron()
+    try:
+        yield LoadedModel(_model(args), args, get_tokenizer())
+        torch.distributed.barrier()
+    finally:
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def load_other_weights(loaded: LoadedModel, checkpoint: str) -> LoadedModel:
+    """The same network with the weights of another checkpoint, beside the first.
+
+    Args:
+        loaded: a model, whose layout and tokenizer stay.
+        checkpoint: of the same network, trained with --mdm-shift or without.
+
+    Raises:
+        UserError: there is no checkpoint, or it is of another network.
+    """
+    found = _named(checkpoint)
+    notice(f"checkpoint: {checkpoint}, {found}", file=sys.stderr)
+    args, saved = loaded.args, vars(_checkpoint_args(found))
+    wrong = differences(saved, {**vars(args), "mdm_shift": saved.get("mdm_shift")}, args.load)
+    for name in ("padded_vocab_size", "max_position_embeddings"):
+        if saved[name] != getattr(args, name):
+            wrong = wrong or f"{name} is {saved[name]} and not {getattr(args, name)}"
+    if wrong:
+        raise UserError(f"the checkpoint in {checkpoint} is of another network: {wrong}")
+    _check_tokenizer(saved, loaded.tokenizer, args)
+    own = args.load, args.ckpt_step
+    args.load, args.ckpt_step = checkpoint, found.iteration
+    try:
+        return LoadedModel(_model(args), args, loaded.tokenizer)
+    finally:
+        args.load, args.ckpt_step = own
+
+
+def _model(args: Namespace) -> torch.nn.Module:
+    """Megatron's module with the weights of `args.load`, in evaluation mode."""
+    with safe_checkpoints(args.mdm_checkpoint_hashes):
+        model, _, _ = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+    module: torch.nn.Module = unwrap_model(model[0]).eval()
+    _check_finite(module, args.load)
+    return module
+
+
+def _check_finite(module: torch.nn.Module, checkpoint: str) -> None:
+    """Checks, on all ranks together, that the weights are numbers.
+
+    Args:
+        module: this rank's part of the model.
+        checkpoint: where the weights are from.
+
+    Raises:
+        SharedError: names the first tensor that holds NaN or infinity; on every rank.
+    """
+    own = {
+        name: tensor.detach()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    largest = torch.stack([torch.linalg.vector_norm(x, torch.inf).float() for x in own.values()])
+    bad = (~largest.isfinite()).nonzero()
+    names: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, list(own)[int(bad[0])] if len(bad) else None)
+    for name in names:
+        if name is not None:
+            raise SharedError(
+                f"the checkpoint in {checkpoint} holds NaN or infinity in the tensor {name}: its "
+                "training has diverged; give an earlier checkpoint of it"
+            )
+
+
+def _checkpoint_args(checkpoint: SavedCheckpoint) -> Namespace:
+    """The checkpoint's own arguments, which Megatron saved validated.
+
+    Raises:
+        UserError: it has none, or they cannot be read.
+    """
+    saved = saved_arguments(_defaults(), checkpoint)
+    if not saved:
+        raise UserError(
+            f"the checkpoint in {checkpoint.directory} has no arguments: save it with Megatron"
+        )
+    saved, line = complete(saved)
+    if line:
+        notice(line, sys.stderr)
+    return Namespace(**saved)
+
+
+def _defaults() -> Namespace:
+    """Megatron's arguments and ours without any flag."""
+    return parse_args(add_arguments, ignore_unknown_args=True)
+
+
+def _named(directory: str) -> SavedCheckpoint:
+    """The checkpoint that a directory's tracker names.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    found = find_checkpoint(directory)
+    if found is None:
+        raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
+    return found
+
+
+def args_for_inference(
+    args: Namespace, checkpoint: SavedCheckpoint, device: str, pipeline_parallel: int
+) -> Namespace:
+    """Arguments that a checkpoint recorded, changed in place for the process that loads it.
+
+    They say what the model is. Where that run loaded from, how it was laid out and what it logged
+    does not concern this process.
+
+    Args:
+        args: of the run that wrote the checkpoint, perhaps with an earlier version of the plugin.
+        checkpoint: the checkpoint.
+        device: `cuda` or `cpu`.
+        pipeline_parallel: pipeline stages.
+
+    Raises:
+        UserError: the tokenizer is not where it was, or the model cannot be divided so.
+    """
+    args.tokenizer_model = _tokenizer_model(args, checkpoint.directory)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
+    defaults = vars(_defaults())
+    own = {
+        # What Megatron and the plugin have learnt since the checkpoint was written.
+        **{name: value for name, value in defaults.items() if not hasattr(args, name)},
+        **{
+            name: value
+            for name, value in defaults.items()
+            if group(name) in (Group.RUN, None) and name not in KEPT
+        },
+        **INFERENCE_OVERRIDES,
+        "hybrid_layer_pattern": (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
+        or None,
+        "rank": int(os.environ.get("RANK", "0")),
+        "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
+        "world_size": world,
+        "tensor_model_parallel_size": tensor_parallel,
+        "expert_tensor_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": pipeline_parallel,
+        "transformer_pipeline_model_parallel_size": pipeline_parallel,
+        "load": checkpoint.directory,
+        "ckpt_step": checkpoint.iteration,
+        "mdm_device": device,
+        "distributed_backend": "nccl",
+        **(CPU_DEFAULTS if device == "cpu" else {}),
+    }
+    for name, value in own.items():
+        setattr(args, name, value)
+    return args
+
+
+def _limit_code(args: Namespace, trust: bool) -> None:
+    """Keeps Python code that the checkpoint's arguments name from running unless it is trusted.
+
+    Args:
+        args: of the checkpoint; changed.
+        trust: run the code of its tokenizer.
+
+    Raises:
+        UserError: the code would be fetched from elsewhere.
+    """
+    args.trust_remote_code = trust
+    args.spec = None  # names a module to import; the plugin has layers of its own
+    if trust and args.tokenizer_type == "HuggingFaceTokenizer":
+        for name in ("tokenizer_config.json", "config.json"):  # transformers reads both
+            elsewhere = [
+                code
+                for code in named_code(_settings(args, name), "AutoTokenizer", "AutoConfig")
+                if "--" in code
+            ]
+            if elsewhere:
+                raise UserError(
+                    f"{Path(args.tokenizer_model, name)} names Python code of another repository "
+                    f"({elsewhere[0]}), which is not fetched: put the code beside it, and name that"
+                )
+
+
+def _check_tokenizer(saved: Mapping[str, Any], tokenizer: Any, args: Namespace) -> None:
+    """Compares the tokenizer that is loaded with that of a checkpoint, whose arguments are `saved`.
+
+    Raises:
+        UserError: it is another one.
+    """
+    difference = other_tokenizer(saved, tokenizer)
+    if difference:
+        raise UserError(
+            f"the tokenizer {args.tokenizer_model or args.tokenizer_type} is not the one that the "
+            f"checkpoint was trained with: {difference}. Put that one there"
+        )
+
+
+def _settings(args: Namespace, name: str) -> dict[str, Any]:
+    """What a file beside a Hugging Face tokenizer says; empty where transformers will complain."""
+    try:
+        settings = json.loads(Path(args.tokenizer_model, name).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
+    """One line for an exception with which Megatron rejects the tokenizer, or other arguments."""
+    is_code = args.tokenizer_type == "HuggingFaceTokenizer" and not args.trust_remote_code
+    code = named_code(_settings(args, "tokenizer_config.json")) if is_code else []
+    if not code:
+        return to_user_error(error)
+    return UserError(
+        f"the tokenizer in {args.tokenizer_model} is Python code ({code[0]}), which runs with "
+        "--trust-remote-code only: add it if you trust the code, or convert the model again, which "
+        "takes its tokenizer.json"
+    )
+
+
+def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
+    """Where the tokenizer is, on this machine: beside the checkpoint first.
+
+    Raises:
+        UserError: it is neither there nor where it was.
+    """
+    path = tokenizer_of(checkpoint, args)
+    if path is None and args.tokenizer_model is not None:
+        raise UserError(
+            f"the tokenizer of {checkpoint} is not at {args.tokenizer_model}: start in the "
+            "directory that the training was started in, or put it beside the checkpoints, as "
+            f"{place_of_tokenizer(checkpoint, args)}"
+        )
+    return path
+
+
+def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:
+    """Tensor-parallel ranks of a stage, checked against the model.
+
+    Raises:
+        UserError: ranks, layers, heads or vocabulary cannot be divided so.
+    """
+    name = "--pipeline-model-parallel-size"
+    if pipeline_parallel < 1 or world % pipeline_parallel:
+        raise UserError(
+            f"{name} {pipeline_parallel} does not divide the {world} ranks: start a multiple of "
+            "it with torchrun --nproc-per-node"
+        )
+    if args.num_layers % pipeline_parallel:
+        raise UserError(f"{name} {pipeline_parallel} does not divide the {args.num_layers} layers")
+    tensor_parallel = world // pipeline_parallel
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for what, count in (
+        ("attention heads", args.num_attention_heads),
+        ("query groups", groups),
+        ("entries of the padded vocabulary", args.padded_vocab_size),
+    ):
+        if count % tensor_parallel:
+            raise UserError(
+                f"{tensor_parallel} tensor-parallel ranks do not divide the {count} {what}: start "
+                f"another number of ranks, or, where the tool has it, give {name}"
+            )
+    return tensor_parallel

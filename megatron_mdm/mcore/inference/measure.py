@@ -1,0 +1,332 @@
+"""Measures a checkpoint: second moments per rate, for P-POTS (arXiv 2511.18159), and gradients.
+
+Nothing of the training run is touched: the model is a copy of its own, loaded from the checkpoint,
+in evaluation mode, so FP8 scales and optimizer stay as they are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import mpu
+from megatron.training.global_vars import get_tokenizer
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.evaluation.nelbo import ScoredRow
+from megatron_mdm.mcore.data.documents import position_ids
+from megatron_mdm.mcore.data.row_dataset import FIXED, RowDataset, build_datasets
+from megatron_mdm.mcore.flags.arguments import check_data
+from megatron_mdm.mcore.inference.loaded_model import LoadedModel
+from megatron_mdm.mcore.model.attention_mask import attention_mask
+from megatron_mdm.mcore.model.causal import causal_attention
+from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
+from megatron_mdm.mcore.training.forward_step import (
+    Rows,
+    at_logits,
+    at_tokens,
+    contribution_to_batch_loss,
+)
+from megatron_mdm.objective.corruption import Corruption
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.objective.ppots.exact_sums import from_limbs
+from megatron_mdm.objective.ppots.moments import RateMoments, TextMoments, accumulate
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
+from megatron_mdm.objective.rate_bins import mask_for_bins
+from megatron_mdm.objective.segments import counts, totals
+from megatron_mdm.variance.report import CausalStep, Step
+from megatron_mdm.variance.sketch import Sketch, gradients
+
+
+def measure(
+    loaded: LoadedModel,
+    target: Literal["loss", "gradient"],
+    num_bins: int,
+    num_rows: int,
+    masks_per_bin: int,
+    micro_batch_size: int = 16,
+) -> Iterator[tuple[int, int, TextMoments]]:
+    """Measures E[value^2 | t in a bin] over rows of the training data and fresh masks.
+
+    Masks are drawn by their number of masked tokens (objective/rate_bins.py).
+
+    Args:
+        loaded: the model.
+        target: value of a row, or of a document with a rate of its own: its loss l (nats per
+            eligible token), or the norm of dl/dh with h the final hidden states; weighed as in
+            training.
+        num_bins: equal bins of t; the draws of a bin are stratified over its numbers of masked
+            tokens.
+        num_rows: rows of the training data.
+        masks_per_bin: draws for each row in each bin.
+        micro_batch_size: draws in one call of the model.
+
+    Returns:
+        Iterator of (draws done, draws in all, moments of each row so far); the last has everything.
+        Second moments only: the first moments are none of the value.
+
+    Raises:
+        UserError: the data cannot be trained on.
+    """
+    check_data(loaded.args)  # now, before anything is drawn
+    dataset = build_datasets(loaded.args, [num_rows, 0, 0], on_all_ranks=True)[0]
+    return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
+
+
+def _measure(
+    loaded: LoadedModel,
+    dataset: RowDataset,
+    target: Literal["loss", "gradient"],
+    num_bins: int,
+    num_rows: int,
+    masks_per_bin: int,
+    micro_batch_size: int,
+) -> Iterator[tuple[int, int, TextMoments]]:
+    args = loaded.args
+    mdm = MDMConfig.from_args(args)
+    draws_per_row = num_bins * masks_per_bin
+    total = num_rows * draws_per_row
+    # Every row, or each of its documents from a bin of its own on, goes through all bins. Where a
+    # bin has its numbers of masked tokens from is the lattice, turned by an angle of its own.
+    lattice = Quantiles("lattice", args.seed, Split.TEST)
+    turns = torch.tensor([lattice(total + index) for index in range(num_bins)])
+    texts = tuple(RateMoments(num_bins) for _ in range(num_rows))
+    device = torch.cuda.current_device()
+    for first in range(0, total, micro_batch_size):
+        draws = range(first, min(first + micro_batch_size, total))
+        items = [dataset[draw // draws_per_row] for draw in draws]
+        columns = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        uniforms = torch.stack(
+            [
+                torch.from_numpy(row_uniforms(args.seed, Split.TEST, draw, args.seq_length))
+                for draw in draws
+            ]
+        )
+        fixed = columns["uniforms"] == FIXED
+        columns["uniforms"] = uniforms.masked_fill(fixed, FIXED)
+        numbers, places = (
+            torch.tensor(values).view(-1, *[1] * (columns["quantile"].dim() - 1))
+            for values in (list(draws), [lattice(draw // num_bins) for draw in draws])
+        )
+        bins = (numbers + (columns["quantile"] * num_bins >> GRID_BITS)) % num_bins
+        places = places + turns[bins] & 2**GRID_BITS - 1
+        rows = Rows(**{name: column.to(device) for name, column in columns.items()})
+        values = _draw(loaded, mdm, rows, target, num_bins, bins.to(device), places.to(device))
+        for text in sorted({draw // draws_per_row for draw in draws}):
+            own = torch.tensor([draw // draws_per_row == text for draw in draws], device=device)
+            t, value, present = (x if x is None else x[own] for x in values)
+            sums = accumulate(t, value, torch.ones_like(t), num_bins, present)
+            texts[text].add(from_limbs(sums.cpu()))
+        yield draws.stop, total, TextMoments(texts)
+
+
+class ParallelSketch(Sketch):
+    """A sketch of the whole gradient on every tensor-parallel rank.
+
+    Sharded parameters add their parts on all ranks, replicated ones count once, on the first.
+
+    Args:
+        parameters: this rank's.
+        size: as for `Sketch`.
+        seed: as for `Sketch`.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], size: int | None, seed: int = 0):
+        self.group = mpu.get_tensor_model_parallel_group()
+        rank, ranks = mpu.get_tensor_model_parallel_rank(), self.group.size()
+        self.counted = [not rank or getattr(p, "tensor_model_parallel", False) for p in parameters]
+        own = [p for p, counted in zip(parameters, self.counted, strict=True) if counted]
+        super().__init__(own, size, seed + (rank << 32))  # a projection of its own for each rank
+        self.parameters = parameters
+        counts = torch.zeros(ranks, dtype=torch.int64, device=torch.cuda.current_device())
+        counts[rank] = sum(p.numel() for p in own)
+        torch.distributed.all_reduce(counts, group=self.group)
+        self.count = int(counts.sum())
+        self._first = int(counts[:rank].sum())  # this rank's place in the whole gradient
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        """As `Sketch.gradient`; a collective call."""
+        # All of them, so that every rank takes the same way back through the collectives.
+        return self.project(gradients(loss, self.parameters))
+
+    def project(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """As `Sketch.project`, of all parameters of this rank; a collective call."""
+        part = self._sums([g for g, own in zip(parts, self.counted, strict=True) if own])
+        whole = part.to(parts[0].device)
+        if self.size is None:
+            whole = parts[0].new_zeros(self.count, dtype=torch.float32)
+            whole[self._first : self._first + len(part)] = part
+        torch.distributed.all_reduce(whole, group=self.group)
+        return whole.cpu()
+
+
+def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
+    """The mean loss of masked rows of a text, and its gradient, the same on all ranks.
+
+    Args:
+        loaded: the model.
+        sketch: of the parameters that the gradient is of.
+    """
+    mdm = MDMConfig.from_args(loaded.args)
+    device = torch.cuda.current_device()
+    at_head: list[torch.Tensor] = []
+
+    def look_and_head(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        at_head[:] = [hidden_states]
+        return head(hidden_states, **rest)
+
+    def step(text: ScoredRow, corruption: Corruption) -> tuple[float, torch.Tensor, float]:
+        views = len(corruption.tokens)
+        inputs = _Inputs.of(loaded, mdm, text, views)
+        mask = corruption.mask.to(device)
+        cross_entropy = loaded.model(
+            corruption.tokens.to(device),
+            inputs.positions,
+            inputs.hidden,
+            labels=at_logits(inputs.clean, mdm.shift),
+            output_processor=look_and_head,
+            output_processor_context=HeadContext(MaskedPositions(at_logits(mask, mdm.shift))),
+        )
+        losses = row_losses(
+            at_tokens(cross_entropy, mdm.shift),
+            mask,
+            corruption.weight.to(device),
+            inputs.eligible.sum(dim=1),
+            "rows",
+        )
+        loss = losses.numerator / views
+        return float(loss.detach()), *sketch.gradient_and_norm(loss, at_head[0])
+
+    return step
+
+
+def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
+    """The next-token loss of a text by the same network under a causal mask, and its gradient.
+
+    The loss is the mean cross entropy of the eligible tokens but the first of each document, which
+    nothing predicts, nats per token.
+
+    Args:
+        loaded: the model.
+        sketch: of the parameters that the gradient is of.
+    """
+    mdm = MDMConfig.from_args(loaded.args)
+
+    def step(text: ScoredRow) -> tuple[float, torch.Tensor]:
+        inputs = _Inputs.of(loaded, mdm, text, 1, causal=True)
+        able = inputs.eligible & (inputs.positions > 0)
+        with causal_attention(loaded.model):
+            cross_entropy = loaded.model(
+                inputs.clean,
+                inputs.positions,
+                inputs.hidden,
+                labels=at_logits(inputs.clean, shift=True),
+            )
+        values = at_tokens(cross_entropy, shift=True)
+        losses = row_losses(values, able, torch.ones_like(values), able.sum(dim=1), "rows")
+        return float(losses.numerator.detach()), sketch.gradient(losses.numerator)
+
+    return step
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A text for the model, on its device, `views` times.
+
+    Attributes:
+        clean: int64 [b, s].
+        eligible: bool [b, s].
+        positions: int64 [b, s].
+        hidden: attention mask (see `attention_mask`).
+    """
+
+    clean: torch.Tensor
+    eligible: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, loaded: LoadedModel, mdm: MDMConfig, text: ScoredRow, views: int, causal: bool = False
+    ) -> "_Inputs":
+        device = torch.cuda.current_device()
+        clean, eligible = (x.to(device).expand(views, -1) for x in (text.tokens, text.eligible))
+        documents = None
+        if text.documents is not None:
+            documents = text.documents.to(device).expand(views, -1)
+        nothing = torch.zeros_like(eligible)
+        hidden = attention_mask(
+            clean,
+            nothing,
+            loaded.tokenizer.eod,
+            mdm,
+            documents,
+            ahead=nothing if causal else None,
+            as_bounds=loaded.args.transformer_impl == "transformer_engine",
+        )
+        return cls(clean, eligible, position_ids(clean, documents), hidden)
+
+
+def _draw(
+    loaded: LoadedModel,
+    mdm: MDMConfig,
+    rows: Rows,
+    target: Literal["loss", "gradient"],
+    num_bins: int,
+    bins: torch.Tensor,
+    places: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """t, value and presence of what has rates of its own in a micro-batch; see `accumulate`.
+
+    For `bins` and `places` see `mask_for_bins`.
+    """
+    eod_id = get_tokenizer().eod
+    documents = rows.isolated(eod_id, mdm)
+    eligible = rows.eligible(eod_id, mdm)
+    segments = rows.segments(eod_id, mdm)
+    num_eligible = counts(eligible, segments)
+    # Masks as the run trains on, ISAD's apart.
+    corrupted = mask_for_bins(
+        rows.tokens,
+        eligible,
+        rows.uniforms,
+        bins,
+        places,
+        segments,
+        num_bins=num_bins,
+        mask_kind=mdm.mask,
+        mask_token_id=loaded.mask_token_id,
+        eps=mdm.eps,
+        target=target,
+    )
+
+    def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
+        with torch.enable_grad():
+            hidden = hidden_states.detach().requires_grad_()
+            cross_entropy = at_tokens(head(hidden, **rest), mdm.shift)
+            losses = row_losses(
+                cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows", segments
+            )
+            if target == "loss":
+                return losses.per_row.detach()
+            (gradient,) = torch.autograd.grad(losses.numerator, hidden)
+            squares = gradient.float().square().sum(dim=2).transpose(0, 1)
+            return totals(at_tokens(squares, mdm.shift), segments).sqrt()
+
+    packed = loaded.args.transformer_impl == "transformer_engine"
+    with torch.no_grad():
+        values = loaded.model(
+            corrupted.tokens,
+            position_ids(rows.tokens, documents),
+            attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, as_bounds=packed),
+            labels=at_logits(rows.tokens, mdm.shift),
+            output_processor=value,
+            output_processor_context=HeadContext(
+                MaskedPositions(at_logits(corrupted.mask, mdm.shift))
+            ),
+        )
+    values = contribution_to_batch_loss(values, num_eligible, loaded.args)
+    present = None if segments is None else num_eligible > 0
+    return corrupted.t, values, present

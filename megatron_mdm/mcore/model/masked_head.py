@@ -1,0 +1,150 @@
+"""The head as GPTModel runs it, at masked positions only, with a look at the gradient below it.
+
+Only masked positions count in the loss, so logits, the largest tensor of all, are made for those
+alone. Around the head nothing changes: cross entropies come out as [b, s], 0 where not masked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+ROW_MULTIPLE = 32  # what FP8 matrix products take: 16 rows, 32 under MXFP8
+
+
+class MaskedPositions:
+    """Picks the masked positions out of [s, b, ...], and puts what became of them back.
+
+    Sequence parallelism cuts s into a part for each tensor-parallel rank. Each part is compacted by
+    itself, all to equally many rows, and Megatron's output layer then gathers (and reduces in the
+    backward pass) the compacted parts as it would whole ones, with less to send. Rows left over
+    hold positions that are not masked, whose gradient is 0.
+
+    The number of rows depends on the mask, so the host has to learn it from the device. It asks
+    when this is made, before the layers run, and reads the answer when the head needs it: by then
+    the device has the layers queued, and has no cause to wait for the host.
+
+    Args:
+        mask: of the whole rows, bool [b, s]; the same on all tensor-parallel ranks.
+        parts: number of parts of s: the tensor-parallel size under sequence parallelism, else 1.
+        part: which of them the hidden states of this rank are.
+    """
+
+    def __init__(self, mask: torch.Tensor, parts: int = 1, part: int = 0) -> None:
+        self.part = part
+        self._shape = mask.shape
+        self._mask = mask.t().reshape(parts, -1)
+        self._most = self._mask.sum(dim=1).amax().to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if mask.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of a part: its masked positions, at most, rounded up to a multiple; at least one."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return max(1, -(-int(self._most) // ROW_MULTIPLE)) * ROW_MULTIPLE
+
+    @cached_property
+    def _chosen(self) -> torch.Tensor:
+        """Positions in each part, masked ones first, int64 [parts, num_rows]."""
+        order = self._mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_rows]
+        # Micro-batches smaller than the multiple repeat their first position.
+        return torch.nn.functional.pad(order, (0, self.num_rows - order.shape[1]))
+
+    def compact(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This rank's part [s / parts, b, h] to [num_rows, 1, h]."""
+        chosen = self._chosen[self.part]
+        return hidden_states.flatten(0, 1).index_select(0, chosen).unsqueeze(1)
+
+    def compact_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Whole rows [b, s] to [1, parts num_rows], all parts in a line."""
+        by_part = labels.t().reshape(self._mask.shape)
+        return by_part.gather(1, self._chosen).reshape(1, -1)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """All parts in a line [1, parts num_rows] to whole rows [b, s], 0 where not masked."""
+        by_part = values.view(self._mask.shape[0], -1)
+        place = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+        spread = torch.where(self._mask, by_part.gather(1, place), 0.0)
+        b, s = self._shape
+        return spread.view(s, b).t().contiguous()
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """What the head does beside logits and cross entropies.
+
+    Attributes:
+        positions: where to compute them; None: everywhere.
+        on_grad_sq_norm: called in the backward pass with the square of the norm of the gradient of
+            the micro-batch's loss sum at the final hidden state of each position, float32 [b, s],
+            the same on all tensor-parallel ranks; None: not at all.
+    """
+
+    positions: MaskedPositions | None = None
+    on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None
+
+
+def head(
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    compute_language_model_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
+    config: Any,
+    context: HeadContext,
+    **_: Any,
+) -> torch.Tensor:
+    """Megatron's `output_processor`: cross entropies of a micro-batch.
+
+    Args:
+        hidden_states: [s, b, h], or a part of the positions under sequence parallelism.
+        output_layer: Megatron's.
+        output_weight: shared with the embedding, or None.
+        labels: clean tokens, int64 [b, s].
+        compute_language_model_loss: GPTModel's.
+        scale_logits: GPTModel's.
+        config: Megatron's transformer configuration.
+        context: `output_processor_context`.
+
+    Returns:
+        Cross entropies, float [b, s], nats; 0 outside `context.positions`.
+    """
+    if context.on_grad_sq_norm is not None:
+        _register_grad_norm_hook(hidden_states, output_layer, config, context.on_grad_sq_norm)
+    positions = context.positions
+    if positions is not None:
+        hidden_states = positions.compact(hidden_states)
+        labels = positions.compact_labels(labels)
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    cross_entropy = compute_language_model_loss(labels, scale_logits(logits))
+    return cross_entropy if positions is None else positions.spread(cross_entropy)
+
+
+def _register_grad_norm_hook(
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    config: Any,
+    record: Callable[[torch.Tensor], None],
+) -> None:
+    """Looks at the gradient when backward passes by: no pass of its own, it is on its way anyhow.
+
+    It is looked at below the selection of positions, where it has all of them.
+    """
+
+    def look(gradient: torch.Tensor) -> None:
+        norms = torch.linalg.vector_norm(gradient.detach(), dim=2, dtype=torch.float32)
+        if config.grad_scale_func:
+            norms = norms / config.grad_scale_func(torch.ones_like(norms))
+        if output_layer.sequence_parallel:  # each rank has a part of the positions
+            norms = gather_from_sequence_parallel_region(norms.contiguous())
+        record(norms.square().t())
+
+    if hidden_states.requires_grad:
+        hidden_states.register_hook(look)

@@ -1,0 +1,67 @@
+"""Attention inside documents by Transformer Engine's kernels for sequences of varying lengths.
+
+Imported only where Transformer Engine is in use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_mdm.mcore.model.attention_mask import attend_in_documents
+
+
+class DocumentAttention(TEDotProductAttention):
+    """Megatron's attention, where the attention mask is where documents begin.
+
+    Hidden states stay [s, b, h] everywhere else, so that the head, pipeline stages and sequence
+    parallelism see nothing of it; Megatron's own packed sequences flatten the whole model.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """Attention of a micro-batch.
+
+        Args:
+            query: [s, b, heads, head size].
+            key: [s, b, groups, head size].
+            value: [s, b, groups, head size].
+            attention_mask: bounds of documents (see `document_bounds`); None: none of them, every
+                position sees its whole row.
+            attn_mask_type: `causal`, or else in both directions.
+            packed_seq_params: follows from `attention_mask`.
+            rest: as Megatron gives it.
+
+        Returns:
+            [s, b, heads * head size].
+        """
+        attend: Callable = super().forward
+        causal = attn_mask_type is AttnMaskType.causal
+        if attention_mask is None:
+            whole = AttnMaskType.causal if causal else AttnMaskType.no_mask
+            return attend(query, key, value, None, attn_mask_type=whole, **rest)
+
+        def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            bounds = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=attention_mask,
+                cu_seqlens_kv=attention_mask,
+                max_seqlen_q=query.shape[0],  # a bound: no document is longer than a row
+                max_seqlen_kv=query.shape[0],
+            )
+            # What Transformer Engine calls causal and full attention here.
+            inside = AttnMaskType.padding_causal if causal else AttnMaskType.padding
+            return attend(q, k, v, None, attn_mask_type=inside, packed_seq_params=bounds, **rest)
+
+        return attend_in_documents(packed, query, key, value)

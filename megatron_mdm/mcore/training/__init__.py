@@ -1,0 +1,1 @@
+"""The training step, and what happens after gradients and after evaluations."""

@@ -1,0 +1,45 @@
+"""Context parallelism: the ranks of a group have the same rows, and each a part of the positions.
+
+Rates and masks are drawn for whole rows on every rank, and then cut as Megatron cuts tokens, so
+that they are those of any other layout. What belongs to a row as a whole, its loss and the norm of
+its gradient, is summed over the group.
+"""
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+
+def shard_sequence(whole: torch.Tensor) -> torch.Tensor:
+    """This rank's positions of whole rows: [b, s] to [b, s / ranks], in Megatron's zig-zag order.
+
+    Full attention does not mind the order, but the rotary embedding is cut alike.
+    """
+    if mpu.get_context_parallel_world_size() == 1:
+        return whole
+    batch = {"whole": whole.contiguous()}
+    group = mpu.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["whole"]
+
+
+def unshard_sequence(part: torch.Tensor) -> torch.Tensor:
+    """Inverse of `shard_sequence`: [b, s / ranks] to [b, s], 0 at the other ranks' positions."""
+    ranks = mpu.get_context_parallel_world_size()
+    if ranks == 1:
+        return part
+    b, s = part.shape[0], part.shape[1] * ranks
+    positions = shard_sequence(torch.arange(s, device=part.device)[None])[0]
+    return part.new_zeros(b, s).index_copy(1, positions, part)
+
+
+def sum_over_cp_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sums what the ranks of the group found in their parts of the same rows; no gradient."""
+    values = values.detach().clone()
+    if mpu.get_context_parallel_world_size() > 1:
+        torch.distributed.all_reduce(values, group=mpu.get_context_parallel_group())
+    return values
+
+
+def is_first_cp_rank() -> bool:
+    """Whether this rank is the one of its group that counts what belongs to whole rows."""
+    return mpu.get_context_parallel_rank() == 0

@@ -1,0 +1,194 @@
+"""P-POTS while training: measure, reduce, refit alike on every rank, and resume bit for bit.
+
+The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
+summed per rate bin on the device, at no extra pass. Every
+--mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 exact sums of 32 bytes
+(`objective.exact_sums`; 3872 bytes at 30 bins) over data-parallel ranks of the last pipeline stage,
+and one broadcast of as many to the other tensor ranks and stages, give all ranks the same numbers,
+from which each fits the same density. A checkpoint between two fits takes the sums of all ranks as
+well, and changes no bit of the next fit.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_args
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.checkpoint.carried_state import CarriedState
+from megatron_mdm.mcore.ranks import equal_on_all_ranks
+from megatron_mdm.mcore.training.context_parallel import is_first_cp_rank
+from megatron_mdm.objective.ppots.fit import FitError, PpotsFit, fit
+from megatron_mdm.objective.ppots.fit_file import load_sampler
+from megatron_mdm.objective.ppots.moments import accumulate
+from megatron_mdm.objective.ppots.state import PpotsState
+from megatron_mdm.objective.samplers import PiecewiseSampler
+
+
+class OnlineSampler:
+    """The density in use, and what was measured since it was fitted.
+
+    Args:
+        config: settings of the objective.
+        seq_length: tokens in a row.
+    """
+
+    def __init__(self, config: MDMConfig, seq_length: int) -> None:
+        self.config = config
+        self.eps = config.least_masked_fraction(seq_length)
+        start = config.ppots_file
+        sampler = load_sampler(start).sampler() if start else PiecewiseSampler([0, 1], [1, 1])
+        self.state = PpotsState.start(sampler, config.ppots_bins)
+        self.pending: torch.Tensor | None = None
+        self.measured: torch.Tensor | None = None
+        self.iteration = -1
+
+    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(t, weight) under the density in use."""
+        return self.state.sampler(quantile)
+
+    def record(
+        self,
+        t: torch.Tensor,
+        value: torch.Tensor,
+        rate_weight: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> None:
+        """Adds rows of one micro-batch; on the last stage, without waiting for the device.
+
+        Of context-parallel ranks, which have the same rows, one counts them.
+
+        Args:
+            t: masking rates of rows [b] or documents [b, s].
+            value: loss or gradient norm of each, without the importance weight.
+            rate_weight: 1/q(t) of each.
+            present: which documents there are, bool [b, s]; None: all.
+        """
+        if not is_first_cp_rank():
+            return
+        sums = accumulate(t, value, rate_weight, self.config.ppots_bins, present)
+        self.pending = sums if self.pending is None else self.pending + sums
+
+    def step(self, iteration: int) -> PpotsFit | FitError | None:
+        """Takes an iteration, on all ranks alike, and refits when it is time.
+
+        Returns:
+            The new fit; why there is none, a bin without rows for example, so that the run measures
+            on under the density in use; or None: it is not time.
+
+        Raises:
+            RuntimeError: ranks have come to different densities.
+        """
+        pending, self.pending = self.pending, None
+        self.iteration = iteration
+        if pending is not None:
+            self.measured = pending if self.measured is None else self.measured + pending
+        if iteration % self.config.ppots_refit_interval:
+            return None
+        self.reduce()
+        self.state.merge_pending()
+        result: PpotsFit | FitError
+        try:
+            result = fit(
+                self.state.moments,
+                target=self.config.ppots_target,
+                uniform_share=self.config.ppots_uniform_share,
+                eps=self.eps,
+            )
+            self.state.sampler = result.sampler()
+            self.state.moments.decay(self.config.ppots_decay)
+        except FitError as error:
+            result = error
+        if not equal_on_all_ranks(self.state.sampler.digest()):
+            raise RuntimeError(
+                f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
+                f"than others at iteration {self.iteration}: the machines compute differently, or "
+                "their memory is faulty; train with --mdm-ppots-file instead"
+            )
+        return result
+
+    def reduce(self) -> None:
+        """Moves what was measured into the state of all ranks; a collective call.
+
+        Of the tensor ranks, which measured the same up to rounding, the first alone adds.
+        """
+        shape, device = self.state.pending.shape, torch.cuda.current_device()
+        sums = torch.zeros(shape, dtype=torch.int64, device=device)
+        if self.measured is not None:
+            sums += self.measured
+        self.measured = None
+        last_stage = mpu.is_pipeline_last_stage(ignore_virtual=True)
+        if last_stage and mpu.get_tensor_model_parallel_rank() == 0:
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(sums, group=group)
+        group = mpu.get_model_parallel_group()
+        if group.size() > 1:
+            # Tensor ranks lie next to each other, those of the last stage at the end.
+            adds = mpu.get_tensor_model_parallel_world_size()
+            source = torch.distributed.get_process_group_ranks(group)[-adds]
+            torch.distributed.broadcast(sums, src=source, group=group)
+        self.state.pending += sums.cpu().numpy()
+
+    def follow_reruns(self) -> None:
+        """Goes back with Megatron's rerun machine, which repeats an iteration to validate a result.
+
+        A repetition sees the density of the first attempt and counts its rows once, and so does the
+        checkpoint that the machine asks for, from which the iteration is to be repeated elsewhere.
+        """
+        machine = get_rerun_state_machine()
+        save, restore = machine.state_save_func, machine.state_restore_func
+
+        def save_all() -> tuple:
+            others = save() if save else None
+            return others, self.state.state_vector(), self.measured, self.iteration
+
+        def restore_all(saved: tuple) -> None:
+            others, state, self.measured, self.iteration = saved
+            if restore:
+                restore(others)
+            self.state = PpotsState.from_state_vector(state, self.config.ppots_bins)
+            self.pending = None
+
+        machine.state_save_func, machine.state_restore_func = save_all, restore_all
+
+
+@lru_cache
+def online_sampler() -> OnlineSampler | None:
+    """The online sampler of this process; None if the density of t is fixed."""
+    args = get_args()
+    config = MDMConfig.from_args(args)
+    if not config.ppots_refit_interval:
+        return None
+    sampler = OnlineSampler(config, args.seq_length)
+    sampler.follow_reruns()
+    return sampler
+
+
+class SamplerState(CarriedState):
+    """Carries the state of the online sampler through Megatron's checkpoints."""
+
+    KEY = "mdm_sampler_state"
+
+    def vector(self) -> npt.NDArray[np.int64]:
+        """See `PpotsState.state_vector`."""
+        return online_sampler().state.state_vector()
+
+    def gather(self) -> None:
+        """Takes in what all ranks have measured."""
+        online_sampler().reduce()
+
+    def restore(self, vector: npt.NDArray[np.int64]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: the state is damaged, or of more rows than the run has trained on.
+        """
+        args, sampler = get_args(), online_sampler()
+        documents = args.seq_length if args.mdm_rate_per == "document" else 1
+        sampler.state = PpotsState.from_state_vector(
+            vector, sampler.config.ppots_bins, args.consumed_train_samples * documents
+        )

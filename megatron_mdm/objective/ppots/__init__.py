@@ -1,0 +1,1 @@
+"""P-POTS (arXiv 2511.18159): the importance-sampled density of the masking rate."""

@@ -1,0 +1,81 @@
+"""Families of second moments that P-POTS chooses from (arXiv 2511.18159)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_mdm.objective.types import Floats
+
+# Most of k, and of every exponent.
+MOST_SLOPE, MOST_EXPONENT = 10.0, 20.0
+_SLOPE, _EXPONENT, _FACTOR = (0.0, MOST_SLOPE), (1.0, MOST_EXPONENT), (-15.0, 15.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A parametric second moment, up to a factor.
+
+    Attributes:
+        names: its parameters; the first stands for the factor and is not fitted.
+        bounds: bounds of the fitted parameters, factors a and b by their logarithm. k and m come
+            first; few bins narrow those of k and of the exponents (see the head of this module).
+        prior: center and width of the prior of each; of k as a share of its upper bound.
+        moment: (fitted parameters, t, p(t)) -> m2 and its derivatives by each fitted parameter.
+        named: (fitted parameters, factor) -> values of `names`.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[tuple[float, float], ...]
+    prior: tuple[tuple[float, float], ...]
+    moment: Callable[[Floats, Floats, Floats], tuple[Floats, list[Floats]]]
+    named: Callable[[Floats, float], tuple[float, ...]]
+
+
+def _log(x: Floats) -> Floats:
+    """Logarithm, large and negative but finite at 0, so that x^r = exp(r log x) is 0 there."""
+    return np.log(np.maximum(x, 1e-300))
+
+
+def _square_mean(k: float, m: float, t: Floats) -> tuple[Floats, list[Floats]]:
+    """exp(2 k t^m), and its derivatives by k and m."""
+    log_t = _log(t)
+    power = np.exp(m * log_t)
+    square = np.exp(2 * k * power)
+    return square, [2 * power * square, 2 * k * power * log_t * square]
+
+
+def _epr(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
+    k, m, log_a, r, log_b, s = x
+    square, derivatives = _square_mean(k, m, t)
+    rise, fall = np.exp(log_a + r * _log(t)), np.exp(log_b + s * _log(1 - t))
+    derivatives += [rise, rise * _log(t), fall, fall * _log(1 - t)]
+    return square + rise + fall, derivatives
+
+
+def _power(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
+    k, m, log_b, r = x
+    square, derivatives = _square_mean(k, m, t)
+    noise = np.exp(log_b - r * np.log(p))
+    return square + noise, [*derivatives, noise, -np.log(p) * noise]
+
+
+# Wide: no parameter costs more than half a nat anywhere. Horvitz-Thompson noise has r = 1.
+_PRIOR = {"k": (0.0, 2.0), "exponent": (1.0, 20.0), "factor": (0.0, 15.0), "noise": (1.0, 1.0)}
+
+FAMILIES = {
+    "power": Family(
+        names=("A", "k", "m", "b", "r"),
+        bounds=(_SLOPE, _EXPONENT, _FACTOR, (0.0, 1.99)),
+        prior=(_PRIOR["k"], _PRIOR["exponent"], _PRIOR["factor"], _PRIOR["noise"]),
+        moment=_power,
+        named=lambda x, c: (c**0.5, x[0], x[1], c * np.exp(x[2]), x[3]),
+    ),
+    "epr": Family(
+        names=("A", "k", "m", "a", "r", "b", "s"),
+        bounds=(_SLOPE, _EXPONENT, _FACTOR, _EXPONENT, _FACTOR, _EXPONENT),
+        prior=(_PRIOR["k"], _PRIOR["exponent"], *2 * (_PRIOR["factor"], _PRIOR["exponent"])),
+        moment=_epr,
+        named=lambda x, c: (c**0.5, x[0], x[1], c * np.exp(x[2]), x[3], c * np.exp(x[4]), x[5]),
+    ),
+}

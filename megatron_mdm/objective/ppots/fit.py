@@ -1,0 +1,326 @@
+"""Rate densities fitted to measured second moments (P-POTS, arXiv 2511.18159).
+
+A family models the second moment m2(t) of a value; the density is q proportional to sqrt(m2). Let
+M_i be the mean of m2 over bin i, S_i the measured second moment there and n_i its rows. The fit
+minimises, over the parameters, the Kullback-Leibler divergence
+
+    KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum,
+
+which is the paper's where all bins hold equally many rows; bins with few rows, and so much noise,
+count less. Like is compared with like, the root of a mean with the root of a mean: a family that
+holds the truth then recovers it however steep m2 is within a bin, which the mean of sqrt(m2) over
+the bin would not (12% off in the first of 30 bins for m2 = 1/p).
+
+Measured bins do not determine every parameter: a term that is small in all bins may have any
+exponent, and a spike inside one bin any width. Rounding would then choose. So the parameters x of
+the n bins minimise
+
+    n/2 log(rows KL + FLOOR) + sum_j ((x_j - c_j) / s_j)^2 / 2,
+
+the likelihood of noise of unknown size with a normal prior of center c and width s. A parameter
+that the bins do not determine takes the center of its prior. The prior fades as the divergence
+falls: exact measurements of a member of a family give that member. And no term of g is narrower
+than a bin: m <= n, and k <= 1 / (1/10 + m / 4n), so that log g rises by less than 4 over a bin.
+r and s of `epr`, which are exponents of a square, are at most 2 n. Sums that differ by rounding
+then give densities that differ little more.
+
+Families, with p(t) = (1 - eps) t + eps the masking probability:
+
+    epr        m2 = A^2 exp(2 k t^m) + a t^r + b (1-t)^s      k >= 0, r, s, m >= 1 (the paper's)
+    power      m2 = A^2 exp(2 k t^m) + b p(t)^-r              k >= 0, m >= 1, 0 <= r < 2
+    piecewise  sqrt of the measured values at the bin centres, linear between them
+
+`power` has the paper's mean and the variance that the Horvitz-Thompson weight 1/p causes: a row of
+L tokens of equal cross entropy c has the variance c^2 (1-p) / (p L) over its masks, and ||dl/dh||^2
+has a mean proportional to 1/(p L).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.optimize import minimize
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.objective.ppots.families import FAMILIES, MOST_EXPONENT, MOST_SLOPE, Family
+from megatron_mdm.objective.ppots.moments import TABLE_SIZE, RateMoments
+from megatron_mdm.objective.randomness import GRID_BITS, to_grid
+from megatron_mdm.objective.samplers import PiecewiseSampler, mixture
+from megatron_mdm.objective.types import Floats
+
+# Nodes of the quadrature over one bin: exact to rounding for m2 = p^-2 over the first bin.
+ORDER = 16
+# Starts that are followed to the end.
+KEPT_STARTS = 8
+# Divergence times rows, nats, far below which a fit need not fall: above rounding, below noise.
+FLOOR = 0.01
+# Relative error of a table, at most, before it is normalised.
+TABLE_ERROR = 4e-4
+# Of L-BFGS-B: from all starts, and from the best ends to as far as float64 can tell.
+ROUGH_OPTIONS = {"ftol": 1e-5, "gtol": 1e-3, "maxiter": 500}
+OPTIONS = {"ftol": 0.0, "gtol": 1e-10, "maxiter": 1000}
+
+
+class FitError(UserError):
+    """The moments do not determine a density. An online caller keeps the sampler that it has."""
+
+
+@dataclass(frozen=True)
+class PpotsFit:
+    """A fitted density and what it was fitted to.
+
+    Attributes:
+        target: value measured: `loss` (nats per token), or `gradient`, the norm of dl/dh.
+        family: `epr`, `power` or `piecewise`.
+        parameters: of the family, by name; none for `piecewise`.
+        kl: divergence from the measured density, nats (see the head of this module).
+        kls: the same for every family that was tried.
+        uniform_share: share of the uniform density in the mixture.
+        eps: least masking probability.
+        moments: the measurement.
+        table: the mixture.
+        errors: standard errors of the second moment of each bin; None: not known.
+    """
+
+    target: Literal["loss", "gradient"]
+    family: str
+    parameters: dict[str, float]
+    kl: float
+    kls: dict[str, float]
+    uniform_share: float
+    eps: float
+    moments: RateMoments
+    table: PiecewiseSampler
+    errors: tuple[float, ...] | None = None
+
+    @property
+    def rows(self) -> float:
+        """Rows measured; after a decay the effective number."""
+        return self.moments.rows
+
+    def sampler(self) -> PiecewiseSampler:
+        """The defensive mixture (1 - uniform_share) q + uniform_share."""
+        return self.table
+
+
+def fit(
+    moments: RateMoments,
+    *,
+    family: Literal["auto", "epr", "power", "piecewise"] = "auto",
+    target: Literal["loss", "gradient"] = "loss",
+    uniform_share: float = 0.1,
+    eps: float = 1e-3,
+    starts: int = 20,
+    seed: int = 0,
+    errors: Floats | None = None,
+) -> PpotsFit:
+    """Fits a density to measured second moments; equal arguments give bitwise equal fits.
+
+    Args:
+        moments: the measurement.
+        family: `auto` takes the least 2 rows KL + 2 (number of free parameters), the Akaike
+            criterion of as many draws from the measured density, among families with enough bins.
+        target: what was measured; recorded only.
+        uniform_share: share of the uniform density in the mixture, in (0, 1].
+        eps: least masking probability, in (0, 1); for exact-count masks one over the row length.
+        starts: number of starts of L-BFGS-B for each family; the best ones are refined.
+        seed: of the starts.
+        errors: standard errors of the second moments [n], recorded only; those of bins that have
+            none are NaN, and then none is recorded.
+
+    Raises:
+        FitError: bins without rows, or only values 0.
+        UserError: fewer bins than parameters, or an argument out of range.
+    """
+    S, n = moments.second_moment(), moments.num_bins
+    empty = int(np.isnan(S).sum())
+    if empty:
+        if moments.skipped:
+            raise FitError(
+                f"{empty} of {n} rate bins hold no rows, and {moments.skipped} draws were left out "
+                "whose values are NaN or infinite: measure a model that computes numbers"
+            )
+        raise FitError(
+            f"{empty} of {n} rate bins hold no rows: measure more rows or use fewer bins"
+        )
+    if not S.any():
+        raise FitError(f"all {moments.rows:.6g} measured values are 0: measure a model's own")
+    if not 0.0 < eps < 1.0:
+        raise UserError(f"the least masking probability must lie in (0, 1), got {eps}")
+    if starts < 1:
+        raise UserError(f"a fit needs at least one start, got {starts}")
+    names = [family] if family != "auto" else [*FAMILIES, "piecewise"]
+    if family == "auto":
+        names = [name for name in names if name == "piecewise" or len(FAMILIES[name].names) <= n]
+    fits = {name: _fit_family(name, moments, eps, starts, seed) for name in names}
+    best = min(names, key=lambda name: 2 * moments.rows * fits[name].kl + 2 * fits[name].freedom)
+    chosen = fits[best]
+    edges, values = chosen.table()
+    return PpotsFit(
+        target=target,
+        family=best,
+        parameters=chosen.parameters,
+        kl=chosen.kl,
+        kls={name: fits[name].kl for name in names},
+        uniform_share=uniform_share,
+        eps=eps,
+        moments=RateMoments.from_vector(moments.vector()),
+        table=mixture(edges, values, uniform_share),
+        errors=None if errors is None or np.isnan(errors).any() else tuple(errors.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    kl: float
+    freedom: int
+    parameters: dict[str, float]
+    table: Callable[[], tuple[Floats, Floats]]
+
+
+def _fit_family(name: str, moments: RateMoments, eps: float, starts: int, seed: int) -> _Candidate:
+    root, rows, n = np.sqrt(moments.second_moment()), moments.counts, moments.num_bins
+    P = rows * root / (rows * root).sum()
+    if name == "piecewise":
+        edges = np.concatenate([[0.0], (np.arange(n) + 0.5) / n, [1.0]])
+        values = np.concatenate([root[:1], root, root[-1:]])
+        M = _interpolated_square(root)
+        return _Candidate(_divergence(P, rows, M)[0], n - 1, {}, lambda: (edges, values))
+    family = FAMILIES[name]
+    if n < len(family.names):
+        raise UserError(
+            f"{n} rate bins are fewer than the {len(family.names)} parameters of the {name} "
+            "density: use more bins or the piecewise density"
+        )
+    t, p, w = _quadrature(n, eps)
+    box = _Box(family, n)
+
+    def objective(y: Floats) -> tuple[float, Floats]:
+        x, chain = box.parameters(y)
+        m2, derivatives = family.moment(x, t, p)
+        M = (w * m2).sum(axis=1)
+        kl, Q = _divergence(P, rows, M)
+        slope = w * ((Q - P) / (2 * M))[:, None]  # of kl by m2
+        gradient = chain @ np.array([(slope * d).sum() for d in derivatives])
+        misfit = moments.rows * kl + FLOOR
+        value = n / 2 * np.log(misfit) + y @ y / 2
+        return float(value), n / 2 * moments.rows / misfit * gradient + y
+
+    def descents(points: list[Floats], options: dict[str, float]) -> list[Any]:
+        """Runs L-BFGS-B from each of the points; the best end comes first."""
+        ends = [
+            minimize(objective, y, jac=True, method="L-BFGS-B", bounds=box.bounds, options=options)
+            for y in points
+        ]
+        return sorted(ends, key=lambda end: float(end.fun))
+
+    # All starts roughly, and only the best ones to the end: the others cost two thirds of the time.
+    rough = descents(_starts(box.bounds, starts, seed), ROUGH_OPTIONS)
+    best = descents([end.x for end in rough[:KEPT_STARTS]], OPTIONS)[0]
+    x, _ = box.parameters(np.asarray(best.x, dtype=np.float64))
+    M = (w * family.moment(x, t, p)[0]).sum(axis=1)
+    factor = float((rows * root).sum() / (rows * np.sqrt(M)).sum()) ** 2
+    parameters = {k: float(v) for k, v in zip(family.names, family.named(x, factor), strict=True)}
+
+    def density(t: Floats) -> Floats:
+        return np.sqrt(family.moment(x, t, (1 - eps) * t + eps)[0])
+
+    return _Candidate(_divergence(P, rows, M)[0], len(x), parameters, lambda: tabulate(density))
+
+
+class _Box:
+    """Coordinates y of a family's parameters in which the prior is the standard normal.
+
+    Args:
+        family: the family.
+        num_bins: n, the bins of t that it is fitted to.
+    """
+
+    def __init__(self, family: Family, num_bins: int) -> None:
+        self.center, self.width = np.array(family.prior).T
+        low, high = np.array(family.bounds).T
+        high = np.where(high == MOST_EXPONENT, min(MOST_EXPONENT, 2 * num_bins), high)
+        high[:2] = 1.0, min(MOST_EXPONENT, num_bins)
+        self.low, self.high, self.num_bins = low, high, num_bins
+
+    @property
+    def bounds(self) -> tuple[tuple[float, float], ...]:
+        """Bounds of y."""
+        ends = ((x - self.center) / self.width for x in (self.low, self.high))
+        return tuple(zip(*(end.tolist() for end in ends), strict=True))
+
+    def parameters(self, y: Floats) -> tuple[Floats, Floats]:
+        """The family's parameters x, and dx_j/dy_i as [i, j]."""
+        x = (self.center + self.width * y).clip(self.low, self.high)
+        most = 1.0 / (1.0 / MOST_SLOPE + x[1] / (4 * self.num_bins))
+        x[0] *= most
+        chain = np.diag(self.width)
+        chain[0, 0] *= most
+        chain[1, 0] = -self.width[1] * x[0] * most / (4 * self.num_bins)
+        return x, chain
+
+
+def _divergence(P: Floats, rows: Floats, M: Floats) -> tuple[float, Floats]:
+    """KL(P | Q) and Q_i = n_i sqrt(M_i) / sum [n]."""
+    Q = rows * np.sqrt(M)
+    Q = Q / Q.sum()
+    # As a sum of terms that are not negative, which P log(P / Q) are not, and would cancel.
+    off = (Q - P) / np.where(P > 0.0, P, 1.0)
+    return float(np.where(P > 0.0, P * (off - np.log1p(off)), Q).sum()), Q
+
+
+def _quadrature(num_bins: int, eps: float) -> tuple[Floats, Floats, Floats]:
+    """Nodes t, p(t) and weights of the mean over each bin [n, ORDER].
+
+    Gauss-Legendre in log p, in which a power of p is an exponential, smooth down to t = 0.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(ORDER)
+    ends = np.log((1 - eps) * np.arange(num_bins + 1) / num_bins + eps)
+    half = np.diff(ends)[:, None] / 2
+    p = np.exp((ends[:-1, None] + ends[1:, None]) / 2 + half * nodes)
+    t = ((p - eps) / (1 - eps)).clip(0.0, 1.0)
+    return t, p, half * weights * p / (1 - eps) * num_bins
+
+
+def _starts(bounds: tuple[tuple[float, float], ...], count: int, seed: int) -> list[Floats]:
+    """Points of the box: raw Philox words, since these do not change with NumPy's version."""
+    low, high = np.array(bounds).T
+    words = np.random.Philox(key=seed & (2**64 - 1)).random_raw(count * len(low))
+    unit = (to_grid(words).reshape(count, len(low)) + 0.5) * 2.0**-GRID_BITS
+    # Slopes and exponents more often near their lower bound, the others not at the ends of theirs.
+    inner = np.where(low < 0.0, 0.3 + 0.4 * unit, unit**2)
+    return list(low + (high - low) * inner)
+
+
+def _interpolated_square(values: Floats) -> Floats:
+    """Mean over each bin of the square of the values interpolated between bin centres [n]."""
+    middle = (values[:-1] + values[1:]) / 2
+    left, right = np.append(values[0], middle), np.append(middle, values[-1])
+    return np.asarray((left**2 + left * values + 2 * values**2 + values * right + right**2) / 6)
+
+
+def tabulate(density: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
+    """Edges and values whose linear interpolation is off by at most `TABLE_ERROR`, relative.
+
+    Cells are halved until they are accurate at three points inside; should that take more than
+    TABLE_SIZE edges, the tolerance is doubled.
+
+    Args:
+        density: positive function on [0, 1], not normalised.
+    """
+    tolerance = TABLE_ERROR
+    edges = np.linspace(0.0, 1.0, 33)
+    while True:
+        values = density(edges)
+        wrong = np.zeros(len(edges) - 1, dtype=bool)
+        for x in (0.25, 0.5, 0.75):
+            exact = density((1 - x) * edges[:-1] + x * edges[1:])
+            wrong |= np.abs((1 - x) * values[:-1] + x * values[1:] - exact) > tolerance * exact
+        if not wrong.any():
+            return edges, values
+        finer = np.sort(np.append(edges, ((edges[:-1] + edges[1:]) / 2)[wrong]))
+        if len(finer) > TABLE_SIZE:
+            tolerance *= 2
+        else:
+            edges = finer

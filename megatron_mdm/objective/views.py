@@ -1,0 +1,27 @@
+"""Views of a text: MIRROR (arXiv 2511.18159), and more than two of them."""
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_mdm.objective.randomness import GRID_BITS
+
+
+def turned_view(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
+    """The uniforms of one of several views of the same row, each of them exactly uniform.
+
+    Two views are MIRROR (arXiv 2511.18159): u and 1 - u, so that the masks of both are as
+    negatively correlated as two masks can be; -min(p/(1-p), (1-p)/p) at each position. K views turn
+    around the circle: view j has frac(u + j/K).
+
+    Args:
+        grid: uniforms of the row as grid integers [L].
+        view: j in 0..K-1.
+        views: K.
+
+    Returns:
+        Grid integers [L].
+    """
+    last = np.int64(2**GRID_BITS - 1)
+    turn = np.int64((view << GRID_BITS) // views)
+    turned: npt.NDArray[np.int64] = last - grid if (view, views) == (1, 2) else grid + turn & last
+    return turned

@@ -1,0 +1,316 @@
+"""The methods that draw rates and masks, and what each leaves of the variance of a batch.
+
+A batch of n texts gives the mean of a(t) X over them: X is the loss or gradient of one text at rate
+t, the mean over its K views, and a the weight of the sampler of t, 1/q(t) where it is unbiased. A
+variance taken from whole batches would hang on the few that hold a tiny rate, whose 1/p outweighs
+all others, and repeating it some hundred times does not tell how far it is off. It is put together
+from nested draws instead, whose rates come from a density made for that (decomposition.py).
+
+Let the quantile of t fall into one of B equal bins, N_b of the batch's into bin b. Given these the
+texts are independent, so that
+
+    Var = (1/n) (E_q[a^2 |X|^2] - B sum_b |H_b|^2) + (B/n)^2 sum_bb' Cov(N_b, N_b') <H_b, H_b'>,
+    H_b = E_q[a X; quantile in bin b].
+
+For iid quantiles this is (E_q[a^2 |X|^2] - |E_q[a X]|^2) / n; strata and the lattice have smaller
+Cov. What they do inside a bin is left out, a part in B^2 of what the rate explains. Products of H
+are means over pairs of rows; they depend on the kind of mask, but not on the number of views.
+
+The loss does not scatter about 0, but about a curve over t that is much larger: with any f(t), here
+a cubic through the draws, E_q[a^2 X^2] = E_q[a^2 (X^2 - f^2)] + E_q[a^2 f^2], the first from the
+draws and the second by quadrature, and H alike.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
+from megatron_mdm.objective.samplers import Clipped, RateSampler
+from megatron_mdm.objective.views import turned_view
+from megatron_mdm.variance.decomposition import Floats, NestedDraws, between_row_variance
+
+QuantileKind = Literal["iid", "strata", "lattice"]
+MaskKind = Literal["bernoulli", "exact-count", "isad"]
+BINS = 20  # B
+NODES = 100  # of the quadrature, in each bin
+WINDOWS = 1000  # batches that Cov(N) is measured on
+CURVE_DEGREE = 3
+CLIP = (0.3, 0.8)
+ISAD_DELTA = 0.1
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw the rates and masks of a batch.
+
+    Attributes:
+        quantiles: kind of `Quantiles`.
+        mask: kind of mask; `isad` has Bernoulli masks and inclusion weights.
+        views: rows made of one text.
+        target: what a fitted density of t was measured on, None for the uniform.
+        rows: rows in a batch, in multiples of that of `standard`.
+        clipped: rates from `CLIP`, without a weight.
+        controlled: the loss is what the logs call controlled (EMA), the gradient is as without.
+    """
+
+    quantiles: QuantileKind = "iid"
+    mask: MaskKind = "bernoulli"
+    views: int = 1
+    target: Literal["loss", "gradient"] | None = None
+    rows: int = 1
+    clipped: bool = False
+    controlled: bool = False
+
+    @property
+    def per(self) -> str:
+        """What is equal to `standard`: rows or texts."""
+        return "text" if self.rows > 1 else "row"
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the objective is that of `standard`."""
+        return not self.clipped and self.mask != "isad"
+
+    @property
+    def name(self) -> str:
+        """Its parts."""
+        parts = []
+        if self.target:
+            parts.append(f"p-pots {self.target}")
+        if self.quantiles != "iid":
+            parts.append(self.quantiles)
+        if self.mask != "bernoulli":
+            parts.append({"exact-count": "exact count", "isad": "isad"}[self.mask])
+        if self.views > 1:
+            parts.append("mirror" if self.views == 2 else f"{self.views} views")
+        if self.clipped:
+            parts.append("clipped")
+        if self.controlled:
+            parts.append("ema")
+        return (" + ".join(parts) or "standard") + (" (texts)" if self.rows > 1 else "")
+
+
+def _all_methods() -> Iterator[Method]:
+    product = itertools.product(
+        (None, "loss", "gradient"), ("iid", "strata", "lattice"), ("bernoulli", "exact-count")
+    )
+    for target, quantiles, mask in product:
+        for views, rows in ((1, 1), (2, 1), (2, 2)):
+            yield Method(quantiles, mask, views, target, rows)  # type: ignore[arg-type]
+    yield Method(views=4)
+    yield Method(views=4, rows=4)
+    yield Method(mask="isad")
+    yield Method(clipped=True)
+    yield Method(controlled=True)
+
+
+METHODS = {method.name: method for method in _all_methods()}
+# What the reports show unless told otherwise, in this order.
+IMPORTANT = (
+    "standard",
+    "strata",
+    "lattice",
+    "exact count",
+    "mirror",
+    "mirror (texts)",
+    "4 views",
+    "4 views (texts)",
+    "p-pots loss",
+    "p-pots gradient",
+    "p-pots loss + mirror",
+    "p-pots loss + mirror (texts)",
+    "lattice + mirror",
+    "lattice + mirror (texts)",
+    "exact count + mirror",
+    "exact count + mirror (texts)",
+    "lattice + exact count",
+    "p-pots gradient + lattice + exact count",
+    "ema",
+    "isad",
+    "clipped",
+)
+
+
+def choose(words: list[str], isad: bool) -> tuple[str, ...]:
+    """Names of methods, from names, `important`, `all` or `none`.
+
+    Args:
+        words: as on a command line.
+        isad: whether there are tokens for ISAD; without any only its own name asks for it.
+    """
+    names: dict[str, None] = {}
+    for word in words:
+        several = {"important": IMPORTANT, "all": tuple(METHODS), "none": ()}.get(word)
+        if several is None:
+            names[word] = None
+        else:
+            names |= dict.fromkeys(n for n in several if isad or METHODS[n].mask != "isad")
+    return tuple(names)
+
+
+def corrupter_of(
+    method: Method,
+    sampler: RateSampler,
+    mask_token_id: int,
+    eps: float,
+    isad_token_ids: tuple[int, ...] = (),
+) -> Corrupter:
+    """What masks the rows of a method; `isad_token_ids` are what ISAD masks more often."""
+    isad = method.mask == "isad"
+    return Corrupter(
+        sampler,
+        "exact-count" if method.mask == "exact-count" else "bernoulli",
+        mask_token_id,
+        eps,
+        isad_token_ids if isad else (),
+        ISAD_DELTA,
+    )
+
+
+def batches(
+    texts: torch.Tensor,
+    eligible: torch.Tensor,
+    method: Method,
+    sampler: RateSampler,
+    mask_token_id: int,
+    eps: float,
+    batch: int,
+    seed: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Corruption]]:
+    """Endless batches of a method, of texts chosen with repetition; numbered as in training.
+
+    Args:
+        texts: int64 [N, L].
+        eligible: bool [N, L].
+        method: the method.
+        sampler: density of t.
+        mask_token_id: id put at masked positions.
+        eps: least masking probability.
+        batch: rows of `standard` in a batch.
+        seed: of texts, rates and masks.
+
+    Yields:
+        (tokens [B, L], eligible [B, L], their corruption).
+    """
+    texts_in_batch = batch * method.rows // method.views
+    quantiles = quantiles_of(method.quantiles, texts_in_batch, seed)
+    corrupter = corrupter_of(method, sampler, mask_token_id, eps)
+    choice = torch.Generator().manual_seed(seed)
+    number = 0
+    while True:
+        draws = range(number, number + texts_in_batch)
+        number += texts_in_batch
+        chosen = torch.randint(len(texts), (texts_in_batch,), generator=choice)
+        chosen = chosen.repeat_interleave(method.views)
+        uniforms = [
+            turned_view(row_uniforms(seed, Split.TRAIN, draw, texts.shape[1]), view, method.views)
+            for draw in draws
+            for view in range(method.views)
+        ]
+        quantile = torch.tensor([quantiles(d) for d in draws]).repeat_interleave(method.views)
+        rows, able = texts[chosen], eligible[chosen]
+        yield rows, able, corrupter(rows, able, torch.from_numpy(np.stack(uniforms)), quantile)
+
+
+def quantiles_of(kind: QuantileKind, texts: int, seed: int) -> Quantiles:
+    """Quantiles of batches of so many texts, with the authors' number of strata."""
+    return Quantiles(kind, seed, Split.TRAIN, texts, max(1, round(math.sqrt(texts))))
+
+
+@lru_cache
+def bin_covariance(kind: QuantileKind, texts: int, seed: int = 0) -> Floats:
+    """Cov(N_b, N_b') of a batch's quantiles in equal bins [B, B]."""
+    if kind == "iid":
+        covariance: Floats = texts * (np.eye(BINS) / BINS - 1 / BINS**2)
+        return covariance
+    quantiles = quantiles_of(kind, texts, seed)
+    bins = np.array([quantiles(i) * BINS >> GRID_BITS for i in range(WINDOWS * texts)])
+    window = np.repeat(np.arange(WINDOWS), texts)
+    counts = np.zeros((WINDOWS, BINS))
+    np.add.at(counts, (window, bins), 1)
+    deviation = counts - texts / BINS
+    return deviation.T @ deviation / WINDOWS
+
+
+@dataclass(frozen=True)
+class MethodDraws:
+    """The loss or the gradient under one kind of mask and K views, as `batch_variance` needs it.
+
+    Attributes:
+        cells: nested draws of X - f, or of what has the same mean: single views will do, but where
+            X is far from 0, as the loss is, the same draws as in `squares` have less noise.
+        squares: mean of |X|^2 - f^2 over the draws at a rate [n0, nt].
+        curve: coefficients of the polynomial f(t), the highest first.
+        residual: means over masks of X - f [n0, nt], where f is not 0.
+    """
+
+    cells: NestedDraws
+    squares: Floats
+    curve: Floats | None = None
+    residual: Floats | None = None
+
+    @classmethod
+    def of_losses(cls, t: Floats, weight: Floats, losses: Floats) -> "MethodDraws":
+        """From losses.
+
+        Args:
+            t: rates [n0, nt].
+            weight: one over the density that they come from [n0, nt].
+            losses: means over the views [n0, nt, nm].
+        """
+        means = losses.mean(axis=2)
+        curve = np.polyfit(t.ravel(), means.ravel(), CURVE_DEGREE, w=np.sqrt(weight.ravel()))
+        f = np.polyval(curve, t)
+        cells = NestedDraws.of_draws(t, weight, (losses - f[:, :, None])[..., None])
+        return cls(cells, (losses**2).mean(axis=2) - f**2, curve, means - f)
+
+
+def batch_variance(
+    drawn: MethodDraws, sampler: RateSampler, covariance: Floats, texts: int, counts: Floats
+) -> Floats:
+    """Variance of the mean of a batch, or the trace of its covariance [R].
+
+    Args:
+        drawn: from nested draws.
+        sampler: of t.
+        covariance: Cov(N_b, N_b') of a batch [B, B].
+        texts: n.
+        counts: rows of the nested draws stand in as often as this says [n0, R].
+    """
+    cells = drawn.cells
+    n0, nt = cells.t.shape
+    q = sampler.density(torch.from_numpy(cells.t)).numpy()
+    a = np.ones_like(q) if isinstance(sampler, Clipped) else 1.0 / np.maximum(q, 1e-300)
+    share = cells.weight * q  # of each draw in a mean over t ~ q
+    square = (share * a**2 * drawn.squares).mean(axis=1) @ counts / n0
+    # Bins of the quantile are bins of t.
+    inner = torch.arange(1, BINS, dtype=torch.float64) / BINS
+    index = np.searchsorted(sampler(inner)[0].numpy(), cells.t.ravel())
+    K = (BINS / texts) ** 2 * covariance - BINS / texts * np.eye(BINS)
+    factor = (share * a).ravel()
+    products = cells.gram * factor[:, None] * factor * K[index][:, index]
+    rows = products.reshape(n0, nt, n0, nt).mean(axis=(1, 3))
+    if drawn.curve is not None and drawn.residual is not None:
+        known_square, known = _integrals(sampler, drawn.curve)
+        square = square + known_square
+        mixed = (factor * drawn.residual.ravel() * (K @ known)[index]).reshape(n0, nt).mean(axis=1)
+        rows = rows + mixed[:, None] + mixed + known @ K @ known
+    variance: Floats = square / texts + between_row_variance(rows, counts)
+    return variance
+
+
+def _integrals(sampler: RateSampler, curve: Floats) -> tuple[float, Floats]:
+    """E_q[a^2 f^2], and E_q[a f] in each bin of the quantile [B]."""
+    quantile = (torch.arange(BINS * NODES, dtype=torch.float64) + 0.5) / (BINS * NODES)
+    t, a = (x.numpy() for x in sampler(quantile))
+    values = a * np.polyval(curve, t)
+    return float((values**2).mean()), values.reshape(BINS, NODES).mean(axis=1) / BINS

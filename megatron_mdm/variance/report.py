@@ -1,0 +1,369 @@
+"""Where the noise of a model's training comes from, over a callable that gives loss and gradient.
+
+Nested draws of rows, rates and masks give A, B and C (decomposition.py) and, with other kinds
+of masks and several views of a text at the same rates, what every method leaves of the variance of
+`standard` (methods.py). The same rows under a causal mask have the C of autoregressive
+training, which has no other part. What was measured is kept in a file, so that an interrupted
+measurement goes on where it was.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.evaluation.nelbo import ScoredRow, num_documents
+from megatron_mdm.objective.corruption import Corruption
+from megatron_mdm.objective.ppots.fit import fit
+from megatron_mdm.objective.ppots.moments import RateMoments
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
+from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+from megatron_mdm.objective.views import turned_view
+from megatron_mdm.variance.decomposition import (
+    Floats,
+    NestedDraws,
+    between,
+    curve,
+    decompose,
+    nested_sampler,
+    resampled,
+    with_error,
+)
+from megatron_mdm.variance.methods import (
+    CLIP,
+    METHODS,
+    MaskKind,
+    Method,
+    MethodDraws,
+    batch_variance,
+    bin_covariance,
+    corrupter_of,
+)
+from megatron_mdm.variance.state import Row, State
+
+# (a text of L tokens, its corruption in K views [K, L]) -> mean loss of the views, the gradient of
+# that, float32 [d], and the norm of its gradient at the final hidden states
+Step = Callable[[ScoredRow, Corruption], tuple[float, torch.Tensor, float]]
+# a text -> mean next-token loss, gradient float32 [d]
+CausalStep = Callable[[ScoredRow], tuple[float, torch.Tensor]]
+Densities = dict[tuple[str | None, str], RateSampler]
+FIT_BINS = 30
+EMA_BINS = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        rows: n0, of the nested draws.
+        rates: nt of each row, at least 3.
+        masks: nm at each rate, at least 2.
+        batch: rows of a batch in the table of the methods.
+        bins: of t in the curves.
+        methods: names in `METHODS`; empty leaves them out.
+        mask_token_id: id put at masked positions.
+        eps: least masking probability of Bernoulli masks.
+        seed: of rates and masks.
+        isad_token_ids: what ISAD masks more often.
+        subject: names the model, the parameters and the data.
+    """
+
+    rows: int
+    rates: int
+    masks: int
+    batch: int
+    bins: int
+    methods: tuple[str, ...]
+    mask_token_id: int
+    eps: float
+    seed: int
+    isad_token_ids: tuple[int, ...] = ()
+    subject: str = ""
+
+    @property
+    def mask_configs(self) -> list[tuple[MaskKind, int]]:
+        """Kinds of masks and numbers of views that are drawn, single views of a kind first."""
+        configs: dict[tuple[MaskKind, int], None] = {("bernoulli", 1): None}
+        for name in self.methods:
+            method = METHODS[name]
+            configs[method.mask, 1] = configs[method.mask, method.views] = None
+        return list(configs)
+
+    @property
+    def work_per_row(self) -> int:
+        """Times that each row goes through the model."""
+        return self.rates * self.masks * sum(views for _, views in self.mask_configs)
+
+    def __post_init__(self) -> None:
+        if self.rows < 2 or self.rates < 3 or self.masks < 2:
+            raise UserError("it takes --rows 2, --rates 3 and --masks 2 at least")
+        if self.bins < 1:
+            raise UserError("--bins must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must not be negative")
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise UserError(f"--methods: there is no {unknown[0]!r}; `all` shows their names")
+        views = [METHODS[name].views for name in self.methods]
+        if self.batch < 2 or any(self.batch % k for k in views):
+            raise UserError(f"--batch {self.batch}: must be a multiple of {max(views, default=2)}")
+        if any(METHODS[name].mask == "isad" for name in self.methods) and not self.isad_token_ids:
+            raise UserError("the method isad needs --isad-token-ids")
+
+
+def measure(
+    step: Step,
+    texts: Sequence[ScoredRow],
+    settings: Settings,
+    state: State,
+    progress: Callable[[int], Any] = lambda rows: None,
+    causal: CausalStep | None = None,
+) -> None:
+    """Measures the rows that `state` does not have yet.
+
+    Args:
+        step: the model.
+        texts: rows in random order, of which the first n0 are taken.
+        settings: what to measure.
+        state: what was measured before; kept on disk, also when this is interrupted.
+        progress: called with rows that have gone through the model.
+        causal: the same network as an autoregressive model.
+
+    Raises:
+        UserError: fewer texts than rows.
+    """
+    if len(texts) < settings.rows:
+        raise UserError(
+            f"the data has {len(texts)} whole rows and --rows asks for {settings.rows}: add data "
+            "or lower --rows"
+        )
+    try:
+        progress(len(state.rows) * settings.work_per_row)
+        for number in range(len(state.rows), settings.rows):
+            row = _nested(step, texts[number], settings, number, progress)
+            if causal is not None:
+                loss, gradient = causal(texts[number])
+                row |= {"causal loss": np.array([loss]), "causal gradient": gradient.numpy()}
+            state.add(row)
+    finally:
+        state.save()
+
+
+def _nested(
+    step: Step,
+    text: ScoredRow,
+    settings: Settings,
+    number: int,
+    progress: Callable[[int], Any],
+) -> Row:
+    """All draws of one row, by column; rates are independent, and the same for all configs.
+
+    Columns are `t` and `weight` [nt], for each way its `loss`, `norm2` (of the gradient) and
+    `masked` fraction [nt, nm], and of single views `hidden` [nt, nm], the norm of the gradient at
+    the final hidden states, and `mean`, of the gradient over masks [nt, d].
+    """
+    sampler = nested_sampler(settings.eps)
+    quantiles = Quantiles("iid", settings.seed, Split.TEST)
+    cells = [number * settings.rates + i for i in range(settings.rates)]
+    quantile = torch.tensor([quantiles(cell) for cell in cells])
+    row: Row = {}
+    for mask, views in settings.mask_configs:
+        corrupter = corrupter_of(
+            Method(mask=mask),
+            sampler,
+            settings.mask_token_id,
+            settings.eps,
+            settings.isad_token_ids,
+        )
+        tokens, able = text.tokens.expand(views, -1), text.eligible.expand(views, -1)
+        shape = (settings.rates, settings.masks)
+        loss, norm2, hidden, masked = np.zeros((4, *shape))
+        means = []
+        for i, cell in enumerate(cells):
+            total = torch.zeros(())
+            for k in range(settings.masks):
+                draw = cell * settings.masks + k
+                u = row_uniforms(settings.seed, Split.TEST, draw, len(text.tokens))
+                grids = torch.from_numpy(np.stack([turned_view(u, v, views) for v in range(views)]))
+                drawn = corrupter(tokens, able, grids, quantile[i].expand(views))
+                # The loss itself: the weight of the rate stands apart.
+                drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
+                loss[i, k], gradient, hidden[i, k] = step(text, drawn)
+                norm2[i, k] = float(gradient.double().square().sum())
+                if not math.isfinite(loss[i, k] + norm2[i, k]):
+                    raise UserError(
+                        f"the loss or the gradient of row {number} is NaN or infinite: the model "
+                        "computes no numbers in its precision"
+                    )
+                masked[i, k] = float(drawn.mask.double().mean())
+                total = total + gradient
+                progress(views)
+            means.append(total.numpy() / settings.masks)
+        name = _way(mask, views)
+        row |= {f"{name} loss": loss, f"{name} norm2": norm2, f"{name} masked": masked}
+        if views == 1:
+            row |= {f"{name} hidden": hidden, f"{name} mean": np.stack(means)}
+    t, weight = sampler(to_unit(quantile))
+    return row | {"t": t.numpy(), "weight": weight.numpy()}
+
+
+def _way(mask: str, views: int) -> str:
+    return f"{mask} x {views}:"
+
+
+def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict[str, Any]:
+    """Puts the report together, ready for JSON.
+
+    Args:
+        state: all rows, measured.
+        settings: what was measured.
+        texts: as for `measure`.
+
+    Returns:
+        `documents`, the number that the rows are from; `loss` and `gradient` with [estimate,
+        standard error] of A, B, C and total of one row; `autoregressive`, if that was measured: C
+        of both, the mean next-token loss and the entropy of the rows' tokens taken one by one,
+        nats; `curves` over the bins of t; `standard batch`, the variance of a batch; `methods`,
+        relative to it.
+    """
+    t, w = state.column("t"), state.column("weight")
+    losses = state.column(f"{_way('bernoulli', 1)} loss")
+    loss = NestedDraws.of_draws(t, w, losses[..., None]).centred()
+    gradient = _gradient_cells(state, settings, "bernoulli")
+    length = max(len(text.tokens) for text in texts[: settings.rows])
+    result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
+    result["documents"] = num_documents(texts[: settings.rows])
+    result["curves"] = {"mean loss": curve(t, losses.mean(axis=2), w, settings.bins)}
+    for name, cells in (("loss", loss), ("gradient", gradient.centred())):
+        result[name] = dataclasses.asdict(decompose(cells, seed=settings.seed))
+        for letter, part in (("A", cells.pattern), ("B", cells.rate)):
+            result["curves"][f"{name} {letter}"] = curve(t, part, w, settings.bins)
+    if "causal loss" in state.rows[0]:
+        counted = torch.cat([text.tokens[text.eligible] for text in texts[: settings.rows]])
+        causal = state.column("causal loss")
+        result["autoregressive"] = {
+            "loss": {"C": between(causal, seed=settings.seed)},
+            "gradient": {"C": between(state.column("causal gradient"), seed=settings.seed)},
+            "mean loss": with_error(
+                causal[:, 0] @ resampled(len(causal), 1000, settings.seed) / len(causal),
+                len(causal),
+            ),
+            "unigram entropy": entropy(counted),
+        }
+    result["methods"] = _methods(state, settings, result, gradient)
+    return result
+
+
+def entropy(tokens: torch.Tensor) -> float:
+    """Entropy of the frequencies of token ids, nats: what a model reaches that sees no context."""
+    share = torch.unique(tokens, return_counts=True)[1].double() / tokens.numel()
+    return float(-(share * share.log()).sum())
+
+
+def densities(state: State, settings: Settings, length: int) -> Densities:
+    """The densities of t of all kinds of masks: uniform, and fitted to the draws for P-POTS.
+
+    As in training a row's value is its loss, or the norm of its gradient at the final hidden
+    states. What a fit sees is what it is for: the noise of the count is a part of what Bernoulli
+    masks do.
+
+    Args:
+        state: all rows, measured.
+        settings: what was measured.
+        length: of a row.
+    """
+    found: Densities = {}
+    targets = {METHODS[name].target for name in settings.methods} - {None}
+    for mask in {mask for mask, _ in settings.mask_configs}:
+        found[None, mask] = Uniform()
+        for target in sorted(filter(None, targets)):
+            column = {"loss": "loss", "gradient": "hidden"}[target]
+            values = state.column(f"{_way(mask, 1)} {column}")
+            moments = RateMoments(min(FIT_BINS, max(2, values.size // 20)))
+            t, w = (np.repeat(state.column(x), settings.masks) for x in ("t", "weight"))
+            moments.update(t, values, w)
+            eps = 1 / length if mask == "exact-count" else settings.eps
+            found[target, mask] = fit(moments, target=target, eps=eps).sampler()
+    return found
+
+
+def _gradient_cells(state: State, settings: Settings, mask: str) -> NestedDraws:
+    name = _way(mask, 1)
+    return NestedDraws.of_means(
+        state.column("t"),
+        state.column("weight"),
+        state.column(f"{name} mean"),
+        state.column(f"{name} norm2").mean(axis=2),
+        settings.masks,
+    )
+
+
+def _methods(
+    state: State, settings: Settings, result: dict[str, Any], gradient: NestedDraws
+) -> list[dict[str, Any]]:
+    """The table; adds the variance of a batch of `standard` to the result."""
+    t, w = state.column("t"), state.column("weight")
+    single = {"bernoulli": gradient}
+    drawn: dict[tuple[str, MaskKind, int], MethodDraws] = {}
+    for mask, views in settings.mask_configs:
+        if mask not in single:
+            single[mask] = _gradient_cells(state, settings, mask)
+        losses, norm2 = (state.column(f"{_way(mask, views)} {x}") for x in ("loss", "norm2"))
+        drawn["loss", mask, views] = MethodDraws.of_losses(t, w, losses)
+        drawn["gradient", mask, views] = MethodDraws(single[mask], norm2.mean(axis=2))
+        if (mask, views) == ("bernoulli", 1):
+            controlled = losses - _binned_mean(t, w, losses)
+            drawn["controlled loss", mask, views] = MethodDraws.of_losses(t, w, controlled)
+    found = densities(state, settings, result["length"])
+    counts = resampled(settings.rows, 1000, settings.seed)
+
+    def sampler_of(method: Method) -> RateSampler:
+        return Clipped(*CLIP) if method.clipped else found[method.target, method.mask]
+
+    def variance(method: Method, what: str) -> Floats:
+        texts = settings.batch * method.rows // method.views
+        if method.controlled and what == "loss":
+            what = "controlled loss"
+        source = drawn[what, method.mask, method.views]
+        covariance = bin_covariance(method.quantiles, texts)
+        return batch_variance(source, sampler_of(method), covariance, texts, counts)
+
+    standard = {what: variance(METHODS["standard"], what) for what in ("loss", "gradient")}
+    result["standard batch"] = {k: with_error(v, settings.rows) for k, v in standard.items()}
+    rows = []
+    for name in settings.methods:
+        method = METHODS[name]
+        share = (w * sampler_of(method).density(torch.from_numpy(t)).numpy())[..., None]
+        masked = state.column(f"{_way(method.mask, method.views)} masked")
+        fraction = float((share * masked).sum() / (share.sum() * settings.masks))
+        ratios = {
+            what: with_error(variance(method, what) / standard[what], settings.rows)
+            for what in ("gradient", "loss")
+        }
+        rows.append(
+            {
+                "method": name,
+                "per": method.per,
+                "unbiased": method.unbiased,
+                **ratios,
+                "rows": settings.batch * method.rows,
+                "texts": settings.batch * method.rows // method.views,
+                "masked_fraction": fraction,
+                "head_tokens": fraction * settings.batch * method.rows * result["length"],
+            }
+        )
+    return rows
+
+
+def _binned_mean(t: Floats, weight: Floats, losses: Floats) -> Floats:
+    """Mean loss in the bin of t that each rate lies in [n0, nt, 1]."""
+    moments = RateMoments(EMA_BINS)
+    moments.update(t, losses.mean(axis=2), weight)
+    return moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]

@@ -1,0 +1,244 @@
+"""The examples that continue from a model of Hugging Face: real flags, going on, a small run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mdm.conversion import megatron_model as contract
+from megatron_mdm.conversion import torch_dist
+from megatron_mdm.conversion.families import detect
+from megatron_mdm.conversion.family import mask_token_id, model_flags
+from megatron_mdm.conversion.to_megatron import _launch_line, _tokenizer_flags
+from megatron_mdm.conversion.vocabulary import vocabulary
+from megatron_mdm.sizing.flops import ModelShape
+from tests import ROOT, ranks
+
+TP = 4
+# As in the released config.json.
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 152064,
+    "eos_token_id": 151643,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "eos_token_id": 128001,
+}
+LLADA = {
+    "architectures": ["LLaDAModelLM"],
+    "d_model": 4096,
+    "n_layers": 32,
+    "mlp_hidden_size": 12288,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "max_sequence_length": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_theta": 500000.0,
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "activation_type": "silu",
+    "weight_tying": False,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "mask_token_id": 126336,
+    "eos_token_id": 126081,
+}
+# Script, environment, model, its parameters and the rows of its vocabulary: a multiple of TP, with
+# a mask token behind the last row (there is no tokenizer here that leaves one unused).
+CASES = {
+    "Qwen": ("ar_to_mdm.sh", {}, QWEN, 7.6e9, 152_068),
+    "Llama": ("ar_to_mdm.sh", {}, LLAMA, 8.03e9, 128_260),
+    "continue": ("continue_llada.sh", {}, LLADA, 8.02e9, 126_464),
+    "sft": ("sft.sh", {}, LLADA, 8.02e9, 126_464),
+    "sft packed": ("sft.sh", {"PACK": "yes"}, LLADA, 8.02e9, 126_464),
+}
+
+# Stands in for python and torchrun: notes its words, and leaves behind what the steps leave behind.
+STUB = """#!{python}
+import json, pathlib, shutil, sys
+words = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+with open("{here}/calls", "a") as file:
+    print(json.dumps(words), file=file)
+value = lambda flag: pathlib.Path(words[words.index(flag) + 1])
+if "megatron" in words:
+    shutil.copytree("{here}/megatron", value("--output"), dirs_exist_ok=True)
+elif "huggingface" in words:
+    value("--output").mkdir(exist_ok=True)
+elif "--output-prefix" in words:
+    for end in (".bin", ".idx"):
+        shutil.copy("{data}" + end, str(value("--output-prefix")) + end)
+else:
+    value("--save").mkdir(exist_ok=True)
+    (value("--save") / "latest_checkpointed_iteration.txt").write_text("1")
+"""
+
+
+class Example:
+    """A directory in which the scripts run, on stand-ins for what takes a GPU."""
+
+    def __init__(self, here, data):
+        self.here = here
+        (here / "bin").mkdir()
+        for name in ("python", "torchrun"):
+            (here / "bin" / name).write_text(
+                STUB.format(python=sys.executable, here=here, data=data)
+            )
+            (here / "bin" / name).chmod(0o755)
+        (here / "megatron").mkdir()
+        (here / "texts.txt").write_text("a.jsonl\n")
+
+    def model(self, name, config):
+        (self.here / name).mkdir()
+        (self.here / name / "config.json").write_text(json.dumps(config))
+        return str(self.here / name)
+
+    def convert(self, config, add_mask):
+        """What the conversion of a model writes, without its weights."""
+        directory, family = self.here / "megatron", detect(config)
+        mask = mask_token_id(family, config)
+        words = vocabulary(config, self.here, mask, add_mask, TP)
+        flags = [
+            *[*model_flags(family, config), "--padded-vocab-size", str(words.padded)],
+            *["--mdm-mask-token-id", str(words.mask), "--bf16"],
+            *_tokenizer_flags(self.here, directory, words, config),
+            *(["--mdm-shift"] if add_mask else []),
+        ]
+        torch_dist.write(directory, [], [], contract.arguments(flags), lambda size: None)
+        (directory / "launch.txt").write_text(_launch_line(str(directory), flags))
+
+    def run(self, script, *arguments, **environment):
+        """The calls of the script, by what they do."""
+        own = {"PATH": f"{self.here / 'bin'}:{os.environ['PATH']}", "SETUP": "no"}
+        own |= {"RUNS": str(self.here / "runs"), **environment}
+        result = subprocess.run(
+            ["bash", str(ROOT / "examples" / script), *arguments],
+            env={**os.environ, **own},
+            capture_output=True,
+            text=True,
+        )
+        calls = self.here / "calls"
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return result, [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def example(tmp_path, data):
+    return Example(tmp_path, data)
+
+
+def value(words, flag):
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_real_flags_are_accepted_at_full_size(case, example):
+    """On a node of 8 GPUs: two copies of the model over four each."""
+    script, environment, config, parameters, rows = CASES[case]
+    example.convert(config, add_mask=script == "ar_to_mdm.sh")
+    model = example.model("model", config)
+    result, calls = example.run(script, model, str(example.here / "texts.txt"), **environment)
+    assert result.returncode == 0, result.stderr
+    there, _, training, back = calls
+    assert value(there, "--pad-vocab-to-multiple-of") == str(TP)
+    assert ("--add-mask-token" in there) == (script == "ar_to_mdm.sh")
+    assert training[:4] == ["torchrun", "--standalone", "--local-addr", "127.0.0.1"]
+    assert training[4:6] == ["--nproc-per-node", "8"]
+    assert value(back, "--input") == value(training, "--save") == value(training, "--load")
+
+    shutil.rmtree(value(training, "--save"))  # as it was before the training
+    argv = training[training.index("megatron_mdm.pretrain") + 1 :]
+    ranks.launch(example.here, 1, "--", *argv, "--mdm-device", "cpu", entry="recipe")
+    shape = json.loads((example.here / "recipe.json").read_text())["shape"]
+    assert shape["vocab_size"] == rows
+    assert ModelShape(**shape).num_parameters == pytest.approx(parameters, rel=0.01)
+    output = (example.here / "rank0.log").read_text()
+    assert f"tensor_model_parallel_size ...................... {TP}\n" in output
+    assert "data_parallel_size .............................. 2\n" in output
+
+
+def test_the_same_command_goes_on_and_another_model_starts_anew(example):
+    (example.here / "megatron" / "launch.txt").write_text(_launch_line("x", []))
+    texts, others = example.here / "texts.txt", example.here / "others.txt"
+    others.write_text("b.jsonl\n")
+    models = [example.model(name, {}) for name in ("one", "other")]
+    first = example.run("continue_llada.sh", models[0], str(texts))[1]
+    training = first[2]
+    assert [call[:2] for call in first] == [
+        ["python", "tools/convert_checkpoint.py"],
+        ["python", "tools/preprocess_data.py"],
+        ["torchrun", "--standalone"],
+        ["python", "tools/convert_checkpoint.py"],
+    ]
+    run = Path(value(training, "--save")).parent
+    assert run.parent == example.here / "runs" / "continue_llada" and run.name.startswith("one-")
+
+    # The tools find out themselves whether what is there is what the command asks for.
+    assert all("--unless-done" in call for call in (first[0], first[1], first[3]))
+    again = example.run("continue_llada.sh", models[0], str(texts))[1]
+    # What a training began with is not replaced.
+    assert again[0] == [word for word in first[0] if word != "--replace"]
+    assert [word for word in again[1] if word != "--no-replace"] == first[1] != again[1]
+    assert again[2:] == first[2:]
+    assert "--replace" in first[0] and "--replace" in first[3]
+
+    directories = {run}
+    for model, text in ((models[1], texts), (models[0], others)):
+        calls = example.run("continue_llada.sh", model, str(text))[1]
+        assert len(calls) == 4
+        directories.add(Path(value(calls[2], "--save")).parent)
+    assert len(directories) == 3
+
+
+def test_mistakes_end_in_one_line(example):
+    model, nothing = example.model("model", {}), str(example.here / "nothing")
+    for arguments, message in (
+        ([nothing], f"error: {nothing} is no model directory of Hugging Face: it has no config"),
+        ([model], f"error: name a file with the paths of your texts after {model}"),
+        ([model, nothing], f"error: name a file with the paths of your texts after {model}"),
+    ):
+        result, calls = example.run("sft.sh", *arguments)
+        assert result.returncode == 2 and result.stderr.startswith(message) and not calls
+        assert result.stderr.count("\n") == 1 and not (example.here / "runs").exists()
+
+
+def test_a_small_run(tmp_path):
+    """All steps of the example with the fewest, for two iterations."""
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **{"PYTHONPATH": str(ROOT), "SETUP": "no", "RUNS": str(tmp_path), "ITERS": "2"},
+    }
+    result = subprocess.run(
+        ["bash", str(ROOT / "examples/continue_llada.sh")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("validation NELBO") == 1
+    run = tmp_path / "continue_llada" / "tiny"
+    assert (run / "checkpoint" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(run / "hf"))

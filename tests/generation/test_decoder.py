@@ -1,0 +1,275 @@
+"""The decoder, against the algorithm that LLaDA published, in loops over exact probabilities."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.generation.decoder import Decoder, filling_order
+
+V, MASK, END = 12, 9, 8
+
+
+def model(tokens):
+    """Position i wants token i, the more confidently the smaller i; the mask token most of all."""
+    L = tokens.shape[1]
+    logits = torch.zeros(*tokens.shape, V)
+    for i in range(L):
+        logits[:, i, i % 8] = 5.0 + L - i
+    logits[..., MASK] = 100.0
+    return logits
+
+
+def random_model(seed, L=40, scale=2.0):
+    """Logits of each position that depend on all tokens of the row, so that the order matters."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randn(L, V, generator=generator, dtype=torch.float64)
+    table = torch.randn(L, L, V, V, generator=generator, dtype=torch.float64) * 0.5
+
+    def logits(tokens):
+        s = tokens.shape[1]
+        j = torch.arange(s)
+        rows = [own[:s] + table[:s, :s][:, j, row].sum(dim=1) for row in tokens]
+        return scale * torch.stack(rows)
+
+    return logits
+
+
+def published(logits, tokens, gen_length, block_length, steps):
+    """LLaDA's block-wise generation with low-confidence remasking, greedy, for one row of a list.
+
+    With the one change that the mask token is never predicted, which its release leaves to the
+    model; its probability still counts in the confidence of the others.
+    """
+    x = list(tokens)
+    start = len(x) - gen_length
+    assert gen_length % block_length == 0 and steps % (gen_length // block_length) == 0
+    steps_per_block = steps // (gen_length // block_length)
+    for first in range(start, len(x), block_length):
+        block = range(first, first + block_length)
+        base, remainder = divmod(sum(x[i] == MASK for i in block), steps_per_block)
+        for step in range(steps_per_block):
+            scores = logits(torch.tensor([x]))[0].tolist()
+            ranking = []
+            for i in block:
+                if x[i] == MASK:
+                    weights = [math.exp(score) for score in scores[i]]
+                    best = max((w, -v) for v, w in enumerate(weights) if v != MASK)
+                    ranking.append((best[0] / sum(weights), i, -best[1]))
+            ranking.sort(reverse=True)
+            for _, i, token in ranking[: base + (step < remainder)]:
+                x[i] = token
+    return x
+
+
+@pytest.mark.parametrize(
+    "block_length, steps", [(24, 24), (24, 7), (8, 24), (8, 9), (4, 6), (2, 36)]
+)
+@pytest.mark.parametrize("mask_bias", [0.0, -math.inf])
+def test_greedy_decoding_is_the_published_algorithm(block_length, steps, mask_bias):
+    for seed in range(5):
+        plain = random_model(seed)
+
+        def logits(tokens, plain=plain):
+            scores = plain(tokens)
+            scores[..., MASK] += mask_bias
+            return scores
+
+        prompts = torch.randint(0, 8, (3, 5), generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([prompts, torch.full((3, 24), MASK)], dim=1)
+        decoder = Decoder(MASK, steps=steps, block_length=block_length)
+        ours = decoder(logits, rows).tolist()
+        assert ours == [published(logits, row, 24, block_length, steps) for row in rows.tolist()]
+
+
+def test_fills_every_mask_and_keeps_the_rest():
+    tokens = torch.tensor([[7, MASK, MASK, MASK], [MASK, MASK, 7, 7], [1, 2, 3, 4]])
+    for steps in (1, 2, 3, 50, None):
+        for block_length in (None, 3, 99):
+            filled = Decoder(MASK, steps, block_length)(model, tokens)
+            assert filled.tolist() == [[7, 1, 2, 3], [0, 1, 7, 7], [1, 2, 3, 4]]
+    assert tokens[0, 1] == MASK  # the argument is left alone
+
+
+def masked_at(decoder, tokens, logits=model):
+    """The masked positions of the first row at each model call."""
+    calls = []
+
+    def recording(tokens):
+        calls.append((tokens[0] == MASK).nonzero().flatten().tolist())
+        return logits(tokens)
+
+    decoder(recording, tokens)
+    return calls
+
+
+def test_confident_positions_come_first():
+    row = torch.full((1, 5), MASK)
+    assert masked_at(Decoder(MASK, steps=3), row) == [[0, 1, 2, 3, 4], [2, 3, 4], [4]]
+
+
+@pytest.mark.parametrize(
+    "length, block_length, steps, expected",
+    [
+        (10, 4, None, [1] * 10),  # one call a token, the last block has two
+        (10, 4, 3, [4, 4, 2]),
+        (10, 4, 5, [2, 2, 2, 2, 2]),  # calls 2, 2, 1
+        (10, 4, 99, [1] * 10),
+        (5, 8, 2, [3, 2]),
+    ],
+)
+def test_blocks_that_do_not_divide_the_length(length, block_length, steps, expected):
+    row = torch.full((1, length), MASK)
+    states = list(Decoder(MASK, steps, block_length).states(model, row))
+    left = [int((state == MASK).sum()) for state in states]
+    assert [a - b for a, b in zip(left, left[1:], strict=False)] == expected
+    order = filling_order(states, MASK)[0].tolist()
+    assert sorted(order, key=lambda call: call) == order  # blocks from the left, and so `model`
+    assert Counter(order) == Counter({call + 1: n for call, n in enumerate(expected)})
+
+
+def test_gaps_are_filled_in_blocks_of_masked_positions():
+    """Given tokens between do not count, and stay."""
+    row = torch.tensor([[MASK, 5, MASK, 5, 5, MASK, MASK, 5]])
+    assert masked_at(Decoder(MASK, steps=2, block_length=2), row) == [[0, 2, 5, 6], [5, 6]]
+    assert Decoder(MASK)(model, row).tolist() == [[0, 5, 2, 5, 5, 5, 6, 5]]
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    """Greedy and sampled; rows with different numbers of gaps, and of calls."""
+    logits = random_model(3)
+    rows = torch.randint(0, 8, (4, 20), generator=torch.Generator().manual_seed(0))
+    for row, gaps in zip(rows, (0, 3, 11, 20), strict=True):
+        row[20 - gaps :] = MASK
+    for decoder in (
+        Decoder(MASK, steps=6, block_length=4, end_token_ids=(END,)),
+        Decoder(MASK, block_length=5, temperature=1.0),
+        Decoder(MASK, remasking="random", steps=5),
+        Decoder(MASK, threshold=0.4, temperature=0.5),
+    ):
+        seeded = [torch.Generator().manual_seed(i) for i in range(4)]
+        together = decoder(logits, rows, seeded)
+        for i in range(4):
+            alone = decoder(logits, rows[i : i + 1], [torch.Generator().manual_seed(i)])
+            assert torch.equal(together[i], alone[0])
+
+
+def test_threshold_keeps_the_confident_and_at_least_one():
+    def logits(tokens):
+        probabilities = torch.full((1, 6, V), 0.0)
+        for i, p in enumerate((0.95, 0.5, 0.9, 0.6, 0.91, 0.3)):
+            probabilities[0, i] = (1 - p) / (V - 1)
+            probabilities[0, i, i] = p
+        return probabilities.log()
+
+    row = torch.full((1, 6), MASK)
+    calls = masked_at(Decoder(MASK, threshold=0.9001), row, logits)
+    assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 5], [1, 3, 5], [1, 5], [5]]
+    # In blocks, and with calls that keep two at least.
+    calls = masked_at(Decoder(MASK, threshold=0.9001, block_length=3), row, logits)
+    assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 4, 5], [3, 4, 5], [3, 5], [5]]
+    calls = masked_at(Decoder(MASK, threshold=0.9001, steps=3), row, logits)
+    assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 5], [1, 5]]
+    assert len(masked_at(Decoder(MASK, threshold=1e-9), row, logits)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_samples_from_the_tempered_softmax(temperature):
+    """Chi-squared over 20,000 draws; the mask token and padded ids never appear."""
+    n = 20_000
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.3, 0.0, -0.5, 1.5, 9.0, 9.0, 9.0])
+    decoder = Decoder(MASK, steps=1, temperature=temperature, vocab_size=10)
+    generator = torch.Generator().manual_seed(1)
+    drawn = decoder(lambda x: scores.expand(1, n, V), torch.full((1, n), MASK), [generator])
+    expected = (scores[:9] / temperature).softmax(dim=0) * n
+    counts = torch.bincount(drawn[0], minlength=V)
+    assert counts[9:].tolist() == [0, 0, 0]
+    assert ((counts[:9] - expected) ** 2 / expected).sum() < 29.6  # 8 degrees, p = 2.5e-4
+    other = decoder(lambda x: scores.expand(1, n, V), torch.full((1, n), MASK), [generator])
+    assert not torch.equal(drawn, other)
+
+
+def test_random_remasking_fills_in_any_order_with_the_likeliest_tokens():
+    orders = Counter()
+    for seed in range(600):
+        states = list(
+            Decoder(MASK, remasking="random").states(
+                model, torch.full((1, 3), MASK), [torch.Generator().manual_seed(seed)]
+            )
+        )
+        assert states[-1].tolist() == [[0, 1, 2]]
+        orders[tuple(filling_order(states, MASK)[0].tolist())] += 1
+    assert len(orders) == 6
+    assert sum((n - 100) ** 2 / 100 for n in orders.values()) < 22  # 5 degrees, p = 5e-4
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_an_end_token_saves_calls_and_changes_nothing_before_it(block_length):
+    ended = 0
+    for seed in range(20):
+        logits = random_model(seed)
+        row = torch.tensor([[1, 2, MASK, 3, *[MASK] * 16]])
+        whole = Decoder(MASK, block_length=block_length)
+        early = Decoder(MASK, block_length=block_length, end_token_ids=(END,))
+        a, b = whole(logits, row)[0].tolist(), early(logits, row)[0].tolist()
+        assert MASK not in b
+        if END in a[4:]:
+            ended += 1
+            stop = a.index(END, 4)
+            assert b[: stop + 1] == a[: stop + 1]
+            assert len(masked_at(early, row, logits)) <= len(masked_at(whole, row, logits))
+        else:
+            assert a == b
+    assert ended > 3
+
+
+def test_an_end_token_before_given_text_ends_nothing():
+    def logits(tokens):
+        scores = torch.zeros(*tokens.shape, V)
+        scores[..., END] = 5.0
+        scores[:, -1, END], scores[:, -1, 3] = 0.0, 5.0
+        return scores
+
+    row = torch.tensor([[MASK, MASK, 1, MASK]])
+    decoder = Decoder(MASK, block_length=1, end_token_ids=(END,))
+    assert decoder(logits, row).tolist() == [[END, END, 1, 3]]
+    row = torch.tensor([[1, MASK, MASK, MASK]])
+    assert decoder(logits, row).tolist() == [[1, END, END, END]]
+    assert len(masked_at(decoder, row, logits)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"block_length": -1}, "--block-length must be at least 1, got -1"),
+        ({"temperature": -0.1}, "--temperature must be 0 or more, got -0.1"),
+        ({"temperature": math.nan}, "--temperature"),
+        ({"temperature": math.inf}, "--temperature"),
+        ({"remasking": "best"}, "--remasking is low-confidence or random, not best"),
+        ({"threshold": 0.0}, "--threshold must lie in"),
+        ({"threshold": 1.1}, "--threshold must lie in"),
+        ({"threshold": 0.5, "remasking": "random"}, "--threshold needs --remasking low-confidence"),
+        ({"end_token_ids": (MASK,)}, "the mask token 9 cannot end a text"),
+        ({"end_token_ids": (-1,)}, "--eos-token-ids -1: the vocabulary has no such id"),
+        ({"end_token_ids": (10,), "vocab_size": 10}, "--eos-token-ids 10: the vocabulary has no"),
+        ({"steps": 2, "block_length": 2}, "--steps 2 is less than one a block: 3 blocks"),
+    ],
+)
+def test_settings_that_cannot_work(settings, message):
+    with pytest.raises(UserError, match=message):
+        Decoder(MASK, **settings)(model, torch.full((2, 6), MASK))
+
+
+@pytest.mark.parametrize("remasking", ["low-confidence", "random"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(remasking, value):
+    def logits(tokens):
+        scores = torch.zeros(*tokens.shape, 5)
+        scores[0, 1, 2] = value
+        return scores
+
+    with pytest.raises(UserError, match="the model's logits hold NaN or infinity"):
+        Decoder(4, remasking=remasking)(logits, torch.tensor([[1, 4, 4]]))

@@ -1,0 +1,53 @@
+"""Checkpoints of an earlier version resume to the losses that it would have gone on with."""
+
+import json
+import os
+
+import pytest
+from megatron.core.dist_checkpointing import load_common_state_dict
+
+from megatron_mdm.config import destinations
+from megatron_mdm.mcore.argument_groups import Group, group
+from megatron_mdm.mcore.flags.old_checkpoints import BEFORE
+from tests import ranks
+from tests.old_checkpoints.cases import CASES, COMMON, SAVED, write_data
+from tests.old_checkpoints.unpack import HERE, unpack
+
+EXPECTED = json.loads((HERE / "losses.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_old_checkpoint_goes_on_as_it_would_have(case, tmp_path):
+    unpack(case, tmp_path)
+    write_data(tmp_path)
+    run = ranks.launch(tmp_path, 1, "--", *COMMON, *CASES[case], entry="in_its_directory")
+    scalars = ranks.read_scalars(tmp_path / "tensorboard")
+    for name, values in EXPECTED[case].items():
+        expected = [value for step, value in values if step > SAVED]
+        assert scalars[name] == pytest.approx(expected, rel=1e-5), name
+    assert "the checkpoint is older than some settings" in run.output[0]
+
+
+def test_tools_open_an_old_checkpoint(tmp_path):
+    """Its logits are the same, those of the padding too, which was in the softmax."""
+    unpack("pretraining", tmp_path)
+    ranks.launch(tmp_path, 1, entry="old_logits")
+    found = json.loads((tmp_path / "logits.json").read_text())
+    assert found == pytest.approx(EXPECTED["logits"], rel=1e-5)
+
+
+def test_tools_measure_an_old_checkpoint_on_pairs(tmp_path):
+    unpack("packed-pairs", tmp_path)
+    write_data(tmp_path)
+    measured = "--data pairs --rows 4 --rates 4 --masks 2 --batch 4 --bins 4 --output report.json"
+    words = ["tools/variance_report.py", "--load", "checkpoint", "--device", "cpu"]
+    ranks.launch(tmp_path, 1, "--", *words, *measured.split(), entry="tool_in_its_directory")
+    assert (tmp_path / "report.json").exists()
+
+
+def test_every_newer_setting_has_a_value_for_old_checkpoints(tmp_path):
+    directory = unpack("pretraining", tmp_path)
+    saved = vars(load_common_state_dict(str(directory / f"iter_{SAVED:07d}"))["args"])
+    settings = {name for name in destinations() if group(name) is not Group.RUN}
+    assert settings - set(saved) == set(BEFORE)
+    assert os.path.getsize(HERE / "pretraining.tar.gz") < 200_000

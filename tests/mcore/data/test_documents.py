@@ -1,0 +1,276 @@
+"""Documents of a packed row: what they see, and their own rates under every layout.
+
+That loss and gradients are those of the documents alone is in test_normalization.py.
+"""
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import mpu
+from megatron.training import global_vars
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
+from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.model.attention_mask import (
+    attend_in_documents,
+    attention_mask,
+    document_bounds,
+)
+from megatron_mdm.mcore.training.forward_step import Rows, record_gradients
+from megatron_mdm.mcore.training.online_sampler import online_sampler
+from megatron_mdm.objective.corruption import Corruption
+from megatron_mdm.objective.ppots.exact_sums import from_limbs
+from megatron_mdm.objective.ppots.moments import accumulate
+from megatron_mdm.objective.segments import counts
+from tests import ranks
+
+EOD = 9
+ROW = torch.tensor([[1, 2, EOD, 3, EOD, EOD, 4, 5]])
+ISOLATED = MDMConfig(isolate_documents=True)
+
+
+def test_positions_start_over_and_attention_stays_inside():
+    documents = isolated_documents(ROW, EOD, ISOLATED)
+    assert position_ids(ROW, documents).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    hidden = attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED, documents)
+    inside = torch.block_diag(*(torch.ones(n, n) for n in (3, 2, 1, 2))).bool()
+    assert torch.equal(~hidden[0, 0], inside)
+
+
+def test_without_the_flag_a_row_is_one_document():
+    assert isolated_documents(ROW, EOD, MDMConfig()) is None
+    assert position_ids(ROW, None).tolist() == [list(range(8))]
+    assert attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, MDMConfig(), None) is None
+
+
+def test_layouts_are_equal(base, tmp_path):
+    """Middle stages need the documents too; with a shift their first tokens are not masked."""
+    flags = [*base, "--mdm-isolate-documents", "--mdm-shift", "--train-iters", "2"]
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    one = ranks.launch(tmp_path / "one", 1, *flags)
+    two = ranks.launch(tmp_path / "two", 2, *flags, *stages)
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-5)
+    documents = [tokens for (split, _), (_, tokens) in one.masks().items() if split == 0]
+    firsts = [row[i + 1] for row in documents for i in range(31) if row[i] == ranks.EOD_ID]
+    assert len(firsts) > 5
+    assert ranks.MASK_ID not in firsts
+
+
+OWN_RATES = [
+    *"--mdm-isolate-documents --mdm-rate-per document --mdm-views 2 --train-iters 4".split(),
+    *"--mdm-recipe recommended --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
+    *"--no-mdm-eod-eligible --mdm-random-length-fraction 0.3 --eval-iters 1".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def own_rates(base, tmp_path_factory):
+    """Everything at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
+    directory = tmp_path_factory.mktemp("own_rates")
+    split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    return {
+        "one": ranks.launch(directory / "one", 1, *base, *OWN_RATES, "--micro-batch-size", "4"),
+        "DP 2": ranks.launch(directory / "dp", 2, *base, *OWN_RATES),
+        "TP 2 SP": ranks.launch(directory / "tp", 2, *base, *OWN_RATES, *split),
+        "PP 2 x VP 2": ranks.launch(directory / "pp", 2, *base, *OWN_RATES, *stages),
+    }
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP", "PP 2 x VP 2"])
+def test_own_rates_are_equal_under_every_layout(own_rates, layout):
+    """The density is fitted to measurements of documents after two steps, and then used."""
+    one, run = own_rates["one"], own_rates[layout]
+    assert "P-POTS refit at iteration 2" in one.output[0]
+    assert run.losses == pytest.approx(one.losses, rel=1e-4)
+    assert run.grad_norms == pytest.approx(one.grad_norms, rel=1e-4)
+    assert run.masks().keys() == one.masks().keys()
+    for key, (t, tokens) in one.masks().items():
+        assert run.masks()[key][0] == pytest.approx(t, rel=1e-6)
+        different = [a != b for a, b in zip(tokens, run.masks()[key][1], strict=True)]
+        assert sum(different) <= 1  # a refit differs by rounding, and a count with it
+
+
+def test_documents_of_a_row_have_their_own_rates(own_rates):
+    training = {
+        row: value for (split, row), value in own_rates["one"].masks().items() if split == 0
+    }
+    validation = [value for (split, _), value in own_rates["one"].masks().items() if split == 1]
+    assert len(training) == 32
+    assert all(len(set(t)) == 32 for t, _ in training.values())  # a rate for every document
+    assert all(isinstance(t, float) for t, _ in validation)
+    pairs = [(training[row], training[row + 1]) for row in range(0, 32, 2)]  # views of a text
+    assert all(a[0] == b[0] for a, b in pairs)
+    assert sum(a[1] != b[1] for a, b in pairs) > 10  # rows of a few tokens may be masked alike
+    # Ends of documents are never masked here, and fill what is beyond the length of a row.
+    ends = [[[x == ranks.EOD_ID for x in row] for _, row in pair] for pair in pairs]
+    assert all(a == b for a, b in ends)
+    assert sum(all(a[-4:]) for a, _ in ends) >= 2
+
+
+def test_the_fit_counts_documents(own_rates):
+    """Two steps of 8 rows: more documents than rows, and no skipped ones."""
+    line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
+    assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
+    assert ", 0 skipped" in line
+
+
+def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
+    """Whose rates go through all bins, and whose values are those of documents alone."""
+    load = base[base.index("--load") + 1]
+    ranks.launch(tmp_path, 1, "--", load, entry="measured_documents")
+    for bins, moments, expected in torch.load(
+        tmp_path / "measured.pt", weights_only=False
+    ).values():
+        documents = {(row, number) for row, number, _ in bins}
+        assert len(documents) > 6 and set(Counter(bins).values()) == {2}
+        assert len(bins) == 8 * len(documents)
+        assert len({number for row, document, number in bins[:5]}) > 1  # not all alike in a row
+        torch.testing.assert_close(
+            torch.as_tensor(moments), torch.as_tensor(expected), rtol=1e-4, atol=1e-9
+        )
+
+
+def rows_from_documents(tokens, num_tokens, length):
+    """Rows as the forward step has them."""
+    b, s = tokens.shape
+    zeros = torch.zeros(b, dtype=torch.int64)
+    numbers = {"num_tokens": num_tokens, "length": length}
+    numbers = {name: torch.full((b,), value) for name, value in numbers.items()}
+    uniforms = torch.zeros((b, s), dtype=torch.int64)
+    return Rows(tokens, split=zeros, row=zeros, uniforms=uniforms, quantile=zeros, **numbers)
+
+
+def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
+    short = MDMConfig(random_length_fraction=0.5)
+    rows = rows_from_documents(ROW, num_tokens=5, length=5)
+    groups = rows.isolated(EOD, short)
+    assert groups.tolist() == [[0] * 5 + [1] * 3]
+    assert rows.eligible(EOD, short).tolist() == [[True] * 5 + [False] * 3]
+    # Padding that may be predicted ends with the row.
+    rows = rows_from_documents(ROW, num_tokens=3, length=5)
+    eligible = MDMConfig(random_length_fraction=0.5, pad_eligible=True)
+    assert rows.eligible(EOD, eligible).tolist() == [[True] * 5 + [False] * 3]
+    both = MDMConfig(random_length_fraction=0.5, isolate_documents=True)
+    rows = rows_from_documents(ROW, num_tokens=4, length=4)
+    assert rows.isolated(EOD, both).tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"rate_per": "token"}, "--mdm-rate-per must be one of row, document"),
+        ({"random_length_fraction": 1.5}, "--mdm-random-length-fraction must lie in"),
+        ({"random_length_fraction": 0.1, "sft": True}, "does not go with --mdm-sft"),
+        ({"rate_per": "document", "sft": True}, "needs --mdm-isolate-documents"),
+        (
+            {"isolate_documents": True, "sft": True, "pad_eligible": True},
+            "--mdm-pad-eligible does not go with",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        MDMConfig(**settings)
+
+
+def test_bounds_of_documents_say_what_the_mask_says():
+    """Attention over parts between bounds, as Transformer Engine computes it, by plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat(
+        [ROW, torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [EOD, 1, 2, EOD, 3, 4, 5, EOD]])]
+    )
+    documents = isolated_documents(rows, EOD, ISOLATED)
+    bounds = document_bounds(documents)
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
+    nothing = torch.zeros_like(rows).bool()
+
+    def as_bounds(rows, documents):
+        return attention_mask(rows, nothing[: len(rows)], EOD, ISOLATED, documents, as_bounds=True)
+
+    assert torch.equal(as_bounds(rows, documents), bounds)
+    whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each: ordinary kernels
+    assert as_bounds(*whole) is None and as_bounds(rows, None) is None
+    assert as_bounds(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
+    query, key, value, weight = (
+        torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+
+    def attention(q, k, v, seen=None):
+        """[b, heads, s, head size]"""
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+
+    def in_parts(q, k, v):
+        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        cut = [[x[part].transpose(0, 1)[None] for x in (q, k, v)] for part in parts]
+        return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
+
+    packed = attend_in_documents(in_parts, *inputs)
+    hidden = attention_mask(rows, nothing, EOD, ISOLATED, documents)
+    masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
+    masked = masked.permute(2, 0, 1, 3).flatten(2)
+    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
+    gradients = [
+        torch.autograd.grad((x * weight.flatten(2)).sum(), inputs) for x in (packed, masked)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """Megatron's groups, of this process alone."""
+    with training_device("cpu"):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        mpu.initialize_model_parallel()
+        yield
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("per", ["row", "document"])
+@pytest.mark.parametrize("normalization", ["tokens", "rows"])
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, monkeypatch, one_rank):
+    """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
+    mdm = MDMConfig(
+        rate_per=per,
+        normalization=normalization,
+        rate_sampler="ppots",
+        ppots_refit_interval=1,
+        ppots_bins=4,
+    )
+    args = Namespace(**asdict(mdm), seq_length=8)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    online_sampler.cache_clear()
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
+    eligible = torch.ones(2, 8, dtype=torch.bool)
+    eligible[0, 5] = False  # document 2 of the first row has nothing to measure
+    squares = torch.rand(2, 8, generator=generator)
+    if per == "document":
+        t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
+        parts = [((0, 0), (0, 3)), ((0, 1), (3, 5)), ((0, 3), (6, 8)), ((1, 0), (0, 8))]
+    else:
+        segments, squares[0, 5] = None, 0.0
+        t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
+        parts = [((0,), (0, 8)), ((1,), (0, 8))]
+    corruption = Corruption(torch.zeros(2, 8), eligible, torch.ones(2, 1), t, 1 / q)
+    record_gradients(corruption, counts(eligible, segments), segments, squares)
+    expected = 0
+    for draw, part in parts:
+        norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
+        # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
+        value = norm / 8 if normalization == "tokens" else norm
+        expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
+    got = from_limbs(online_sampler().pending)
+    np.testing.assert_allclose(got, from_limbs(expected), rtol=1e-6)
+    online_sampler.cache_clear()

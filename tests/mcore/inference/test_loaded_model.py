@@ -1,0 +1,269 @@
+"""A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint
+from megatron_mdm.mcore.inference.loaded_model import LoadedModel, args_for_inference
+from megatron_mdm.mcore.model.builder import model_config
+from tests import ranks
+
+LAYOUTS = {"TP 1": (1, 1), "TP 2": (2, 1), "PP 2": (2, 2), "TP 2 x PP 2": (4, 2)}
+
+
+def checkpoint(base):
+    return base[base.index("--load") + 1]
+
+
+@pytest.fixture(scope="module")
+def logits(base, tmp_path_factory):
+    """Layout -> what each rank has, (plain, shifted), each for rows of two lengths."""
+    found = {}
+    for layout, (world, stages) in LAYOUTS.items():
+        directory = tmp_path_factory.mktemp("logits")
+        ranks.launch(directory, world, "--", checkpoint(base), str(stages), entry="logits")
+        found[layout] = [torch.load(directory / f"logits{rank}.pt") for rank in range(world)]
+    return found
+
+
+def test_every_layout_gives_the_same_logits_on_all_ranks(logits):
+    one = logits["TP 1"][0][0]
+    assert [x.shape for x in one] == [(3, 32, 128), (1, 7, 128)]
+    assert one[0].std() > 0.1
+    for layout, per_rank in logits.items():
+        for plain, _ in per_rank:
+            for x, y, first in zip(plain, one, per_rank[0][0], strict=True):
+                assert torch.equal(x, first), layout  # or ranks would decode different texts
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=layout)
+
+
+def test_logits_of_a_shifted_model_stand_where_their_token_is(logits):
+    for plain, shifted in logits["PP 2"]:
+        for x, y in zip(plain, shifted, strict=True):
+            assert torch.equal(y[:, 1:], x[:, :-1])
+            assert torch.equal(y[:, 0], x[:, 0])
+
+
+def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
+    """Neither of a row nor of a document that sees no other."""
+    recorded.mdm_shift, recorded.mdm_isolate_documents = True, False
+    loaded = LoadedModel(
+        None,
+        args_for_inference(recorded, SavedCheckpoint("here", 20), "cpu", 1),
+        SimpleNamespace(eod=9),
+    )
+    assert loaded.opening_token_id == 9
+    mask = ranks.MASK_ID
+    for tokens, documents in (([mask, 1], None), ([1, mask], [0, 1])):
+        documents = None if documents is None else torch.tensor([documents])
+        with pytest.raises(UserError, match="the first token of a row is masked, which a shifted"):
+            loaded.logits(torch.tensor([tokens]), documents=documents)
+    loaded.args.mdm_isolate_documents = True
+    assert loaded.opening_token_id is None
+
+
+def generate(base, directory, *flags, world=1, check=True):
+    """Runs the tool; returns what it printed, or its log if it failed."""
+    command = ["tools/generate.py", "--device", "cpu", "--load", checkpoint(base), *flags]
+    run = ranks.launch(directory, world, "--", *command, entry="tool", check=check)
+    if not check:
+        assert set(run.status) != {0}
+        return run.output[0]
+    assert all((directory / f"stdout{rank}").read_text() == "" for rank in range(1, world))
+    return (directory / "stdout0").read_text()
+
+
+def test_texts_do_not_depend_on_layout_and_company(base, tmp_path):
+    """Sampled; prompts of different lengths, with gaps, from flags and a file."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("3 4 5 6\n\n8 9<mask>11\n")
+    common = ["--length", "9", "--steps", "6", "--block-length", "4", "--temperature", "1"]
+    common += ["--no-stop-at-eos", "--prompt", "50 51", "--suffix", "7 8"]
+    many = [*common, "--prompt", "", "--prompt", "60 61", "--prompts-file", str(file)]
+    one = generate(base, tmp_path / "one", *many)
+    assert one == generate(base, tmp_path / "batches of 1", *many, "--batch-size", "1")
+    layout = ["--pipeline-model-parallel-size", "2"]
+    assert one == generate(base, tmp_path / "stages", *many, *layout, world=2)
+    lines = one.splitlines()
+    assert lines[::2] == [f"== prompt {i}" for i in range(1, 6)]
+    texts = [[int(token) for token in line.split()] for line in lines[1::2]]
+    assert [len(text) for text in texts] == [13, 11, 13, 15, 15]
+    starts = [[50, 51], [], [60, 61], [3, 4, 5, 6], [8, 9]]
+    for text, start in zip(texts, starts, strict=True):
+        assert text[: len(start)] == start and text[-2:] == [7, 8]
+        assert max(text) < ranks.VOCAB
+    assert texts[4][3] == 11
+    assert generate(base, tmp_path / "alone", *common).split() == lines[1].split()
+    assert generate(base, tmp_path / "seed", *common, "--seed", "1").split() != lines[1].split()
+
+
+def test_show_and_picture(base, tmp_path):
+    flags = ["--prompt", "5 6", "--length", "6", "--steps", "3", "--no-stop-at-eos"]
+    flags += ["--show", "--picture", str(tmp_path / "order.gif")]
+    lines = generate(base, tmp_path / "run", *flags).splitlines()
+    assert lines[0] == "step 0: 5 6" + "▒" * 6
+    assert [line.split(":")[0] for line in lines[:4]] == [f"step {i}" for i in range(4)]
+    assert [line.count("▒") for line in lines] == [6, 4, 2, 0, 0]
+    assert lines[3] == f"step 3: {lines[4]}"
+    assert (tmp_path / "order.gif").read_bytes()[:6] == b"GIF89a"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--length 0 --prompt 5", "prompt 1: nothing to write: give a --length of at least 1"),
+        ("--length -1", "--length must be at least 0"),
+        ("--length 30 --prompt 1<mask>2", "prompt 1: its tokens, --length and --suffix make 33"),
+        ("--length 5 --steps 2 --block-length 2", "--steps 2 is less than one a block: 3 blocks"),
+        ("--pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
+        ("--picture order.svg", "--picture order.svg: must end in .png or .gif"),
+        ("--picture a.png --prompt 1 --prompt 2", "--picture draws one prompt, and there are 2"),
+        ("--prompts-file nowhere.txt", "nowhere.txt: cannot be read"),
+        ("--mask-marker=", "--mask-marker must not be empty"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
+    log = generate(base, tmp_path, *flags.split(), check=False)
+    assert "Traceback" not in log, log[-2000:]
+    assert [line for line in log.splitlines() if line.startswith("error: ")] == [
+        line for line in log.splitlines() if message in line
+    ]
+    assert message in log
+
+
+@pytest.fixture
+def diverged(base, tmp_path):
+    """A copy of the checkpoint with a number that is none in its last layer norm."""
+    copy = Path(shutil.copytree(checkpoint(base), tmp_path / "diverged"))
+    norm = ranks.weights(copy)["decoder.final_layernorm.weight"].numpy().tobytes()
+    (path,) = (path for path in copy.glob("iter_*/*.distcp") if norm in path.read_bytes())
+    nan = torch.tensor(torch.nan).numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(norm, norm[:-4] + nan))
+    (path.parent / "integrity.json").unlink()  # a run that diverged has sums of such weights
+    return copy
+
+
+def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, data, tmp_path):
+    """The second stage has them, and the first ends as it does."""
+    line = f"error: the checkpoint in {diverged} holds NaN or infinity in the tensor decoder.final"
+    prompt = ["--length", "2", "--prompt", "1"]
+    text = ["--data", str(data), "--json", str(tmp_path / "x.json")]
+    stages = ["--pipeline-model-parallel-size", "2"]
+    for world, tool, *flags in (
+        (2, "generate", *prompt, *stages),
+        (1, "evaluate", *text),
+        (1, "variance_report", "--data", str(data), "--output", str(tmp_path / "x.json")),
+        (1, "fit_ppots", "--output", str(tmp_path / "x.json")),
+    ):
+        command = [f"tools/{tool}.py", "--device", "cpu", "--load", str(diverged), *flags]
+        run = ranks.launch(tmp_path / tool, world, "--", *command, entry="tool", check=False)
+        assert run.status == [2] * world
+        for log in run.output:
+            assert [x[: len(line)] for x in log.splitlines() if x.startswith("error")] == [line]
+            assert "Traceback" not in log
+    assert not list(tmp_path.glob("x.json*"))
+
+
+@pytest.fixture
+def recorded(base):
+    """The arguments in the checkpoint."""
+    (directory,) = Path(checkpoint(base)).glob("iter_*")
+    return load_common_state_dict(str(directory))["args"]
+
+
+def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
+    del recorded.mdm_ema_decay
+    recorded.mdm_eps = 0.01
+    args_for_inference(recorded, SavedCheckpoint("checkpoint", 20), "cpu", 1)
+    assert MDMConfig.from_args(recorded) == MDMConfig(
+        device="cpu",
+        eps=0.01,
+        mask_token_id=ranks.MASK_ID,
+        vocab_size=128,
+        row_order="epoch",
+    )
+
+
+def test_the_device_of_the_training_does_not_matter(recorded):
+    recorded.fp8, recorded.fp8_param_gather = "hybrid", True  # which no number of rows suits
+    for device, backend in (("cuda", "nccl"), ("cpu", "gloo")):
+        args = args_for_inference(recorded, SavedCheckpoint("checkpoint", 20), device, 1)
+        assert args.distributed_backend == backend
+        assert not args.fp8 and not args.fp8_param_gather
+
+
+def test_a_tokenizer_that_moved_is_named(recorded):
+    recorded.tokenizer_type, recorded.tokenizer_model = "SentencePieceTokenizer", "gone.model"
+    with pytest.raises(UserError, match="the tokenizer of here is not at gone.model"):
+        args_for_inference(recorded, SavedCheckpoint("here", 20), "cpu", 1)
+
+
+def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
+    recorded.tokenizer_type = "HuggingFaceTokenizer"
+    for gone in (str(tmp_path / "old" / "huggingface"), "runs/sft/megatron/huggingface"):
+        recorded.tokenizer_model = gone
+        with pytest.raises(UserError, match=f"the tokenizer of {tmp_path} is not at {gone}: start"):
+            args_for_inference(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1)
+    own = tmp_path / "huggingface"  # as the conversion writes it
+    own.mkdir()
+    recorded.tokenizer_model = gone
+    assert args_for_inference(
+        recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1
+    ).tokenizer_model == str(own)
+
+
+@pytest.mark.parametrize("name", ["owner/a-name.v2", "a-name", "runs/tokenizer"])
+def test_a_tokenizer_of_a_repository_is_not_fetched(name, recorded, tmp_path, monkeypatch):
+    """It is the one that was fetched before, if there is one."""
+    from huggingface_hub import constants
+
+    connections = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: connections.append(args))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    recorded.tokenizer_type, recorded.tokenizer_model = "HuggingFaceTokenizer", name
+    with pytest.raises(UserError, match=f"the tokenizer of here is not at {name}: start in"):
+        args_for_inference(recorded, SavedCheckpoint("here", 20), "cpu", 1)
+    repository = tmp_path / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    assert args_for_inference(
+        recorded, SavedCheckpoint("here", 20), "cpu", 1
+    ).tokenizer_model == str(snapshot)
+    assert connections == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_checkpoint_of_a_run_in_fp8_does_not_compute_in_it(device, recorded):
+    """Its products take multiples of 8 rows, and a text may have any length."""
+    recorded.fp8, recorded.fp8_recipe, recorded.fp8_param_gather = "hybrid", "tensorwise", True
+    recorded.moe_router_padding_for_fp8 = True
+    args = args_for_inference(recorded, SavedCheckpoint("here", 20), device, 1)
+    assert (args.fp8, args.fp8_param_gather, args.moe_router_padding_for_fp8) == (
+        None,
+        False,
+        False,
+    )
+    assert model_config(args).transformer.fp8 is None  # Megatron refuses one without the other
+
+
+@pytest.mark.parametrize(
+    "world, stages, message",
+    [
+        (6, 3, "--pipeline-model-parallel-size 3 does not divide the 4 layers"),
+        (3, 1, "3 tensor-parallel ranks do not divide the 4 attention heads"),
+        (2, 0, "--pipeline-model-parallel-size 0 does not divide the 2 ranks"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model(world, stages, message, recorded, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(UserError, match=message):
+        args_for_inference(recorded, SavedCheckpoint("here", 20), "cpu", stages)

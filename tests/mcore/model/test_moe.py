@@ -1,0 +1,138 @@
+"""Mixtures of experts: every layout trains alike, and the routers' losses count as they should."""
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.mcore.training.test_normalization import ONE_STEP, RATE, layer_of
+
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --num-layers 2".split()
+# The balance of each sequence: Megatron's other kinds depend on the micro-batch size.
+LOSSES = "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.5".split()
+LOSSES += "--moe-z-loss-coeff 0.02".split()
+METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-normalization rows".split()
+SHORT = "--mdm-random-length-fraction 0.7"
+
+
+@pytest.fixture(scope="module")
+def moe(base, tmp_path_factory):
+    """Flags that start from a checkpoint with experts: layouts draw their first weights apart."""
+    directory = tmp_path_factory.mktemp("moe")
+    data, save = base[: base.index("--load")], ["--save", str(directory / "checkpoint")]
+    few = ["--train-iters", "4", "--save-interval", "4", *save]
+    ranks.launch(directory, 1, *data, *EXPERTS, *LOSSES, *few)
+    return [*data, *EXPERTS, "--load", str(directory / "checkpoint"), "--finetune"]
+
+
+LAYOUTS = {
+    "micro-batch 4": (1, "--micro-batch-size 4"),
+    "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2 x TP 2 + SP": (
+        4,
+        "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "EP 2, recomputed": (
+        2,
+        "--expert-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1 --overlap-grad-reduce",
+    ),
+    "EP 2, all-to-all, recomputed": (
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+        "--recompute-granularity selective --recompute-modules moe",
+    ),
+}
+# Which cannot cut rows that end early.
+CONTEXT = {"CP 2": (2, "--context-parallel-size 2")}
+
+
+@pytest.fixture(scope="module")
+def runs(moe, tmp_path_factory):
+    """One step of plain SGD of all methods at once, so large that it shows the gradient.
+
+    With rows that end early, except under context parallelism.
+    """
+
+    def run(count, flags):
+        directory = tmp_path_factory.mktemp("run")
+        save = ["--save", str(directory / "checkpoint"), "--save-interval", "1"]
+        steps = [*ONE_STEP, "--train-iters", "1"]
+        words = [*moe, *LOSSES, *METHODS, *steps, *save, *flags.split()]
+        entry = "context_parallel" if "--context-parallel-size" in words else "train"
+        result = ranks.launch(directory, count, *words, entry=entry)
+        result.weights = ranks.weights(directory / "checkpoint")
+        return result
+
+    layouts = {"1 rank": (1, "")} | LAYOUTS
+    layouts = {name: (count, f"{flags} {SHORT}") for name, (count, flags) in layouts.items()}
+    layouts |= {"1 rank, whole rows": (1, "")} | CONTEXT
+    return {name: run(count, flags) for name, (count, flags) in layouts.items()}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *CONTEXT])
+def test_layouts_are_equal(runs, layout):
+    run = runs[layout]
+    reference = runs["1 rank, whole rows" if layout in CONTEXT else "1 rank"]
+    assert run.masks() == reference.masks()
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    assert run.weights.keys() == reference.weights.keys()
+    assert any("router" in name for name in run.weights)
+    for name, value in run.weights.items():
+        difference = (value - reference.weights[name]).norm()
+        assert difference <= 1e-4 * reference.weights[name].norm(), name
+
+
+def test_hybrid_model_has_the_same_layers(runs, moe, tmp_path):
+    pattern = f"--hybrid-layer-pattern *E*E --no-load-optim {SHORT} --sequence-parallel".split()
+    pattern += "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1".split()
+    pattern += "--expert-model-parallel-size 2".split()
+    flags = [*moe, *LOSSES, *METHODS, *ONE_STEP, "--train-iters", "1", *pattern]
+    run = ranks.launch(tmp_path, 2, *flags)
+    assert run.losses == pytest.approx(runs["1 rank"].losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(runs["1 rank"].grad_norms, rel=1e-5)
+
+
+OBJECTIVES = {
+    "tokens": "--no-mdm-eod-eligible",
+    "rows": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2",
+    "documents": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
+    "rows that end early": f"--no-mdm-eod-eligible --mdm-normalization rows {SHORT}",
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
+    """The gradients, against J + coefficient x mean in plain torch on the whole batch.
+
+    Under `tokens` their sum over all positions, too, is divided by the eligible tokens, and with
+    rates of documents their sum over all rows by the number of documents.
+    """
+    flags = [*moe, *LOSSES, *OBJECTIVES[name].split(), *ONE_STEP]
+    flags += ["--data-path", str(pairs)] if name == "rows" else []
+    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
+    loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
+
+    save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
+    experts = ["--expert-model-parallel-size", "2"]  # DP 2, two micro-batches each
+    run = ranks.launch(tmp_path / "run", 2, *flags, *experts, *save)
+    assert run.losses[0] == pytest.approx(loss, rel=1e-5)
+
+    before = ranks.weights(ranks.Path(moe[moe.index("--load") + 1]))
+    after = ranks.weights(tmp_path / "checkpoint")
+    for name, gradient in gradients.items():
+        key, layer, expert = place_of(name)
+        step = (before[key] - after[key]) / RATE
+        step = step if layer is None else step[layer]
+        step = step if expert is None else step[expert]
+        assert (step - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def place_of(name):
+    """(key, layer, expert): checkpoints stack the experts of a layer too."""
+    key, layer = layer_of(name)
+    before, _, rest = key.partition("local_experts.")
+    if not rest:
+        return key, layer, None
+    expert, _, rest = rest.partition(".")
+    return f"{before}experts.{rest}", layer, int(expert)

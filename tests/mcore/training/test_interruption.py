@@ -1,0 +1,173 @@
+"""Runs that a signal or a death ends: what is saved, the status, the words, who is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megatron_mdm.interruption import INTERRUPTED
+from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
+from megatron_mdm.mcore.checkpoint.integrity import check_sums
+from megatron_mdm.mcore.checkpoint.writer import _preload_copies
+from tests import ranks
+
+PATIENCE = 120.0  # seconds; of waits that take a few
+SAVED = ["--async-save", "--save-interval", "2", "--train-iters", "6"]
+
+
+def wait_for(condition, patience=PATIENCE):
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def left(directory):
+    """Processes that hold a file open under the directory, as all of a run do."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            names = [os.readlink(f) for f in Path(f"/proc/{process.pid}/fd").iterdir()]
+        except OSError:
+            continue
+        if any(name.startswith(str(directory)) for name in names):
+            found.append(process.pid)
+    return found
+
+
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(base, tmp_path):
+    """With checkpoints written in the background, whose process the signals reach as well."""
+    whole = ranks.launch(tmp_path / "whole", 2, *base, *SAVED, "--save", str(tmp_path / "a"))
+    save, directory = str(tmp_path / "b"), tmp_path / "first"
+    command, loader = [*base, *SAVED, "--save", save], ["--num-workers", "1"]
+    run = ranks.launch(directory, 2, *command, *loader, entry="interrupted", check=False)
+    assert run.status == [INTERRUPTED] * 2, run.output
+    assert "Traceback" not in "".join(run.output)
+    assert "rank 1: SIGINT: the run ends after this iteration" in run.output[1]
+    assert find_checkpoint(save).iteration == 3
+    wait_for(lambda: not left(directory))
+    second = ranks.launch(tmp_path / "second", 2, *command)
+    first = ranks.read_scalars(directory / "tb")
+    for name in ("mdm loss", "grad-norm"):
+        assert first[name] + second.scalars[name] == whole.scalars[name]
+    ours, theirs = ranks.weights(tmp_path / "b"), ranks.weights(tmp_path / "a")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_death_of_the_process_that_writes_a_checkpoint_ends_the_run(base, tmp_path):
+    """While its rank waits for it, in the midst of a save."""
+    save, directory = str(tmp_path / "checkpoint"), tmp_path / "run"
+    command = [*base, *SAVED, "--train-iters", "1000", "--save", save]
+    run = ranks.launch(directory, 2, *command, entry="loses_its_writer", check=False)
+    assert run.status[1] == 1 and run.status[0] != 0
+    lines = [line for line in run.output[1].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in run.output[1]
+    assert "rank 1: the process that writes checkpoints ended by signal 9" in lines[0]
+    last = find_checkpoint(save)
+    check_sums(last.path)
+    assert last.path.name < max(path.name for path in Path(save).glob("iter_*"))
+    wait_for(lambda: not left(directory))
+
+
+def test_a_signal_while_the_interpreter_exits():
+    """A rank that was told to stop ends with its own status, however late a signal comes."""
+    program = """
+import os, signal
+from megatron_mdm.interruption import INTERRUPTED, Interruption
+
+class Last:
+    def __del__(self, os=os, signal=signal):  # the interpreter has dropped its handlers by now
+        assert not callable(signal.getsignal(signal.SIGTERM)) and os.write(1, b"late")
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+
+last = Last()
+with Interruption() as interruption:
+    interruption.listen(signal.SIGUSR2)
+    interruption.end()
+    raise SystemExit(INTERRUPTED)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (INTERRUPTED, "late", "")
+
+
+def test_a_rank_that_waits_in_c_for_one_that_has_gone():
+    """As in a collective: torchrun's SIGTERM ends it, though no handler of Python's runs."""
+    program = """
+import ctypes
+from megatron_mdm.interruption import Interruption
+
+with Interruption() as interruption:
+    interruption.has_begun = True
+    mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)
+"""
+    torchrun = {"TORCHELASTIC_RUN_ID": "run", "LOCAL_WORLD_SIZE": "1000"}  # most of them gone
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, **torchrun}, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+
+
+def test_what_a_rank_shares_with_the_writer_is_copied():
+    """It goes on to train while the writer writes."""
+    shared = torch.ones(3)
+    buckets = [("name", "key", ([], [("item", shared)]))]
+    buckets = _preload_copies(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False)
+    shared.zero_()
+    assert buckets[0][2][1][0][1].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "status"),
+    [
+        ("megatron_mdm.launch --max-restarts 2", signal.SIGTERM, INTERRUPTED),
+        ("torch.distributed.run", signal.SIGUSR1, -signal.SIGUSR1),  # of which torchrun dies
+    ],
+)
+def test_a_signal_to_the_launcher(launcher, number, status, data, tmp_path):
+    """Under torchrun itself, whose ranks are children and groups of their own.
+
+    None is started again: that run would not end.
+    """
+    save = tmp_path / "checkpoint"
+    command = [
+        *[sys.executable, "-m", *launcher.split(), "--standalone", "--nproc-per-node", "2"],
+        *["-m", "megatron_mdm.pretrain", *ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING],
+        *["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache")],
+        *["--num-workers", "1", "--save", str(save), "--save-interval", "1"],
+        *["--train-iters", "1000000"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        wait_for((save / TRACKER).exists)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == status
+        wait_for(lambda: not left(log))
+    finally:
+        for pid in left(log):
+            os.kill(pid, signal.SIGKILL)
+    output = log.read_text()
+    assert "Traceback" not in output, output[-3000:]
+    assert "rank 0: " in output and "exiting program after" in output
+    last = find_checkpoint(str(save)).iteration
+    assert f"successfully saved checkpoint from iteration {last:7d}" in output
+    assert f"iteration {last + 1:8d}/" not in output

@@ -1,0 +1,293 @@
+"""Outputs are whole, and JSON that any program reads."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_mdm import files as outputs
+from megatron_mdm.errors import UserError
+from megatron_mdm.files import (
+    complete_or_absent,
+    new_directory,
+    remove_abandoned,
+    set_aside,
+    write_json,
+)
+from tests import ROOT
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_json_cannot_say_is_not_written(value, tmp_path):
+    path = tmp_path / "result.json"
+    write_json(str(path), {"a": [1.5, None]})
+    assert json.loads(path.read_text()) == {"a": [1.5, None]}
+    with pytest.raises(UserError, match="result.json: a result is NaN or infinite"):
+        write_json(str(path), {"a": [value]})
+    assert json.loads(path.read_text()) == {"a": [1.5, None]}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
+    """Threads, and processes of two containers, may have the same process id."""
+    path = tmp_path / "index.npy"
+    with complete_or_absent(str(path)) as (one,):
+        with open(one, "w") as file:
+            with complete_or_absent(str(path)) as (other,), open(other, "w") as theirs:
+                theirs.write("other")
+            file.write("one")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("o.bin", "o.idx", "o.json")]
+    ready, go, moved = (threading.Event() for _ in range(3))
+
+    def write(text, then=lambda: None):
+        with complete_or_absent(*map(str, paths)) as names:
+            for name in names:
+                Path(name).write_text(text)
+            then()
+
+    def other():
+        try:
+            write("other", lambda: (ready.set(), go.wait()))
+        finally:
+            moved.set()
+
+    def flock(*arguments, lock=outputs.fcntl.flock):
+        if threading.current_thread() is thread and go.is_set():
+            moved.set()  # it waits for the one that renames
+        return lock(*arguments)
+
+    def replace(*names, rename=os.replace):
+        rename(*names)
+        if threading.current_thread() is not thread and not go.is_set():
+            go.set()
+            assert moved.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert ready.wait(60)
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    monkeypatch.setattr(outputs.os, "replace", replace)
+    write("one")
+    thread.join()
+    assert [path.read_text() for path in paths] == ["other"] * 3
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in ("o.bin", "o.json")]
+
+    def replace(name, target, rename=os.replace):
+        if target == paths[1]:
+            raise OSError(28, "No space left on device")
+        rename(name, target)
+
+    monkeypatch.setattr(outputs.os, "replace", replace)
+    with pytest.raises(UserError, match="cannot write .*o.bin: No space left"):
+        with complete_or_absent(*paths):
+            pass
+    assert os.listdir(tmp_path) == []
+
+
+def killed(code, *arguments):
+    """Runs code, in which `kill()` is SIGKILL's, in a process of its own."""
+    begin = (
+        "import os, sys\nfrom megatron_mdm.files import *\nkill = lambda: os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", begin + code, *map(str, arguments)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
+    one, two, directory = (str(tmp_path / name) for name in ("a[1].bin", "a[1].idx", "d"))
+    killed("with complete_or_absent(*sys.argv[1:]): kill()", one, two)
+    killed(
+        "with new_directory(sys.argv[1]) as name:\n open(name + '/part', 'w').close(); kill()",
+        directory,
+    )
+    others = ["a1.bin.tmp-0", "a[1].bin.tmp-notes", "a[1].bin2.tmp-01234567-0123456789abcdef"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(os.listdir(tmp_path)) == 6
+    with complete_or_absent(one) as (mine,):
+        mine = os.path.basename(mine)
+        left = {p.name.partition(".tmp")[0] for p in tmp_path.iterdir() if p.name not in others}
+        assert left == {"a[1].bin", "a[1].idx", "d"} and (tmp_path / mine).exists()
+    with complete_or_absent(one, two):
+        pass
+    with new_directory(directory):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "a[1].bin", "a[1].idx", "d"])
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    """Another process, and another thread of this one; until it ends, however it does."""
+    path = tmp_path / "x"
+    code = (
+        "import sys\nfrom megatron_mdm.files import *\n"
+        "with complete_or_absent(sys.argv[1]), new_directory(sys.argv[1] + 'd'):\n"
+        " print('ready', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, **pipes) as other:
+        other.stdout.readline()
+        with new_directory(str(tmp_path / "dd")):
+            before = set(os.listdir(tmp_path))
+            for name in ("x", "xd", "dd"):
+                remove_abandoned(str(tmp_path / name))
+            assert set(os.listdir(tmp_path)) == before and len(before) == 3
+        other.kill()
+        other.wait()
+    write_json(str(path), 1)
+    remove_abandoned(f"{path}d")
+    assert sorted(os.listdir(tmp_path)) == ["dd", "x"]
+
+
+def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
+    """Whose locks may not be seen here."""
+    path = str(tmp_path / "d")
+    killed("with new_directory(sys.argv[1]): kill()", path)
+    (left,) = os.listdir(tmp_path)
+    monkeypatch.setattr(outputs, "_kernel", lambda: "01234567")
+    remove_abandoned(path)
+    assert os.listdir(tmp_path) == [left]
+    later = time.time() + 24 * 3600 + 60
+    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    (tmp_path / left / "part").touch()
+    monkeypatch.setattr(outputs.os, "lstat", _with_change(outputs.os.lstat, "part", later - 10))
+    remove_abandoned(path)
+    assert os.listdir(tmp_path) == [left]
+    monkeypatch.undo()
+    monkeypatch.setattr(outputs, "_kernel", lambda: "01234567")
+    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    remove_abandoned(path)
+    assert os.listdir(tmp_path) == []
+
+
+def _with_change(lstat, name, when):
+    """os.lstat, by which files of this name were last changed at this time."""
+
+    def changed(path):
+        found = lstat(path)
+        return SimpleNamespace(st_ctime=when) if str(path).endswith(name) else found
+
+    return changed
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_directory_that_a_killed_run_had_set_aside_comes_back(tmp_path, is_replaced):
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "old").touch()
+    code = "with set_aside(sys.argv[1]):\n"
+    if is_replaced:
+        code += " with new_directory(sys.argv[1]): pass\n"
+    killed(f"{code} kill()", path)
+    assert path.exists() == is_replaced and len(os.listdir(tmp_path)) == 1 + is_replaced
+    remove_abandoned(str(path))
+    assert os.listdir(tmp_path) == ["d"]
+    assert os.listdir(path) == ([] if is_replaced else ["old"])
+
+
+@pytest.fixture
+def replaced_link(tmp_path):
+    """A link to a directory of the user's, which holds a file."""
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/file").touch()
+    link = tmp_path / "d"
+    link.symlink_to("user")
+    return link
+
+
+def test_a_link_is_set_aside_and_not_its_directory(tmp_path, replaced_link):
+    with pytest.raises(KeyboardInterrupt), set_aside(str(replaced_link)):
+        assert sorted(os.listdir(tmp_path))[1:] == ["user"]
+        raise KeyboardInterrupt
+    assert os.readlink(replaced_link) == "user"
+    with set_aside(str(replaced_link)), new_directory(str(replaced_link)):
+        pass
+    assert not replaced_link.is_symlink() and os.listdir(replaced_link) == []
+    assert sorted(os.listdir(tmp_path)) == ["d", "user"]
+    assert os.listdir(tmp_path / "user") == ["file"]
+
+
+def test_a_link_that_a_killed_run_had_set_aside(tmp_path, replaced_link):
+    killed("with set_aside(sys.argv[1]): kill()", replaced_link)
+    remove_abandoned(str(replaced_link))
+    assert os.readlink(replaced_link) == "user"
+    code = "with set_aside(sys.argv[1]):\n with new_directory(sys.argv[1]): pass\n kill()"
+    killed(code, replaced_link)
+    remove_abandoned(str(replaced_link))
+    assert sorted(os.listdir(tmp_path)) == ["d", "user"] and not replaced_link.is_symlink()
+    assert os.listdir(tmp_path / "user") == ["file"]
+
+
+def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "d"
+    path.mkdir()
+
+    def fail(*_):
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(UserError, match="cannot write .*/d: Read-only file system"):
+        with set_aside(str(path)):
+            monkeypatch.setattr(outputs.shutil, "rmtree", fail)
+
+
+def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
+    """It may be another process's, and is complete."""
+    path = tmp_path / "d"
+    path.mkdir()
+    with pytest.raises(KeyboardInterrupt), set_aside(str(path)):
+        with new_directory(str(path)) as temporary:
+            Path(temporary, "new").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["d"] and os.listdir(path) == ["new"]
+
+
+def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkeypatch):
+    """The lock taken is then that of the new one, so that nobody takes it for abandoned."""
+    path = tmp_path / "d"
+    path.mkdir()
+    exchanged = []
+
+    def flock(*arguments, lock=outputs.fcntl.flock):
+        if not exchanged:
+            exchanged.append(path.rename(tmp_path / "other"))
+            path.mkdir()
+        return lock(*arguments)
+
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    with set_aside(str(path)):
+        remove_abandoned(str(path))
+        assert exchanged and not path.exists()
+    assert os.listdir(tmp_path) == ["other"]
+    with set_aside(str(path)):  # which is gone
+        path.mkdir()
+    assert path.exists()
+
+
+def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
+    """They took no locks."""
+    for name in ("d.tmp-1234", "d.tmp-0123456789abcdef"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.old-0123456789abcdef").mkdir()
+    remove_abandoned(str(tmp_path / "d"))
+    assert len(os.listdir(tmp_path)) == 3
+    later = time.time() + 24 * 3600 + 60
+    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    remove_abandoned(str(tmp_path / "d"))
+    assert os.listdir(tmp_path) == ["d"] and (tmp_path / "d").is_dir()

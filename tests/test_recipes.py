@@ -1,0 +1,120 @@
+"""Recipes as a user gives them, and the controlled loss of the logs."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.flags import arguments
+from megatron_mdm.recipes import RECIPES, expansion
+from tests import ranks
+
+
+def parse(monkeypatch, *flags):
+    """The arguments of a command line, checked."""
+    argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
+    args = arguments.parse_args(arguments.add_arguments)
+    arguments.validate_flags(args)
+    return MDMConfig.from_args(args)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_its_flags(monkeypatch, name):
+    config = parse(monkeypatch, "--mdm-recipe", name)
+    settings = {key.removeprefix("mdm_"): value for key, value in RECIPES[name].items()}
+    assert config == MDMConfig(**settings, recipe=name, device="cpu", mask_token_id=ranks.MASK_ID)
+    assert parse(monkeypatch, f"--mdm-recipe={name}") == config
+
+
+def test_flags_given_by_hand_win(monkeypatch, tmp_path):
+    config = parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-views", "1")
+    assert (config.views, config.ppots_target) == (1, "loss")
+    # Another sampler leaves the settings of the recipe's behind.
+    config = parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-rate-sampler", "uniform")
+    assert (config.views, config.ppots_refit_interval) == (2, 0)
+    config = parse(
+        monkeypatch, "--mdm-recipe", "paper", *"--mdm-rate-sampler clipped --mdm-clip 0 0.5".split()
+    )
+    assert (config.views, config.clip) == (2, [0.0, 0.5])
+    # And so does a density that stays as it is.
+    fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
+    config = parse(monkeypatch, "--mdm-recipe", "recommended", *fixed)
+    assert (config.rate_sampler, config.ppots_target) == ("ppots", "loss")
+    assert (config.mask, config.ppots_refit_interval) == ("exact-count", 0)
+
+
+def test_a_recipe_says_what_is_used_of_it(monkeypatch):
+    def said(*flags):
+        config = parse(monkeypatch, "--mdm-recipe", "paper", *flags)
+        return expansion(Namespace(**config.arguments()))
+
+    rest = "--mdm-quantiles iid, --mdm-mask bernoulli, --mdm-views 2"
+    assert said("--mdm-rate-sampler", "uniform") == f"--mdm-rate-sampler uniform (by hand), {rest}"
+    fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
+    assert said(*fixed) == (
+        f"--mdm-rate-sampler ppots, --mdm-ppots-refit-interval 0 (by hand), {rest}"
+    )
+
+
+def test_contradictions_are_named_with_the_recipe(monkeypatch):
+    with pytest.raises(UserError, match="needs --mdm-mask bernoulli.*--mdm-recipe recommended: "):
+        parse(monkeypatch, "--mdm-recipe", "recommended", "--mdm-isad-token-ids", "3")
+    with pytest.raises(UserError, match="needs --mdm-rate-sampler ppots.*--mdm-recipe clipped: "):
+        parse(monkeypatch, "--mdm-recipe", "clipped", "--mdm-ppots-file", "x.json")
+    views = "--micro-batch-size 1 is not a multiple of --mdm-views 2.*--mdm-recipe paper: "
+    with pytest.raises(UserError, match=views):
+        parse(monkeypatch, "--mdm-recipe", "paper", "--micro-batch-size", "1")
+    # What no flag of the recipe has to do with comes without it.
+    with pytest.raises(UserError, match="--mdm-mask-token-id must not be negative, got -1$"):
+        parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-mask-token-id", "-1")
+    with pytest.raises(UserError, match=r"--global-batch-size 3 is .* ranks$"):
+        parse(monkeypatch, "--mdm-recipe", "clipped", "--global-batch-size", "3")
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--mdm-recipe", "best")
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """The paper's recipe, with and without the control variate."""
+    directory = tmp_path_factory.mktemp("recipes")
+    flags = [*base, "--mdm-recipe", "paper", "--mdm-ppots-refit-interval", "2"]
+    flags += "--log-interval 1 --save-interval 5 --mdm-rate-bins 4".split()
+    return {
+        decay: ranks.launch(
+            directory / decay,
+            *(2, *flags, "--mdm-ema-decay", decay, "--save", str(directory / decay / "checkpoint")),
+        )
+        for decay in ("1.0", "0.5")
+    }, directory
+
+
+def test_the_control_variate_changes_the_report_and_nothing_else(runs):
+    (plain, controlled), directory = runs[0].values(), runs[1]
+    assert plain.scalars["mdm/controlled loss"] == plain.scalars["mdm/loss"]
+    assert controlled.scalars["mdm/loss"] == plain.scalars["mdm/loss"]
+    assert controlled.scalars["mdm/controlled loss"] != plain.scalars["mdm/loss"]
+    # Bitwise: gradient norms of every step, and the weights that all gradients led to.
+    assert controlled.grad_norms == plain.grad_norms
+    weights = [ranks.weights(directory / decay / "checkpoint") for decay in ("1.0", "0.5")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert value.equal(weights[1][name]), name
+
+
+def test_the_log_shows_the_recipe_texts_and_largest_weight(runs):
+    run, _ = runs[0].values()
+    output = "\n".join(run.output)
+    line = "--mdm-recipe paper: --mdm-rate-sampler ppots, --mdm-ppots-refit-interval 2 (by hand), "
+    assert output.count(line) == 1
+    assert run.scalars["mdm/texts"] == [4, 8, 12, 16, 20]  # of 8 rows each, two views of a text
+    assert "texts: 20 |" in run.output[1]
+    masks = run.masks()
+    eps = MDMConfig().eps
+    for step in range(2):  # the density is uniform until the first fit
+        rows = [masks[0, row] for row in range(8 * step, 8 * step + 8)]
+        least = min(t for t, tokens in rows if ranks.MASK_ID in tokens)
+        largest = run.scalars["mdm/largest weight"][step]
+        assert largest == pytest.approx(1 / ((1 - eps) * least + eps))

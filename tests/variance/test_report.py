@@ -1,0 +1,274 @@
+"""The report over a small torch model: two routes to one variance, and what happens on Ctrl-C."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.evaluation.nelbo import ScoredRow
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.variance.figure import as_text, draw_figure
+from megatron_mdm.variance.methods import IMPORTANT, METHODS, batches, choose
+from megatron_mdm.variance.report import Settings, densities, entropy, measure, report
+from megatron_mdm.variance.sketch import Sketch
+from megatron_mdm.variance.state import State
+
+VOCABULARY, MASK, LENGTH, EPS, BATCH, ROWS = 12, 11, 8, 0.1, 4, 200
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(VOCABULARY, 8)
+    head = torch.nn.Linear(8, VOCABULARY)
+    return embedding, head, Sketch([*embedding.parameters(), *head.parameters()], None)
+
+
+def loss_of(model, tokens, eligible, corruption):
+    """Mean loss of masked rows, and their final hidden states."""
+    embedding, head, _ = model
+    hidden = embedding(corruption.tokens)
+    hidden = hidden + hidden.mean(dim=1, keepdim=True)
+    cross_entropy = torch.nn.functional.cross_entropy(
+        head(hidden).transpose(1, 2), tokens, reduction="none"
+    )
+    losses = row_losses(
+        cross_entropy, corruption.mask, corruption.weight, eligible.sum(dim=1), "rows"
+    )
+    return losses.numerator / len(tokens), hidden
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    def step(text, corruption):
+        tokens, eligible = (x.expand_as(corruption.mask) for x in (text.tokens, text.eligible))
+        loss, hidden = loss_of(model, tokens, eligible, corruption)
+        return float(loss.detach()), *model[2].gradient_and_norm(loss, hidden)
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def texts():
+    generator = torch.Generator().manual_seed(1)
+    # Zipf's law, so that there is data noise.
+    rows = torch.multinomial(
+        1 / torch.arange(1.0, MASK + 1), 400 * LENGTH, True, generator=generator
+    )
+    everywhere = torch.ones(LENGTH, dtype=torch.bool)
+    return [ScoredRow(row, everywhere) for row in rows.view(400, LENGTH)]
+
+
+@pytest.fixture(scope="module")
+def causal():
+    """Next-token losses that the tests can compute on their own: each token by itself."""
+    torch.manual_seed(0)
+    logits = torch.nn.Parameter(torch.randn(VOCABULARY))
+    parameters = Sketch([logits], None)
+
+    def step(text):
+        assert text.eligible.all()
+        loss = -logits.log_softmax(dim=0)[text.tokens[1:]].mean()
+        return float(loss.detach()), parameters.gradient(loss)
+
+    return step
+
+
+def settings(**changes):
+    values = {"rows": ROWS, "rates": 3, "masks": 2, "batch": BATCH, "bins": 4, "methods": IMPORTANT}
+    values |= {"mask_token_id": MASK, "eps": EPS, "seed": 0, "isad_token_ids": (0, 1)}
+    return Settings(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def measured(step, causal, texts):
+    state = State(settings())
+    measure(step, texts, settings(), state, causal=causal)
+    return state, report(state, settings(), texts)
+
+
+def batch_variances(model, texts, name, sampler, draws=2000):
+    """Variance of whole batches drawn as in training, (loss, gradient), with its error."""
+    rows, eligible = (torch.stack(x) for x in zip(*((t.tokens, t.eligible) for t in texts)))
+    source = batches(rows, eligible, METHODS[name], sampler, MASK, EPS, BATCH, seed=1)
+    found = []
+    for _ in range(draws):
+        loss, _ = loss_of(model, *next(source))
+        found.append(torch.cat([loss.detach()[None], model[2].gradient(loss)]))
+    values = torch.stack(found).double().numpy()
+    squares = (values - values.mean(axis=0)) ** 2
+    for part in (squares[:, 0], squares[:, 1:].sum(axis=1)):
+        yield part.mean(), part.std() / math.sqrt(draws)
+
+
+def test_nested_draws_and_whole_batches_agree_on_the_variance_of_every_method(
+    model, texts, measured
+):
+    state, found = measured
+    samplers = densities(state, settings(), LENGTH)
+    rows = {row["method"]: row for row in found["methods"]}
+    names = ("standard", "strata", "exact count + mirror (texts)", "4 views")
+    for name in (*names, "p-pots gradient + lattice + exact count"):
+        method = METHODS[name]
+        drawn = batch_variances(model, texts, name, samplers[method.target, method.mask])
+        for what, (value, error) in zip(("loss", "gradient"), drawn, strict=True):
+            ratio, ratio_error = rows[name][what]
+            standard, standard_error = found["standard batch"][what]
+            expected = ratio * standard
+            spread = math.hypot(error, ratio_error * standard, ratio * standard_error)
+            assert abs(value - expected) < 4 * spread, (name, what)
+            assert spread < 0.2 * expected, (name, what)
+    for what in ("loss", "gradient"):
+        total = found[what]["total"][0]
+        assert BATCH * found["standard batch"][what][0] == pytest.approx(total, rel=0.05)
+        assert sum(found[what][part][0] for part in "ABC") == pytest.approx(total)
+
+
+def test_what_changes_the_objective_or_the_log_alone_says_so(measured):
+    state, found = measured
+    rows = {row["method"]: row for row in found["methods"]}
+    assert [name for name, row in rows.items() if not row["unbiased"]] == ["isad", "clipped"]
+    assert rows["ema"]["gradient"] == rows["standard"]["gradient"] == (1.0, 0.0)
+    # What the rate explains of the loss, the control variate takes.
+    expected = 1 - found["loss"]["B"][0] / found["loss"]["total"][0]
+    assert rows["ema"]["loss"][0] == pytest.approx(expected, abs=0.1)
+    assert rows["isad"]["masked_fraction"] > rows["standard"]["masked_fraction"]
+    text = as_text(found)
+    assert found["documents"] == ROWS and "documents" not in text
+    assert f"the {ROWS} rows are from 3 documents. The" in as_text({**found, "documents": 3})
+    assert "clipped *" in text and "* another objective" in text
+
+
+def test_densities_are_fitted_with_the_weights_of_the_draws(measured):
+    """Against moments of uniform rates: what is drawn more often must not count more."""
+    state, _ = measured
+    t = state.column("t")
+    assert (t < 0.2).mean() > 0.3  # many small rates were drawn
+    q = densities(state, settings(), LENGTH)["loss", "bernoulli"]
+    x = (torch.arange(4, dtype=torch.float64) + 0.5) / 4
+    squares = state.column("bernoulli x 1: loss") ** 2
+    weight = np.repeat(state.column("weight"), 2).reshape(squares.shape)
+    index = np.repeat(np.ceil(t * 4) - 1, 2).reshape(squares.shape)
+    root = [
+        math.sqrt(np.average(squares[index == i], weights=weight[index == i])) for i in range(4)
+    ]
+    expected = 0.9 * np.array(root) / np.mean(root) + 0.1
+    assert q.density(x).numpy() == pytest.approx(expected, rel=0.15)
+
+
+def test_an_autoregressive_model_has_data_noise_only(measured, causal, texts):
+    _, found = measured
+    losses, gradients = zip(*(causal(text) for text in texts[:ROWS]), strict=True)
+    for name, values in (("loss", torch.tensor(losses)[:, None]), ("gradient", gradients)):
+        value, error = found["autoregressive"][name]["C"]
+        rows = torch.stack(list(values)).double()  # a trace is a sum over columns
+        assert value == pytest.approx(float(rows.var(dim=0).sum()), rel=1e-5)
+        assert 0 < error < 0.2 * value
+    mean, error = found["autoregressive"]["mean loss"]
+    assert mean == pytest.approx(np.mean(losses))
+    assert error == pytest.approx(np.std(losses) / math.sqrt(ROWS), rel=0.1)
+
+
+def test_a_network_that_predicts_no_next_tokens_is_told_from_one_that_does(measured):
+    _, found = measured
+    frequencies = 1 / np.arange(1.0, MASK + 1)
+    p = frequencies / frequencies.sum()
+    known = found["autoregressive"]["unigram entropy"]
+    assert known == pytest.approx(-(p * np.log(p)).sum(), rel=0.03)
+    assert entropy(torch.tensor([3, 3, 5, 5])) == pytest.approx(math.log(2))
+    assert found["autoregressive"]["mean loss"][0] > known
+    text = as_text(found)
+    assert "C     autoregressive" in text and "WARNING: this network does not predict" in text
+    trained = {**found["autoregressive"], "mean loss": (known - 0.1, 0.01)}
+    text = as_text({**found, "autoregressive": trained})
+    assert "C     autoregressive" in text and "WARNING" not in text
+
+
+def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path):
+    _, found = measured
+    rows = {row["method"]: row for row in found["methods"]}
+    assert list(rows) == list(IMPORTANT)
+    assert (rows["mirror"]["rows"], rows["mirror"]["texts"]) == (4, 2)
+    assert (rows["mirror (texts)"]["rows"], rows["mirror (texts)"]["texts"]) == (8, 4)
+    assert (rows["4 views"]["rows"], rows["4 views"]["texts"]) == (4, 1)
+    assert rows["standard"]["masked_fraction"] == pytest.approx(0.55, abs=0.02)  # mean of p(t)
+    tokens = rows["standard"]["masked_fraction"] * 4 * LENGTH
+    assert rows["standard"]["head_tokens"] == pytest.approx(tokens)
+    assert "mirror (texts)" in as_text(found)
+    json.dumps(found)
+    for name in ("figure.png", "figure.svg"):
+        draw_figure(found, str(tmp_path / name))
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(step, causal, texts, tmp_path):
+    few = settings(rows=6, methods=("standard", "mirror"))
+    state = State(few)
+    measure(step, texts, few, state, causal=causal)
+    whole = report(state, few, texts)
+    calls, done = [], []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) in (20, 60):
+            raise KeyboardInterrupt
+        return step(*args)
+
+    path = str(tmp_path / "partial")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            measure(interrupted, texts, few, State(few, path), causal=causal)
+    state = State(few, path)
+    assert len(state.rows) == 4
+    measure(interrupted, texts, few, state, done.append, causal)
+    assert report(state, few, texts) == whole
+    # Rows of 12 calls; the 60th was the second one to break a row, which is the fifth.
+    assert len(calls) == 60 + 2 * 12
+    assert sum(done) == 6 * few.work_per_row == 6 * 3 * 2 * 3
+    with pytest.raises(UserError, match="other settings"):
+        State(settings(rows=7), path)
+    (tmp_path / "partial").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="damaged"):
+        State(few, path)
+
+
+def test_what_is_kept_is_small(step, texts):
+    """Gradients are kept once for each rate and kind of mask, in four bytes a number."""
+    few = settings(rows=2)
+    state = State(few)
+    measure(step, texts, few, state)
+    size = sum(x.nbytes for x in state.rows[0].values())
+    gradients = 3 * few.rates * 4 * (VOCABULARY * 8 + 8 * VOCABULARY + VOCABULARY)
+    assert size - gradients < 1500
+    assert {x.dtype for n, x in state.rows[0].items() if n.endswith("mean")} == {np.dtype("f4")}
+
+
+def test_bad_settings_are_one_line(step, texts, tmp_path):
+    for changes in ({"rates": 2}, {"masks": 1}, {"rows": 1}):
+        with pytest.raises(UserError, match="--rows 2, --rates 3"):
+            settings(**changes)
+    with pytest.raises(UserError, match="--batch 6: must be a multiple of 4"):
+        settings(batch=6)
+    with pytest.raises(UserError, match="--seed -1: must not be negative"):
+        settings(seed=-1)
+    with pytest.raises(UserError, match="--methods: there is no 'miror'"):
+        settings(methods=choose(["miror"], isad=True))
+    with pytest.raises(UserError, match="isad needs --isad-token-ids"):
+        settings(isad_token_ids=())
+    many = settings(rows=401)
+    with pytest.raises(UserError, match="400 whole rows and --rows asks for 401"):
+        measure(step, texts, many, State(many, str(tmp_path / "state")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number(step, texts):
+    def broken(text, corruption):
+        loss, gradient, hidden = step(text, corruption)
+        return loss, gradient * math.nan, hidden
+
+    with pytest.raises(UserError, match="the loss or the gradient of row 0 is NaN or infinite"):
+        measure(broken, texts, settings(), State(settings()))
