@@ -23,14 +23,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
-from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
+from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, destination, flag_of
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
 
-PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
-OBJECTIVE = ["mdm_sft", "mdm_isolate_documents", "mdm_rate_per", "mdm_mask", "mdm_normalization"]
-OBJECTIVE += ["mdm_eod_eligible", "mdm_pad_eligible", "mdm_pad_response_to_multiple_of"]
-OBJECTIVE += ["mdm_syrm_token_ids", "mdm_syrm_fraction"]
+PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/ppots/fit.py imports torch
+OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
+OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
 
 
 def parse() -> argparse.Namespace:
@@ -75,11 +74,11 @@ def parse() -> argparse.Namespace:
             values = {"action": argparse.BooleanOptionalAction}
         elif kind in (int, float):
             values = {"type": kind, "metavar": "X"}
-        elif name == "mdm_syrm_token_ids":
+        elif name == "syrm_token_ids":
             values = {"type": int, "nargs": "+", "metavar": "ID"}
         else:
             values = {"choices": kind.__args__}
-        group.add_argument(flag(name), default=None, **values)
+        group.add_argument(flag_of(name), default=None, **values)
     return parser.parse_args()
 
 
@@ -122,19 +121,19 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.data_args_path = args.per_split_data_args_path = None
         if args.data_cache_path and not os.path.isdir(args.data_cache_path):
             args.data_cache_path = None  # of another machine
-    for name in OBJECTIVE:
+    for name in map(destination, OBJECTIVE):
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))
     # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
     # not those that are measured.
-    idle = ["mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"]
+    idle = ["isad_token_ids", "isad_delta", "isad_weight"]
     if getattr(args, "mdm_sft", False):
-        idle += ["mdm_random_length_fraction", "mdm_anneal_attention_iters"]
+        idle += ["random_length_fraction", "anneal_attention_iters"]
     else:
-        idle += ["mdm_syrm_token_ids", "mdm_syrm_fraction", "mdm_pad_response_to_multiple_of"]
+        idle += ["syrm_token_ids", "syrm_fraction", "pad_response_to_multiple_of"]
     for name in idle:
-        if getattr(options, name, None) is None:
-            setattr(args, name, getattr(MDMConfig, name))
+        if getattr(options, destination(name), None) is None:
+            setattr(args, destination(name), getattr(MDMConfig, name))
     MDMConfig.from_args(args)
 
 
