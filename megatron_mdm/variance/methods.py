@@ -32,11 +32,13 @@ import numpy as np
 import torch
 
 from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.ppots.fit import Target
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
 from megatron_mdm.objective.samplers import Clipped, RateSampler
+from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import turned_view
-from megatron_mdm.variance.decomposition import Floats, NestedDraws, between_row_variance
+from megatron_mdm.variance.decomposition import NestedDraws, between_row_variance
 
 QuantileKind = Literal["iid", "strata", "lattice"]
 MaskKind = Literal["bernoulli", "exact-count", "isad"]
@@ -65,7 +67,7 @@ class Method:
     quantiles: QuantileKind = "iid"
     mask: MaskKind = "bernoulli"
     views: int = 1
-    target: Literal["loss", "gradient"] | None = None
+    target: Target | None = None
     rows: int = 1
     clipped: bool = False
     controlled: bool = False

@@ -19,14 +19,14 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, num_documents
 from megatron_mdm.objective.corruption import Corruption
-from megatron_mdm.objective.ppots.fit import fit
+from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
 from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import turned_view
 from megatron_mdm.variance.decomposition import (
-    Floats,
     NestedDraws,
     between,
     curve,
@@ -280,10 +280,11 @@ def densities(state: State, settings: Settings, length: int) -> Densities:
         length: of a row.
     """
     found: Densities = {}
-    targets = {METHODS[name].target for name in settings.methods} - {None}
+    asked_for = (METHODS[name].target for name in settings.methods)
+    targets: set[Target] = {target for target in asked_for if target is not None}
     for mask in {mask for mask, _ in settings.mask_configs}:
         found[None, mask] = Uniform()
-        for target in sorted(filter(None, targets)):
+        for target in sorted(targets):
             column = {"loss": "loss", "gradient": "hidden"}[target]
             values = state.column(f"{_way(mask, 1)} {column}")
             moments = RateMoments(min(FIT_BINS, max(2, values.size // 20)))
@@ -366,4 +367,5 @@ def _binned_mean(t: Floats, weight: Floats, losses: Floats) -> Floats:
     """Mean loss in the bin of t that each rate lies in [n0, nt, 1]."""
     moments = RateMoments(EMA_BINS)
     moments.update(t, losses.mean(axis=2), weight)
-    return moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]
+    means: Floats = moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]
+    return means

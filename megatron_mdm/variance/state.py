@@ -68,7 +68,7 @@ class State:
         columns = {name: self.column(name) for name in self.rows[0]}
         with complete_or_absent(self.path) as (temporary,), write_errors(self.path):
             with open(temporary, "wb") as file:
-                np.savez(file, identity=np.array(self.identity), **columns)
+                np.savez(file, allow_pickle=False, identity=np.array(self.identity), **columns)
         self._saved = time.monotonic()
 
     def column(self, name: str) -> npt.NDArray[Any]:

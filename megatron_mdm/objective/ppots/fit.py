@@ -49,6 +49,7 @@ from megatron_mdm.objective.randomness import GRID_BITS, to_grid
 from megatron_mdm.objective.samplers import PiecewiseSampler, mixture
 from megatron_mdm.objective.types import Floats
 
+Target = Literal["loss", "gradient"]  # that a density is fitted to
 # Nodes of the quadrature over one bin: exact to rounding for m2 = p^-2 over the first bin.
 ORDER = 16
 # Starts that are followed to the end.
@@ -83,7 +84,7 @@ class PpotsFit:
         errors: standard errors of the second moment of each bin; None: not known.
     """
 
-    target: Literal["loss", "gradient"]
+    target: Target
     family: str
     parameters: dict[str, float]
     kl: float
@@ -108,7 +109,7 @@ def fit(
     moments: RateMoments,
     *,
     family: Literal["auto", "epr", "power", "piecewise"] = "auto",
-    target: Literal["loss", "gradient"] = "loss",
+    target: Target = "loss",
     uniform_share: float = 0.1,
     eps: float = 1e-3,
     starts: int = 20,
