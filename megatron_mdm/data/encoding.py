@@ -47,7 +47,11 @@ class TokenizerData:
 
     def digest(self) -> str:
         """A digest of all that the tokenizer does; two that agree encode every text alike."""
-        content = hashlib.sha256(self.sentencepiece_model or self.tokenizer_json.encode())
+        model = self.sentencepiece_model
+        if model is None:
+            assert self.tokenizer_json is not None
+            model = self.tokenizer_json.encode()
+        content = hashlib.sha256(model)
         content.update(f"{self.vocab_size} {self.eod} {self.mask}".encode())
         return content.hexdigest()
 
@@ -72,6 +76,7 @@ class TokenizerData:
     def _fast(self) -> Any:
         import tokenizers
 
+        assert self.tokenizer_json is not None
         tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -194,7 +199,10 @@ class ChunkEncoder:
         self._mask = tokenizer.mask
         self._refused = frozenset(() if special else tokenizer.special) | {tokenizer.mask}
         self._json_key = json_key
-        self._ending = [tokenizer.eod] if append_eod else []
+        self._ending: list[int] = []
+        if append_eod:
+            assert tokenizer.eod is not None
+            self._ending = [tokenizer.eod]
         # Small, because it travels to the parent, which converts it to Megatron's choice.
         self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 

@@ -104,6 +104,7 @@ def _fingerprint(
     else:
         import tokenizers
 
+        assert tokenizer.tokenizer_json is not None
         backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
         vocabulary = [(i, token) for token, i in backend.get_vocab(with_added_tokens=True).items()]
         sections = json.loads(tokenizer.tokenizer_json)

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from tqdm import tqdm
 
@@ -264,7 +265,7 @@ def preprocess(
             for result in pool.map(_chunks(read_documents(inputs, file_format, read))):
                 _count(summary, result, skip_bad_lines)
                 _write(builder, result, output_prefix)
-                if result.is_dated:
+                if result.is_dated and pairs is not None:
                     summary.template_date = pairs.date.isoformat()
                 bar.show(result.position, summary.documents)
             if summary.documents == 0:
@@ -338,7 +339,7 @@ def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: boo
     summary.bad_examples += result.bad[:room]
 
 
-def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
+def _write(builder: Any, result: EncodedChunk, output_prefix: str) -> None:
     start = 0
     with write_errors(f"{output_prefix}.bin"):
         for lengths in result.lengths:
@@ -348,7 +349,9 @@ def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
 
 
 @contextmanager
-def _indexed_dataset(bin_path: str, idx_path: str, vocab_size: int, output_prefix: str):
+def _indexed_dataset(
+    bin_path: str, idx_path: str, vocab_size: int, output_prefix: str
+) -> Iterator[Any]:
     """Yields Megatron's builder, and finishes its files unless the block fails."""
     with silent_import():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

@@ -74,6 +74,7 @@ class SpecialTokens:
                 raise ValueError("it encodes text that spells a special token as that token")
             with_text += between
             if found:
+                assert found.lastindex is not None  # every alternative is a group
                 token = self._ids[found.lastindex - 1]
                 with_marks.append(token)
                 with_text.append(token)
@@ -102,5 +103,10 @@ def change_strings(value: Any, change: Callable[[str], Any]) -> Any:
 def strings_of(value: Any) -> list[str]:
     """All strings in a value of JSON's types, keys included."""
     found: list[str] = []
-    change_strings(value, lambda text: found.append(text) or text)
+
+    def take(text: str) -> str:
+        found.append(text)
+        return text
+
+    change_strings(value, take)
     return found

@@ -11,6 +11,7 @@ a space.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -183,9 +184,8 @@ class _Corpus:
         """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
         sample: Reservoir[str] = Reservoir(self.max_bytes)
         for line in self._all_lines():
-            size = len(line.encode())
-            self.text_bytes += size
-            sample.offer(lambda item=(size, line): item)
+            self.text_bytes += len(line.encode())
+            sample.offer(functools.partial(_sized, line))
         sample.shrink(self.max_bytes)
         self.used_bytes = sample.size
         return sample.items()
@@ -236,6 +236,11 @@ class _Trainer:
             seconds=0.0,
         )
         return summary, model, corpus.digest
+
+
+def _sized(line: str) -> tuple[int, str]:
+    """A line with its length as UTF-8."""
+    return len(line.encode()), line
 
 
 def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:
