@@ -83,9 +83,10 @@ class HubModel:
         index = directory / INDEX
         weight_map: dict[str, str] = {}
         if index.exists():
-            weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+            named = read_object(index).get("weight_map")
+            if not isinstance(named, dict) or not all(map(_is_text, named.values())):
                 raise UserError(f"{index} has no 'weight_map' of files: download the model again")
+            weight_map = named
             missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
             if missing:
                 raise UserError(

@@ -100,6 +100,7 @@ def to_megatron(
         write_fast_tokenizer(hub_files)
         left_out = None if trust else leave_out_code(hub_files)
         if words.added:
+            assert words.mask is not None
             add_mask_token(hub_files, words.mask)
         flags = [
             *model_flags(family, config),

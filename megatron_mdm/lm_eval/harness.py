@@ -43,7 +43,7 @@ def _whole(value: Any) -> int:
 # lm_eval's names for the number of tokens of a text.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Generation settings of tasks that are the decoder's own.
-DECODER_SETTINGS = {
+DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "steps": _whole,
     "block_length": _whole,
     "remasking": str,
