@@ -21,11 +21,15 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, destination, flag_of
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
+
+if TYPE_CHECKING:
+    from megatron_mdm.objective.ppots.fit import PpotsFit
 
 PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/ppots/fit.py imports torch
 OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
@@ -70,6 +74,7 @@ def parse() -> argparse.Namespace:
     )
     for name in OBJECTIVE:
         kind = MDMConfig.__annotations__[name]
+        values: dict[str, Any]
         if kind is bool:
             values = {"action": argparse.BooleanOptionalAction}
         elif kind in (int, float):
@@ -178,7 +183,7 @@ def main() -> None:
             print(f"picture: {escaped(str(picture))}")
 
 
-def errors_in_words(result) -> str:
+def errors_in_words(result: "PpotsFit") -> str:
     """Relative standard errors, of all bins and of the worst."""
     import numpy as np
 
@@ -193,7 +198,7 @@ def errors_in_words(result) -> str:
     )
 
 
-def draw(result, picture: Path) -> None:
+def draw(result: "PpotsFit", picture: Path) -> None:
     """Measured root mean squares with error bars, fit and density against t."""
     import matplotlib
 
