@@ -83,7 +83,7 @@ def to_hugging_face(
         tokenizer = _run_tokenizer(args, Path(source))
         _check_unchanged(args, tokenizer or directory)
         tokens = tokens_of(tokenizer) if tokenizer else {}
-        _check_rows(args, tokens, rows, padded, directory)
+        check_rows(args, tokens, rows, padded, directory)
         for line in _compare_tokenizers(args, tokens, directory, mask):
             tell(line)
 
@@ -201,7 +201,7 @@ def _check_unchanged(args: Namespace, path: Path) -> None:
         )
 
 
-def _check_rows(
+def check_rows(
     args: Namespace, tokens: Mapping[str, int], rows: int, padded: int, directory: Path
 ) -> None:
     """Checks that no row of a token is left out.

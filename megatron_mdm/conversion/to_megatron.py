@@ -107,7 +107,7 @@ def to_megatron(
             *["--padded-vocab-size", str(words.padded)],
             *(["--mdm-mask-token-id", str(words.mask)] if words.mask is not None else []),
             *_PRECISION.get(kind, []),
-            *_tokenizer_flags(hub_files, Path(output), words, config),
+            *tokenizer_flags(hub_files, Path(output), words, config),
         ]
         agreed = megatron.contract(flags)
         args = megatron.arguments(flags)
@@ -142,7 +142,7 @@ def to_megatron(
             torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
         if shift:
             flags.append("--mdm-shift")
-        launch = None if words.mask is None else _launch_line(output, flags)
+        launch = None if words.mask is None else launch_line(output, flags)
         if launch is not None:
             (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
         if verify:
@@ -237,7 +237,8 @@ def _common_dtype(model: hub.HubModel) -> torch.dtype:
     return next(iter(kinds))
 
 
-def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: Config) -> list[str]:
+def tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: Config) -> list[str]:
+    """Megatron's flags for the tokenizer that lies beside the converted model."""
     if tokenizer_size(hub_files) is None:
         flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(words.size)]
         end = config.get("eos_token_id")
@@ -249,7 +250,7 @@ def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: C
     return flags
 
 
-def _launch_line(output: str, flags: Sequence[str]) -> str:
+def launch_line(output: str, flags: Sequence[str]) -> str:
     """The command that trains the converted model, or resumes that, a few flags to a line."""
     words = [
         *["--pretrained-checkpoint", str(Path(output).absolute())],
@@ -263,11 +264,11 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
         if word.startswith("--") and len(f"{line} {word} {value}") > 96:
             lines.append(line)
             line = "   "
-        line += " " + _quoted(word)
+        line += " " + bash_quoted(word)
     return " \\\n".join([*lines, line])
 
 
-def _quoted(word: str) -> str:
+def bash_quoted(word: str) -> str:
     """A word for bash, of printable characters."""
     if word.isprintable():
         return shlex.quote(word)

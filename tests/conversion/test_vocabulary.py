@@ -157,7 +157,7 @@ def test_rows_that_are_tokens():
     def check(rows, tokens=0, padded=128, **args):
         args = Namespace(**{"vocab_size": None, "tokenizer_model": "my.model", **args})
         words = {str(i): i for i in range(tokens)}
-        to_hugging_face_module._check_rows(args, words, rows, padded, Path("model"))
+        to_hugging_face_module.check_rows(args, words, rows, padded, Path("model"))
 
     check(100, mdm_vocab_size=100)
     check(100, tokens=120, mdm_vocab_size=100)

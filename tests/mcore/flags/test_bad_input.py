@@ -637,10 +637,10 @@ def test_an_index_in_several_parts(tmp_path):
         np.arange(count + 1, dtype=np.int64),
     ]
     idx.write_bytes(header + b"".join(array.tobytes() for array in arrays))
-    assert data_files._indexed_bytes(str(idx)) == 8 * count
+    assert data_files.indexed_bytes(str(idx)) == 8 * count
     damage(idx, start + 4 * count + 8 * (count - 2), b"\1")
     with pytest.raises(ValueError, match="positions differ"):
-        data_files._indexed_bytes(str(idx))
+        data_files.indexed_bytes(str(idx))
 
 
 def test_no_data():
