@@ -133,7 +133,7 @@ def _escape_help(parser: ArgumentParser) -> None:
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError):
-            action.help = action.help.replace("%", "%%")
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def parse() -> Namespace:
@@ -174,10 +174,9 @@ def to_user_error(error: Exception) -> UserError:
 
 def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
     """One line for an exception about the directory of the logs, which the last rank makes."""
-    path = getattr(error, "filename", None)
-    if not directory or not isinstance(path, str):
+    if not directory or not isinstance(error, OSError) or not isinstance(error.filename, str):
         return None
-    own, other = os.path.abspath(directory), os.path.abspath(path)
+    own, other = os.path.abspath(directory), os.path.abspath(error.filename)
     if os.path.commonpath([own, other]) not in (own, other):
         return None
     return UserError(f"--tensorboard-dir {directory} cannot be written: {error.strerror or error}")
@@ -204,7 +203,7 @@ def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
     def error(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags)")
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]  # the parser is Megatron's
     return add_arguments(parser)
 
 
@@ -278,16 +277,16 @@ def check_data(args: Namespace) -> None:
         return
     check_split(args.split)
     try:
-        blends = get_blend_and_blend_per_split(args)
+        blend, parts = get_blend_and_blend_per_split(args)
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
-    check_data_files(*blends)
+    check_data_files(blend, parts)
     if not args.mdm_sft:
-        check_single_texts(*blends)
-    record_identities(args, *blends, get_tokenizer())
+        check_single_texts(blend, parts)
+    record_identities(args, blend, parts, get_tokenizer())
     divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
     if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
-        check_ends_of_documents(*blends, get_tokenizer().eod)
+        check_ends_of_documents(blend, parts, get_tokenizer().eod)
 
 
 def _check_end_of_document(args: Namespace) -> None:

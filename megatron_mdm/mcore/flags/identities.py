@@ -24,7 +24,9 @@ from megatron_mdm.mcore.tokenizer import tokenizer_data
 PARTS = ("train", "valid", "test")
 
 
-def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any):
+def record_identities(
+    args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any
+) -> None:
     """Sets `args.mdm_data` and `args.mdm_tokenizer`, on the first rank; on others None.
 
     Args:
