@@ -6,7 +6,7 @@ import numpy.typing as npt
 from megatron_mdm.objective.randomness import GRID_BITS
 
 
-def turned_view(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
+def view_uniforms(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
     """The uniforms of one of several views of the same row, each of them exactly uniform.
 
     Two views are MIRROR (arXiv 2511.18159): u and 1 - u, so that the masks of both are as
