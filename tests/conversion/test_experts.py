@@ -39,7 +39,7 @@ LAYOUTS = {
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("experts")
     models.make("llada-moe", root / "hf", **CHANGES)
-    to_megatron(str(root / "hf"), str(root / "megatron"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
 
 
