@@ -6,7 +6,7 @@ With l the loss of a row (or, for the gradient, the trace of the covariance in t
             + E_x Var_t(E_m[l | x,t])          B  masking rate
             + Var_x(E_{t,m}[l | x])            C  data
 
-(arXiv 2511.18159), t uniform. These are differences of four mean squares,
+(arXiv 2511.18159, eq. 2), t uniform. These are differences of four mean squares,
 
     S1 = E |l|^2,   S2 = E_{x,t} |E_m l|^2,   S3 = E_x |E_{t,m} l|^2,   S4 = |E l|^2,
     A = S1 - S2,    B = S2 - S3,              C = S3 - S4.
@@ -184,7 +184,7 @@ class Decomposition:
 
 
 def decompose(cells: NestedDraws, repetitions: int = 1000, seed: int = 0) -> Decomposition:
-    """A, B and C, with bootstrap standard errors over rows.
+    """A, B and C (arXiv 2511.18159, eq. 2), with bootstrap standard errors over rows.
 
     Args:
         cells: of n0 >= 2 rows, nt >= 3 independent rates and nm >= 2 masks.

@@ -57,6 +57,7 @@ def _square_mean(k: float, m: float, t: Floats) -> tuple[Floats, list[Floats]]:
 
 
 def _epr(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
+    """EPR (arXiv 2511.18159)."""
     k, m, log_a, r, log_b, s = x
     square, derivatives = _square_mean(k, m, t)
     rise, fall = np.exp(log_a + r * _log(t)), np.exp(log_b + s * _log(1 - t))

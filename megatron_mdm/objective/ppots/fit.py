@@ -1,8 +1,8 @@
 """Rate densities fitted to measured second moments: the optimum of P-POTS (arXiv 2511.18159).
 
-The variance of value / q(t) is least for q proportional to sqrt(m2), where m2(t) = E[value^2 | t] is
-the second moment. A family (families.py) models m2. Let M_i be the mean of m2 over bin i, S_i the
-measured second moment there and n_i its rows. The fit minimises, over the parameters, the
+Let m2(t) = E[value^2 | t]. The variance of value / q(t) is least for q proportional to sqrt(m2). A
+family (families.py) models m2. Let M_i be the mean of m2 over bin i,
+S_i the measured second moment there and n_i its rows. The fit minimises, over the parameters, the
 Kullback-Leibler divergence
 
     KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum,
@@ -110,7 +110,9 @@ def fit(
     seed: int = 0,
     errors: Floats | None = None,
 ) -> PpotsFit:
-    """Fits a density to measured second moments; equal arguments give bitwise equal fits.
+    """Fits the density of P-POTS (arXiv 2511.18159) to measured second moments.
+
+    Equal arguments give bitwise equal fits.
 
     Args:
         moments: the measurement.
