@@ -1,9 +1,8 @@
 """Rate densities fitted to measured second moments: the optimum of P-POTS (arXiv 2511.18159).
 
 Let m2(t) = E[value^2 | t]. The variance of value / q(t) is least for q proportional to sqrt(m2). A
-family (families.py) models m2. Let M_i be the mean of m2 over bin i,
-S_i the measured second moment there and n_i its rows. The fit minimises, over the parameters, the
-Kullback-Leibler divergence
+family (families.py) models m2. Let M_i be the mean of m2 over bin i, S_i the measured second moment
+there and n_i its rows. The fit minimises, over the parameters, the Kullback-Leibler divergence
 
     KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum,
 
