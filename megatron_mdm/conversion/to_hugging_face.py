@@ -30,7 +30,7 @@ from megatron_mdm.data.fingerprint import Fingerprint, differs
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import new_directory
 from megatron_mdm.hub_files import HUB_FILES
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_of
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 from megatron_mdm.mcore.flags.architecture import differences
 
 

@@ -19,11 +19,8 @@ from megatron_mdm.data.preprocess import load_hugging_face, preprocess
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint import kept_tokenizer
 from megatron_mdm.mcore.checkpoint.files import TRACKER
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
-    check_tokenizer_path,
-    tokenizer_files,
-    tokenizer_of,
-)
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_files
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import check_tokenizer_path, tokenizer_of
 from tests import ranks
 from tests.conversion import models
 
