@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
-from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, destination, flag_of
+from megatron_mdm.config import MDMConfig, destination, flag_of
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
+from megatron_mdm.objective.ppots.families import FAMILIES
+from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
 if TYPE_CHECKING:
     from megatron_mdm.objective.ppots.fit import PpotsFit
 
-PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/ppots/fit.py imports torch
+# Fields of MDMConfig that say which values are measured.
 OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
 OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
 
@@ -99,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--rates {options.rates}: at most {MOST_PPOTS_BINS}")
     if not 0.0 < options.uniform_share <= 1.0:
         raise UserError(f"--uniform-share must lie in (0, 1], got {options.uniform_share}")
-    least = PARAMETERS.get(options.family, 1)
+    least = len(FAMILIES[options.family].names) if options.family in FAMILIES else 1
     if options.rates < least:
         raise UserError(
             f"--rates {options.rates}: --family {options.family} has {least} parameters; take more "

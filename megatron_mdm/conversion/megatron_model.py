@@ -36,8 +36,8 @@ _RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".sp
 
 
 @dataclass(frozen=True)
-class Contract:
-    """What Megatron asks for.
+class CheckpointContents:
+    """What a checkpoint of a model has to hold.
 
     Attributes:
         shapes: key -> shape of every tensor.
@@ -54,8 +54,8 @@ def arguments(flags: Sequence[str]) -> Namespace:
         return _parse(flags)
 
 
-def contract(flags: Sequence[str]) -> Contract:
-    """The keys and shapes of the model that these flags build."""
+def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
+    """The keys and shapes of a checkpoint of the model that these flags build."""
     with _model(flags, "meta") as model:
         state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         apply_factories(state)
@@ -74,7 +74,7 @@ def contract(flags: Sequence[str]) -> Contract:
             name = key.removesuffix("weight") + "_extra_state"
             count = shape[0] if len(shape) > 1 else 1
             objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
-    return Contract(shapes, sorted(set(objects)))
+    return CheckpointContents(shapes, sorted(set(objects)))
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ LAYOUTS = {
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("llada")
     models.make("llada", root / "hf", **CHANGES)
-    to_megatron(str(root / "hf"), str(root / "megatron"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
 
 
@@ -74,7 +74,7 @@ def test_the_way_back_from_every_layout_is_bitwise(layout, runs, model, tmp_path
         str(tmp_path / "hf"),
         config_from=str(model / "hf"),
         verify=True,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     original, back = (load_file(d / hub.SINGLE) for d in (model / "hf", tmp_path / "hf"))
     assert original.keys() == back.keys()

@@ -77,7 +77,7 @@ def dream(tmp_path_factory):
     )
     write_dream(root / "hf")
     (root / "hf" / "configuration_dream.py").write_text(NOT_RUN)
-    to_megatron(str(root / "hf"), str(root / "mg"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "mg"), log=lambda line: None)
     return root
 
 

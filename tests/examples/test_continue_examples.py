@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.conversion import megatron_model as contract
-from megatron_mdm.conversion import torch_dist
+from megatron_mdm.conversion import megatron_model, torch_dist
 from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import mask_token_id, model_flags
 from megatron_mdm.conversion.to_megatron import launch_line, tokenizer_flags
@@ -126,7 +125,7 @@ class Example:
             *tokenizer_flags(self.here, directory, words, config),
             *(["--mdm-shift"] if add_mask else []),
         ]
-        torch_dist.write(directory, [], [], contract.arguments(flags), lambda size: None)
+        torch_dist.write(directory, [], [], megatron_model.arguments(flags), lambda size: None)
         (directory / "launch.txt").write_text(launch_line(str(directory), flags))
 
     def run(self, script, *arguments, **environment):

@@ -21,7 +21,7 @@ from megatron_mdm.objective.reference import (
     patterns,
 )
 from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.views import view_uniforms
 
 EPS = 0.05
 MASK_ID = 99
@@ -46,7 +46,7 @@ def estimator(eligible, sampler, view, **settings):
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def draw(u, quantile):
-        grid = turned_view((u * 2**GRID_BITS).astype(np.int64), *view)
+        grid = view_uniforms((u * 2**GRID_BITS).astype(np.int64), *view)
         corruption = corrupter(
             tokens,
             eligible,

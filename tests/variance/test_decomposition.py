@@ -8,7 +8,7 @@ from scipy import stats
 from megatron_mdm.objective.samplers import Uniform
 from megatron_mdm.variance.decomposition import (
     NestedDraws,
-    between,
+    between_row_variance,
     curve,
     decompose,
     nested_sampler,
@@ -134,7 +134,7 @@ def test_curves_over_the_rate():
 
 def test_rows_without_rates_and_masks_have_their_variance_only():
     vectors = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32) + 10
-    value, error = between(vectors)
+    value, error = between_row_variance(vectors)
     assert value == pytest.approx(vectors.astype(float).var(axis=0, ddof=1).sum(), rel=1e-5)
     assert error == pytest.approx(np.sqrt(2 * 5 / 299), rel=0.2)
 

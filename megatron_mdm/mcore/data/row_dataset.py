@@ -37,7 +37,7 @@ from megatron_mdm.objective.randomness import (
     row_uniforms,
     to_grid,
 )
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.views import view_uniforms
 
 TEXT_BITS = 40  # of the number of a text within its file
 FIXED = -1  # the uniform of a token that is never masked
@@ -138,7 +138,7 @@ class RowDataset(torch.utils.data.Dataset):
         self._check_ids(row, draw, tokens[:num_tokens].numpy())
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         if self.views > 1:
-            uniforms = turned_view(uniforms, view, self.views)
+            uniforms = view_uniforms(uniforms, view, self.views)
         if "prompt" in item:
             uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
         columns = {

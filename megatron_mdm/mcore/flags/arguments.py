@@ -18,12 +18,12 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig, destination, flag, requested_device
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
+from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import (
     check_tokenizer_path,
     checkpoints_bring_tokenizers,
     tokenizer_rejection,
 )
-from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.flags.architecture import check_model
 from megatron_mdm.mcore.flags.data_files import (
