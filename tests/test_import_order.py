@@ -13,7 +13,7 @@ ROOT = Path(megatron_mdm.__file__).parent
 
 # From the bottom up. A part may import from those above its own line, and not from its neighbours.
 ORDER = [
-    ["errors", "hub_files", "interruption"],
+    ["errors", "file_locks", "hub_files", "interruption"],
     ["objective"],
     ["environment", "files", "config"],
     ["recipes", "data"],

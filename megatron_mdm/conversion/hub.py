@@ -32,13 +32,21 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: of the file.
+        dtype: of the tensor.
+        shape: of the tensor.
+        start: where its numbers begin, bytes from the beginning of the file.
+        size: bytes of its numbers.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    size: int  # bytes
+    start: int
+    size: int
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -76,6 +84,9 @@ class HubModel:
     """The tensors of a Hugging Face model directory, read one at a time.
 
     Opening it reads the headers and checks that every file is there and whole.
+
+    Attributes:
+        entries: name -> where the tensor lies.
     """
 
     def __init__(self, directory: Path) -> None:

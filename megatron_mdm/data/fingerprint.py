@@ -25,7 +25,9 @@ PROBE = (
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Of a tokenizer; `dataclasses.asdict` makes a plain dict of it, which `**` takes back.
+    """What the ids of a tokenizer mean, in a few plain values that go into records and checkpoints.
+
+    `dataclasses.asdict` makes a dict of it, which `**` takes back.
 
     The mask token is no part of it: it is added to tokenizers, and stands in no text.
 

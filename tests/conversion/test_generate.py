@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_args
 from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
-from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.generation.decoder import Decoder
 from megatron_mdm.mcore.inference.eval_data import (
     encoder,

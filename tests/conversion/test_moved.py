@@ -15,7 +15,8 @@ from megatron_mdm.conversion.hub import copy_side_files
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
-from megatron_mdm.data.preprocess import load_hugging_face, preprocess
+from megatron_mdm.data.load_tokenizer import load_hugging_face
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint import kept_tokenizer
 from megatron_mdm.mcore.checkpoint.files import TRACKER

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.tokenizer import code_of
-from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.errors import UserError
 from tests import ROOT
 from tests.conversion import models

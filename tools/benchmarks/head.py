@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import device_name, measured
-from megatron_mdm.data.preprocess import silent_import
+from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.files import write_json
 

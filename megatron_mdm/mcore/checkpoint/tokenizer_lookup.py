@@ -17,7 +17,7 @@ from megatron.training import checkpointing
 
 from megatron_mdm.data.encoding import TokenizerData, hugging_face_data, open_hugging_face
 from megatron_mdm.data.fingerprint import Fingerprint, differs
-from megatron_mdm.data.preprocess import load_sentencepiece
+from megatron_mdm.data.load_tokenizer import load_sentencepiece
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import is_remote
 from megatron_mdm.mcore.checkpoint.kept_tokenizer import (

@@ -1,4 +1,4 @@
-"""P-POTS (arXiv 2511.18159): second moments per masking rate, and the state that a run carries.
+"""P-POTS (arXiv 2511.18159): second moments per masking rate, g^2 + v.
 
 The variance of value / q(t) is least for q*(t) proportional to sqrt(E[value^2 | t]). The value of a
 row at rate t is its loss l (nats per eligible token, target `loss`, the paper's) or the norm of
