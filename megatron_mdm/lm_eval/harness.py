@@ -388,7 +388,7 @@ class HarnessModel(LM):
         stripped = context.rstrip()
         before = self._encode(stripped) if stripped else []
         whole = self._ids(context + continuation)
-        common = len(os.path.commonprefix([before, whole]))
+        common = len(os.path.commonprefix([before, whole]))  # noqa: RUF071  (no paths)
         before, after = whole[:common], whole[common:]
         if not continuation or not after:
             raise UserError(

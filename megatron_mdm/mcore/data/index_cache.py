@@ -75,7 +75,7 @@ class DatasetBuilder(BlendedMegatronDatasetBuilder):
             return super().build()
 
     @staticmethod
-    def build_generic_dataset(cls: Any, *args: Any) -> Any:  # noqa: N804  (Megatron's name)
+    def build_generic_dataset(cls: Any, *args: Any) -> Any:  # Megatron's names
         """Builds a dataset, on the first rank before the others."""
         kind = WholeBlendedDataset if cls is BlendedDataset else cls
         return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
