@@ -56,7 +56,7 @@ SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
 logger = logging.getLogger(__name__)
 
 
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     """Answers the requests of the harness with bounds on log-likelihoods, in nats, and with texts.
 
     Args:
