@@ -322,10 +322,11 @@ class MDMConfig:
             )
         if not 0.0 <= self.ppots_decay <= 1.0:
             raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.ppots_decay}")
-        if self.clip is not None:
-            if len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1] <= 1:
-                ends = " ".join(map(str, self.clip))
-                raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
+        if self.clip is not None and not (
+            len(self.clip) == 2 and 0 <= self.clip[0] < self.clip[1] <= 1
+        ):
+            ends = " ".join(map(str, self.clip))
+            raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
         """Refuses settings that do nothing without the flag `needed`, which is not given."""

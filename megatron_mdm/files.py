@@ -210,9 +210,12 @@ def _last_change(path: str) -> float:
 
 def write_text(path: str, text: str) -> None:
     """Writes a small file, complete or not at all; raises a `UserError` if it cannot."""
-    with complete_or_absent(path) as (name,), write_errors(path):
-        with open(name, "w", encoding="utf-8") as file:
-            file.write(text)
+    with (
+        complete_or_absent(path) as (name,),
+        write_errors(path),
+        open(name, "w", encoding="utf-8") as file,
+    ):
+        file.write(text)
 
 
 def write_json(path: str, value: Any) -> None:

@@ -56,7 +56,7 @@ class _Launcher:
         """A subclass of torchrun's agent of a node, which restarts no run that was stopped."""
         launcher = self
 
-        class Agent(base):
+        class Agent(base):  # type: ignore[misc]  # known at run time only
             def _monitor_workers(self, worker_group: Any) -> Any:
                 result = super()._monitor_workers(worker_group)
                 # The signal may have come to another node: all ranks agree to stop.

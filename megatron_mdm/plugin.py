@@ -11,9 +11,9 @@ from megatron_mdm.mcore.training.metrics import evaluation_hook
 __all__ = [
     "add_arguments",
     "evaluation_hook",
+    "finalize_args",
     "forward_step",
     "model_config",
-    "finalize_args",
     "train_valid_test_datasets_provider",
     "training_device",
     "use_shipped_dataset_helpers",

@@ -97,9 +97,9 @@ def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
         rename(name, target)
 
     monkeypatch.setattr(outputs.os, "replace", replace)
-    with pytest.raises(UserError, match="cannot write .*o.bin: No space left"):
-        with complete_or_absent(*paths):
-            pass
+    line = "cannot write .*o.bin: No space left"
+    with pytest.raises(UserError, match=line), complete_or_absent(*paths):
+        pass
     assert os.listdir(tmp_path) == []
 
 
@@ -243,9 +243,9 @@ def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(30, "Read-only file system")
 
-    with pytest.raises(UserError, match="cannot write .*/d: Read-only file system"):
-        with set_aside(str(path)):
-            monkeypatch.setattr(outputs.shutil, "rmtree", fail)
+    line = "cannot write .*/d: Read-only file system"
+    with pytest.raises(UserError, match=line), set_aside(str(path)):
+        monkeypatch.setattr(outputs.shutil, "rmtree", fail)
 
 
 def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):

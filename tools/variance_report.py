@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
@@ -211,7 +211,7 @@ def sketch_of(loaded: "LoadedModel", options: argparse.Namespace) -> "ParallelSk
     return ParallelSketch(parameters, size, options.seed)
 
 
-def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list:
+def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list[Any]:
     """What a measurement that goes on must have in common with the one before."""
     checkpoints = [path for path in (options.load, options.autoregressive) if path]
     files = [str(Path(path, "latest_checkpointed_iteration.txt")) for path in checkpoints]

@@ -148,4 +148,5 @@ def _hub_logits(
         ((embedding,), (output,)) = (family.tensors[name] for name in TENSORS)
         model = model_of(directory, config, (embedding, output) if family.tied(config) else ())
     megatron_model.round_weights(model, dtype)
-    return model.eval()(tokens, **inputs).logits.float()
+    logits: torch.Tensor = model.eval()(tokens, **inputs).logits
+    return logits.float()

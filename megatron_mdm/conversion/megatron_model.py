@@ -101,7 +101,8 @@ def logits(
         # Attention asks for a generator of its own, although it drops nothing.
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model.eval()(tokens, positions, None)
+        logits: torch.Tensor = model.eval()(tokens, positions, None)
+        return logits
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
@@ -129,7 +130,7 @@ def _parse(flags: Sequence[str]) -> Namespace:
     refusal = io.StringIO()
     try:
         with _quiet(), contextlib.redirect_stderr(refusal):
-            args = parse_args(add_arguments)
+            args: Namespace = parse_args(add_arguments)
             validate_args(args)
     except (AssertionError, ValueError, SystemExit) as error:
         reason = " ".join((refusal.getvalue() or str(error)).split()).rpartition("error: ")[2]

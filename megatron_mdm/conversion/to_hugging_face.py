@@ -284,7 +284,8 @@ def _mask_token(
     Raises:
         UserError: it has none, or names another token.
     """
-    declared, trained = mask_token_id(family, config), getattr(args, "mdm_mask_token_id", None)
+    declared = mask_token_id(family, config)
+    trained: int | None = getattr(args, "mdm_mask_token_id", None)
     if trained is None:
         return declared
     path = directory / "config.json"

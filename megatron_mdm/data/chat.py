@@ -247,13 +247,14 @@ class ChatTemplate:
     ) -> str:
         available = {k: v for k, v in variables.items() if k not in self._unavailable}
         template = self._template(tools=available.get("tools"))
-        return self._apply(
+        rendered: str = self._apply(
             messages,
             chat_template=_with_date(template, write_date or self._date.strftime),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **available,
         )
+        return rendered
 
     def _rendered(
         self, messages: list[Message], variables: dict[str, Any], **options: Any

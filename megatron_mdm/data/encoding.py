@@ -64,7 +64,9 @@ class TokenizerData:
         if self.sentencepiece_model is not None:
             import sentencepiece
 
-            return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model).encode
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model)
+            encode: Callable[[str], list[int]] = processor.encode
+            return encode
         tokenizer = self._fast()
         tokenizer.encode_special_tokens = not special
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -118,8 +120,9 @@ def mask_id(tokenizer: Any) -> int | None:
     Args:
         tokenizer: a sentencepiece processor, or a Hugging Face tokenizer.
     """
-    if getattr(tokenizer, "mask_token_id", None) is not None:  # Hugging Face
-        return tokenizer.mask_token_id
+    known: int | None = getattr(tokenizer, "mask_token_id", None)
+    if known is not None:  # Hugging Face
+        return known
     if hasattr(tokenizer, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
         candidates = {piece: tokenizer.piece_to_id(piece) for piece in MASK_PIECES}
         return next((i for i in candidates.values() if i != tokenizer.unk_id()), None)

@@ -40,7 +40,7 @@ class SpecialTokens:
             for t in tokens
         )
         self._found = re.compile("|".join(forms) or r"(?!)")
-        self._normalize = lambda text: text
+        self._normalize: Callable[[str], str] = lambda text: text
         if tokenizer.normalizer is not None and any(token.normalized for token in tokens):
             self._normalize = tokenizer.normalizer.normalize_str
 

@@ -144,6 +144,7 @@ def train_tokenizer(
         complete_or_absent(record_path, output) as (temporary_record, temporary),
         Workers(1, _Trainer, corpus, vocab_size, model_type) as workers,
     ):
+        summary: TokenizerSummary
         (summary, model, read) = next(workers.map([output]))
         with write_errors(output), open(temporary, "wb") as file:
             file.write(model)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_mdm.errors import UserError
@@ -106,12 +107,12 @@ class Evaluation:
 
 
 def cut_rows(
-    documents: Iterable[Sequence[int]], length: int, packed: bool, overlap: int = 0
+    documents: Iterable[npt.ArrayLike], length: int, packed: bool, overlap: int = 0
 ) -> list[torch.Tensor]:
     """Cuts documents into rows of at most `length` tokens, without padding.
 
     Args:
-        documents: token ids.
+        documents: token ids, integers [n] each.
         length: of a row.
         packed: documents follow one another within a row, as in pretraining; else every document
             begins a row.

@@ -110,7 +110,7 @@ class NestedDraws:
 
         The second mean is that over the other rates, so that products are of different draws.
         """
-        n0, nt = self.t.shape
+        nt = self.t.shape[1]
         products, w = self._within, self.weight
         own = products.diagonal(axis1=1, axis2=2) - self.pattern / self.masks
         weighted = products * w[:, None, :]

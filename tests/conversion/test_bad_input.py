@@ -323,8 +323,7 @@ def test_a_full_disk(to, source, converted, tmp_path):
 
 def test_flags_of_the_other_direction():
     run = subprocess.run(
-        [sys.executable, str(TOOL), "--to", "megatron", "--input", "a", "--output", "b"]
-        + ["--iteration", "3"],
+        [sys.executable, str(TOOL), *"--to megatron --input a --output b --iteration 3".split()],
         capture_output=True,
         text=True,
     )

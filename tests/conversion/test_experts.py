@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flags(model, data):  # noqa: F811
+def flags(model, data):
     return [
         *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
         *["--load", str(model / "megatron"), "--finetune", *STILL],

@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flags(model, data):  # noqa: F811
+def flags(model, data):
     return [
         *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
         *["--load", str(model / "megatron"), "--finetune", *STILL],
@@ -104,9 +104,9 @@ def test_the_saved_arguments_restore_the_model(flags, runs, tmp_path):
     ours = ["--tensorboard-dir", str(tmp_path / "tb")]
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     launcher["MASTER_PORT"] = str(ranks._free_port())
+    words = [*ranks.TOKENIZER, *ranks.TRAINING, *given, *ours]
     run = subprocess.run(
-        [sys.executable, "-m", "megatron_mdm.pretrain", *ranks.TOKENIZER, *ranks.TRAINING]
-        + [*given, *ours],
+        [sys.executable, "-m", "megatron_mdm.pretrain", *words],
         capture_output=True,
         text=True,
         timeout=170,

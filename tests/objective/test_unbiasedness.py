@@ -69,10 +69,8 @@ def expectation(eligible, sampler, view, name):
     L, num_eligible = len(eligible), sum(eligible)
     settings = MASKS[name]
     if settings["mask_kind"] == "exact-count":
-        if view[1] > 2:  # the order of frac(u + j/K) also depends on which u wrap around
-            cuts = [np.array([1 - view[0] / view[1]])] * L
-        else:
-            cuts = [np.array([])] * L
+        # The order of frac(u + j/K) also depends on which u wrap around.
+        cuts = [np.array([1 - view[0] / view[1]] if view[1] > 2 else [])] * L
         rates = [k / num_eligible for k in range(num_eligible + 1)]
         target = objective_coefficients(eligible, eps=0.0)
     else:

@@ -311,7 +311,7 @@ def _print_epochs(dataset: Any, texts: int, views: int) -> None:
         )
 
 
-def _dataset_class(args: Namespace) -> type:
+def _dataset_class(args: Namespace) -> Any:
     if args.mock_data:
         return MockCleanTokensDataset
     if args.mdm_sft:
@@ -320,7 +320,7 @@ def _dataset_class(args: Namespace) -> type:
 
 
 # Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.
-train_valid_test_datasets_provider.is_distributed = True
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:

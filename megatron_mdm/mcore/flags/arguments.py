@@ -337,12 +337,12 @@ def _validate_flags(args: Namespace) -> None:
         )
     if args.context_parallel_size > 1:
         _check_context_parallel(args)
-    if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
-        if args.mdm_strata_window is None:
-            raise UserError(
-                "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch "
-                "to stratify over: give --mdm-strata-window"
-            )
+    has_no_window = args.mdm_quantiles == "strata" and args.mdm_strata_window is None
+    if has_no_window and args.step_batch_size_schedule:
+        raise UserError(
+            "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch to "
+            "stratify over: give --mdm-strata-window"
+        )
     if args.step_batch_size_schedule and args.eval_iters and args.eval_global_batch_size is None:
         raise UserError(
             "--step-batch-size-schedule leaves the number of validation rows to the layout: give "

@@ -63,12 +63,12 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
-    if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
-        if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
-            was = f"the density that {saved.get('mdm_ppots_file')} held"
-            if saved["mdm_ppots_digest"] is None:
-                was = "none"
-            found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
+    keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint
+    if keeps_density and saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
+        was = f"the density that {saved.get('mdm_ppots_file')} held"
+        if saved["mdm_ppots_digest"] is None:
+            was = "none"
+        found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
     if found and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "

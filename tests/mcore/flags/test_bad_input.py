@@ -292,9 +292,9 @@ def test_only_megatrons_own_exceptions_become_a_line():
     def fail_in_torch():
         torch.nn.MultiheadAttention(embed_dim=3, num_heads=2)
 
-    with pytest.raises(UserError, match="^Megatron rejects these flags or their files: "):
-        with arguments.megatron_errors_as_user_errors():
-            refuse()
+    rejection = pytest.raises(UserError, match="^Megatron rejects these flags or their files: ")
+    with rejection, arguments.megatron_errors_as_user_errors():
+        refuse()
     for bug in (fail, fail_in_torch):
         with pytest.raises(AssertionError), arguments.megatron_errors_as_user_errors():
             bug()
