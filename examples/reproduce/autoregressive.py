@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
-from megatron_mdm.config import MDMConfig, requested_device
+from megatron_mdm.config import requested_device
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, exit_rank_with
 
@@ -34,25 +34,23 @@ def main() -> None:
             raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
         if args.mdm_isolate_documents:
             raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
+        objective = mdm.build_objective(args)
         pretrain(
-            pretrain_cfg_container_from_args(args, mdm.model_config(args)),
-            mdm.train_valid_test_datasets_provider,
+            pretrain_cfg_container_from_args(args, objective.model_config),
+            objective.datasets_provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            partial(forward_step, objective.state),
         )
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
-    from megatron.training import get_args
-    from megatron.training.global_vars import get_tokenizer
-
     from megatron_mdm.mcore.data.documents import position_ids
     from megatron_mdm.mcore.model.causal import causal_attention
     from megatron_mdm.mcore.training.forward_step import at_logits, load_rows
 
-    mdm, eod_id = MDMConfig.from_args(get_args()), get_tokenizer().eod
-    rows = load_rows(data_iterator, model.training)
+    mdm, eod_id = state.mdm, state.eod_id
+    rows = load_rows(state, data_iterator, model.training)
     with causal_attention(model):
         cross_entropy = model(
             rows.tokens,

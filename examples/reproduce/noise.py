@@ -107,7 +107,8 @@ def training_batches(
     from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args
-    from megatron_mdm.mcore.training.forward_step import Rows, fixed_sampler, training_corrupter
+    from megatron_mdm.mcore.training.forward_step import Rows
+    from megatron_mdm.mcore.training.state import fixed_sampler, training_corrupter
 
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
@@ -119,8 +120,8 @@ def training_batches(
     mdm = MDMConfig.from_args(args)
     online = mdm.rate_sampler == "ppots"
     sampler = fitted(dataclasses.replace(loaded, args=args)) if online else fixed_sampler(mdm)
-    corrupter = training_corrupter(args, sampler)
-    dataset = build_datasets(args, [size * count, 0, 0])[0]
+    corrupter = training_corrupter(mdm, sampler)
+    dataset = build_datasets(args, mdm, [size * count, 0, 0])[0]
     for first in range(0, size * count, size):
         items = [dataset[number] for number in range(first, first + size)]
         rows = Rows(**{name: torch.stack([item[name] for item in items]) for name in items[0]})

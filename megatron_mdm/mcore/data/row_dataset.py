@@ -6,13 +6,13 @@ move while a prefetched row waits in a loader.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.utils import Split as MegatronSplit
-from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
@@ -204,25 +204,31 @@ class RowDataset(torch.utils.data.Dataset):
         return str(dataset.dataset_path)
 
 
-def train_valid_test_datasets_provider(
-    num_samples: list[int], vp_stage: int | None = None
-) -> list[RowDataset | None]:
-    """Builds the three datasets from Megatron's arguments; its `dataset_provider`.
+def datasets_provider(
+    args: Namespace, mdm: MDMConfig
+) -> Callable[[list[int], int | None], list[RowDataset | None]]:
+    """Megatron's `train_valid_test_dataset_provider`, which builds the three datasets.
+
+    It takes the numbers of rows of training, all evaluations and the test, and the virtual pipeline
+    stage.
 
     Args:
-        num_samples: rows that training, all evaluations and the test will take.
-        vp_stage: virtual pipeline stage.
-
-    Raises:
-        UserError: a split shorter than one row.
+        args: of the run, as they stand when the function is called.
+        mdm: settings of the objective.
     """
-    args = get_args()
-    eval_rows = args.eval_iters * args.eval_global_batch_size
-    return build_datasets(args, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+    def provide(num_samples: list[int], vp_stage: int | None = None) -> list[RowDataset | None]:
+        eval_rows = args.eval_iters * args.eval_global_batch_size
+        return build_datasets(args, mdm, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+    # Megatron then calls it on every rank, and `loads_rows` decides where rows are needed.
+    provide.is_distributed = True
+    return provide
 
 
 def build_datasets(
     args: Namespace,
+    config: MDMConfig,
     num_rows: list[int],
     vp_stage: int | None = None,
     on_all_ranks: bool = False,
@@ -231,6 +237,7 @@ def build_datasets(
 
     Args:
         args: of the run.
+        config: settings of the objective.
         num_rows: of the three.
         vp_stage: virtual pipeline stage.
         on_all_ranks: build them on every rank, and not only where training loads rows.
@@ -239,7 +246,6 @@ def build_datasets(
         UserError: a split shorter than one row, or data that do not last.
     """
     share_identities(args)
-    config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     train, valid, test = num_rows
     offset = getattr(args, "mdm_text_offset", 0)
@@ -269,14 +275,14 @@ def build_datasets(
         # each text once, which may be fewer than an evaluation takes.
         None
         if dataset is None or period == 0
-        else _rows(args, dataset, pad, period and min(period, len(dataset)), first)
+        else _rows(args, config, dataset, pad, period and min(period, len(dataset)), first)
         for dataset, period, first in zip(
             datasets, [None, valid, test], [offset, 0, 0], strict=True
         )
     ]
 
 
-def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
+def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:
     """All pairs of one file as a training dataset, on every rank and unsplit; --mdm-sft only.
 
     Raises:
@@ -287,13 +293,17 @@ def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
     indexed = kind.build_low_level_dataset(prefix, config)
     pairs = np.arange(kind.numel_low_level_dataset(indexed))
     dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
-    return _rows(args, dataset, config.tokenizer.eod)
+    return _rows(args, mdm, dataset, config.tokenizer.eod)
 
 
 def _rows(
-    args: Namespace, dataset: Any, pad: int, period: int | None = None, text_offset: int = 0
+    args: Namespace,
+    mdm: MDMConfig,
+    dataset: Any,
+    pad: int,
+    period: int | None = None,
+    text_offset: int = 0,
 ) -> RowDataset:
-    mdm = MDMConfig.from_args(args)
     mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
     return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
 
@@ -317,10 +327,6 @@ def _dataset_class(args: Namespace) -> type:
     if args.mdm_sft:
         return PackedPairDataset if args.mdm_isolate_documents else PairDataset
     return CleanTokensDataset if args.mdm_row_order == "run" else EpochDataset
-
-
-# Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.
-train_valid_test_datasets_provider.is_distributed = True
 
 
 def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:

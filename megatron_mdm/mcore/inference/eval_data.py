@@ -274,7 +274,7 @@ def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[Scored
             "--no-mdm-pad-attended cannot be measured"
         )
     _check_made_with(loaded, prefix)
-    dataset = rows_of_file(args, prefix)
+    dataset = rows_of_file(args, mdm, prefix)
     texts = []
     for number in range(min(limit, len(dataset))):
         item = dataset[number]

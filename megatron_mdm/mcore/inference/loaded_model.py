@@ -298,7 +298,9 @@ def _model(args: Namespace) -> torch.nn.Module:
     with safe_checkpoints(args.mdm_checkpoint_hashes):
         model, _, _ = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
+            cfg_container=pretrain_cfg_container_from_args(
+                args, model_config(args, MDMConfig.from_args(args))
+            ),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     module: torch.nn.Module = unwrap_model(model[0]).eval()

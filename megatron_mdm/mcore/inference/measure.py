@@ -70,7 +70,8 @@ def measure(
         UserError: the data cannot be trained on.
     """
     check_data(loaded.args)  # now, before anything is drawn
-    dataset = build_datasets(loaded.args, [num_rows, 0, 0], on_all_ranks=True)[0]
+    mdm = MDMConfig.from_args(loaded.args)
+    dataset = build_datasets(loaded.args, mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
 
 
@@ -327,6 +328,8 @@ def _draw(
                 MaskedPositions(at_logits(corrupted.mask, mdm.shift))
             ),
         )
-    values = contribution_to_batch_loss(values, num_eligible, loaded.args)
+    values = contribution_to_batch_loss(
+        values, num_eligible, mdm.normalization, loaded.args.seq_length
+    )
     present = None if segments is None else num_eligible > 0
     return corrupted.t, values, present

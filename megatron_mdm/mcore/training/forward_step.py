@@ -1,16 +1,14 @@
 """One micro-batch: rows, masked rows, model, loss; Megatron's `forward_step`."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers
-from megatron.training.global_vars import get_tokenizer
+from megatron.training import get_timers
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.data.documents import document_numbers, position_ids
@@ -24,13 +22,10 @@ from megatron_mdm.mcore.training.context_parallel import (
     sum_over_cp_ranks,
     unshard_sequence,
 )
-from megatron_mdm.mcore.training.metrics import recorder
 from megatron_mdm.mcore.training.nonfinite import check_finite
-from megatron_mdm.mcore.training.online_sampler import online_sampler
-from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.ppots.fit_file import load_sampler
-from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
 from megatron_mdm.objective.segments import counts, totals
 
 
@@ -117,11 +112,12 @@ def eligible_positions(
 
 
 def forward_step(
-    data_iterator: Iterator | None, model: Any
+    state: TrainingState, data_iterator: Iterator | None, model: Any
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple] | None]:
     """Runs one micro-batch through this pipeline stage.
 
     Args:
+        state: of the run.
         data_iterator: of this virtual stage's RowDataset; used on tensor rank 0 only.
         model: the stage.
 
@@ -129,8 +125,7 @@ def forward_step(
         The stage's output (at the last stage the cross entropy, float [b, s], nats) and the loss
         function that Megatron applies to it at the last stage.
     """
-    args = get_args()
-    mdm = MDMConfig.from_args(args)
+    mdm = state.mdm
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
     if not needs_rows(mdm, vp_stage):
         return model(None, None, None), None
@@ -138,29 +133,33 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     training = model.training
-    rows = load_rows(data_iterator, training)
-    eod_id = get_tokenizer().eod
+    rows = load_rows(state, data_iterator, training)
+    eod_id = state.eod_id
     eligible = rows.eligible(eod_id, mdm)
     segments = rows.segments(eod_id, mdm) if training else None
-    corrupted = corrupter(training)(rows.tokens, eligible, rows.uniforms, rows.quantile, segments)
+    corrupted = state.corrupter(training)(
+        rows.tokens, eligible, rows.uniforms, rows.quantile, segments
+    )
     progress = 1.0
     if training and mdm.anneal_attention_iters:
-        progress = args.curr_iteration / mdm.anneal_attention_iters
+        progress = (state.iteration - 1) / mdm.anneal_attention_iters
     ahead = annealed_future_positions(rows.uniforms, progress)
     documents = rows.isolated(eod_id, mdm)
-    packed = args.transformer_impl == "transformer_engine"
+    packed = state.transformer_impl == "transformer_engine"
     hidden = attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, ahead, packed)
     timers("batch-generator").stop()
 
     num_eligible = counts(eligible, segments)
     record = None
-    if training and mdm.ppots_refit_interval and mdm.ppots_target == "gradient":
-        record = partial(record_gradients, corrupted, num_eligible, segments)
+    if training and state.sampler is not None and mdm.ppots_target == "gradient":
+        record = partial(record_gradients, state, corrupted, num_eligible, segments)
     positions = None
     if mdm.head == "masked":
-        positions = masked_positions(shard_sequence(at_logits(corrupted.mask, mdm.shift)))
+        positions = masked_positions(
+            shard_sequence(at_logits(corrupted.mask, mdm.shift)), state.sequence_parallel
+        )
     padding = None
-    if args.num_experts and mdm.random_length_fraction:
+    if state.has_experts and mdm.random_length_fraction:
         padding = shard_for_stage(shard_sequence(rows.beyond), model)
     output = model(
         shard_sequence(corrupted.tokens),
@@ -171,7 +170,7 @@ def forward_step(
         output_processor=head,
         output_processor_context=HeadContext(positions, record),
     )
-    return output, partial(loss_func, rows, corrupted, num_eligible, segments, training)
+    return output, partial(loss_func, state, rows, corrupted, num_eligible, segments, training)
 
 
 def at_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
@@ -187,17 +186,17 @@ def at_tokens(values: torch.Tensor, shift: bool) -> torch.Tensor:
     return values.roll(1, dims=1) if shift else values
 
 
-def load_rows(data_iterator: Iterator | None, training: bool) -> Rows:
+def load_rows(state: TrainingState, data_iterator: Iterator | None, training: bool) -> Rows:
     """The next micro-batch on every tensor-parallel rank, by one broadcast of one tensor.
 
     Args:
+        state: of the run.
         data_iterator: None on tensor ranks other than 0.
         training: whether the micro-batch is training's or an evaluation's, which differ in size.
     """
-    args = get_args()
-    b = args.micro_batch_size if training else args.eval_micro_batch_size
-    is_vector = row_columns(MDMConfig.from_args(args), training)
-    widths = [args.seq_length if vector else 1 for vector in is_vector.values()]
+    b = state.micro_batch_size if training else state.eval_micro_batch_size
+    is_vector = row_columns(state.mdm, training)
+    widths = [state.seq_length if vector else 1 for vector in is_vector.values()]
     device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
@@ -229,6 +228,7 @@ def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def loss_func(
+    state: TrainingState,
     rows: Rows,
     corrupted: Corruption,
     num_eligible: torch.Tensor,
@@ -239,6 +239,7 @@ def loss_func(
     """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
 
     Args:
+        state: of the run.
         rows: the micro-batch.
         corrupted: its masks and weights.
         num_eligible: L_e, int64 [b], or [b, s] with segments.
@@ -251,23 +252,22 @@ def loss_func(
         Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
         pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
     """
-    args = get_args()
-    cross_entropy = at_tokens(unshard_sequence(cross_entropy), args.mdm_shift)
+    cross_entropy = at_tokens(unshard_sequence(cross_entropy), state.mdm.shift)
     losses = row_losses(
         cross_entropy,
         corrupted.mask,
         corrupted.weight,
         num_eligible,
-        args.mdm_normalization,
+        state.mdm.normalization,
         segments,
     )
     # Numerator and losses are of this rank's part of the positions, all else is of whole rows.
     denominator = losses.denominator * is_first_cp_rank()
     per_row = sum_over_cp_ranks(losses.per_row)
     # As in Megatron's own loss functions: the host waits for the loss, in each micro-batch.
-    if args.check_for_nan_in_loss_and_grad:
+    if state.checks_finite:
         check_finite(per_row if segments is None else per_row.sum(dim=1), rows.row, training)
-    recorder(training).add(
+    state.recorder(training).add(
         split=rows.split,
         t=corrupted.t,
         rate_weight=corrupted.rate_weight,
@@ -277,26 +277,27 @@ def loss_func(
         num_eligible=num_eligible,
         text=rows.text,
     )
-    online = online_sampler()
-    if training and online is not None and online.config.ppots_target == "loss":
-        _record(corrupted, num_eligible, segments, per_row / corrupted.rate_weight)
+    if training and state.sampler is not None and state.mdm.ppots_target == "loss":
+        _record(state, corrupted, num_eligible, segments, per_row / corrupted.rate_weight)
     report = torch.stack([losses.numerator.detach(), denominator.float()])
     return losses.numerator, denominator.to(torch.int), {"mdm loss": report}
 
 
-def masked_positions(mask: torch.Tensor) -> MaskedPositions:
+def masked_positions(mask: torch.Tensor, sequence_parallel: bool) -> MaskedPositions:
     """Where the head works in this rank's part of the positions.
 
     Args:
         mask: bool [b, s], of this rank's positions under context parallelism.
+        sequence_parallel: whether tensor-parallel ranks divide them once more.
     """
-    if not get_args().sequence_parallel:
+    if not sequence_parallel:
         return MaskedPositions(mask)
     parts = mpu.get_tensor_model_parallel_world_size()
     return MaskedPositions(mask, parts, mpu.get_tensor_model_parallel_rank())
 
 
 def record_gradients(
+    state: TrainingState,
     corrupted: Corruption,
     num_eligible: torch.Tensor,
     segments: torch.Tensor | None,
@@ -305,35 +306,38 @@ def record_gradients(
     """Gives the online sampler ||dl/dh|| of each row or document, from the gradient of the sum.
 
     Args:
+        state: of the run.
         corrupted: the micro-batch's masks and weights.
         num_eligible: L_e, int64 [b], or [b, s] with segments.
         segments: documents with a rate of their own; None: rows.
         squares: squared norms of the gradient of the loss sum at this rank's final hidden states
             [b, s / ranks].
     """
-    args = get_args()
-    squares = at_tokens(unshard_sequence(squares), args.mdm_shift)
+    squares = at_tokens(unshard_sequence(squares), state.mdm.shift)
     norms = sum_over_cp_ranks(totals(squares, segments)).sqrt()
     value = norms / corrupted.rate_weight
-    if args.mdm_normalization == "tokens":  # where the sum holds L_e l, and not l
+    if state.mdm.normalization == "tokens":  # where the sum holds L_e l, and not l
         value = value / num_eligible.clamp(min=1)
-    _record(corrupted, num_eligible, segments, value)
+    _record(state, corrupted, num_eligible, segments, value)
 
 
 def _record(
+    state: TrainingState,
     corrupted: Corruption,
     num_eligible: torch.Tensor,
     segments: torch.Tensor | None,
     value: torch.Tensor,
 ) -> None:
     """Gives the online sampler the values of rows or documents, per eligible token."""
-    value = contribution_to_batch_loss(value, num_eligible, get_args())
+    value = contribution_to_batch_loss(
+        value, num_eligible, state.mdm.normalization, state.seq_length
+    )
     present = None if segments is None else num_eligible > 0
-    online_sampler().record(corrupted.t, value, corrupted.rate_weight, present)
+    state.sampler.record(corrupted.t, value, corrupted.rate_weight, present)
 
 
 def contribution_to_batch_loss(
-    value: torch.Tensor, num_eligible: torch.Tensor, args: Namespace
+    value: torch.Tensor, num_eligible: torch.Tensor, normalization: str, seq_length: int
 ) -> torch.Tensor:
     """What P-POTS squares of rows or documents: how much they disturb the sum over a batch.
 
@@ -342,45 +346,9 @@ def contribution_to_batch_loss(
     Args:
         value: per eligible token, [b], or [b, s] of documents.
         num_eligible: L_e, of the same shape.
-        args: of the run.
+        normalization: `tokens` or `rows`.
+        seq_length: tokens in a row.
     """
-    if args.mdm_normalization == "tokens":
-        return value * (num_eligible.double() / args.seq_length)
+    if normalization == "tokens":
+        return value * (num_eligible.double() / seq_length)
     return value
-
-
-@lru_cache
-def corrupter(training: bool) -> Corrupter:
-    """What masks the rows of training, or of evaluations.
-
-    Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
-    have the least variance: numbers of runs that train differently can then be compared.
-    """
-    args = get_args()
-    mdm = MDMConfig.from_args(args)
-    if not training:
-        return Corrupter(Uniform(), "exact-count", args.mdm_mask_token_id, mdm.eps)
-    return training_corrupter(args, online_sampler() or fixed_sampler(mdm))
-
-
-def training_corrupter(args: Namespace, sampler: RateSampler) -> Corrupter:
-    """What masks the rows of training, with any density of t."""
-    mdm = MDMConfig.from_args(args)
-    return Corrupter(
-        sampler=sampler,
-        mask_kind=mdm.mask,
-        mask_token_id=args.mdm_mask_token_id,
-        eps=mdm.eps,
-        isad_token_ids=tuple(mdm.isad_token_ids or ()),
-        isad_delta=mdm.isad_delta,
-        isad_weight=mdm.isad_weight,
-    )
-
-
-def fixed_sampler(mdm: MDMConfig) -> RateSampler:
-    """The density of t, where the run does not fit one itself."""
-    if mdm.rate_sampler == "clipped":
-        return Clipped(*mdm.clip)
-    if mdm.rate_sampler == "ppots":
-        return load_sampler(mdm.ppots_file).sampler()
-    return Uniform()

@@ -3,27 +3,26 @@
 That loss and gradients are those of the documents alone is in test_normalization.py.
 """
 
-from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import mpu
-from megatron.training import global_vars
+from megatron.training.arguments import parse_args
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
 from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.flags.arguments import add_arguments
 from megatron_mdm.mcore.model.attention_mask import (
     attend_in_documents,
     attention_mask,
     document_bounds,
 )
 from megatron_mdm.mcore.training.forward_step import Rows, record_gradients
-from megatron_mdm.mcore.training.online_sampler import online_sampler
+from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.exact_sums import from_limbs
 from megatron_mdm.objective.ppots.moments import accumulate
@@ -239,7 +238,7 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, monkeypatch, one_rank):
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, one_rank):
     """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
     mdm = MDMConfig(
         rate_per=per,
@@ -248,9 +247,10 @@ def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, mon
         ppots_refit_interval=1,
         ppots_bins=4,
     )
-    args = Namespace(**asdict(mdm), seq_length=8)
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    online_sampler.cache_clear()
+    args = parse_args(add_arguments, ignore_unknown_args=True)
+    vars(args).update(mdm.arguments(), seq_length=8, eval_micro_batch_size=1, mdm_text_offset=0)
+    args.mdm_sampler_state_in_checkpoint = args.mdm_log_state_in_checkpoint = False
+    state = TrainingState(args, EOD)
     generator = torch.Generator().manual_seed(0)
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
     eligible = torch.ones(2, 8, dtype=torch.bool)
@@ -264,13 +264,12 @@ def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, mon
         t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
         parts = [((0,), (0, 8)), ((1,), (0, 8))]
     corruption = Corruption(torch.zeros(2, 8), eligible, torch.ones(2, 1), t, 1 / q)
-    record_gradients(corruption, counts(eligible, segments), segments, squares)
+    record_gradients(state, corruption, counts(eligible, segments), segments, squares)
     expected = 0
     for draw, part in parts:
         norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
         # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
         value = norm / 8 if normalization == "tokens" else norm
         expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
-    got = from_limbs(online_sampler().pending)
+    got = from_limbs(state.sampler.pending)
     np.testing.assert_allclose(got, from_limbs(expected), rtol=1e-6)
-    online_sampler.cache_clear()

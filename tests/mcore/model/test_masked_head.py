@@ -7,7 +7,7 @@ from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross
 
 from benchmarks.head import _output_layer, _unscaled, one_rank
 from megatron_mdm.mcore.model.masked_head import ROW_MULTIPLE, HeadContext, MaskedPositions, head
-from megatron_mdm.mcore.training.online_sampler import SamplerState
+from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
 
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"

@@ -12,7 +12,7 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.resume import check_resume
-from megatron_mdm.mcore.training import online_sampler as sampler_state
+from megatron_mdm.mcore.training import ppots
 from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments
@@ -242,9 +242,9 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
     """The machine restores, then saves: the iteration is repeated from there, and counts once."""
     machine = RerunStateMachine(lambda: "theirs", lambda state: restored.append(state))
     restored = []
-    monkeypatch.setattr(sampler_state, "get_rerun_state_machine", lambda: machine)
+    monkeypatch.setattr(ppots, "get_rerun_state_machine", lambda: machine)
     config = MDMConfig(rate_sampler="ppots", ppots_refit_interval=2, ppots_bins=4)
-    sampler = sampler_state.OnlineSampler(config, 32)
+    sampler = ppots.OnlineSampler(config, 32)
     sampler.follow_reruns()
     before = sampler.state.state_vector()
     saved = machine.state_save_func()

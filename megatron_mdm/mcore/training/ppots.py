@@ -9,17 +9,11 @@ from which each fits the same density. A checkpoint between two fits takes the s
 well, and changes no bit of the next fit.
 """
 
-from functools import lru_cache
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.checkpoint.carried_state import CarriedState
 from megatron_mdm.mcore.ranks import equal_on_all_ranks
 from megatron_mdm.mcore.training.context_parallel import is_first_cp_rank
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit, fit
@@ -31,6 +25,8 @@ from megatron_mdm.objective.samplers import PiecewiseSampler
 
 class OnlineSampler:
     """The density in use, and what was measured since it was fitted.
+
+    Megatron's rerun machine has to know of it: `follow_reruns`, once there is one.
 
     Args:
         config: settings of the objective.
@@ -73,8 +69,8 @@ class OnlineSampler:
         sums = accumulate(t, value, rate_weight, self.config.ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 
-    def step(self, iteration: int) -> PpotsFit | FitError | None:
-        """Takes an iteration, on all ranks alike, and refits when it is time.
+    def end_iteration(self, iteration: int) -> PpotsFit | FitError | None:
+        """Takes what an iteration has measured, on all ranks alike, and refits when it is time.
 
         Returns:
             The new fit; why there is none, a bin without rows for example, so that the run measures
@@ -154,41 +150,3 @@ class OnlineSampler:
             self.pending = None
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all
-
-
-@lru_cache
-def online_sampler() -> OnlineSampler | None:
-    """The online sampler of this process; None if the density of t is fixed."""
-    args = get_args()
-    config = MDMConfig.from_args(args)
-    if not config.ppots_refit_interval:
-        return None
-    sampler = OnlineSampler(config, args.seq_length)
-    sampler.follow_reruns()
-    return sampler
-
-
-class SamplerState(CarriedState):
-    """Carries the state of the online sampler through Megatron's checkpoints."""
-
-    KEY = "mdm_sampler_state"
-
-    def vector(self) -> npt.NDArray[np.int64]:
-        """See `PpotsState.state_vector`."""
-        return online_sampler().state.state_vector()
-
-    def gather(self) -> None:
-        """Takes in what all ranks have measured."""
-        online_sampler().reduce()
-
-    def restore(self, vector: npt.NDArray[np.int64]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-            UserError: the state is damaged, or of more rows than the run has trained on.
-        """
-        args, sampler = get_args(), online_sampler()
-        documents = args.seq_length if args.mdm_rate_per == "document" else 1
-        sampler.state = PpotsState.from_state_vector(
-            vector, sampler.config.ppots_bins, args.consumed_train_samples * documents
-        )
