@@ -175,8 +175,8 @@ def other_start() -> None:
 
     def chosen(args):
         found = choose(args)
-        args.finetune = os.environ["RANK"] == "1"
-        return found
+        arguments = {**found.arguments, "finetune": os.environ["RANK"] == "1"}
+        return dataclasses.replace(found, arguments=arguments)
 
     arguments_module.choose_start = chosen
     main()
@@ -909,7 +909,7 @@ def _gather_for_attention() -> None:
 
         return make
 
-    arguments._check_context_parallel = lambda args: None
+    arguments._check_context_parallel = lambda *_: None
     model.bidirectional_spec = gathering(model.bidirectional_spec)
 
 

@@ -69,7 +69,8 @@ def measure(
     Raises:
         UserError: the data cannot be trained on.
     """
-    check_data(loaded.args)  # now, before anything is drawn
+    args = loaded.args
+    args.mdm_data, args.mdm_tokenizer = check_data(args)  # now, before anything is drawn
     mdm = MDMConfig.from_args(loaded.args)
     dataset = build_datasets(loaded.args, mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)

@@ -11,7 +11,7 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.flags.resume import check_resume
+from megatron_mdm.mcore.flags.resume import plan_resume
 from megatron_mdm.mcore.training import ppots
 from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.fit import fit
@@ -380,10 +380,12 @@ def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
             "mdm_ppots_file": "gone.json",
             "mdm_ppots_digest": "0123456789abcdef",
         }
-        check_resume(args, saved)
-        assert args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_file is None
+        before = dict(vars(args))
+        plan = plan_resume(args, saved)
+        assert plan.sampler_state_in_checkpoint and plan.ppots_file is None
+        assert vars(args) == before
     with pytest.raises(UserError, match=r"file None \(checkpoint: the density that gone.json held"):
-        check_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
+        plan_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
 
 
 @pytest.mark.parametrize(
