@@ -43,11 +43,11 @@ from tests import ROOT
 def train() -> None:
     """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
     trace: dict = {}
-    load_rows, corrupter = step.load_rows, step.corrupter
+    load_batch, corrupter = step.load_batch, step.corrupter
     seen: dict = {}
 
-    def recording_load_rows(*args):
-        seen["rows"] = load_rows(*args)
+    def recording_load_batch(*args):
+        seen["rows"] = load_batch(*args)
         return seen["rows"]
 
     def recording_corrupter(training):
@@ -61,7 +61,7 @@ def train() -> None:
 
         return corrupt
 
-    step.load_rows, step.corrupter = recording_load_rows, recording_corrupter
+    step.load_batch, step.corrupter = recording_load_batch, recording_corrupter
     try:
         main()
     finally:
@@ -179,31 +179,31 @@ def other_start() -> None:
 
 def nan_row() -> None:
     """The program with a first row whose cross entropies, and their gradients, are no numbers."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) > 1:
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 
 def nan_from_third_iteration() -> None:
     """The program with a row of the last rank that is no number, two micro-batches an iteration."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) <= 4 or os.environ["RANK"] == "0":
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([1]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 

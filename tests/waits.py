@@ -71,10 +71,18 @@ class Waits(TorchDispatchMode):
         return result
 
 
+class Config:
+    grad_scale_func = None
+    transformer_impl = "local"
+    sequence_parallel = False
+    num_moe_experts = None
+
+
 class Stage:
     """A model whose layers take no time: hidden states, and our head on them."""
 
     vp_stage = None
+    config = Config()
 
     def __init__(self, training):
         self.training = training
@@ -90,7 +98,7 @@ class Stage:
             labels=labels,
             compute_language_model_loss=self._losses,
             scale_logits=lambda logits: logits,
-            config=Config(),
+            config=self.config,
             context=output_processor_context,
         )
 
@@ -107,10 +115,6 @@ class Stage:
             return hidden, None
 
     _logits = _Layer()
-
-
-class Config:
-    grad_scale_func = None
 
 
 def forward_step(iterator, model):

@@ -47,20 +47,16 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
     from megatron.training import get_args
     from megatron.training.global_vars import get_tokenizer
 
-    from megatron_mdm.mcore.data.documents import position_ids
-    from megatron_mdm.mcore.model.causal import causal_attention
-    from megatron_mdm.mcore.training.forward_step import at_logits, load_rows
+    from megatron_mdm.mcore.data.batch import load_batch
+    from megatron_mdm.mcore.model.inputs import ModelInputs
 
-    mdm, eod_id = MDMConfig.from_args(get_args()), get_tokenizer().eod
-    rows = load_rows(data_iterator, model.training)
-    with causal_attention(model):
-        cross_entropy = model(
-            rows.tokens,
-            position_ids(rows.tokens, documents=None),
-            None,
-            labels=at_logits(rows.tokens, shift=True),
-        )
-    return cross_entropy, partial(loss_func, rows.eligible(eod_id, mdm), mdm.normalization)
+    args, training = get_args(), model.training
+    b = args.micro_batch_size if training else args.eval_micro_batch_size
+    config, eod_id = MDMConfig.from_args(args), get_tokenizer().eod
+    batch = load_batch(data_iterator, config, eod_id, training, b, args.seq_length)
+    inputs = ModelInputs.of_batch(batch, model, causal=True)
+    cross_entropy = inputs.cross_entropy(model, batch.tokens)
+    return cross_entropy, partial(loss_func, batch.eligible, config.normalization)
 
 
 def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:
@@ -73,10 +69,10 @@ def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[An
     """
     import torch
 
-    from megatron_mdm.mcore.training.forward_step import at_tokens
+    from megatron_mdm.mcore.model.inputs import logits_to_tokens
     from megatron_mdm.objective.loss import row_losses
 
-    values = at_tokens(cross_entropy, shift=True)
+    values = logits_to_tokens(cross_entropy, shift=True)
     losses = row_losses(
         values, eligible, torch.ones_like(values), eligible.sum(dim=1), normalization
     )

@@ -20,8 +20,8 @@ from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.checkpoint.carried_state import CarriedState
+from megatron_mdm.mcore.model.context_parallel import is_first_cp_rank
 from megatron_mdm.mcore.ranks import equal_on_all_ranks
-from megatron_mdm.mcore.training.context_parallel import is_first_cp_rank
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit, fit
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 from megatron_mdm.objective.ppots.moments import accumulate
