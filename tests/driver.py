@@ -45,11 +45,11 @@ from tests import ROOT
 def train() -> None:
     """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
     trace: dict = {}
-    load_rows, corrupter = step.load_rows, TrainingState.corrupter
+    load_batch, corrupter = step.load_batch, TrainingState.corrupter
     seen: dict = {}
 
-    def recording_load_rows(*args):
-        seen["rows"] = load_rows(*args)
+    def recording_load_batch(*args):
+        seen["rows"] = load_batch(*args)
         return seen["rows"]
 
     def recording_corrupter(state, training):
@@ -65,7 +65,7 @@ def train() -> None:
 
     try:
         with (
-            replaced(step, "load_rows", recording_load_rows),
+            replaced(step, "load_batch", recording_load_batch),
             replaced(TrainingState, "corrupter", recording_corrupter),
         ):
             main()
@@ -184,31 +184,31 @@ def other_start() -> None:
 
 def nan_row() -> None:
     """The program with a first row whose cross entropies, and their gradients, are no numbers."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) > 1:
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 
 def nan_from_third_iteration() -> None:
     """The program with a row of the last rank that is no number, two micro-batches an iteration."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) <= 4 or os.environ["RANK"] == "0":
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([1]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 

@@ -70,10 +70,18 @@ class Waits(TorchDispatchMode):
         return result
 
 
+class Config:
+    grad_scale_func = None
+    transformer_impl = "local"
+    sequence_parallel = False
+    num_moe_experts = None
+
+
 class Stage:
     """A model whose layers take no time: hidden states, and our head on them."""
 
     vp_stage = None
+    config = Config()
 
     def __init__(self, training):
         self.training = training
@@ -89,7 +97,7 @@ class Stage:
             labels=labels,
             compute_language_model_loss=self._losses,
             scale_logits=lambda logits: logits,
-            config=Config(),
+            config=self.config,
             context=output_processor_context,
         )
 
@@ -108,10 +116,6 @@ class Stage:
     _logits = _Layer()
 
 
-class Config:
-    grad_scale_func = None
-
-
 def forward_step(state, iterator, model):
     """In the place of the program's: takes all settings in turn, saves what they wait for."""
     assert get_attr_wrapped_model(model, "vp_stage") is None
@@ -128,7 +132,7 @@ def forward_step(state, iterator, model):
 
 def _waits(state, training):
     columns = row_columns(state.mdm, training)
-    b = state.micro_batch_size
+    b = state.micro_batch_size(training)
     batch = {
         name: torch.zeros(b, state.seq_length if vector else 1, dtype=torch.int64)
         for name, vector in columns.items()

@@ -164,10 +164,10 @@ def measure(
 
 def _places(watch: Stopwatch) -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
     """Where the parts are called."""
+    from megatron_mdm.mcore.data import batch
     from megatron_mdm.mcore.data import row_dataset as dataset
     from megatron_mdm.mcore.model import masked_head as head
     from megatron_mdm.mcore.training import hooks, metrics
-    from megatron_mdm.mcore.training.forward_step import Rows
     from megatron_mdm.mcore.training.ppots import OnlineSampler
     from megatron_mdm.objective.corruption import Corrupter
     from megatron_mdm.objective.quantiles import Quantiles
@@ -190,7 +190,7 @@ def _places(watch: Stopwatch) -> list[tuple[Any, str, Callable[[Callable], Calla
         (dataset, "row_uniforms", "row uniforms"),
         (Quantiles, "__call__", "row uniforms"),
         (dataset.RowDataset, "_check_ids", "check of rows"),
-        (Rows, "eligible", "masks"),
+        (batch, "eligible_positions", "masks"),
         (Corrupter, "__call__", "masks"),
         (OnlineSampler, "__call__", "sampler"),
         (metrics.Recorder, "add", "statistics"),

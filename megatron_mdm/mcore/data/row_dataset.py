@@ -40,7 +40,6 @@ from megatron_mdm.objective.randomness import (
 from megatron_mdm.objective.views import turned_view
 
 TEXT_BITS = 40  # of the number of a text within its file
-FIXED = -1  # the uniform of a token that is never masked
 
 
 def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
@@ -50,8 +49,10 @@ def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
     columns["quantile"] = training and config.rate_per == "document"
     if not training:
         columns["text"] = False
-    if config.sft and config.isolate_documents:
-        columns["document"] = True
+    if config.sft:
+        columns["maskable"] = True
+        if config.isolate_documents:
+            columns["document"] = True
     return columns
 
 
@@ -64,10 +65,11 @@ class RowDataset(torch.utils.data.Dataset):
         length []: positions from here on are not of the row, which ends early
             (--mdm-random-length-fraction); at least num_tokens.
         split [], row []: part of the data (objective's Split), and position in the run.
-        uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
-            the tokens of a prompt, which are never masked. With --mdm-rate-per document quantile
-            [L], number d for document d of the row; evaluations have one rate a row.
+        uniforms [L], quantile []: grid integers (objective/randomness.py). With --mdm-rate-per
+            document quantile [L], number d for document d of the row; evaluations have one rate a
+            row.
         text []: in evaluations, which of their texts it is, since a few may be taken many times.
+        maskable [L]: in fine-tuning, 0 at the tokens of a prompt, which are never masked, else 1.
         document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
             documents end with their end-of-document token.
 
@@ -139,8 +141,6 @@ class RowDataset(torch.utils.data.Dataset):
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         if self.views > 1:
             uniforms = turned_view(uniforms, view, self.views)
-        if "prompt" in item:
-            uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
         columns = {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
@@ -156,6 +156,9 @@ class RowDataset(torch.utils.data.Dataset):
             columns["text"] = torch.tensor((int(number[0]) << TEXT_BITS) + int(number[1]))
         if is_vector["quantile"]:
             columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
+        if "maskable" in is_vector:
+            maskable = ~item["prompt"] | self._syrm(draw, item["tokens"])
+            columns["maskable"] = torch.from_numpy(maskable.astype(np.int64))
         if "document" in is_vector:
             columns["document"] = torch.from_numpy(item["document"])
         return columns

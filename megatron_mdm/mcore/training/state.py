@@ -27,10 +27,6 @@ class TrainingState:
         mdm: settings of the objective.
         eod_id: token that ends a document.
         seq_length: tokens in a row.
-        micro_batch_size, eval_micro_batch_size: rows in a micro-batch of training and evaluation.
-        transformer_impl: whose layers the model has, `local` or `transformer_engine`.
-        sequence_parallel: whether tensor-parallel ranks divide the positions between them.
-        has_experts: whether layers are mixtures of experts.
         checks_finite: whether a loss that is not finite ends the run.
         log_interval: iterations between lines of the log.
         text_offset: what is added to the number of a text, row // views.
@@ -46,11 +42,7 @@ class TrainingState:
         self.mdm = MDMConfig.from_args(args)
         self.eod_id = eod_id
         self.seq_length: int = args.seq_length
-        self.micro_batch_size: int = args.micro_batch_size
-        self.eval_micro_batch_size: int = args.eval_micro_batch_size
-        self.transformer_impl: str = args.transformer_impl
-        self.sequence_parallel: bool = args.sequence_parallel
-        self.has_experts = bool(args.num_experts)
+        self._micro_batch_sizes = args.eval_micro_batch_size, args.micro_batch_size
         self.checks_finite: bool = args.check_for_nan_in_loss_and_grad
         self.log_interval: int = args.log_interval
         self.text_offset: int = args.mdm_text_offset
@@ -72,6 +64,15 @@ class TrainingState:
     def recorder(self, training: bool) -> Recorder:
         """The statistics of training, or of evaluations."""
         return self._recorders[training]
+
+    def micro_batch_size(self, training: bool) -> int:
+        """Rows in a micro-batch of training, or of evaluations."""
+        return self._micro_batch_sizes[training]
+
+    def attention_annealing(self, training: bool) -> float:
+        """Progress from causal attention, 0, to full attention, 1, which evaluations have."""
+        iterations = self.mdm.anneal_attention_iters
+        return (self.iteration - 1) / iterations if training and iterations else 1.0
 
     @property
     def trains(self) -> bool:

@@ -98,7 +98,7 @@ def test_selection_of_positions(mask, length, parts):
             assert ROW_MULTIPLE <= rows.shape[0] < max(most, 1) + ROW_MULTIPLE
         logits = torch.cat(compact) @ w.t()
         values = cross_entropy(logits[:, 0], ranks_of[0].compact_labels(labels)[0])
-        return ranks_of[-1].spread(values[None])
+        return ranks_of[-1].scatter(values[None])
 
     def results(losses):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
