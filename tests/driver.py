@@ -26,15 +26,17 @@ from megatron.training import get_args, initialize
 from torch.nn import functional
 
 from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.checkpoint import workers as checkpoint_workers
 from megatron_mdm.mcore.checkpoint.files import TRACKER
-from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.device import replaced, training_device
 from megatron_mdm.mcore.flags import arguments as arguments_module
 from megatron_mdm.mcore.inference import measure as measure_module
 from megatron_mdm.mcore.training import forward_step as step
-from megatron_mdm.mcore.training import online_sampler as sampler_state
+from megatron_mdm.mcore.training import objective as program
+from megatron_mdm.mcore.training import ppots
+from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.objective.ppots.exact_sums import from_limbs
 from megatron_mdm.objective.ppots.moments import accumulate
 from megatron_mdm.pretrain import main
@@ -44,16 +46,16 @@ from tests import ROOT
 def train() -> None:
     """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
     trace: dict = {}
-    load_rows, corrupter = step.load_rows, step.corrupter
+    load_batch, corrupter = step.load_batch, TrainingState.corrupter
     seen: dict = {}
 
-    def recording_load_rows(*args):
-        seen["rows"] = load_rows(*args)
+    def recording_load_batch(*args):
+        seen["rows"] = load_batch(*args)
         return seen["rows"]
 
-    def recording_corrupter(training):
+    def recording_corrupter(state, training):
         def corrupt(*args):
-            corruption = corrupter(training)(*args)
+            corruption = corrupter(state, training)(*args)
             keys = zip(seen["rows"].split.tolist(), seen["rows"].row.tolist(), strict=True)
             values = zip(corruption.t.tolist(), corruption.tokens.tolist(), strict=True)
             for key, value in zip(keys, values, strict=True):
@@ -62,9 +64,12 @@ def train() -> None:
 
         return corrupt
 
-    step.load_rows, step.corrupter = recording_load_rows, recording_corrupter
     try:
-        main()
+        with (
+            replaced(step, "load_batch", recording_load_batch),
+            replaced(TrainingState, "corrupter", recording_corrupter),
+        ):
+            main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
 
@@ -126,13 +131,13 @@ def measured_rows() -> None:
     One tensor rank of the last stage saves those of its rows.
     """
     rows: list = []
-    record = sampler_state.OnlineSampler.record
+    record = ppots.OnlineSampler.record
 
     def recording_record(self, t, value, rate_weight, present=None):
         rows.append(torch.stack([x.detach().double().flatten() for x in (t, value, rate_weight)]))
         record(self, t, value, rate_weight, present)
 
-    sampler_state.OnlineSampler.record = recording_record
+    ppots.OnlineSampler.record = recording_record
     main()
     if rows and mpu.get_tensor_model_parallel_rank() == 0:
         path = f"{os.environ['TRACE_DIR']}/measured{os.environ['RANK']}.pt"
@@ -149,13 +154,13 @@ def libraries() -> None:
 
 def other_density() -> None:
     """The program on a machine whose last rank computes differently."""
-    fit = sampler_state.fit
+    fit = ppots.fit
 
     def other_fit(*args, **settings):
         settings["uniform_share"] += 0.01 * int(os.environ["RANK"])
         return fit(*args, **settings)
 
-    sampler_state.fit = other_fit
+    ppots.fit = other_fit
     main()
 
 
@@ -171,8 +176,8 @@ def other_start() -> None:
 
     def chosen(args):
         found = choose(args)
-        args.finetune = os.environ["RANK"] == "1"
-        return found
+        arguments = {**found.arguments, "finetune": os.environ["RANK"] == "1"}
+        return dataclasses.replace(found, arguments=arguments)
 
     arguments_module.choose_start = chosen
     main()
@@ -180,31 +185,31 @@ def other_start() -> None:
 
 def nan_row() -> None:
     """The program with a first row whose cross entropies, and their gradients, are no numbers."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) > 1:
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 
 def nan_from_third_iteration() -> None:
     """The program with a row of the last rank that is no number, two micro-batches an iteration."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) <= 4 or os.environ["RANK"] == "0":
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([1]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 
@@ -229,7 +234,7 @@ def whole_batch() -> None:
     micro-batch.
     """
 
-    def forward_step(iterator, model):
+    def forward_step(state, iterator, model):
         args = get_args()
         routers = _router_inputs(model)
         batch = next(iterator)
@@ -527,11 +532,12 @@ def _evaluated(loaded, rows) -> torch.Tensor:
 def _validated(loaded, rows) -> torch.Tensor:
     """The same rows with the same masks, as the run's own validation scores them."""
     from megatron_mdm.evaluation.nelbo import lattice_quantiles
-    from megatron_mdm.mcore.training.forward_step import forward_step
     from megatron_mdm.objective.randomness import Split, row_uniforms
 
     loaded.args.eval_micro_batch_size = 1
     loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+    loaded.args.mdm_sampler_state_in_checkpoint = loaded.args.mdm_log_state_in_checkpoint = False
+    state = TrainingState(loaded.args, loaded.tokenizer.eod)
     sums = []
     for job, quantile in enumerate(lattice_quantiles(np.arange(len(rows)), 2, 2, 0).reshape(-1)):
         numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
@@ -540,7 +546,7 @@ def _validated(loaded, rows) -> torch.Tensor:
         row["tokens"] = rows[job // 4].tokens[None]
         row["uniforms"] = torch.from_numpy(row_uniforms(0, Split.TEST, job, 32))[None]
         with torch.no_grad():
-            output, loss = forward_step(iter([row]), loaded.model)
+            output, loss = step.forward_step(state, iter([row]), loaded.model)
             sums.append(loss(output)[0].double())
     return torch.stack(sums)
 
@@ -586,7 +592,6 @@ def transformer_engine_spec() -> None:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.training.models.gpt import GPTModelConfig
 
-    from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.model.builder import accumulate_in_place
     from megatron_mdm.mcore.model.layer_specs import bidirectional_spec, drop_norm_extra_state
 
@@ -666,7 +671,8 @@ def fp8_flags() -> None:
     from megatron_mdm.mcore.model.builder import model_config
 
     with training_device("cpu"):
-        config = model_config(parse()).transformer
+        args = parse()
+        config = model_config(args, MDMConfig.from_args(args)).transformer
         recipe = get_fp8_recipe(config)
     names = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
     delayed = ("amax_history_len", "amax_compute_algo", "margin")
@@ -904,7 +910,7 @@ def _gather_for_attention() -> None:
 
         return make
 
-    arguments._check_context_parallel = lambda args: None
+    arguments._check_context_parallel = lambda *_: None
     model.bidirectional_spec = gathering(model.bidirectional_spec)
 
 
@@ -988,7 +994,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
-        model_config(args)  # checks the layers against the layout
+        model_config(args, MDMConfig.from_args(args))  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     found["rotary_base"] = args.rotary_base
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))
@@ -1003,7 +1009,7 @@ def traffic() -> None:
     """
     from torch import distributed
 
-    from megatron_mdm.mcore.training.online_sampler import OnlineSampler
+    from megatron_mdm.mcore.training.ppots import OnlineSampler
 
     calls = []
     reduce = OnlineSampler.reduce

@@ -2,16 +2,17 @@
 
 A fork server imports torch and Megatron once (6 s); every rank of every run is then a fork of it,
 with fresh Megatron globals, as torchrun would start it. It has no Transformer Engine: ranks that
-want it start from nothing.
+want it start from nothing. `launch_all` gives several runs to one group of ranks.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -20,6 +21,13 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.training import checkpointing, global_vars
+from megatron.training.training import destroy_global_state
 
 from tests import ROOT
 
@@ -98,16 +106,10 @@ def launch(
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
-    for name in drop:
-        i = argv.index(name)
-        del argv[i : i + 2]
-    argv += flags
-    port = _free_port()
     context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
     # For tests/__init__.py, in the processes that this starts.
     os.environ["MDM_TEST_RANKS"] = "with Transformer Engine" if transformer_engine else "on the CPU"
+    argv, port = _argv(directory, flags, drop), _free_port()
     processes = [
         context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
         for rank in range(ranks)
@@ -116,8 +118,76 @@ def launch(
     with mock.patch.dict(os.environ, environment, clear=True):
         for process in processes:
             process.start()
-    # As torchrun does: when one rank fails, the others are stopped.
-    deadline = time.monotonic() + TIMEOUT
+    _wait(processes, TIMEOUT)
+    return _left_by(processes, directory, check)
+
+
+def launch_all(
+    directory: Path,
+    ranks: int,
+    runs: Mapping[str, Sequence[str]],
+    *,
+    entry: str = "train",
+    drop: Iterable[str] = (),
+) -> dict[str, Run]:
+    """Runs several configurations one after the other in one group of ranks, and checks them.
+
+    Each is a run as `launch` makes it, in processes that have forgotten the one before. A failure
+    ends all that would follow.
+
+    Args:
+        directory: where the runs' own directories go.
+        ranks: number of processes.
+        runs: the flags of each, by a name that is a file's.
+        entry: function of tests/driver.py, which leaves no function replaced behind.
+        drop: common flags to leave out of all, with their value.
+
+    Returns:
+        What each left behind, by its name.
+    """
+    jobs = [
+        (entry, _argv(directory / name, flags, drop), _free_port(), str(directory / name))
+        for name, flags in runs.items()
+    ]
+    os.environ["MDM_TEST_RANKS"] = "on the CPU"
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=_rank_of_all, args=(jobs, rank, ranks)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    _wait(processes, TIMEOUT * len(runs))
+    started = [name for name in runs if (directory / name / "rank0.log").exists()]
+    _left_by(processes, directory / started[-1], check=True)  # where a failure was
+    return {name: _left_by(processes, directory / name, check=True) for name in runs}
+
+
+def forget_megatron() -> None:
+    """Makes this process one that has not run Megatron yet: the run is over, another may begin."""
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
+    destroy_global_state()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    set_moe_metrics_tracker(None)
+    checkpointing._CHECKPOINT_VERSION = None
+    checkpointing.set_loaded_iteration(None)
+    CachedMetadataFileSystemReader.clear_metadata_cache()
+    gc.collect()
+
+
+def _argv(directory: Path, flags: Sequence[str], drop: Iterable[str]) -> list[str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
+    for name in drop:
+        i = argv.index(name)
+        del argv[i : i + 2]
+    return [*argv, *flags]
+
+
+def _wait(processes: list, seconds: float) -> None:
+    """Until all have ended. As torchrun does: when one rank fails, the others are stopped."""
+    deadline = time.monotonic() + seconds
     while any(p.is_alive() for p in processes):
         failed = any(p.exitcode not in (None, 0) for p in processes)
         if failed or time.monotonic() > deadline:
@@ -132,13 +202,26 @@ def launch(
         time.sleep(0.02)
     for process in processes:
         process.join()
-    output = [(directory / f"rank{rank}.log").read_text() for rank in range(ranks)]
+
+
+def _left_by(processes: list, directory: Path, check: bool) -> Run:
+    """What a run of processes that have ended left in its directory."""
+    output = [(directory / f"rank{rank}.log").read_text() for rank in range(len(processes))]
     run = Run([p.exitcode for p in processes], output)
     if check:
-        assert run.status == [0] * ranks, "\n".join(text[-RANK_TAIL:] for text in output)
+        assert run.status == [0] * len(processes), "\n".join(text[-RANK_TAIL:] for text in output)
         run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
         run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
     return run
+
+
+def _rank_of_all(jobs: list[tuple[str, list[str], int, str]], rank: int, ranks: int) -> None:
+    environment = dict(os.environ)
+    for entry, argv, port, directory in jobs:
+        _rank(entry, argv, rank, ranks, port, directory)
+        forget_megatron()
+        os.environ.clear()  # of what Megatron chose for a model
+        os.environ.update(environment)
 
 
 def _rank(entry: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_mask
 from megatron_mdm.objective.randomness import to_unit
 from megatron_mdm.objective.samplers import RateSampler
-from megatron_mdm.objective.segments import spread
+from megatron_mdm.objective.segments import to_positions
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Corrupter:
         return Corruption(
             tokens=torch.where(mask, self.mask_token_id, tokens),
             mask=mask,
-            weight=spread(rate_weight, segments) * mask_weight,
+            weight=to_positions(rate_weight, segments) * mask_weight,
             t=t,
             rate_weight=rate_weight,
         )

@@ -37,7 +37,9 @@ def start(monkeypatch):
     def choose(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])
         args = parse_args(add_arguments)
-        return choose_start(args)[0], args
+        begun = choose_start(args)
+        vars(args).update(begun.arguments)
+        return begun.source, args
 
     return choose
 

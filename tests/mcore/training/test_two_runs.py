@@ -1,0 +1,53 @@
+"""One process trains one objective after another, and each as if it were alone."""
+
+import pytest
+
+from tests import ranks
+
+ONLINE = [
+    *"--mdm-rate-sampler ppots --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
+    *"--mdm-ppots-target gradient --mdm-views 2 --mdm-mask exact-count --train-iters 5".split(),
+    *"--eval-iters 1 --eval-interval 2".split(),
+]
+FINE_TUNING = [
+    *"--mdm-sft --mdm-isolate-documents --mdm-rate-per document --mdm-normalization rows".split(),
+    *"--train-iters 4 --eval-iters 1".split(),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(base, pairs, tmp_path_factory):
+    """Three runs in one process, and the two objectives in processes of their own."""
+    directory = tmp_path_factory.mktemp("two-runs")
+    online = [*base, *ONLINE]
+    tuning = [*base, *FINE_TUNING, "--data-path", str(pairs)]
+    together = {"online": online, "fine-tuning": tuning, "online again": online}
+    found = ranks.launch_all(directory, 1, together)
+    return found | {
+        "online alone": ranks.launch(directory / "alone", 1, *online),
+        "fine-tuning alone": ranks.launch(directory / "alone-tuning", 1, *tuning),
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "alone"),
+    [
+        ("online", "online alone"),
+        ("fine-tuning", "fine-tuning alone"),  # after the first
+        ("online again", "online alone"),  # after the second
+    ],
+)
+def test_a_run_after_another_is_as_if_it_were_alone(runs, one, alone):
+    one, alone = runs[one], runs[alone]
+    assert one.masks() == alone.masks() and len(one.masks()) > 16
+    timed = {name for name in alone.scalars if "per s" in name or "time" in name}
+    assert set(one.scalars) == set(alone.scalars)
+    for name in set(alone.scalars) - timed:
+        assert one.scalars[name] == alone.scalars[name], name
+    assert len(alone.losses) >= 4 and len(set(alone.losses)) == len(alone.losses)
+
+
+def test_both_objectives_did_what_they_are_named_for(runs):
+    assert runs["online again"].output[0].count("P-POTS refit at iteration") == 2
+    assert len(set(runs["online again"].scalars["mdm/density at t 0.05"])) == 2
+    assert not any("density" in name for name in runs["fine-tuning"].scalars)
