@@ -24,8 +24,8 @@ def parse(monkeypatch, *flags):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_sets_its_flags(monkeypatch, name):
     config = parse(monkeypatch, "--mdm-recipe", name)
-    settings = {key.removeprefix("mdm_"): value for key, value in RECIPES[name].items()}
-    assert config == MDMConfig(**settings, recipe=name, device="cpu", mask_token_id=ranks.MASK_ID)
+    settings = {**RECIPES[name], "recipe": name, "device": "cpu"}
+    assert config == MDMConfig(**settings, mask_token_id=ranks.MASK_ID)
     assert parse(monkeypatch, f"--mdm-recipe={name}") == config
 
 

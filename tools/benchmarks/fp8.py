@@ -79,13 +79,13 @@ class Setting:
     normalization: Literal["tokens", "rows"] | None = None
 
 
-_RECOMMENDED = "p-pots gradient + lattice + exact count"
+_RECOMMENDED = "ppots-gradient+lattice+exact-count"
 SETTINGS = {
     "standard": Setting("standard"),
     "standard, eps 0.01": Setting("standard", eps=1e-2),
     "standard, eps 0.05": Setting("standard", eps=5e-2),
-    "standard, exact count": Setting("exact count"),
-    "paper": Setting("p-pots loss + mirror"),
+    "standard, exact count": Setting("exact-count"),
+    "paper": Setting("ppots-loss+mirror"),
     "recommended": Setting(_RECOMMENDED),
     "recommended, bernoulli": Setting(_RECOMMENDED, mask="bernoulli"),
     "clipped": Setting("standard", clip=(0.3, 0.8)),

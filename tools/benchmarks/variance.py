@@ -146,7 +146,7 @@ def _densities(model: Any, texts: Any) -> dict[tuple[str | None, str], Any]:
     """Densities of t for each target and kind of mask, fitted to the model."""
     from megatron_mdm.variance.report import densities
 
-    methods = ("p-pots loss", "p-pots gradient + lattice + exact count")
+    methods = ("ppots-loss", "ppots-gradient+lattice+exact-count")
     state, settings, _ = _measured(model, texts, _settings(200, 2, methods))
     return densities(state, settings, texts.shape[1])
 
