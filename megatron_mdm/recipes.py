@@ -41,30 +41,32 @@ METHODS: dict[str, dict[str, Any]] = {
     "isad": {"isad_delta": 0.1},
     "syrm": {},
 }
+# The methods of each recipe.
+COMBINATIONS = {
+    "standard": "standard",
+    "paper": "ppots-loss+mirror",
+    "clipped": "clipped",
+    # The one of the unbiased ones that trained best at equal compute (tools/benchmark.py race).
+    "recommended": "ppots-gradient+lattice+exact-count",
+}
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The settings of a method, or of several that are joined by `+`.
+    """The settings of a recipe, of a method, or of several methods that are joined by `+`.
 
     Args:
-        name: keys of `METHODS`, such as "lattice+exact-count".
+        name: a key of `COMBINATIONS` or `METHODS`, or keys such as "lattice+exact-count".
 
     Returns:
         Values of fields of MDMConfig, in the order of the fields.
     """
     settings: dict[str, Any] = dict(METHODS["standard"])
-    for part in name.split("+"):
+    for part in COMBINATIONS.get(name, name).split("+"):
         settings |= METHODS[part]
     return {x.name: settings[x.name] for x in fields(MDMConfig) if x.name in settings}
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "standard": settings_of("standard"),
-    "paper": settings_of("ppots-loss+mirror"),
-    "clipped": settings_of("clipped"),
-    # The one of the unbiased ones that trained best at equal compute (tools/benchmark.py race).
-    "recommended": settings_of("ppots-gradient+lattice+exact-count"),
-}
+RECIPES = {name: settings_of(name) for name in COMBINATIONS}
 
 
 def set_recipe_defaults(parser: ArgumentParser) -> None:

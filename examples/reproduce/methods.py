@@ -52,12 +52,12 @@ METHODS = {
     "clipped": Method("clipped"),
     "P-POTS": Method("ppots-loss"),
     "MIRROR": Method("mirror"),
-    "P-POTS + MIRROR": Method("ppots-loss+mirror"),
+    "P-POTS + MIRROR": Method("paper"),
     "ISAD": Method("isad", {"isad_token_ids": DELIMITERS}),
     "SyRM": Method("syrm", {"syrm_token_ids": STRUCTURE}),
     "StraTS": Method("strata"),
     "EMA": Method("ema"),
-    "recommended": Method("ppots-gradient+lattice+exact-count"),
+    "recommended": Method("recommended"),
     "autoregressive": Method(causal=True),
 }
 # What the others are measured against: more of `standard`, and less of the autoregressive network.

@@ -31,13 +31,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_mdm import recipes
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
 from megatron_mdm.objective.samplers import Clipped, RateSampler
 from megatron_mdm.objective.views import turned_view
-from megatron_mdm.recipes import settings_of
+from megatron_mdm.recipes import COMBINATIONS, settings_of
 from megatron_mdm.variance.decomposition import Floats, NestedDraws, between_row_variance
 
 QuantileKind = Literal["iid", "strata", "lattice"]
@@ -46,8 +45,9 @@ BINS = 20  # B
 NODES = 100  # of the quadrature, in each bin
 WINDOWS = 1000  # batches that Cov(N) is measured on
 CURVE_DEGREE = 3
-CLIP: tuple[float, float] = tuple(recipes.METHODS["clipped"]["clip"])
-ISAD_DELTA: float = recipes.METHODS["isad"]["isad_delta"]
+_LOW, _HIGH = settings_of("clipped")["clip"]
+CLIP: tuple[float, float] = (_LOW, _HIGH)
+ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Method:
 
     @classmethod
     def of(cls, name: str) -> "Method":
-        """The method of a name that `recipes.settings_of` knows."""
+        """The method of a name; see `recipes.settings_of`."""
         settings = settings_of(name)
         return cls(
             settings["quantiles"],
@@ -131,7 +131,7 @@ IMPORTANT = (
     "exact-count+mirror",
     "exact-count+mirror (texts)",
     "lattice+exact-count",
-    "ppots-gradient+lattice+exact-count",
+    COMBINATIONS["recommended"],
     "ema",
     "isad",
     "clipped",

@@ -13,6 +13,7 @@ from megatron_mdm.evaluation.nelbo import ScoredRow
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.recipes import COMBINATIONS
 from megatron_mdm.variance.methods import METHODS, batches
 from megatron_mdm.variance.report import Settings, densities, measure
 from megatron_mdm.variance.sketch import MOST_WHOLE, Sketch
@@ -189,6 +190,6 @@ def fitted_densities(
     model: Model, texts: torch.Tensor, seed: int
 ) -> dict[tuple[str | None, str], Any]:
     """Densities of t for each target of P-POTS and kind of mask, fitted to the model."""
-    methods = ("ppots-loss", "ppots-gradient+lattice+exact-count")
+    methods = ("ppots-loss", COMBINATIONS["recommended"])
     state, what, _ = measured(model, texts, settings(200, 2, methods, seed))
     return densities(state, what, texts.shape[1])

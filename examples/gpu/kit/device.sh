@@ -165,7 +165,9 @@ use_library() {
         "$WHEELS"/transformer_engine_cu13-*.whl $library "$unzipped" || return 1
     mkdir -p "$SITE/${library%/*}"
     chmod 755 "$unzipped/$library" && mv "$unzipped/$library" "$SITE/$library" || return 1
-    [ "$1" = zeroed ] || "$PYTHON" "$KIT/shrink_te.py" library "$SITE/$library" --compact
+    if [ "$1" = compact ] && [ -e "$KIT/shrink_te.py" ]; then
+        "$PYTHON" "$KIT/shrink_te.py" library "$SITE/$library" --compact
+    fi
 }
 
 # train PORT FLAGS...: the program, 20 iterations and an evaluation. The port is given since

@@ -99,7 +99,7 @@ def main() -> None:
     stage, log, state = sys.argv[1:]
     text = pathlib.Path(log).read_text("utf-8", errors="replace")
     if stage != "tests":
-        text = text[text.rfind(f"===== {stage},") :]
+        text = text[max(0, text.rfind(f"===== {stage},")) :]
     for line in FIGURES.get(stage, of_install)(text, pathlib.Path(state))[:MOST]:
         print(f"    {line[:WIDTH]}")
 

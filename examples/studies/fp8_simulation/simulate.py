@@ -30,7 +30,7 @@ from megatron_mdm.errors import UserError, check_numbers, run_tool
 from megatron_mdm.files import write_json
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import Clipped
-from megatron_mdm.variance.methods import CLIP, METHODS, batches
+from megatron_mdm.variance.methods import CLIP, Method, batches
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "tools"))
 
@@ -71,7 +71,7 @@ class Setting:
     """What draws rates, masks and weights.
 
     Attributes:
-        method: name in `variance.methods.METHODS`.
+        method: name of a method or recipe; see `recipes.settings_of`.
         eps: least masking probability of Bernoulli masks.
         normalization: of rows that differ in eligible tokens; None: all tokens are eligible.
     """
@@ -86,8 +86,8 @@ SETTINGS = {
     "standard, eps 0.01": Setting("standard", eps=1e-2),
     "standard, eps 0.05": Setting("standard", eps=5e-2),
     "standard, exact count": Setting("exact-count"),
-    "paper": Setting("ppots-loss+mirror"),
-    "recommended": Setting("ppots-gradient+lattice+exact-count"),
+    "paper": Setting("paper"),
+    "recommended": Setting("recommended"),
     "recommended, bernoulli": Setting("ppots-gradient+lattice"),
     "clipped": Setting("clipped"),
     "uneven rows, tokens": Setting("standard", normalization="tokens"),
@@ -96,7 +96,7 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options."""
+    """Adds the options of the study."""
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     for name, value, text in (
         ("length", 128, "of a row"),
@@ -280,7 +280,7 @@ def _measure(
     model: Any, texts: Any, samplers: dict, setting: Setting, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row for each way of rounding, on the same micro-batches."""
-    method = METHODS[setting.method]
+    method = Method.of(setting.method)
     sampler = Clipped(*CLIP) if method.clipped else samplers[method.target, method.mask]
     eligible = torch.ones_like(texts, dtype=torch.bool)
     if setting.normalization:
