@@ -285,11 +285,14 @@ measure() {
 minutes() { awk "BEGIN { print ($LIMIT - $1) / 60 }"; } # of the stage, but so many seconds
 
 run_tests() {
-    local workers=${WORKERS:-$(($(nproc) * 5 / 8))} skipped=() files=() name
+    local workers=${WORKERS:-$(($(nproc) * 5 / 8))} parallel=() skipped=() files=() name
     cd "$PROJECT" || return 1
     while read -r name; do files+=("$name"); done < <(
         find tests -name test_transformer_engine.py -o -name test_fp8.py -o -name test_device.py | sort
     )
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+        parallel=(-n $((workers > 1 ? workers : 1)) --dist worksteal)
+    fi
     # What passed in an earlier call.
     while read -r name; do skipped+=(--deselect "$name"); done < <(
         grep -oE ' PASSED tests/[^ ]+::.*' "$LOGS/tests.log" | sed 's/^ PASSED //; s/ *$//' | sort -u
@@ -297,8 +300,8 @@ run_tests() {
     unset TORCH_COMPILE_DISABLE PYTHONWARNINGS
     if [ -n "$DRY" ]; then export MDM_TEST_DEVICE=cpu; fi
     exec timeout -k 10 -s INT $((LIMIT - 16)) "$PYTHON" -m pytest -v -ra -p no:cacheprovider \
-        --durations 12 --basetemp "$STATE/pytest-$(date +%s)" -n $((workers > 1 ? workers : 1)) \
-        --dist worksteal tests/gpu "${files[@]}" "${skipped[@]}"
+        --durations 12 --basetemp "$STATE/pytest-$(date +%s)" "${parallel[@]}" tests/gpu "${files[@]}" \
+        "${skipped[@]}"
 }
 
 throughput() {
