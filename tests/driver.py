@@ -436,8 +436,8 @@ def noise_batches() -> None:
     load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
         loaded.args.seed -= 1
-        methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
-        methods[1]["mdm_ppots_refit_interval"] = 50
+        methods = [json.loads(settings), {"rate_sampler": "ppots", "ppots_bins": 8}]
+        methods[1]["ppots_refit_interval"] = 50
         drawn = [
             [corruption for *_, corruption in training_batches(loaded, method, int(size), 4)]
             for method in methods
@@ -834,11 +834,11 @@ def conversion_memory() -> None:
 
 
 def benchmark_sides() -> None:
-    """Holds the steps that tools/benchmark.py overhead compares against plain torch."""
+    """Holds GPT's steps of tools/benchmark.py throughput against plain torch."""
     from benchmarks.causal import causal_datasets, causal_forward_step
-    from benchmarks.overhead import model_flags
-    from benchmarks.race import write_data
+    from benchmarks.python_text import write_data
     from benchmarks.session import training_session
+    from benchmarks.sides import model_flags
     from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.model.causal import causal_attention
 
@@ -930,18 +930,6 @@ class _Gathered(torch.autograd.Function):
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient, group=group)
         return gradient.chunk(group.size())[group.rank()]
-
-
-def benchmark_costs() -> None:
-    """What tools/benchmark.py costs measures, of a tiny model."""
-    from benchmarks import costs
-    from megatron_mdm.environment import prepare_environment
-
-    directory = Path(os.environ["TRACE_DIR"])
-    prepare_environment("cpu")
-    sizes = {"layers": 2, "hidden": 32, "heads": 2, "rows": 8, "length": 16}
-    results = costs.measure(directory, steps=100, checkpoints=1, sizes=sizes)
-    (directory / "costs.json").write_text(json.dumps(results))
 
 
 def only_these_flags_with_a_hub() -> None:

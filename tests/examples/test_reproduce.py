@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.experiments.runs import as_flags, kept, run_parallel, run_python
+from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
 from tests import ROOT, ranks
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -163,14 +163,14 @@ def test_a_run_is_kept_and_a_failed_one_leaves_nothing(tmp_path):
             raise UserError("failed")
         return {"value": len(calls)}
 
-    flags = as_flags({"mdm_views": 2, "mdm_clip": [0.3, 0.8]})
+    flags = as_flags({"views": 2, "clip": [0.3, 0.8]})
     assert flags == ["--mdm-views", "2", "--mdm-clip", "0.3", "0.8"]
     with pytest.raises(UserError):
-        kept(tmp_path, flags, work)
+        run_cached(tmp_path, flags, work)
     assert not list(tmp_path.iterdir())
-    assert kept(tmp_path, flags, work) == kept(tmp_path, flags, work)
+    assert run_cached(tmp_path, flags, work) == run_cached(tmp_path, flags, work)
     assert len(calls) == 2
-    assert kept(tmp_path, flags[:2], work)["value"] == 3
+    assert run_cached(tmp_path, flags[:2], work)["value"] == 3
 
 
 def test_a_failure_ends_the_others_and_what_waits(tmp_path):
@@ -259,9 +259,9 @@ def test_another_scale_has_other_data_and_so_other_runs(finished):
 def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
     """A run with everything, and what is measured at its checkpoint under the same numbers."""
     ranks.write_pairs(tmp_path / "pairs", ranks.random_pairs(120))
-    settings = {"mdm_quantiles": "strata", "mdm_mask": "bernoulli", "mdm_views": 2}
-    settings |= {"mdm_isad_token_ids": [60, 61, 62], "mdm_isad_delta": 0.4}
-    settings |= {"mdm_syrm_token_ids": [5, 6, 7], "mdm_syrm_fraction": 0.25}
+    settings = {"quantiles": "strata", "mask": "bernoulli", "views": 2}
+    settings |= {"isad_token_ids": [60, 61, 62], "isad_delta": 0.4}
+    settings |= {"syrm_token_ids": [5, 6, 7], "syrm_fraction": 0.25}
     run = ranks.launch(
         tmp_path / "run",
         1,

@@ -40,7 +40,7 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
     runs = {
         "whole": ["--sketch", "1000000"],
         "sketch": [],
-        "group": [*head, "--methods", "mirror", "p-pots gradient"],
+        "group": [*head, "--methods", "mirror", "ppots-gradient"],
         "own weights": [*head, "--autoregressive", own],
     }
     results = {}
@@ -59,7 +59,7 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
     assert sketch["total"][0] == pytest.approx(whole["total"][0], rel=0.05)
     assert sketch["A"] == pytest.approx(whole["A"], rel=0.05)
     assert 0 < group["A"][0] < whole["A"][0]
-    assert [row["method"] for row in results["group"]["methods"]] == ["mirror", "p-pots gradient"]
+    assert [row["method"] for row in results["group"]["methods"]] == ["mirror", "ppots-gradient"]
     others = [dict(results[name]["autoregressive"]) for name in ("group", "own weights")]
     assert [other.pop("checkpoint") for other in others] == [None, own]
     assert others[0] == others[1]

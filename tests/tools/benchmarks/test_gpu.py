@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.overhead import ffn_size
+from benchmarks.sides import ffn_size
 from megatron_mdm.errors import UserError
 from tests import ROOT, ranks
 
@@ -58,7 +58,8 @@ def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path):
 
     def run(*more):
         words = [sys.executable, str(script), "gpu", *flags, *more]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+        environment = {**os.environ, "PYTHONPATH": paths}
         return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     first = run("--profile", "--precisions", "bf16")

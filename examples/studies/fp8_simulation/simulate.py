@@ -16,20 +16,26 @@ kernel of a GPU has run. Rows hold few tokens, so an exact count's largest weigh
 
 import argparse
 import math
+import pathlib
 import statistics
+import sys
 from collections import deque
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from benchmarks import variance
-from megatron_mdm.errors import UserError, check_numbers
+import torch
+
+from megatron_mdm.errors import UserError, check_numbers, run_tool
 from megatron_mdm.files import write_json
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.objective.samplers import Clipped
+from megatron_mdm.variance.methods import CLIP, Method, batches
 
-if TYPE_CHECKING:
-    import torch
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "tools"))
 
-DESCRIPTION = "simulated FP8: how the loss weight's tail affects quantised gradients"
+from benchmarks import python_text, toy_model
+
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 ROWS = 32  # of a batch, in all its micro-batches
 SEED = 1234
@@ -65,37 +71,32 @@ class Setting:
     """What draws rates, masks and weights.
 
     Attributes:
-        method: name in `objective.methods.METHODS`.
-        mask: kind of mask in place of the method's.
+        method: name of a method or recipe; see `recipes.settings_of`.
         eps: least masking probability of Bernoulli masks.
-        clip: ends of rates without a weight, which is another objective.
         normalization: of rows that differ in eligible tokens; None: all tokens are eligible.
     """
 
     method: str
-    mask: Literal["bernoulli", "exact-count"] | None = None
-    eps: float = 1e-3
-    clip: tuple[float, float] | None = None
+    eps: float = toy_model.EPS
     normalization: Literal["tokens", "rows"] | None = None
 
 
-_RECOMMENDED = "p-pots gradient + lattice + exact count"
 SETTINGS = {
     "standard": Setting("standard"),
     "standard, eps 0.01": Setting("standard", eps=1e-2),
     "standard, eps 0.05": Setting("standard", eps=5e-2),
-    "standard, exact count": Setting("exact count"),
-    "paper": Setting("p-pots loss + mirror"),
-    "recommended": Setting(_RECOMMENDED),
-    "recommended, bernoulli": Setting(_RECOMMENDED, mask="bernoulli"),
-    "clipped": Setting("standard", clip=(0.3, 0.8)),
+    "standard, exact count": Setting("exact-count"),
+    "paper": Setting("paper"),
+    "recommended": Setting("recommended"),
+    "recommended, bernoulli": Setting("ppots-gradient+lattice"),
+    "clipped": Setting("clipped"),
     "uneven rows, tokens": Setting("standard", normalization="tokens"),
     "uneven rows, rows": Setting("standard", normalization="rows"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options."""
+    """Adds the options of the study."""
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     for name, value, text in (
         ("length", 128, "of a row"),
@@ -114,18 +115,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings that cannot work.
     """
-    import torch
-
     check_numbers(args, "length", "steps", "batches")
     if args.micro_batch < 2 or args.micro_batch % 2 or ROWS % args.micro_batch:
         raise UserError(
             f"--micro-batch {args.micro_batch}: must be even, for MIRROR, and divide {ROWS}"
         )
     torch.manual_seed(SEED)
-    model, texts = variance._model(None), variance._texts(args.length)
-    draw = partial(variance._batches, texts, ROWS)
-    loss = variance._train(model, draw, args.steps)
-    samplers = variance._densities(model, texts)
+    model, texts = toy_model.Model(None), python_text.rows(args.length, SEED)
+    loss = toy_model.train(model, texts, ROWS, args.steps, SEED)
+    samplers = toy_model.fitted_densities(model, texts, SEED)
     print(f"SIMULATED: length {args.length}, {args.steps} steps to a loss of {loss:.2f}, then")
     print(f"{args.batches} batches of {ROWS} rows a setting, {args.micro_batch} scaled together")
     rows = []
@@ -168,7 +166,7 @@ class Scale:
         return self.value
 
 
-def rounded(values: "torch.Tensor", dtype: str, scale: float) -> "torch.Tensor":
+def rounded(values: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
     """Values as FP8 holds them: scaled, saturated, rounded, and scaled back.
 
     Args:
@@ -176,8 +174,6 @@ def rounded(values: "torch.Tensor", dtype: str, scale: float) -> "torch.Tensor":
         dtype: a key of `LARGEST`.
         scale: of the tensor, see `Scale`.
     """
-    import torch
-
     largest = LARGEST[dtype]
     scaled = (values * scale).clamp(-largest, largest)
     return scaled.to(getattr(torch, dtype)).float() / scale
@@ -208,7 +204,7 @@ class Meter:
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._batch: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def add(self, layer: str, x: "torch.Tensor", w: "torch.Tensor", g: "torch.Tensor") -> None:
+    def add(self, layer: str, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> None:
         """Takes one layer of a micro-batch.
 
         Args:
@@ -240,8 +236,6 @@ class Meter:
 
     def end_micro_batch(self) -> None:
         """All layers were added."""
-        import torch
-
         ours, exact = (torch.cat(parts) for parts in zip(*self._layers, strict=True))
         self._layers = []
         self._batch.append((ours, exact))
@@ -273,12 +267,12 @@ class Meter:
             "zeroed": self._zeroed / self._entries,
         }
 
-    def _scale(self, layer: str, name: str, values: "torch.Tensor", dtype: str) -> float:
+    def _scale(self, layer: str, name: str, values: torch.Tensor, dtype: str) -> float:
         new = Scale(self._scaling, LARGEST[dtype])
         return self._scales.setdefault((layer, name), new)(float(values.abs().max()))
 
 
-def _relative(error: "torch.Tensor", exact: "torch.Tensor") -> float:
+def _relative(error: torch.Tensor, exact: torch.Tensor) -> float:
     return float(error.norm() / exact.norm()) if exact.any() else 0.0
 
 
@@ -286,21 +280,14 @@ def _measure(
     model: Any, texts: Any, samplers: dict, setting: Setting, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """A row for each way of rounding, on the same micro-batches."""
-    import torch
-
-    from megatron_mdm.objective.loss import row_losses
-    from megatron_mdm.objective.samplers import Clipped
-    from megatron_mdm.variance.methods import METHODS, batches
-
-    method = METHODS[setting.method]
-    method = replace(method, mask=setting.mask or method.mask)
-    sampler = Clipped(*setting.clip) if setting.clip else samplers[method.target, method.mask]
+    method = Method.of(setting.method)
+    sampler = Clipped(*CLIP) if method.clipped else samplers[method.target, method.mask]
     eligible = torch.ones_like(texts, dtype=torch.bool)
     if setting.normalization:
         lengths = torch.randint(1, texts.shape[1] + 1, (len(texts), 1))
         eligible = torch.arange(texts.shape[1]) < lengths
     source = batches(
-        texts, eligible, method, sampler, variance.MASK, setting.eps, args.micro_batch, SEED
+        texts, eligible, method, sampler, python_text.MASK, setting.eps, args.micro_batch, SEED
     )
     meters = {name: Meter(scaling) for name, scaling in SCALINGS.items()}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -337,7 +324,7 @@ def _measure(
     ]
 
 
-def _captured(layers: dict[str, Any]) -> Any:
+def _captured(layers: dict[str, Any]) -> Callable[[], dict[str, list[torch.Tensor]]]:
     """Records the next pass; what it returns gives (x [n, i], g [n, o]) of each layer after it."""
     tensors: dict[str, list] = {}
     handles = []
@@ -372,3 +359,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"{row['input_gradient_error']:9.1%}{row['saturated']:11.1e}{row['zeroed']:11.1e}"
         )
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Reads the flags, and measures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,13 +1,20 @@
+"""The study examples/studies/fp8_simulation: rounding, scales, and what every setting loses."""
+
 import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import fp8
-from benchmarks.fp8 import SCALINGS, SETTINGS, Meter, Scale, Scaling, rounded
 from megatron_mdm.errors import UserError
+from tests import ROOT
+
+sys.path.insert(0, str(ROOT / "examples/studies/fp8_simulation"))
+
+import simulate
+from simulate import SCALINGS, SETTINGS, Meter, Scale, Scaling, rounded
 
 
 def numbers(exponent_bits, mantissa_bits, largest):
@@ -22,8 +29,8 @@ def numbers(exponent_bits, mantissa_bits, largest):
 @pytest.mark.parametrize("dtype, bits", [("float8_e4m3fn", (4, 3)), ("float8_e5m2", (5, 2))])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 3.7])
 def test_rounding_goes_to_the_nearest_number_and_saturates(dtype, bits, scale):
-    grid = numbers(*bits, fp8.LARGEST[dtype])
-    assert grid[-1] == fp8.LARGEST[dtype]
+    grid = numbers(*bits, simulate.LARGEST[dtype])
+    assert grid[-1] == simulate.LARGEST[dtype]
     generator = torch.Generator().manual_seed(0)
     magnitude = 2.0 ** (24.0 * torch.rand(2000, generator=generator) - 6.0)
     magnitude[:2] = torch.tensor([0.0, 1e9])
@@ -83,7 +90,7 @@ def test_a_constant_factor_on_the_loss_changes_nothing():
 def test_every_setting_under_every_scaling(tmp_path):
     path = tmp_path / "fp8.json"
     sizes = {"length": 8, "steps": 2, "batches": 1, "micro_batch": 16}
-    fp8.run(argparse.Namespace(json=str(path), **sizes))
+    simulate.run(argparse.Namespace(json=str(path), **sizes))
     results = json.loads(path.read_text())
     assert results["simulated"] is True
     rows = {(row["setting"], row["scaling"]): row for row in results["rows"]}
@@ -93,4 +100,4 @@ def test_every_setting_under_every_scaling(tmp_path):
         assert row["largest_weight"] >= 1
         assert scaling not in ("current", "current, e4m3") or row["saturated"] == 0
     with pytest.raises(UserError, match="--micro-batch 3: must be even, for MIRROR, and divide"):
-        fp8.run(argparse.Namespace(json=None, **{**sizes, "micro_batch": 3}))
+        simulate.run(argparse.Namespace(json=None, **{**sizes, "micro_batch": 3}))

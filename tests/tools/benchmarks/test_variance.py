@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from benchmarks import head, variance
+from benchmarks import variance
 from megatron_mdm.errors import UserError
 from megatron_mdm.variance.methods import IMPORTANT
 
@@ -38,18 +38,3 @@ def test_numbers_that_cannot_work_are_refused(words, message):
     variance.add_arguments(parser)
     with pytest.raises(UserError, match=message):
         variance.run(parser.parse_args(words.split()))
-
-
-def test_the_head_at_masked_positions_takes_less_memory(tmp_path):
-    path = tmp_path / "head.json"
-    sizes = dict(rows=4, length=64, hidden=16, repeats=1, vocabularies=[40_000])
-    head.run(argparse.Namespace(json=str(path), **sizes))
-    (row,) = json.loads(path.read_text())["vocabularies"]
-    assert 0 < row["masked_fraction"] < 0.75
-    assert row["time_ratio"] > 0
-    if row["peak_ratio"] is not None:
-        # Logits of 4 x 64 positions, with their gradient in place.
-        assert row["full"]["peak_bytes"] >= 4 * 64 * 40_000 * 4
-        assert row["peak_ratio"] < 0.9
-    with pytest.raises(UserError, match="--repeats 0: must be at least 1"):
-        head.run(argparse.Namespace(json=None, **{**sizes, "repeats": 0}))
