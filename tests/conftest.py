@@ -4,10 +4,15 @@ import pytest
 
 # The fork server below inherits it: one thread a rank, since the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-from tests import ranks  # noqa: E402
+from tests import ranks, tiers  # noqa: E402
+from tests.tiers import pytest_runtest_protocol  # noqa: E402, F401
 
 # Megatron's models write here how they attend, fixtures' too, and refuse what others wrote.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+def pytest_collection_modifyitems(items):
+    tiers.mark(items)
 
 
 @pytest.fixture(autouse=True)

@@ -938,9 +938,14 @@ def benchmark_costs() -> None:
 
 
 def only_these_flags_with_a_hub() -> None:
-    """`only_these_flags`; the directory below which the logs go holds what the hub has."""
-    directory = Path(os.environ["TRACE_DIR"]).parent
-    os.environ |= {"HF_HUB_CACHE": str(directory / "hub"), "HF_HUB_OFFLINE": "1"}
+    """`only_these_flags`; the directory below which the logs go holds what the hub has.
+
+    The fork server has imported the hub's library, which reads its variables only then.
+    """
+    from huggingface_hub import constants
+
+    constants.HF_HUB_CACHE = str(Path(os.environ["TRACE_DIR"]).parent / "hub")
+    constants.HF_HUB_OFFLINE = True
     only_these_flags()
 
 

@@ -30,7 +30,11 @@ RANK_TAIL, TOOL_TAIL = 8000, 4000
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
 VOCAB, MASK_ID, EOD_ID = 120, 127, 119
 
-multiprocessing.set_forkserver_preload(["tests.driver"])
+# Told to audit hooks, as subprocess.Popen is: see tests/tiers.py.
+LAUNCH = "tests.ranks.launch"
+
+# The tokenizers import transformers, which takes a second.
+multiprocessing.set_forkserver_preload(["tests.driver", "megatron.core.tokenizers.text"])
 
 MODEL = [
     *"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32".split(),
@@ -98,6 +102,7 @@ def launch(
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
+    sys.audit(LAUNCH, str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
     for name in drop:
