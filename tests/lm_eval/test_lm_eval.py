@@ -25,6 +25,7 @@ from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.objective.reference import objective_coefficients, patterns
 from tests import ROOT, ranks
 from tests.conversion import models
+from tests.ranks import entries
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
 
@@ -216,7 +217,7 @@ def test_ranks_that_share_the_model_answer_alike(model, tasks, tmp_path):
     output = tmp_path / "out.jsonl"
     command = ["tools/evaluate.py", *flags(model, tasks), "--log-samples", str(output)]
     command += ["--tasks", "words_choices,words_texts", "--num-fewshot", "1", "--limit", "3"]
-    ranks.launch(tmp_path, 2, "--", *command, entry="tool")
+    ranks.launch(tmp_path, 2, "--", *command, entry=entries.tool)
     assert "|words_texts" in (tmp_path / "stdout0").read_text()
     assert (tmp_path / "stdout1").read_text() == ""
     found = samples(output)

@@ -10,13 +10,12 @@ import sys
 import pytest
 
 from tests import ROOT, ranks
-from tests.ranks import TORCHRUN
 
 COUNTS = ("num_tokens", "num_documents")
 
 
 def evaluate(base, data, *flags, ranks=1):
-    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), "tools/evaluate.py"]
+    command = [sys.executable, *(ranks.TORCHRUN if ranks > 1 else []), "tools/evaluate.py"]
     command += ["--device", "cpu", "--load", base[base.index("--load") + 1], "--data", str(data)]
     return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
 

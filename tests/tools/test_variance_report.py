@@ -11,6 +11,7 @@ from argparse import Namespace
 import pytest
 
 from tests import ROOT, ranks
+from tests.ranks import entries
 
 TOOL = "tools/variance_report.py"
 WITHOUT_MATPLOTLIB = (
@@ -89,7 +90,7 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         output = tmp_path / f"{name}{ranks_}.json"
         tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
         tool += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry="tool")
+        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry=entries.tool)
         reports[name, ranks_] = json.loads(output.read_text())
     for name in groups:
         one, two = reports[name, 1], reports[name, 2]
