@@ -1,7 +1,7 @@
 """Which tests start processes: the mark `ranks`, found before they run and held while they run.
 
 A test has the mark when its code, its fixtures' or that of a helper in tests/ refers to
-`ranks.launch` or to `subprocess`. Code that hides it from this, such as a function in a table, is
+a start of ranks or to `subprocess`. Code that hides it from this, such as a function in a table, is
 found when the test runs: without the mark no test can start ranks, tools or scripts.
 """
 
@@ -15,7 +15,7 @@ from types import CodeType, FunctionType, ModuleType
 
 import pytest
 
-from tests import ranks
+from tests.ranks import server
 
 HINT = "a test that starts ranks, tools or scripts needs the mark `ranks`: add @pytest.mark.ranks"
 # Others, such as git, end within milliseconds.
@@ -38,7 +38,7 @@ def starts_processes(*functions: Callable) -> bool:
     found, seen = list(functions), set()
     while found:
         value = found.pop()
-        if value is subprocess or value is ranks.launch:
+        if value is subprocess or value is server.context:
             return True
         function = inspect.unwrap(value) if callable(value) else value
         function = getattr(function, "__func__", function)
@@ -83,7 +83,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def _refuse(event: str, args: tuple) -> None:
     """Fails a test without the mark that starts ranks, tools or scripts."""
-    if event not in (ranks.LAUNCH, "subprocess.Popen") or not _running:
+    if event not in (server.EVENT, "subprocess.Popen") or not _running:
         return
     if event == "subprocess.Popen" and not Path(os.fsdecode(args[0])).name.startswith(STARTED):
         return

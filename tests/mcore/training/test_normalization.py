@@ -1,9 +1,11 @@
 """Both normalizations are exact when rows differ in eligible tokens, under DP and accumulation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests import ranks
+from tests import oracle, ranks
 
 RATE = 1000.0  # so large a step shows the gradient in the weights, free of their rounding
 ONE_STEP = f"--optimizer sgd --sgd-momentum 0 --weight-decay 0 --clip-grad 0 --lr {RATE}".split()
@@ -52,14 +54,14 @@ OBJECTIVES = {
 def test_the_objective_of_the_whole_batch(name, base, pairs, tmp_path):
     flags = [*base, *OBJECTIVES[name].split(), *ONE_STEP]
     flags += ["--data-path", str(pairs)] if "sft" in name else []
-    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
+    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry=oracle.whole_batch)
     loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
 
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
     run = ranks.launch(tmp_path / "run", 2, *flags, *save)  # DP 2, two micro-batches each
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
 
-    before = ranks.weights(ranks.Path(base[base.index("--load") + 1]))
+    before = ranks.weights(Path(base[base.index("--load") + 1]))
     after = ranks.weights(tmp_path / "checkpoint")
     names = {layer_of(name)[0] for name in gradients}
     assert names == {n for n in after if "_extra_state" not in n}

@@ -6,6 +6,7 @@ import torch
 from benchmarks.baseline import PlainLoop
 from benchmarks.race import MASK
 from tests import ranks
+from tests.ranks import entries
 
 pytest.importorskip("transformers")
 SIZES = {"layers": 2, "hidden": 32, "heads": 2, "rows": 4, "length": 16}
@@ -33,7 +34,7 @@ def test_all_sides_are_measured_on_models_of_one_size(tmp_path):
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     flags = ["--vocabulary", "40000", "--rounds", "3", "--json", str(json_file)]
     tool = ["--", "tools/benchmark.py", "baseline", *sizes, *flags]
-    ranks.launch(tmp_path, 1, *tool, entry="tool")
+    ranks.launch(tmp_path, 1, *tool, entry=entries.tool)
     results = json.loads(json_file.read_text())
     assert set(results["sides"]) == {"hugging_face", "full_head", "masked_head"}
     # Times of three steps of so small a model say nothing: only that there are some.

@@ -1,0 +1,172 @@
+"""Starts ranks of a run in forks of a warm process, and reads what they left behind.
+
+A run's ranks meet at a store that `launch` holds, as they meet at torchrun's own: it listens on a
+port that the system chose, and so no other process can take the port between.
+"""
+
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed import TCPStore
+
+from tests.ranks import server
+from tests.ranks.flags import MODEL, TOKENIZER, TRAINING
+from tests.ranks.recording import train
+from tests.ranks.tools import users_environment
+
+TIMEOUT = 180  # seconds; a run here takes about 5
+TAIL = 8000  # characters that a failure shows: tracebacks of ranks go through Megatron and torchrun
+
+_stores: list[TCPStore] = []  # of `meet_again`: they end with the process
+
+
+@dataclass
+class Run:
+    """What a finished run left behind."""
+
+    status: list[int]
+    output: list[str]
+    scalars: dict[str, list[float]] = field(default_factory=dict)
+    traces: list[dict] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return self.scalars["mdm loss"]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return self.scalars["grad-norm"]
+
+    def masks(self) -> dict:
+        """(split, row) -> (t, masked tokens) over all ranks; the ranks must agree."""
+        merged: dict = {}
+        for trace in self.traces:
+            for key, value in trace.items():
+                assert merged.setdefault(key, value) == value, f"ranks differ in row {key}"
+        return merged
+
+
+def launch(
+    directory: Path,
+    ranks: int,
+    *flags: str,
+    entry: Callable[[], None] = train,
+    check: bool = True,
+    drop: Iterable[str] = (),
+    transformer_engine: bool = False,
+) -> Run:
+    """Calls `entry` on `ranks` processes with these flags after the common ones.
+
+    Args:
+        directory: where its logs and records go.
+        ranks: number of processes.
+        flags: as on the command line.
+        entry: function of a module. A rank finds it by the names of both, as pickle does, and it
+            finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
+        check: fail unless every rank ends with status 0.
+        drop: common flags to leave out, with their value.
+        transformer_engine: let them have it if it is installed, and CUDA, which a process that was
+            forked may not be able to use.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
+    for flag in drop:
+        i = argv.index(flag)
+        del argv[i : i + 2]
+    argv += flags
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    name = f"{entry.__module__}:{entry.__qualname__}"
+    start = server.context(transformer_engine)
+    processes = [
+        start.Process(target=_rank, args=(name, argv, rank, ranks, store.port, str(directory)))
+        for rank in range(ranks)
+    ]
+    environment = users_environment() if transformer_engine else dict(os.environ)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        for process in processes:
+            process.start()
+    # As torchrun does: when one rank fails, the others are stopped.
+    deadline = time.monotonic() + TIMEOUT
+    while any(p.is_alive() for p in processes):
+        failed = any(p.exitcode not in (None, 0) for p in processes)
+        if failed or time.monotonic() > deadline:
+            time.sleep(1.0)
+            for process in processes:
+                process.terminate()
+            end = time.monotonic() + 30.0
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+                process.kill()
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.join()
+    output = [(directory / f"rank{rank}.log").read_text() for rank in range(ranks)]
+    run = Run([p.exitcode for p in processes], output)
+    if check:
+        assert run.status == [0] * ranks, "\n".join(text[-TAIL:] for text in output)
+        run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
+        run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
+    return run
+
+
+def _rank(name: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:
+    log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TRACE_DIR": directory,
+    }
+    sys.argv = ["pretrain", *argv]
+    pkgutil.resolve_name(name)()
+    sys.stdout.flush()
+
+
+def meet_again() -> None:
+    """Lets the ranks of a run form a process group after they destroyed their first one.
+
+    Every rank calls it. They meet at a new store, which the first rank holds, since the old one
+    keeps the addresses of the old group.
+    """
+    host = os.environ["MASTER_ADDR"]
+    old = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if os.environ["RANK"] == "0":
+        _stores.append(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        old.set("next store", str(_stores[-1].port))
+    os.environ["MASTER_PORT"] = old.get("next store").decode()
+
+
+def read_scalars(directory: Path) -> dict[str, list[float]]:
+    """TensorBoard's scalars, float32, in the order of iterations."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's whole tensors of a checkpoint, whatever layout wrote it."""
+    iteration = (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
+    reader = dcp.FileSystemReader(checkpoint / f"iter_{int(iteration):07d}")
+    state = {
+        key: torch.empty(item.size, dtype=item.properties.dtype)
+        for key, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size") and not key.startswith(("optimizer", "rng", "mdm_log_state"))
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state

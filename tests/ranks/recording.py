@@ -1,0 +1,36 @@
+"""The program with a record of the rows that each rank saw, which `launch` runs by default."""
+
+import os
+
+import torch
+
+from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.pretrain import main
+
+
+def train() -> None:
+    """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
+    trace: dict = {}
+    load_rows, corrupter = step.load_rows, step.corrupter
+    seen: dict = {}
+
+    def recording_load_rows(*args):
+        seen["rows"] = load_rows(*args)
+        return seen["rows"]
+
+    def recording_corrupter(training):
+        def corrupt(*args):
+            corruption = corrupter(training)(*args)
+            keys = zip(seen["rows"].split.tolist(), seen["rows"].row.tolist(), strict=True)
+            values = zip(corruption.t.tolist(), corruption.tokens.tolist(), strict=True)
+            for key, value in zip(keys, values, strict=True):
+                assert trace.setdefault(key, value) == value
+            return corruption
+
+        return corrupt
+
+    step.load_rows, step.corrupter = recording_load_rows, recording_corrupter
+    try:
+        main()
+    finally:
+        torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")
