@@ -355,7 +355,7 @@ def test_bad_input_is_one_line(tmp_path, flags, message):
     damaged = [{k: v for k, v in r.items() if k != "answers"} for r in RESULTS["runs"]]
     (tmp_path / "RUN").write_text(json.dumps(RESULTS | {"runs": damaged}))
     flags = [str(tmp_path / word) if word[:4].isupper() else word for word in flags]
-    ended = study(*flags)
+    ended = ranks.run_forked("examples/reproduce/reproduce.py", *flags)
     assert ended.returncode == 2
     assert message in ended.stderr and len(ended.stderr.splitlines()) == 1
 
@@ -368,11 +368,7 @@ def test_problems_that_cannot_be_read_are_one_line(tmp_path, content, message):
     path = tmp_path / "problems.jsonl"
     if content:
         path.write_text(content)
-    command = [sys.executable, "examples/reproduce/score.py", "--load", "x", "--json", "y"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [*command, "--problems", str(path)],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "env": environment},
-    )
+    words = ["--load", "x", "--json", "y", "--problems", str(path)]
+    ended = ranks.run_forked("examples/reproduce/score.py", *words)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert f"--problems {path}: {message}" in ended.stderr
