@@ -72,7 +72,7 @@ def launch(
         entry: function of a module. A rank finds it by the names of both, as pickle does, and it
             finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
         check: fail unless every rank ends with status 0.
-        drop: common flags to leave out, with their value.
+        drop: common flags to leave out, with their value if they have one.
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
@@ -80,7 +80,8 @@ def launch(
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
     for flag in drop:
         i = argv.index(flag)
-        del argv[i : i + 2]
+        has_value = not argv[i + 1].startswith("--")
+        del argv[i : i + 1 + has_value]
     argv += flags
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     name = f"{entry.__module__}:{entry.__qualname__}"
