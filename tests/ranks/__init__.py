@@ -10,7 +10,7 @@ that stands beside the test that launches it. Entries that several files use are
 
 from tests.ranks.datasets import random_documents, random_pairs, write_documents, write_pairs
 from tests.ranks.flags import EOD_ID, MASK_ID, MODEL, TOKENIZER, TRAINING, VOCAB
-from tests.ranks.launch import Run, launch, meet_again, read_scalars, weights
+from tests.ranks.launcher import Run, launch, meet_again, read_scalars, the_error_line, weights
 from tests.ranks.recording import train
 from tests.ranks.tools import TORCHRUN, fit_ppots, run_forked, run_tool, users_environment
 
@@ -31,6 +31,7 @@ __all__ = [
     "read_scalars",
     "run_forked",
     "run_tool",
+    "the_error_line",
     "train",
     "users_environment",
     "weights",

@@ -9,7 +9,6 @@ from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.training import forward_step as step
 from megatron_mdm.pretrain import main
 from tests import ranks
-from tests.mcore.flags.test_bad_input import the_error_line
 from tests.mcore.training.nan_rows import nan_row
 
 STEPS = "--train-iters 6 --save-interval 1".split()
@@ -58,7 +57,7 @@ def test_the_last_good_checkpoint_stays_the_latest(base, tmp_path):
     run = ranks.launch(tmp_path / "run", 2, *flags, entry=nan_from_third_iteration, check=False)
     assert 2 in run.status
     # Rows 16 and 17 are of rank 0 in the third iteration.
-    assert the_error_line(run.output).startswith(
+    assert ranks.the_error_line(run.output).startswith(
         "error: iteration 3, rank 1: the loss of row 19 is nan, and again when it was computed a "
         "second time. Nothing of this iteration is saved: the same command goes on from"
     )
@@ -74,7 +73,7 @@ def test_the_first_iteration_after_a_start(base, tmp_path, rerun):
     flags = [*base, *STEPS, "--save", str(save), *([] if rerun else ["--rerun-mode", "disabled"])]
     run = ranks.launch(tmp_path / "run", 1, *flags, entry=nan_row, check=False)
     assert run.status == [2]
-    line = the_error_line(run.output)
+    line = ranks.the_error_line(run.output)
     assert line.startswith(
         "error: iteration 1, rank 0: the loss of row 0 is nan, and another value when it was "
         "computed a second time, as where a GPU is faulty. "
@@ -88,7 +87,7 @@ def test_a_gradient_of_an_early_stage_in_the_first_iteration(base, tmp_path):
     save = tmp_path / "checkpoint"
     flags = [*base, *STEPS, "--save", str(save), "--pipeline-model-parallel-size", "2"]
     run = ranks.launch(tmp_path, 2, *flags, entry=nan_gradient_of_first_stage, check=False)
-    assert the_error_line(run.output).startswith(
+    assert ranks.the_error_line(run.output).startswith(
         "error: iteration 1, rank 0: found NaN in local grad norm for bucket #0"
     )
     assert not list(save.glob("iter_*"))

@@ -72,16 +72,17 @@ def launch(
         entry: function of a module. A rank finds it by the names of both, as pickle does, and it
             finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
         check: fail unless every rank ends with status 0.
-        drop: common flags to leave out, with their value if they have one.
+        drop: common flags to leave out, with their values if they have any.
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
     for flag in drop:
-        i = argv.index(flag)
-        has_value = not argv[i + 1].startswith("--")
-        del argv[i : i + 1 + has_value]
+        first = last = argv.index(flag)
+        while last + 1 < len(argv) and not argv[last + 1].startswith("--"):
+            last += 1
+        del argv[first : last + 1]
     argv += flags
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     name = f"{entry.__module__}:{entry.__qualname__}"
@@ -171,3 +172,12 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
+
+
+def the_error_line(output: Iterable[str]) -> str:
+    """The only line of these logs that says what is wrong; nothing else looks like a failure."""
+    text = "".join(output)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text[-3000:]
+    assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
+    return lines[0]
