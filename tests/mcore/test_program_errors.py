@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from megatron.training.training import destroy_global_state
 
 from megatron_mdm import pretrain
 from tests import ranks
@@ -26,17 +27,61 @@ def test_no_gpu_names_the_flag(monkeypatch, capfd):
     assert "add --mdm-device cpu" in ranks.the_error_line(capfd.readouterr())
 
 
+@pytest.fixture
+def words(tmp_path):
+    """Flags of a run that saves, with the names of data files in them."""
+    names = {name: str(tmp_path / name) for name in ("files", "short", "none")}
+    ranks.write_documents(tmp_path / "files", [[5] * 30, [6] * 4, [7] * 40])
+    os.truncate(tmp_path / "files.bin", 148)
+    ranks.write_documents(tmp_path / "short", [[5] * 30, [6], [7] * 40])
+    ranks.write_documents(tmp_path / "none", [[5] * 30, [6] * 4, [7] * 40])
+
+    def complete(flags, message):
+        found = flags.format(**names).split()
+        if "--data-path" not in found:
+            found.append("--mock-data")
+        if "--split" not in found:
+            found += ["--split", "67,33,0" if "{none}" not in flags else "67,32,1"]
+        found += ["--eval-iters", "1", "--save", str(tmp_path / "checkpoint")]
+        return [*found, "--save-interval", "1"], message.format(**names)
+
+    return complete
+
+
 @pytest.mark.parametrize(
-    "flags, drop, message",
+    ("flags", "message"),
     [
-        ("--mdm-quantiles sobol", [], "argument --mdm-quantiles: invalid choice: 'sobol'"),
-        ("--mdm-mask-token-id 128", [], "--mdm-mask-token-id 128 lies outside the vocabulary"),
-        ("", ["--mdm-mask-token-id"], "the tokenizer NullTokenizer has no mask piece"),
+        ("--mdm-quantiles sobol", "argument --mdm-quantiles: invalid choice: 'sobol'"),
         (
             "--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model",
-            [],
             "--tokenizer-model missing.model does not exist: give the path of its file",
         ),
+        # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
+        ("--data-path {short}", "the train split of {short} has 31 tokens, fewer than one row"),
+        ("--data-path {none}", "the test split of {none} has 0 tokens, fewer than one row"),
+    ],
+)
+def test_mistakes_end_the_program(flags, message, words, tmp_path):
+    flags, message = words(flags, message)
+    run = ranks.launch(tmp_path / "run", 1, *flags, check=False)
+    assert run.status == [2]
+    assert message in ranks.the_error_line(run.output)
+    assert not list(tmp_path.rglob("checkpoint/*"))
+
+
+@pytest.fixture
+def forgets_megatron():
+    """A later test finds Megatron's globals as this one did."""
+    yield
+    destroy_global_state()
+
+
+@pytest.mark.usefixtures("forgets_megatron")
+@pytest.mark.parametrize(
+    ("flags", "drop", "message"),
+    [
+        ("--mdm-mask-token-id 128", [], "--mdm-mask-token-id 128 lies outside the vocabulary"),
+        ("", ["--mdm-mask-token-id"], "the tokenizer NullTokenizer has no mask piece"),
         (
             "--step-batch-size-schedule abc --eval-global-batch-size 8",
             ["--global-batch-size"],
@@ -72,38 +117,19 @@ def test_no_gpu_names_the_flag(monkeypatch, capfd):
             [],
             "--tensorboard-dir /proc/nowhere/logs cannot be written: No such file or directory",
         ),
-        # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
-        ("--data-path {short}", [], "the train split of {short} has 31 tokens, fewer than one row"),
         ("--data-path {short} --split 1,0,0", [], "--eval-iters 1 needs validation rows, and --sp"),
-        ("--data-path {none}", [], "the test split of {none} has 0 tokens, fewer than one row"),
     ],
 )
-def test_mistakes_end_the_program(flags, drop, message, tmp_path):
-    names = {name: str(tmp_path / name) for name in ("files", "short", "none")}
-    ranks.write_documents(tmp_path / "files", [[5] * 30, [6] * 4, [7] * 40])
-    os.truncate(tmp_path / "files.bin", 148)
-    ranks.write_documents(tmp_path / "short", [[5] * 30, [6], [7] * 40])
-    ranks.write_documents(tmp_path / "none", [[5] * 30, [6] * 4, [7] * 40])
-    words = flags.format(**names).split()
-    if "--data-path" not in words:
-        words.append("--mock-data")
-    if "--split" not in words:
-        words += ["--split", "67,33,0" if "{none}" not in flags else "67,32,1"]
-    words += ["--eval-iters", "1"]
-    save = tmp_path / "checkpoint"
-    run = ranks.launch(
-        tmp_path / "run",
-        1,
-        *words,
-        "--save",
-        str(save),
-        "--save-interval",
-        "1",
-        check=False,
-        drop=drop,
-    )
-    assert run.status == [2]
-    assert message.format(**names) in ranks.the_error_line(run.output)
+def test_mistakes_are_seen_before_the_training(
+    flags, drop, message, words, tmp_path, monkeypatch, capfd
+):
+    """In this process, since no process group has been made by then."""
+    flags, message = words(flags, message)
+    common = list(COMMON)
+    for flag in drop:
+        del common[common.index(flag) : common.index(flag) + 2]
+    assert run_main(monkeypatch, *common, *flags) == 2
+    assert message in ranks.the_error_line(capfd.readouterr())
     assert not list(tmp_path.rglob("checkpoint/*"))
 
 
