@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all checks: ruff, mypy and every test. With --fast, the tests that start no
-# processes and take no seconds each. Further arguments go to pytest.
+# Sets up .venv and runs all checks: ruff, mypy and every test, or with --fast those tests that start
+# no processes and take no seconds each. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=()
@@ -12,10 +12,15 @@ source tools/setup.sh test
 
 ruff check .
 ruff format --check .
-mypy & # beside the tests: it reads torch's types anew where it has no cache
+mypy & # beside the tests: without a cache it reads torch's types anew
 types=$!
 trap 'kill $types 2>/dev/null || true' EXIT
-python -m pytest "${tests[@]}" "$@" || failed=$?
+# Two workers, each with files of its own, where pytest-xdist is; -n after these replaces the number.
+if python -c 'import xdist' 2>/dev/null; then
+    tests+=(-n 2 --dist loadfile)
+fi
+status=0
+python -m pytest "${tests[@]}" "$@" || status=$?
 trap - EXIT
 wait $types
-exit "${failed:-0}"
+exit $status

@@ -15,8 +15,11 @@ from types import CodeType, FunctionType, ModuleType
 
 import pytest
 
+from megatron_mdm.experiments.runs import run_python
 from tests.ranks import server
 
+# What starts processes; workers of the data tools, which take a fraction of a second, are none.
+STARTS = (subprocess, server.context, run_python)
 HINT = "a test that starts ranks, tools or scripts needs the mark `ranks`: add @pytest.mark.ranks"
 # Others, such as git, end within milliseconds.
 STARTED = ("python", "bash", "sh", "torchrun")
@@ -38,7 +41,7 @@ def starts_processes(*functions: Callable) -> bool:
     found, seen = list(functions), set()
     while found:
         value = found.pop()
-        if value is subprocess or value is server.context:
+        if any(value is start for start in STARTS):
             return True
         function = inspect.unwrap(value) if callable(value) else value
         function = getattr(function, "__func__", function)

@@ -138,6 +138,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
     }
 
 
+@pytest.mark.ranks
 def test_a_process_that_fails_says_why(tmp_path):
     machine = {"device": "a processor", "torch": "2"}
     about = {**gpu.header(machine, parsed("--tiny", "--json", "x")), "flags": "--no-such-flag"}
