@@ -4,6 +4,8 @@ import pytest
 
 # The fork server below inherits it: one thread a rank, since the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
+
 from tests import ranks, tiers  # noqa: E402
 from tests.tiers import pytest_runtest_protocol  # noqa: E402, F401
 
@@ -22,6 +24,21 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docstrings_read_once():
+    """Megatron parses its own files for the help of its flags, each time that flags are parsed."""
+    read, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def read_once(factory, config):
+        if config not in known:
+            known[config] = read(factory, config)
+        return known[config]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArgumentGroupFactory, "_get_field_docstrings", read_once)
+        yield
 
 
 @pytest.fixture(scope="session")
