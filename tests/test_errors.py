@@ -1,4 +1,4 @@
-"""An error and names from elsewhere in it: one line, printed by one rank, without terminal codes."""
+"""Errors, and names from elsewhere in them: one line, by one rank, without terminal codes."""
 
 import os
 import pickle

@@ -16,8 +16,7 @@ from megatron_mdm.objective.ppots.fit import FitError, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.ppots.state import TABLE_SIZE
 from megatron_mdm.objective.samplers import Uniform
-from tests.objective.ppots.measurements import measured
-from tests.objective.test_samplers import epr_moment, moments_of, power_moment
+from tests.objective.ppots.measurements import epr_moment, measured, moments_of, power_moment
 
 EPS = 1e-3
 T = torch.linspace(0.0, 1.0, 20_001, dtype=torch.float64)

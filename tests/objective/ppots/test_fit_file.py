@@ -11,7 +11,7 @@ from megatron_mdm.files import write_text
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.fit_file import load_sampler, sampler_text
 from megatron_mdm.objective.ppots.state import TABLE_SIZE
-from tests.objective.test_samplers import epr_moment, moments_of, power_moment
+from tests.objective.ppots.measurements import epr_moment, moments_of, power_moment
 
 
 def save_sampler(path, result):

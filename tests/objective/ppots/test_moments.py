@@ -9,8 +9,7 @@ from megatron_mdm.objective.ppots.exact_sums import LIMBS, from_limbs
 from megatron_mdm.objective.ppots.moments import RateMoments, accumulate
 from megatron_mdm.objective.ppots.state import TABLE_SIZE
 from megatron_mdm.objective.samplers import Uniform, mixture
-from tests.objective.ppots.measurements import measured
-from tests.objective.test_samplers import quadrature
+from tests.objective.ppots.measurements import measured, quadrature
 
 
 def skewed(num_bins=10):

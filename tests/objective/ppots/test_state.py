@@ -11,7 +11,7 @@ from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments, accumulate
 from megatron_mdm.objective.ppots.state import TABLE_SIZE, PpotsState
 from megatron_mdm.objective.samplers import PiecewiseSampler
-from tests.objective.test_samplers import moments_of, power_moment
+from tests.objective.ppots.measurements import moments_of, power_moment
 
 
 @pytest.mark.parametrize("family", ["epr", "power", "piecewise", None])
