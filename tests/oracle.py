@@ -61,7 +61,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.training import objective as program
 from megatron_mdm.pretrain import main
 
 
@@ -72,7 +73,7 @@ def whole_batch() -> None:
     micro-batch.
     """
 
-    def forward_step(iterator, model):
+    def forward_step(state, iterator, model):
         args = get_args()
         routers = _router_inputs(model)
         batch = next(iterator)
@@ -101,8 +102,8 @@ def whole_batch() -> None:
         )
         raise SystemExit(0)
 
-    program.forward_step = forward_step
-    main()
+    with replaced(program, "forward_step", forward_step):
+        main()
 
 
 def _router_inputs(model):

@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
-from megatron_mdm.config import MDMConfig, requested_device
+from megatron_mdm.config import requested_device
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, exit_rank_with
 
@@ -34,33 +34,26 @@ def main() -> None:
             raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
         if args.mdm_isolate_documents:
             raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
+        objective = mdm.build_objective(args)
         pretrain(
-            pretrain_cfg_container_from_args(args, mdm.model_config(args)),
-            mdm.train_valid_test_datasets_provider,
+            pretrain_cfg_container_from_args(args, objective.model_config),
+            objective.datasets_provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            partial(forward_step, objective.state),
         )
 
 
-def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
+def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
-    from megatron.training import get_args
-    from megatron.training.global_vars import get_tokenizer
+    from megatron_mdm.mcore.data.batch import load_batch
+    from megatron_mdm.mcore.model.inputs import ModelInputs
 
-    from megatron_mdm.mcore.data.documents import position_ids
-    from megatron_mdm.mcore.model.causal import causal_attention
-    from megatron_mdm.mcore.training.forward_step import at_logits, load_rows
-
-    mdm, eod_id = MDMConfig.from_args(get_args()), get_tokenizer().eod
-    rows = load_rows(data_iterator, model.training)
-    with causal_attention(model):
-        cross_entropy = model(
-            rows.tokens,
-            position_ids(rows.tokens, documents=None),
-            None,
-            labels=at_logits(rows.tokens, shift=True),
-        )
-    return cross_entropy, partial(loss_func, rows.eligible(eod_id, mdm), mdm.normalization)
+    mdm, training = state.mdm, model.training
+    b = state.micro_batch_size(training)
+    batch = load_batch(data_iterator, mdm, state.eod_id, training, b, state.seq_length)
+    inputs = ModelInputs.of_batch(batch, model, causal=True)
+    cross_entropy = inputs.cross_entropy(model, batch.tokens)
+    return cross_entropy, partial(loss_func, batch.eligible, mdm.normalization)
 
 
 def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:
@@ -73,10 +66,10 @@ def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[An
     """
     import torch
 
-    from megatron_mdm.mcore.training.forward_step import at_tokens
+    from megatron_mdm.mcore.model.inputs import logits_to_tokens
     from megatron_mdm.objective.loss import row_losses
 
-    values = at_tokens(cross_entropy, shift=True)
+    values = logits_to_tokens(cross_entropy, shift=True)
     losses = row_losses(
         values, eligible, torch.ones_like(values), eligible.sum(dim=1), normalization
     )

@@ -5,7 +5,7 @@
 draws batches as training does, from the checkpoint's own data with other random numbers, and takes
 the trace of the covariance of their gradients, in the units of each method's own loss. JSON is an
 object of objects: by name, the settings of a method's objective and the rows of its batch.
-P-POTS has the density that suits this checkpoint. Attention must reach everywhere.
+P-POTS has the density that suits this checkpoint.
 """
 
 import argparse
@@ -15,11 +15,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.errors import UserError, run_tool
 from megatron_mdm.files import write_json
+
+if TYPE_CHECKING:
+    from megatron_mdm.mcore.training.micro_batch import MicroBatch
 
 SKETCH = 65_536  # numbers that gradients are projected on: traces within half a percent
 RATE_ROWS = 100  # on which the density of P-POTS is measured, once in each bin of t
@@ -56,7 +59,7 @@ def main() -> None:
         print(f"{name:32s} {value:6.3f}")
 
 
-def variance(loaded: Any, batches: Iterator[tuple[Any, Any, Any]]) -> float:
+def variance(loaded: Any, batches: Iterator["MicroBatch"]) -> float:
     """The trace of the covariance of the gradients of batches, unbiased.
 
     Args:
@@ -65,33 +68,24 @@ def variance(loaded: Any, batches: Iterator[tuple[Any, Any, Any]]) -> float:
     """
     import torch
 
-    from megatron_mdm.mcore.data.documents import position_ids
     from megatron_mdm.mcore.inference.measure import ParallelSketch
-    from megatron_mdm.objective.loss import row_losses
+    from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_tokens
 
     sketch = ParallelSketch(list(loaded.model.parameters()), SKETCH)
-    device = torch.cuda.current_device()
     gradients = []
-    for tokens, eligible, corruption in batches:
-        tokens = tokens.to(device)
-        cross_entropy = loaded.model(
-            corruption.tokens.to(device), position_ids(tokens, documents=None), None, labels=tokens
-        )
-        losses = row_losses(
-            cross_entropy,
-            corruption.mask.to(device),
-            corruption.weight.to(device),
-            eligible.sum(dim=1).to(device),
-            "rows",
-        )
+    for micro_batch in batches:
+        batch = micro_batch.batch
+        inputs = ModelInputs.of_batch(batch, loaded.model)
+        cross_entropy = inputs.cross_entropy(loaded.model, micro_batch.corruption.tokens)
+        losses = micro_batch.losses(logits_to_tokens(cross_entropy, batch.config.shift), "rows")
         gradients.append(sketch.gradient(losses.numerator / losses.denominator))
     return float(torch.stack(gradients).double().var(dim=0).sum())
 
 
 def training_batches(
     loaded: Any, settings: dict[str, Any], size: int, count: int
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Batches as training with these settings would draw them.
+) -> Iterator["MicroBatch"]:
+    """Batches, on the device, as training with these settings would draw them.
 
     Args:
         loaded: the checkpoint's model.
@@ -100,14 +94,16 @@ def training_batches(
         count: batches.
 
     Yields:
-        (tokens [B, L], eligible [B, L], their corruption).
+        The rows of a batch and their masks.
     """
     import torch
 
     from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.data.batch import Batch
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args
-    from megatron_mdm.mcore.training.forward_step import Rows, fixed_sampler, training_corrupter
+    from megatron_mdm.mcore.training.micro_batch import MicroBatch
+    from megatron_mdm.mcore.training.state import fixed_sampler, training_corrupter
 
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
@@ -119,13 +115,12 @@ def training_batches(
     mdm = MDMConfig.from_args(args)
     online = mdm.rate_sampler == "ppots"
     sampler = fitted(dataclasses.replace(loaded, args=args)) if online else fixed_sampler(mdm)
-    corrupter = training_corrupter(args, sampler)
-    dataset = build_datasets(args, [size * count, 0, 0])[0]
+    corrupter = training_corrupter(mdm, sampler)
+    dataset = build_datasets(args, mdm, [size * count, 0, 0])[0]
     for first in range(0, size * count, size):
-        items = [dataset[number] for number in range(first, first + size)]
-        rows = Rows(**{name: torch.stack([item[name] for item in items]) for name in items[0]})
-        eligible = rows.eligible(loaded.tokenizer.eod, mdm)
-        yield rows.tokens, eligible, corrupter(rows.tokens, eligible, rows.uniforms, rows.quantile)
+        rows = [dataset[number] for number in range(first, first + size)]
+        batch = Batch.of_rows(rows, mdm, loaded.tokenizer.eod).to(torch.cuda.current_device())
+        yield MicroBatch.of(batch, corrupter)
 
 
 def fitted(loaded: Any) -> Any:

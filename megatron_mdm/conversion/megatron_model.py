@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM
 from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
 from megatron_mdm.errors import UserError
@@ -119,7 +120,8 @@ def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
         args.perform_initialization = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
         with torch.device(device):
-            model = GPTModelBuilder(model_config(args)).build_model(groups)
+            config = model_config(args, MDMConfig.from_args(args))
+            model = GPTModelBuilder(config).build_model(groups)
         yield model
 
 

@@ -16,12 +16,9 @@ from megatron_mdm.mcore.checkpoint.run_lock import only_writer
 from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
 from megatron_mdm.mcore.checkpoint.workers import checkpoint_workers
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
-from megatron_mdm.mcore.data.row_dataset import train_valid_test_datasets_provider
 from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
-from megatron_mdm.mcore.model.builder import model_config
-from megatron_mdm.mcore.training.forward_step import forward_step
-from megatron_mdm.mcore.training.metrics import evaluation_hook
 from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
+from megatron_mdm.mcore.training.objective import build_objective
 from megatron_mdm.mcore.training.stopping import no_workers_left, stops_together
 
 
@@ -41,8 +38,8 @@ def run(program_start: float, interruption: Interruption) -> None:
     with only_writer(requested_save()), no_workers_left():
         args = parse()
         with megatron_errors_as_user_errors():
-            config = model_config(args)
-        container = pretrain_cfg_container_from_args(args, config)
+            objective = build_objective(args)
+        container = pretrain_cfg_container_from_args(args, objective.model_config)
         with (
             safe_checkpoints(args.mdm_checkpoint_hashes, tokenizer_files(args)),
             checkpoint_workers(args.async_save),
@@ -54,10 +51,10 @@ def run(program_start: float, interruption: Interruption) -> None:
             try:
                 pretrain(
                     container,
-                    train_valid_test_datasets_provider,
+                    objective.datasets_provider,
                     ModelType.encoder_or_decoder,
-                    stop.begun_by(forward_step),
-                    non_loss_data_func=evaluation_hook,
+                    stop.begun_by(objective.forward_step),
+                    non_loss_data_func=objective.after_evaluation,
                 )
             except SystemExit as end:  # how Megatron ends at --exit-interval and the like
                 if end.code:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from megatron_mdm.objective.segments import spread, totals
+from megatron_mdm.objective.segments import to_positions, totals
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def row_losses(
         return RowLosses(per_row, per_token.sum(), num_eligible.sum())
     if segments is not None:
         return RowLosses(
-            per_row, (per_token / spread(size, segments)).sum(), (num_eligible > 0).sum()
+            per_row, (per_token / to_positions(size, segments)).sum(), (num_eligible > 0).sum()
         )
     # Filled on the device: the host would wait for the copy of a number of its own.
     count = torch.full((), mask.shape[0], dtype=torch.int64, device=mask.device)

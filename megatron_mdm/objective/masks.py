@@ -12,7 +12,7 @@ import torch
 
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.rates import masked_count, masking_probability
-from megatron_mdm.objective.segments import counts, products, ranks, spread
+from megatron_mdm.objective.segments import counts, products, rank_within_segment, to_positions
 
 
 def bernoulli_mask(
@@ -35,7 +35,7 @@ def bernoulli_mask(
         mask, bool [B, L], and the weight 1/p(t) of its tokens, float64 [B, L], or [B, 1] for whole
         rows.
     """
-    p = spread(masking_probability(t, eps), segments)
+    p = to_positions(masking_probability(t, eps), segments)
     return (u < p) & eligible, 1.0 / p
 
 
@@ -59,9 +59,9 @@ def exact_count_mask(
     """
     num_eligible = counts(eligible, segments)
     k = masked_count(t, num_eligible)
-    mask = ranks(torch.where(eligible, u, 2.0), segments) < spread(k, segments)
+    mask = rank_within_segment(torch.where(eligible, u, 2.0), segments) < to_positions(k, segments)
     weight = num_eligible.clamp(min=1).to(torch.float64) / k.clamp(min=1)
-    return mask, spread(weight, segments)
+    return mask, to_positions(weight, segments)
 
 
 def isad_mask(
@@ -98,7 +98,7 @@ def isad_mask(
     Returns:
         mask, bool [B, L], and the weight of the cross entropy at each position, float64 [B, L].
     """
-    p = spread(masking_probability(t, eps), segments)
+    p = to_positions(masking_probability(t, eps), segments)
     raised = (p + delta).clamp(max=1.0)
     if weight == "exact":
         raised = torch.minimum(raised, (1.0 + p) / 2.0)
@@ -110,7 +110,7 @@ def isad_mask(
     kept = torch.where(mask, 1.0, (1.0 - p) / (1.0 - probability).clamp(min=1e-300))
     ratio = torch.where(mask, p / probability, kept)
     whole = products(torch.where(eligible, ratio, 1.0), segments)
-    return mask, (spread(whole, segments) / p).expand_as(probability)
+    return mask, (to_positions(whole, segments) / p).expand_as(probability)
 
 
 def syrm(

@@ -27,7 +27,7 @@ from scipy.special import betainc
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.masks import exact_count_mask
 from megatron_mdm.objective.randomness import to_unit
-from megatron_mdm.objective.segments import counts, spread
+from megatron_mdm.objective.segments import counts, to_positions
 from megatron_mdm.objective.types import Floats
 
 
@@ -80,7 +80,7 @@ def mask_for_bins(
     return Corruption(
         tokens=torch.where(mask, mask_token_id, tokens),
         mask=mask,
-        weight=spread(factor, segments) * weight,
+        weight=to_positions(factor, segments) * weight,
         t=(bins.to(torch.float64) + 0.5) / num_bins,
         rate_weight=torch.ones_like(rate),
     )

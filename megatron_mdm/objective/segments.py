@@ -43,12 +43,12 @@ def _reduce(values: torch.Tensor, segments: torch.Tensor, kind: str) -> torch.Te
     return flat.view(segments.shape)
 
 
-def spread(of_segments: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+def to_positions(of_segments: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """What belongs to segments, at their positions: [B, L], or [B, 1] for whole rows."""
     return of_segments[:, None] if segments is None else of_segments.gather(1, segments)
 
 
-def ranks(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+def rank_within_segment(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """Place of each position in its segment in ascending order of values, from 0, int64 [B, L].
 
     Args:
@@ -62,5 +62,5 @@ def ranks(values: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     # Sorted by segment again, every segment lies where it lay before.
     order = order.gather(1, segments.gather(1, order).argsort(dim=1, stable=True))
     lengths = counts(torch.ones_like(segments, dtype=torch.bool), segments)
-    starts = spread(lengths.cumsum(dim=1) - lengths, segments)
+    starts = to_positions(lengths.cumsum(dim=1) - lengths, segments)
     return torch.empty_like(order).scatter_(1, order, places) - starts

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.device import training_device
 
 
@@ -21,7 +22,7 @@ def recipe() -> None:
     prepare_environment("cpu")
     with training_device("cpu"):
         args = parse()
-        model_config(args)  # checks the layers against the layout
+        model_config(args, MDMConfig.from_args(args))  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     found["rotary_base"] = args.rotary_base
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))

@@ -39,7 +39,7 @@ def traffic() -> None:
     """
     from torch import distributed
 
-    from megatron_mdm.mcore.training.online_sampler import OnlineSampler
+    from megatron_mdm.mcore.training.ppots import OnlineSampler
 
     calls = []
     reduce = OnlineSampler.reduce
@@ -137,9 +137,10 @@ def test_bytes_of_rows_follow_from_their_columns():
     for settings, numbers in (
         ({}, 2 * ROW_LENGTH + 5),
         ({"rate_per": "document"}, 3 * ROW_LENGTH + 4),
+        ({"sft": True}, 3 * ROW_LENGTH + 5),
         (
             {"rate_per": "document", "isolate_documents": True, "sft": True},
-            4 * ROW_LENGTH + 4,
+            5 * ROW_LENGTH + 4,
         ),
     ):
         columns = dataset.row_columns(MDMConfig(**settings), training=True)
@@ -158,7 +159,7 @@ def test_the_page_has_these_numbers():
     page = (ROOT / "examples/scale/README.md").read_text()
     for number in (REFIT[0][1], REFIT[1][1], LOG[0][1], LOG[1][1]):
         assert f" {number} " in page
-    for formula in ("8 b (2s + 5)", "8 b (3s + 4)", "another 8 b s", "4 b s each"):
+    for formula in ("8 b (2s + 5)", "8 b (3s + 4)", "another 8 b s", "8 b s more", "4 b s each"):
         assert formula in page
 
 

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from megatron_mdm.mcore.training.forward_step import side_by_side
+from megatron_mdm.mcore.data.batch import side_by_side
 from tests.gpu.conftest import DEVICE, LENGTH, PRECISIONS
 
 FP8 = [name for name in PRECISIONS if name != "bf16"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.data.batch import side_by_side
 from megatron_mdm.mcore.device import CPU, cpu_mode, training_device
-from megatron_mdm.mcore.training.forward_step import side_by_side
 
 
 def snapshot():

@@ -15,7 +15,7 @@ from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms, to_unit
 from megatron_mdm.objective.reference import expected_coefficients, objective_coefficients
 from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
-from megatron_mdm.objective.segments import counts, products, ranks, totals
+from megatron_mdm.objective.segments import counts, products, rank_within_segment, totals
 from megatron_mdm.objective.views import turned_view
 
 MASK_ID = 99
@@ -211,7 +211,7 @@ def test_sums_products_and_ranks_of_segments():
     values = torch.rand(3, 12, generator=generator, dtype=torch.float64)
     values[2, 3:6] = 0.5  # equal values keep their order
     sums, powers = totals(values, SEGMENTS), products(values, SEGMENTS)
-    places = ranks(values, SEGMENTS)
+    places = rank_within_segment(values, SEGMENTS)
     for row, part, d in documents():
         assert float(sums[row, d]) == pytest.approx(float(values[row, part].sum()), rel=1e-14)
         assert float(powers[row, d]) == pytest.approx(float(values[row, part].prod()), rel=1e-14)

@@ -43,7 +43,7 @@ def gather_for_attention() -> None:
 
         return make
 
-    arguments._check_context_parallel = lambda args: None
+    arguments._check_context_parallel = lambda *_: None
     model.bidirectional_spec = gathering(model.bidirectional_spec)
 
 

@@ -4,17 +4,26 @@ A run's ranks meet at a store that `launch` holds, as they meet at torchrun's ow
 port that the system chose, and so no other process can take the port between.
 """
 
+import gc
 import os
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.training import checkpointing, global_vars
+from megatron.training.training import destroy_global_state
 from torch.distributed import TCPStore
 
 from tests.ranks import server
@@ -76,6 +85,77 @@ def launch(
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
+    argv, store = _argv(directory, flags, drop), _store()
+    start = server.context(transformer_engine)
+    processes = [
+        start.Process(
+            target=_rank, args=(_name(entry), argv, rank, ranks, store.port, str(directory))
+        )
+        for rank in range(ranks)
+    ]
+    environment = users_environment() if transformer_engine else dict(os.environ)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        for process in processes:
+            process.start()
+    _wait(processes, TIMEOUT)
+    return _left_by(processes, directory, check)
+
+
+def launch_all(
+    directory: Path,
+    ranks: int,
+    runs: Mapping[str, Sequence[str]],
+    *,
+    entry: Callable[[], None] = train,
+    drop: Iterable[str] = (),
+) -> dict[str, Run]:
+    """Runs several configurations one after the other in one group of ranks, and checks them.
+
+    Each is a run as `launch` makes it, in processes that have forgotten the one before. A failure
+    ends all that would follow.
+
+    Args:
+        directory: where the runs' own directories go.
+        ranks: number of processes.
+        runs: the flags of each, by a name that is a file's.
+        entry: function of a module, which leaves no function replaced behind.
+        drop: common flags to leave out of all, with their values if they have any.
+
+    Returns:
+        What each left behind, by its name.
+    """
+    stores = [_store() for _ in runs]
+    jobs = [
+        (_name(entry), _argv(directory / name, flags, drop), store.port, str(directory / name))
+        for (name, flags), store in zip(runs.items(), stores, strict=True)
+    ]
+    start = server.context()
+    processes = [
+        start.Process(target=_rank_of_all, args=(jobs, rank, ranks)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    _wait(processes, TIMEOUT * len(runs))
+    begun = [name for name in runs if (directory / name / "rank0.log").exists()]
+    _left_by(processes, directory / begun[-1], check=True)  # where a failure was
+    return {name: _left_by(processes, directory / name, check=True) for name in runs}
+
+
+def forget_megatron() -> None:
+    """Makes this process one that has not run Megatron yet: the run is over, another may begin."""
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
+    destroy_global_state()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    set_moe_metrics_tracker(None)
+    checkpointing._CHECKPOINT_VERSION = None
+    checkpointing.set_loaded_iteration(None)
+    CachedMetadataFileSystemReader.clear_metadata_cache()
+    gc.collect()
+
+
+def _argv(directory: Path, flags: Sequence[str], drop: Iterable[str]) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
     for flag in drop:
@@ -83,20 +163,20 @@ def launch(
         while last + 1 < len(argv) and not argv[last + 1].startswith("--"):
             last += 1
         del argv[first : last + 1]
-    argv += flags
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    name = f"{entry.__module__}:{entry.__qualname__}"
-    start = server.context(transformer_engine)
-    processes = [
-        start.Process(target=_rank, args=(name, argv, rank, ranks, store.port, str(directory)))
-        for rank in range(ranks)
-    ]
-    environment = users_environment() if transformer_engine else dict(os.environ)
-    with mock.patch.dict(os.environ, environment, clear=True):
-        for process in processes:
-            process.start()
-    # As torchrun does: when one rank fails, the others are stopped.
-    deadline = time.monotonic() + TIMEOUT
+    return [*argv, *flags]
+
+
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _name(entry: Callable[[], None]) -> str:
+    return f"{entry.__module__}:{entry.__qualname__}"
+
+
+def _wait(processes: Sequence[BaseProcess], seconds: float) -> None:
+    """Until all have ended. As torchrun does: when one rank fails, the others are stopped."""
+    deadline = time.monotonic() + seconds
     while any(p.is_alive() for p in processes):
         failed = any(p.exitcode not in (None, 0) for p in processes)
         if failed or time.monotonic() > deadline:
@@ -111,13 +191,26 @@ def launch(
         time.sleep(0.02)
     for process in processes:
         process.join()
-    output = [(directory / f"rank{rank}.log").read_text() for rank in range(ranks)]
+
+
+def _left_by(processes: Sequence[BaseProcess], directory: Path, check: bool) -> Run:
+    """What a run of processes that have ended left in its directory."""
+    output = [(directory / f"rank{rank}.log").read_text() for rank in range(len(processes))]
     run = Run([p.exitcode for p in processes], output)
     if check:
-        assert run.status == [0] * ranks, "\n".join(text[-TAIL:] for text in output)
+        assert run.status == [0] * len(processes), "\n".join(text[-TAIL:] for text in output)
         run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
         run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
     return run
+
+
+def _rank_of_all(jobs: list[tuple[str, list[str], int, str]], rank: int, ranks: int) -> None:
+    environment = dict(os.environ)
+    for entry, argv, port, directory in jobs:
+        _rank(entry, argv, rank, ranks, port, directory)
+        forget_megatron()
+        os.environ.clear()  # of what Megatron chose for a model
+        os.environ.update(environment)
 
 
 def _rank(name: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:

@@ -4,23 +4,25 @@ import os
 
 import torch
 
+from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.pretrain import main
 
 
 def train() -> None:
     """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
     trace: dict = {}
-    load_rows, corrupter = step.load_rows, step.corrupter
+    load_batch, corrupter = step.load_batch, TrainingState.corrupter
     seen: dict = {}
 
-    def recording_load_rows(*args):
-        seen["rows"] = load_rows(*args)
+    def recording_load_batch(*args):
+        seen["rows"] = load_batch(*args)
         return seen["rows"]
 
-    def recording_corrupter(training):
+    def recording_corrupter(state, training):
         def corrupt(*args):
-            corruption = corrupter(training)(*args)
+            corruption = corrupter(state, training)(*args)
             keys = zip(seen["rows"].split.tolist(), seen["rows"].row.tolist(), strict=True)
             values = zip(corruption.t.tolist(), corruption.tokens.tolist(), strict=True)
             for key, value in zip(keys, values, strict=True):
@@ -29,8 +31,11 @@ def train() -> None:
 
         return corrupt
 
-    step.load_rows, step.corrupter = recording_load_rows, recording_corrupter
     try:
-        main()
+        with (
+            replaced(step, "load_batch", recording_load_batch),
+            replaced(TrainingState, "corrupter", recording_corrupter),
+        ):
+            main()
     finally:
         torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")

@@ -188,17 +188,13 @@ def measure(
 
 
 def _our_steps(session: Any) -> dict[str, Callable[[], None]]:
-    from megatron_mdm.mcore.data.row_dataset import train_valid_test_datasets_provider
-    from megatron_mdm.mcore.training.forward_step import forward_step
-    from megatron_mdm.mcore.training.metrics import finalize_and_log
+    rows = session.rows(session.objective.datasets_provider)
 
-    rows = session.rows(train_valid_test_datasets_provider)
+    def ours(head: str) -> Callable[[], None]:
+        objective = session.with_head(head)
+        return lambda: session.step(objective.forward_step, rows, objective.after_gradients)
 
-    def ours(head: str) -> None:
-        session.args.mdm_head = head
-        session.step(forward_step, rows, finalize_and_log)
-
-    return {"full_head": lambda: ours("full"), "masked_head": lambda: ours("masked")}
+    return {"full_head": ours("full"), "masked_head": ours("masked")}
 
 
 def _count(model: Any) -> int:

@@ -130,20 +130,18 @@ def measure(
     flags.remove("--untie-embeddings-and-output-weights")
     with training_device("cpu"):
         from benchmarks.session import training_session
-        from megatron_mdm.mcore.data.row_dataset import train_valid_test_datasets_provider
-        from megatron_mdm.mcore.training.forward_step import forward_step
-        from megatron_mdm.mcore.training.metrics import finalize_and_log
 
         with training_session(flags) as session:
             watch = Stopwatch()
-            rows = session.rows(train_valid_test_datasets_provider)
-            session.step(forward_step, rows, finalize_and_log)
+            ours = session.objective
+            rows = session.rows(ours.datasets_provider)
+            session.step(ours.forward_step, rows, ours.after_gradients)
             session.iteration = 0  # whole intervals, without what only a first step does
             with wrapped(_places(watch)):
-                finalize = watch.timed("metrics", finalize_and_log)
+                finalize = watch.timed("metrics", ours.after_gradients)
                 step = watch.timed("rest of the step", session.step)
                 for _ in range(steps):
-                    step(forward_step, rows, finalize)
+                    step(ours.forward_step, rows, finalize)
             state = _checkpoints(session, directory / "checkpoint", checkpoints)
     stepping = sum(watch.seconds.values())
     shares = {part: watch.seconds[part] / stepping for part in PARTS}
@@ -166,11 +164,11 @@ def measure(
 
 def _places(watch: Stopwatch) -> list[tuple[Any, str, Callable[[Callable], Callable]]]:
     """Where the parts are called."""
+    from megatron_mdm.mcore.data import batch
     from megatron_mdm.mcore.data import row_dataset as dataset
     from megatron_mdm.mcore.model import masked_head as head
-    from megatron_mdm.mcore.training import metrics
-    from megatron_mdm.mcore.training.forward_step import Rows
-    from megatron_mdm.mcore.training.online_sampler import OnlineSampler
+    from megatron_mdm.mcore.training import hooks, metrics
+    from megatron_mdm.mcore.training.ppots import OnlineSampler
     from megatron_mdm.objective.corruption import Corrupter
     from megatron_mdm.objective.quantiles import Quantiles
 
@@ -192,13 +190,13 @@ def _places(watch: Stopwatch) -> list[tuple[Any, str, Callable[[Callable], Calla
         (dataset, "row_uniforms", "row uniforms"),
         (Quantiles, "__call__", "row uniforms"),
         (dataset.RowDataset, "_check_ids", "check of rows"),
-        (Rows, "eligible", "masks"),
+        (batch, "eligible_positions", "masks"),
         (Corrupter, "__call__", "masks"),
         (OnlineSampler, "__call__", "sampler"),
         (metrics.Recorder, "add", "statistics"),
         (OnlineSampler, "record", "statistics"),
-        (OnlineSampler, "step", "refit"),
-        (metrics, "finalize_model_grads", MEGATRON),
+        (OnlineSampler, "end_iteration", "refit"),
+        (hooks, "finalize_model_grads", MEGATRON),
     ]
     labelled = [(owner, name, partial(watch.timed, label)) for owner, name, label in places]
     return [*labelled, (head, "_register_grad_norm_hook", in_backward)]

@@ -227,13 +227,10 @@ def _steps(session: Any) -> dict[str, Callable[[], None]]:
     from megatron.core.distributed import finalize_model_grads
 
     from benchmarks.causal import causal_datasets, causal_forward_step
-    from megatron_mdm.mcore.data.row_dataset import train_valid_test_datasets_provider
     from megatron_mdm.mcore.model.causal import causal_attention
-    from megatron_mdm.mcore.training.forward_step import forward_step
-    from megatron_mdm.mcore.training.metrics import finalize_and_log
 
     causal_rows = session.rows(causal_datasets)
-    rows = session.rows(train_valid_test_datasets_provider)
+    rows = session.rows(session.objective.datasets_provider)
 
     def gpt() -> None:
         session.step(causal_forward_step, causal_rows, finalize_model_grads)
@@ -242,14 +239,14 @@ def _steps(session: Any) -> dict[str, Callable[[], None]]:
         with causal_attention(session.model[0]):
             gpt()
 
-    def ours(head: str) -> None:
-        session.args.mdm_head = head
-        session.step(forward_step, rows, finalize_and_log)
+    def ours(head: str) -> Callable[[], None]:
+        objective = session.with_head(head)
+        return lambda: session.step(objective.forward_step, rows, objective.after_gradients)
 
     return {
         "gpt": gpt,
-        "full_head": lambda: ours("full"),
-        "masked_head": lambda: ours("masked"),
+        "full_head": ours("full"),
+        "masked_head": ours("masked"),
         "causal": causal,
     }
 

@@ -14,7 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_timers
+from megatron.training import get_timers
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import (
@@ -26,7 +26,7 @@ from megatron.training.training import (
 
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.flags.arguments import parse
-from megatron_mdm.mcore.model.builder import model_config
+from megatron_mdm.mcore.training.objective import Objective, build_objective
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Session:
 
     Attributes:
         args: Megatron's arguments.
+        objective: what `megatron_mdm.pretrain` passes to Megatron.
         model: its model chunks.
         optimizer, scheduler: its own.
         config: the model's transformer configuration.
@@ -42,6 +43,7 @@ class Session:
     """
 
     args: Namespace
+    objective: Objective
     model: list[Any]
     optimizer: Any
     scheduler: Any
@@ -52,6 +54,11 @@ class Session:
     def rows(self, provider: Callable) -> Iterator:
         """Megatron's loader over the training rows of a `dataset_provider`."""
         return build_train_valid_test_data_iterators(provider)[0]
+
+    def with_head(self, head: str) -> Objective:
+        """The objective with the head at `masked` positions or `full`, for the same model."""
+        self.args.mdm_head = head
+        return build_objective(self.args)
 
     def step(self, forward_step: Callable, rows: Iterator, finalize: Callable) -> None:
         """One step of Megatron's, optimizer included.
@@ -92,7 +99,8 @@ def training_session(flags: list[str]) -> Iterator[Session]:
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     use_shipped_dataset_helpers()
     args = parse()
-    container = pretrain_cfg_container_from_args(args, model_config(args))
+    objective = build_objective(args)
+    container = pretrain_cfg_container_from_args(args, objective.model_config)
     initialize_megatron()
     model, optimizer, scheduler = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -106,6 +114,6 @@ def training_session(flags: list[str]) -> Iterator[Session]:
     for chunk in model:
         chunk.train()
     try:
-        yield Session(get_args(), model, optimizer, scheduler, config)
+        yield Session(args, objective, model, optimizer, scheduler, config)
     finally:
         torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """Numbers that checkpoints carry beside the weights, in any layout."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +9,17 @@ import torch
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.module import MegatronModule
-from megatron.training import get_args
 
 Integers = npt.NDArray[np.int64]
+
+
+class Run(Protocol):
+    """What a carried state asks its run."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first iteration has begun: checkpoints are loaded before, saved after."""
+        ...
 
 
 class CarriedState(MegatronModule):
@@ -20,6 +28,7 @@ class CarriedState(MegatronModule):
     int64, which mixed precision does not round.
 
     Args:
+        run: whose state it is.
         config: Megatron's transformer configuration.
         vp_stage: virtual pipeline stage.
         in_checkpoint: whether the checkpoint that is about to be loaded has such a vector.
@@ -30,8 +39,9 @@ class CarriedState(MegatronModule):
 
     KEY: str
 
-    def __init__(self, config: Any, vp_stage: int | None, in_checkpoint: bool) -> None:
+    def __init__(self, run: Run, config: Any, vp_stage: int | None, in_checkpoint: bool) -> None:
         super().__init__(config)
+        self.run = run
         self.stage = mpu.get_pipeline_model_parallel_rank() * 64 + (vp_stage or 0)
         self.in_checkpoint = in_checkpoint
         self.register_buffer("bits", torch.from_numpy(self.vector()), persistent=False)
@@ -52,8 +62,7 @@ class CarriedState(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """The state as one replicated tensor; a collective call."""
-        trains = hasattr(get_args(), "curr_iteration")
-        if not trains and not self.in_checkpoint:
+        if not self.run.has_begun and not self.in_checkpoint:
             return {}  # this is a load, of a checkpoint without it
         self.gather()
         self.bits.copy_(torch.from_numpy(self.vector()))

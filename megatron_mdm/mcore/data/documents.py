@@ -1,4 +1,4 @@
-"""Documents of packed rows: their numbers, and the positions in them."""
+"""Documents of packed rows: their numbers, the positions in them, and what may be masked."""
 
 import torch
 
@@ -6,7 +6,10 @@ from megatron_mdm.config import MDMConfig
 
 
 def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
-    """`documents` of `attention_mask` for rows of text, without padding."""
+    """The documents that attention does not leave, int64 [b, s], in rows of text without padding.
+
+    None: attention reaches over whole rows.
+    """
     return document_numbers(tokens, eod_id) if mdm.isolate_documents else None
 
 
@@ -24,3 +27,29 @@ def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.
     begins = torch.ones_like(tokens, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return positions - (positions * begins).cummax(dim=1).values
+
+
+def eligible_positions(
+    tokens: torch.Tensor,
+    padding: torch.Tensor,
+    eod_id: int,
+    mdm: MDMConfig,
+    documents: torch.Tensor | None,
+) -> torch.Tensor:
+    """Positions of text without a prompt that may be masked, bool [b, s].
+
+    Args:
+        tokens: clean tokens, int64 [b, s].
+        padding: bool [b, s].
+        eod_id: end-of-document token.
+        mdm: settings of the objective.
+        documents: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+    """
+    eligible = ~padding
+    if not mdm.eod_eligible:
+        eligible &= tokens != eod_id
+    if mdm.pad_eligible:
+        eligible |= padding
+    if mdm.shift:  # nothing predicts the first token of what attention sees
+        eligible &= position_ids(tokens, documents) > 0
+    return eligible

@@ -6,13 +6,13 @@ move while a prefetched row waits in a loader.
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.utils import Split as MegatronSplit
-from megatron.training import get_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
@@ -40,7 +40,6 @@ from megatron_mdm.objective.randomness import (
 from megatron_mdm.objective.views import turned_view
 
 TEXT_BITS = 40  # of the number of a text within its file
-FIXED = -1  # the uniform of a token that is never masked
 
 
 def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
@@ -50,8 +49,10 @@ def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
     columns["quantile"] = training and config.rate_per == "document"
     if not training:
         columns["text"] = False
-    if config.sft and config.isolate_documents:
-        columns["document"] = True
+    if config.sft:
+        columns["maskable"] = True
+        if config.isolate_documents:
+            columns["document"] = True
     return columns
 
 
@@ -64,10 +65,11 @@ class RowDataset(torch.utils.data.Dataset):
         length []: positions from here on are not of the row, which ends early
             (--mdm-random-length-fraction); at least num_tokens.
         split [], row []: part of the data (objective's Split), and position in the run.
-        uniforms [L], quantile []: grid integers (objective/randomness.py); the uniform is FIXED at
-            the tokens of a prompt, which are never masked. With --mdm-rate-per document quantile
-            [L], number d for document d of the row; evaluations have one rate a row.
+        uniforms [L], quantile []: grid integers (objective/randomness.py). With --mdm-rate-per
+            document quantile [L], number d for document d of the row; evaluations have one rate a
+            row.
         text []: in evaluations, which of their texts it is, since a few may be taken many times.
+        maskable [L]: in fine-tuning, 0 at the tokens of a prompt, which are never masked, else 1.
         document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
             documents end with their end-of-document token.
 
@@ -139,8 +141,6 @@ class RowDataset(torch.utils.data.Dataset):
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         if self.views > 1:
             uniforms = turned_view(uniforms, view, self.views)
-        if "prompt" in item:
-            uniforms[item["prompt"] & ~self._syrm(draw, item["tokens"])] = FIXED
         columns = {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
@@ -156,6 +156,9 @@ class RowDataset(torch.utils.data.Dataset):
             columns["text"] = torch.tensor((int(number[0]) << TEXT_BITS) + int(number[1]))
         if is_vector["quantile"]:
             columns["quantile"] = torch.from_numpy(self.quantiles.of_documents(draw, len(tokens)))
+        if "maskable" in is_vector:
+            maskable = ~item["prompt"] | self._syrm(draw, item["tokens"])
+            columns["maskable"] = torch.from_numpy(maskable.astype(np.int64))
         if "document" in is_vector:
             columns["document"] = torch.from_numpy(item["document"])
         return columns
@@ -204,25 +207,31 @@ class RowDataset(torch.utils.data.Dataset):
         return str(dataset.dataset_path)
 
 
-def train_valid_test_datasets_provider(
-    num_samples: list[int], vp_stage: int | None = None
-) -> list[RowDataset | None]:
-    """Builds the three datasets from Megatron's arguments; its `dataset_provider`.
+def datasets_provider(
+    args: Namespace, mdm: MDMConfig
+) -> Callable[[list[int], int | None], list[RowDataset | None]]:
+    """Megatron's `train_valid_test_dataset_provider`, which builds the three datasets.
+
+    It takes the numbers of rows of training, all evaluations and the test, and the virtual pipeline
+    stage.
 
     Args:
-        num_samples: rows that training, all evaluations and the test will take.
-        vp_stage: virtual pipeline stage.
-
-    Raises:
-        UserError: a split shorter than one row.
+        args: of the run, as they stand when the function is called.
+        mdm: settings of the objective.
     """
-    args = get_args()
-    eval_rows = args.eval_iters * args.eval_global_batch_size
-    return build_datasets(args, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+    def provide(num_samples: list[int], vp_stage: int | None = None) -> list[RowDataset | None]:
+        eval_rows = args.eval_iters * args.eval_global_batch_size
+        return build_datasets(args, mdm, [num_samples[0], eval_rows, eval_rows], vp_stage)
+
+    # Megatron then calls it on every rank, and `loads_rows` decides where rows are needed.
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide
 
 
 def build_datasets(
     args: Namespace,
+    config: MDMConfig,
     num_rows: list[int],
     vp_stage: int | None = None,
     on_all_ranks: bool = False,
@@ -231,6 +240,7 @@ def build_datasets(
 
     Args:
         args: of the run.
+        config: settings of the objective.
         num_rows: of the three.
         vp_stage: virtual pipeline stage.
         on_all_ranks: build them on every rank, and not only where training loads rows.
@@ -239,7 +249,6 @@ def build_datasets(
         UserError: a split shorter than one row, or data that do not last.
     """
     share_identities(args)
-    config = MDMConfig.from_args(args)
     dataset_config = _dataset_config(args)
     train, valid, test = num_rows
     offset = getattr(args, "mdm_text_offset", 0)
@@ -269,14 +278,14 @@ def build_datasets(
         # each text once, which may be fewer than an evaluation takes.
         None
         if dataset is None or period == 0
-        else _rows(args, dataset, pad, period and min(period, len(dataset)), first)
+        else _rows(args, config, dataset, pad, period and min(period, len(dataset)), first)
         for dataset, period, first in zip(
             datasets, [None, valid, test], [offset, 0, 0], strict=True
         )
     ]
 
 
-def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
+def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:
     """All pairs of one file as a training dataset, on every rank and unsplit; --mdm-sft only.
 
     Raises:
@@ -287,13 +296,17 @@ def rows_of_file(args: Namespace, prefix: str) -> RowDataset:
     indexed = kind.build_low_level_dataset(prefix, config)
     pairs = np.arange(kind.numel_low_level_dataset(indexed))
     dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
-    return _rows(args, dataset, config.tokenizer.eod)
+    return _rows(args, mdm, dataset, config.tokenizer.eod)
 
 
 def _rows(
-    args: Namespace, dataset: Any, pad: int, period: int | None = None, text_offset: int = 0
+    args: Namespace,
+    mdm: MDMConfig,
+    dataset: Any,
+    pad: int,
+    period: int | None = None,
+    text_offset: int = 0,
 ) -> RowDataset:
-    mdm = MDMConfig.from_args(args)
     mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
     return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
 
@@ -317,10 +330,6 @@ def _dataset_class(args: Namespace) -> type:
     if args.mdm_sft:
         return PackedPairDataset if args.mdm_isolate_documents else PairDataset
     return CleanTokensDataset if args.mdm_row_order == "run" else EpochDataset
-
-
-# Megatron then calls the provider on every rank, and `loads_rows` decides where rows are needed.
-train_valid_test_datasets_provider.is_distributed = True
 
 
 def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:

@@ -35,13 +35,18 @@ from megatron_mdm.mcore.flags.data_files import (
 )
 from megatron_mdm.mcore.flags.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.flags.hybrid_pattern import check_pattern
-from megatron_mdm.mcore.flags.identities import check_same_data, check_tokenizer, record_identities
+from megatron_mdm.mcore.flags.identities import (
+    Identities,
+    check_same_data,
+    check_tokenizer,
+    identities,
+)
 from megatron_mdm.mcore.flags.layout_checks import check_experts, check_sizes
 from megatron_mdm.mcore.flags.old_checkpoints import complete
-from megatron_mdm.mcore.flags.resume import check_resume
+from megatron_mdm.mcore.flags.resume import plan_resume
 from megatron_mdm.mcore.flags.schedule import check_schedule
 from megatron_mdm.mcore.flags.start import check_checkpoints, choose_start
-from megatron_mdm.mcore.flags.vocabulary import resolve_vocab_size
+from megatron_mdm.mcore.flags.vocabulary import vocabulary_size
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
@@ -220,14 +225,16 @@ def finalize_args(args: Namespace) -> Namespace:
     validate_flags(args)
     if args.mdm_recipe:
         notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
-    source, saved = choose_start(args)
+    start = choose_start(args)
+    vars(args).update(start.arguments)
+    source, saved = start.source, start.saved
     if saved:
         saved, line = complete(saved)
         if line:
             notice(line)
     check_model(args, saved, source)
     args.mdm_mask_token_id = _mask_token_id(args)
-    resolve_vocab_size(args, get_tokenizer(), saved, source)
+    args.mdm_vocab_size = vocabulary_size(args, get_tokenizer(), saved, source)
     if args.mdm_quantiles == "strata":
         args.mdm_strata_window = args.mdm_strata_window or args.global_batch_size
         draws = max(1, args.mdm_strata_window // args.mdm_views)
@@ -254,17 +261,20 @@ def finalize_args(args: Namespace) -> Namespace:
     check_scales(args, saved, source)
     if source is not None:
         check_tokenizer(args, saved, source, get_tokenizer())
-    check_resume(args, saved)
+    vars(args).update(plan_resume(args, saved).arguments())
     check_optimizer_state(args, saved)
-    check_data(args)
+    args.mdm_data, args.mdm_tokenizer = check_data(args)
     if args.eval_iters and not args.mock_data:
         check_validation(args.eval_iters, args.split, get_blend_and_blend_per_split(args)[1])
     check_same_data(args, saved)
     return args
 
 
-def check_data(args: Namespace) -> None:
+def check_data(args: Namespace) -> Identities:
     """Checks the files that --data-path and its like name.
+
+    Returns:
+        What they and the tokenizer hold, which checkpoints record.
 
     Raises:
         UserError: one is missing or damaged, was made with another tokenizer, holds pairs without
@@ -274,8 +284,7 @@ def check_data(args: Namespace) -> None:
     if args.mock_data:
         if args.mdm_sft:
             raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
-        record_identities(args, None, None, get_tokenizer())
-        return
+        return identities(args, None, None, get_tokenizer())
     check_split(args.split)
     try:
         blends = get_blend_and_blend_per_split(args)
@@ -284,10 +293,11 @@ def check_data(args: Namespace) -> None:
     check_data_files(*blends)
     if not args.mdm_sft:
         check_single_texts(*blends)
-    record_identities(args, *blends, get_tokenizer())
+    found = identities(args, *blends, get_tokenizer())
     divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
     if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
         check_ends_of_documents(*blends, get_tokenizer().eod)
+    return found
 
 
 def _check_end_of_document(args: Namespace) -> None:
@@ -326,7 +336,7 @@ def validate_flags(args: Namespace) -> None:
 
 
 def _validate_flags(args: Namespace) -> None:
-    MDMConfig.from_args(args)
+    mdm = MDMConfig.from_args(args)
     _check_log_directory(args.tensorboard_dir)
     for name in REFUSED:
         if getattr(args, name):
@@ -337,7 +347,7 @@ def _validate_flags(args: Namespace) -> None:
             "depend on: use --dataloader-type single"
         )
     if args.context_parallel_size > 1:
-        _check_context_parallel(args)
+        _check_context_parallel(args, mdm)
     if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
         if args.mdm_strata_window is None:
             raise UserError(
@@ -386,7 +396,7 @@ def _validate_flags(args: Namespace) -> None:
             f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
             "measured: use torch_dist"
         )
-    _check_transformer_engine(args)
+    _check_transformer_engine(args, mdm)
     check_schedule(args)
     check_sizes(args)
 
@@ -407,20 +417,20 @@ def _refused_flag_error(name: str) -> UserError:
     return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
 
 
-def _check_context_parallel(args: Namespace) -> None:
+def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
     if args.transformer_impl == "local":
         raise UserError(
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
             "Megatron's local attention a position would see its own rank's part of the row only"
         )
-    if not MDMConfig.from_args(args).attends_everywhere:
+    if not mdm.attends_everywhere:
         raise UserError(
             "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
             "leave out --mdm-isolate-documents and every other flag that limits attention"
         )
 
 
-def _check_transformer_engine(args: Namespace) -> None:
+def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         for name in ("fp8", "fp4"):
             if getattr(args, name):
@@ -440,7 +450,7 @@ def _check_transformer_engine(args: Namespace) -> None:
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
                 "local only: Transformer Engine takes a padding mask for a length"
             )
-        if MDMConfig.from_args(args).divides_rows and args.cuda_graph_impl not in (None, "none"):
+        if mdm.divides_rows and args.cuda_graph_impl not in (None, "none"):
             raise UserError(
                 f"--cuda-graph-impl {args.cuda_graph_impl} needs shapes that stay, and the number "
                 "of documents changes: leave it out, or --mdm-isolate-documents and "

@@ -22,13 +22,17 @@ from megatron_mdm.mcore.ranks import is_first_rank, notice
 from megatron_mdm.mcore.tokenizer import tokenizer_data
 
 PARTS = ("train", "valid", "test")
+# The values of `mdm_data` and `mdm_tokenizer`; None: not known on this rank.
+Identities = tuple[list[dict[str, Any]] | None, dict[str, Any] | None]
 
 
-def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any):
-    """Sets `args.mdm_data` and `args.mdm_tokenizer`, on the first rank; on others None.
+def identities(
+    args: Namespace, blend: Blend | None, parts: list[Blend] | None, tokenizer: Any
+) -> Identities:
+    """What the data and the tokenizer are, on the first rank; on others None.
 
     Args:
-        args: of the run.
+        args: of the run, which stay as they are.
         blend: the files of all parts of the data, and their weights, or
         parts: those of each part (Megatron's get_blend_and_blend_per_split).
         tokenizer: Megatron's.
@@ -36,22 +40,21 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
     Raises:
         UserError: a file was made with another tokenizer, unless --mdm-allow-flag-change.
     """
-    args.mdm_data = args.mdm_tokenizer = None
     if not is_first_rank():
-        return
+        return None, None
     known = tokenizer_data(tokenizer)
-    if known is not None:
-        own = known if isinstance(known, Fingerprint) else fingerprint(known)
-        args.mdm_tokenizer = asdict(own)
+    own = known
+    if known is not None and not isinstance(known, Fingerprint):
+        own = fingerprint(known)
     named = [("all", blend)] if parts is None else list(zip(PARTS, parts, strict=True))
-    args.mdm_data = [
+    data = [
         {"part": part, "prefix": prefix, "weight": weight, **_identity(prefix)}
         for part, files in named
         if files is not None
         for prefix, weight in zip(files[0], _shares(*files), strict=True)
     ]
     compared: list[dict[str, Any] | None] = []
-    for entry in args.mdm_data:
+    for entry in data:
         if entry.get("tokenizer") in compared:  # of thousands of files most have the same
             continue
         compared.append(entry.get("tokenizer"))
@@ -60,6 +63,7 @@ def record_identities(args: Namespace, blend: Blend, parts: list[Blend] | None, 
             raise UserError(f"{line}, or add --mdm-allow-flag-change")
         if line:
             notice(line)
+    return data, None if own is None else asdict(own)
 
 
 def _shares(prefixes: list[str], weights: list[float] | None) -> list[float | None]:

@@ -1,6 +1,7 @@
 """Whether the settings of a run agree with those of the checkpoint that it resumes."""
 
 from argparse import Namespace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_mdm.config import destinations
@@ -19,7 +20,35 @@ MEASURED = (
 )
 
 
-def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class ResumePlan:
+    """What a run takes over from the checkpoint that it resumes, or has from its flags.
+
+    Attributes:
+        sampler_state_in_checkpoint: whether P-POTS goes on with the checkpoint's measurements.
+        log_state: the settings of the control variate's state that this run saves; None: it saves
+            none.
+        log_state_in_checkpoint: whether the control variate goes on with the checkpoint's state.
+        ppots_file: of the density to begin with; None: uniform, or the checkpoint's.
+        ppots_digest: of that density, since the file may move, or hold something else by now.
+        text_offset: what is added to the number of a text, row // views.
+        row_order: `epoch` or `run`, as the flag --mdm-row-order.
+    """
+
+    sampler_state_in_checkpoint: bool
+    log_state: list[Any] | None
+    log_state_in_checkpoint: bool
+    ppots_file: str | None
+    ppots_digest: str | None
+    text_offset: int
+    row_order: str
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of the run, by the names that they have in checkpoints."""
+        return {f"mdm_{name}": value for name, value in asdict(self).items()}
+
+
+def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     """Compares the arguments with those of the checkpoint that is about to be resumed.
 
     Masks and rates are functions of the seed, the flags and the row number: a change of objective
@@ -27,7 +56,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     optimised is printed.
 
     Args:
-        args: of this run.
+        args: of this run, which stay as they are.
         saved: of the checkpoint; empty if there is none.
 
     Raises:
@@ -37,21 +66,39 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
-    args.mdm_sampler_state_in_checkpoint = is_resumed and fits and not other
+    has_sampler_state = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"
-    args.mdm_log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
+    log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
     before = saved.get("mdm_log_state") if is_resumed else None
-    args.mdm_log_state_in_checkpoint = before is not None and before == args.mdm_log_state
-    if args.mdm_sampler_state_in_checkpoint:
-        args.mdm_ppots_file = None  # the run has a density of its own by now
-    # Not the name of the file, which may move, or hold something else by now.
-    args.mdm_ppots_digest = (
-        load_sampler(args.mdm_ppots_file).sampler().digest() if args.mdm_ppots_file else None
-    )
-    args.mdm_text_offset = _text_offset(args, saved) if is_resumed else 0
+    # With a state in the checkpoint the run has a density of its own by now.
+    file = None if has_sampler_state else args.mdm_ppots_file
     kept_order = saved.get("mdm_row_order") if is_resumed else None
-    args.mdm_row_order = args.mdm_row_order or kept_order or "epoch"
+    plan = ResumePlan(
+        sampler_state_in_checkpoint=has_sampler_state,
+        log_state=log_state,
+        log_state_in_checkpoint=before is not None and before == log_state,
+        ppots_file=file,
+        ppots_digest=load_sampler(file).sampler().digest() if file else None,
+        text_offset=_text_offset(args, saved) if is_resumed else 0,
+        row_order=args.mdm_row_order or kept_order or "epoch",
+    )
+    _check(Namespace(**{**vars(args), **plan.arguments()}), saved, plan, is_resumed, other)
+    return plan
+
+
+def _check(
+    args: Namespace, saved: dict[str, Any], plan: ResumePlan, is_resumed: bool, other: list[str]
+) -> None:
+    """Compares the arguments as they will be; see `plan_resume`.
+
+    Args:
+        args: of this run, with those of the plan.
+        saved: of the checkpoint.
+        plan: of this run.
+        is_resumed: whether the run goes on from the checkpoint.
+        other: settings of P-POTS that differ, so that its measurements are of no use.
+    """
     if not is_resumed:
         before = saved.get("mdm_mask_token_id")
         if before not in (None, args.mdm_mask_token_id):
@@ -63,12 +110,12 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
     settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
-    if "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint:
-        if saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
+    if "mdm_ppots_digest" in saved and not plan.sampler_state_in_checkpoint:
+        if saved["mdm_ppots_digest"] != plan.ppots_digest:
             was = f"the density that {saved.get('mdm_ppots_file')} held"
             if saved["mdm_ppots_digest"] is None:
                 was = "none"
-            found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
+            found.append(f"--mdm-ppots-file {plan.ppots_file} (checkpoint: {was})")
     if found and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "
@@ -79,7 +126,7 @@ def check_resume(args: Namespace, saved: dict[str, Any]) -> None:
             "P-POTS begins to measure anew, from the density that the flags say: the checkpoint's "
             f"measurements are of another {'; '.join(other)}"
         )
-    if saved and not args.mdm_log_state_in_checkpoint:
+    if saved and not plan.log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:

@@ -8,6 +8,7 @@ import os
 import pickle
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -26,40 +27,55 @@ SUMMED = "torch_dist"  # the format whose files have sums (saving.py)
 _CHANGEABLE = ("finetune", "no_load_optim", "no_load_rng")
 
 
-def choose_start(args: Namespace) -> tuple[str | None, dict[str, Any]]:
-    """Decides on the checkpoint to load, and makes the arguments say so.
+@dataclass(frozen=True)
+class Start:
+    """How a run begins or goes on.
+
+    Attributes:
+        source: the directory of the checkpoint that it loads; None: it starts from random weights.
+        saved: the arguments in the checkpoint, empty if it has none.
+        arguments: the values that the run's own arguments take, by name. --load, --ckpt-step,
+            --finetune, --no-load-optim and --no-load-rng may be among them; `mdm_started_from`
+            records how the run began.
+    """
+
+    source: str | None
+    saved: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+def choose_start(args: Namespace) -> Start:
+    """Decides on the checkpoint to load.
 
     A command that begins from one directory, or from one iteration of it, and saves into another
     finds checkpoints of its own there when it is given again, and then goes on from these. From a
-    converted model and from --pretrained-checkpoint a new run begins. So --load, --ckpt-step,
-    --finetune, --no-load-optim and --no-load-rng may change here. `args.mdm_started_from` records
-    how the run began.
+    converted model and from --pretrained-checkpoint a new run begins.
 
     Args:
-        args: of this run.
-
-    Returns:
-        The directory of the checkpoint, None for a start from random weights; and the arguments in
-        the checkpoint, empty if it has none.
+        args: of this run, which stay as they are.
 
     Raises:
         UserError: a flag names no checkpoint, or a damaged one; or --save holds checkpoints of
             another run, or later ones than this run starts from.
     """
     _say_what_is_not_checked(args)
-    args.mdm_started_from = _beginning(vars(args))
+    changed: dict[str, Any] = {"mdm_started_from": _beginning(vars(args))}
     saves_over = args.skip_train or args.mdm_overwrite_save
     own = None if saves_over else _find(args.save, None, args)
     of_own = {} if own is None else saved_arguments(args, own)
     if own is not None:
-        _go_on_or_refuse(args, own, of_own)
-    source, found = _source(args)
+        changed |= _go_on_or_refuse(args, own, of_own)
+    chosen = Namespace(**{**vars(args), **changed})
+    source, found = _source(chosen)
     is_converted = found is not None and found.iteration is None
-    if is_converted or source not in (None, args.load):  # as Megatron will, once it loads it
-        args.finetune = True
-    if source is None or (own is not None and _is_same(found, own)):
-        return source, of_own if source else {}
-    return source, saved_arguments(args, found or SavedCheckpoint(source, args.ckpt_step))
+    if is_converted or source not in (None, chosen.load):  # as Megatron will, once it loads it
+        changed["finetune"] = chosen.finetune = True
+    if source is None:
+        return Start(None, {}, changed)
+    if own is not None and _is_same(found, own):
+        return Start(source, of_own, changed)
+    checkpoint = found or SavedCheckpoint(source, chosen.ckpt_step)
+    return Start(source, saved_arguments(chosen, checkpoint), changed)
 
 
 def check_same_start(args: Namespace) -> None:
@@ -108,24 +124,24 @@ def _say_what_is_not_checked(args: Namespace) -> None:
         )
 
 
-def _go_on_or_refuse(args: Namespace, own: SavedCheckpoint, saved: Mapping[str, Any]) -> None:
-    """Decides on a start where --save holds a checkpoint, with these arguments in it.
+def _go_on_or_refuse(
+    args: Namespace, own: SavedCheckpoint, saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values that arguments take where --save holds a checkpoint, with these arguments in it.
 
     See `choose_start`.
     """
     in_place = args.load is not None and _place(args.load) == _place(args.save)
-    began = saved.get("mdm_started_from") or _beginning(saved)
-    if in_place and args.mdm_started_from == _beginning({"load": args.load}):
-        args.mdm_started_from = began
-    elif args.load is not None and args.mdm_started_from == began:
+    begins, began = _beginning(vars(args)), saved.get("mdm_started_from") or _beginning(saved)
+    if in_place and begins == _beginning({"load": args.load}):
+        return {"mdm_started_from": began}
+    if args.load is not None and begins == began:
         notice(
             f"--save {args.save} holds {own} of the run that this command began: the run goes on "
             "from there (--mdm-overwrite-save begins it again)"
         )
-        args.load, args.ckpt_step = args.save, None
-        for name in _CHANGEABLE:
-            setattr(args, name, False)
-    elif in_place and not args.finetune:
+        return {"load": args.save, "ckpt_step": None, **dict.fromkeys(_CHANGEABLE, False)}
+    if in_place and not args.finetune:
         if args.ckpt_step is not None:
             notice(
                 f"--ckpt-step {args.ckpt_step} goes back from {own} of {args.save}: the run saves "
@@ -138,6 +154,7 @@ def _go_on_or_refuse(args: Namespace, own: SavedCheckpoint, saved: Mapping[str, 
             f"{remedy} to go on from it, or give another --save (--mdm-overwrite-save saves over "
             "it)"
         )
+    return {}
 
 
 def _source(args: Namespace) -> tuple[str | None, SavedCheckpoint | None]:

@@ -16,10 +16,10 @@ from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_rows
 
 
-def resolve_vocab_size(
+def vocabulary_size(
     args: Namespace, tokenizer: Any, saved: Mapping[str, Any], source: str | None
-) -> None:
-    """Sets `args.mdm_vocab_size`, the number of rows that are tokens.
+) -> int:
+    """The number of rows that are tokens.
 
     It is the checkpoint's: a converted model has trained rows beyond its tokenizer's. In a new run
     it is that of the tokenizer, and of the mask token if that comes after it. A new run that begins
@@ -63,18 +63,19 @@ def resolve_vocab_size(
                 f"give the tokenizer that it was trained with, or --mdm-vocab-size {size} if it is "
                 "this one"
             )
-    args.mdm_vocab_size = size or given or needed
-    if args.mdm_vocab_size < needed:
+    rows: int = size or given or needed
+    if rows < needed:
         raise UserError(
             f"--mdm-vocab-size {given}: the tokenizer and the mask token have ids up to "
             f"{needed - 1}"
         )
-    if args.mdm_vocab_size > args.padded_vocab_size:
+    if rows > args.padded_vocab_size:
         raise UserError(
-            f"the vocabulary has {args.mdm_vocab_size} tokens, and --padded-vocab-size is "
+            f"the vocabulary has {rows} tokens, and --padded-vocab-size is "
             f"{args.padded_vocab_size}: give at least as many, a multiple of the tensor-parallel "
             "size"
         )
+    return rows
 
 
 def _is_of_another_tokenizer(args: Namespace, tokenizer: Any, saved: Mapping[str, Any]) -> bool:

@@ -19,13 +19,13 @@ from megatron_mdm.data.sampling import Reservoir, drawn
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, cut_rows
 from megatron_mdm.generation.decoder import Decoder
-from megatron_mdm.mcore.data.documents import isolated_documents
+from megatron_mdm.mcore.data.batch import Batch
+from megatron_mdm.mcore.data.documents import eligible_positions, isolated_documents
 from megatron_mdm.mcore.data.row_dataset import rows_of_file
 from megatron_mdm.mcore.flags.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
-from megatron_mdm.mcore.training.forward_step import Rows, eligible_positions
 
 # Rows that are read for each one that is measured, so that those of long documents are from many.
 POOL = 8
@@ -274,15 +274,15 @@ def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[Scored
             "--no-mdm-pad-attended cannot be measured"
         )
     _check_made_with(loaded, prefix)
-    dataset = rows_of_file(args, prefix)
+    dataset = rows_of_file(args, mdm, prefix)
     texts = []
     for number in range(min(limit, len(dataset))):
         item = dataset[number]
         _check_ids(loaded, prefix, item["tokens"].numpy())
-        rows = Rows(**{name: column[None] for name, column in item.items()})
-        apart = rows.isolated(eod_id, mdm)
-        eligible = rows.eligible(eod_id, mdm)[0]
-        texts.append(ScoredRow(rows.tokens[0], eligible, None if apart is None else apart[0]))
+        batch = Batch.of_rows([item], mdm, eod_id)
+        apart = batch.attention_segments
+        documents = None if apart is None else apart[0]
+        texts.append(ScoredRow(batch.tokens[0], batch.eligible[0], documents))
     return texts
 
 

@@ -40,8 +40,8 @@ from megatron_mdm.mcore.flags.arguments import add_arguments, to_user_error
 from megatron_mdm.mcore.flags.identities import other_tokenizer
 from megatron_mdm.mcore.flags.old_checkpoints import complete
 from megatron_mdm.mcore.flags.start import saved_arguments
-from megatron_mdm.mcore.model.attention_mask import attention_mask
 from megatron_mdm.mcore.model.builder import model_config
+from megatron_mdm.mcore.model.inputs import ModelInputs
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id
 
@@ -169,17 +169,12 @@ class LoadedModel:
         """
         b, s = tokens.shape
         clean = tokens if clean is None else clean
-        positions = position_ids(clean, documents)
         mdm = MDMConfig.from_args(self.args)
         if mdm.shift:
-            self._check_first_tokens(tokens, positions)
-        no_padding = torch.zeros_like(tokens, dtype=torch.bool)
-        packed = self.args.transformer_impl == "transformer_engine"
-        hidden = attention_mask(
-            clean, no_padding, self.tokenizer.eod, mdm, documents, as_bounds=packed
-        )
+            self._check_first_tokens(tokens, position_ids(clean, documents))
+        inputs = ModelInputs.of_text(clean, documents, mdm, self.tokenizer.eod, self.model)
         outputs = get_forward_backward_func()(
-            forward_step_func=lambda _, model: (model(tokens, positions, hidden), None),
+            forward_step_func=lambda _, model: (inputs.logits(model, tokens), None),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
@@ -298,7 +293,9 @@ def _model(args: Namespace) -> torch.nn.Module:
     with safe_checkpoints(args.mdm_checkpoint_hashes):
         model, _, _ = setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(args, model_config(args)),
+            cfg_container=pretrain_cfg_container_from_args(
+                args, model_config(args, MDMConfig.from_args(args))
+            ),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     module: torch.nn.Module = unwrap_model(model[0]).eval()

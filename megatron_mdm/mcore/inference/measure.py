@@ -5,28 +5,23 @@ in evaluation mode, so FP8 scales and optimizer stay as they are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.training.global_vars import get_tokenizer
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.evaluation.nelbo import ScoredRow
-from megatron_mdm.mcore.data.documents import position_ids
-from megatron_mdm.mcore.data.row_dataset import FIXED, RowDataset, build_datasets
+from megatron_mdm.mcore.data.batch import Batch
+from megatron_mdm.mcore.data.row_dataset import RowDataset, build_datasets
 from megatron_mdm.mcore.flags.arguments import check_data
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
-from megatron_mdm.mcore.model.attention_mask import attention_mask
-from megatron_mdm.mcore.model.causal import causal_attention
-from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
-from megatron_mdm.mcore.training.forward_step import (
-    Rows,
-    at_logits,
-    at_tokens,
-    contribution_to_batch_loss,
-)
+from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_tokens
+from megatron_mdm.mcore.model.masked_head import head
+from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.ppots.exact_sums import from_limbs
@@ -34,7 +29,7 @@ from megatron_mdm.objective.ppots.moments import RateMoments, TextMoments, accum
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
 from megatron_mdm.objective.rate_bins import mask_for_bins
-from megatron_mdm.objective.segments import counts, totals
+from megatron_mdm.objective.segments import totals
 from megatron_mdm.variance.report import CausalStep, Step
 from megatron_mdm.variance.sketch import Sketch, gradients
 
@@ -69,8 +64,10 @@ def measure(
     Raises:
         UserError: the data cannot be trained on.
     """
-    check_data(loaded.args)  # now, before anything is drawn
-    dataset = build_datasets(loaded.args, [num_rows, 0, 0], on_all_ranks=True)[0]
+    args = loaded.args
+    args.mdm_data, args.mdm_tokenizer = check_data(args)  # now, before anything is drawn
+    mdm = MDMConfig.from_args(loaded.args)
+    dataset = build_datasets(loaded.args, mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
 
 
@@ -84,7 +81,7 @@ def _measure(
     micro_batch_size: int,
 ) -> Iterator[tuple[int, int, TextMoments]]:
     args = loaded.args
-    mdm = MDMConfig.from_args(args)
+    mdm, eod_id = MDMConfig.from_args(args), get_tokenizer().eod
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
     # Every row, or each of its documents from a bin of its own on, goes through all bins. Where a
@@ -95,24 +92,17 @@ def _measure(
     device = torch.cuda.current_device()
     for first in range(0, total, micro_batch_size):
         draws = range(first, min(first + micro_batch_size, total))
-        items = [dataset[draw // draws_per_row] for draw in draws]
-        columns = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        uniforms = torch.stack(
-            [
-                torch.from_numpy(row_uniforms(args.seed, Split.TEST, draw, args.seq_length))
-                for draw in draws
-            ]
-        )
-        fixed = columns["uniforms"] == FIXED
-        columns["uniforms"] = uniforms.masked_fill(fixed, FIXED)
+        batch = Batch.of_rows([dataset[draw // draws_per_row] for draw in draws], mdm, eod_id)
+        uniforms = [row_uniforms(args.seed, Split.TEST, draw, args.seq_length) for draw in draws]
+        batch = replace(batch, uniforms=torch.from_numpy(np.stack(uniforms)))
         numbers, places = (
-            torch.tensor(values).view(-1, *[1] * (columns["quantile"].dim() - 1))
+            torch.tensor(values).view(-1, *[1] * (batch.quantile.dim() - 1))
             for values in (list(draws), [lattice(draw // num_bins) for draw in draws])
         )
-        bins = (numbers + (columns["quantile"] * num_bins >> GRID_BITS)) % num_bins
+        bins = (numbers + (batch.quantile * num_bins >> GRID_BITS)) % num_bins
         places = places + turns[bins] & 2**GRID_BITS - 1
-        rows = Rows(**{name: column.to(device) for name, column in columns.items()})
-        values = _draw(loaded, mdm, rows, target, num_bins, bins.to(device), places.to(device))
+        batch, bins, places = (x.to(device) for x in (batch, bins, places))
+        values = _draw(loaded, batch, target, num_bins, bins, places)
         for text in sorted({draw // draws_per_row for draw in draws}):
             own = torch.tensor([draw // draws_per_row == text for draw in draws], device=device)
             t, value, present = (x if x is None else x[own] for x in values)
@@ -178,23 +168,13 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
 
     def step(text: ScoredRow, corruption: Corruption) -> tuple[float, torch.Tensor, float]:
         views = len(corruption.tokens)
-        inputs = _Inputs.of(loaded, mdm, text, views)
-        mask = corruption.mask.to(device)
-        cross_entropy = loaded.model(
-            corruption.tokens.to(device),
-            inputs.positions,
-            inputs.hidden,
-            labels=at_logits(inputs.clean, mdm.shift),
-            output_processor=look_and_head,
-            output_processor_context=HeadContext(MaskedPositions(at_logits(mask, mdm.shift))),
+        inputs, eligible = _text_inputs(loaded, mdm, text, views)
+        tokens, mask, weight = (
+            x.to(device) for x in (corruption.tokens, corruption.mask, corruption.weight)
         )
-        losses = row_losses(
-            at_tokens(cross_entropy, mdm.shift),
-            mask,
-            corruption.weight.to(device),
-            inputs.eligible.sum(dim=1),
-            "rows",
-        )
+        cross_entropy = inputs.cross_entropy(loaded.model, tokens, mask, processor=look_and_head)
+        cross_entropy = logits_to_tokens(cross_entropy, inputs.shift)
+        losses = row_losses(cross_entropy, mask, weight, eligible.sum(dim=1), "rows")
         loss = losses.numerator / views
         return float(loss.detach()), *sketch.gradient_and_norm(loss, at_head[0])
 
@@ -214,64 +194,33 @@ def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
     mdm = MDMConfig.from_args(loaded.args)
 
     def step(text: ScoredRow) -> tuple[float, torch.Tensor]:
-        inputs = _Inputs.of(loaded, mdm, text, 1, causal=True)
-        able = inputs.eligible & (inputs.positions > 0)
-        with causal_attention(loaded.model):
-            cross_entropy = loaded.model(
-                inputs.clean,
-                inputs.positions,
-                inputs.hidden,
-                labels=at_logits(inputs.clean, shift=True),
-            )
-        values = at_tokens(cross_entropy, shift=True)
+        inputs, eligible = _text_inputs(loaded, mdm, text, 1, causal=True)
+        able = eligible & (inputs.position_ids > 0)
+        cross_entropy = inputs.cross_entropy(loaded.model, inputs.clean)
+        values = logits_to_tokens(cross_entropy, inputs.shift)
         losses = row_losses(values, able, torch.ones_like(values), able.sum(dim=1), "rows")
         return float(losses.numerator.detach()), sketch.gradient(losses.numerator)
 
     return step
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """A text for the model, on its device, `views` times.
-
-    Attributes:
-        clean: int64 [b, s].
-        eligible: bool [b, s].
-        positions: int64 [b, s].
-        hidden: attention mask (see `attention_mask`).
-    """
-
-    clean: torch.Tensor
-    eligible: torch.Tensor
-    positions: torch.Tensor
-    hidden: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls, loaded: LoadedModel, mdm: MDMConfig, text: ScoredRow, views: int, causal: bool = False
-    ) -> "_Inputs":
-        device = torch.cuda.current_device()
-        clean, eligible = (x.to(device).expand(views, -1) for x in (text.tokens, text.eligible))
-        documents = None
-        if text.documents is not None:
-            documents = text.documents.to(device).expand(views, -1)
-        nothing = torch.zeros_like(eligible)
-        hidden = attention_mask(
-            clean,
-            nothing,
-            loaded.tokenizer.eod,
-            mdm,
-            documents,
-            ahead=nothing if causal else None,
-            as_bounds=loaded.args.transformer_impl == "transformer_engine",
-        )
-        return cls(clean, eligible, position_ids(clean, documents), hidden)
+def _text_inputs(
+    loaded: LoadedModel, mdm: MDMConfig, text: ScoredRow, views: int, causal: bool = False
+) -> tuple[ModelInputs, torch.Tensor]:
+    """A text for the model, `views` times, and its eligible tokens [views, s], on the device."""
+    device = torch.cuda.current_device()
+    clean, eligible, documents = (
+        None if x is None else x.to(device).expand(views, -1)
+        for x in (text.tokens, text.eligible, text.documents)
+    )
+    eod_id = loaded.tokenizer.eod
+    inputs = ModelInputs.of_text(clean, documents, mdm, eod_id, loaded.model, causal=causal)
+    return inputs, eligible
 
 
 def _draw(
     loaded: LoadedModel,
-    mdm: MDMConfig,
-    rows: Rows,
+    batch: Batch,
     target: Literal["loss", "gradient"],
     num_bins: int,
     bins: torch.Tensor,
@@ -281,52 +230,38 @@ def _draw(
 
     For `bins` and `places` see `mask_for_bins`.
     """
-    eod_id = get_tokenizer().eod
-    documents = rows.isolated(eod_id, mdm)
-    eligible = rows.eligible(eod_id, mdm)
-    segments = rows.segments(eod_id, mdm)
-    num_eligible = counts(eligible, segments)
+    mdm = batch.config
     # Masks as the run trains on, ISAD's apart.
-    corrupted = mask_for_bins(
-        rows.tokens,
-        eligible,
-        rows.uniforms,
+    corruption = mask_for_bins(
+        batch.tokens,
+        batch.eligible,
+        batch.uniforms,
         bins,
         places,
-        segments,
+        batch.rate_segments,
         num_bins=num_bins,
         mask_kind=mdm.mask,
         mask_token_id=loaded.mask_token_id,
         eps=mdm.eps,
         target=target,
     )
+    micro_batch = MicroBatch(batch, corruption)
 
     def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
         """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
         with torch.enable_grad():
             hidden = hidden_states.detach().requires_grad_()
-            cross_entropy = at_tokens(head(hidden, **rest), mdm.shift)
-            losses = row_losses(
-                cross_entropy, corrupted.mask, corrupted.weight, num_eligible, "rows", segments
-            )
+            cross_entropy = logits_to_tokens(head(hidden, **rest), mdm.shift)
+            losses = micro_batch.losses(cross_entropy, "rows")
             if target == "loss":
                 return losses.per_row.detach()
             (gradient,) = torch.autograd.grad(losses.numerator, hidden)
             squares = gradient.float().square().sum(dim=2).transpose(0, 1)
-            return totals(at_tokens(squares, mdm.shift), segments).sqrt()
+            return totals(logits_to_tokens(squares, mdm.shift), batch.rate_segments).sqrt()
 
-    packed = loaded.args.transformer_impl == "transformer_engine"
+    inputs = ModelInputs.of_batch(batch, loaded.model)
     with torch.no_grad():
-        values = loaded.model(
-            corrupted.tokens,
-            position_ids(rows.tokens, documents),
-            attention_mask(rows.tokens, rows.padding, eod_id, mdm, documents, as_bounds=packed),
-            labels=at_logits(rows.tokens, mdm.shift),
-            output_processor=value,
-            output_processor_context=HeadContext(
-                MaskedPositions(at_logits(corrupted.mask, mdm.shift))
-            ),
+        values = inputs.cross_entropy(
+            loaded.model, corruption.tokens, corruption.mask, processor=value
         )
-    values = contribution_to_batch_loss(values, num_eligible, loaded.args)
-    present = None if segments is None else num_eligible > 0
-    return corrupted.t, values, present
+    return corruption.t, micro_batch.contribution_to_batch_loss(values), micro_batch.present

@@ -6,69 +6,103 @@ import torch
 
 from megatron_mdm.config import MDMConfig
 
+OPENING_TIME_BITS = 20  # of the 52 of a uniform
 
-def attention_mask(
+
+def attention_mask_argument(
     tokens: torch.Tensor,
     padding: torch.Tensor,
     eod_id: int,
-    mdm: MDMConfig,
-    documents: torch.Tensor | None,
-    ahead: torch.Tensor | None = None,
-    as_bounds: bool = False,
+    config: MDMConfig,
+    segments: torch.Tensor | None,
+    transformer_impl: str,
+    visible_ahead: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """What positions do not attend to, in Megatron's convention.
+    """What the model takes as `attention_mask`: a mask, or where documents begin.
+
+    Transformer Engine's layers are given no mask. There the argument, which Megatron hands down to
+    every attention layer as it is, carries `cu_seqlens` to `DocumentAttention`: documents are all
+    that can divide a row.
 
     Args:
         tokens: clean tokens, int64 [b, s].
         padding: bool [b, s].
         eod_id: end-of-document token.
-        mdm: settings of the objective.
-        documents: number of each position's document, outside which it sees nothing, int64
-            [b, s]; None: rows are not divided.
-        ahead: positions that earlier ones attend to, bool [b, s] (see
-            `annealed_future_positions`); None: all.
-        as_bounds: for Transformer Engine, where documents are all that can divide a row.
+        config: settings of the objective.
+        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+        transformer_impl: of the model.
+        visible_ahead: see `dense_attention_mask`.
 
     Returns:
-        bool [b, 1, 1, s] or [b, 1, s, s], True = hidden, or `document_bounds`; None if every
-        position is attended to.
+        As `document_cu_seqlens` for Transformer Engine, else as `dense_attention_mask`; None if
+        every position attends to its whole row.
     """
-    if as_bounds:
-        bounds = None if documents is None else document_bounds(documents)
-        # Rows of one document each, as most of random lengths are, need no varying lengths.
-        return None if bounds is None or len(bounds) == len(documents) + 1 else bounds
-    if mdm.pad_attended and mdm.eod_attended and documents is None and ahead is None:
-        return None
-    hidden = torch.zeros_like(padding)
-    if not mdm.pad_attended:
-        hidden |= padding
-    if not mdm.eod_attended:
-        hidden |= (tokens == eod_id) & ~padding
-    hidden = hidden[:, None, None, :]
-    if ahead is not None:
-        s = tokens.shape[1]
-        later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
-        hidden = hidden | (later & ~ahead[:, None, None, :])
-    if documents is not None:
-        hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
-    return hidden
+    if transformer_impl == "transformer_engine":
+        return document_cu_seqlens(segments)
+    return dense_attention_mask(tokens, padding, eod_id, config, segments, visible_ahead)
 
 
-def document_bounds(documents: torch.Tensor) -> torch.Tensor:
-    """Where the documents of a micro-batch begin, its rows one after another, and their end.
-
-    The host waits for the device once: kernels are told how many documents there are.
+def dense_attention_mask(
+    tokens: torch.Tensor,
+    padding: torch.Tensor,
+    eod_id: int,
+    config: MDMConfig,
+    segments: torch.Tensor | None,
+    visible_ahead: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Positions that are not attended to, in Megatron's convention.
 
     Args:
-        documents: number of each position's document in its row, int64 [b, s].
+        tokens: clean tokens, int64 [b, s].
+        padding: bool [b, s].
+        eod_id: end-of-document token.
+        config: settings of the objective.
+        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+        visible_ahead: positions that earlier ones attend to, bool [b, s] (see
+            `annealed_future_positions`); None: all.
 
     Returns:
-        int32 [documents + 1], from 0 to b s: `cu_seqlens` of Transformer Engine.
+        bool [b, 1, 1, s] or [b, 1, s, s], True = not attended to; None if every position attends to
+        its whole row.
     """
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    everywhere = config.pad_attended and config.eod_attended
+    if everywhere and segments is None and visible_ahead is None:
+        return None
+    mask = torch.zeros_like(padding)
+    if not config.pad_attended:
+        mask |= padding
+    if not config.eod_attended:
+        mask |= (tokens == eod_id) & ~padding
+    mask = mask[:, None, None, :]
+    if visible_ahead is not None:
+        s = tokens.shape[1]
+        later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
+        mask = mask | (later & ~visible_ahead[:, None, None, :])
+    if segments is not None:
+        mask = mask | (segments[:, None, :, None] != segments[:, None, None, :])
+    return mask
+
+
+def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
+    """Where the segments of a micro-batch begin, its rows one after another, and their end.
+
+    The host waits for the device once: kernels are told how many segments there are.
+
+    Args:
+        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+
+    Returns:
+        int32 [segments + 1], from 0 to b s: `cu_seqlens` of Transformer Engine; None where rows are
+        one segment each, as most of random lengths are, and need no varying lengths.
+    """
+    if segments is None:
+        return None
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     bounds = begins.flatten().nonzero()[:, 0]
-    return torch.nn.functional.pad(bounds, (0, 1), value=documents.numel()).to(torch.int32)
+    if len(bounds) == len(segments):
+        return None
+    return torch.nn.functional.pad(bounds, (0, 1), value=segments.numel()).to(torch.int32)
 
 
 def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.Tensor | None:
@@ -78,8 +112,7 @@ def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.
     DiffuLLaMA (arXiv 2410.17891) opens more and more of the positions ahead.
 
     Args:
-        uniforms: grid integers of the masks [b, s]. Their last 20 bits, which decide no mask, are
-            the times: so these too are functions of (seed, row), and nothing more is loaded.
+        uniforms: grid integers of the row, int64 [b, s].
         progress: 0 is causal, 1 full attention.
 
     Returns:
@@ -87,7 +120,23 @@ def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.
     """
     if progress >= 1.0:
         return None
-    return (uniforms & 0xFFFFF) < progress * 2**20
+    return opening_times_from_uniforms(uniforms) < progress * 2**OPENING_TIME_BITS
+
+
+def opening_times_from_uniforms(uniforms: torch.Tensor) -> torch.Tensor:
+    """When each position of a row opens to the ones before it: the low bits of its uniform.
+
+    The uniforms are drawn for masks, which depend on their high bits; these bits decide no mask. So
+    the times are functions of (seed, row) too, and rows carry no more numbers for them. Runs that
+    began so depend on these very bits: a stream of its own would open other positions on a resume.
+
+    Args:
+        uniforms: grid integers of the row, int64 [b, s].
+
+    Returns:
+        int64 [b, s] in [0, 2^OPENING_TIME_BITS), uniform.
+    """
+    return uniforms & (2**OPENING_TIME_BITS - 1)
 
 
 def attend_in_documents(

@@ -4,6 +4,7 @@ Megatron marks GPTModel as deprecated in favour of HybridModel, into which its c
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.training import get_args
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
@@ -27,13 +27,30 @@ from megatron_mdm.mcore.model.layer_specs import bidirectional_spec, drop_norm_e
 from megatron_mdm.mcore.model.routers import router_loss_scale, use_short_row_routers
 from megatron_mdm.mcore.model.vocabulary_padding import mask_padded_vocabulary
 from megatron_mdm.mcore.ranks import equal_on_all_ranks
-from megatron_mdm.mcore.training.metrics import LogState, finalize_and_log
-from megatron_mdm.mcore.training.online_sampler import SamplerState, online_sampler
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 
 
+@dataclass(frozen=True)
+class TrainingHooks:
+    """What training adds to the model, which itself knows nothing of training.
+
+    Plain functions: of a bound method or a `partial` Megatron's copies of its configuration would
+    copy the object too.
+
+    Attributes:
+        after_gradients: in the place of Megatron's `finalize_model_grads`.
+        before_model: called once, when Megatron is initialised and no stage is built.
+        modules: the modules beside the weights that a stage has, by attribute; its arguments are
+            Megatron's transformer configuration and the virtual pipeline stage.
+    """
+
+    after_gradients: Callable[..., None]
+    before_model: Callable[[], None]
+    modules: Callable[[Any, int | None], Mapping[str, torch.nn.Module]]
+
+
 class MDMBuilder(GPTModelBuilder):
-    """Megatron's builder, with the state of an online sampler beside the weights.
+    """Megatron's builder, with what training has beside the weights.
 
     Checkpoints of local and of Transformer Engine's layers have the same keys, and evaluations
     leave FP8 scales as they are.
@@ -41,14 +58,14 @@ class MDMBuilder(GPTModelBuilder):
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Builds the stages of a rank."""
-        _check_ranks_agree()
+        self._model_config.before_model()
         return super().build_distributed_models(*args, **kwargs)
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Builds one stage."""
         with megatron_errors_as_user_errors():
             model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
-        return _install_hooks(model, vp_stage)
+        return self._model_config.finish_stage(model, vp_stage)
 
 
 class MDMHybridBuilder(HybridModelBuilder):
@@ -56,7 +73,7 @@ class MDMHybridBuilder(HybridModelBuilder):
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Builds the stages of a rank."""
-        _check_ranks_agree()
+        self._model_config.before_model()
         return super().build_distributed_models(*args, **kwargs)
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> HybridModel:
@@ -64,27 +81,26 @@ class MDMHybridBuilder(HybridModelBuilder):
         with megatron_errors_as_user_errors():
             model = super().build_model(*args, vp_stage=vp_stage, **kwargs)
         model.__class__ = HybridModelWithHead
-        return _install_hooks(model, vp_stage)
+        return self._model_config.finish_stage(model, vp_stage)
 
 
-def _install_hooks(model: Any, vp_stage: int | None) -> Any:
+def _finish_stage(
+    model: Any, vp_stage: int | None, args: Namespace, mdm: MDMConfig, hooks: TrainingHooks | None
+) -> Any:
     drop_norm_extra_state(model)
-    if get_args().mdm_vocab_size < get_args().padded_vocab_size:
-        mask_padded_vocabulary(model, get_args().mdm_vocab_size)
-    if get_args().gradient_accumulation_fusion:
+    if args.mdm_vocab_size < args.padded_vocab_size:
+        mask_padded_vocabulary(model, args.mdm_vocab_size)
+    if args.gradient_accumulation_fusion:
         accumulate_in_place(model)
-    if MDMConfig.from_args(get_args()).random_length_fraction:
+    if mdm.random_length_fraction:
         use_short_row_routers(model)
     if model.config.fp8:
         keep_scales_in_evaluation(model)
     if not (model.config.fp8 and model.config.fp8_recipe == "delayed"):
         ignore_fp8_state_on_load(model)
-    if online_sampler() is not None:
-        in_checkpoint = getattr(get_args(), "mdm_sampler_state_in_checkpoint", False)
-        model.mdm_sampler = SamplerState(model.config, vp_stage, in_checkpoint)
-    if not get_args().skip_train:
-        in_checkpoint = getattr(get_args(), "mdm_log_state_in_checkpoint", False)
-        model.mdm_logs = LogState(model.config, vp_stage, in_checkpoint)
+    if hooks is not None:
+        for name, module in hooks.modules(model.config, vp_stage).items():
+            setattr(model, name, module)
     return model
 
 
@@ -105,7 +121,7 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def _check_ranks_agree() -> None:
+def _check_ranks_agree(args: Namespace, mdm: MDMConfig) -> None:
     """Compares what ranks have read from files, which may lie on different disks.
 
     Before the first stage is built: ranks with several stages exchange tied embeddings while they
@@ -115,35 +131,45 @@ def _check_ranks_agree() -> None:
         SharedError: they would start from different checkpoints.
         UserError: stages would mask the same row differently.
     """
-    check_same_start(get_args())
-    path = getattr(get_args(), "mdm_ppots_file", None)
+    check_same_start(args)
+    path = mdm.ppots_file
     if path and not equal_on_all_ranks(load_sampler(path).sampler().digest()):
         raise UserError(
             f"--mdm-ppots-file {path} is not the same file on all nodes: copy one to all of them"
         )
 
 
+class _BuilderHooks:
+    """What `model_config` gives a builder: no fields, which Megatron would copy and save."""
+
+    before_model: Callable[[], None]
+    finish_stage: Callable[[Any, int | None], Any]
+
+
 @dataclass(kw_only=True)
-class MDMModelConfig(GPTModelConfig):
+class MDMModelConfig(_BuilderHooks, GPTModelConfig):
     """Names the builder."""
 
     builder: ClassVar[str] = f"{__name__}.MDMBuilder"
 
 
 @dataclass(kw_only=True)
-class MDMHybridModelConfig(HybridModelConfig):
+class MDMHybridModelConfig(_BuilderHooks, HybridModelConfig):
     """Names the builder."""
 
     builder: ClassVar[str] = f"{__name__}.MDMHybridBuilder"
 
 
-def model_config(args: Namespace) -> MDMModelConfig | MDMHybridModelConfig:
-    """Megatron's model configuration with bidirectional attention and the once-per-step hook.
+def model_config(
+    args: Namespace, mdm: MDMConfig, hooks: TrainingHooks | None = None
+) -> MDMModelConfig | MDMHybridModelConfig:
+    """Megatron's model configuration with bidirectional attention.
 
     Args:
         args: parsed and resolved arguments (mcore/flags/arguments.py).
+        mdm: settings of the objective.
+        hooks: of training; None: the model is not trained.
     """
-    mdm = MDMConfig.from_args(args)
     fused = args.gradient_accumulation_fusion and find_spec(ACCUMULATES_GRADIENTS) is not None
     flags = Namespace(**vars(args) | {"gradient_accumulation_fusion": fused})
     config: Any
@@ -155,8 +181,23 @@ def model_config(args: Namespace) -> MDMModelConfig | MDMHybridModelConfig:
         # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
         config.rope_scaling_factor = args.rope_scaling_factor
         config.transformer_layer_spec = partial(_layer_spec, mdm=mdm)
-    config.transformer.finalize_model_grads_func = finalize_and_log
-    config.transformer.moe_grad_scale_func = partial(router_loss_scale, config.transformer, args)
+
+    # Plain functions, which Megatron's copies of its configuration share.
+    def before_model() -> None:
+        _check_ranks_agree(args, mdm)
+        if hooks is not None:
+            hooks.before_model()
+
+    def finish_stage(model: Any, vp_stage: int | None) -> Any:
+        return _finish_stage(model, vp_stage, args, mdm, hooks)
+
+    def router_scale() -> torch.Tensor:
+        return router_loss_scale(config.transformer, args.seq_length, mdm.normalization)
+
+    config.before_model, config.finish_stage = before_model, finish_stage
+    config.transformer.moe_grad_scale_func = router_scale
+    if hooks is not None:
+        config.transformer.finalize_model_grads_func = hooks.after_gradients
     return config
 
 

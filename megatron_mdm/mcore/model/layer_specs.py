@@ -21,8 +21,8 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
     Args:
         model_config: as made by Megatron's `gpt_config_from_args`.
         mdm: settings of the objective: with `attends_everywhere` no mask at all, so that fused
-            kernels stay available; else a padding mask (see `attention_mask`), or, by Transformer
-            Engine, attention inside documents (see `document_bounds`).
+            kernels stay available; else a mask, or, by Transformer Engine, attention inside
+            documents (see `attention_mask_argument`).
         vp_stage: virtual pipeline stage.
 
     Returns:

@@ -66,13 +66,13 @@ class MaskedPositions:
         by_part = labels.t().reshape(self._mask.shape)
         return by_part.gather(1, self._chosen).reshape(1, -1)
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """All parts in a line [1, parts num_rows] to whole rows [b, s], 0 where not masked."""
         by_part = values.view(self._mask.shape[0], -1)
         place = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
-        spread = torch.where(self._mask, by_part.gather(1, place), 0.0)
+        whole = torch.where(self._mask, by_part.gather(1, place), 0.0)
         b, s = self._shape
-        return spread.view(s, b).t().contiguous()
+        return whole.view(s, b).t().contiguous()
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def head(
         labels = positions.compact_labels(labels)
     logits, _bias = output_layer(hidden_states, weight=output_weight)
     cross_entropy = compute_language_model_loss(labels, scale_logits(logits))
-    return cross_entropy if positions is None else positions.spread(cross_entropy)
+    return cross_entropy if positions is None else positions.scatter(cross_entropy)
 
 
 def _register_grad_norm_hook(

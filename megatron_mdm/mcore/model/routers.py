@@ -1,6 +1,5 @@
 """Routers of mixtures of experts: the scale of their own losses, and rows that end early."""
 
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 
-def router_loss_scale(transformer: TransformerConfig, args: Namespace) -> torch.Tensor:
+def router_loss_scale(
+    transformer: TransformerConfig, seq_length: int, normalization: str
+) -> torch.Tensor:
     """What multiplies the gradients of a router's own losses (balance, z) in the backward pass.
 
     Megatron multiplies these losses by the positions of the micro-batch, expecting that all
@@ -21,14 +22,15 @@ def router_loss_scale(transformer: TransformerConfig, args: Namespace) -> torch.
 
     Args:
         transformer: the configuration that Megatron's schedule looks at.
-        args: arguments of the run.
+        seq_length: tokens in a row.
+        normalization: `tokens` or `rows`.
 
     Returns:
         Float32 [1].
     """
     one = torch.ones(1, device=torch.cuda.current_device())
     scale = transformer.grad_scale_func(one) if transformer.grad_scale_func else one
-    return scale / args.seq_length if args.mdm_normalization == "rows" else scale
+    return scale / seq_length if normalization == "rows" else scale
 
 
 def shard_for_stage(positions: torch.Tensor, model: Any) -> torch.Tensor:

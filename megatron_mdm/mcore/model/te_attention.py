@@ -37,8 +37,8 @@ class DocumentAttention(TEDotProductAttention):
             query: [s, b, heads, head size].
             key: [s, b, groups, head size].
             value: [s, b, groups, head size].
-            attention_mask: bounds of documents (see `document_bounds`); None: none of them, every
-                position sees its whole row.
+            attention_mask: where documents begin (see `document_cu_seqlens`); None: every position
+                sees its whole row.
             attn_mask_type: `causal`, or else in both directions.
             packed_seq_params: follows from `attention_mask`.
             rest: as Megatron gives it.

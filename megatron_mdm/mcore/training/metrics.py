@@ -1,4 +1,4 @@
-"""What the logs say beside Megatron's own line: loss per rate bin, masked fraction, throughput.
+"""The statistics that the logs show: loss per rate bin, masked fraction, seconds of training.
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
 Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
@@ -6,23 +6,12 @@ Recording costs no synchronisation with the device; once per interval it costs t
 """
 
 import math
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core import mpu
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer
-from megatron.training.utils import is_last_rank
+from megatron.training import get_timers
 
-from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.checkpoint.carried_state import CarriedState
-from megatron_mdm.mcore.training.online_sampler import online_sampler
-from megatron_mdm.objective.control_variate import ControlVariate
-from megatron_mdm.objective.ppots.fit import PpotsFit
 from megatron_mdm.objective.randomness import Split
 
 
@@ -198,180 +187,18 @@ class Summary:
         return " ".join(f"{(i + 0.5) / n:.2f}: {x:.4f}" for i, x in enumerate(self.loss_per_bin))
 
 
-@lru_cache
-def recorder(training: bool) -> Recorder:
-    """The recorder of training, or of evaluations, of this process."""
-    return Recorder(get_args().mdm_rate_bins)
-
-
-@lru_cache
-def control_variate() -> ControlVariate:
-    """The control variate of the reported training loss of this process."""
-    mdm = MDMConfig.from_args(get_args())
-    return ControlVariate(mdm.rate_bins, mdm.ema_decay, *(mdm.clip or (0.0, 1.0)))
-
-
-class LogState(CarriedState):
-    """Carries the control variate of the last rank, which logs, through checkpoints.
-
-    The sums of a log interval that has only begun are not kept: its line, after a resume, is of the
-    rows since then.
-    """
-
-    KEY = "mdm_log_state"
-
-    def vector(self) -> npt.NDArray[np.int64]:
-        """The average loss of each rate bin; NaN where there is none yet."""
-        control = control_variate()
-        baseline = np.full(len(control.mass), np.nan)
-        if control.baseline is not None:
-            baseline = control.baseline.copy()
-        return baseline.view(np.int64)
-
-    def gather(self) -> None:
-        """Tells all ranks the average of the last one."""
-        last = torch.distributed.get_world_size() - 1
-        bits = torch.from_numpy(self.vector()).to(torch.cuda.current_device())
-        torch.distributed.broadcast(bits, src=last)
-        self.restore(bits.cpu().numpy())
-
-    def restore(self, vector: npt.NDArray[np.int64]) -> None:
-        """Goes on from a checkpoint."""
-        baseline = vector.view(np.float64).copy()
-        control_variate().baseline = None if np.isnan(baseline).any() else baseline
-
-
-def finalize_and_log(model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's `finalize_model_grads` once per step, and our log line at every log interval."""
-    finalize_model_grads(model, num_tokens, **kwargs)
-    online = online_sampler()
-    refit = online.step(get_args().curr_iteration + 1) if online is not None else None
-    if refit is not None and is_last_rank():
-        if isinstance(refit, PpotsFit):
-            _log_refit(refit, get_args().curr_iteration + 1)
-        else:
-            print(
-                f" mdm P-POTS keeps its density at iteration {get_args().curr_iteration + 1} | "
-                f"{online.state.moments.skipped} rows skipped | {refit} "
-                "(--mdm-ppots-refit-interval, --mdm-ppots-bins)",
-                flush=True,
-            )
-    if not mpu.is_pipeline_last_stage(ignore_virtual=True):
-        return
-    args = get_args()
-    iteration = args.curr_iteration + 1
-    recorder(True).commit(iteration)
-    # Nothing is there when Megatron's rerun machine repeats an iteration that was logged already.
-    if iteration % args.log_interval == 0 and recorder(True).total is not None:
-        summary = recorder(True).reduce()[Split.TRAIN]
-        seconds = _training_seconds()
-        if is_last_rank():
-            _log_training(summary, iteration, seconds)
-
-
-def evaluation_hook(model: list) -> None:
-    """Megatron's `non_loss_data_func`: called on all ranks at the end of every evaluation."""
-    if not mpu.is_pipeline_last_stage(ignore_virtual=True):
-        return
-    # Megatron counts the step that was just finished from 0; with --skip-train there is none, only
-    # the iteration that was loaded.
-    args = get_args()
-    # A finished run that is started again does not train either.
-    trains = not args.skip_train and args.iteration < (args.train_iters or 0)
-    iteration = args.curr_iteration + 1 if trains else args.iteration
-    # Evaluations never repeat, and their iteration may equal the last one's.
-    recorder(False).iteration = -1
-    recorder(False).commit(iteration)
-    by_text = recorder(False).by_text()
-    for split, summary in recorder(False).reduce().items():
-        name = {Split.VALID: "validation", Split.TEST: "test"}[split]
-        stderr, texts = by_text[split]
-        if is_last_rank():
-            of = f"{summary.rows} rows"
-            of += f" of {texts} texts" if texts < summary.rows else ""
-            print(
-                f" {name} NELBO: {summary.loss:.4f} +- {stderr:.4f} nats/token (mean over {of}) | "
-                f"per rate (t: nats/token) | {summary.text()}",
-                flush=True,
-            )
-            scalars = {"NELBO": summary.loss, "NELBO stderr": stderr, **_bins(summary)}
-            _write({f"mdm/{name} {key}": value for key, value in scalars.items()}, iteration)
-
-
-@lru_cache
-def _clock() -> dict[str, float]:
-    return {"last": 0.0}
-
-
-def _training_seconds() -> float:
-    """Seconds of training since the last call, without evaluations and checkpoints.
+class TrainingClock:
+    """Seconds of training, without evaluations and checkpoints.
 
     By Megatron's own timer, which stands still during these.
     """
-    timer = get_timers()("interval-time")
-    timer.elapsed(reset=False)  # brings the active time up to date
-    before, _clock()["last"] = _clock()["last"], timer.active_time()
-    return timer.active_time() - before
 
+    def __init__(self) -> None:
+        self._last = 0.0
 
-def _log_training(summary: Summary, iteration: int, seconds: float) -> None:
-    args = get_args()
-    rows_per_s = summary.rows / seconds
-    tokens_per_s = rows_per_s * args.seq_length
-    # Megatron counts this iteration's rows after it.
-    rows = args.consumed_train_samples + get_current_global_batch_size()
-    texts = rows // args.mdm_views + args.mdm_text_offset
-    controlled = math.nan
-    if summary.draws:
-        controlled = control_variate()(summary.loss_sums, summary.weight_sums, summary.draws)
-    print(
-        f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
-        f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"
-        f" masked fraction: {summary.masked_fraction:.4f} |"
-        f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
-        f" loss per rate (t: nats/token) | {summary.text()}",
-        flush=True,
-    )
-    scalars = {
-        "mdm/texts": texts,
-        "mdm/loss": summary.loss,
-        "mdm/controlled loss": controlled,
-        "mdm/largest weight": summary.largest_weight,
-        "mdm/masked fraction": summary.masked_fraction,
-        "mdm/rows per s": rows_per_s,
-        "mdm/tokens per s": tokens_per_s,
-    }
-    _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
-
-
-def _log_refit(refit: PpotsFit, iteration: int) -> None:
-    parameters = ", ".join(f"{name} {value:.4g}" for name, value in refit.parameters.items())
-    t = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
-    density = dict(zip(t.tolist(), refit.sampler().density(t).tolist(), strict=True))
-    text = " ".join(f"{t:.2f}: {q:.3f}" for t, q in density.items())
-    print(
-        f" mdm P-POTS refit at iteration {iteration} | {refit.family} of {refit.rows:.0f} rows, "
-        f"{refit.moments.skipped} skipped | KL {refit.kl:.2e} | {parameters} | density (t: q) | "
-        f"{text}",
-        flush=True,
-    )
-    scalars = {f"mdm/density at t {t:.2f}": q for t, q in density.items()}
-    _write({**scalars, "mdm/density KL": refit.kl}, iteration)
-
-
-def _bins(summary: Summary) -> dict[str, float]:
-    n = len(summary.loss_per_bin)
-    return {
-        f"loss at t {i / n:.2f}-{(i + 1) / n:.2f}": x
-        for i, x in enumerate(summary.loss_per_bin)
-        if not math.isnan(x)
-    }
-
-
-def _write(scalars: dict[str, float], iteration: int) -> None:
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    if writer:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb:
-        wandb.log(scalars, iteration)
+    def lap(self) -> float:
+        """Seconds since the last call, or since the start."""
+        timer = get_timers()("interval-time")
+        timer.elapsed(reset=False)  # brings the active time up to date
+        before, self._last = self._last, timer.active_time()
+        return self._last - before

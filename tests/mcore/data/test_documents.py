@@ -5,35 +5,33 @@ That loss and gradients are those of the documents alone is in test_normalizatio
 
 import os
 import sys
-from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
-from megatron.training import global_vars
 from torch.nn import functional
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.inference import measure as measure_module
 from megatron_mdm.mcore.model.attention_mask import (
     attend_in_documents,
-    attention_mask,
-    document_bounds,
+    attention_mask_argument,
+    dense_attention_mask,
+    document_cu_seqlens,
 )
-from megatron_mdm.mcore.training.forward_step import Rows, record_gradients
-from megatron_mdm.mcore.training.online_sampler import online_sampler
+from megatron_mdm.mcore.training.micro_batch import MicroBatch
+from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.exact_sums import from_limbs
 from megatron_mdm.objective.ppots.moments import accumulate
-from megatron_mdm.objective.segments import counts
 from tests import ranks
 
 EOD = 9
@@ -44,15 +42,15 @@ ISOLATED = MDMConfig(isolate_documents=True)
 def test_positions_start_over_and_attention_stays_inside():
     documents = isolated_documents(ROW, EOD, ISOLATED)
     assert position_ids(ROW, documents).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
-    hidden = attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED, documents)
+    mask = dense_attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED, documents)
     inside = torch.block_diag(*(torch.ones(n, n) for n in (3, 2, 1, 2))).bool()
-    assert torch.equal(~hidden[0, 0], inside)
+    assert torch.equal(~mask[0, 0], inside)
 
 
 def test_without_the_flag_a_row_is_one_document():
     assert isolated_documents(ROW, EOD, MDMConfig()) is None
     assert position_ids(ROW, None).tolist() == [list(range(8))]
-    assert attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, MDMConfig(), None) is None
+    assert dense_attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, MDMConfig(), None) is None
 
 
 def test_layouts_are_equal(base, tmp_path):
@@ -189,29 +187,29 @@ def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
         )
 
 
-def rows_from_documents(tokens, num_tokens, length):
-    """Rows as the forward step has them."""
+def batch_of_documents(config, tokens, num_tokens=8, length=8, maskable=None):
+    """A batch as the forward step has it."""
     b, s = tokens.shape
     zeros = torch.zeros(b, dtype=torch.int64)
     numbers = {"num_tokens": num_tokens, "length": length}
     numbers = {name: torch.full((b,), value) for name, value in numbers.items()}
     uniforms = torch.zeros((b, s), dtype=torch.int64)
-    return Rows(tokens, split=zeros, row=zeros, uniforms=uniforms, quantile=zeros, **numbers)
+    columns = {"tokens": tokens, "uniforms": uniforms, "maskable": maskable, **numbers}
+    return Batch(config, EOD, training=True, split=zeros, row=zeros, quantile=zeros, **columns)
 
 
 def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
     short = MDMConfig(random_length_fraction=0.5)
-    rows = rows_from_documents(ROW, num_tokens=5, length=5)
-    groups = rows.isolated(EOD, short)
-    assert groups.tolist() == [[0] * 5 + [1] * 3]
-    assert rows.eligible(EOD, short).tolist() == [[True] * 5 + [False] * 3]
+    batch = batch_of_documents(short, ROW, num_tokens=5, length=5)
+    assert batch.attention_segments.tolist() == [[0] * 5 + [1] * 3]
+    assert batch.eligible.tolist() == [[True] * 5 + [False] * 3]
     # Padding that may be predicted ends with the row.
-    rows = rows_from_documents(ROW, num_tokens=3, length=5)
     eligible = MDMConfig(random_length_fraction=0.5, pad_eligible=True)
-    assert rows.eligible(EOD, eligible).tolist() == [[True] * 5 + [False] * 3]
+    batch = batch_of_documents(eligible, ROW, num_tokens=3, length=5)
+    assert batch.eligible.tolist() == [[True] * 5 + [False] * 3]
     both = MDMConfig(random_length_fraction=0.5, isolate_documents=True)
-    rows = rows_from_documents(ROW, num_tokens=4, length=4)
-    assert rows.isolated(EOD, both).tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
+    batch = batch_of_documents(both, ROW, num_tokens=4, length=4)
+    assert batch.attention_segments.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -239,18 +237,19 @@ def test_bounds_of_documents_say_what_the_mask_says():
         [ROW, torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [EOD, 1, 2, EOD, 3, 4, 5, EOD]])]
     )
     documents = isolated_documents(rows, EOD, ISOLATED)
-    bounds = document_bounds(documents)
+    bounds = document_cu_seqlens(documents)
     assert bounds.dtype == torch.int32
     assert bounds.tolist() == [0, 3, 5, 6, 8, 16, 17, 20, 24]
     nothing = torch.zeros_like(rows).bool()
 
-    def as_bounds(rows, documents):
-        return attention_mask(rows, nothing[: len(rows)], EOD, ISOLATED, documents, as_bounds=True)
+    def argument(rows, documents, implementation="transformer_engine"):
+        padding = nothing[: len(rows)]
+        return attention_mask_argument(rows, padding, EOD, ISOLATED, documents, implementation)
 
-    assert torch.equal(as_bounds(rows, documents), bounds)
+    assert torch.equal(argument(rows, documents), bounds)
     whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each: ordinary kernels
-    assert as_bounds(*whole) is None and as_bounds(rows, None) is None
-    assert as_bounds(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
+    assert argument(*whole) is None and argument(rows, None) is None
+    assert argument(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
     query, key, value, weight = (
         torch.randn(8, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(4)
     )
@@ -266,8 +265,8 @@ def test_bounds_of_documents_say_what_the_mask_says():
         return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
 
     packed = attend_in_documents(in_parts, *inputs)
-    hidden = attention_mask(rows, nothing, EOD, ISOLATED, documents)
-    masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~hidden)
+    mask = argument(rows, documents, "local")
+    masked = attention(*(x.permute(1, 2, 0, 3) for x in inputs), ~mask)
     masked = masked.permute(2, 0, 1, 3).flatten(2)
     torch.testing.assert_close(packed, masked, rtol=0, atol=1e-12)
     gradients = [
@@ -290,7 +289,7 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, monkeypatch, one_rank):
+def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, one_rank):
     """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
     mdm = MDMConfig(
         rate_per=per,
@@ -299,29 +298,26 @@ def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, mon
         ppots_refit_interval=1,
         ppots_bins=4,
     )
-    args = Namespace(**asdict(mdm), seq_length=8)
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    online_sampler.cache_clear()
     generator = torch.Generator().manual_seed(0)
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8])
-    eligible = torch.ones(2, 8, dtype=torch.bool)
-    eligible[0, 5] = False  # document 2 of the first row has nothing to measure
+    tokens = torch.cat([ROW, torch.arange(1, 9)[None]])
+    maskable = torch.ones_like(tokens)
+    maskable[0, 5] = 0  # document 2 of the first row has nothing to measure
+    batch = batch_of_documents(mdm, tokens, maskable=maskable)
     squares = torch.rand(2, 8, generator=generator)
     if per == "document":
         t, q = torch.rand(2, 2, 8, generator=generator, dtype=torch.float64)
         parts = [((0, 0), (0, 3)), ((0, 1), (3, 5)), ((0, 3), (6, 8)), ((1, 0), (0, 8))]
     else:
-        segments, squares[0, 5] = None, 0.0
+        squares[0, 5] = 0.0
         t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
         parts = [((0,), (0, 8)), ((1,), (0, 8))]
-    corruption = Corruption(torch.zeros(2, 8), eligible, torch.ones(2, 1), t, 1 / q)
-    record_gradients(corruption, counts(eligible, segments), segments, squares)
+    corruption = Corruption(torch.zeros(2, 8), batch.eligible, torch.ones(2, 1), t, 1 / q)
+    sampler = OnlineSampler(mdm, seq_length=8)
+    sampler.record_gradients(MicroBatch(batch, corruption), squares)
     expected = 0
     for draw, part in parts:
         norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
         # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
         value = norm / 8 if normalization == "tokens" else norm
         expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
-    got = from_limbs(online_sampler().pending)
-    np.testing.assert_allclose(got, from_limbs(expected), rtol=1e-6)
-    online_sampler.cache_clear()
+    np.testing.assert_allclose(from_limbs(sampler.pending), from_limbs(expected), rtol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from megatron_mdm.data.preprocess import load_sentencepiece, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.flags.identities import check_same_data, record_identities
+from megatron_mdm.mcore.flags.identities import check_same_data, identities
 from tests import ranks
 from tests.ranks import entries
 
@@ -141,7 +141,8 @@ def recorded(tmp_path):
 
     def record(weights, names=("text", "more")):
         args = Namespace(load="run", finetune=False, mdm_allow_flag_change=False)
-        record_identities(args, ([str(tmp_path / name) for name in names], weights), None, None)
+        blend = [str(tmp_path / name) for name in names], weights
+        args.mdm_data, args.mdm_tokenizer = identities(args, blend, None, None)
         return args
 
     return record

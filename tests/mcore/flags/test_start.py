@@ -1,5 +1,6 @@
 """Which checkpoint a command starts from, and that no run saves over another."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -39,7 +40,9 @@ def start(monkeypatch):
     def choose(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])
         args = parse_args(add_arguments)
-        return choose_start(args)[0], args
+        begun = choose_start(args)
+        vars(args).update(begun.arguments)
+        return begun.source, args
 
     return choose
 
@@ -117,8 +120,8 @@ def other_start() -> None:
 
     def chosen(args):
         found = choose(args)
-        args.finetune = os.environ["RANK"] == "1"
-        return found
+        arguments = {**found.arguments, "finetune": os.environ["RANK"] == "1"}
+        return dataclasses.replace(found, arguments=arguments)
 
     arguments_module.choose_start = chosen
     main()

@@ -7,7 +7,7 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.flags.vocabulary import resolve_vocab_size
+from megatron_mdm.mcore.flags.vocabulary import vocabulary_size
 from megatron_mdm.mcore.tokenizer import tokenizer_rows
 from tests import ranks
 from tests.ranks import entries
@@ -103,8 +103,7 @@ def resolved(size, saved, mask=0, given=None, padded=128, model="my.model", fine
         tokenizer_model=model,
         rank=1,
     )
-    resolve_vocab_size(args, tokenizer(size), saved, "run")
-    return args.mdm_vocab_size
+    return vocabulary_size(args, tokenizer(size), saved, "run")
 
 
 def test_a_new_run_counts_the_tokens_of_its_tokenizer():

@@ -63,10 +63,13 @@ def _validated(loaded, rows) -> torch.Tensor:
     """The same rows with the same masks, as the run's own validation scores them."""
     from megatron_mdm.evaluation.nelbo import lattice_quantiles
     from megatron_mdm.mcore.training.forward_step import forward_step
+    from megatron_mdm.mcore.training.state import TrainingState
     from megatron_mdm.objective.randomness import Split, row_uniforms
 
     loaded.args.eval_micro_batch_size = 1
     loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+    loaded.args.mdm_sampler_state_in_checkpoint = loaded.args.mdm_log_state_in_checkpoint = False
+    state = TrainingState(loaded.args, loaded.tokenizer.eod)
     sums = []
     for job, quantile in enumerate(lattice_quantiles(np.arange(len(rows)), 2, 2, 0).reshape(-1)):
         numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
@@ -75,7 +78,7 @@ def _validated(loaded, rows) -> torch.Tensor:
         row["tokens"] = rows[job // 4].tokens[None]
         row["uniforms"] = torch.from_numpy(row_uniforms(0, Split.TEST, job, 32))[None]
         with torch.no_grad():
-            output, loss = forward_step(iter([row]), loaded.model)
+            output, loss = forward_step(state, iter([row]), loaded.model)
             sums.append(loss(output)[0].double())
     return torch.stack(sums)
 

@@ -253,7 +253,8 @@ def test_a_checkpoint_of_a_run_in_fp8_does_not_compute_in_it(device, recorded):
         False,
         False,
     )
-    assert model_config(args).transformer.fp8 is None  # Megatron refuses one without the other
+    config = model_config(args, MDMConfig.from_args(args))
+    assert config.transformer.fp8 is None  # Megatron refuses one without the other
 
 
 @pytest.mark.parametrize(

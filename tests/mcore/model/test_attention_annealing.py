@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.model.attention_mask import annealed_future_positions, attention_mask
+from megatron_mdm.mcore.model.attention_mask import (
+    annealed_future_positions,
+    dense_attention_mask,
+)
 from megatron_mdm.objective.randomness import Split, row_uniforms
 from tests import ranks
 
@@ -16,7 +19,7 @@ def visible(progress):
     uniforms = torch.stack(rows)
     ahead = annealed_future_positions(uniforms, progress)
     tokens = torch.zeros(50, 64, dtype=torch.int64)
-    mask = attention_mask(tokens, torch.zeros_like(tokens).bool(), 1, ANNEALING, None, ahead)
+    mask = dense_attention_mask(tokens, torch.zeros_like(tokens).bool(), 1, ANNEALING, None, ahead)
     return None if mask is None else ~mask[:, 0]
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron.training import get_args
 from megatron.training.arguments import parse_args
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.flags import arguments
@@ -190,7 +191,8 @@ def fp8_flags() -> None:
     from megatron_mdm.mcore.model.builder import model_config
 
     with training_device("cpu"):
-        config = model_config(parse()).transformer
+        args = parse()
+        config = model_config(args, MDMConfig.from_args(args)).transformer
         recipe = get_fp8_recipe(config)
     names = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
     delayed = ("amax_history_len", "amax_compute_algo", "margin")

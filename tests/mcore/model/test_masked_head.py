@@ -7,7 +7,7 @@ from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross
 
 from benchmarks.head import _output_layer, _unscaled, one_rank
 from megatron_mdm.mcore.model.masked_head import ROW_MULTIPLE, HeadContext, MaskedPositions, head
-from megatron_mdm.mcore.training.online_sampler import SamplerState
+from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
 
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
@@ -96,7 +96,7 @@ def test_selection_of_positions(mask, length, parts):
             assert ROW_MULTIPLE <= rows.shape[0] < max(most, 1) + ROW_MULTIPLE
         logits = torch.cat(compact) @ w.t()
         values = cross_entropy(logits[:, 0], ranks_of[0].compact_labels(labels)[0])
-        return ranks_of[-1].spread(values[None])
+        return ranks_of[-1].scatter(values[None])
 
     def results(losses):
         x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()

@@ -8,14 +8,14 @@ from megatron_mdm.pretrain import main
 
 def nan_row() -> None:
     """The program with a first row whose cross entropies, and their gradients, are no numbers."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) > 1:
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()

@@ -6,7 +6,7 @@ With attention of the tests' own, since Megatron's local attention refuses it.
 import pytest
 import torch
 
-from megatron_mdm.mcore.training.online_sampler import SamplerState
+from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
 from tests.mcore.training.test_normalization import ONE_STEP
 from tests.ranks.gathering_attention import context_parallel

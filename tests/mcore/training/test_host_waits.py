@@ -2,7 +2,7 @@
 
 import json
 
-from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.training import objective as program
 from megatron_mdm.pretrain import main
 from tests import ranks
 from tests.mcore.training import waits

@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import get_args
 
 from megatron_mdm.interruption import INTERRUPTED
-from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.checkpoint import workers as checkpoint_workers
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.integrity import check_sums
 from megatron_mdm.mcore.checkpoint.writer import _preload_copies
+from megatron_mdm.mcore.training import objective as program
 from megatron_mdm.pretrain import main
 from tests import ranks
 

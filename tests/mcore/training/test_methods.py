@@ -15,8 +15,8 @@ from megatron.training import initialize
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.flags.resume import check_resume
-from megatron_mdm.mcore.training import online_sampler as sampler_state
+from megatron_mdm.mcore.flags.resume import plan_resume
+from megatron_mdm.mcore.training import ppots
 from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments
@@ -166,13 +166,13 @@ def measured_rows() -> None:
     One tensor rank of the last stage saves those of its rows.
     """
     rows: list = []
-    record = sampler_state.OnlineSampler.record
+    record = ppots.OnlineSampler.record
 
     def recording_record(self, t, value, rate_weight, present=None):
         rows.append(torch.stack([x.detach().double().flatten() for x in (t, value, rate_weight)]))
         record(self, t, value, rate_weight, present)
 
-    sampler_state.OnlineSampler.record = recording_record
+    ppots.OnlineSampler.record = recording_record
     main()
     if rows and mpu.get_tensor_model_parallel_rank() == 0:
         path = f"{os.environ['TRACE_DIR']}/measured{os.environ['RANK']}.pt"
@@ -181,13 +181,13 @@ def measured_rows() -> None:
 
 def other_density() -> None:
     """The program on a machine whose last rank computes differently."""
-    fit = sampler_state.fit
+    fit = ppots.fit
 
     def other_fit(*args, **settings):
         settings["uniform_share"] += 0.01 * int(os.environ["RANK"])
         return fit(*args, **settings)
 
-    sampler_state.fit = other_fit
+    ppots.fit = other_fit
     main()
 
 
@@ -293,9 +293,9 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
     """The machine restores, then saves: the iteration is repeated from there, and counts once."""
     machine = RerunStateMachine(lambda: "theirs", lambda state: restored.append(state))
     restored = []
-    monkeypatch.setattr(sampler_state, "get_rerun_state_machine", lambda: machine)
+    monkeypatch.setattr(ppots, "get_rerun_state_machine", lambda: machine)
     config = MDMConfig(rate_sampler="ppots", ppots_refit_interval=2, ppots_bins=4)
-    sampler = sampler_state.OnlineSampler(config, 32)
+    sampler = ppots.OnlineSampler(config, 32)
     sampler.follow_reruns()
     before = sampler.state.state_vector()
     saved = machine.state_save_func()
@@ -431,10 +431,12 @@ def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
             "mdm_ppots_file": "gone.json",
             "mdm_ppots_digest": "0123456789abcdef",
         }
-        check_resume(args, saved)
-        assert args.mdm_sampler_state_in_checkpoint and args.mdm_ppots_file is None
+        before = dict(vars(args))
+        plan = plan_resume(args, saved)
+        assert plan.sampler_state_in_checkpoint and plan.ppots_file is None
+        assert vars(args) == before
     with pytest.raises(UserError, match=r"file None \(checkpoint: the density that gone.json held"):
-        check_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
+        plan_resume(args, {**saved, "mdm_ppots_refit_interval": 0})
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.mcore.training import objective as program
 from megatron_mdm.pretrain import main
 from tests import ranks
 from tests.mcore.training.nan_rows import nan_row
@@ -20,16 +20,16 @@ def latest(directory):
 
 def nan_from_third_iteration() -> None:
     """The program with a row of the last rank that is no number, two micro-batches an iteration."""
-    at_tokens, calls = step.at_tokens, []
+    logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
-        values = at_tokens(values, shift)
+        values = logits_to_tokens(values, shift)
         calls.append(values)
         if len(calls) <= 4 or os.environ["RANK"] == "0":
             return values
         return values * torch.ones_like(values).index_fill(0, torch.tensor([1]), torch.nan)
 
-    step.at_tokens = with_nan
+    step.logits_to_tokens = with_nan
     main()
 
 

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
+from megatron.training.global_vars import get_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.data.row_dataset import row_columns
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.model.masked_head import MaskedPositions
 from megatron_mdm.mcore.training import forward_step as step
-from megatron_mdm.mcore.training import metrics
-from megatron_mdm.mcore.training import online_sampler as sampler_state
+from megatron_mdm.mcore.training.state import TrainingState
 
 CUDA = torch.device("cuda", 0)
 # What is set beside the flags of the run, in one process: nothing of the model depends on it.
@@ -71,10 +70,18 @@ class Waits(TorchDispatchMode):
         return result
 
 
+class Config:
+    grad_scale_func = None
+    transformer_impl = "local"
+    sequence_parallel = False
+    num_moe_experts = None
+
+
 class Stage:
     """A model whose layers take no time: hidden states, and our head on them."""
 
     vp_stage = None
+    config = Config()
 
     def __init__(self, training):
         self.training = training
@@ -90,7 +97,7 @@ class Stage:
             labels=labels,
             compute_language_model_loss=self._losses,
             scale_logits=lambda logits: logits,
-            config=Config(),
+            config=self.config,
             context=output_processor_context,
         )
 
@@ -109,11 +116,7 @@ class Stage:
     _logits = _Layer()
 
 
-class Config:
-    grad_scale_func = None
-
-
-def forward_step(iterator, model):
+def forward_step(state, iterator, model):
     """In the place of the program's: takes all settings in turn, saves what they wait for."""
     assert get_attr_wrapped_model(model, "vp_stage") is None
     args = get_args()
@@ -121,19 +124,17 @@ def forward_step(iterator, model):
     before, found = dict(vars(args)), {}
     for name, changes in SETTINGS.items():
         vars(args).update(before | (changes or {}))
-        for cached in (step.corrupter, metrics.recorder, sampler_state.online_sampler):
-            cached.cache_clear()
-        found[name] = _waits(training=changes is not None)
+        state = TrainingState(args, get_tokenizer().eod)
+        found[name] = _waits(state, training=changes is not None)
     Path(os.environ["TRACE_DIR"], "waits.json").write_text(json.dumps(found))
     raise SystemExit(0)
 
 
-def _waits(training):
-    args = get_args()
-    columns = row_columns(MDMConfig.from_args(args), training)
-    b = args.micro_batch_size
+def _waits(state, training):
+    columns = row_columns(state.mdm, training)
+    b = state.micro_batch_size(training)
     batch = {
-        name: torch.zeros(b, args.seq_length if vector else 1, dtype=torch.int64)
+        name: torch.zeros(b, state.seq_length if vector else 1, dtype=torch.int64)
         for name, vector in columns.items()
     }
     # The CPU mode rewrites the device of torch's functions; its stand-ins of torch.cuda stay.
@@ -148,6 +149,6 @@ def _waits(training):
     ):
         for _ in range(2):
             waits.found.clear()  # what is copied once stays on the device
-            losses, loss_func = step.forward_step(iter([batch]), Stage(training))
+            losses, loss_func = step.forward_step(state, iter([batch]), Stage(training))
             loss_func(losses)
     return waits.found

@@ -9,28 +9,29 @@ from which each fits the same density. A checkpoint between two fits takes the s
 well, and changes no bit of the next fit.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.checkpoint.carried_state import CarriedState
+from megatron_mdm.mcore.model.context_parallel import is_first_cp_rank, sum_over_cp_ranks
 from megatron_mdm.mcore.ranks import equal_on_all_ranks
-from megatron_mdm.mcore.training.context_parallel import is_first_cp_rank
+from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit, fit
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 from megatron_mdm.objective.ppots.moments import accumulate
 from megatron_mdm.objective.ppots.state import PpotsState
 from megatron_mdm.objective.samplers import PiecewiseSampler
+from megatron_mdm.objective.segments import totals
 
 
 class OnlineSampler:
     """The density in use, and what was measured since it was fitted.
+
+    Megatron's rerun machine has to know of it: `follow_reruns`, once there is one.
 
     Args:
         config: settings of the objective.
@@ -50,6 +51,46 @@ class OnlineSampler:
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, weight) under the density in use."""
         return self.state.sampler(quantile)
+
+    def record_losses(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
+        """Takes the losses of rows or documents, where --mdm-ppots-target is `loss`.
+
+        Args:
+            micro_batch: rows and their masks; those of evaluations are left out.
+            losses: with the importance weight, nats per eligible token, [b] or [b, s].
+        """
+        if micro_batch.batch.training and self.config.ppots_target == "loss":
+            self._record_values(micro_batch, losses / micro_batch.corruption.rate_weight)
+
+    def gradient_observer(self, micro_batch: MicroBatch) -> Callable[[torch.Tensor], None] | None:
+        """`on_grad_sq_norm` of the model's call, where --mdm-ppots-target is `gradient`.
+
+        Args:
+            micro_batch: rows and their masks; those of evaluations are left out.
+        """
+        if micro_batch.batch.training and self.config.ppots_target == "gradient":
+            return partial(self.record_gradients, micro_batch)
+        return None
+
+    def record_gradients(self, micro_batch: MicroBatch, squares: torch.Tensor) -> None:
+        """Takes ||dl/dh|| of each row or document, from the gradient of the sum.
+
+        Args:
+            micro_batch: rows and their masks.
+            squares: squared norms of the gradient of the loss sum at the final hidden states that
+                predict tokens [b, s], 0 at other context-parallel ranks' positions.
+        """
+        norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
+        value = norms / micro_batch.corruption.rate_weight
+        if self.config.normalization == "tokens":  # where the sum holds L_e l, and not l
+            value = value / micro_batch.num_eligible.clamp(min=1)
+        self._record_values(micro_batch, value)
+
+    def _record_values(self, micro_batch: MicroBatch, value: torch.Tensor) -> None:
+        """Takes the values of rows or documents, per eligible token."""
+        corruption = micro_batch.corruption
+        value = micro_batch.contribution_to_batch_loss(value)
+        self.record(corruption.t, value, corruption.rate_weight, micro_batch.present)
 
     def record(
         self,
@@ -73,8 +114,8 @@ class OnlineSampler:
         sums = accumulate(t, value, rate_weight, self.config.ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 
-    def step(self, iteration: int) -> PpotsFit | FitError | None:
-        """Takes an iteration, on all ranks alike, and refits when it is time.
+    def end_iteration(self, iteration: int) -> PpotsFit | FitError | None:
+        """Takes what an iteration has measured, on all ranks alike, and refits when it is time.
 
         Returns:
             The new fit; why there is none, a bin without rows for example, so that the run measures
@@ -154,41 +195,3 @@ class OnlineSampler:
             self.pending = None
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all
-
-
-@lru_cache
-def online_sampler() -> OnlineSampler | None:
-    """The online sampler of this process; None if the density of t is fixed."""
-    args = get_args()
-    config = MDMConfig.from_args(args)
-    if not config.ppots_refit_interval:
-        return None
-    sampler = OnlineSampler(config, args.seq_length)
-    sampler.follow_reruns()
-    return sampler
-
-
-class SamplerState(CarriedState):
-    """Carries the state of the online sampler through Megatron's checkpoints."""
-
-    KEY = "mdm_sampler_state"
-
-    def vector(self) -> npt.NDArray[np.int64]:
-        """See `PpotsState.state_vector`."""
-        return online_sampler().state.state_vector()
-
-    def gather(self) -> None:
-        """Takes in what all ranks have measured."""
-        online_sampler().reduce()
-
-    def restore(self, vector: npt.NDArray[np.int64]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-            UserError: the state is damaged, or of more rows than the run has trained on.
-        """
-        args, sampler = get_args(), online_sampler()
-        documents = args.seq_length if args.mdm_rate_per == "document" else 1
-        sampler.state = PpotsState.from_state_vector(
-            vector, sampler.config.ppots_bins, args.consumed_train_samples * documents
-        )

@@ -1,0 +1,157 @@
+"""A batch of rows: its columns, and what the settings of the objective make of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from megatron.core import mpu
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.data.documents import document_numbers, eligible_positions
+from megatron_mdm.mcore.data.row_dataset import row_columns
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """b rows of s positions, and what follows from them, computed once.
+
+    Attributes:
+        config: settings of the objective.
+        eod_id: end-of-document token.
+        training: whether the rows are of the training data, and not of an evaluation's.
+        tokens: this column, and the other ones, as `RowDataset` gives them for one row: int64
+            [b, s] or [b].
+    """
+
+    config: MDMConfig
+    eod_id: int
+    training: bool
+    tokens: torch.Tensor
+    num_tokens: torch.Tensor
+    length: torch.Tensor
+    split: torch.Tensor
+    row: torch.Tensor
+    uniforms: torch.Tensor
+    quantile: torch.Tensor
+    text: torch.Tensor | None = None
+    document: torch.Tensor | None = None
+    maskable: torch.Tensor | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Sequence[Mapping[str, torch.Tensor]],
+        config: MDMConfig,
+        eod_id: int,
+        training: bool = True,
+    ) -> "Batch":
+        """Stacks rows of a `RowDataset`."""
+        columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return cls(config, eod_id, training, **columns)
+
+    def to(self, device: torch.device | int) -> "Batch":
+        """The same rows on a device."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: x.to(device) for name, x in columns.items() if torch.is_tensor(x)}
+        return replace(self, **tensors)
+
+    @cached_property
+    def padding(self) -> torch.Tensor:
+        """Positions that hold no token, bool [b, s]."""
+        return self._from(self.num_tokens)
+
+    @cached_property
+    def past_end(self) -> torch.Tensor:
+        """Positions after the end of rows that end early, bool [b, s]."""
+        return self._from(self.length)
+
+    @cached_property
+    def documents(self) -> torch.Tensor:
+        """The document of its row that each position is of, int64 [b, s]; padding is one more."""
+        document = self.document
+        if document is None:
+            document = document_numbers(self.tokens, self.eod_id)
+        last = document.masked_fill(self.padding, -1).amax(dim=1, keepdim=True)
+        return torch.where(self.padding, last + 1, document)
+
+    @cached_property
+    def attention_segments(self) -> torch.Tensor | None:
+        """The parts of rows that attention does not leave, int64 [b, s]; None: whole rows."""
+        if self.config.isolate_documents:
+            return self.documents
+        if self.config.random_length_fraction:
+            return self.past_end.long()
+        return None
+
+    @property
+    def rate_segments(self) -> torch.Tensor | None:
+        """The parts of rows that have masking rates of their own, int64 [b, s]; None: whole rows.
+
+        See objective/segments.py. Evaluations have one rate a row.
+        """
+        return self.documents if self.training and self.config.rate_per == "document" else None
+
+    @cached_property
+    def eligible(self) -> torch.Tensor:
+        """Positions that may be masked and count in the loss, bool [b, s]."""
+        eligible = eligible_positions(
+            self.tokens, self.padding, self.eod_id, self.config, self.attention_segments
+        )
+        if self.maskable is not None:
+            eligible = eligible & (self.maskable != 0)
+        return eligible & ~self.past_end
+
+    def _from(self, start: torch.Tensor) -> torch.Tensor:
+        """Positions from `start` [b] on, bool [b, s]."""
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return positions >= start[:, None]
+
+
+def load_batch(
+    data_iterator: Iterator | None,
+    config: MDMConfig,
+    eod_id: int,
+    training: bool,
+    micro_batch_size: int,
+    seq_length: int,
+) -> Batch:
+    """The next micro-batch on every tensor-parallel rank, by one broadcast of one tensor.
+
+    Args:
+        data_iterator: of a `RowDataset`; None on tensor-parallel ranks other than 0.
+        config: settings of the objective.
+        eod_id: end-of-document token.
+        training: whether the micro-batch is training's, and not an evaluation's.
+        micro_batch_size: b.
+        seq_length: s.
+    """
+    is_vector = row_columns(config, training)
+    widths = [seq_length if vector else 1 for vector in is_vector.values()]
+    device = torch.cuda.current_device()
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        rows = next(data_iterator)
+        parts = [rows[name].view(micro_batch_size, -1) for name in is_vector]
+        packed = side_by_side(parts).to(device, non_blocking=True)
+    else:
+        packed = torch.empty((micro_batch_size, sum(widths)), dtype=torch.int64, device=device)
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            packed,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+    parts = zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
+    columns = {name: part.contiguous() if vector else part[:, 0] for (name, vector), part in parts}
+    return Batch(config, eod_id, training, **columns)
+
+
+def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors [b, n], int64, in one [b, sum of n], pinned like them: else the host waits in .to().
+
+    Args:
+        parts: on the CPU, pinned by Megatron's loader where there is a GPU.
+    """
+    b, n = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    whole = torch.empty((b, n), dtype=torch.int64, pin_memory=parts[0].is_pinned())
+    return torch.cat(parts, dim=1, out=whole)

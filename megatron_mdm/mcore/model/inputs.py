@@ -1,0 +1,212 @@
+"""The call of the model: all that it takes beside the masked tokens, assembled in one place.
+
+Training, validation, measurements, inference and the reproduction call the model by this alone.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_model_config
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.data.batch import Batch
+from megatron_mdm.mcore.data.documents import position_ids
+from megatron_mdm.mcore.model.attention_mask import (
+    annealed_future_positions,
+    attention_mask_argument,
+)
+from megatron_mdm.mcore.model.causal import causal_attention
+from megatron_mdm.mcore.model.context_parallel import shard_sequence, unshard_sequence
+from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
+from megatron_mdm.mcore.model.routers import shard_for_stage
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """What the model sees of b rows of s positions, whichever of their tokens are masked.
+
+    Attributes:
+        clean: the tokens before masking, int64 [b, s].
+        position_ids: int64 [b, s].
+        attention_mask: see `attention_mask_argument`.
+        shift: whether a position predicts the token after it (--mdm-shift).
+        past_end: positions that the routers of experts leave out, bool [b, s]; None: none.
+        causal: whether no position attends to a later one, for comparisons.
+    """
+
+    clean: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    shift: bool
+    past_end: torch.Tensor | None = None
+    causal: bool = False
+
+    @classmethod
+    def of_batch(
+        cls, batch: Batch, model: Any, annealing: float = 1.0, causal: bool = False
+    ) -> "ModelInputs":
+        """Of the rows of a batch.
+
+        Args:
+            batch: the rows.
+            model: a stage of the model that they are for.
+            annealing: progress from causal to full attention (see `annealed_future_positions`).
+            causal: whether the model is to be autoregressive: causal, and shifted.
+        """
+        return cls.of_text(
+            batch.tokens,
+            batch.attention_segments,
+            batch.config,
+            batch.eod_id,
+            model,
+            padding=batch.padding,
+            past_end=batch.past_end if batch.config.random_length_fraction else None,
+            visible_ahead=annealed_future_positions(batch.uniforms, annealing),
+            causal=causal,
+        )
+
+    @classmethod
+    def of_text(
+        cls,
+        clean: torch.Tensor,
+        segments: torch.Tensor | None,
+        config: MDMConfig,
+        eod_id: int,
+        model: Any,
+        padding: torch.Tensor | None = None,
+        past_end: torch.Tensor | None = None,
+        visible_ahead: torch.Tensor | None = None,
+        causal: bool = False,
+    ) -> "ModelInputs":
+        """Of any rows.
+
+        Args:
+            clean: the tokens before masking, int64 [b, s].
+            segments: the parts of rows that attention does not leave, and where positions start
+                over, int64 [b, s]; None: whole rows.
+            config: settings of the objective.
+            eod_id: end-of-document token.
+            model: a stage of the model that they are for.
+            padding: bool [b, s]; None: no padding.
+            past_end: as the attribute.
+            visible_ahead: see `dense_attention_mask`; not with `causal`.
+            causal: whether the model is to be autoregressive: causal, and shifted.
+        """
+        nothing = torch.zeros_like(clean, dtype=torch.bool)
+        attention_mask = attention_mask_argument(
+            clean,
+            nothing if padding is None else padding,
+            eod_id,
+            config,
+            segments,
+            get_model_config(model).transformer_impl,
+            nothing if causal else visible_ahead,
+        )
+        positions = position_ids(clean, segments)
+        return cls(clean, positions, attention_mask, config.shift or causal, past_end, causal)
+
+    def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        """What a stage makes of masked tokens: at the last one logits of each position.
+
+        Args:
+            model: the stage.
+            tokens: int64 [b, s].
+
+        Returns:
+            float [b, s / context-parallel ranks, V / tensor-parallel ranks], V the padded
+            vocabulary, at the last stage; else hidden states.
+        """
+        return self._call(model, tokens)
+
+    def cross_entropy(
+        self,
+        model: Any,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None,
+        processor: Callable[..., torch.Tensor] = head,
+    ) -> torch.Tensor:
+        """What a stage makes of masked tokens: at the last one cross entropies of clean tokens.
+
+        Args:
+            model: the stage.
+            tokens: int64 [b, s].
+            mask: the tokens whose cross entropy is asked for, bool [b, s]: the head works at these
+                alone, and others get 0; None: all.
+            on_grad_sq_norm: called in the backward pass with the square of the norm of the gradient
+                of the micro-batch's loss sum at the final hidden state that predicts each token,
+                float32 [b, s], 0 at the positions of other context-parallel ranks; None: not at
+                all.
+            processor: another one than `head`, which is called in its place.
+
+        Returns:
+            float [b, s / context-parallel ranks], nats, at the last stage, in the order of
+            positions (see `logits_to_tokens`); else hidden states.
+        """
+        config = get_model_config(model)
+        positions = None
+        if mask is not None:
+            parts, part = 1, 0
+            if config.sequence_parallel:
+                parts = mpu.get_tensor_model_parallel_world_size()
+                part = mpu.get_tensor_model_parallel_rank()
+            positions = MaskedPositions(tokens_to_logits(mask, self.shift), parts, part)
+        record = None
+        if on_grad_sq_norm is not None:
+
+            def record(squares: torch.Tensor) -> None:
+                on_grad_sq_norm(logits_to_tokens(squares, self.shift))
+
+        left_out = None
+        if self.past_end is not None and config.num_moe_experts:
+            left_out = shard_for_stage(shard_sequence(self.past_end), model)
+        return self._call(
+            model,
+            tokens,
+            padding_mask=left_out,
+            labels=tokens_to_logits(self.clean, self.shift),
+            output_processor=processor,
+            output_processor_context=HeadContext(positions, record),
+        )
+
+    def _call(self, model: Any, tokens: torch.Tensor, **rest: Any) -> torch.Tensor:
+        with causal_attention(model) if self.causal else contextlib.nullcontext():
+            return model(
+                shard_sequence(tokens),
+                shard_sequence(self.position_ids),
+                self.attention_mask,
+                **rest,
+            )
+
+
+def tokens_to_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
+    """Moves what belongs to tokens to the positions of this rank whose logits predict them.
+
+    With --mdm-shift these are one to the left. The first token, which is never masked, goes last.
+
+    Args:
+        values: [b, s].
+        shift: see `ModelInputs`.
+
+    Returns:
+        [b, s / context-parallel ranks].
+    """
+    return shard_sequence(values.roll(-1, dims=1) if shift else values)
+
+
+def logits_to_tokens(values: torch.Tensor, shift: bool) -> torch.Tensor:
+    """The inverse of `tokens_to_logits`, with 0 for what other context-parallel ranks predict.
+
+    Args:
+        values: [b, s / context-parallel ranks].
+        shift: see `ModelInputs`.
+
+    Returns:
+        [b, s].
+    """
+    values = unshard_sequence(values)
+    return values.roll(1, dims=1) if shift else values

@@ -1,0 +1,49 @@
+"""What happens once in an iteration and once in an evaluation, on all ranks, in this order."""
+
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.training.utils import is_last_rank
+
+from megatron_mdm.mcore.training.logs import log_evaluation, log_refit, log_training
+from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.objective.randomness import Split
+
+
+def after_gradients(
+    state: TrainingState, model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any
+) -> None:
+    """Megatron's `finalize_model_grads`, before the optimizer's step; then P-POTS, then the log.
+
+    Megatron's rerun machine may repeat an iteration. A repetition is logged no second time.
+    """
+    finalize_model_grads(model, num_tokens, **kwargs)
+    iteration = state.iteration
+    if state.sampler is not None:  # where the density q(t) changes
+        refit = state.sampler.end_iteration(iteration)
+        if refit is not None and is_last_rank():
+            log_refit(refit, state.sampler.state.moments.skipped, iteration)
+    if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+        return
+    recorder = state.recorder(training=True)
+    recorder.commit(iteration)
+    if iteration % state.log_interval == 0 and recorder.total is not None:
+        summary = recorder.reduce()[Split.TRAIN]
+        seconds = state.clock.lap()
+        if is_last_rank():
+            log_training(state, summary, iteration, seconds)
+
+
+def after_evaluation(state: TrainingState, model: list) -> None:
+    """Megatron's `non_loss_data_func`, at the end of every evaluation: its NELBO."""
+    if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+        return
+    recorder = state.recorder(training=False)
+    recorder.iteration = -1  # evaluations never repeat, and two may follow one iteration
+    recorder.commit(state.iteration)
+    by_text = recorder.by_text()
+    for split, summary in recorder.reduce().items():
+        if is_last_rank():
+            log_evaluation(split, summary, by_text[split], state.iteration)

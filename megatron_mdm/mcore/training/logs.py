@@ -1,0 +1,124 @@
+"""What the logs say beside Megatron's own line, printed and to TensorBoard and Weights & Biases.
+
+Called on the last rank alone, which has the writers.
+"""
+
+import math
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+from megatron_mdm.mcore.training.metrics import Summary
+from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.objective.ppots.fit import FitError, PpotsFit
+from megatron_mdm.objective.randomness import Split
+
+
+def log_training(state: TrainingState, summary: Summary, iteration: int, seconds: float) -> None:
+    """One line of a log interval.
+
+    Args:
+        state: of the run.
+        summary: of the rows of the interval.
+        iteration: the last one.
+        seconds: that it took.
+    """
+    rows_per_s = summary.rows / seconds
+    tokens_per_s = rows_per_s * state.seq_length
+    # Megatron counts this iteration's rows after it.
+    rows = state.consumed_rows + get_current_global_batch_size()
+    texts = rows // state.mdm.views + state.text_offset
+    controlled = math.nan
+    if summary.draws:
+        controlled = state.control_variate(summary.loss_sums, summary.weight_sums, summary.draws)
+    print(
+        f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
+        f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"
+        f" masked fraction: {summary.masked_fraction:.4f} |"
+        f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
+        f" loss per rate (t: nats/token) | {summary.text()}",
+        flush=True,
+    )
+    scalars = {
+        "mdm/texts": texts,
+        "mdm/loss": summary.loss,
+        "mdm/controlled loss": controlled,
+        "mdm/largest weight": summary.largest_weight,
+        "mdm/masked fraction": summary.masked_fraction,
+        "mdm/rows per s": rows_per_s,
+        "mdm/tokens per s": tokens_per_s,
+    }
+    _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
+
+
+def log_refit(result: PpotsFit | FitError, skipped: int, iteration: int) -> None:
+    """One line of a new density of P-POTS, or why there is none.
+
+    Args:
+        result: of the fit.
+        skipped: rows that have been left out since their value was not finite.
+        iteration: after which it was.
+    """
+    if isinstance(result, FitError):
+        print(
+            f" mdm P-POTS keeps its density at iteration {iteration} | "
+            f"{skipped} rows skipped | {result} "
+            "(--mdm-ppots-refit-interval, --mdm-ppots-bins)",
+            flush=True,
+        )
+        return
+    parameters = ", ".join(f"{name} {value:.4g}" for name, value in result.parameters.items())
+    t = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
+    density = dict(zip(t.tolist(), result.sampler().density(t).tolist(), strict=True))
+    text = " ".join(f"{t:.2f}: {q:.3f}" for t, q in density.items())
+    print(
+        f" mdm P-POTS refit at iteration {iteration} | {result.family} of {result.rows:.0f} rows, "
+        f"{result.moments.skipped} skipped | KL {result.kl:.2e} | {parameters} | density (t: q) | "
+        f"{text}",
+        flush=True,
+    )
+    scalars = {f"mdm/density at t {t:.2f}": q for t, q in density.items()}
+    _write({**scalars, "mdm/density KL": result.kl}, iteration)
+
+
+def log_evaluation(
+    split: Split, summary: Summary, error_by_text: tuple[float, int], iteration: int
+) -> None:
+    """One line of an evaluation.
+
+    Args:
+        split: part of the data.
+        summary: of its rows.
+        error_by_text: standard error of the mean and number of texts; see `Recorder.by_text`.
+        iteration: after which it was.
+    """
+    stderr, texts = error_by_text
+    name = {Split.VALID: "validation", Split.TEST: "test"}[split]
+    of = f"{summary.rows} rows"
+    of += f" of {texts} texts" if texts < summary.rows else ""
+    print(
+        f" {name} NELBO: {summary.loss:.4f} +- {stderr:.4f} nats/token (mean over {of}) | "
+        f"per rate (t: nats/token) | {summary.text()}",
+        flush=True,
+    )
+    scalars = {"NELBO": summary.loss, "NELBO stderr": stderr, **_bins(summary)}
+    _write({f"mdm/{name} {key}": value for key, value in scalars.items()}, iteration)
+
+
+def _bins(summary: Summary) -> dict[str, float]:
+    n = len(summary.loss_per_bin)
+    return {
+        f"loss at t {i / n:.2f}-{(i + 1) / n:.2f}": x
+        for i, x in enumerate(summary.loss_per_bin)
+        if not math.isnan(x)
+    }
+
+
+def _write(scalars: dict[str, float], iteration: int) -> None:
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    if writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(scalars, iteration)

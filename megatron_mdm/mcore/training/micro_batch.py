@@ -1,0 +1,76 @@
+"""A micro-batch: rows with their masks, and what is counted and summed over them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from megatron_mdm.mcore.data.batch import Batch
+from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.loss import RowLosses, row_losses
+from megatron_mdm.objective.segments import counts
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """A batch and its masks.
+
+    What belongs to rows is [b]; where documents have masking rates of their own it belongs to them,
+    [b, s], as objective/segments.py says.
+    """
+
+    batch: Batch
+    corruption: Corruption
+
+    @classmethod
+    def of(cls, batch: Batch, corrupter: Corrupter) -> "MicroBatch":
+        """Masks a batch."""
+        return cls(
+            batch,
+            corrupter(
+                batch.tokens, batch.eligible, batch.uniforms, batch.quantile, batch.rate_segments
+            ),
+        )
+
+    @cached_property
+    def num_eligible(self) -> torch.Tensor:
+        """Eligible positions L_e of rows or documents, int64."""
+        return counts(self.batch.eligible, self.batch.rate_segments)
+
+    @property
+    def num_masked(self) -> torch.Tensor:
+        """Masked positions of rows or documents, int64."""
+        return counts(self.corruption.mask, self.batch.rate_segments)
+
+    @property
+    def present(self) -> torch.Tensor | None:
+        """Which documents there are to count, bool [b, s]; None: every row."""
+        return None if self.batch.rate_segments is None else self.num_eligible > 0
+
+    def losses(self, cross_entropy: torch.Tensor, normalization: str) -> RowLosses:
+        """The losses of rows or documents, and their sum; see `row_losses`.
+
+        Args:
+            cross_entropy: of clean tokens, nats, float [b, s].
+            normalization: `tokens` or `rows`.
+        """
+        return row_losses(
+            cross_entropy,
+            self.corruption.mask,
+            self.corruption.weight,
+            self.num_eligible,
+            normalization,
+            self.batch.rate_segments,
+        )
+
+    def contribution_to_batch_loss(self, value: torch.Tensor) -> torch.Tensor:
+        """What P-POTS squares of rows or documents: how much they disturb the sum over a batch.
+
+        Under `tokens` they do so as L_e l, so that long ones say more of the best density.
+
+        Args:
+            value: of rows or documents, per eligible token.
+        """
+        if self.batch.config.normalization == "tokens":
+            return value * (self.num_eligible.double() / self.batch.tokens.shape[1])
+        return value

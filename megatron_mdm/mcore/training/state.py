@@ -1,0 +1,140 @@
+"""What the objective keeps while it trains: one object, made where the program starts.
+
+Megatron's callables get it as an argument (objective.py). None of it is global, so one process can
+train one objective after another, and none of it is an argument or a setting that Megatron saves.
+"""
+
+from argparse import Namespace
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
+from megatron_mdm.mcore.training.ppots import OnlineSampler
+from megatron_mdm.objective.control_variate import ControlVariate
+from megatron_mdm.objective.corruption import Corrupter, Sampler
+from megatron_mdm.objective.ppots.fit_file import load_sampler
+from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+
+
+class TrainingState:
+    """The settings of a run, and what changes while it trains.
+
+    Args:
+        args: Megatron's arguments, as `finalize_args` leaves them. The state keeps them for the
+            properties below, whose values Megatron changes while it trains.
+        eod_id: token that ends a document.
+
+    Attributes:
+        mdm: settings of the objective.
+        eod_id: token that ends a document.
+        seq_length: tokens in a row.
+        checks_finite: whether a loss that is not finite ends the run.
+        log_interval: iterations between lines of the log.
+        text_offset: what is added to the number of a text, row // views.
+        sampler_state_in_checkpoint, log_state_in_checkpoint: whether the checkpoint that the run
+            resumes holds such a state.
+        sampler: P-POTS that is refitted while the run trains; None if the density of t is fixed.
+        control_variate: of the reported training loss.
+        clock: seconds of training.
+    """
+
+    def __init__(self, args: Namespace, eod_id: int) -> None:
+        self._args = args
+        self.mdm = MDMConfig.from_args(args)
+        self.eod_id = eod_id
+        self.seq_length: int = args.seq_length
+        self._micro_batch_sizes = args.eval_micro_batch_size, args.micro_batch_size
+        self.checks_finite: bool = args.check_for_nan_in_loss_and_grad
+        self.log_interval: int = args.log_interval
+        self.text_offset: int = args.mdm_text_offset
+        self.sampler_state_in_checkpoint: bool = args.mdm_sampler_state_in_checkpoint
+        self.log_state_in_checkpoint: bool = args.mdm_log_state_in_checkpoint
+        refits = bool(self.mdm.ppots_refit_interval)
+        self.sampler = OnlineSampler(self.mdm, self.seq_length) if refits else None
+        sampler: Sampler = self.sampler or fixed_sampler(self.mdm)
+        self._corrupters = evaluation_corrupter(self.mdm), training_corrupter(self.mdm, sampler)
+        self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
+        clip = self.mdm.clip or (0.0, 1.0)
+        self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay, *clip)
+        self.clock = TrainingClock()
+
+    def corrupter(self, training: bool) -> Corrupter:
+        """What masks the rows of training, or of evaluations."""
+        return self._corrupters[training]
+
+    def recorder(self, training: bool) -> Recorder:
+        """The statistics of training, or of evaluations."""
+        return self._recorders[training]
+
+    def micro_batch_size(self, training: bool) -> int:
+        """Rows in a micro-batch of training, or of evaluations."""
+        return self._micro_batch_sizes[training]
+
+    def attention_annealing(self, training: bool) -> float:
+        """Progress from causal attention, 0, to full attention, 1, which evaluations have."""
+        iterations = self.mdm.anneal_attention_iters
+        return (self.iteration - 1) / iterations if training and iterations else 1.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run has iterations to train, and has not finished before."""
+        args = self._args
+        return not args.skip_train and args.iteration < (args.train_iters or 0)
+
+    @property
+    def skips_training(self) -> bool:
+        """Whether the run only evaluates."""
+        return self._args.skip_train
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first iteration has begun: what is loaded is loaded before."""
+        return hasattr(self._args, "curr_iteration")
+
+    @property
+    def iteration(self) -> int:
+        """Number of the iteration that is trained, or was trained last; the first is 1.
+
+        In a run that does not train it is that of the checkpoint.
+        """
+        # Megatron counts from 0 the iteration that it trains.
+        return self._args.curr_iteration + 1 if self.trains else self._args.iteration
+
+    @property
+    def consumed_rows(self) -> int:
+        """Rows of the iterations that are finished, over all data-parallel ranks."""
+        return self._args.consumed_train_samples
+
+
+def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
+    """What masks the rows of training, with any density of t."""
+    assert mdm.mask_token_id is not None  # after `finalize_args`
+    return Corrupter(
+        sampler=sampler,
+        mask_kind=mdm.mask,
+        mask_token_id=mdm.mask_token_id,
+        eps=mdm.eps,
+        isad_token_ids=tuple(mdm.isad_token_ids or ()),
+        isad_delta=mdm.isad_delta,
+        isad_weight=mdm.isad_weight,
+    )
+
+
+def evaluation_corrupter(mdm: MDMConfig) -> Corrupter:
+    """What masks the rows of evaluations.
+
+    Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
+    have the least variance: numbers of runs that train differently can then be compared.
+    """
+    assert mdm.mask_token_id is not None
+    return Corrupter(Uniform(), "exact-count", mdm.mask_token_id, mdm.eps)
+
+
+def fixed_sampler(mdm: MDMConfig) -> RateSampler:
+    """The density of t, where the run does not fit one itself."""
+    if mdm.rate_sampler == "clipped":
+        assert mdm.clip is not None
+        return Clipped(*mdm.clip)
+    if mdm.rate_sampler == "ppots":
+        assert mdm.ppots_file is not None  # without one it is refitted
+        return load_sampler(mdm.ppots_file).sampler()
+    return Uniform()
