@@ -1,5 +1,6 @@
 """One call from clean rows to masked rows: what the forward step, tools and tests share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,8 +8,10 @@ import torch
 
 from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_mask
 from megatron_mdm.objective.randomness import to_unit
-from megatron_mdm.objective.samplers import RateSampler
 from megatron_mdm.objective.segments import to_positions
+
+# From quantiles to (t, weight), as a `RateSampler` does it; its density may change between calls.
+Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Corrupter:
     """Draws rates and masks from the rows' own random numbers; deterministic.
 
     Attributes:
-        sampler: sampler of t.
+        sampler: of t.
         mask_kind: `bernoulli` or `exact-count`.
         mask_token_id: id put at masked positions.
         eps: least masking probability of Bernoulli masks.
@@ -49,7 +52,7 @@ class Corrupter:
         isad_weight: see `isad_mask`.
     """
 
-    sampler: RateSampler
+    sampler: Sampler
     mask_kind: Literal["bernoulli", "exact-count"]
     mask_token_id: int
     eps: float

@@ -11,19 +11,15 @@ from argparse import Namespace
 import pytest
 
 from tests import ROOT, ranks
+from tests.ranks import entries
 
 TOOL = "tools/variance_report.py"
-WITHOUT_MATPLOTLIB = (
-    "import runpy, sys; sys.modules['matplotlib'] = None; "
-    f"runpy.run_path({TOOL!r}, run_name='__main__')"
-)
 
 
-def report(base, data, output, *flags, start=(TOOL,)):
-    command = [sys.executable, *start, "--device", "cpu", "--data", str(data)]
-    command += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-    command += ["--rows", "40", "--methods", "none", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def report(base, data, output, *flags, without=()):
+    words = ["--device", "cpu", "--data", str(data), "--load", base[base.index("--load") + 1]]
+    words += ["--output", str(output), "--rows", "40", "--methods", "none", *flags]
+    return ranks.run_forked(TOOL, *words, without=without)
 
 
 def errors(run):
@@ -89,7 +85,7 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         output = tmp_path / f"{name}{ranks_}.json"
         tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
         tool += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry="tool")
+        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry=entries.tool)
         reports[name, ranks_] = json.loads(output.read_text())
     for name in groups:
         one, two = reports[name, 1], reports[name, 2]
@@ -121,12 +117,13 @@ def test_bad_input_is_one_line(base, data, tmp_path, flags, message):
 
 
 def test_without_matplotlib_nothing_is_measured(base, data, tmp_path):
-    run = report(base, data, tmp_path / "x.json", start=("-c", WITHOUT_MATPLOTLIB))
+    run = report(base, data, tmp_path / "x.json", without=["matplotlib"])
     assert "needs matplotlib: pip install 'megatron-mdm[plot]'" in errors(run)
 
 
 @pytest.mark.parametrize(("tool", "name"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
 def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
+    """Of the tools as users start them."""
     ranks.write_documents(tmp_path / "text", [[5, 30_000, 7]] * 20)
     (tmp_path / "plain_text").write_text("5 30000 7")
     command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / name)]

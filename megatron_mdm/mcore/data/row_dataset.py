@@ -225,7 +225,7 @@ def datasets_provider(
         return build_datasets(args, mdm, [num_samples[0], eval_rows, eval_rows], vp_stage)
 
     # Megatron then calls it on every rank, and `loads_rows` decides where rows are needed.
-    provide.is_distributed = True
+    provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
 
 

@@ -24,7 +24,7 @@ def after_gradients(
     if state.sampler is not None:  # where the density q(t) changes
         refit = state.sampler.end_iteration(iteration)
         if refit is not None and is_last_rank():
-            log_refit(state, refit, iteration)
+            log_refit(refit, state.sampler.state.moments.skipped, iteration)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     recorder = state.recorder(training=True)

@@ -52,12 +52,18 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
     _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
 
 
-def log_refit(state: TrainingState, result: PpotsFit | FitError, iteration: int) -> None:
-    """One line of a new density of P-POTS, or why there is none."""
+def log_refit(result: PpotsFit | FitError, skipped: int, iteration: int) -> None:
+    """One line of a new density of P-POTS, or why there is none.
+
+    Args:
+        result: of the fit.
+        skipped: rows that have been left out since their value was not finite.
+        iteration: after which it was.
+    """
     if isinstance(result, FitError):
         print(
             f" mdm P-POTS keeps its density at iteration {iteration} | "
-            f"{state.sampler.state.moments.skipped} rows skipped | {result} "
+            f"{skipped} rows skipped | {result} "
             "(--mdm-ppots-refit-interval, --mdm-ppots-bins)",
             flush=True,
         )

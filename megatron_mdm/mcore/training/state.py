@@ -10,7 +10,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.control_variate import ControlVariate
-from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.corruption import Corrupter, Sampler
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
 
@@ -50,7 +50,7 @@ class TrainingState:
         self.log_state_in_checkpoint: bool = args.mdm_log_state_in_checkpoint
         refits = bool(self.mdm.ppots_refit_interval)
         self.sampler = OnlineSampler(self.mdm, self.seq_length) if refits else None
-        sampler = self.sampler or fixed_sampler(self.mdm)
+        sampler: Sampler = self.sampler or fixed_sampler(self.mdm)
         self._corrupters = evaluation_corrupter(self.mdm), training_corrupter(self.mdm, sampler)
         self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
         clip = self.mdm.clip or (0.0, 1.0)
@@ -105,8 +105,9 @@ class TrainingState:
         return self._args.consumed_train_samples
 
 
-def training_corrupter(mdm: MDMConfig, sampler: RateSampler) -> Corrupter:
+def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
     """What masks the rows of training, with any density of t."""
+    assert mdm.mask_token_id is not None  # after `finalize_args`
     return Corrupter(
         sampler=sampler,
         mask_kind=mdm.mask,
@@ -124,13 +125,16 @@ def evaluation_corrupter(mdm: MDMConfig) -> Corrupter:
     Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
     have the least variance: numbers of runs that train differently can then be compared.
     """
+    assert mdm.mask_token_id is not None
     return Corrupter(Uniform(), "exact-count", mdm.mask_token_id, mdm.eps)
 
 
 def fixed_sampler(mdm: MDMConfig) -> RateSampler:
     """The density of t, where the run does not fit one itself."""
     if mdm.rate_sampler == "clipped":
+        assert mdm.clip is not None
         return Clipped(*mdm.clip)
     if mdm.rate_sampler == "ppots":
+        assert mdm.ppots_file is not None  # without one it is refitted
         return load_sampler(mdm.ppots_file).sampler()
     return Uniform()

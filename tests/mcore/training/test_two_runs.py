@@ -1,7 +1,13 @@
 """One process trains one objective after another, and each as if it were alone."""
 
-import pytest
+import copy
 
+import pytest
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.training import global_vars
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from megatron_mdm.mcore.training.objective import build_objective
 from tests import ranks
 
 ONLINE = [
@@ -51,3 +57,26 @@ def test_both_objectives_did_what_they_are_named_for(runs):
     assert runs["online again"].output[0].count("P-POTS refit at iteration") == 2
     assert len(set(runs["online again"].scalars["mdm/density at t 0.05"])) == 2
     assert not any("density" in name for name in runs["fine-tuning"].scalars)
+
+
+def test_nothing_of_a_state_is_copied_or_saved(base):
+    """Checkpoints hold the arguments; Megatron copies its configurations for some layers."""
+    load = base[base.index("--load") + 1]
+    args = load_common_state_dict(f"{load}/iter_0000020")["args"]
+    vars(args).update(mdm_rate_sampler="ppots", mdm_ppots_refit_interval=2)
+    before = dict(vars(args))
+    global_vars.rebuild_tokenizer(args)
+    try:
+        objective = build_objective(args)
+    finally:
+        global_vars.destroy_global_vars()
+    assert objective.state.sampler is not None
+    assert vars(args) == before
+    container = pretrain_cfg_container_from_args(args, objective.model_config)
+    copied, config = copy.deepcopy(container).model, container.model
+    assert copied.transformer is not config.transformer
+    assert copied.transformer.finalize_model_grads_func is objective.after_gradients
+    assert (copied.before_model, copied.finish_stage) == (config.before_model, config.finish_stage)
+    for saved in (config.as_dict(), container.to_dict()):
+        assert "finish_stage" not in saved.get("model", saved)
+        assert "TrainingState" not in repr(saved)

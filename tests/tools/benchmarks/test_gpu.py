@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.sides import ffn_size
 from megatron_mdm.errors import UserError
-from tests import ROOT, ranks
+from tests import ROOT
 
 
 def parsed(*flags):
@@ -99,7 +100,7 @@ def test_times_are_kept_before_a_profile_that_never_comes(ends, why, tmp_path, m
     kept = []
 
     def measure(*args):
-        (ranks.Path(args[-1]) / gpu.RESULT).write_text('{"sides": {}}')
+        (Path(args[-1]) / gpu.RESULT).write_text('{"sides": {}}')
         ends()
 
     def start(_, *args):
@@ -132,12 +133,13 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
         assert "small        bf16 out of memory" in out
     gpu.run(parsed("--tiny", "--sizes", "small", "--precisions", "bf16", "--json", path + "2"))
     assert asked == ["tiny", "small", "tiny", "small"]
-    assert set(json.loads(ranks.Path(path).read_text())["measurements"]) == {
+    assert set(json.loads(Path(path).read_text())["measurements"]) == {
         "tiny bf16",
         "small bf16",
     }
 
 
+@pytest.mark.ranks
 def test_a_process_that_fails_says_why(tmp_path):
     machine = {"device": "a processor", "torch": "2"}
     about = {**gpu.header(machine, parsed("--tiny", "--json", "x")), "flags": "--no-such-flag"}

@@ -1,26 +1,22 @@
-"""Real ranks for tests: the program itself, over gloo, in processes forked from a warm one.
+"""Starts ranks of a run in forks of a warm process, and reads what they left behind.
 
-A fork server imports torch and Megatron once (6 s); every rank of every run is then a fork of it,
-with fresh Megatron globals, as torchrun would start it. It has no Transformer Engine: ranks that
-want it start from nothing. `launch_all` gives several runs to one group of ranks.
+A run's ranks meet at a store that `launch` holds, as they meet at torchrun's own: it listens on a
+port that the system chose, and so no other process can take the port between.
 """
 
 import gc
-import multiprocessing
 import os
-import socket
-import subprocess
+import pkgutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
@@ -28,35 +24,17 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training import checkpointing, global_vars
 from megatron.training.training import destroy_global_state
+from torch.distributed import TCPStore
 
-from tests import ROOT
+from tests.ranks import server
+from tests.ranks.flags import MODEL, TOKENIZER, TRAINING
+from tests.ranks.recording import train
+from tests.ranks.tools import users_environment
 
 TIMEOUT = 180  # seconds; a run here takes about 5
-# Characters of output that a failure shows: tracebacks of ranks go through Megatron and torchrun.
-RANK_TAIL, TOOL_TAIL = 8000, 4000
-# Two ranks on any free port, also where the machine's own name cannot be resolved.
-TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
-VOCAB, MASK_ID, EOD_ID = 120, 127, 119
+TAIL = 8000  # characters that a failure shows: tracebacks of ranks go through Megatron and torchrun
 
-multiprocessing.set_forkserver_preload(["tests.driver"])
-
-MODEL = [
-    *"--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32".split(),
-    *"--max-position-embeddings 32 --normalization RMSNorm --swiglu --disable-bias-linear".split(),
-    *"--position-embedding-type rope --attention-dropout 0 --hidden-dropout 0".split(),
-    *"--untie-embeddings-and-output-weights".split(),
-]
-# 64 x 2 = 128: the same padded vocabulary, and so the same softmax, at tensor parallel 1 and 2.
-TOKENIZER = [
-    *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}".split(),
-    *f"--null-tokenizer-eod-id {EOD_ID}".split(),
-    *f"--mdm-mask-token-id {MASK_ID} --make-vocab-size-divisible-by 64".split(),
-]
-TRAINING = [
-    *"--mdm-device cpu --micro-batch-size 2 --global-batch-size 8 --train-iters 5".split(),
-    *"--lr 1e-2 --lr-decay-style constant --log-interval 1 --num-workers 0".split(),
-    *"--eval-interval 1000 --eval-iters 0 --split 90,10,0".split(),
-]
+_stores: list[TCPStore] = []  # of `meet_again`: they end with the process
 
 
 @dataclass
@@ -89,29 +67,30 @@ def launch(
     directory: Path,
     ranks: int,
     *flags: str,
-    entry: str = "train",
+    entry: Callable[[], None] = train,
     check: bool = True,
     drop: Iterable[str] = (),
     transformer_engine: bool = False,
 ) -> Run:
-    """Runs `tests.driver.<entry>` on `ranks` processes with these flags after the common ones.
+    """Calls `entry` on `ranks` processes with these flags after the common ones.
 
     Args:
         directory: where its logs and records go.
         ranks: number of processes.
         flags: as on the command line.
-        entry: function of tests/driver.py.
+        entry: function of a module. A rank finds it by the names of both, as pickle does, and it
+            finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
         check: fail unless every rank ends with status 0.
-        drop: common flags to leave out, with their value.
+        drop: common flags to leave out, with their values if they have any.
         transformer_engine: let them have it if it is installed, and CUDA, which a process that was
             forked may not be able to use.
     """
-    context = multiprocessing.get_context("spawn" if transformer_engine else "forkserver")
-    # For tests/__init__.py, in the processes that this starts.
-    os.environ["MDM_TEST_RANKS"] = "with Transformer Engine" if transformer_engine else "on the CPU"
-    argv, port = _argv(directory, flags, drop), _free_port()
+    argv, store = _argv(directory, flags, drop), _store()
+    start = server.context(transformer_engine)
     processes = [
-        context.Process(target=_rank, args=(entry, argv, rank, ranks, port, str(directory)))
+        start.Process(
+            target=_rank, args=(_name(entry), argv, rank, ranks, store.port, str(directory))
+        )
         for rank in range(ranks)
     ]
     environment = users_environment() if transformer_engine else dict(os.environ)
@@ -127,7 +106,7 @@ def launch_all(
     ranks: int,
     runs: Mapping[str, Sequence[str]],
     *,
-    entry: str = "train",
+    entry: Callable[[], None] = train,
     drop: Iterable[str] = (),
 ) -> dict[str, Run]:
     """Runs several configurations one after the other in one group of ranks, and checks them.
@@ -139,26 +118,26 @@ def launch_all(
         directory: where the runs' own directories go.
         ranks: number of processes.
         runs: the flags of each, by a name that is a file's.
-        entry: function of tests/driver.py, which leaves no function replaced behind.
-        drop: common flags to leave out of all, with their value.
+        entry: function of a module, which leaves no function replaced behind.
+        drop: common flags to leave out of all, with their values if they have any.
 
     Returns:
         What each left behind, by its name.
     """
+    stores = [_store() for _ in runs]
     jobs = [
-        (entry, _argv(directory / name, flags, drop), _free_port(), str(directory / name))
-        for name, flags in runs.items()
+        (_name(entry), _argv(directory / name, flags, drop), store.port, str(directory / name))
+        for (name, flags), store in zip(runs.items(), stores, strict=True)
     ]
-    os.environ["MDM_TEST_RANKS"] = "on the CPU"
-    context = multiprocessing.get_context("forkserver")
+    start = server.context()
     processes = [
-        context.Process(target=_rank_of_all, args=(jobs, rank, ranks)) for rank in range(ranks)
+        start.Process(target=_rank_of_all, args=(jobs, rank, ranks)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
     _wait(processes, TIMEOUT * len(runs))
-    started = [name for name in runs if (directory / name / "rank0.log").exists()]
-    _left_by(processes, directory / started[-1], check=True)  # where a failure was
+    begun = [name for name in runs if (directory / name / "rank0.log").exists()]
+    _left_by(processes, directory / begun[-1], check=True)  # where a failure was
     return {name: _left_by(processes, directory / name, check=True) for name in runs}
 
 
@@ -179,13 +158,23 @@ def forget_megatron() -> None:
 def _argv(directory: Path, flags: Sequence[str], drop: Iterable[str]) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
-    for name in drop:
-        i = argv.index(name)
-        del argv[i : i + 2]
+    for flag in drop:
+        first = last = argv.index(flag)
+        while last + 1 < len(argv) and not argv[last + 1].startswith("--"):
+            last += 1
+        del argv[first : last + 1]
     return [*argv, *flags]
 
 
-def _wait(processes: list, seconds: float) -> None:
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _name(entry: Callable[[], None]) -> str:
+    return f"{entry.__module__}:{entry.__qualname__}"
+
+
+def _wait(processes: Sequence[BaseProcess], seconds: float) -> None:
     """Until all have ended. As torchrun does: when one rank fails, the others are stopped."""
     deadline = time.monotonic() + seconds
     while any(p.is_alive() for p in processes):
@@ -204,12 +193,12 @@ def _wait(processes: list, seconds: float) -> None:
         process.join()
 
 
-def _left_by(processes: list, directory: Path, check: bool) -> Run:
+def _left_by(processes: Sequence[BaseProcess], directory: Path, check: bool) -> Run:
     """What a run of processes that have ended left in its directory."""
     output = [(directory / f"rank{rank}.log").read_text() for rank in range(len(processes))]
     run = Run([p.exitcode for p in processes], output)
     if check:
-        assert run.status == [0] * len(processes), "\n".join(text[-RANK_TAIL:] for text in output)
+        assert run.status == [0] * len(processes), "\n".join(text[-TAIL:] for text in output)
         run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
         run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
     return run
@@ -224,7 +213,7 @@ def _rank_of_all(jobs: list[tuple[str, list[str], int, str]], rank: int, ranks: 
         os.environ.update(environment)
 
 
-def _rank(entry: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:
+def _rank(name: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:
     log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -234,45 +223,26 @@ def _rank(entry: str, argv: list[str], rank: int, ranks: int, port: int, directo
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TRACE_DIR": directory,
     }
     sys.argv = ["pretrain", *argv]
-    from tests import driver
-
-    getattr(driver, entry)()
+    pkgutil.resolve_name(name)()
     sys.stdout.flush()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def meet_again() -> None:
+    """Lets the ranks of a run form a process group after they destroyed their first one.
 
-
-def users_environment() -> dict[str, str]:
-    """The environment in which the tests were started, where torch.compile is not switched off."""
-    environment = {k: v for k, v in os.environ.items() if k != "TORCH_COMPILE_DISABLE"}
-    given = environment.get("MDM_TEST_COMPILE_DISABLE")
-    return environment | ({"TORCH_COMPILE_DISABLE": given} if given else {})
-
-
-def tool(name: str, *flags: str) -> str:
-    """What one of tools/ prints, started as users do, on one rank."""
-    result = subprocess.run(
-        [sys.executable, f"tools/{name}.py", *flags],
-        cwd=ROOT,
-        env=users_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-TOOL_TAIL:]
-    return result.stdout
-
-
-def fit_ppots(load: str | Path, output: Path, *flags: str) -> str:
-    """What tools/fit_ppots.py prints about its fit to a checkpoint, which it writes to `output`."""
-    where = ["--device", "cpu", "--load", str(load), "--output", str(output)]
-    return tool("fit_ppots", *where, *flags)
+    Every rank calls it. They meet at a new store, which the first rank holds, since the old one
+    keeps the addresses of the old group.
+    """
+    host = os.environ["MASTER_ADDR"]
+    old = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if os.environ["RANK"] == "0":
+        _stores.append(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        old.set("next store", str(_stores[-1].port))
+    os.environ["MASTER_PORT"] = old.get("next store").decode()
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:
@@ -297,38 +267,10 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def write_documents(prefix: Path, documents: list[list[int]]) -> None:
-    """A .bin/.idx pair of these documents."""
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
-    for document in documents:
-        builder.add_document(document, [len(document)])
-    builder.finalize(get_idx_path(str(prefix)))
-
-
-def write_pairs(prefix: Path, pairs: list[tuple[list[int], list[int]]]) -> None:
-    """A .bin/.idx pair of prompts and responses, as tools/preprocess_data.py writes them."""
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
-    for prompt, response in pairs:
-        builder.add_document([*prompt, *response], [len(prompt), len(response)])
-    builder.finalize(get_idx_path(str(prefix)))
-
-
-def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Prompts of tokens below 50, and responses of others with an end of document."""
-    rng = np.random.default_rng(seed)
-    pairs = []
-    for _ in range(count):
-        prompt = rng.integers(3, 50, size=rng.integers(0, 14)).tolist()
-        response = rng.integers(50, 100, size=rng.integers(1, 16)).tolist()
-        pairs.append((prompt, [*response, EOD_ID]))
-    return pairs
-
-
-def random_documents(count: int, seed: int = 0) -> list[list[int]]:
-    """Documents of 5 to 60 tokens that a model can learn from, each with its end of document."""
-    rng = np.random.default_rng(seed)
-    documents = []
-    for _ in range(count):
-        start, step, length = rng.integers(3, 100), rng.integers(1, 4), rng.integers(4, 60)
-        documents.append([*((start + step * np.arange(length)) % 100 + 3).tolist(), EOD_ID])
-    return documents
+def the_error_line(output: Iterable[str]) -> str:
+    """The only line of these logs that says what is wrong; nothing else looks like a failure."""
+    text = "".join(output)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text[-3000:]
+    assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
+    return lines[0]
