@@ -11,7 +11,8 @@ import time
 import psutil
 import sentencepiece
 
-from megatron_mdm.data.load_tokenizer import load_hugging_face, preprocess
+from megatron_mdm.data.load_tokenizer import load_hugging_face
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from tests import ROOT
 
