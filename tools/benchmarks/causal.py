@@ -35,7 +35,7 @@ def causal_datasets(num_samples: list[int]) -> list[Any]:
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
 
 
-causal_datasets.is_distributed = True
+causal_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def causal_forward_step(rows: Iterator, model: Any) -> tuple[torch.Tensor, Callable]:

@@ -164,14 +164,16 @@ def write_density(directory: pathlib.Path) -> None:
 
     eps, uniform_share = 1e-3, 0.1
     table = mixture(*tabulate(lambda t: ((1 - eps) * t + eps) ** -0.5), uniform_share)
-    given = {"family": "given", "parameters": {}, "kl": 0.0, "kls": {}}
     fit = PpotsFit(
         "gradient",
+        family="given",
+        parameters={},
+        kl=0.0,
+        kls={},
         uniform_share=uniform_share,
         eps=eps,
         moments=RateMoments(1),
         table=table,
-        **given,
     )
     write_text(str(directory / "density.json"), sampler_text(fit))
 

@@ -119,10 +119,13 @@ def interleave(
     for _ in range(3):  # apart, since it sends freed memory back to the system
         for side in sides:
             peaks[side].append(time_and_peak_memory(steps[side], device)[1])
-    return seconds, {
-        side: None if None in values else statistics.median(values)
-        for side, values in peaks.items()
-    }
+    return seconds, {side: _median(values) for side, values in peaks.items()}
+
+
+def _median(peaks: list[int | None]) -> float | None:
+    """None if one of them is not known."""
+    known = [peak for peak in peaks if peak is not None]
+    return statistics.median(known) if len(known) == len(peaks) else None
 
 
 def _repeat(step: Callable[[], None], times: int) -> None:

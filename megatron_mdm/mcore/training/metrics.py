@@ -85,6 +85,7 @@ class Recorder:
         """
         if self.pending is not None and iteration != self.iteration:
             self.total = self.pending if self.total is None else self.total + self.pending
+            assert self.pending_largest is not None  # it comes with the sums
             self.largest = _larger(self.largest, self.pending_largest)
         self.iteration = iteration
         self.pending = self.pending_largest = None
@@ -121,6 +122,7 @@ class Recorder:
         """
         total, largest = self.total, self.largest
         self.total = self.largest = None
+        assert total is not None and largest is not None  # there have been rows
         group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
