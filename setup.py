@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_mdm", "megatron_mdm.*"]),
+    package_data={"megatron_mdm": ["py.typed"]},  # its annotations are for others too
     install_requires=[
         "megatron-core>=0.19.2,<0.20",
         "torch>=2.6",

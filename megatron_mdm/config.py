@@ -2,20 +2,25 @@
 
 Megatron's ArgumentGroupFactory turns every field into a flag and the text under it into the flag's
 help, which is why annotations here must stay real types (no `from __future__ import annotations`).
+A field that is on by default has a flag that turns it off, whose help is its own (`_turned_off`).
 """
 
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
-# Bins of t whose fit still finds room in a checkpoint: objective/pots.py, TABLE_SIZE - 2.
-MOST_PPOTS_BINS = 1022
 # Larger numbers are mistakes, for which there would be no memory.
 MOST_RATE_BINS = 10_000
 MOST_WINDOW = 2**24
+
+
+def _turned_off(flag_help: str) -> Any:
+    """A field that is on by default, and the help of `--no-mdm-NAME`, which turns it off."""
+    return field(default=True, metadata={"argparse_meta": {"help": flag_help}})
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,21 @@ class MDMConfig:
     """Where logits and cross entropies are computed: at `masked` positions only, the others being
     no part of the loss, or at all. Both give the same loss and gradients."""
 
-    eod_eligible: bool = True
-    """Leave end-of-document tokens out of masking and of the loss."""
+    eod_eligible: bool = _turned_off("Leave end-of-document tokens out of masking and of the loss.")
+    """End-of-document tokens take part in masking and in the loss."""
 
-    eod_attended: bool = True
-    """Hide end-of-document tokens from the attention of all positions."""
+    eod_attended: bool = _turned_off(
+        "Hide end-of-document tokens from the attention of all positions."
+    )
+    """All positions attend to end-of-document tokens."""
 
     pad_eligible: bool = False
     """Let padding take part in masking and in the loss (LLaDA's fine-tuning pads with EOS so)."""
 
-    pad_attended: bool = True
-    """Hide padding from the attention of all positions. Visible by default, as in LLaDA."""
+    pad_attended: bool = _turned_off(
+        "Hide padding from the attention of all positions. Visible by default, as in LLaDA."
+    )
+    """All positions attend to padding, as in LLaDA."""
 
     isolate_documents: bool = False
     """Attention stays inside each document of a packed row, and positions start over with it."""
@@ -179,8 +188,10 @@ class MDMConfig:
     allow_flag_change: bool = False
     """Resume although objective flags differ from the checkpoint's."""
 
-    checkpoint_hashes: bool = True
-    """Neither write nor check the SHA-256 of a checkpoint's files (its integrity.json)."""
+    checkpoint_hashes: bool = _turned_off(
+        "Neither write nor check the SHA-256 of a checkpoint's files (its integrity.json)."
+    )
+    """A checkpoint has the SHA-256 of its files (integrity.json). A load checks them."""
 
     overwrite_save: bool = False
     """Start where --load, --ckpt-step and --finetune say, although --save holds checkpoints of
@@ -311,10 +322,11 @@ class MDMConfig:
             )
         if not 0.0 <= self.ppots_decay <= 1.0:
             raise UserError(f"--mdm-ppots-decay must lie in [0, 1]: {self.ppots_decay}")
-        if self.clip is not None:
-            if len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1] <= 1:
-                ends = " ".join(map(str, self.clip))
-                raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
+        if self.clip is not None and not (
+            len(self.clip) == 2 and 0 <= self.clip[0] < self.clip[1] <= 1
+        ):
+            ends = " ".join(map(str, self.clip))
+            raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
         """Refuses settings that do nothing without the flag `needed`, which is not given."""

@@ -1,8 +1,12 @@
 """The process and its environment, before torch and Megatron are imported."""
 
+import logging
 import os
 import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from megatron_mdm.errors import UserError
@@ -66,3 +70,16 @@ def check_megatron_version() -> None:
         raise UserError(
             f"megatron-core {installed} is not supported: pip install 'megatron-core>=0.19.2,<0.20'"
         )
+
+
+@contextmanager
+def silent_import() -> Iterator[None]:
+    """Keeps back what Megatron and torch say on import about kernels that are not used here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

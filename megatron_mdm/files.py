@@ -1,28 +1,24 @@
 """Output files that are there complete or not at all.
 
 An output is written under a temporary name beside it. A process that is killed leaves the temporary
-file behind, and the next one that writes the same output removes it. The kernel's lock on the file
-says whether its process is alive: the lock ends with the process, however that ends.
+file behind, and the next one that writes the same output removes it. A lock on the file says
+whether its process is alive (file_locks.py).
 """
 
-import fcntl
-import functools
-import hashlib
 import importlib.util
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.file_locks import beside, kernel_id, lock, locked, make_file, new_locked
 
 # Locks of other hosts are not seen on every shared disk, and earlier versions of this program took
 # none. What they make is theirs until it has not changed for so many seconds.
@@ -52,7 +48,7 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
             for target in targets:
                 remove_abandoned(target)
                 with write_errors(target):
-                    temporary.append(locks.enter_context(_new_locked(target, _make_file)))
+                    temporary.append(locks.enter_context(new_locked(target, make_file)))
             yield temporary
             with write_errors(targets[0]):
                 for name in temporary:
@@ -69,7 +65,7 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
 def _put_in_place(temporary: Sequence[str], targets: Sequence[str]) -> None:
     """Renames files that belong together, while no other process does so; all of them or none."""
     # A file beside them, and not their directory: whoever makes that one may hold its lock.
-    with _locked(f"{targets[-1]}.tmp-lock"):
+    with locked(f"{targets[-1]}.tmp-lock"):
         try:
             with suppress(FileNotFoundError):
                 os.unlink(targets[-1])
@@ -93,7 +89,7 @@ def new_directory(target: str) -> Iterator[str]:
     remove_abandoned(target)
     if os.path.lexists(target):
         raise UserError(f"{target} exists already: remove it, or give another directory")
-    with write_errors(target), _new_locked(target, os.makedirs) as temporary:
+    with write_errors(target), new_locked(target, os.makedirs) as temporary:
         try:
             yield temporary
             os.rename(temporary, target)
@@ -115,12 +111,12 @@ def set_aside(directory: str) -> Iterator[None]:
         UserError: It cannot be renamed or removed.
     """
     directory = os.path.abspath(directory)
-    old = _beside(directory, "old")
+    old = beside(directory, "old")
     descriptor = None
     try:
         with write_errors(directory):
             while descriptor is None and os.path.exists(directory):
-                descriptor = _lock(directory)  # None if another process has exchanged it meanwhile
+                descriptor = lock(directory)  # None if another process has exchanged it meanwhile
             if descriptor is not None:
                 os.rename(directory, old)
         try:
@@ -173,13 +169,13 @@ def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str | None) 
         path: of it.
         target: in whose place it was, or was to be.
         kind: "old" for what was set aside, or "tmp".
-        kernel: of the process that named it; None if an earlier version of this program did.
+        kernel: that of the process that named it; None if an earlier version of this program did.
     """
-    descriptor = _lock(path, wait=False)  # which fails while its process is alive
+    descriptor = lock(path, wait=False)  # which fails while its process is alive
     if descriptor is None:
         return
     try:
-        if kernel != _kernel() and time.time() - _last_change(path) < _ABANDONED_AFTER:
+        if kernel != kernel_id() and time.time() - _last_change(path) < _ABANDONED_AFTER:
             return
         if kind == "old" and not os.path.lexists(target):
             os.rename(path, target)
@@ -214,9 +210,12 @@ def _last_change(path: str) -> float:
 
 def write_text(path: str, text: str) -> None:
     """Writes a small file, complete or not at all; raises a `UserError` if it cannot."""
-    with complete_or_absent(path) as (name,), write_errors(path):
-        with open(name, "w", encoding="utf-8") as file:
-            file.write(text)
+    with (
+        complete_or_absent(path) as (name,),
+        write_errors(path),
+        open(name, "w", encoding="utf-8") as file,
+    ):
+        file.write(text)
 
 
 def write_json(path: str, value: Any) -> None:
@@ -268,87 +267,6 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
         raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{flag} {path} needs matplotlib: pip install 'megatron-mdm[plot]'")
-
-
-def _beside(target: str, kind: str = "tmp") -> str:
-    """A name beside a target that no thread, process or other machine has."""
-    return f"{target}.{kind}-{_kernel()}-{secrets.token_hex(8)}"
-
-
-@functools.cache
-def _kernel() -> str:
-    """Names the running kernel, whose locks its processes see on every disk, in containers too."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            name = file.read()
-    except OSError:
-        name = socket.gethostname()
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
-    """Makes a temporary file or directory beside a target, and holds its lock in the block."""
-    descriptor = None
-    while descriptor is None:  # another process may take it for abandoned before it is locked
-        name = _beside(target)
-        make(name)
-        descriptor = _lock(name)
-    try:
-        yield name
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: str) -> Iterator[None]:
-    """Holds the lock of a file that is there for this alone; waits for whoever holds it."""
-    descriptor = None
-    while descriptor is None:  # the one that held it has removed it
-        with suppress(FileExistsError):
-            _make_file(path)
-        descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        _unlink([path])
-        os.close(descriptor)
-
-
-def _lock(path: str, wait: bool = True) -> int | None:
-    """Takes the lock of a file or directory; to be closed, which gives the lock up.
-
-    Args:
-        path: of it.
-        wait: for the process that holds the lock; and do without it on a disk that has no locks.
-
-    Returns:
-        A file descriptor; None if there is no such file (any more).
-
-    Raises:
-        OSError: it cannot be opened, or `wait` is False and it cannot be locked.
-    """
-    # Some network file systems lock for writers only. Nobody can write to a directory.
-    mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
-    try:
-        descriptor = os.open(path, mode)
-    except FileNotFoundError:
-        return None
-    try:
-        with suppress(*([OSError] if wait else [])):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
-            return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
-
-
-def _make_file(path: str) -> None:
-    with open(path, "xb"):
-        pass
 
 
 def _flush_to_disk(path: str) -> None:

@@ -52,11 +52,11 @@ class _Launcher:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    def agent(self, base: type) -> type:
+    def agent(self, base: Any) -> Any:
         """A subclass of torchrun's agent of a node, which restarts no run that was stopped."""
         launcher = self
 
-        class Agent(base):  # type: ignore[misc]
+        class Agent(base):  # type: ignore[misc]  # known at run time only
             def _monitor_workers(self, worker_group: Any) -> Any:
                 result = super()._monitor_workers(worker_group)
                 # The signal may have come to another node: all ranks agree to stop.

@@ -4,7 +4,7 @@ import pytest
 
 # The fork server below inherits it: one thread a rank, since the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-from tests import ranks  # noqa: E402
+from tests import ranks
 
 # Megatron's models write here how they attend, fixtures' too, and refuse what others wrote.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -758,7 +759,7 @@ def _attention_in_documents(attention) -> None:
             parts = [tuple(x.permute(1, 2, 0, 3) for x in (q, k, v))]
         else:
             bounds = flags["cu_seqlens_q"].tolist()
-            pairs = list(zip(bounds, bounds[1:], strict=False))
+            pairs = list(itertools.pairwise(bounds))
             assert max(high - low for low, high in pairs) <= flags["max_seqlen_q"]
             parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairs]
         seen = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
@@ -1035,9 +1036,11 @@ def traffic() -> None:
         return count
 
     for name in dir(distributed):
-        if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv")):
-            if callable(getattr(distributed, name)):
-                setattr(distributed, name, counted(name))
+        sends = name.startswith(
+            ("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv")
+        )
+        if sends and callable(getattr(distributed, name)):
+            setattr(distributed, name, counted(name))
     main()
     path = Path(os.environ["TRACE_DIR"], f"calls{os.environ['RANK']}.json")
     path.write_text(json.dumps(calls))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_mdm.conversion.to_megatron import _quoted
+from megatron_mdm.conversion.to_megatron import bash_quoted
 from megatron_mdm.data.preprocess import PreprocessSummary
 from megatron_mdm.data.tokenizer import TokenizerSummary
 from megatron_mdm.errors import UserError, escaped, exit_with
@@ -52,7 +52,7 @@ def test_summaries_show_names_escaped():
 
 @pytest.mark.parametrize("word", ["plain", "a b'c", EVIL, "\\ ' \" $HOME `x` \n3", "\udcff\udcfe7"])
 def test_a_launch_line_is_printable_and_means_what_it_should(word):
-    quoted = _quoted(word)
+    quoted = bash_quoted(word)
     assert quoted.isprintable()
     code = "import os, sys; sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
     command = f"{sys.executable} -c '{code}' {quoted}"

@@ -1,5 +1,6 @@
 """Outputs are whole, and JSON that any program reads."""
 
+import fcntl
 import json
 import math
 import os
@@ -65,7 +66,7 @@ def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypat
         finally:
             moved.set()
 
-    def flock(*arguments, lock=outputs.fcntl.flock):
+    def flock(*arguments, lock=fcntl.flock):
         if threading.current_thread() is thread and go.is_set():
             moved.set()  # it waits for the one that renames
         return lock(*arguments)
@@ -79,7 +80,7 @@ def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypat
     thread = threading.Thread(target=other)
     thread.start()
     assert ready.wait(60)
-    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(outputs.os, "replace", replace)
     write("one")
     thread.join()
@@ -96,9 +97,9 @@ def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
         rename(name, target)
 
     monkeypatch.setattr(outputs.os, "replace", replace)
-    with pytest.raises(UserError, match="cannot write .*o.bin: No space left"):
-        with complete_or_absent(*paths):
-            pass
+    line = "cannot write .*o.bin: No space left"
+    with pytest.raises(UserError, match=line), complete_or_absent(*paths):
+        pass
     assert os.listdir(tmp_path) == []
 
 
@@ -161,7 +162,7 @@ def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
     path = str(tmp_path / "d")
     killed("with new_directory(sys.argv[1]): kill()", path)
     (left,) = os.listdir(tmp_path)
-    monkeypatch.setattr(outputs, "_kernel", lambda: "01234567")
+    monkeypatch.setattr(outputs, "kernel_id", lambda: "01234567")
     remove_abandoned(path)
     assert os.listdir(tmp_path) == [left]
     later = time.time() + 24 * 3600 + 60
@@ -171,7 +172,7 @@ def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
     remove_abandoned(path)
     assert os.listdir(tmp_path) == [left]
     monkeypatch.undo()
-    monkeypatch.setattr(outputs, "_kernel", lambda: "01234567")
+    monkeypatch.setattr(outputs, "kernel_id", lambda: "01234567")
     monkeypatch.setattr(outputs.time, "time", lambda: later)
     remove_abandoned(path)
     assert os.listdir(tmp_path) == []
@@ -242,9 +243,9 @@ def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(30, "Read-only file system")
 
-    with pytest.raises(UserError, match="cannot write .*/d: Read-only file system"):
-        with set_aside(str(path)):
-            monkeypatch.setattr(outputs.shutil, "rmtree", fail)
+    line = "cannot write .*/d: Read-only file system"
+    with pytest.raises(UserError, match=line), set_aside(str(path)):
+        monkeypatch.setattr(outputs.shutil, "rmtree", fail)
 
 
 def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
@@ -264,13 +265,13 @@ def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkey
     path.mkdir()
     exchanged = []
 
-    def flock(*arguments, lock=outputs.fcntl.flock):
+    def flock(*arguments, lock=fcntl.flock):
         if not exchanged:
             exchanged.append(path.rename(tmp_path / "other"))
             path.mkdir()
         return lock(*arguments)
 
-    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with set_aside(str(path)):
         remove_abandoned(str(path))
         assert exchanged and not path.exists()

@@ -64,9 +64,10 @@ class Waits(TorchDispatchMode):
                 self.found.append(f"{name} {devices[0]} to {devices[-1]}")
         elif name == "isin" or name.startswith("_unique"):  # counts different numbers
             self.found.append(name)
-        elif name in ("index", "index_put", "index_put_"):
-            if any(x is not None and x.dtype is torch.bool for x in args[1]):
-                self.found.append(f"{name} by a mask")
+        elif name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype is torch.bool for x in args[1]
+        ):
+            self.found.append(f"{name} by a mask")
         return result
 
 

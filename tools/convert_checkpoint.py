@@ -177,7 +177,7 @@ def _source(options: argparse.Namespace) -> str:
     return made_from(sources, effective)
 
 
-def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Puts an output that is to be replaced aside."""
     from megatron_mdm.conversion.record import check_replaceable
     from megatron_mdm.files import set_aside

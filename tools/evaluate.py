@@ -26,6 +26,7 @@ import argparse
 import math
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
@@ -38,6 +39,9 @@ from megatron_mdm.generation.decoder_flags import (
     add_decoder_arguments,
     add_token_arguments,
 )
+
+if TYPE_CHECKING:
+    from megatron_mdm.evaluation.nelbo import Estimate, Evaluation
 
 # Flags that concern --data alone, and --tasks alone. Of these, some are the model's.
 OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
@@ -288,7 +292,9 @@ def answer(options: argparse.Namespace) -> None:
                 write_samples(options.log_samples, results)
 
 
-def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -> None:
+def report(
+    options: argparse.Namespace, result: "Evaluation", tokens_per_byte: float | None
+) -> None:
     """Prints the results, and writes them to --json.
 
     Args:
@@ -330,13 +336,13 @@ def report(options: argparse.Namespace, result, tokens_per_byte: float | None) -
         write_json(options.json, {**figures, "bins": bins})
 
 
-def _text(estimate, factor: float = 1.0) -> str:
+def _text(estimate: "Estimate", factor: float = 1.0) -> str:
     stderr = "unknown" if estimate.stderr is None else f"{factor * estimate.stderr:.4f}"
     masks = f"{factor * estimate.draw_stderr:.4f}"
     return f"{factor * estimate.value:.4f} +- {stderr} (masks alone: {masks})"
 
 
-def _figures(estimate, factor: float = 1.0) -> dict[str, float | None]:
+def _figures(estimate: "Estimate", factor: float = 1.0) -> dict[str, float | None]:
     return {
         "value": factor * estimate.value,
         "stderr": None if estimate.stderr is None else factor * estimate.stderr,

@@ -21,16 +21,21 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
-from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig, flag
+from megatron_mdm.config import MDMConfig, destination, flag_of
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
+from megatron_mdm.objective.ppots.families import FAMILIES
+from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
-PARAMETERS = {"epr": 7, "power": 5}  # of the families; objective/fits.py imports torch
-OBJECTIVE = ["mdm_sft", "mdm_isolate_documents", "mdm_rate_per", "mdm_mask", "mdm_normalization"]
-OBJECTIVE += ["mdm_eod_eligible", "mdm_pad_eligible", "mdm_pad_response_to_multiple_of"]
-OBJECTIVE += ["mdm_syrm_token_ids", "mdm_syrm_fraction"]
+if TYPE_CHECKING:
+    from megatron_mdm.objective.ppots.fit import PpotsFit
+
+# Fields of MDMConfig that say which values are measured.
+OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
+OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
 
 
 def parse() -> argparse.Namespace:
@@ -71,15 +76,16 @@ def parse() -> argparse.Namespace:
     )
     for name in OBJECTIVE:
         kind = MDMConfig.__annotations__[name]
+        values: dict[str, Any]
         if kind is bool:
             values = {"action": argparse.BooleanOptionalAction}
         elif kind in (int, float):
             values = {"type": kind, "metavar": "X"}
-        elif name == "mdm_syrm_token_ids":
+        elif name == "syrm_token_ids":
             values = {"type": int, "nargs": "+", "metavar": "ID"}
         else:
             values = {"choices": kind.__args__}
-        group.add_argument(flag(name), default=None, **values)
+        group.add_argument(flag_of(name), default=None, **values)
     return parser.parse_args()
 
 
@@ -95,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--rates {options.rates}: at most {MOST_PPOTS_BINS}")
     if not 0.0 < options.uniform_share <= 1.0:
         raise UserError(f"--uniform-share must lie in (0, 1], got {options.uniform_share}")
-    least = PARAMETERS.get(options.family, 1)
+    least = len(FAMILIES[options.family].names) if options.family in FAMILIES else 1
     if options.rates < least:
         raise UserError(
             f"--rates {options.rates}: --family {options.family} has {least} parameters; take more "
@@ -122,19 +128,19 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.data_args_path = args.per_split_data_args_path = None
         if args.data_cache_path and not os.path.isdir(args.data_cache_path):
             args.data_cache_path = None  # of another machine
-    for name in OBJECTIVE:
+    for name in map(destination, OBJECTIVE):
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))
     # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
     # not those that are measured.
-    idle = ["mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"]
+    idle = ["isad_token_ids", "isad_delta", "isad_weight"]
     if getattr(args, "mdm_sft", False):
-        idle += ["mdm_random_length_fraction", "mdm_anneal_attention_iters"]
+        idle += ["random_length_fraction", "anneal_attention_iters"]
     else:
-        idle += ["mdm_syrm_token_ids", "mdm_syrm_fraction", "mdm_pad_response_to_multiple_of"]
+        idle += ["syrm_token_ids", "syrm_fraction", "pad_response_to_multiple_of"]
     for name in idle:
-        if getattr(options, name, None) is None:
-            setattr(args, name, getattr(MDMConfig, name))
+        if getattr(options, destination(name), None) is None:
+            setattr(args, destination(name), getattr(MDMConfig, name))
     MDMConfig.from_args(args)
 
 
@@ -179,7 +185,7 @@ def main() -> None:
             print(f"picture: {escaped(str(picture))}")
 
 
-def errors_in_words(result) -> str:
+def errors_in_words(result: "PpotsFit") -> str:
     """Relative standard errors, of all bins and of the worst."""
     import numpy as np
 
@@ -194,7 +200,7 @@ def errors_in_words(result) -> str:
     )
 
 
-def draw(result, picture: Path) -> None:
+def draw(result: "PpotsFit", picture: Path) -> None:
     """Measured root mean squares with error bars, fit and density against t."""
     import matplotlib
 

@@ -139,14 +139,14 @@ def main() -> None:
             generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
             states = []
             tokens = torch.tensor([rows[i] for i in batch], device=device)
-            for step, tokens in enumerate(decoder.states(loaded.logits, tokens, generators)):
+            for step, state in enumerate(decoder.states(loaded.logits, tokens, generators)):
                 written = [
-                    row[len(openings[i]) :] for i, row in zip(batch, tokens.tolist(), strict=True)
+                    row[len(openings[i]) :] for i, row in zip(batch, state.tolist(), strict=True)
                 ]
                 if screen:
                     screen.show(step, [spelling.partial(row) for row in written])
                 if options.picture:
-                    states.append(tokens)
+                    states.append(state)
             if screen:
                 screen.clear()
             if options.picture and loaded.args.rank == 0:

@@ -8,6 +8,11 @@ from megatron_mdm.config import flag
 from megatron_mdm.data import preprocess
 from megatron_mdm.data.chat import TEMPLATE_DATE
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
+from megatron_mdm.data.load_tokenizer import (
+    has_chat_template,
+    load_hugging_face,
+    load_sentencepiece,
+)
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.errors import UserError, escaped, run_tool
 
@@ -138,9 +143,9 @@ def main() -> None:
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)
     if args.tokenizer_model is not None:
-        tokenizer = preprocess.load_sentencepiece(args.tokenizer_model)
+        tokenizer = load_sentencepiece(args.tokenizer_model)
     else:
-        tokenizer = preprocess.load_hugging_face(args.hf_tokenizer)
+        tokenizer = load_hugging_face(args.hf_tokenizer)
     pairs = _pairs(args)
     summary = preprocess.preprocess(
         inputs,
@@ -167,7 +172,7 @@ def _pairs(args: argparse.Namespace) -> PairKeys | None:
             raise UserError("--messages-key excludes --prompt-key and --response-key")
         if args.hf_tokenizer is None:
             raise UserError("--messages-key needs --hf-tokenizer, which has the chat template")
-        if not preprocess.has_chat_template(args.hf_tokenizer):
+        if not has_chat_template(args.hf_tokenizer):
             raise UserError(f"--hf-tokenizer {args.hf_tokenizer}: it has no chat template")
         ignored = tuple(args.ignore_keys or ())
         for key in {"role", "content", "type", "text", args.messages_key}.intersection(ignored):

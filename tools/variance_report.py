@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import add_format_argument
@@ -29,6 +29,7 @@ from megatron_mdm.files import check_picture, termination_raises, write_json
 if TYPE_CHECKING:
     from megatron_mdm.evaluation.nelbo import ScoredRow
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
+    from megatron_mdm.mcore.inference.measure import ParallelSketch
 
 
 def parse() -> argparse.Namespace:
@@ -143,7 +144,8 @@ def main() -> None:
             ),
         )
         first = args.rank == 0
-        state = State(settings, options.output + ".partial", writes=first)
+        partial = options.output + ".partial"
+        state = State(settings, partial, writes=first)
         with (
             termination_raises(),
             tqdm(
@@ -157,7 +159,7 @@ def main() -> None:
             print(variance_figure.as_text(result))
             write_json(options.output, result)
             variance_figure.draw_figure(result, figure)
-            os.unlink(state.path)
+            os.unlink(partial)
 
 
 def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[ScoredRow]":
@@ -190,7 +192,7 @@ def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Score
     return shuffled(rows, options.seed)
 
 
-def sketch_of(loaded: "LoadedModel", options: argparse.Namespace):
+def sketch_of(loaded: "LoadedModel", options: argparse.Namespace) -> "ParallelSketch":
     """The gradient of the parameters that --parameters names, projected if there are many.
 
     Raises:
@@ -209,7 +211,7 @@ def sketch_of(loaded: "LoadedModel", options: argparse.Namespace):
     return ParallelSketch(parameters, size, options.seed)
 
 
-def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list:
+def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list[Any]:
     """What a measurement that goes on must have in common with the one before."""
     checkpoints = [path for path in (options.load, options.autoregressive) if path]
     files = [str(Path(path, "latest_checkpointed_iteration.txt")) for path in checkpoints]

@@ -45,14 +45,14 @@ def main() -> None:
         raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
     if "standard" not in methods or options.batches < 2:
         raise UserError("it takes --batches 2 at least, and `standard` among --methods")
-    with open_asked_for(options) as loaded:
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron tells where its data are
-            variances = {
-                name: variance(
-                    loaded, training_batches(loaded, settings, batches[name], options.batches)
-                )
-                for name, settings in methods.items()
-            }
+    # Megatron tells where its data are.
+    with open_asked_for(options) as loaded, contextlib.redirect_stdout(sys.stderr):
+        variances = {
+            name: variance(
+                loaded, training_batches(loaded, settings, batches[name], options.batches)
+            )
+            for name, settings in methods.items()
+        }
     noise = {name: value / variances["standard"] for name, value in variances.items()}
     write_json(options.json, {"noise": noise})
     for name, value in noise.items():

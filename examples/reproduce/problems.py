@@ -28,7 +28,7 @@ class Problem:
 
 def answer(response: str) -> str | None:
     """What stands after the last "#" of a response, None if there is no such sign."""
-    before, sign, after = response.rpartition("#")
+    _, sign, after = response.rpartition("#")
     return after.strip() if sign else None
 
 

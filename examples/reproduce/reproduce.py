@@ -125,7 +125,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     with write_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
     study = Study(scale, directory, options.device)
-    study.data  # before any of them needs it
+    _ = study.data  # before any of them needs it
     todo = tasks(scale)
     results: dict[str, Any] = {
         "scale": options.scale,

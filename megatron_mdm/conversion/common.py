@@ -45,7 +45,7 @@ class Pair:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
-def pairs(
+def pair_tensors(
     family: Family,
     config: Config,
     shapes: dict[str, tuple[int, ...]],
@@ -66,7 +66,7 @@ def pairs(
     Raises:
         UserError: a tensor is missing, or not in the table.
     """
-    found = []
+    paired = []
     layers = family.expert_layers(config)
     tied = family.tied(config)
     for target, sources in family.tensors.items():
@@ -85,18 +85,18 @@ def pairs(
                 parts = part_shapes(target, places[0].shape, len(names), heads)
                 if target in TENSORS:
                     parts = [(rows, *places[0].shape[1:])]
-                found.append(Pair(target, places, names, parts))
-    extra = sorted(set(shapes) - {place.key for pair in found for place in pair.places})
+                paired.append(Pair(target, places, names, parts))
+    extra = sorted(set(shapes) - {place.key for pair in paired for place in pair.places})
     if extra:
         raise UserError(
             f"{where} has the tensor {extra[0]}, which the family {family.name} does not know"
         )
-    return found
+    return paired
 
 
-def escaping(say: Callable[[str], object]) -> Callable[[str], object]:
+def escaping(log: Callable[[str], object]) -> Callable[[str], object]:
     """Makes what prints a line show names of others without their line ends and escapes."""
-    return lambda line: say(escaped(line))
+    return lambda line: log(escaped(line))
 
 
 def check_space(directory: str, needed: int) -> None:
@@ -123,7 +123,7 @@ def _size(num_bytes: float) -> str:
 
 
 def write_hub_files(
-    source: Path, target: Path, family: Family, config: Config, words: Vocabulary
+    source: Path, target: Path, family: Family, config: Config, vocab: Vocabulary
 ) -> None:
     """Writes config.json for this vocabulary, and copies tokenizer, model code and card.
 
@@ -136,10 +136,10 @@ def write_hub_files(
         "architectures": config.get("architectures") or [family.architecture],
         "model_type": config.get("model_type") or family.model_type,
     }
-    if words.mask is not None:
-        ours["mask_token_id"] = words.mask
-    if words.size != words.source:
-        ours |= {key: words.size for key in ("vocab_size", "embedding_size") if config.get(key)}
+    if vocab.mask is not None:
+        ours["mask_token_id"] = vocab.mask
+    if vocab.size != vocab.source:
+        ours |= {key: vocab.size for key in ("vocab_size", "embedding_size") if config.get(key)}
     text = json.dumps({**config, **ours}, indent=2, ensure_ascii=False)
     (target / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -194,22 +194,22 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def verify(
-    found: Sequence[Pair],
+    tensor_pairs: Sequence[Pair],
     read: Callable[[Pair], Iterable[tuple[str, torch.Tensor, torch.Tensor]]],
-    say: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> None:
     """Compares bitwise what was written with what it was made of.
 
     Args:
-        found: the tensors.
+        tensor_pairs: the tensors.
         read: for each of them, (name, tensor as written, tensor as it should be).
-        say: prints a line for the user.
+        log: prints a line for the user.
 
     Raises:
         UserError: names the first tensor that differs.
     """
-    with progress(sum(pair.parameters for pair in found), "verifying", "") as advance:
-        for pair in found:
+    with progress(sum(pair.parameters for pair in tensor_pairs), "verifying", "") as advance:
+        for pair in tensor_pairs:
             for name, one, other in read(pair):
                 if not equal(one, other):
                     raise UserError(
@@ -217,7 +217,7 @@ def verify(
                         "the disk, nothing was kept"
                     )
             advance(pair.parameters)
-    say(f"verified: {sum(len(pair.names) for pair in found)} tensors are bitwise equal")
+    log(f"verified: {sum(len(pair.names) for pair in tensor_pairs)} tensors are bitwise equal")
 
 
 @contextmanager

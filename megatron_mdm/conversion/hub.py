@@ -32,13 +32,21 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: of the file.
+        dtype: of the tensor.
+        shape: of the tensor.
+        start: where its numbers begin, bytes from the beginning of the file.
+        size: bytes of its numbers.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    size: int  # bytes
+    start: int
+    size: int
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -76,6 +84,9 @@ class HubModel:
     """The tensors of a Hugging Face model directory, read one at a time.
 
     Opening it reads the headers and checks that every file is there and whole.
+
+    Attributes:
+        entries: name -> where the tensor lies.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -83,9 +94,10 @@ class HubModel:
         index = directory / INDEX
         weight_map: dict[str, str] = {}
         if index.exists():
-            weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+            named = read_object(index).get("weight_map")
+            if not isinstance(named, dict) or not all(map(_is_text, named.values())):
                 raise UserError(f"{index} has no 'weight_map' of files: download the model again")
+            weight_map = named
             missing = [name for name in set(weight_map.values()) if not (directory / name).exists()]
             if missing:
                 raise UserError(
@@ -253,7 +265,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     """
     for path in side_files(source):
         with read_errors(path):
-            file = open(path, "rb")
+            file = open(path, "rb")  # noqa: SIM115  (only opening it is an error of reading)
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
         with file, open(place, "wb") as copy:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_mdm.conversion import megatron_model as megatron
+from megatron_mdm.conversion import megatron_model
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family, model_flags
 from megatron_mdm.conversion.modeling_code import WORKS_WITH, class_name, model_of
@@ -32,7 +32,7 @@ def compare_logits(
     parameters: int,
     dtype: torch.dtype | None,
     trust: bool,
-    say: Callable[[str], object],
+    log: Callable[[str], object],
     added: int | None = None,
 ) -> None:
     """Compares the logits of both models, read from their files, in float32 with full attention.
@@ -50,7 +50,7 @@ def compare_logits(
         dtype: that was written, and to which the weights of both are rounded; None for the same
             on both sides.
         trust: run the modeling code of the directory.
-        say: prints a line for the user.
+        log: prints a line for the user.
         added: a token whose rows only Megatron's model has; it is left out.
 
     Raises:
@@ -74,11 +74,11 @@ def compare_logits(
             reason = f"Hugging Face's class does not load: {type(error).__name__}: {first}"
             reason += _advice(family)
     if reason:
-        say(f"did not compare logits: {reason}")
+        log(f"did not compare logits: {reason}")
         return
     flags = [*model_flags(family, config), "--padded-vocab-size", str(padded)]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows)]
-    ours = megatron.logits(flags, checkpoint, tokens, dtype)
+    ours = megatron_model.logits(flags, checkpoint, tokens, dtype)
     difference = (ours[..., known] - theirs[..., known]).abs().max().item()
     largest = theirs[..., known].abs().max().item()
     seen = (
@@ -88,7 +88,7 @@ def compare_logits(
     )
     if not difference <= TOLERANCE * largest:  # NaN too
         raise UserError(f"--verify: {seen}: the models differ, nothing was kept")
-    say(f"verified: {seen}")
+    log(f"verified: {seen}")
 
 
 def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> str:
@@ -147,5 +147,6 @@ def _hub_logits(
     else:
         ((embedding,), (output,)) = (family.tensors[name] for name in TENSORS)
         model = model_of(directory, config, (embedding, output) if family.tied(config) else ())
-    megatron.round_weights(model, dtype)
-    return model.eval()(tokens, **inputs).logits.float()
+    megatron_model.round_weights(model, dtype)
+    logits: torch.Tensor = model.eval()(tokens, **inputs).logits
+    return logits.float()

@@ -37,8 +37,8 @@ _RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".sp
 
 
 @dataclass(frozen=True)
-class Contract:
-    """What Megatron asks for.
+class CheckpointContents:
+    """What a checkpoint of a model has to hold.
 
     Attributes:
         shapes: key -> shape of every tensor.
@@ -55,8 +55,8 @@ def arguments(flags: Sequence[str]) -> Namespace:
         return _parse(flags)
 
 
-def contract(flags: Sequence[str]) -> Contract:
-    """The keys and shapes of the model that these flags build."""
+def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
+    """The keys and shapes of a checkpoint of the model that these flags build."""
     with _model(flags, "meta") as model:
         state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         apply_factories(state)
@@ -75,7 +75,7 @@ def contract(flags: Sequence[str]) -> Contract:
             name = key.removesuffix("weight") + "_extra_state"
             count = shape[0] if len(shape) > 1 else 1
             objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
-    return Contract(shapes, sorted(set(objects)))
+    return CheckpointContents(shapes, sorted(set(objects)))
 
 
 @torch.no_grad()
@@ -102,7 +102,8 @@ def logits(
         # Attention asks for a generator of its own, although it drops nothing.
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return model.eval()(tokens, positions, None)
+        logits: torch.Tensor = model.eval()(tokens, positions, None)
+        return logits
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
@@ -131,7 +132,7 @@ def _parse(flags: Sequence[str]) -> Namespace:
     refusal = io.StringIO()
     try:
         with _quiet(), contextlib.redirect_stderr(refusal):
-            args = parse_args(add_arguments)
+            args: Namespace = parse_args(add_arguments)
             validate_args(args)
     except (AssertionError, ValueError, SystemExit) as error:
         reason = " ".join((refusal.getvalue() or str(error)).split()).rpartition("error: ")[2]

@@ -10,7 +10,7 @@ from megatron_mdm.data.record import read_record, record
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import write_text
 from megatron_mdm.hub_files import HUB_FILES
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_of
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 
 TOOL = "tools/convert_checkpoint.py"
 RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along as a model's file

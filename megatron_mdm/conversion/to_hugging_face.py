@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.conversion import hub
-from megatron_mdm.conversion import megatron_model as megatron
+from megatron_mdm.conversion import hub, megatron_model
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
     check_space,
     escaping,
-    pairs,
+    pair_tensors,
     progress,
     write_hub_files,
 )
@@ -31,7 +30,7 @@ from megatron_mdm.data.fingerprint import Fingerprint, differs
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import new_directory
 from megatron_mdm.hub_files import HUB_FILES
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_of
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 from megatron_mdm.mcore.flags.architecture import differences
 
 
@@ -45,7 +44,7 @@ def to_hugging_face(
     verify: bool = False,
     trust: bool = False,
     hashes: bool = True,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> None:
     """Megatron torch_dist, written under any layout -> Hugging Face safetensors.
 
@@ -59,15 +58,15 @@ def to_hugging_face(
         verify: read everything again and compare, logits too.
         trust: run the modeling code that belongs to config.json for that.
         hashes: compare the checkpoint's files with the sums that were saved with them.
-        say: prints a line for the user.
+        log: prints a line for the user.
 
     Raises:
         UserError: the checkpoint is not the model that config.json describes, or is damaged.
     """
-    tell = escaping(say)
+    log_line = escaping(log)
     with new_directory(output) as temporary:
         checkpoint = DistCheckpoint(Path(source), iteration, hashes)
-        tell(f"checkpoint: {source}, {checkpoint.name}")
+        log_line(f"checkpoint: {source}, {checkpoint.name}")
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
         config = hub.read_object(directory / "config.json")
@@ -78,16 +77,16 @@ def to_hugging_face(
         rows = embedding_rows(config)
         mask = _mask_token(family, config, args, rows, directory)
         where = str(checkpoint.path)
-        found = pairs(family, config, checkpoint.shapes, heads, rows, where)
+        tensor_pairs = pair_tensors(family, config, checkpoint.shapes, heads, rows, where)
         padded = checkpoint.shapes[TENSORS[0]][0]
         tokenizer = _run_tokenizer(args, Path(source))
         _check_unchanged(args, tokenizer or directory)
         tokens = tokens_of(tokenizer) if tokenizer else {}
-        _check_rows(args, tokens, rows, padded, directory)
+        check_rows(args, tokens, rows, padded, directory)
         for line in _compare_tokenizers(args, tokens, directory, mask):
-            tell(line)
+            log_line(line)
 
-        parameters = sum(pair.parameters for pair in found)
+        parameters = sum(pair.parameters for pair in tensor_pairs)
 
         def make(pair: Pair) -> list[torch.Tensor]:
             tensor = checkpoint.read(pair.places[0])
@@ -104,18 +103,18 @@ def to_hugging_face(
                 dtype or checkpoint.dtype(pair.places[0].key),
                 partial(make, pair),
             )
-            for pair in found
+            for pair in tensor_pairs
         ]
-        kinds = {item.dtype for item in outputs}
+        dtypes = {item.dtype for item in outputs}
         written = {
             **config,
             next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
-                max(kinds, key=lambda kind: kind.itemsize)
+                max(dtypes, key=lambda dtype: dtype.itemsize)
             ).removeprefix("torch."),
             **_shift(family, config, args, mask),
         }
-        words = Vocabulary(rows, rows, padded, mask)
-        write_hub_files(directory, Path(temporary), family, written, words)
+        vocab = Vocabulary(rows, rows, padded, mask)
+        write_hub_files(directory, Path(temporary), family, written, vocab)
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
@@ -128,7 +127,7 @@ def to_hugging_face(
                 for name, part in zip(pair.names, make(pair), strict=True):
                     yield name, model.read(name), part
 
-            verify_tensors(found, read_back, tell)
+            verify_tensors(tensor_pairs, read_back, log_line)
             compare_logits(
                 family,
                 config,
@@ -139,28 +138,28 @@ def to_hugging_face(
                 parameters=parameters,
                 dtype=dtype,
                 trust=trust,
-                say=tell,
+                log=log_line,
             )
     if family.in_transformers and mask is not None:
-        tell(
+        log_line(
             f"transformers runs {family.architecture} with causal attention: to fill in masks, "
             'load it with attn_implementation="eager" and call it with attention_mask='
             "torch.zeros(b, 1, s, s), which hides nothing"
         )
     if written.get("mdm_shift"):
-        tell("the logits of position i - 1 are for token i (mdm_shift in config.json)")
+        log_line("the logits of position i - 1 are for token i (mdm_shift in config.json)")
     if padded > rows:
         is_seen = getattr(args, "mdm_vocab_size", None) is None
         seen = ", which took part in the run's softmax" if is_seen else ""
-        tell(f"left out {padded - rows} padding rows of the vocabulary{seen}")
-    tell(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
+        log_line(f"left out {padded - rows} padding rows of the vocabulary{seen}")
+    log_line(f"{output}: {family.name} ({family.architecture}), {parameters:,} parameters")
 
 
 def _check_same_model(
     family: Family, config: Config, args: Namespace, directory: Path, source: str
 ) -> None:
     """The checkpoint's arguments build the model that config.json describes."""
-    expected = megatron.arguments(
+    expected = megatron_model.arguments(
         [*model_flags(family, config), "--padded-vocab-size", str(args.padded_vocab_size)]
     )
     # Which token a position predicts is the run's own choice, and not in the weights' shapes.
@@ -177,8 +176,8 @@ def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
     """Where the run's tokenizer lies, None if it has none on this disk."""
     if args.tokenizer_type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
         return None
-    found = tokenizer_of(str(source), args)
-    return None if found is None else Path(found)
+    path = tokenizer_of(str(source), args)
+    return None if path is None else Path(path)
 
 
 def _check_unchanged(args: Namespace, path: Path) -> None:
@@ -201,7 +200,7 @@ def _check_unchanged(args: Namespace, path: Path) -> None:
         )
 
 
-def _check_rows(
+def check_rows(
     args: Namespace, tokens: Mapping[str, int], rows: int, padded: int, directory: Path
 ) -> None:
     """Checks that no row of a token is left out.
@@ -285,7 +284,8 @@ def _mask_token(
     Raises:
         UserError: it has none, or names another token.
     """
-    declared, trained = mask_token_id(family, config), getattr(args, "mdm_mask_token_id", None)
+    declared = mask_token_id(family, config)
+    trained: int | None = getattr(args, "mdm_mask_token_id", None)
     if trained is None:
         return declared
     path = directory / "config.json"

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.conversion import hub, torch_dist
-from megatron_mdm.conversion import megatron_model as megatron
+from megatron_mdm.conversion import hub, megatron_model, torch_dist
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
     check_space,
     equal,
     escaping,
-    pairs,
+    pair_tensors,
     progress,
     write_hub_files,
 )
@@ -67,7 +66,7 @@ def to_megatron(
     dtype: torch.dtype | None = None,
     verify: bool = False,
     trust: bool = False,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> None:
     """Hugging Face safetensors -> Megatron torch_dist.
 
@@ -80,68 +79,71 @@ def to_megatron(
         verify: read everything again and compare, logits too.
         trust: the Python code of the directory may run: its modeling code for that, and, when the
             checkpoint is used, its tokenizer's.
-        say: prints a line for the user.
+        log: prints a line for the user.
 
     Raises:
         UserError: the model cannot be converted exactly, or the output not written.
     """
-    tell = escaping(say)
+    log_line = escaping(log)
     with new_directory(output) as temporary:
         directory = Path(source)
         config = hub.read_object(directory / "config.json")
         family = detect(config)
         hub.check_no_adapter(directory)
         model = hub.HubModel(directory)
-        words = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
-        kind = dtype or _common_dtype(model)
-        shift = words.added or shifted(family, config)
+        vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
+        dtype = dtype or _common_dtype(model)
+        shift = vocab.added or shifted(family, config)
         hub_files = Path(temporary) / HUB_FILES
-        write_hub_files(directory, hub_files, family, config, words)
+        write_hub_files(directory, hub_files, family, config, vocab)
         write_fast_tokenizer(hub_files)
         left_out = None if trust else leave_out_code(hub_files)
-        if words.added:
-            add_mask_token(hub_files, words.mask)
+        if vocab.added:
+            assert vocab.mask is not None
+            add_mask_token(hub_files, vocab.mask)
         flags = [
             *model_flags(family, config),
-            *["--padded-vocab-size", str(words.padded)],
-            *(["--mdm-mask-token-id", str(words.mask)] if words.mask is not None else []),
-            *_PRECISION.get(kind, []),
-            *_tokenizer_flags(hub_files, Path(output), words, config),
+            *["--padded-vocab-size", str(vocab.padded)],
+            *(["--mdm-mask-token-id", str(vocab.mask)] if vocab.mask is not None else []),
+            *_PRECISION.get(dtype, []),
+            *tokenizer_flags(hub_files, Path(output), vocab, config),
         ]
-        agreed = megatron.contract(flags)
-        args = megatron.arguments(flags)
-        args.mdm_shift, args.mdm_vocab_size = shift, words.size
+        expected = megatron_model.checkpoint_contents(flags)
+        args = megatron_model.arguments(flags)
+        args.mdm_shift, args.mdm_vocab_size = shift, vocab.size
         known = data_of(hub_files)
         args.mdm_tokenizer = None if known is None else asdict(fingerprint(known))
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         tied = family.tied(config)
-        found = pairs(family, config, agreed.shapes, heads, words.source, "the table")
-        _check_sources(model, found, directory, family, tied)
-        parameters = sum(pair.parameters for pair in found)
+        tensor_pairs = pair_tensors(
+            family, config, expected.shapes, heads, vocab.source, "the table"
+        )
+        _check_sources(model, tensor_pairs, directory, family, tied)
+        parameters = sum(pair.parameters for pair in tensor_pairs)
 
         def sources(pair: Pair) -> list[torch.Tensor]:
             """The Hugging Face tensors as they are written, for Megatron's vocabulary."""
             tensors = map(model.read, pair.names)
             if pair.target in TENSORS:
-                tensors = map(words.widen, tensors)
+                tensors = map(vocab.widen, tensors)
             named = zip(pair.names, tensors, strict=True)
-            return [cast(tensor, kind, name) for name, tensor in named]
+            return [cast(tensor, dtype, name) for name, tensor in named]
 
         def make(pair: Pair) -> torch.Tensor:
             return join(pair.target, sources(pair), heads)
 
         pieces = [
-            Piece(place, agreed.shapes[place.key], kind, partial(make, pair))
-            for pair in found
+            Piece(place, expected.shapes[place.key], dtype, partial(make, pair))
+            for pair in tensor_pairs
             for place in pair.places
         ]
-        total = sum(torch.Size(p.place.shape).numel() for p in pieces) * kind.itemsize
+        total = sum(torch.Size(p.place.shape).numel() for p in pieces) * dtype.itemsize
         check_space(temporary, total)
         with progress(total, "converting") as advance:
-            torch_dist.write(Path(temporary), pieces, agreed.objects, args, advance)
+            torch_dist.write(Path(temporary), pieces, expected.objects, args, advance)
         if shift:
             flags.append("--mdm-shift")
-        launch = None if words.mask is None else _launch_line(output, flags)
+        launch = None if vocab.mask is None else launch_line(output, flags)
         if launch is not None:
             (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
         if verify:
@@ -154,27 +156,27 @@ def to_megatron(
                     parts = split(pair.target, checkpoint.read(place), len(wanted), heads)
                     yield from zip(pair.names, parts, wanted, strict=True)
 
-            verify_tensors(found, read_back, tell)
+            verify_tensors(tensor_pairs, read_back, log_line)
             compare_logits(
                 family,
                 config,
                 directory,
                 checkpoint.path,
-                words.source,
-                padded=words.padded,
+                vocab.source,
+                padded=vocab.padded,
                 parameters=parameters,
-                dtype=kind,
+                dtype=dtype,
                 trust=trust,
-                say=tell,
-                added=words.mask if words.added else None,
+                log=log_line,
+                added=vocab.mask if vocab.added else None,
             )
     if left_out:
-        tell(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
-    for line in _remarks(family, config, words, tied, shift):
-        tell(line)
-    tell(f"{output}: {family.name}, {parameters:,} parameters, {kind}")
+        log_line(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
+    for line in _remarks(family, config, vocab, tied, shift):
+        log_line(line)
+    log_line(f"{output}: {family.name}, {parameters:,} parameters, {dtype}")
     if launch is not None:
-        say(
+        log(
             "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by "
             "you; batch, schedule and layout are yours to change, see README:\n\n"
             f"{launch}\n"
@@ -182,11 +184,11 @@ def to_megatron(
 
 
 def _check_sources(
-    model: hub.HubModel, found: Sequence[Pair], directory: Path, family: Family, tied: bool
+    model: hub.HubModel, tensor_pairs: Sequence[Pair], directory: Path, family: Family, tied: bool
 ) -> None:
     """Every tensor is there, in the right shape, and none is left over."""
     used: set[str] = set()
-    for pair in found:
+    for pair in tensor_pairs:
         for name, shape in zip(pair.names, pair.shapes, strict=True):
             entry = model.entries.get(name)
             if entry is None:
@@ -223,22 +225,23 @@ def _check_tied(model: hub.HubModel, family: Family) -> set[str]:
 
 
 def _common_dtype(model: hub.HubModel) -> torch.dtype:
-    kinds: dict[torch.dtype, str] = {}
+    dtypes: dict[torch.dtype, str] = {}
     for name, entry in model.entries.items():
         if not name.endswith(COMPUTED):
-            kinds.setdefault(entry.dtype, name)
-    if len(kinds) > 1:
-        (one, first), (other, second) = list(kinds.items())[:2]
+            dtypes.setdefault(entry.dtype, name)
+    if len(dtypes) > 1:
+        (one, first), (other, second) = list(dtypes.items())[:2]
         raise UserError(
             f"the tensors differ in dtype ({first}: {one}, {second}: {other}): choose one with "
             "--dtype"
         )
-    return next(iter(kinds))
+    return next(iter(dtypes))
 
 
-def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: Config) -> list[str]:
+def tokenizer_flags(hub_files: Path, output: Path, vocab: Vocabulary, config: Config) -> list[str]:
+    """Megatron's flags for the tokenizer that lies beside the converted model."""
     if tokenizer_size(hub_files) is None:
-        flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(words.size)]
+        flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab.size)]
         end = config.get("eos_token_id")
         return [*flags, *(["--null-tokenizer-eod-id", str(end)] if isinstance(end, int) else [])]
     flags = ["--tokenizer-type", "HuggingFaceTokenizer"]
@@ -248,7 +251,7 @@ def _tokenizer_flags(hub_files: Path, output: Path, words: Vocabulary, config: C
     return flags
 
 
-def _launch_line(output: str, flags: Sequence[str]) -> str:
+def launch_line(output: str, flags: Sequence[str]) -> str:
     """The command that trains the converted model, or resumes that, a few flags to a line."""
     words = [
         *["--pretrained-checkpoint", str(Path(output).absolute())],
@@ -262,11 +265,11 @@ def _launch_line(output: str, flags: Sequence[str]) -> str:
         if word.startswith("--") and len(f"{line} {word} {value}") > 96:
             lines.append(line)
             line = "   "
-        line += " " + _quoted(word)
+        line += " " + bash_quoted(word)
     return " \\\n".join([*lines, line])
 
 
-def _quoted(word: str) -> str:
+def bash_quoted(word: str) -> str:
     """A word for bash, of printable characters."""
     if word.isprintable():
         return shlex.quote(word)
@@ -278,28 +281,28 @@ def _quoted(word: str) -> str:
 
 
 def _remarks(
-    family: Family, config: Config, words: Vocabulary, tied: bool, shift: bool
+    family: Family, config: Config, vocab: Vocabulary, tied: bool, shift: bool
 ) -> Iterator[str]:
-    if words.added:
+    if vocab.added:
         yield (
-            f"added the mask token {MASK_TOKEN} with id {words.mask}"
+            f"added the mask token {MASK_TOKEN} with id {vocab.mask}"
             + (
-                f", which enlarges the vocabulary to {words.size}"
-                if words.size > words.source
+                f", which enlarges the vocabulary to {vocab.size}"
+                if vocab.size > vocab.source
                 else ", an unused row of the vocabulary"
             )
             + "; its rows in the embedding"
             + (" (which is the output layer)" if tied else " and the output layer")
             + " are the mean of those before it"
         )
-    if words.mask is None:
+    if vocab.mask is None:
         yield (
             "this is an autoregressive model without a mask token: to train it as a diffusion "
             "model, convert it with --add-mask-token"
         )
-    if words.padded > words.size:
+    if vocab.padded > vocab.size:
         yield (
-            f"padded the vocabulary from {words.size} to {words.padded} rows: the padding is zeros "
+            f"padded the vocabulary from {vocab.size} to {vocab.padded} rows: the padding is zeros "
             "and takes no part in the softmax"
         )
     if shift:

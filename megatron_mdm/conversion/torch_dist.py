@@ -119,7 +119,7 @@ class _Files(FileSystem):
         self._error: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as stream:
             yield _Stream(stream, self._patient)
             self.check()

@@ -32,7 +32,7 @@ Message = dict[str, Any]
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 ASKS_FOR_DATE = "strftime_now"
 # Values that a template may well render as it renders none.
-EMPTY = ("", [], {})
+EMPTY: tuple[Any, ...] = ("", [], {})
 # Arguments of apply_chat_template that a row may give.
 GIVEN_BY_ROWS = {"tools", "documents"}
 # Roles that every template renders.
@@ -112,7 +112,7 @@ class ChatTemplate:
             messages = self._without_none(messages, variables)
             prompt = self._render(messages[:-1], variables, add_generation_prompt=True)
             whole = self._render(messages, variables)
-            tail = ""
+            tail: str | None = ""
             if self._render(messages[:-1], variables) == prompt:
                 tail = self._tail(messages, variables, whole)
         except Exception as error:  # whatever a template raises, in a language of its own
@@ -222,8 +222,9 @@ class ChatTemplate:
         """The text of a message, whose content may be a list of parts of text."""
         if isinstance(content, str):
             return content
-        texts = [self._text_of_part(part) for part in content] if type(content) is list else []
-        if not texts or None in texts:
+        parts = content if type(content) is list else []
+        texts = [text for text in map(self._text_of_part, parts) if text is not None]
+        if not texts or len(texts) < len(parts):
             raise bad_document(
                 document,
                 f"the content of {name} is a JSON {json_type(content)} that is no text: give a "
@@ -246,13 +247,14 @@ class ChatTemplate:
     ) -> str:
         available = {k: v for k, v in variables.items() if k not in self._unavailable}
         template = self._template(tools=available.get("tools"))
-        return self._apply(
+        rendered: str = self._apply(
             messages,
             chat_template=_with_date(template, write_date or self._date.strftime),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **available,
         )
+        return rendered
 
     def _rendered(
         self, messages: list[Message], variables: dict[str, Any], **options: Any
@@ -332,11 +334,12 @@ class ChatTemplate:
         continued = self._render([*messages, {"role": "user", "content": "x"}], variables)
         if continued.startswith(whole):
             return ""
-        # A batch of one, since a conversation alone may not be empty.
-        batch = self._rendered([[]], variables)
-        if batch is None:  # of a template that looks at the first message
+        # A batch of one, since a conversation alone may not be empty; rendered, it is one of texts.
+        batch: Any = [[]]
+        texts: Any = self._rendered(batch, variables)
+        if texts is None:  # of a template that looks at the first message
             return None
-        (tail,) = batch
+        (tail,) = texts
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
         return tail if is_tail else None
 

@@ -47,7 +47,11 @@ class TokenizerData:
 
     def digest(self) -> str:
         """A digest of all that the tokenizer does; two that agree encode every text alike."""
-        content = hashlib.sha256(self.sentencepiece_model or self.tokenizer_json.encode())
+        model = self.sentencepiece_model
+        if model is None:
+            assert self.tokenizer_json is not None
+            model = self.tokenizer_json.encode()
+        content = hashlib.sha256(model)
         content.update(f"{self.vocab_size} {self.eod} {self.mask}".encode())
         return content.hexdigest()
 
@@ -60,7 +64,9 @@ class TokenizerData:
         if self.sentencepiece_model is not None:
             import sentencepiece
 
-            return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model).encode
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece_model)
+            encode: Callable[[str], list[int]] = processor.encode
+            return encode
         tokenizer = self._fast()
         tokenizer.encode_special_tokens = not special
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -72,6 +78,7 @@ class TokenizerData:
     def _fast(self) -> Any:
         import tokenizers
 
+        assert self.tokenizer_json is not None
         tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -113,8 +120,9 @@ def mask_id(tokenizer: Any) -> int | None:
     Args:
         tokenizer: a sentencepiece processor, or a Hugging Face tokenizer.
     """
-    if getattr(tokenizer, "mask_token_id", None) is not None:  # Hugging Face
-        return tokenizer.mask_token_id
+    known: int | None = getattr(tokenizer, "mask_token_id", None)
+    if known is not None:  # Hugging Face
+        return known
     if hasattr(tokenizer, "piece_to_id"):  # sentencepiece, where an unknown piece maps to unk
         candidates = {piece: tokenizer.piece_to_id(piece) for piece in MASK_PIECES}
         return next((i for i in candidates.values() if i != tokenizer.unk_id()), None)
@@ -194,7 +202,10 @@ class ChunkEncoder:
         self._mask = tokenizer.mask
         self._refused = frozenset(() if special else tokenizer.special) | {tokenizer.mask}
         self._json_key = json_key
-        self._ending = [tokenizer.eod] if append_eod else []
+        self._ending: list[int] = []
+        if append_eod:
+            assert tokenizer.eod is not None
+            self._ending = [tokenizer.eod]
         # Small, because it travels to the parent, which converts it to Megatron's choice.
         self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 

@@ -25,7 +25,9 @@ PROBE = (
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Of a tokenizer; `dataclasses.asdict` makes a plain dict of it, which `**` takes back.
+    """What the ids of a tokenizer mean, in a few plain values that go into records and checkpoints.
+
+    `dataclasses.asdict` makes a dict of it, which `**` takes back.
 
     The mask token is no part of it: it is added to tokenizers, and stands in no text.
 
@@ -104,6 +106,7 @@ def _fingerprint(
     else:
         import tokenizers
 
+        assert tokenizer.tokenizer_json is not None
         backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
         vocabulary = [(i, token) for token, i in backend.get_vocab(with_added_tokens=True).items()]
         sections = json.loads(tokenizer.tokenizer_json)

@@ -24,7 +24,7 @@ TOOL = "tools/preprocess_data.py"
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Of a .bin/.idx pair; plain values, so that `dataclasses.asdict` can go into a checkpoint.
+    """Which data a .bin/.idx pair holds, in plain values that go into checkpoints.
 
     Everything but `quick` is None without a record.
 

@@ -32,6 +32,7 @@ class PairKeys:
         """What has an effect on the pairs, in JSON's types."""
         if self.messages is None:
             return {"prompt_key": self.prompt, "response_key": self.response}
+        assert self.template is not None
         return {
             "messages_key": self.messages,
             "template": template_digest(self.template),
@@ -61,6 +62,7 @@ class PairEncoder(ChunkEncoder):
         self._template = None
         self._spelling = 0
         if keys.messages is not None:
+            assert keys.template is not None
             self._special = tokenizer.special_tokens()
             self._template = ChatTemplate(
                 keys.template, keys.messages, self._special, keys.ignored, keys.date

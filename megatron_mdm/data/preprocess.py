@@ -14,29 +14,22 @@ What is done with documents that are not as they should be:
 """
 
 import dataclasses
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_mdm.data.documents import Document, InputsDigest, read_documents
-from megatron_mdm.data.encoding import (
-    ChunkEncoder,
-    EncodedChunk,
-    TokenizerData,
-    hugging_face_data,
-    open_hugging_face,
-    sentencepiece_data,
-)
+from megatron_mdm.data.encoding import ChunkEncoder, EncodedChunk, TokenizerData
 from megatron_mdm.data.identity import is_made_from, record_of
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.record import check_free
 from megatron_mdm.data.workers import Workers
+from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError, escaped
 from megatron_mdm.files import complete_or_absent, termination_raises, write_errors
 
@@ -108,68 +101,6 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def load_sentencepiece(path: str) -> TokenizerData:
-    """Reads a sentencepiece model file.
-
-    Raises:
-        UserError: The file is missing or is no such model.
-    """
-    import sentencepiece
-
-    try:
-        with open(path, "rb") as file:
-            model = file.read()
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(model)  # raises for an empty file, too
-    except OSError as error:
-        raise UserError(f"--tokenizer-model {path}: {error.strerror or error}") from error
-    except RuntimeError as error:
-        raise UserError(f"--tokenizer-model {path}: not a sentencepiece model") from error
-    return sentencepiece_data(processor)
-
-
-def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
-    """Reads a Hugging Face tokenizer from a local directory; nothing is downloaded.
-
-    The end-of-document token is the tokenizer's eos token, as in Megatron.
-
-    Args:
-        directory: With the tokenizer's files.
-        trust: Whether to run Python code that is there.
-
-    Raises:
-        UserError: transformers is not installed, the directory is missing or holds no tokenizer,
-            or the tokenizer is one of the few without a `tokenizers` backend.
-    """
-    if not os.path.isdir(directory):
-        raise UserError(f"--hf-tokenizer {directory}: no such directory")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
-        ) from error
-    try:
-        tokenizer = open_hugging_face(directory, trust)
-    except Exception as error:  # of many kinds, depending on what is wrong with which file
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"--hf-tokenizer {directory}: cannot be loaded ({lines[0].rstrip(' :')}); it needs the "
-            "files that save_pretrained() writes, tokenizer.json among them"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"--hf-tokenizer {directory}: not a fast tokenizer (one with a tokenizer.json); "
-            "for a sentencepiece model use --tokenizer-model"
-        )
-    return hugging_face_data(tokenizer)
-
-
-def has_chat_template(directory: str) -> bool:
-    """Whether the Hugging Face tokenizer in a local directory has a chat template."""
-    return open_hugging_face(directory).chat_template is not None
-
-
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
@@ -196,7 +127,7 @@ def preprocess(
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
         output_prefix: The files without their suffixes.
-        tokenizer: From `load_sentencepiece` or `load_hugging_face`.
+        tokenizer: From load_tokenizer.py.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
         json_key: Where a JSONL line holds its text.
         pairs: Where it holds a prompt and a response instead: documents of two sequences.
@@ -264,7 +195,7 @@ def preprocess(
             for result in pool.map(_chunks(read_documents(inputs, file_format, read))):
                 _count(summary, result, skip_bad_lines)
                 _write(builder, result, output_prefix)
-                if result.is_dated:
+                if result.is_dated and pairs is not None:
                     summary.template_date = pairs.date.isoformat()
                 bar.show(result.position, summary.documents)
             if summary.documents == 0:
@@ -338,7 +269,7 @@ def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: boo
     summary.bad_examples += result.bad[:room]
 
 
-def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
+def _write(builder: Any, result: EncodedChunk, output_prefix: str) -> None:
     start = 0
     with write_errors(f"{output_prefix}.bin"):
         for lengths in result.lengths:
@@ -348,7 +279,9 @@ def _write(builder, result: EncodedChunk, output_prefix: str) -> None:
 
 
 @contextmanager
-def _indexed_dataset(bin_path: str, idx_path: str, vocab_size: int, output_prefix: str):
+def _indexed_dataset(
+    bin_path: str, idx_path: str, vocab_size: int, output_prefix: str
+) -> Iterator[Any]:
     """Yields Megatron's builder, and finishes its files unless the block fails."""
     with silent_import():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -364,19 +297,6 @@ def _indexed_dataset(bin_path: str, idx_path: str, vocab_size: int, output_prefi
     finally:
         with suppress(OSError):  # the disk is full, and what could not be written goes away
             builder.data_file.close()
-
-
-@contextmanager
-def silent_import() -> Iterator[None]:
-    """Keeps back what Megatron and torch say on import about kernels that are not used here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _Progress:

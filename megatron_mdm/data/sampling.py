@@ -25,7 +25,7 @@ def drawn(sizes: np.ndarray, enough: int, seed: int = 0) -> list[int]:
     # NumPy's legacy generator goes on with the state of Python's, and draws the same numbers.
     _, state, _ = random.Random(seed).getstate()
     draws = np.random.RandomState()
-    draws.set_state(("MT19937", state[:-1], state[-1]))
+    draws.set_state(("MT19937", np.array(state[:-1], np.uint32), state[-1], 0, 0.0))
     keys, numbers, limit = np.empty(0), np.empty(0, np.int64), 1.0
     for first in range(0, len(sizes), CHUNK):
         new = draws.random_sample(min(CHUNK, len(sizes) - first))

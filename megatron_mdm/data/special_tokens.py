@@ -40,7 +40,7 @@ class SpecialTokens:
             for t in tokens
         )
         self._found = re.compile("|".join(forms) or r"(?!)")
-        self._normalize = lambda text: text
+        self._normalize: Callable[[str], str] = lambda text: text
         if tokenizer.normalizer is not None and any(token.normalized for token in tokens):
             self._normalize = tokenizer.normalizer.normalize_str
 
@@ -74,6 +74,7 @@ class SpecialTokens:
                 raise ValueError("it encodes text that spells a special token as that token")
             with_text += between
             if found:
+                assert found.lastindex is not None  # every alternative is a group
                 token = self._ids[found.lastindex - 1]
                 with_marks.append(token)
                 with_text.append(token)
@@ -102,5 +103,10 @@ def change_strings(value: Any, change: Callable[[str], Any]) -> Any:
 def strings_of(value: Any) -> list[str]:
     """All strings in a value of JSON's types, keys included."""
     found: list[str] = []
-    change_strings(value, lambda text: found.append(text) or text)
+
+    def take(text: str) -> str:
+        found.append(text)
+        return text
+
+    change_strings(value, take)
     return found

@@ -11,6 +11,7 @@ a space.
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -143,6 +144,7 @@ def train_tokenizer(
         complete_or_absent(record_path, output) as (temporary_record, temporary),
         Workers(1, _Trainer, corpus, vocab_size, model_type) as workers,
     ):
+        summary: TokenizerSummary
         (summary, model, read) = next(workers.map([output]))
         with write_errors(output), open(temporary, "wb") as file:
             file.write(model)
@@ -183,9 +185,8 @@ class _Corpus:
         """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
         sample: Reservoir[str] = Reservoir(self.max_bytes)
         for line in self._all_lines():
-            size = len(line.encode())
-            self.text_bytes += size
-            sample.offer(lambda item=(size, line): item)
+            self.text_bytes += len(line.encode())
+            sample.offer(functools.partial(_sized, line))
         sample.shrink(self.max_bytes)
         self.used_bytes = sample.size
         return sample.items()
@@ -236,6 +237,11 @@ class _Trainer:
             seconds=0.0,
         )
         return summary, model, corpus.digest
+
+
+def _sized(line: str) -> tuple[int, str]:
+    """A line with its length as UTF-8."""
+    return len(line.encode()), line
 
 
 def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from megatron_mdm.errors import UserError
 
@@ -37,7 +38,7 @@ class Workers:
     """
 
     def __init__(
-        self, count: int, make_function: Callable[..., Callable], *arguments: object
+        self, count: int, make_function: Callable[..., Callable[[Any], Any]], *arguments: object
     ) -> None:
         self._count = count
         self._served = (make_function, arguments)
@@ -79,7 +80,7 @@ class Workers:
             connection.close()
         self._processes.clear()
 
-    def map(self, tasks: Iterable) -> Iterator:
+    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """Yields the results of `tasks` in their order; takes few tasks in advance. Once only.
 
         Raises:
@@ -109,7 +110,7 @@ class Workers:
                 running[idle.pop()] = number
             if not running:
                 return
-            for connection in wait(list(running)):
+            for connection in running.keys() & wait(list(running)):
                 finished[running.pop(connection)] = self._receive(connection)
                 idle.append(connection)
 
@@ -138,9 +139,14 @@ class Workers:
         )
 
 
-def _serve(connection: Connection, make_function: Callable[..., Callable], arguments: tuple):
+def _serve(
+    connection: Connection,
+    make_function: Callable[..., Callable[[Any], Any]],
+    arguments: tuple[Any, ...],
+) -> None:
     """Runs in a worker: answers tasks until the parent closes its end or is gone."""
     function = None
+    answer: tuple[Any, Exception | None]
     try:
         while True:
             task = connection.recv()

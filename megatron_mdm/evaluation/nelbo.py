@@ -27,11 +27,11 @@ from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.quantiles import PHI64
 from megatron_mdm.objective.randomness import GRID_BITS, Purpose, Split, random_bits, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.types import Floats, Integers
 
-Floats = npt.NDArray[np.float64]
 # Tokens int64 [B, L] -> logits float [B, L, V]. Where texts have documents it also gets, by name,
 # `clean`, the tokens before masking, and `documents`, both int64 [B, L].
-LogitsFunction = Callable[..., torch.Tensor]
+LogitsInContext = Callable[..., torch.Tensor]
 GROUPS = 64  # at most; enough for an error bar to be known to a tenth
 # Masks of a continuation: as many as answers of 6 tokens have, or of fewer.
 DRAWS = 64
@@ -68,7 +68,7 @@ class Draws:
 
     nats: Floats
     rate: Floats
-    num_eligible: npt.NDArray[np.int64]
+    num_eligible: Integers
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Evaluation:
 
 
 def cut_rows(
-    documents: Iterable[Sequence[int]], length: int, packed: bool, overlap: int = 0
+    documents: Iterable[npt.ArrayLike], length: int, packed: bool, overlap: int = 0
 ) -> list[torch.Tensor]:
     """Cuts documents into rows of at most `length` tokens, without padding.
 
     Args:
-        documents: token ids.
+        documents: token ids, integers [n] each.
         length: of a row.
         packed: documents follow one another within a row, as in pretraining; else every document
             begins a row.
@@ -133,7 +133,7 @@ def cut_rows(
 
 
 def evaluate(
-    logits: LogitsFunction,
+    logits: LogitsInContext,
     texts: Sequence[ScoredRow],
     mask_token_id: int,
     draws: int = 8,
@@ -147,7 +147,7 @@ def evaluate(
 
     Args:
         logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted; see
-            `LogitsFunction`.
+            `LogitsInContext`.
         texts: what to score, all of them with documents or none.
         mask_token_id: id put at masked positions.
         draws: masks of each text, even.
@@ -185,7 +185,7 @@ def num_documents(texts: Sequence[ScoredRow]) -> int:
     return known + len(texts) - len(origins)
 
 
-def groups_of(texts: Sequence[ScoredRow]) -> npt.NDArray[np.int64]:
+def groups_of(texts: Sequence[ScoredRow]) -> Integers:
     """The group of each text: those of one document share one.
 
     A text of several documents belongs to the one that it has most of.
@@ -204,11 +204,12 @@ def groups_of(texts: Sequence[ScoredRow]) -> npt.NDArray[np.int64]:
     _, document, counts = np.unique(documents, return_inverse=True, return_counts=True)
     before = counts.cumsum() - counts
     part = before * GROUPS // max(len(texts), 1)
-    return np.unique(part[document], return_inverse=True)[1].astype(np.int64)
+    groups: Integers = np.unique(part[document], return_inverse=True)[1]
+    return groups.astype(np.int64)
 
 
 def log_likelihoods(
-    logits: LogitsFunction,
+    logits: LogitsInContext,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     mask_token_id: int,
     draws: int = DRAWS,
@@ -277,12 +278,12 @@ def log_likelihoods(
 
 def num_masks(num_tokens: int, draws: int) -> int:
     """Counts the masks under which `log_likelihoods` scores a continuation."""
-    return min(2**num_tokens - 1, draws)
+    return min((1 << num_tokens) - 1, draws)
 
 
 @torch.no_grad()
 def exact_nats(
-    logits: LogitsFunction,
+    logits: LogitsInContext,
     texts: Sequence[ScoredRow],
     mask_token_id: int,
     batch_size: int,
@@ -327,13 +328,13 @@ def exact_nats(
 
 @torch.no_grad()
 def draw(
-    logits: LogitsFunction,
+    logits: LogitsInContext,
     texts: Sequence[ScoredRow],
     mask_token_id: int,
     replicates: int,
     draws: int,
     seed: int,
-    groups: npt.NDArray[np.int64],
+    groups: Integers,
     batch_size: int,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
@@ -384,7 +385,7 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def _cross_entropies(
-    logits: LogitsFunction,
+    logits: LogitsInContext,
     texts: Sequence[ScoredRow],
     mask: torch.Tensor,
     mask_token_id: int,
@@ -397,9 +398,10 @@ def _cross_entropies(
     """
     tokens = torch.stack([text.tokens for text in texts])
     context = {}
-    if texts[0].documents is not None:
-        documents = torch.stack([text.documents for text in texts])
-        context = {"clean": tokens.to(device), "documents": documents.to(device)}
+    documents = [text.documents for text in texts if text.documents is not None]
+    if documents:
+        assert len(documents) == len(texts), "all texts have documents, or none has"
+        context = {"clean": tokens.to(device), "documents": torch.stack(documents).to(device)}
     seen = torch.where(mask, mask_token_id, tokens).to(device)
     scores = logits(seen, **context)[mask.to(device)]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -436,9 +438,7 @@ def _check_finite(nats: Floats) -> None:
         )
 
 
-def lattice_quantiles(
-    groups: npt.NDArray[np.int64], replicates: int, draws: int, seed: int
-) -> npt.NDArray[np.int64]:
+def lattice_quantiles(groups: Integers, replicates: int, draws: int, seed: int) -> Integers:
     """Quantiles of the rates: one golden-ratio lattice for each replicate of a group.
 
     The lattice runs through the draws of the group's texts one after the other, so that both the
@@ -467,11 +467,11 @@ def lattice_quantiles(
     step = (place[:, None] * draws + np.arange(draws)).astype(np.uint64)
     words = np.array(offsets, dtype=np.uint64)[number][:, :, None]
     words = words + step[:, None, :] * np.uint64(PHI64)  # modulo 2^64
-    quantile: npt.NDArray[np.int64] = (words >> np.uint64(64 - GRID_BITS)).astype(np.int64)
+    quantile: Integers = (words >> np.uint64(64 - GRID_BITS)).astype(np.int64)
     return quantile
 
 
-def _estimate(drawn: Draws, chosen: Floats, groups: npt.NDArray[np.int64]) -> Estimate | None:
+def _estimate(drawn: Draws, chosen: Floats, groups: Integers) -> Estimate | None:
     """Ratio of sums over draws, nats to tokens, with linearised errors; None without any draw.
 
     Args:

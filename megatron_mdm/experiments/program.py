@@ -48,9 +48,10 @@ def program_in(root: pathlib.Path) -> str:
         _git(root, "diff", "--name-only", "--relative", "--no-renames", "-z", "HEAD", "--", *code),
         _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *code),
     ]
-    if None in answers:
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < len(answers):
         return f"files {_digest(root, sorted((root / 'megatron_mdm').rglob('*.py')))}"
-    _, commit, changed, new = answers
+    _, commit, changed, new = known
     names = sorted(name for name in (changed + new).split("\0") if name)
     changes = f", changes {_digest(root, [root / name for name in names])}" if names else ""
     return f"commit {commit.strip()}{changes}"

@@ -67,7 +67,8 @@ def kept(
     name = run_path(directory, flags)
     path = name.with_suffix(".json")
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
     result = {"flags": list(flags), "program": program(), **work(name)}
     if program_now() != program():
         raise UserError(

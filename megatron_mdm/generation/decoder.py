@@ -180,7 +180,7 @@ class Decoder:
 
         def uniforms(*shape: int) -> torch.Tensor:
             counts = candidates.sum(dim=1).tolist()
-            sources = generators or [None] * len(counts)
+            sources: Sequence[torch.Generator | None] = generators or [None] * len(counts)
             parts = [
                 torch.rand(n, *shape, dtype=scores.dtype, device=scores.device, generator=source)
                 for n, source in zip(counts, sources, strict=True)

@@ -123,6 +123,7 @@ def adapter_arguments(
                 "a chat template writes special tokens, which the texts of the checkpoint's data "
                 "do not spell: add --special-tokens (special_tokens=True to --model_args)"
             )
+        assert chat is not None  # else nobody calls this
         return chat.render(messages, add_generation_prompt)
 
     return {

@@ -43,7 +43,7 @@ def _whole(value: Any) -> int:
 # lm_eval's names for the number of tokens of a text.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Generation settings of tasks that are the decoder's own.
-DECODER_SETTINGS = {
+DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "steps": _whole,
     "block_length": _whole,
     "remasking": str,
@@ -56,7 +56,7 @@ SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
 logger = logging.getLogger(__name__)
 
 
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     """Answers the requests of the harness with bounds on log-likelihoods, in nats, and with texts.
 
     Args:
@@ -388,7 +388,7 @@ class HarnessModel(LM):
         stripped = context.rstrip()
         before = self._encode(stripped) if stripped else []
         whole = self._ids(context + continuation)
-        common = len(os.path.commonprefix([before, whole]))
+        common = len(os.path.commonprefix([before, whole]))  # noqa: RUF071  (no paths)
         before, after = whole[:common], whole[common:]
         if not continuation or not after:
             raise UserError(

@@ -1,1 +1,1 @@
-"""The binding to Megatron: the only folder that imports megatron."""
+"""The binding to Megatron: README.md has its parts in the order in which Megatron calls them."""

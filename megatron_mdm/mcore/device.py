@@ -130,7 +130,7 @@ class _Stream(_Event):
         return _Event()
 
 
-class _Generators(list):
+class _Generators:
     """torch.cuda.default_generators: here every device has the CPU's generator."""
 
     def __getitem__(self, _: Any) -> torch.Generator:

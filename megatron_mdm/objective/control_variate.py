@@ -1,6 +1,6 @@
 """A steadier figure of the loss in the logs: subtract what the rates that were drawn explain.
 
-The EMA method of arXiv 2511.18159. It changes the REPORTED number only: a control variate that does
+It changes the REPORTED number only: a control variate that does
 not depend on the model's parameters has no gradient, so it cannot change training.
 """
 
@@ -11,6 +11,8 @@ from megatron_mdm.objective.types import Floats
 
 class ControlVariate:
     """Mean loss with a moving average b(t) of the loss at rate t as control variate.
+
+    This is EMA (arXiv 2511.18159).
 
     With w the importance weight of t and b constant within each bin of t, the mean over rows of
 

@@ -43,7 +43,7 @@ def row_losses(
     normalization: Literal["tokens", "rows"],
     segments: torch.Tensor | None = None,
 ) -> RowLosses:
-    """Weights and sums cross entropies.
+    """Weights and sums cross entropies: the objective (LLaDA, arXiv 2502.09992).
 
     Numerators and denominators add up over micro-batches and data-parallel ranks, so that any split
     of a global batch gives the same objective: under `tokens` the sum of all weighted losses over

@@ -119,7 +119,7 @@ def syrm(
     fraction: float,
     uniforms: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """Prompt tokens that become eligible beside the response (SyRM, arXiv 2511.18159).
+    """SyRM (arXiv 2511.18159): prompt tokens that become eligible beside the response.
 
     This CHANGES THE OBJECTIVE: the loss then counts prompt tokens too, and responses are predicted
     from prompts with gaps.

@@ -79,7 +79,7 @@ def _offset(seed: int, split: Split) -> int:
 
 @lru_cache(maxsize=16)
 def _stratified_window(quantiles: Quantiles, window: int) -> npt.NDArray[np.int64]:
-    """Grid integers of all rows of one window.
+    """Grid integers of all rows of one window: StraTS (arXiv 2511.18159).
 
     The rows are shuffled and laid around a circle that the strata divide equally, turned by a
     random angle: strata then hold equally many rows, give or take one, and each row is exactly

@@ -1,7 +1,7 @@
 """Samplers of the masking rate t: from a quantile to t and its importance weight 1/q(t)."""
 
 import hashlib
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class RateSampler(Protocol):
 class Uniform:
     """t ~ U(0, 1): q = 1 (method of LLaDA; `standard` in arXiv 2511.18159)."""
 
-    breaks = [0.0, 1.0]
+    breaks: ClassVar[list[float]] = [0.0, 1.0]
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(quantile, 1)."""
@@ -58,7 +58,7 @@ class Clipped:
     sampler whose weight is not 1/q(t), and its loss is no bound on the likelihood.
     """
 
-    breaks = [0.0, 1.0]
+    breaks: ClassVar[list[float]] = [0.0, 1.0]
 
     def __init__(self, low: float, high: float):
         if not 0.0 <= low < high <= 1.0:

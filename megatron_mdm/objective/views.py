@@ -6,10 +6,10 @@ import numpy.typing as npt
 from megatron_mdm.objective.randomness import GRID_BITS
 
 
-def turned_view(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
-    """The uniforms of one of several views of the same row, each of them exactly uniform.
+def view_uniforms(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
+    """The uniforms of one of several views of a row; two views are MIRROR (arXiv 2511.18159).
 
-    Two views are MIRROR (arXiv 2511.18159): u and 1 - u, so that the masks of both are as
+    Each view is exactly uniform. MIRROR has u and 1 - u, so that the masks of both are as
     negatively correlated as two masks can be; -min(p/(1-p), (1-p)/p) at each position. K views turn
     around the circle: view j has frac(u + j/K).
 

@@ -6,7 +6,7 @@ With l the loss of a row (or, for the gradient, the trace of the covariance in t
             + E_x Var_t(E_m[l | x,t])          B  masking rate
             + Var_x(E_{t,m}[l | x])            C  data
 
-(arXiv 2511.18159), t uniform. These are differences of four mean squares,
+(arXiv 2511.18159, eq. 2), t uniform. These are differences of four mean squares,
 
     S1 = E |l|^2,   S2 = E_{x,t} |E_m l|^2,   S3 = E_x |E_{t,m} l|^2,   S4 = |E l|^2,
     A = S1 - S2,    B = S2 - S3,              C = S3 - S4.
@@ -110,7 +110,7 @@ class NestedDraws:
 
         The second mean is that over the other rates, so that products are of different draws.
         """
-        n0, nt = self.t.shape
+        nt = self.t.shape[1]
         products, w = self._within, self.weight
         own = products.diagonal(axis1=1, axis2=2) - self.pattern / self.masks
         weighted = products * w[:, None, :]
@@ -144,11 +144,11 @@ class NestedDraws:
             S1 @ counts / n0,
             S2 @ counts / n0,
             S3 @ counts / n0,
-            between_row_variance(rows, counts),
+            mean_over_row_pairs(rows, counts),
         )
 
 
-def between_row_variance(products: Floats, counts: Floats) -> Floats:
+def mean_over_row_pairs(products: Floats, counts: Floats) -> Floats:
     """Mean of products [n0, n0] over pairs of rows, each standing in as often as counts [n0, R].
 
     The pairs of a row with its own copies, which a bootstrap draws, are corrected for as a whole:
@@ -184,7 +184,7 @@ class Decomposition:
 
 
 def decompose(cells: NestedDraws, repetitions: int = 1000, seed: int = 0) -> Decomposition:
-    """A, B and C, with bootstrap standard errors over rows.
+    """A, B and C (arXiv 2511.18159, eq. 2), with bootstrap standard errors over rows.
 
     Args:
         cells: of n0 >= 2 rows, nt >= 3 independent rates and nm >= 2 masks.
@@ -201,15 +201,15 @@ def decompose(cells: NestedDraws, repetitions: int = 1000, seed: int = 0) -> Dec
     return Decomposition(*(with_error(part, n0) for part in parts))
 
 
-def between(vectors: npt.NDArray[np.float32], repetitions: int = 1000, seed: int = 0) -> Estimate:
+def between_row_variance(
+    vectors: npt.NDArray[np.float32], repetitions: int = 1000, seed: int = 0
+) -> Estimate:
     """Variance between rows [n0, d] that nothing else disturbs: C where there is no A and no B."""
     n0 = len(vectors)
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     products = centred @ centred.T
     counts = resampled(n0, repetitions, seed)
-    return with_error(
-        products.diagonal() @ counts / n0 - between_row_variance(products, counts), n0
-    )
+    return with_error(products.diagonal() @ counts / n0 - mean_over_row_pairs(products, counts), n0)
 
 
 def curve(

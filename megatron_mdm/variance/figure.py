@@ -1,4 +1,4 @@
-"""A report of the variance (variance_report.py) as a table and as a picture."""
+"""A report of the variance (report.py) as a table and as a picture."""
 
 from typing import Any
 

@@ -32,11 +32,13 @@ import numpy as np
 import torch
 
 from megatron_mdm.objective.corruption import Corrupter, Corruption
+from megatron_mdm.objective.ppots.fit import Target
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
 from megatron_mdm.objective.samplers import Clipped, RateSampler
-from megatron_mdm.objective.views import turned_view
-from megatron_mdm.variance.decomposition import Floats, NestedDraws, between_row_variance
+from megatron_mdm.objective.types import Floats
+from megatron_mdm.objective.views import view_uniforms
+from megatron_mdm.variance.decomposition import NestedDraws, mean_over_row_pairs
 
 QuantileKind = Literal["iid", "strata", "lattice"]
 MaskKind = Literal["bernoulli", "exact-count", "isad"]
@@ -65,7 +67,7 @@ class Method:
     quantiles: QuantileKind = "iid"
     mask: MaskKind = "bernoulli"
     views: int = 1
-    target: Literal["loss", "gradient"] | None = None
+    target: Target | None = None
     rows: int = 1
     clipped: bool = False
     controlled: bool = False
@@ -212,7 +214,7 @@ def batches(
         chosen = torch.randint(len(texts), (texts_in_batch,), generator=choice)
         chosen = chosen.repeat_interleave(method.views)
         uniforms = [
-            turned_view(row_uniforms(seed, Split.TRAIN, draw, texts.shape[1]), view, method.views)
+            view_uniforms(row_uniforms(seed, Split.TRAIN, draw, texts.shape[1]), view, method.views)
             for draw in draws
             for view in range(method.views)
         ]
@@ -304,7 +306,7 @@ def batch_variance(
         square = square + known_square
         mixed = (factor * drawn.residual.ravel() * (K @ known)[index]).reshape(n0, nt).mean(axis=1)
         rows = rows + mixed[:, None] + mixed + known @ K @ known
-    variance: Floats = square / texts + between_row_variance(rows, counts)
+    variance: Floats = square / texts + mean_over_row_pairs(rows, counts)
     return variance
 
 

@@ -19,16 +19,16 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, num_documents
 from megatron_mdm.objective.corruption import Corruption
-from megatron_mdm.objective.ppots.fit import fit
+from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
 from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.types import Floats
+from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.variance.decomposition import (
-    Floats,
     NestedDraws,
-    between,
+    between_row_variance,
     curve,
     decompose,
     nested_sampler,
@@ -165,9 +165,9 @@ def _nested(
 ) -> Row:
     """All draws of one row, by column; rates are independent, and the same for all configs.
 
-    Columns are `t` and `weight` [nt], for each way its `loss`, `norm2` (of the gradient) and
-    `masked` fraction [nt, nm], and of single views `hidden` [nt, nm], the norm of the gradient at
-    the final hidden states, and `mean`, of the gradient over masks [nt, d].
+    Columns are `t` and `weight` [nt]; for each kind of mask and number of views the `loss`, `norm2`
+    (of the gradient) and `masked` fraction [nt, nm]; and of single views `hidden` [nt, nm], the
+    norm of the gradient at the final hidden states, and `mean`, of the gradient over masks [nt, d].
     """
     sampler = nested_sampler(settings.eps)
     quantiles = Quantiles("iid", settings.seed, Split.TEST)
@@ -191,7 +191,9 @@ def _nested(
             for k in range(settings.masks):
                 draw = cell * settings.masks + k
                 u = row_uniforms(settings.seed, Split.TEST, draw, len(text.tokens))
-                grids = torch.from_numpy(np.stack([turned_view(u, v, views) for v in range(views)]))
+                grids = torch.from_numpy(
+                    np.stack([view_uniforms(u, v, views) for v in range(views)])
+                )
                 drawn = corrupter(tokens, able, grids, quantile[i].expand(views))
                 # The loss itself: the weight of the rate stands apart.
                 drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
@@ -206,15 +208,16 @@ def _nested(
                 total = total + gradient
                 progress(views)
             means.append(total.numpy() / settings.masks)
-        name = _way(mask, views)
-        row |= {f"{name} loss": loss, f"{name} norm2": norm2, f"{name} masked": masked}
+        prefix = _column_prefix(mask, views)
+        row |= {f"{prefix} loss": loss, f"{prefix} norm2": norm2, f"{prefix} masked": masked}
         if views == 1:
-            row |= {f"{name} hidden": hidden, f"{name} mean": np.stack(means)}
+            row |= {f"{prefix} hidden": hidden, f"{prefix} mean": np.stack(means)}
     t, weight = sampler(to_unit(quantile))
     return row | {"t": t.numpy(), "weight": weight.numpy()}
 
 
-def _way(mask: str, views: int) -> str:
+def _column_prefix(mask: str, views: int) -> str:
+    """How the columns of a kind of mask and a number of views begin."""
     return f"{mask} x {views}:"
 
 
@@ -234,7 +237,7 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
         relative to it.
     """
     t, w = state.column("t"), state.column("weight")
-    losses = state.column(f"{_way('bernoulli', 1)} loss")
+    losses = state.column(f"{_column_prefix('bernoulli', 1)} loss")
     loss = NestedDraws.of_draws(t, w, losses[..., None]).centred()
     gradient = _gradient_cells(state, settings, "bernoulli")
     length = max(len(text.tokens) for text in texts[: settings.rows])
@@ -249,8 +252,10 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
         counted = torch.cat([text.tokens[text.eligible] for text in texts[: settings.rows]])
         causal = state.column("causal loss")
         result["autoregressive"] = {
-            "loss": {"C": between(causal, seed=settings.seed)},
-            "gradient": {"C": between(state.column("causal gradient"), seed=settings.seed)},
+            "loss": {"C": between_row_variance(causal, seed=settings.seed)},
+            "gradient": {
+                "C": between_row_variance(state.column("causal gradient"), seed=settings.seed)
+            },
             "mean loss": with_error(
                 causal[:, 0] @ resampled(len(causal), 1000, settings.seed) / len(causal),
                 len(causal),
@@ -280,12 +285,13 @@ def densities(state: State, settings: Settings, length: int) -> Densities:
         length: of a row.
     """
     found: Densities = {}
-    targets = {METHODS[name].target for name in settings.methods} - {None}
+    asked_for = (METHODS[name].target for name in settings.methods)
+    targets: set[Target] = {target for target in asked_for if target is not None}
     for mask in {mask for mask, _ in settings.mask_configs}:
         found[None, mask] = Uniform()
-        for target in sorted(filter(None, targets)):
+        for target in sorted(targets):
             column = {"loss": "loss", "gradient": "hidden"}[target]
-            values = state.column(f"{_way(mask, 1)} {column}")
+            values = state.column(f"{_column_prefix(mask, 1)} {column}")
             moments = RateMoments(min(FIT_BINS, max(2, values.size // 20)))
             t, w = (np.repeat(state.column(x), settings.masks) for x in ("t", "weight"))
             moments.update(t, values, w)
@@ -295,12 +301,12 @@ def densities(state: State, settings: Settings, length: int) -> Densities:
 
 
 def _gradient_cells(state: State, settings: Settings, mask: str) -> NestedDraws:
-    name = _way(mask, 1)
+    prefix = _column_prefix(mask, 1)
     return NestedDraws.of_means(
         state.column("t"),
         state.column("weight"),
-        state.column(f"{name} mean"),
-        state.column(f"{name} norm2").mean(axis=2),
+        state.column(f"{prefix} mean"),
+        state.column(f"{prefix} norm2").mean(axis=2),
         settings.masks,
     )
 
@@ -315,7 +321,9 @@ def _methods(
     for mask, views in settings.mask_configs:
         if mask not in single:
             single[mask] = _gradient_cells(state, settings, mask)
-        losses, norm2 = (state.column(f"{_way(mask, views)} {x}") for x in ("loss", "norm2"))
+        losses, norm2 = (
+            state.column(f"{_column_prefix(mask, views)} {x}") for x in ("loss", "norm2")
+        )
         drawn["loss", mask, views] = MethodDraws.of_losses(t, w, losses)
         drawn["gradient", mask, views] = MethodDraws(single[mask], norm2.mean(axis=2))
         if (mask, views) == ("bernoulli", 1):
@@ -341,7 +349,7 @@ def _methods(
     for name in settings.methods:
         method = METHODS[name]
         share = (w * sampler_of(method).density(torch.from_numpy(t)).numpy())[..., None]
-        masked = state.column(f"{_way(method.mask, method.views)} masked")
+        masked = state.column(f"{_column_prefix(method.mask, method.views)} masked")
         fraction = float((share * masked).sum() / (share.sum() * settings.masks))
         ratios = {
             what: with_error(variance(method, what) / standard[what], settings.rows)
@@ -366,4 +374,5 @@ def _binned_mean(t: Floats, weight: Floats, losses: Floats) -> Floats:
     """Mean loss in the bin of t that each rate lies in [n0, nt, 1]."""
     moments = RateMoments(EMA_BINS)
     moments.update(t, losses.mean(axis=2), weight)
-    return moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]
+    means: Floats = moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]
+    return means

@@ -66,9 +66,12 @@ class State:
         if not self.writes or self.path is None or not self.rows:
             return
         columns = {name: self.column(name) for name in self.rows[0]}
-        with complete_or_absent(self.path) as (temporary,), write_errors(self.path):
-            with open(temporary, "wb") as file:
-                np.savez(file, identity=np.array(self.identity), **columns)
+        with (
+            complete_or_absent(self.path) as (temporary,),
+            write_errors(self.path),
+            open(temporary, "wb") as file,
+        ):
+            np.savez(file, allow_pickle=False, identity=np.array(self.identity), **columns)
         self._saved = time.monotonic()
 
     def column(self, name: str) -> npt.NDArray[Any]:

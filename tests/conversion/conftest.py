@@ -16,7 +16,7 @@ def converted(tmp_path_factory):
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
             source, said = models.make(kind, root / "hf"), []
-            to_megatron(str(source), str(root / "megatron"), verify=True, say=said.append)
+            to_megatron(str(source), str(root / "megatron"), verify=True, log=said.append)
             made[kind] = source, root / "megatron", said
         return made[kind]
 

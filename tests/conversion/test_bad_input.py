@@ -182,7 +182,7 @@ def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
     tensor[3, 3] = 1e5
     change_tensors(source, **{Q: tensor})
     for dtype in (torch.bfloat16, None):
-        to_megatron(str(source), str(tmp_path / str(dtype)), dtype=dtype, verify=True, say=str)
+        to_megatron(str(source), str(tmp_path / str(dtype)), dtype=dtype, verify=True, log=str)
     for convert, given in ((to_megatron, source), (to_hugging_face, tmp_path / "None")):
         with pytest.raises(UserError, match=f"--dtype: {Q} holds 1e.05, which is infinite in torc"):
             convert(str(given), str(tmp_path / "out"), dtype=torch.float16)
@@ -197,14 +197,14 @@ def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
         usage = namedtuple("usage", "total used free")(0, 0, free)
         with monkeypatch.context() as patch:
             patch.setattr(common.shutil, "disk_usage", lambda _: usage)
-            to_megatron(str(given), str(tmp_path / output), dtype=dtype, say=str)
+            to_megatron(str(given), str(tmp_path / output), dtype=dtype, log=str)
 
     convert(source, "half", torch.bfloat16, size * 3 // 4)
     with pytest.raises(UserError, match=" kB are needed beside ") as caught:
         convert(source, "out", None, size * 3 // 4)
     needed, free, missing = map(float, re.findall(r"([\d.]+) kB", str(caught.value)))
     assert needed > free > missing == pytest.approx(needed - free, abs=1)
-    to_hugging_face(str(tmp_path / "half"), str(tmp_path / "small"), say=str)
+    to_hugging_face(str(tmp_path / "half"), str(tmp_path / "small"), log=str)
     with pytest.raises(UserError, match="kB are needed beside"):
         convert(tmp_path / "small", "out", torch.float32, size * 3 // 4)
     assert not (tmp_path / "out").exists()
@@ -323,8 +323,7 @@ def test_a_full_disk(to, source, converted, tmp_path):
 
 def test_flags_of_the_other_direction():
     run = subprocess.run(
-        [sys.executable, str(TOOL), "--to", "megatron", "--input", "a", "--output", "b"]
-        + ["--iteration", "3"],
+        [sys.executable, str(TOOL), *"--to megatron --input a --output b --iteration 3".split()],
         capture_output=True,
         text=True,
     )

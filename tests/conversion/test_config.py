@@ -1,5 +1,7 @@
 """What config.json may say: kinds of values, and every key that changes the computation."""
 
+import itertools
+
 import pytest
 
 from megatron_mdm.conversion.families import detect
@@ -148,5 +150,5 @@ def test_whether_a_model_predicts_the_token_after_a_position(config, expected):
 def test_positions_and_the_length_of_rows_are_two_things():
     config = {**LLAMA, "max_position_embeddings": 131072}
     flags = model_flags(detect(config), config)
-    values = dict(zip(flags, flags[1:], strict=False))
+    values = dict(itertools.pairwise(flags))
     assert values["--max-position-embeddings"] == "131072" and values["--seq-length"] == "4096"

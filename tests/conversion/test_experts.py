@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mdm.conversion import hub
-from megatron_mdm.conversion.common import pairs
+from megatron_mdm.conversion.common import pair_tensors
 from megatron_mdm.conversion.families import LLADA, LLADA_MOE, detect
 from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM, Heads
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
@@ -39,12 +39,12 @@ LAYOUTS = {
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("experts")
     models.make("llada-moe", root / "hf", **CHANGES)
-    to_megatron(str(root / "hf"), str(root / "megatron"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
 
 
 @pytest.fixture(scope="module")
-def flags(model, data):  # noqa: F811
+def flags(model, data):
     return [
         *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
         *["--load", str(model / "megatron"), "--finetune", *STILL],
@@ -149,14 +149,14 @@ def test_the_norm_of_either_layer_specification_is_read(converted):
     keys = {f"decoder.layers.{name}" for name in (LOCAL_NORM, TE_NORM)}
     for key in keys:
         saved = {name: shape for name, shape in shapes.items() if name not in keys - {key}}
-        found = pairs(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
+        found = pair_tensors(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
         norms = [
             pair for pair in found if pair.names[0].endswith("post_attention_layernorm.weight")
         ]
         assert [place.key for pair in norms for place in pair.places] == [key, key]
     with pytest.raises(UserError, match=f"here lacks the tensor decoder.layers.0.{LOCAL_NORM}"):
         saved = {name: shape for name, shape in shapes.items() if name not in keys}
-        pairs(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
+        pair_tensors(LLADA_MOE, config, saved, Heads(4, 4), models.VOCAB, "here")
 
 
 def test_a_family_without_architectures_is_told_by_its_keys():

@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_args
 from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
-from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.generation.decoder import Decoder
 from megatron_mdm.mcore.inference.eval_data import (
     encoder,
@@ -41,7 +41,7 @@ def moved(tmp_path_factory):
     models.write_tokenizer(source, WORDS, **SPECIAL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(family, "DEFAULT_SEQ_LENGTH", 8)
-        to_megatron(str(source), str(root / "mg"), say=lambda line: None)
+        to_megatron(str(source), str(root / "mg"), log=lambda line: None)
     assert "--seq-length 8 " in (root / "mg" / "launch.txt").read_text()
     return (root / "mg").rename(root / "elsewhere")
 
@@ -65,7 +65,7 @@ def test_given_tokens_stand_where_they_stand_in_training(moved, tmp_path):
 def test_a_shifted_model_begins_a_text_after_the_end_of_another(tmp_path):
     """Its first position has logits of its own only, which training never used."""
     source = models.make("dream", tmp_path / "hf")
-    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), log=str)
     flags = ["--length", "5", "--no-stop-at-eos", "--prompt", "", "--prompt", "<mask>7"]
     lines = generate(tmp_path / "both", tmp_path / "mg", *flags).splitlines()
 
@@ -84,7 +84,7 @@ def test_a_shifted_model_begins_a_text_after_the_end_of_another(tmp_path):
 
     words = {f"w{i}": i for i in range(80)} | {"<unk>": 80}
     models.write_tokenizer(tmp_path / "hf", words, mask_token="w79")
-    to_megatron(str(source), str(tmp_path / "endless"), say=str)
+    to_megatron(str(source), str(tmp_path / "endless"), log=str)
     log = generate(tmp_path / "none", tmp_path / "endless", "--length", "5", check=False)
     (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert "prompt 1: a shifted model (--mdm-shift) cannot write the first token" in line

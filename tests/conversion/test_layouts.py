@@ -35,12 +35,12 @@ LAYOUTS = {
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("llada")
     models.make("llada", root / "hf", **CHANGES)
-    to_megatron(str(root / "hf"), str(root / "megatron"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
 
 
 @pytest.fixture(scope="module")
-def flags(model, data):  # noqa: F811
+def flags(model, data):
     return [
         *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
         *["--load", str(model / "megatron"), "--finetune", *STILL],
@@ -74,7 +74,7 @@ def test_the_way_back_from_every_layout_is_bitwise(layout, runs, model, tmp_path
         str(tmp_path / "hf"),
         config_from=str(model / "hf"),
         verify=True,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     original, back = (load_file(d / hub.SINGLE) for d in (model / "hf", tmp_path / "hf"))
     assert original.keys() == back.keys()
@@ -104,9 +104,9 @@ def test_the_saved_arguments_restore_the_model(flags, runs, tmp_path):
     ours = ["--tensorboard-dir", str(tmp_path / "tb")]
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     launcher["MASTER_PORT"] = str(ranks._free_port())
+    words = [*ranks.TOKENIZER, *ranks.TRAINING, *given, *ours]
     run = subprocess.run(
-        [sys.executable, "-m", "megatron_mdm.pretrain", *ranks.TOKENIZER, *ranks.TRAINING]
-        + [*given, *ours],
+        [sys.executable, "-m", "megatron_mdm.pretrain", *words],
         capture_output=True,
         text=True,
         timeout=170,

@@ -55,9 +55,9 @@ def test_classes_of_transformers(kind, dtype, tmp_path):
     models.write_tokenizer(source, {f"w{i}": i for i in range(89)} | {"<unk>": 89})
     settings = {"verify": True, "dtype": dtype}
     to_megatron(
-        str(source), str(tmp_path / "mg"), add_mask=True, multiple=8, say=there.append, **settings
+        str(source), str(tmp_path / "mg"), add_mask=True, multiple=8, log=there.append, **settings
     )
-    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), say=back.append, **settings)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), log=back.append, **settings)
     for said in (there, back):
         line = about_logits(said)
         difference, largest = re.search(r"difference (\S+) of logits up to (\S+) ", line).groups()
@@ -68,7 +68,7 @@ def test_classes_of_transformers(kind, dtype, tmp_path):
 @pytest.mark.parametrize("kind", ["llada", "llada-moe", "dream"])
 def test_modeling_code_of_the_directory(kind, ran, tmp_path):
     source, said = with_code(kind, tmp_path / "hf"), []
-    to_megatron(str(source), str(tmp_path / "no"), verify=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "no"), verify=True, log=said.append)
     assert about_logits(said).endswith(
         "--trust-remote-code to run modeling_tiny.py beside its config.json"
     )
@@ -78,7 +78,7 @@ def test_modeling_code_of_the_directory(kind, ran, tmp_path):
         (to_hugging_face, tmp_path / "mg", tmp_path / "back"),
     ):
         said.clear()
-        convert(str(given), str(output), verify=True, trust=True, say=said.append)
+        convert(str(given), str(output), verify=True, trust=True, log=said.append)
         assert about_logits(said).startswith("verified: logits of 2 rows of 16")
     assert ran.exists()
 
@@ -88,7 +88,7 @@ def test_a_model_whose_files_have_its_output_layer_once(ran, tmp_path):
     tensors = load_file(source / "model.safetensors")
     del tensors["model.transformer.ff_out.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, log=said.append)
     assert about_logits(said).startswith("verified: logits of 2 rows of 16")
 
 
@@ -101,7 +101,7 @@ def test_code_that_has_more_tensors_than_the_files(ran, tmp_path):
             "    def forward", "        self.more = torch.nn.Linear(1, 1)\n\n    def forward"
         )
     )
-    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), verify=True, trust=True, log=said.append)
     assert "ValueError: it has the tensor more.bias, which the files lack" in about_logits(said)
 
 
@@ -128,7 +128,7 @@ def test_why_logits_were_not_compared(ran, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(logits, "MAX_BYTES", limit)
         said = []
-        to_megatron(str(source), f"{source}-mg", verify=True, trust=True, say=said.append)
+        to_megatron(str(source), f"{source}-mg", verify=True, trust=True, log=said.append)
         assert f"did not compare logits: {why}" in about_logits(said)
         advice = "in an environment of its own, pip install 'transformers==4.57.1')"
         assert about_logits(said).endswith(advice) == (source == broken)

@@ -15,15 +15,13 @@ from megatron_mdm.conversion.hub import copy_side_files
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
-from megatron_mdm.data.preprocess import load_hugging_face, preprocess
+from megatron_mdm.data.load_tokenizer import load_hugging_face
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint import kept_tokenizer
 from megatron_mdm.mcore.checkpoint.files import TRACKER
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
-    check_tokenizer_path,
-    tokenizer_files,
-    tokenizer_of,
-)
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_files
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import check_tokenizer_path, tokenizer_of
 from tests import ranks
 from tests.conversion import models
 
@@ -52,7 +50,7 @@ def moved(tmp_path_factory):
     source = models.make("llada", old / "hf")
     models.write_tokenizer(source, WORDS, **SPECIAL)
     (source / "LICENSE").write_text("as you like")
-    to_megatron(str(source), str(old / "mg"), say=str)
+    to_megatron(str(source), str(old / "mg"), log=str)
     write_data(old)
     line = (old / "mg" / "launch.txt").read_text().replace("\\\n", "")
     words = shlex.split(line.replace("MY_RUN", str(old / "run")).replace("MY_DATA", f"{old}/text"))
@@ -111,7 +109,7 @@ def test_tools_need_nothing_of_the_original_place(moved, tmp_path):
 
 def test_it_converts_back(moved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    to_hugging_face(str(moved.run), "back", verify=True, say=str)
+    to_hugging_face(str(moved.run), "back", verify=True, log=str)
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE"):
         written = (tmp_path / "back" / name).read_bytes()
         assert written == (moved.run / "huggingface" / name).read_bytes()

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.tokenizer import code_of
-from megatron_mdm.data.preprocess import load_hugging_face
+from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.errors import UserError
 from tests import ROOT
 from tests.conversion import models
@@ -56,7 +56,7 @@ def generate(checkpoint, tmp_path, *flags):
 def test_without_the_flag_tokenizer_json_takes_its_place(source, tmp_path, monkeypatch):
     monkeypatch.setenv("RAN", str(tmp_path / "ran"))
     said, checkpoint = [], tmp_path / "mg"
-    to_megatron(str(source), str(checkpoint), say=said.append)
+    to_megatron(str(source), str(checkpoint), log=said.append)
     assert "the tokenizer is tokenizer.json; its Python code, code.T, was not run" in said
     assert "--trust-remote-code" not in (checkpoint / "launch.txt").read_text()
     files = checkpoint / "huggingface"
@@ -72,14 +72,14 @@ def test_a_name_of_code_does_not_forge_a_line(source, tmp_path):
     settings["auto_map"] = {"AutoTokenizer": ["x\nerror: fake\x1b[31m.T", None]}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     said = []
-    to_megatron(str(source), str(tmp_path / "mg"), say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), log=said.append)
     assert r"its Python code, x\nerror: fake\x1b[31m.T, was not run" in said[0]
     assert all(line.isprintable() for line in said[:-1])  # the last one is the launch line
 
 
 def test_what_a_checkpoint_says_of_trust_does_not_count(source, tmp_path):
     checkpoint = tmp_path / "mg"
-    to_megatron(str(source), str(checkpoint), trust=True, say=str)
+    to_megatron(str(source), str(checkpoint), trust=True, log=str)
     assert "--trust-remote-code" in (checkpoint / "launch.txt").read_text()
     result, ran = generate(checkpoint, tmp_path)
     (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]

@@ -17,7 +17,7 @@ KINDS = [
     *models.PUBLISHED,
 ]
 TOLERANCE = 1e-4
-silent = {"say": lambda line: None}
+silent = {"log": lambda line: None}
 
 
 def same_files(one, other):
@@ -32,7 +32,7 @@ def same_files(one, other):
 def test_the_round_trip_is_bitwise(kind, converted, tmp_path):
     source, checkpoint, _ = converted(kind)
     said = []
-    to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, say=said.append)
+    to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, log=said.append)
     assert same_files(source / hub.SINGLE, tmp_path / "hf" / hub.SINGLE)
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "hf"))
     assert before == after

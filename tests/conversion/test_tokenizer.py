@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.tokenizer import add_mask_token, tokenizer_size, write_fast_tokenizer
 from megatron_mdm.data.encoding import open_hugging_face
-from megatron_mdm.data.preprocess import has_chat_template, load_hugging_face
+from megatron_mdm.data.load_tokenizer import has_chat_template, load_hugging_face
 from megatron_mdm.errors import UserError
 from tests.conversion import models
 
@@ -77,7 +77,7 @@ def dream(tmp_path_factory):
     )
     write_dream(root / "hf")
     (root / "hf" / "configuration_dream.py").write_text(NOT_RUN)
-    to_megatron(str(root / "hf"), str(root / "mg"), say=lambda line: None)
+    to_megatron(str(root / "hf"), str(root / "mg"), log=lambda line: None)
     return root
 
 

@@ -43,7 +43,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
         add_mask=True,
         multiple=8,
         verify=True,
-        say=said.append,
+        log=said.append,
     )
     original = load_file(source / hub.SINGLE)
     names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * (kind == "qwen2")
@@ -57,7 +57,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
     assert "id 96" in text and "enlarges the vocabulary to 97" in text and "mean" in text
     assert "padded the vocabulary from 97 to 104" in text and "--mdm-mask-token-id 96" in text
 
-    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), verify=True, say=said.append)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), verify=True, log=said.append)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["vocab_size"] == 97 and config["mask_token_id"] == 96
     assert config["architectures"] == ["Qwen2ForCausalLM"]
@@ -72,7 +72,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
 
     # It is a diffusion model, and stays one that predicts the token after each position.
     assert config["mdm_shift"] is True
-    to_megatron(str(tmp_path / "back"), str(tmp_path / "again"), say=lambda line: None)
+    to_megatron(str(tmp_path / "back"), str(tmp_path / "again"), log=lambda line: None)
     launch = (tmp_path / "again" / "launch.txt").read_text()
     assert "--mdm-shift" in launch and "--mdm-mask-token-id 96" in launch
     assert load_common_state_dict(str(tmp_path / "again" / "release"))["args"].mdm_shift is True
@@ -83,7 +83,7 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
 
     source, said = models.make("llama", tmp_path / "hf"), []
     write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, verify=True, say=said.append)
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, verify=True, log=said.append)
     # The logits of that row differ, and those of all others do not.
     assert said[1].startswith("verified: logits of")
     said = said[2:]
@@ -93,7 +93,7 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
     torch.testing.assert_close(got[90], embedding[:90].mean(dim=0), rtol=0, atol=1e-7)
     others = [i for i in range(96) if i != 90]
     assert torch.equal(got[others], embedding[others])
-    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), say=said.append)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), log=said.append)
     for directory in (tmp_path / "mg" / "huggingface", tmp_path / "back"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         assert (tokenizer.mask_token, tokenizer.mask_token_id) == (MASK_TOKEN, 90)
@@ -105,16 +105,16 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
 def test_the_row_of_the_mask_token_is_not_lost(tmp_path):
     """With the config.json of the model from before it had one."""
     source = models.make("qwen2", tmp_path / "hf")
-    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, log=str)
     with pytest.raises(UserError, match="the checkpoint's mask token 96 lies outside the 96 rows"):
         to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), config_from=str(source))
     assert not (tmp_path / "back").exists()
 
     unused = models.make("llama", tmp_path / "unused")
     write_tokenizer(unused, 90)
-    to_megatron(str(unused), str(tmp_path / "mg90"), add_mask=True, say=str)
+    to_megatron(str(unused), str(tmp_path / "mg90"), add_mask=True, log=str)
     to_hugging_face(
-        str(tmp_path / "mg90"), str(tmp_path / "back"), config_from=str(unused), say=str
+        str(tmp_path / "mg90"), str(tmp_path / "back"), config_from=str(unused), log=str
     )
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["vocab_size"], config["mask_token_id"], config["mdm_shift"]) == (96, 90, True)
@@ -126,7 +126,7 @@ def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
     source, smaller = models.make("llama", tmp_path / "hf"), tmp_path / "smaller"
     if tokenizer:
         write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), multiple=64, say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), multiple=64, log=str)
     smaller.mkdir()
     config = json.loads((source / "config.json").read_text())
     tokens = 96  # of the model; the tokenizer may have fewer
@@ -138,7 +138,7 @@ def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
             str(tmp_path / "mg"),
             str(tmp_path / f"back{size}"),
             config_from=str(smaller),
-            say=said.append,
+            log=said.append,
         )
         if lost:
             wanted = f"has {size} tokens and the run {tokens}, of which the last 1 would be lost"
@@ -157,7 +157,7 @@ def test_rows_that_are_tokens():
     def check(rows, tokens=0, padded=128, **args):
         args = Namespace(**{"vocab_size": None, "tokenizer_model": "my.model", **args})
         words = {str(i): i for i in range(tokens)}
-        to_hugging_face_module._check_rows(args, words, rows, padded, Path("model"))
+        to_hugging_face_module.check_rows(args, words, rows, padded, Path("model"))
 
     check(100, mdm_vocab_size=100)
     check(100, tokens=120, mdm_vocab_size=100)
@@ -173,7 +173,7 @@ def test_rows_that_are_tokens():
 def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
     source, said = models.make("llama", tmp_path / "hf"), []
     write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), log=str)
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(source / "config.json", other)
@@ -189,7 +189,7 @@ def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
         str(tmp_path / "mg"),
         str(tmp_path / "back"),
         config_from=str(tmp_path / "moved"),
-        say=said.append,
+        log=said.append,
     )
     assert "was not compared with the run's, which is not at" in said[1]
 
@@ -198,7 +198,7 @@ def test_a_tokenizer_that_was_replaced_is_not_written(tmp_path):
     """The run's own, and thus the one that is written, is another one by now."""
     source = models.make("llama", tmp_path / "hf")
     write_tokenizer(source, 90)
-    to_megatron(str(source), str(tmp_path / "mg"), say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), log=str)
     words = {f"w{i}": i for i in range(90)} | {"w7": 8, "w8": 7, "<unk>": 89}
     models.write_tokenizer(tmp_path / "mg" / "huggingface", words)
     with pytest.raises(UserError, match="huggingface is not the one that the checkpoint was train"):
@@ -228,8 +228,8 @@ def test_the_written_model_computes_the_same_as_it_is_told_to_be_used(tmp_path, 
     import transformers
 
     source = models.make("qwen2", tmp_path / "hf")
-    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, say=str)
-    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), say=str)
+    to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, log=str)
+    to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), log=str)
     tokens = torch.tensor([[5, 96, 96, 7, 96, 3]])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "back", attn_implementation="eager"

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.fingerprint import Fingerprint, differs, fingerprint
-from megatron_mdm.data.preprocess import load_sentencepiece
+from megatron_mdm.data.load_tokenizer import load_sentencepiece
 
 WORDS = ["a", "b", "c", "</s>"]
 

@@ -15,8 +15,9 @@ from megatron_mdm.data import identity
 from megatron_mdm.data.documents import InputsDigest, read_documents
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.identity import data_identity, quick_digest
+from megatron_mdm.data.load_tokenizer import load_sentencepiece
 from megatron_mdm.data.pairs import PairKeys
-from megatron_mdm.data.preprocess import load_sentencepiece, preprocess
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import complete_or_absent

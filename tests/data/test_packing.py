@@ -1,5 +1,7 @@
 """Texts packed into rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from megatron_mdm.data.packing import pack
 def rooms(lengths, row_length):
     """Tokens in each row, and the rows' texts."""
     order, starts = pack(lengths, row_length)
-    rows = [order[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    rows = [order[a:b].tolist() for a, b in itertools.pairwise(starts)]
     return [sum(lengths[i] for i in row) for row in rows], rows
 
 

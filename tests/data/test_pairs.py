@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.data.chat import ChatTemplate
 from megatron_mdm.data.documents import Document
+from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
-from megatron_mdm.data.preprocess import load_hugging_face, preprocess
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.errors import UserError
 
 WORDS = ["<eos>", "<user>", "<bot>", "a", "b", "c", "d", "[UNK]", "<eot>", "\n"]

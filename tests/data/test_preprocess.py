@@ -26,8 +26,9 @@ from megatron_mdm.data.documents import read_documents, resolve_inputs
 from megatron_mdm.data.encoding import hugging_face_data
 from megatron_mdm.data.fingerprint import differs, fingerprint
 from megatron_mdm.data.identity import data_identity
+from megatron_mdm.data.load_tokenizer import load_hugging_face, load_sentencepiece
 from megatron_mdm.data.pairs import PairKeys
-from megatron_mdm.data.preprocess import load_hugging_face, load_sentencepiece, preprocess
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.data.workers import Workers
 from megatron_mdm.errors import UserError
@@ -712,7 +713,7 @@ def test_workers_end_when_the_parent_is_killed():
 def test_workers_import_nothing_large(model):
     code = (
         "import sys, megatron_mdm.data.tokenizer, benchmarks.preprocessing\n"
-        "from megatron_mdm.data.preprocess import load_sentencepiece\n"
+        "from megatron_mdm.data.load_tokenizer import load_sentencepiece\n"
         "load_sentencepiece(sys.argv[1]).load()('text')\n"
         "import tokenizers\n"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mdm.conversion import megatron_model as contract
-from megatron_mdm.conversion import torch_dist
+from megatron_mdm.conversion import megatron_model, torch_dist
 from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import mask_token_id, model_flags
-from megatron_mdm.conversion.to_megatron import _launch_line, _tokenizer_flags
+from megatron_mdm.conversion.to_megatron import launch_line, tokenizer_flags
 from megatron_mdm.conversion.vocabulary import vocabulary
 from megatron_mdm.sizing.flops import ModelShape
 from tests import ROOT, ranks
@@ -123,11 +122,11 @@ class Example:
         flags = [
             *[*model_flags(family, config), "--padded-vocab-size", str(words.padded)],
             *["--mdm-mask-token-id", str(words.mask), "--bf16"],
-            *_tokenizer_flags(self.here, directory, words, config),
+            *tokenizer_flags(self.here, directory, words, config),
             *(["--mdm-shift"] if add_mask else []),
         ]
-        torch_dist.write(directory, [], [], contract.arguments(flags), lambda size: None)
-        (directory / "launch.txt").write_text(_launch_line(str(directory), flags))
+        torch_dist.write(directory, [], [], megatron_model.arguments(flags), lambda size: None)
+        (directory / "launch.txt").write_text(launch_line(str(directory), flags))
 
     def run(self, script, *arguments, **environment):
         """The calls of the script, by what they do."""
@@ -181,7 +180,7 @@ def test_real_flags_are_accepted_at_full_size(case, example):
 
 
 def test_the_same_command_goes_on_and_another_model_starts_anew(example):
-    (example.here / "megatron" / "launch.txt").write_text(_launch_line("x", []))
+    (example.here / "megatron" / "launch.txt").write_text(launch_line("x", []))
     texts, others = example.here / "texts.txt", example.here / "others.txt"
     others.write_text("b.jsonl\n")
     models = [example.model(name, {}) for name in ("one", "other")]

@@ -114,7 +114,7 @@ def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
     size = Path(f"{prefix}.bin").stat().st_size
     for rank in ("0", "5"):
         monkeypatch.setenv("RANK", rank)
-        assert data_files._indexed_bytes(str(index)) == size
+        assert data_files.indexed_bytes(str(index)) == size
     whole = index.read_bytes()
     lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
     for sequence, seen_by_all in ((1, False), (18, True)):
@@ -124,6 +124,6 @@ def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
             monkeypatch.setenv("RANK", rank)
             if rank == "0" or seen_by_all:
                 with pytest.raises(ValueError, match="lengths and positions differ"):
-                    data_files._indexed_bytes(str(index))
+                    data_files.indexed_bytes(str(index))
             else:
-                assert data_files._indexed_bytes(str(index)) == size
+                assert data_files.indexed_bytes(str(index)) == size

@@ -1,5 +1,6 @@
 """The decoder, against the algorithm that LLaDA published, in loops over exact probabilities."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -124,7 +125,7 @@ def test_blocks_that_do_not_divide_the_length(length, block_length, steps, expec
     row = torch.full((1, length), MASK)
     states = list(Decoder(MASK, steps, block_length).states(model, row))
     left = [int((state == MASK).sum()) for state in states]
-    assert [a - b for a, b in zip(left, left[1:], strict=False)] == expected
+    assert [a - b for a, b in itertools.pairwise(left)] == expected
     order = filling_order(states, MASK)[0].tolist()
     assert sorted(order, key=lambda call: call) == order  # blocks from the left, and so `model`
     assert Counter(order) == Counter({call + 1: n for call, n in enumerate(expected)})

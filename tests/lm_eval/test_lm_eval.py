@@ -60,7 +60,7 @@ def model(tmp_path_factory):
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "chat_template.jinja").write_text(TEMPLATE)
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    to_megatron(str(source), str(root / "mg"), say=lambda line: None)
+    to_megatron(str(source), str(root / "mg"), log=lambda line: None)
     return root
 
 

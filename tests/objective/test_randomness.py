@@ -41,7 +41,7 @@ GOLDEN = {
 def test_unit_is_open_exact_and_symmetric():
     ends = torch.tensor([0, 2**GRID_BITS - 1])
     u = to_unit(ends)
-    assert 0.0 < u[0] and u[1] < 1.0
+    assert u[0] > 0.0 and u[1] < 1.0
     # The mirror image 1 - u is on the grid too: MIRROR's second member has the same law.
     k = torch.from_numpy(row_uniforms(0, Split.TRAIN, 0, 1000))
     assert torch.equal(1.0 - to_unit(k), to_unit(2**GRID_BITS - 1 - k))

@@ -1,5 +1,7 @@
 """Second moments of a value per bin of t, drawn by the number of masked tokens."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def second_moment(F, num_eligible, bin_, num_bins, kind):
 
         if k and kind == "bernoulli":
             cuts = np.append(low, np.geomspace(low + 1e-3, high, 20))
-            pairs = zip(cuts[:-1], cuts[1:], strict=True)
+            pairs = itertools.pairwise(cuts)
             total += sum(integrate(bernoulli, a, b) for a, b in pairs) * num_bins
         elif k:
             of_count = sum(1 for other in patterns(L) if sum(other) == k)

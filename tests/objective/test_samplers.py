@@ -162,7 +162,7 @@ def test_clipped_draws_between_its_ends_with_weight_one():
     t = torch.tensor([0.1, 0.3, 0.5, 0.8, 0.9], dtype=torch.float64)
     assert sampler.density(t).tolist() == [0.0, 0.0, 2.0, 2.0, 0.0]
     t, _ = Clipped(0.0, 1.0)(torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64))
-    assert 0 < t[0] and t[1] <= 1
+    assert t[0] > 0 and t[1] <= 1
 
 
 @pytest.mark.parametrize("ends", [(0.5, 0.5), (0.6, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, np.nan)])

@@ -16,7 +16,7 @@ from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms, to
 from megatron_mdm.objective.reference import expected_coefficients, objective_coefficients
 from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
 from megatron_mdm.objective.segments import counts, products, rank_within_segment, totals
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.views import view_uniforms
 
 MASK_ID = 99
 EPS = 0.05
@@ -61,7 +61,7 @@ def documents():
 @pytest.mark.parametrize("view", [(0, 1), (1, 2), (2, 3)])
 def test_a_document_is_masked_as_it_would_be_alone(name, view):
     tokens, eligible, uniforms, quantile = rows()
-    uniforms = torch.from_numpy(np.stack([turned_view(u, *view) for u in uniforms.numpy()]))
+    uniforms = torch.from_numpy(np.stack([view_uniforms(u, *view) for u in uniforms.numpy()]))
     corrupter = Corrupter(FITTED, mask_token_id=MASK_ID, eps=EPS, **METHODS[name])
     packed = corrupter(tokens, eligible, uniforms, quantile, SEGMENTS)
     for row, part, d in documents():

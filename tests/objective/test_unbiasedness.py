@@ -21,7 +21,7 @@ from megatron_mdm.objective.reference import (
     patterns,
 )
 from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.views import view_uniforms
 
 EPS = 0.05
 MASK_ID = 99
@@ -46,7 +46,7 @@ def estimator(eligible, sampler, view, **settings):
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def draw(u, quantile):
-        grid = turned_view((u * 2**GRID_BITS).astype(np.int64), *view)
+        grid = view_uniforms((u * 2**GRID_BITS).astype(np.int64), *view)
         corruption = corrupter(
             tokens,
             eligible,
@@ -69,10 +69,8 @@ def expectation(eligible, sampler, view, name):
     L, num_eligible = len(eligible), sum(eligible)
     settings = MASKS[name]
     if settings["mask_kind"] == "exact-count":
-        if view[1] > 2:  # the order of frac(u + j/K) also depends on which u wrap around
-            cuts = [np.array([1 - view[0] / view[1]])] * L
-        else:
-            cuts = [np.array([])] * L
+        # The order of frac(u + j/K) also depends on which u wrap around.
+        cuts = [np.array([1 - view[0] / view[1]] if view[1] > 2 else [])] * L
         rates = [k / num_eligible for k in range(num_eligible + 1)]
         target = objective_coefficients(eligible, eps=0.0)
     else:

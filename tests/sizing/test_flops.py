@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.head import one_rank
-from megatron_mdm.data.preprocess import silent_import
+from megatron_mdm.environment import silent_import
 from megatron_mdm.sizing.flops import ModelShape, mfu
 
 ROWS = 2

@@ -1,5 +1,7 @@
 """A, B and C against toy models in which they are known in closed form."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from scipy import stats
 from megatron_mdm.objective.samplers import Uniform
 from megatron_mdm.variance.decomposition import (
     NestedDraws,
-    between,
+    between_row_variance,
     curve,
     decompose,
     nested_sampler,
@@ -28,7 +30,11 @@ class Gaussian:
     """
 
     a, b, c = np.array([[0.9, 0.5, 0.4, 0.7], [1.6, 0.7, 0.9, 1.2], [0.5, 0.4, 0.6, 0.3]])
-    truth = {"A": (a**2).sum() / 3, "B": (b**2).sum() * 5 / 48, "C": ((c + b / 4) ** 2).sum()}
+    truth: ClassVar = {
+        "A": (a**2).sum() / 3,
+        "B": (b**2).sum() * 5 / 48,
+        "C": ((c + b / 4) ** 2).sum(),
+    }
 
     def draws(self, rng, t, masks):
         x = rng.standard_normal((len(t), 1, 1, 4))
@@ -45,7 +51,11 @@ class Binomial:
 
     L, mean, spread = 64, 1.0, 0.3
     second = mean**2 + spread**2
-    truth = {"A": second * (np.log(1 / EPS) / (1 - EPS) - 1) / L, "B": 0.0, "C": spread**2}
+    truth: ClassVar = {
+        "A": second * (np.log(1 / EPS) / (1 - EPS) - 1) / L,
+        "B": 0.0,
+        "C": spread**2,
+    }
 
     def draws(self, rng, t, masks):
         c = self.mean + self.spread * rng.standard_normal((len(t), 1, 1))
@@ -134,7 +144,7 @@ def test_curves_over_the_rate():
 
 def test_rows_without_rates_and_masks_have_their_variance_only():
     vectors = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32) + 10
-    value, error = between(vectors)
+    value, error = between_row_variance(vectors)
     assert value == pytest.approx(vectors.astype(float).var(axis=0, ddof=1).sum(), rel=1e-5)
     assert error == pytest.approx(np.sqrt(2 * 5 / 299), rel=0.2)
 

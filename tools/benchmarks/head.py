@@ -13,10 +13,11 @@ import argparse
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.timing import device_name, measured
-from megatron_mdm.data.preprocess import silent_import
+from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.files import write_json
 
@@ -115,7 +116,7 @@ def measure(
             mask = _mask(rows, length, repeat, generator).to(device)
             for side in SIDES if repeat % 2 else SIDES[::-1]:
                 layer.weight.grad = states.grad = None
-                spent, peak = measured(lambda side=side: step(side, mask), device)
+                spent, peak = measured(partial(step, side, mask), device)
                 if repeat:
                     seconds[side].append(spent)
                     peaks[side].append(peak)

@@ -20,13 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from megatron_mdm.data.preprocess import (
-    default_workers,
-    load_sentencepiece,
-    preprocess,
-    silent_import,
-)
+from megatron_mdm.data.load_tokenizer import load_sentencepiece
+from megatron_mdm.data.preprocess import default_workers, preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
+from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.files import write_json
 

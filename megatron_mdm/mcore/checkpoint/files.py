@@ -130,10 +130,11 @@ def _whole(
         after = [i for i in there if i not in before and i != checkpoint.iteration]
         root = Path(checkpoint.directory)
         newest = _newest_complete(root, [*after, *before], ckpt_format)
-        is_before = newest is not None and newest.iteration in before
+        step = None if newest is None else newest.iteration
+        is_before = newest is not None and step in before
         remedy = _remedy(root, newest, " before it" if is_before else "")
-        if is_named and is_before and newest.iteration is not None:
-            remedy = f"take the newest complete one before it, --ckpt-step {newest.iteration}"
+        if is_named and is_before and step is not None:
+            remedy = f"take the newest complete one before it, --ckpt-step {step}"
         raise UserError(f"{checkpoint.path} {wrong}: {remedy}")
     return checkpoint
 

@@ -1,34 +1,24 @@
 """The tokenizer that a run keeps beside its checkpoints, so that their directory can move.
 
-A checkpoint's arguments name the tokenizer by its path. On another machine, or once the original
-has gone, that path names nothing, or something else. The copy in the directory of the checkpoints
-is therefore what is looked for first: `huggingface/`, as a conversion writes it, or
-`tokenizer.model` and its like, a single file. A run replaces a copy that an earlier one has left,
-and nothing else that lies at its place.
+The copy is `huggingface/`, as a conversion writes it, or `tokenizer.model` and its like, a single
+file. A run replaces a copy that an earlier one has left, and nothing else that lies at its place.
+tokenizer_lookup.py finds it again.
 """
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from filecmp import cmp
 from fnmatch import fnmatch
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
 
-from megatron.training import checkpointing
-
-from megatron_mdm.data.encoding import TokenizerData, hugging_face_data, open_hugging_face
-from megatron_mdm.data.fingerprint import Fingerprint, differs
-from megatron_mdm.data.preprocess import load_sentencepiece
 from megatron_mdm.data.record import file_digest, read_errors
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import complete_or_absent, new_directory, set_aside, write_errors
 from megatron_mdm.hub_files import CHAT_TEMPLATES, HUB_FILES
 from megatron_mdm.mcore.checkpoint.files import RELEASE, TRACKER, is_remote
-from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.ranks import is_first_rank, notice
 
 DIRECTORY = "HuggingFaceTokenizer"
@@ -119,7 +109,7 @@ class TokenizerFiles:
         copies = {self._copy(path, target): expected for path, expected in self.sums.items()}
         if target.is_dir():
             with read_errors(target):
-                if set(_files(target)) != copies.keys():
+                if set(files_of_tokenizer(target)) != copies.keys():
                     return False
         return _are(copies)
 
@@ -140,7 +130,7 @@ def _foreign(target: Path) -> str:
         return f"{target} is a {'directory' if target.is_dir() else 'file'}"
     if target.is_dir():
         with read_errors(target):
-            own = {target / CHAT_TEMPLATES, *_files(target)}
+            own = {target / CHAT_TEMPLATES, *files_of_tokenizer(target)}
             below = [*target.iterdir(), *(target / CHAT_TEMPLATES).glob("*")]
         for path in sorted(below):
             if path not in own or (path == target / CHAT_TEMPLATES and not path.is_dir()):
@@ -148,7 +138,7 @@ def _foreign(target: Path) -> str:
     return ""
 
 
-def _files(directory: Path) -> list[Path]:
+def files_of_tokenizer(directory: Path) -> list[Path]:
     """What belongs to a tokenizer in a directory of Hugging Face, sorted."""
     found = [path for path in directory.iterdir() if _belongs(path)]
     return sorted([*found, *(directory / CHAT_TEMPLATES).glob("*.jinja")])
@@ -187,7 +177,7 @@ def tokenizer_files(args: Namespace) -> TokenizerFiles | None:
     files = [source]
     if source.is_dir():
         with read_errors(source):
-            files = _files(source)
+            files = files_of_tokenizer(source)
     with read_errors(source):
         size = sum(path.stat().st_size for path in files)
         if size > MOST_BYTES:
@@ -222,77 +212,6 @@ def _name(kind: str, path: str) -> str:
     return HUB_FILES if kind == DIRECTORY else f"tokenizer{Path(path).suffix}"
 
 
-def kept_tokenizer(directory: str, args: Namespace) -> str | None:
-    """The tokenizer that lies beside checkpoints, None if there is none.
-
-    A run that was allowed to change its tokenizer has replaced the copy. For a checkpoint from
-    before, whose tokenizer still is at its path, the copy does not count.
-
-    Args:
-        directory: that --save named.
-        args: of one of its checkpoints, or of a run with such a tokenizer.
-    """
-    kind, path = args.tokenizer_type, args.tokenizer_model
-    if path is None or kind not in (DIRECTORY, *FILE) or is_remote(directory):
-        return None
-    own = place_of_tokenizer(directory, args)
-    is_there = os.path.isdir if kind == DIRECTORY else os.path.isfile
-    if not is_there(own):
-        return None
-    saved = getattr(args, "mdm_tokenizer", None)
-    original = path if os.path.exists(path) or kind != DIRECTORY else fetched_before(path)
-    if saved is None or original is None or not is_there(original) or _same(own, original):
-        return own
-    trained_with = Fingerprint(**saved)
-    copy, other = _data(own), _data(original)
-    is_replaced = copy is not None and differs(trained_with, copy)
-    is_original = other is not None and not differs(trained_with, other)
-    return None if is_replaced and is_original else own
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two tokenizers, both files or both directories, are alike byte for byte."""
-    if os.path.isfile(one):
-        return cmp(one, other, shallow=False)
-    first, second = ({p.relative_to(x): p for p in _files(Path(x))} for x in (one, other))
-    return first.keys() == second.keys() and all(
-        cmp(path, second[name], shallow=False) for name, path in first.items()
-    )
-
-
-def _data(path: str) -> TokenizerData | None:
-    """A tokenizer as preprocessing knows it, None if it does not know it; no code there runs."""
-    if os.path.isfile(path):
-        with suppress(UserError):
-            return load_sentencepiece(path)
-        return None
-    try:
-        tokenizer = open_hugging_face(path)
-    except Exception:  # of many kinds; whoever then opens the one that is chosen says what is wrong
-        return None
-    return hugging_face_data(tokenizer) if tokenizer.is_fast else None
-
-
-def tokenizer_of(directory: str, args: Namespace) -> str | None:
-    """Where the tokenizer of a checkpoint is, on this machine: nothing is fetched.
-
-    Args:
-        directory: of the checkpoint.
-        args: of the checkpoint.
-
-    Returns:
-        The copy beside the checkpoint, else the path that its run had, if that is there; None if
-        it is nowhere.
-    """
-    kind, path = args.tokenizer_type, args.tokenizer_model
-    own = kept_tokenizer(directory, args)
-    if own is not None or path is None or os.path.exists(path):
-        return own or path
-    if kind == DIRECTORY:
-        return fetched_before(path)
-    return None if kind in FILE else path
-
-
 def fetched_before(name: str) -> str | None:
     """Where huggingface_hub keeps the repository of this name, None if it keeps none."""
     try:
@@ -301,90 +220,3 @@ def fetched_before(name: str) -> str | None:
         return str(snapshot_download(name, local_files_only=True))
     except (ImportError, OSError, ValueError):
         return None
-
-
-def check_tokenizer_path(args: Namespace) -> None:
-    """Checks, before Megatron opens it, that --tokenizer-model is there or may be on the hub.
-
-    Args:
-        args: as parsed.
-
-    Raises:
-        UserError: it is not; names the copy beside the checkpoint that is about to be loaded.
-    """
-    path, kind = args.tokenizer_model, args.tokenizer_type
-    is_from_checkpoint = args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args
-    if path is None or kind not in (DIRECTORY, *FILE) or os.path.exists(path) or is_from_checkpoint:
-        return
-    if kind == DIRECTORY and _may_be_on_hub(path):
-        return
-    own = _copy_to_load(args)
-    if own:
-        raise UserError(
-            f"--tokenizer-model {path} does not exist: give the copy beside the checkpoint, "
-            f"--tokenizer-model {own}"
-        )
-    if kind in FILE:
-        raise UserError(f"--tokenizer-model {path} does not exist: give the path of its file")
-
-
-def tokenizer_rejection(error: Exception, args: Namespace) -> UserError | None:
-    """One line for an exception of Megatron about a --tokenizer-model that is no path.
-
-    Args:
-        error: that Megatron raised.
-        args: as parsed.
-
-    Returns:
-        None if the exception is about something else, or there is no copy to be named.
-    """
-    path = args.tokenizer_model
-    is_about_it = path is not None and f"AutoTokenizer for {path}." in str(error)
-    own = _copy_to_load(args) if is_about_it and not os.path.exists(path) else None
-    if own is None:
-        return None
-    return UserError(
-        f"--tokenizer-model {path} does not exist, and transformers finds no tokenizer of this "
-        f"name: give the copy beside the checkpoint, --tokenizer-model {own}"
-    )
-
-
-def _may_be_on_hub(path: str) -> bool:
-    try:
-        from huggingface_hub.utils import validate_repo_id
-
-        validate_repo_id(path)
-    except (ImportError, ValueError):
-        return False
-    return True
-
-
-def _copy_to_load(args: Namespace) -> str | None:
-    """The copy beside the checkpoint that a run is about to load, None if there is none."""
-    places = (args.load, args.pretrained_checkpoint)
-    found = (kept_tokenizer(place, args) for place in places if place)
-    return next((own for own in found if own), None)
-
-
-@contextmanager
-def checkpoints_bring_tokenizers() -> Iterator[None]:
-    """Context in which --use-checkpoint-args takes the tokenizer that lies beside the checkpoint.
-
-    Megatron takes the path that the run had.
-    """
-    load_arguments = checkpointing.load_args_from_checkpoint
-
-    def load_with_tokenizer(args: Namespace, load_arg: str = "load", **options: Any) -> Any:
-        found = load_arguments(args, load_arg=load_arg, **options)
-        directory = getattr(args, load_arg)
-        if directory is not None and args.use_tokenizer_model_from_checkpoint_args:
-            saved = found[1] if isinstance(found, tuple) else None  # there is no checkpoint
-            trained_with = getattr(saved, "mdm_tokenizer", None)
-            own = kept_tokenizer(
-                directory, Namespace(**vars(args) | {"mdm_tokenizer": trained_with})
-            )
-            args.tokenizer_model = own or args.tokenizer_model
-        return found
-
-    with replaced(checkpointing, "load_args_from_checkpoint", load_with_tokenizer):
-        yield

@@ -39,7 +39,7 @@ _PROGRESS = ("params", "step", "lr", "weight_decay")
 _KIND = (*(name for name in param_group_identifier_keys if name not in RATES), "default_config")
 
 # Megatron's optimizers, and where the state of one holds its groups.
-_OPTIMIZERS: dict[type, tuple[str, ...]] = {
+_OPTIMIZERS: dict[Any, tuple[str, ...]] = {
     DistributedOptimizer: ("optimizer", "param_groups"),
     Float16OptimizerWithFloat16Params: ("optimizer", "param_groups"),
     FP32Optimizer: ("param_groups",),

@@ -69,7 +69,9 @@ def _renamed_when_written(path: str) -> Iterator[Any]:
 
 
 def _with_sums(save: Any, hashes: bool) -> Any:
-    def save_with_sums(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any):
+    def save_with_sums(
+        sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
+    ) -> Any:
         request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if is_remote(str(checkpoint_dir)):
             return request
@@ -85,7 +87,9 @@ def _with_sums(save: Any, hashes: bool) -> Any:
 
 
 def _checked(load: Any) -> Any:
-    def checked_load(sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any):
+    def checked_load(
+        sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
+    ) -> Any:
         if not is_remote(str(checkpoint_dir)):
             check_sums(Path(checkpoint_dir))
         return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)

@@ -30,12 +30,12 @@ def write_checkpoints(rank: int, *queues_and_settings: Any) -> None:
             FileSystemWriterAsync,
         )
 
-        preload = staticmethod(partial(_preload_copies, FileSystemWriterAsync.preload_tensors))
+        preload = staticmethod(partial(preload_copies, FileSystemWriterAsync.preload_tensors))
         with replaced(FileSystemWriterAsync, "preload_tensors", preload):
             PersistentAsyncCaller.async_loop(rank, *queues_and_settings)
 
 
-def _preload_copies(preload: Callable, write_buckets: list, non_blocking: bool = True) -> list:
+def preload_copies(preload: Callable, write_buckets: list, non_blocking: bool = True) -> list:
     """Megatron's copies to the host's memory, of tensors that are there already too.
 
     Those are shared with the rank, which goes on to change them once this returns.

@@ -17,7 +17,7 @@ import torch
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_mdm.files import complete_or_absent, write_errors
 from megatron_mdm.mcore.device import replaced
@@ -35,8 +35,8 @@ class KeyedDatasetConfig(GPTDatasetConfig):
     cache_keys: dict[str, str] = field(default_factory=dict)
 
 
-class KeyedIndex:
-    """Of a GPTDataset: its index is that of data with this content, and is whole or made anew."""
+class KeyedIndex(GPTDataset):
+    """Its index is that of data with this content, and is whole or made anew."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         self.unique_identifiers["data"] = self.config.cache_keys.get(self.dataset_path)
@@ -75,7 +75,7 @@ class DatasetBuilder(BlendedMegatronDatasetBuilder):
             return super().build()
 
     @staticmethod
-    def build_generic_dataset(cls: Any, *args: Any) -> Any:  # noqa: N804  (Megatron's name)
+    def build_generic_dataset(cls: Any, *args: Any) -> Any:  # Megatron's names
         """Builds a dataset, on the first rank before the others."""
         kind = WholeBlendedDataset if cls is BlendedDataset else cls
         return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)

@@ -37,7 +37,7 @@ from megatron_mdm.objective.randomness import (
     row_uniforms,
     to_grid,
 )
-from megatron_mdm.objective.views import turned_view
+from megatron_mdm.objective.views import view_uniforms
 
 TEXT_BITS = 40  # of the number of a text within its file
 
@@ -140,7 +140,7 @@ class RowDataset(torch.utils.data.Dataset):
         self._check_ids(row, draw, tokens[:num_tokens].numpy())
         uniforms = row_uniforms(self.seed, self.quantiles.split, draw, len(tokens))
         if self.views > 1:
-            uniforms = turned_view(uniforms, view, self.views)
+            uniforms = view_uniforms(uniforms, view, self.views)
         columns = {
             "tokens": tokens,
             "num_tokens": torch.tensor(num_tokens),
@@ -324,7 +324,7 @@ def _print_epochs(dataset: Any, texts: int, views: int) -> None:
         )
 
 
-def _dataset_class(args: Namespace) -> type:
+def _dataset_class(args: Namespace) -> Any:
     if args.mock_data:
         return MockCleanTokensDataset
     if args.mdm_sft:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split as MegatronSplit
 
@@ -31,12 +31,12 @@ class _CleanTokens:
     destroys the end-of-document tokens of the many tokenizers that pad with them.
     """
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self: Any, index: int) -> dict[str, Any]:
         tokens, _, lengths = self._query_document_sample_shuffle_indices(index)
         return {"tokens": tokens.astype(np.int64), "num_tokens": sum(lengths)}
 
 
-class CleanTokensDataset(_CleanTokens, KeyedIndex, GPTDataset):
+class CleanTokensDataset(_CleanTokens, KeyedIndex):
     """Rows in Megatron's order, which depends on how many the run takes (--mdm-row-order run).
 
     Raises:

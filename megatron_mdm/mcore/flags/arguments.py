@@ -18,12 +18,12 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.config import MDMConfig, destination, flag, requested_device
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import (
+from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import (
     check_tokenizer_path,
     checkpoints_bring_tokenizers,
     tokenizer_rejection,
 )
-from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.flags.architecture import check_model
 from megatron_mdm.mcore.flags.data_files import (
@@ -138,7 +138,7 @@ def _escape_help(parser: ArgumentParser) -> None:
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError):
-            action.help = action.help.replace("%", "%%")
+            action.help = (action.help or "").replace("%", "%%")
 
 
 def parse() -> Namespace:
@@ -179,10 +179,9 @@ def to_user_error(error: Exception) -> UserError:
 
 def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
     """One line for an exception about the directory of the logs, which the last rank makes."""
-    path = getattr(error, "filename", None)
-    if not directory or not isinstance(path, str):
+    if not directory or not isinstance(error, OSError) or not isinstance(error.filename, str):
         return None
-    own, other = os.path.abspath(directory), os.path.abspath(path)
+    own, other = os.path.abspath(directory), os.path.abspath(error.filename)
     if os.path.commonpath([own, other]) not in (own, other):
         return None
     return UserError(f"--tensorboard-dir {directory} cannot be written: {error.strerror or error}")
@@ -209,7 +208,7 @@ def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
     def error(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags)")
 
-    parser.error = error
+    parser.error = error  # type: ignore[method-assign]  # the parser is Megatron's
     return add_arguments(parser)
 
 
@@ -287,16 +286,16 @@ def check_data(args: Namespace) -> Identities:
         return identities(args, None, None, get_tokenizer())
     check_split(args.split)
     try:
-        blends = get_blend_and_blend_per_split(args)
+        blend, parts = get_blend_and_blend_per_split(args)
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
-    check_data_files(*blends)
+    check_data_files(blend, parts)
     if not args.mdm_sft:
-        check_single_texts(*blends)
-    found = identities(args, *blends, get_tokenizer())
+        check_single_texts(blend, parts)
+    found = identities(args, blend, parts, get_tokenizer())
     divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
     if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
-        check_ends_of_documents(*blends, get_tokenizer().eod)
+        check_ends_of_documents(blend, parts, get_tokenizer().eod)
     return found
 
 
@@ -348,12 +347,12 @@ def _validate_flags(args: Namespace) -> None:
         )
     if args.context_parallel_size > 1:
         _check_context_parallel(args, mdm)
-    if args.mdm_quantiles == "strata" and args.step_batch_size_schedule:
-        if args.mdm_strata_window is None:
-            raise UserError(
-                "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch "
-                "to stratify over: give --mdm-strata-window"
-            )
+    has_no_window = args.mdm_quantiles == "strata" and args.mdm_strata_window is None
+    if has_no_window and args.step_batch_size_schedule:
+        raise UserError(
+            "--mdm-quantiles strata with --step-batch-size-schedule has no fixed global batch to "
+            "stratify over: give --mdm-strata-window"
+        )
     if args.step_batch_size_schedule and args.eval_iters and args.eval_global_batch_size is None:
         raise UserError(
             "--step-batch-size-schedule leaves the number of validation rows to the layout: give "

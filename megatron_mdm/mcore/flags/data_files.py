@@ -157,7 +157,7 @@ def _check_data_file(prefix: str) -> None:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path} is empty: run tools/preprocess_data.py again")
     try:
-        expected = _indexed_bytes(idx_path)
+        expected = indexed_bytes(idx_path)
     except (ValueError, struct.error) as error:
         raise UserError(
             f"{idx_path} is not a Megatron index, or is damaged or cut short ({error}): "
@@ -172,7 +172,7 @@ def _check_data_file(prefix: str) -> None:
         )
 
 
-def _indexed_bytes(idx_path: str) -> int:
+def indexed_bytes(idx_path: str) -> int:
     """The size that an index implies for its .bin.
 
     Megatron's IndexedDataset reads the same, but trusts what it finds, and prints an ignored

@@ -14,7 +14,7 @@ UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # of Transformer Engine
 # Least compute capability of each --fp8-recipe in Transformer Engine.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
-ROW_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
+SIZE_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
 
 
 def check_fp8(args: Namespace) -> None:
@@ -49,10 +49,10 @@ def check_fp8(args: Namespace) -> None:
             + (", or --fp8-recipe delayed" if found >= CAPABILITY["delayed"] else "")
         )
     for name, size, parts in _sizes(args):
-        if size % (ROW_MULTIPLE * parts):
-            shares = f" ({ROW_MULTIPLE} for each of {parts} ranks)" if parts > 1 else ""
+        if size % (SIZE_MULTIPLE * parts):
+            shares = f" ({SIZE_MULTIPLE} for each of {parts} ranks)" if parts > 1 else ""
             raise UserError(
-                f"--fp8-format: {name} must be a multiple of {ROW_MULTIPLE * parts}{shares}, got "
+                f"--fp8-format: {name} must be a multiple of {SIZE_MULTIPLE * parts}{shares}, got "
                 f"{size}"
             )
 

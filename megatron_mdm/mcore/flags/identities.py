@@ -27,7 +27,7 @@ Identities = tuple[list[dict[str, Any]] | None, dict[str, Any] | None]
 
 
 def identities(
-    args: Namespace, blend: Blend | None, parts: list[Blend] | None, tokenizer: Any
+    args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any
 ) -> Identities:
     """What the data and the tokenizer are, on the first rank; on others None.
 

@@ -156,9 +156,9 @@ def check_experts(args: Namespace) -> None:
             "--moe-router-load-balancing-type sinkhorn routes a row by what else is in its "
             "micro-batch: use seq_aux_loss"
         )
-    if "quantile_balancing" in args.moe_router_load_balancing_type:
-        if args.mdm_random_length_fraction:
-            raise UserError(
-                "--moe-router-load-balancing-type quantile_balancing does not go with "
-                "--mdm-random-length-fraction: Megatron cannot leave the ends of rows out of it"
-            )
+    balances_quantiles = "quantile_balancing" in args.moe_router_load_balancing_type
+    if balances_quantiles and args.mdm_random_length_fraction:
+        raise UserError(
+            "--moe-router-load-balancing-type quantile_balancing does not go with "
+            "--mdm-random-length-fraction: Megatron cannot leave the ends of rows out of it"
+        )

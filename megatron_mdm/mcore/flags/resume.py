@@ -110,12 +110,12 @@ def _check(
     settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
-    if "mdm_ppots_digest" in saved and not plan.sampler_state_in_checkpoint:
-        if saved["mdm_ppots_digest"] != plan.ppots_digest:
-            was = f"the density that {saved.get('mdm_ppots_file')} held"
-            if saved["mdm_ppots_digest"] is None:
-                was = "none"
-            found.append(f"--mdm-ppots-file {plan.ppots_file} (checkpoint: {was})")
+    keeps_density = "mdm_ppots_digest" in saved and not plan.sampler_state_in_checkpoint
+    if keeps_density and saved["mdm_ppots_digest"] != plan.ppots_digest:
+        was = f"the density that {saved.get('mdm_ppots_file')} held"
+        if saved["mdm_ppots_digest"] is None:
+            was = "none"
+        found.append(f"--mdm-ppots-file {plan.ppots_file} (checkpoint: {was})")
     if found and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "

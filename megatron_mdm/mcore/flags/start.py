@@ -106,6 +106,7 @@ def check_checkpoints(args: Namespace) -> None:
     for directory in (args.load, args.pretrained_checkpoint):
         if _find(directory, None, args) is not None:
             found = _find(directory, args.ckpt_step, args)
+            assert found is not None  # else it has raised
             check_pickles(found.path)
 
 

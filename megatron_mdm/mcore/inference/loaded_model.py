@@ -30,8 +30,9 @@ from megatron_mdm.data.encoding import named_code
 from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.argument_groups import Group, group
 from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint, find_checkpoint
-from megatron_mdm.mcore.checkpoint.kept_tokenizer import place_of_tokenizer, tokenizer_of
+from megatron_mdm.mcore.checkpoint.kept_tokenizer import place_of_tokenizer
 from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
+from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.device import CPU_DEFAULTS

@@ -116,6 +116,7 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
     Args:
         model: with layers of either implementation.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True

@@ -64,7 +64,7 @@ def keep_scales_in_evaluation(model: torch.nn.Module) -> None:
 def _delayed_scaling(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
     """Scales and histories of the forward pass, with what Transformer Engine begins them with."""
     for layer in module.modules():
-        state = getattr(layer, "fp8_meta", {}).get("scaling_fwd")
+        state: Any = getattr(layer, "fp8_meta", {}).get("scaling_fwd")
         if hasattr(state, "amax_history"):
             yield state.scale, 1.0
             yield state.amax_history, 0.0

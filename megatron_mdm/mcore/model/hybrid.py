@@ -28,6 +28,8 @@ from megatron_mdm.mcore.model.layer_specs import TorchNorm, make_bidirectional, 
 class HybridModelWithHead(HybridModel):
     """HybridModel with the `output_processor` of GPTModel."""
 
+    post_process: bool
+
     def forward(
         self,
         *args: Any,

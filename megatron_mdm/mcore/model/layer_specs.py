@@ -85,7 +85,7 @@ class TorchNorm:
     tensor-parallel group, as it does for its own norms.
     """
 
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> Any:
         """Builds the norm that `config.normalization` names."""
         if config.layernorm_zero_centered_gamma:
             raise UserError(

@@ -1,4 +1,15 @@
-"""Families of second moments that P-POTS chooses from (arXiv 2511.18159)."""
+"""Families of second moments that P-POTS chooses from; the paper's is EPR (arXiv 2511.18159).
+
+A family is the sum of the square of a mean g(t) and of a variance v(t) over rows and masks, up to a
+factor. With p(t) = (1 - eps) t + eps the masking probability,
+
+    epr     m2 = A^2 exp(2 k t^m) + a t^r + b (1-t)^s      k >= 0, m, r, s >= 1
+    power   m2 = A^2 exp(2 k t^m) + b p(t)^-r              k >= 0, m >= 1, 0 <= r < 2
+
+EPR, the exponential-polynomial root, is the paper's. `power` has its mean, and the variance that
+the Horvitz-Thompson weight 1/p causes: a row of L tokens of equal cross entropy c has the variance
+c^2 (1-p) / (p L) over its masks, and ||dl/dh||^2 has a mean proportional to 1/(p L).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +30,7 @@ class Family:
     Attributes:
         names: its parameters; the first stands for the factor and is not fitted.
         bounds: bounds of the fitted parameters, factors a and b by their logarithm. k and m come
-            first; few bins narrow those of k and of the exponents (see the head of this module).
+            first; few bins narrow those of k and of the exponents (see fit.py).
         prior: center and width of the prior of each; of k as a share of its upper bound.
         moment: (fitted parameters, t, p(t)) -> m2 and its derivatives by each fitted parameter.
         named: (fitted parameters, factor) -> values of `names`.
@@ -46,6 +57,7 @@ def _square_mean(k: float, m: float, t: Floats) -> tuple[Floats, list[Floats]]:
 
 
 def _epr(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
+    """EPR (arXiv 2511.18159)."""
     k, m, log_a, r, log_b, s = x
     square, derivatives = _square_mean(k, m, t)
     rise, fall = np.exp(log_a + r * _log(t)), np.exp(log_b + s * _log(1 - t))

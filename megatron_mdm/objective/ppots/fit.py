@@ -1,8 +1,8 @@
-"""Rate densities fitted to measured second moments (P-POTS, arXiv 2511.18159).
+"""Rate densities fitted to measured second moments: the optimum of P-POTS (arXiv 2511.18159).
 
-A family models the second moment m2(t) of a value; the density is q proportional to sqrt(m2). Let
-M_i be the mean of m2 over bin i, S_i the measured second moment there and n_i its rows. The fit
-minimises, over the parameters, the Kullback-Leibler divergence
+Let m2(t) = E[value^2 | t]. The variance of value / q(t) is least for q proportional to sqrt(m2). A
+family (families.py) models m2. Let M_i be the mean of m2 over bin i, S_i the measured second moment
+there and n_i its rows. The fit minimises, over the parameters, the Kullback-Leibler divergence
 
     KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum,
 
@@ -24,15 +24,8 @@ than a bin: m <= n, and k <= 1 / (1/10 + m / 4n), so that log g rises by less th
 r and s of `epr`, which are exponents of a square, are at most 2 n. Sums that differ by rounding
 then give densities that differ little more.
 
-Families, with p(t) = (1 - eps) t + eps the masking probability:
-
-    epr        m2 = A^2 exp(2 k t^m) + a t^r + b (1-t)^s      k >= 0, r, s, m >= 1 (the paper's)
-    power      m2 = A^2 exp(2 k t^m) + b p(t)^-r              k >= 0, m >= 1, 0 <= r < 2
-    piecewise  sqrt of the measured values at the bin centres, linear between them
-
-`power` has the paper's mean and the variance that the Horvitz-Thompson weight 1/p causes: a row of
-L tokens of equal cross entropy c has the variance c^2 (1-p) / (p L) over its masks, and ||dl/dh||^2
-has a mean proportional to 1/(p L).
+Beside the families of families.py there is `piecewise`: the roots of the measured values at the bin
+centres, linear between them.
 """
 
 from collections.abc import Callable
@@ -44,11 +37,13 @@ from scipy.optimize import minimize
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.families import FAMILIES, MOST_EXPONENT, MOST_SLOPE, Family
-from megatron_mdm.objective.ppots.moments import TABLE_SIZE, RateMoments
+from megatron_mdm.objective.ppots.limits import TABLE_SIZE
+from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.randomness import GRID_BITS, to_grid
 from megatron_mdm.objective.samplers import PiecewiseSampler, mixture
 from megatron_mdm.objective.types import Floats
 
+Target = Literal["loss", "gradient"]  # that a density is fitted to
 # Nodes of the quadrature over one bin: exact to rounding for m2 = p^-2 over the first bin.
 ORDER = 16
 # Starts that are followed to the end.
@@ -83,7 +78,7 @@ class PpotsFit:
         errors: standard errors of the second moment of each bin; None: not known.
     """
 
-    target: Literal["loss", "gradient"]
+    target: Target
     family: str
     parameters: dict[str, float]
     kl: float
@@ -108,14 +103,16 @@ def fit(
     moments: RateMoments,
     *,
     family: Literal["auto", "epr", "power", "piecewise"] = "auto",
-    target: Literal["loss", "gradient"] = "loss",
+    target: Target = "loss",
     uniform_share: float = 0.1,
     eps: float = 1e-3,
     starts: int = 20,
     seed: int = 0,
     errors: Floats | None = None,
 ) -> PpotsFit:
-    """Fits a density to measured second moments; equal arguments give bitwise equal fits.
+    """Fits the density of P-POTS (arXiv 2511.18159) to measured second moments.
+
+    Equal arguments give bitwise equal fits.
 
     Args:
         moments: the measurement.

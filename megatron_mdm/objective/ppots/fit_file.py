@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.fit import PpotsFit
-from megatron_mdm.objective.ppots.moments import TABLE_SIZE, RateMoments
+from megatron_mdm.objective.ppots.limits import TABLE_SIZE
+from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.samplers import PiecewiseSampler
 
 FORMAT, VERSION = "megatron-mdm rate density", 1

@@ -1,4 +1,4 @@
-"""P-POTS (arXiv 2511.18159): second moments per masking rate, and the state that a run carries.
+"""P-POTS (arXiv 2511.18159): second moments per masking rate, g^2 + v.
 
 The variance of value / q(t) is least for q*(t) proportional to sqrt(E[value^2 | t]). The value of a
 row at rate t is its loss l (nats per eligible token, target `loss`, the paper's) or the norm of
@@ -18,10 +18,8 @@ import torch
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.exact_sums import BOUND, LIMBS, from_limbs, to_limbs
+from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 from megatron_mdm.objective.types import Floats
-
-# Most edges of a table: checkpoints hold tables of this length, padded.
-TABLE_SIZE = 1024
 
 
 def accumulate(
@@ -72,8 +70,8 @@ class RateMoments:
     """
 
     def __init__(self, num_bins: int):
-        if not 1 <= num_bins <= TABLE_SIZE - 2:
-            raise UserError(f"the number of rate bins must lie in 1..{TABLE_SIZE - 2}: {num_bins}")
+        if not 1 <= num_bins <= MOST_PPOTS_BINS:
+            raise UserError(f"the number of rate bins must lie in 1..{MOST_PPOTS_BINS}: {num_bins}")
         self._vector = np.zeros(4 * num_bins + 1)
 
     @property

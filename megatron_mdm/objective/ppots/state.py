@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.exact_sums import LIMBS, from_limbs
-from megatron_mdm.objective.ppots.moments import TABLE_SIZE, RateMoments
+from megatron_mdm.objective.ppots.limits import TABLE_SIZE
+from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.samplers import PiecewiseSampler
 from megatron_mdm.objective.types import Integers
 

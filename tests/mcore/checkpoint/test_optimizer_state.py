@@ -231,7 +231,7 @@ def test_the_way_to_another_layout(base, tmp_path):
 
 def test_generators_of_ranks_that_did_not_exist(rates, tmp_path):
     """Megatron looks for a state of each data-parallel rank with --data-parallel-random-init."""
-    directory, flags = rates
+    _, flags = rates
     own = [*flags[: flags.index("--save")], "--data-parallel-random-init", "--lr", "1e-2"]
     own += ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"]
     ranks.launch(tmp_path / "one", 1, *own, "--exit-interval", "1")

@@ -115,14 +115,14 @@ def test_no_program_runs_them(way, saved, base, data, tmp_path):
     tool = ["--device", "cpu", "--load", load]
     output = str(tmp_path / "output")
     convert = ["--to", "huggingface", "--input", load, "--output", output]
+    measured = ["--load", base[base.index("--load") + 1], "--data", str(data), "--rows", "2"]
+    measured += ["--autoregressive", load, "--output", str(tmp_path / "x.json")]
     commands = {
         "evaluate": ["tools/evaluate.py", *tool, "--data", str(data)],
         "generate": ["tools/generate.py", *tool],
         "convert": ["tools/convert_checkpoint.py", *convert],
         "pretrain": [*base[: base.index("--load")], "--load", load],
-        "other weights": ["tools/variance_report.py", "--device", "cpu", "--load"]
-        + [base[base.index("--load") + 1], "--data", str(data), "--autoregressive", load]
-        + ["--rows", "2", "--output", str(tmp_path / "x.json")],
+        "other weights": ["tools/variance_report.py", "--device", "cpu", *measured],
     }
     for name, command in commands.items():
         entry = "train" if name == "pretrain" else "tool"

@@ -3,6 +3,7 @@
 That loss and gradients are those of the documents alone is in test_normalization.py.
 """
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -209,7 +210,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
 
     def in_parts(q, k, v):
-        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
         cut = [[x[part].transpose(0, 1)[None] for x in (q, k, v)] for part in parts]
         return torch.cat([attention(*part)[0].transpose(0, 1) for part in cut]).flatten(1)
 

@@ -1,6 +1,7 @@
 """Rows of text: each token once an epoch, in an order that does not depend on the run's length."""
 
 import errno
+import itertools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ def build(tmp_path):
 def numbered(lengths):
     """Documents of which every token is another number."""
     first = np.concatenate([[0], np.cumsum(lengths)])
-    return [list(range(a, b)) for a, b in zip(first[:-1], first[1:], strict=True)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(first)]
 
 
 LENGTHS = [5, 40, 3, 1, 17, 16, 33, 2, 64, 9]  # 190 tokens: 11 rows of 16 and 14 more
@@ -79,7 +80,7 @@ def test_every_epoch_has_every_row_once_and_leaves_out_less_than_a_row(build):
     dataset = build(numbered(LENGTHS), [110, 0, 0])[0]
     left_out = Counter()
     for epoch in range(10):
-        tokens = sum(rows(dataset, 11 * epoch, 11), [])
+        tokens = [token for row in rows(dataset, 11 * epoch, 11) for token in row]
         assert len(set(tokens)) == len(tokens) == 176
         left_out.update(set(range(190)) - set(tokens))
     assert len(left_out) > 60  # other tokens each time
@@ -102,7 +103,7 @@ def test_tokens_follow_one_another_as_in_the_documents(build):
     starts = set(np.concatenate([[0], np.cumsum(LENGTHS)]).tolist())
     ends = {start - 1 for start in starts}
     for row in rows(dataset, 0, 44):
-        for one, other in zip(row, row[1:], strict=False):
+        for one, other in itertools.pairwise(row):
             assert other == one + 1 or (one in ends and other in starts)
 
 
@@ -122,7 +123,7 @@ def test_small_data(lengths, build):
     n = total // LENGTH
     assert dataset.texts_per_epoch == n
     for epoch in range(50 // n):
-        tokens = sum(rows(dataset, n * epoch, n), [])
+        tokens = [token for row in rows(dataset, n * epoch, n) for token in row]
         assert len(set(tokens)) == len(tokens) == n * LENGTH
 
 

@@ -292,9 +292,9 @@ def test_only_megatrons_own_exceptions_become_a_line():
     def fail_in_torch():
         torch.nn.MultiheadAttention(embed_dim=3, num_heads=2)
 
-    with pytest.raises(UserError, match="^Megatron rejects these flags or their files: "):
-        with arguments.megatron_errors_as_user_errors():
-            refuse()
+    rejection = pytest.raises(UserError, match="^Megatron rejects these flags or their files: ")
+    with rejection, arguments.megatron_errors_as_user_errors():
+        refuse()
     for bug in (fail, fail_in_torch):
         with pytest.raises(AssertionError), arguments.megatron_errors_as_user_errors():
             bug()
@@ -637,10 +637,10 @@ def test_an_index_in_several_parts(tmp_path):
         np.arange(count + 1, dtype=np.int64),
     ]
     idx.write_bytes(header + b"".join(array.tobytes() for array in arrays))
-    assert data_files._indexed_bytes(str(idx)) == 8 * count
+    assert data_files.indexed_bytes(str(idx)) == 8 * count
     damage(idx, start + 4 * count + 8 * (count - 2), b"\1")
     with pytest.raises(ValueError, match="positions differ"):
-        data_files._indexed_bytes(str(idx))
+        data_files.indexed_bytes(str(idx))
 
 
 def test_no_data():

@@ -7,7 +7,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mdm.data.preprocess import load_sentencepiece, preprocess
+from megatron_mdm.data.load_tokenizer import load_sentencepiece
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.identities import check_same_data, identities

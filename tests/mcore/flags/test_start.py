@@ -271,9 +271,9 @@ def holder(tmp_path):
 
 def test_a_second_run_names_the_first(holder):
     save, process = holder
-    with pytest.raises(UserError, match=f"use by another run .*process {process.pid}, since 20"):
-        with only_writer(str(save)):
-            pass
+    line = f"use by another run .*process {process.pid}, since 20"
+    with pytest.raises(UserError, match=line), only_writer(str(save)):
+        pass
     process.communicate("\n")
     assert not save.exists()  # nothing was saved
     with only_writer(str(save)):
@@ -307,9 +307,9 @@ def test_children_of_a_run_hold_nothing(tmp_path):
 def test_the_line_says_how_to_go_on_after_a_node_that_is_gone(holder):
     """Whose lock a file server may keep."""
     save, _ = holder
-    with pytest.raises(UserError, match=f"if that run is gone, delete {save / LOCK}") as caught:
-        with only_writer(str(save)):
-            pass
+    line = f"if that run is gone, delete {save / LOCK}"
+    with pytest.raises(UserError, match=line) as caught, only_writer(str(save)):
+        pass
     os.unlink(str(caught.value).rpartition("delete ")[2].removesuffix(")"))
     with only_writer(str(save)):
         pass
@@ -320,9 +320,9 @@ def test_another_failure_is_not_called_another_run(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("fcntl.lockf", fail)
-    with pytest.raises(UserError, match=f"{LOCK} cannot be locked: Input/output error"):
-        with only_writer(str(tmp_path)):
-            pass
+    line = f"{LOCK} cannot be locked: Input/output error"
+    with pytest.raises(UserError, match=line), only_writer(str(tmp_path)):
+        pass
 
 
 def test_a_directory_that_was_there_stays(tmp_path):

@@ -89,5 +89,5 @@ def test_a_shifted_model_scores_every_token_after_another(packed):
     # Without a token to begin after, the first ones have bytes and no score.
     loaded.opening_token_id = None
     rows = rows_from_documents(loaded, documents, packed)
-    assert [row.tokens.tolist() for row in rows][0] == [1, 2, 3]
+    assert next(row.tokens.tolist() for row in rows) == [1, 2, 3]
     assert scored_per_byte(loaded, rows, documents) is None

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_mdm.interruption import INTERRUPTED
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.integrity import check_sums
-from megatron_mdm.mcore.checkpoint.writer import _preload_copies
+from megatron_mdm.mcore.checkpoint.writer import preload_copies
 from tests import ranks
 
 PATIENCE = 120.0  # seconds; of waits that take a few
@@ -128,7 +128,7 @@ def test_what_a_rank_shares_with_the_writer_is_copied():
     """It goes on to train while the writer writes."""
     shared = torch.ones(3)
     buckets = [("name", "key", ([], [("item", shared)]))]
-    buckets = _preload_copies(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False)
+    buckets = preload_copies(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False)
     shared.zero_()
     assert buckets[0][2][1][0][1].tolist() == [1.0] * 3
 

@@ -13,7 +13,6 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.resume import plan_resume
 from megatron_mdm.mcore.training import ppots
-from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.randomness import Split
@@ -434,11 +433,6 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
     tool["take_over"](tool["parse"](), args)
     assert (args.mdm_sft, args.mdm_syrm_fraction, args.mdm_mask) == (False, 0.0, "exact-count")
-
-
-def test_parameters_of_the_families():
-    tool = runpy.run_path(str(ROOT / "tools/fit_ppots.py"))
-    assert tool["PARAMETERS"] == {name: len(family.names) for name, family in FAMILIES.items()}
 
 
 # -- what a resume keeps of the methods

@@ -24,18 +24,19 @@ def test_a_stopwatch_counts_nothing_twice():
 
     def fail():
         now[0] += 1.0
-        raise ValueError
+        raise ValueError("spent")
 
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="^spent$"):
         watch.timed("whole", watch.timed("leaf", fail))()
     assert watch.seconds == {"leaf": 4.0, "middle": 10.0, "whole": 100.0}
 
 
 def test_functions_are_back_in_their_places():
     owner = argparse.Namespace(f=abs)
-    with pytest.raises(ValueError), costs.wrapped([(owner, "f", lambda f: lambda x: f(x) + 1)]):
+    replacement = (owner, "f", lambda f: lambda x: f(x) + 1)
+    with pytest.raises(ValueError, match="^over$"), costs.wrapped([replacement]):
         assert owner.f(-1) == 2
-        raise ValueError
+        raise ValueError("over")
     assert owner.f is abs
 
 

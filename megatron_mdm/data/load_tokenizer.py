@@ -1,0 +1,73 @@
+"""Tokenizers from disk as preprocessing takes them: of sentencepiece, or of Hugging Face."""
+
+import os
+
+from megatron_mdm.data.encoding import (
+    TokenizerData,
+    hugging_face_data,
+    open_hugging_face,
+    sentencepiece_data,
+)
+from megatron_mdm.errors import UserError
+
+
+def load_sentencepiece(path: str) -> TokenizerData:
+    """Reads a sentencepiece model file.
+
+    Raises:
+        UserError: The file is missing or is no such model.
+    """
+    import sentencepiece
+
+    try:
+        with open(path, "rb") as file:
+            model = file.read()
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)  # raises for an empty file, too
+    except OSError as error:
+        raise UserError(f"--tokenizer-model {path}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        raise UserError(f"--tokenizer-model {path}: not a sentencepiece model") from error
+    return sentencepiece_data(processor)
+
+
+def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
+    """Reads a Hugging Face tokenizer from a local directory; nothing is downloaded.
+
+    The end-of-document token is the tokenizer's eos token, as in Megatron.
+
+    Args:
+        directory: With the tokenizer's files.
+        trust: Whether to run Python code that is there.
+
+    Raises:
+        UserError: transformers is not installed, the directory is missing or holds no tokenizer,
+            or the tokenizer is one of the few without a `tokenizers` backend.
+    """
+    if not os.path.isdir(directory):
+        raise UserError(f"--hf-tokenizer {directory}: no such directory")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
+        ) from error
+    try:
+        tokenizer = open_hugging_face(directory, trust)
+    except Exception as error:  # of many kinds, depending on what is wrong with which file
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"--hf-tokenizer {directory}: cannot be loaded ({lines[0].rstrip(' :')}); it needs the "
+            "files that save_pretrained() writes, tokenizer.json among them"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--hf-tokenizer {directory}: not a fast tokenizer (one with a tokenizer.json); "
+            "for a sentencepiece model use --tokenizer-model"
+        )
+    return hugging_face_data(tokenizer)
+
+
+def has_chat_template(directory: str) -> bool:
+    """Whether the Hugging Face tokenizer in a local directory has a chat template."""
+    return open_hugging_face(directory).chat_template is not None

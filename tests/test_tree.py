@@ -1,0 +1,62 @@
+"""What README.md and those of the package say of the tree is true."""
+
+import re
+
+import pytest
+
+from tests import ROOT
+from tests.test_import_order import MODULES, ORDER
+
+PACKAGE = ROOT / "megatron_mdm"
+TEXT = (PACKAGE / "README.md").read_text(encoding="utf-8")
+
+
+def block(name):
+    """The lines of a part of the tour, without their common indent."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
+    return [line.removeprefix("    ") for line in found[1].splitlines()]
+
+
+def test_the_tree_has_every_module_once():
+    folders, names = [], []
+    for line in block("tree"):
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, *text = line.split(maxsplit=1)
+        folders = folders[:depth]
+        assert len(folders) == depth and (text or name.endswith("/"))
+        if name.endswith("/"):
+            folders.append(name[:-1])
+            assert (PACKAGE / "/".join(folders) / "__init__.py").is_file()
+        else:
+            names.append("/".join([*folders, name]))
+    paths = [path.relative_to(PACKAGE).as_posix() for path in MODULES.values()]
+    assert sorted(names) == sorted(p for p in paths if not p.endswith("__init__.py"))
+
+
+def test_the_order_of_imports_is_the_one_that_is_held():
+    assert [line.split() for line in block("order")] == ORDER
+
+
+def test_ten_files_are_read_first():
+    found = re.findall(r"^\d+\. `([\w/.]+)`: ", TEXT, re.M)
+    assert len(found) == 10
+    assert all((PACKAGE / name).is_file() for name in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "megatron_mdm/README.md", "megatron_mdm/mcore/README.md"]
+)
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", path.read_text(encoding="utf-8"))
+    assert all((path.parent / link).exists() for link in links), links
+
+
+def test_the_binding_names_what_exists():
+    text = (PACKAGE / "mcore/README.md").read_text(encoding="utf-8")
+    folder = ""
+    for line in (line for line in text.splitlines() if line.startswith("|")):
+        folder = (re.findall(r"^\| `(\w+)/`", line) or [folder])[0]
+        for file, name in re.findall(r"`(\w+\.py)(?:: (\w+))?`", line):
+            source = (PACKAGE / "mcore" / folder / file).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in source, f"{folder}/{file}: {name}"
