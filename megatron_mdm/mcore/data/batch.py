@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -53,7 +54,9 @@ class Batch:
     def to(self, device: torch.device | int) -> "Batch":
         """The same rows on a device."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: x.to(device) for name, x in columns.items() if torch.is_tensor(x)}
+        tensors: dict[str, Any] = {
+            name: x.to(device) for name, x in columns.items() if torch.is_tensor(x)
+        }
         return replace(self, **tensors)
 
     @cached_property
@@ -130,6 +133,7 @@ def load_batch(
     widths = [seq_length if vector else 1 for vector in is_vector.values()]
     device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
         rows = next(data_iterator)
         parts = [rows[name].view(micro_batch_size, -1) for name in is_vector]
         packed = side_by_side(parts).to(device, non_blocking=True)
@@ -141,8 +145,8 @@ def load_batch(
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    parts = zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
-    columns = {name: part.contiguous() if vector else part[:, 0] for (name, vector), part in parts}
+    named = zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
+    columns = {name: part.contiguous() if vector else part[:, 0] for (name, vector), part in named}
     return Batch(config, eod_id, training, **columns)
 
 

@@ -101,12 +101,13 @@ def _measure(
         )
         bins = (numbers + (batch.quantile * num_bins >> GRID_BITS)) % num_bins
         places = places + turns[bins] & 2**GRID_BITS - 1
-        batch, bins, places = (x.to(device) for x in (batch, bins, places))
-        values = _draw(loaded, batch, target, num_bins, bins, places)
+        on_device = bins.to(device), places.to(device)
+        values = _draw(loaded, batch.to(device), target, num_bins, *on_device)
         for text in sorted({draw // draws_per_row for draw in draws}):
             own = torch.tensor([draw // draws_per_row == text for draw in draws], device=device)
-            t, value, present = (x if x is None else x[own] for x in values)
-            sums = accumulate(t, value, torch.ones_like(t), num_bins, present)
+            t, value, present = values
+            present = None if present is None else present[own]
+            sums = accumulate(t[own], value[own], torch.ones_like(t[own]), num_bins, present)
             texts[text].add(from_limbs(sums.cpu()))
         yield draws.stop, total, TextMoments(texts)
 
@@ -209,10 +210,10 @@ def _text_inputs(
 ) -> tuple[ModelInputs, torch.Tensor]:
     """A text for the model, `views` times, and its eligible tokens [views, s], on the device."""
     device = torch.cuda.current_device()
-    clean, eligible, documents = (
-        None if x is None else x.to(device).expand(views, -1)
-        for x in (text.tokens, text.eligible, text.documents)
-    )
+    clean, eligible = (x.to(device).expand(views, -1) for x in (text.tokens, text.eligible))
+    documents = text.documents
+    if documents is not None:
+        documents = documents.to(device).expand(views, -1)
     eod_id = loaded.tokenizer.eod
     inputs = ModelInputs.of_text(clean, documents, mdm, eod_id, loaded.model, causal=causal)
     return inputs, eligible

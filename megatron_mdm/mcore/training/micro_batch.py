@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -47,7 +48,9 @@ class MicroBatch:
         """Which documents there are to count, bool [b, s]; None: every row."""
         return None if self.batch.rate_segments is None else self.num_eligible > 0
 
-    def losses(self, cross_entropy: torch.Tensor, normalization: str) -> RowLosses:
+    def losses(
+        self, cross_entropy: torch.Tensor, normalization: Literal["tokens", "rows"]
+    ) -> RowLosses:
         """The losses of rows or documents, and their sum; see `row_losses`.
 
         Args:
