@@ -68,6 +68,7 @@ def measure(
     args.mdm_data, args.mdm_tokenizer = check_data(args)  # now, before anything is drawn
     mdm = MDMConfig.from_args(loaded.args)
     dataset = build_datasets(loaded.args, mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
+    assert dataset is not None  # on all ranks
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
 
 

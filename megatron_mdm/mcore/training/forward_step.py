@@ -43,12 +43,12 @@ def forward_step(
     inputs = ModelInputs.of_batch(batch, model, state.attention_annealing(training))
     timers("batch-generator").stop()
 
-    masks = micro_batch.corruption
+    masks, sampler = micro_batch.corruption, state.sampler
     output = inputs.cross_entropy(
         model,
         masks.tokens,
         mask=masks.mask if mdm.head == "masked" else None,
-        on_grad_sq_norm=state.sampler and state.sampler.gradient_observer(micro_batch),
+        on_grad_sq_norm=None if sampler is None else sampler.gradient_observer(micro_batch),
     )
     return output, partial(loss_func, state, micro_batch)
 
