@@ -39,7 +39,7 @@ setup(
         # Its tasks, metrics and `datasets`; what single tasks need beside is in extras of its own.
         "eval": ["lm-eval>=0.4.13"],
         "test": [
-            *("pytest", "pytest-timeout", "ruff", "mypy"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"),
             *("matplotlib", "transformers", "lm-eval>=0.4.13"),
         ],
     },

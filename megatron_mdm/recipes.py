@@ -1,49 +1,72 @@
-"""Named sets of flags: what `--mdm-recipe` stands for."""
+"""The methods by name, their combinations, and the flags that `--mdm-recipe` stands for.
+
+Combinations are spelled out here alone: the recipes, the report on variance, the race, the
+reproduction and the studies take theirs from `settings_of`.
+"""
 
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
+from typing import Any
 
-from megatron_mdm.config import flag
+from megatron_mdm.config import MDMConfig, destination, flag_of
 
 # Iterations between fits of P-POTS, when the run fits its own density. Early in training the second
 # moments move fast, and a fit costs about as much as a log line.
 _REFIT_INTERVAL = 50
 
-RECIPES: dict[str, dict[str, object]] = {
+# Fields of MDMConfig that a method sets, beside those of `standard`.
+METHODS: dict[str, dict[str, Any]] = {
     # Without any of the methods, as LLaDA and Dream were trained.
-    "standard": {
-        "mdm_rate_sampler": "uniform",
-        "mdm_quantiles": "iid",
-        "mdm_mask": "bernoulli",
-        "mdm_views": 1,
-    },
-    # P-POTS on the loss, and MIRROR.
-    "paper": {
-        "mdm_rate_sampler": "ppots",
-        "mdm_ppots_refit_interval": _REFIT_INTERVAL,
-        "mdm_ppots_target": "loss",
-        "mdm_quantiles": "iid",
-        "mdm_mask": "bernoulli",
-        "mdm_views": 2,
-    },
+    "standard": {"rate_sampler": "uniform", "quantiles": "iid", "mask": "bernoulli", "views": 1},
     # The clipped schedule of block diffusion (arXiv 2503.09573), another objective.
-    "clipped": {
-        "mdm_rate_sampler": "clipped",
-        "mdm_clip": [0.3, 0.8],
-        "mdm_quantiles": "iid",
-        "mdm_mask": "bernoulli",
-        "mdm_views": 1,
+    "clipped": {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
+    "ppots-loss": {
+        "rate_sampler": "ppots",
+        "ppots_refit_interval": _REFIT_INTERVAL,
+        "ppots_target": "loss",
     },
-    # What trained best of the unbiased ones at equal compute (tools/benchmark.py race).
-    "recommended": {
-        "mdm_rate_sampler": "ppots",
-        "mdm_ppots_refit_interval": _REFIT_INTERVAL,
-        "mdm_ppots_target": "gradient",
-        "mdm_quantiles": "lattice",
-        "mdm_mask": "exact-count",
-        "mdm_views": 1,
+    "ppots-gradient": {
+        "rate_sampler": "ppots",
+        "ppots_refit_interval": _REFIT_INTERVAL,
+        "ppots_target": "gradient",
     },
+    "strata": {"quantiles": "strata"},
+    "lattice": {"quantiles": "lattice"},
+    "exact-count": {"mask": "exact-count"},
+    "mirror": {"views": 2},
+    "4-views": {"views": 4},
+    "ema": {"ema_decay": 0.9},
+    # These two need the ids of tokens as well, which depend on the tokenizer.
+    "isad": {"isad_delta": 0.1},
+    "syrm": {},
 }
+# The methods of each recipe.
+COMBINATIONS = {
+    "standard": "standard",
+    "paper": "ppots-loss+mirror",
+    "clipped": "clipped",
+    # The one of the unbiased ones that trained best at equal compute (tools/benchmark.py race).
+    "recommended": "ppots-gradient+lattice+exact-count",
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings of a recipe, of a method, or of several methods that are joined by `+`.
+
+    Args:
+        name: a key of `COMBINATIONS` or `METHODS`, or keys such as "lattice+exact-count".
+
+    Returns:
+        Values of fields of MDMConfig, in the order of the fields.
+    """
+    settings: dict[str, Any] = dict(METHODS["standard"])
+    for part in COMBINATIONS.get(name, name).split("+"):
+        settings |= METHODS[part]
+    return {x.name: settings[x.name] for x in fields(MDMConfig) if x.name in settings}
+
+
+RECIPES = {name: settings_of(name) for name in COMBINATIONS}
 
 
 def set_recipe_defaults(parser: ArgumentParser) -> None:
@@ -58,18 +81,18 @@ def set_recipe_defaults(parser: ArgumentParser) -> None:
     peek.add_argument("--mdm-ppots-refit-interval")
     given = peek.parse_known_args(sys.argv[1:])[0]
     settings = RECIPES.get(given.mdm_recipe, {})  # an unknown name is the real parser's to refuse
-    sampler = given.mdm_rate_sampler or settings.get("mdm_rate_sampler")
+    sampler = given.mdm_rate_sampler or settings.get("rate_sampler")
     left = _left_behind(settings, sampler, given.mdm_ppots_refit_interval != "0")
-    parser.set_defaults(**{k: v for k, v in settings.items() if k not in left})
+    parser.set_defaults(**{destination(k): v for k, v in settings.items() if k not in left})
 
 
-def _left_behind(settings: dict[str, object], sampler: object, is_fitted: bool) -> set[str]:
+def _left_behind(settings: dict[str, Any], sampler: object, is_fitted: bool) -> set[str]:
     """What of a recipe has no use with the sampler of t in use, or without fits while training."""
     prefixes: tuple[str, ...] = ()
-    if sampler != settings.get("mdm_rate_sampler"):
-        prefixes = ("mdm_ppots_", "mdm_clip")
+    if sampler != settings.get("rate_sampler"):
+        prefixes = ("ppots_", "clip")
     elif not is_fitted:
-        prefixes = ("mdm_ppots_target",)
+        prefixes = ("ppots_target",)
     return {name for name in settings if name.startswith(prefixes)}
 
 
@@ -81,7 +104,7 @@ def expansion(args: Namespace) -> str:
     for name, value in settings.items():
         if name in left:
             continue
-        used = getattr(args, name)
+        used = getattr(args, destination(name))
         text = " ".join(map(str, used)) if isinstance(used, list) else str(used)
-        words.append(f"{flag(name)} {text}" + ("" if used == value else " (by hand)"))
+        words.append(f"{flag_of(name)} {text}" + ("" if used == value else " (by hand)"))
     return ", ".join(words)

@@ -4,10 +4,17 @@ import pytest
 
 # The fork server below inherits it: one thread a rank, since the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
-from tests import ranks
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from tests import ranks, tiers
+from tests.tiers import pytest_runtest_protocol  # noqa: F401
 
 # Megatron's models write here how they attend, fixtures' too, and refuse what others wrote.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+def pytest_collection_modifyitems(items):
+    tiers.mark(items)
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +24,21 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docstrings_read_once():
+    """Megatron parses its own files for the help of its flags, each time that flags are parsed."""
+    read, known = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def read_once(factory, config):
+        if config not in known:
+            known[config] = read(factory, config)
+        return known[config]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArgumentGroupFactory, "_get_field_docstrings", read_once)
+        yield
 
 
 @pytest.fixture(scope="session")

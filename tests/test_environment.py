@@ -1,9 +1,18 @@
-"""The process before torch and Megatron are imported."""
+"""What is checked and set before torch and Megatron are imported."""
 
+import os
 import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import pytest
+
 import megatron_mdm
+from megatron_mdm.environment import ALONE, STARTED_TOGETHER, check_megatron_version, join_ranks
+from megatron_mdm.errors import UserError
+from tests.mcore.flags.parsing import COMMON
 
 
 def test_no_module_imports_a_program():
@@ -13,3 +22,79 @@ def test_no_module_imports_a_program():
         r"^\s*(from|import) megatron_mdm\.(pretrain|launch|lm_eval\.__main__)\b", re.M
     )
     assert [str(path) for path in package.rglob("*.py") if programs.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("installed", ["0.18.0", "0.19.1", "0.20.0", "1.0"])
+def test_other_versions_of_megatron(installed, monkeypatch):
+    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
+    with pytest.raises(UserError, match=f"^megatron-core {installed} is not supported: pip"):
+        check_megatron_version()
+
+
+@pytest.mark.parametrize("installed", ["0.19.2", "0.19.2+cu13", "0.19.10", "0.19.3rc1"])
+def test_supported_versions_of_megatron(installed, monkeypatch):
+    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
+    check_megatron_version()
+
+
+def test_no_megatron(monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("megatron_mdm.environment.version", version)
+    with pytest.raises(UserError, match="^megatron-core is not installed: pip install"):
+        check_megatron_version()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2, and LOCAL_RANK is not set: start the"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8"},
+            "SLURM_STEP_NUM_TASKS is 8, and RANK is not set: start the",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_SIZE is 2, and RANK is not set: start the",
+        ),
+    ],
+)
+def test_one_of_several_ranks_that_no_torchrun_started(environment, message, monkeypatch):
+    clear_launcher(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        join_ranks()
+
+
+def test_a_process_that_nobody_launched_is_a_run_of_one_rank(monkeypatch):
+    clear_launcher(monkeypatch)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    join_ranks()
+    assert {name: os.environ[name] for name in ALONE} == ALONE
+    # torchrun under srun, one a node
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    join_ranks()
+    assert os.environ["WORLD_SIZE"] == "16"
+
+
+def clear_launcher(monkeypatch):
+    for name in (*ALONE, *STARTED_TOGETHER):
+        monkeypatch.setenv(name, "")  # so that what is set later is undone
+        monkeypatch.delenv(name)
+
+
+def test_the_program_trains_without_torchrun(tmp_path):
+    """Worth a start of its own: all others set what torchrun sets."""
+    names = (*ALONE, *STARTED_TOGETHER)
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    command = [sys.executable, "-m", "megatron_mdm.pretrain", *COMMON, "--mock-data"]
+    run = subprocess.run(
+        [*command, "--train-iters", "1", "--split", "1,0,0"],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "iteration        1/       1" in run.stdout

@@ -1,12 +1,16 @@
-"""What is shown of names from elsewhere: one line, and nothing that a terminal would obey."""
+"""Errors, and names from elsewhere in them: one line, by one rank, without terminal codes."""
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from megatron.core import parallel_state
 
+from megatron_mdm import errors
 from megatron_mdm.conversion.to_megatron import bash_quoted
 from megatron_mdm.data.preprocess import PreprocessSummary
 from megatron_mdm.data.tokenizer import TokenizerSummary
@@ -58,3 +62,58 @@ def test_a_launch_line_is_printable_and_means_what_it_should(word):
     command = f"{sys.executable} -c '{code}' {quoted}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
     assert run.stdout == os.fsencode(word)
+
+
+def exit_output(monkeypatch, capsys, message, connected, **environment):
+    monkeypatch.setattr(parallel_state, "_DATA_PARALLEL_GROUP", object() if connected else None)
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        errors.exit_rank_with(UserError(message))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "connected, environment, printed",
+    [
+        (False, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "error: oh\n"),
+        # The first rank has had its time to find it too.
+        (False, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
+        (False, {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: oh\n"),
+        (True, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
+        (True, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "error: oh\n"),
+    ],
+)
+def test_who_prints(connected, environment, printed, monkeypatch, capsys):
+    assert exit_output(monkeypatch, capsys, "oh", connected, **environment) == printed
+
+
+def test_a_launcher_stops_a_rank_that_waits_for_the_first_one():
+    """Also where the program answers SIGTERM in a way of its own."""
+    code = (
+        "import signal\n"
+        "from megatron_mdm.errors import UserError, exit_rank_with\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "print('ready', flush=True)\n"
+        "exit_rank_with(UserError('oh'))"
+    )
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as process:
+        process.stdout.readline()
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.05)
+        assert process.returncode == -signal.SIGTERM
+        assert process.stderr.read() == b""
+
+
+def test_the_message_of_a_loader_worker_is_one_line():
+    text = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 1\nmegatron_mdm.errors.UserError: row 3 contains it\n'
+    )
+    assert str(UserError(text)) == "row 3 contains it"

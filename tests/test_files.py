@@ -21,6 +21,7 @@ from megatron_mdm.files import (
     new_directory,
     remove_abandoned,
     set_aside,
+    termination_raises,
     write_json,
 )
 from tests import ROOT
@@ -292,3 +293,23 @@ def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.time, "time", lambda: later)
     remove_abandoned(str(tmp_path / "d"))
     assert os.listdir(tmp_path) == ["d"] and (tmp_path / "d").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_raises_and_is_restored(number):
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores one
+    with pytest.raises(SystemExit) as status, termination_raises():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert status.value.code == 128 + number
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with termination_raises():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

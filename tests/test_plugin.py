@@ -1,16 +1,27 @@
 """The lines of the README with which a script of one's own registers the objective."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.training import metrics
 from megatron_mdm.objective.randomness import Split
-from tests import ranks
+from tests import ROOT, ranks
+
+
+def readme_script() -> None:
+    """The script of README's section on own scripts, word for word, on the CPU."""
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    with training_device("cpu"):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_readme_script_trains_as_the_program_does(base, tmp_path):
-    script = ranks.launch(tmp_path / "script", 1, *base, entry="readme_script")
+    script = ranks.launch(tmp_path / "script", 1, *base, entry=readme_script)
     program = ranks.launch(tmp_path / "program", 1, *base)
     assert len(script.losses) == 5
     assert script.losses == program.losses

@@ -5,10 +5,10 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mdm.config import MDMConfig
+from megatron_mdm.config import MDMConfig, destination
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
-from megatron_mdm.recipes import RECIPES, expansion
+from megatron_mdm.recipes import METHODS, RECIPES, expansion, settings_of
 from tests import ranks
 
 
@@ -24,9 +24,36 @@ def parse(monkeypatch, *flags):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_sets_its_flags(monkeypatch, name):
     config = parse(monkeypatch, "--mdm-recipe", name)
-    settings = {key.removeprefix("mdm_"): value for key, value in RECIPES[name].items()}
-    assert config == MDMConfig(**settings, recipe=name, device="cpu", mask_token_id=ranks.MASK_ID)
+    settings = {**RECIPES[name], "recipe": name, "device": "cpu"}
+    assert config == MDMConfig(**settings, mask_token_id=ranks.MASK_ID)
     assert parse(monkeypatch, f"--mdm-recipe={name}") == config
+
+
+def test_recipes_stand_for_these_flags():
+    fit = "--mdm-rate-sampler ppots, --mdm-ppots-refit-interval 50, --mdm-ppots-target"
+    plain = "--mdm-quantiles iid, --mdm-mask bernoulli, --mdm-views"
+    flags = {
+        "standard": f"--mdm-rate-sampler uniform, {plain} 1",
+        "paper": f"{fit} loss, {plain} 2",
+        "clipped": f"--mdm-rate-sampler clipped, --mdm-clip 0.3 0.8, {plain} 1",
+        "recommended": f"{fit} gradient, --mdm-quantiles lattice, --mdm-mask exact-count, "
+        "--mdm-views 1",
+    }
+    for name, settings in RECIPES.items():
+        given = {destination(key): value for key, value in settings.items()}
+        args = {"mdm_ppots_refit_interval": 0, **given, "mdm_recipe": name}
+        assert expansion(Namespace(**args)) == flags[name]
+    assert set(flags) == set(RECIPES)
+
+
+def test_methods_are_joined_in_any_order():
+    joined = settings_of("exact-count+ppots-gradient+lattice")
+    assert joined == settings_of("recommended") == RECIPES["recommended"]
+    assert list(joined) == list(RECIPES["recommended"])
+    for name in METHODS:
+        MDMConfig(**settings_of(name))
+    with pytest.raises(KeyError):
+        settings_of("lattice+exact count")
 
 
 def test_flags_given_by_hand_win(monkeypatch, tmp_path):

@@ -2,41 +2,24 @@
 
 import argparse
 
-from benchmarks import (
-    baseline,
-    costs,
-    fp8,
-    gpu,
-    head,
-    overhead,
-    preprocessing,
-    race,
-    variance,
-)
+from benchmarks import gpu, preprocessing, race, throughput, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file: the modules leave imports such as torch to their functions.
 BENCHMARKS = {
-    "baseline": baseline,
-    "costs": costs,
     "data": preprocessing,
-    "fp8": fp8,
     "gpu": gpu,
-    "head": head,
-    "overhead": overhead,
     "race": race,
+    "throughput": throughput,
     "variance": variance,
 }
 
 EXAMPLES = """\
 example:
   python tools/benchmark.py data --mb 16 --json data.json
-  python tools/benchmark.py fp8 --json fp8.json
+  python tools/benchmark.py throughput --json throughput.json
+  python tools/benchmark.py throughput --sides hugging_face full_head masked_head
   python tools/benchmark.py gpu --json gpu.json
-  python tools/benchmark.py head --json head.json
-  python tools/benchmark.py baseline --json baseline.json
-  python tools/benchmark.py costs --json costs.json
-  python tools/benchmark.py overhead --json overhead.json
   python tools/benchmark.py variance --quick
   python tools/benchmark.py race --length 256 --batch 16 --jobs 2
 """

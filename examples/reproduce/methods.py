@@ -1,13 +1,12 @@
 """What is compared, at which size, and the runs that this takes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from megatron_mdm.recipes import RECIPES
+from megatron_mdm.recipes import settings_of
 
 PAPER_SEEDS = (42, 731, 20231)
-STANDARD = {**RECIPES["standard"], "mdm_ema_decay": 1}
 # Words that ISAD masks more often: what separates steps and answers.
 DELIMITERS = ["=", ";", "#"]
 # Words that SyRM masks in prompts: what all prompts share. All others but names and things decide
@@ -20,46 +19,52 @@ class Method:
     """A way to fine-tune.
 
     Attributes:
-        settings: of the objective, apart from `standard`'s.
+        name: of the objective's methods, as `settings_of` reads it.
+        token_ids: words of what it masks more often, or as well: fields of MDMConfig.
         rows: of a step, in multiples of the others'.
         steps: of the run, in multiples of the others'.
         causal: the autoregressive network.
     """
 
-    settings: dict[str, Any]
+    name: str = "standard"
+    token_ids: dict[str, list[str]] = field(default_factory=dict)
     rows: int = 1
     steps: float = 1.0
     causal: bool = False
 
     @property
-    def flags(self) -> dict[str, Any]:
-        """All settings of the objective."""
-        return {"mdm_shift": True} if self.causal else {**STANDARD, **self.settings}
+    def settings(self) -> dict[str, Any]:
+        """All settings of the objective: fields of MDMConfig."""
+        if self.causal:
+            return {"shift": True}
+        # Only the method of that name has a control variate.
+        return {"ema_decay": 1, **settings_of(self.name), **self.token_ids}
 
     @property
     def views(self) -> int:
         """Rows made of one text."""
-        return int(self.flags.get("mdm_views", 1))
+        return int(self.settings.get("views", 1))
 
 
+# By the names of the tables and of the results that are kept.
 METHODS = {
-    "standard": Method({}),
-    "clipped": Method(RECIPES["clipped"]),
-    "P-POTS": Method({**RECIPES["paper"], "mdm_views": 1}),
-    "MIRROR": Method({"mdm_views": 2}),
-    "P-POTS + MIRROR": Method(RECIPES["paper"]),
-    "ISAD": Method({"mdm_isad_token_ids": DELIMITERS}),
-    "SyRM": Method({"mdm_syrm_token_ids": STRUCTURE}),
-    "StraTS": Method({"mdm_quantiles": "strata"}),
-    "EMA": Method({"mdm_ema_decay": 0.9}),
-    "recommended": Method(RECIPES["recommended"]),
-    "autoregressive": Method({}, causal=True),
+    "standard": Method(),
+    "clipped": Method("clipped"),
+    "P-POTS": Method("ppots-loss"),
+    "MIRROR": Method("mirror"),
+    "P-POTS + MIRROR": Method("paper"),
+    "ISAD": Method("isad", {"isad_token_ids": DELIMITERS}),
+    "SyRM": Method("syrm", {"syrm_token_ids": STRUCTURE}),
+    "StraTS": Method("strata"),
+    "EMA": Method("ema"),
+    "recommended": Method("recommended"),
+    "autoregressive": Method(causal=True),
 }
 # What the others are measured against: more of `standard`, and less of the autoregressive network.
 CONTROLS = {
-    "standard, rows x 2": Method({}, rows=2),
-    "standard, steps x 4": Method({}, steps=4.0),
-    "autoregressive, steps / 4": Method({}, steps=0.25, causal=True),
+    "standard, rows x 2": Method(rows=2),
+    "standard, steps x 4": Method(steps=4.0),
+    "autoregressive, steps / 4": Method(steps=0.25, causal=True),
 }
 DOUBLED, LONGER, SHORTER = CONTROLS
 ALL = METHODS | CONTROLS

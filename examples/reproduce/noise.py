@@ -89,7 +89,7 @@ def training_batches(
 
     Args:
         loaded: the checkpoint's model.
-        settings: of the objective.
+        settings: of the objective, fields of MDMConfig.
         size: rows of a batch.
         count: batches.
 
@@ -98,7 +98,7 @@ def training_batches(
     """
     import torch
 
-    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.config import MDMConfig, destination
     from megatron_mdm.mcore.data.batch import Batch
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args
@@ -110,7 +110,7 @@ def training_batches(
     args.seed += 1  # not the masks that the checkpoint was trained on
     args.eval_interval = 1  # a run has one; nothing is validated here
     for name, value in settings.items():
-        setattr(args, name, value)
+        setattr(args, destination(name), value)
     args = finalize_args(args)
     mdm = MDMConfig.from_args(args)
     online = mdm.rate_sampler == "ppots"

@@ -15,9 +15,16 @@ from typing import Any
 from methods import ALL, Scale, Task, tasks
 from problems import Problem, problems
 
-from megatron_mdm.config import flag
+from megatron_mdm.config import flag_of
 from megatron_mdm.errors import UserError
-from megatron_mdm.experiments.runs import PROGRAM, as_flags, digest, kept, run_path, run_python
+from megatron_mdm.experiments.runs import (
+    PROGRAM,
+    as_flags,
+    digest,
+    run_cached,
+    run_path,
+    run_python,
+)
 from megatron_mdm.files import write_text
 
 HERE = pathlib.Path(__file__).parent
@@ -82,7 +89,7 @@ class Study:
         flags = [
             *self._flags(scale.pretraining, 2 * scale.batch, 3e-3, seed),
             *f"--data-path {self.data}/text --split 98,2,0".split(),
-            *self.method_flags(method.flags),
+            *self.method_flags(method.settings),
         ]
         path = run_path(self.directory, flags)
         checkpoint = path.with_suffix(".checkpoint")
@@ -94,7 +101,7 @@ class Study:
         with self._locks[seed, causal]:
             if not (checkpoint / "latest_checkpointed_iteration.txt").exists():
                 path.with_suffix(".json").unlink(missing_ok=True)  # good for its checkpoint alone
-            kept(self.directory, flags, work)
+            run_cached(self.directory, flags, work)
         return checkpoint
 
     def fine_tuning(self, task: Task, base: pathlib.Path) -> list[str]:
@@ -105,7 +112,7 @@ class Study:
             *f"--data-path {self.data}/pairs --split 90,10,0".split(),
             *"--mdm-sft --mdm-pad-eligible --mdm-normalization rows".split(),
             *f"--load {base} --finetune --exit-on-missing-checkpoint".split(),
-            *self.method_flags(ALL[task.method].flags),
+            *self.method_flags(ALL[task.method].settings),
         ]
 
     def fine_tune(self, task: Task) -> dict[str, Any]:
@@ -139,7 +146,7 @@ class Study:
 
         start = time.monotonic()
         identity = [*flags, *(word for command in commands.values() for word in command[1:])]
-        result = kept(
+        result = run_cached(
             self.directory,
             identity,
             lambda path: work(path) | {"seconds": time.monotonic() - start},
@@ -154,7 +161,7 @@ class Study:
             if method.causal or task.seed != self.scale.seeds[0] or method.steps != 1.0:
                 continue
             batch = task.batch(self.scale)
-            settings = self._with_ids(method.flags)
+            settings = self._with_ids(method.settings)
             methods[task.entry] = {"batch": batch, **settings}
         command = [str(HERE / "noise.py"), "--batches", str(self.scale.gradients)]
         return [*command, "--methods", json.dumps(methods)]
@@ -205,7 +212,7 @@ class Study:
         """Settings of the objective as flags, with ids for words."""
         found = []
         for name, value in self._with_ids(settings).items():
-            found += [flag(name)] if value is True else as_flags({name: value})
+            found += [flag_of(name)] if value is True else as_flags({name: value})
         return found
 
     def _with_ids(self, settings: dict[str, Any]) -> dict[str, Any]:

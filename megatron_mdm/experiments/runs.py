@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_mdm.config import flag
+from megatron_mdm.config import flag_of
 from megatron_mdm.data.identity import quick_digest
 from megatron_mdm.data.record import file_digest, made_from
 from megatron_mdm.environment import ALONE
@@ -39,15 +39,15 @@ ENVIRONMENT = {
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings of the objective as flags: {"mdm_views": 2} -> ["--mdm-views", "2"]."""
+    """Fields of MDMConfig as flags: {"views": 2} -> ["--mdm-views", "2"]."""
     flags = []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        flags += [flag(key), *map(str, values)]
+        flags += [flag_of(key), *map(str, values)]
     return flags
 
 
-def kept(
+def run_cached(
     directory: pathlib.Path, flags: Sequence[str], work: Callable[[pathlib.Path], dict[str, Any]]
 ) -> dict[str, Any]:
     """The result of a run, from an earlier time if it was finished.
@@ -80,7 +80,7 @@ def kept(
 
 
 def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
-    """What the files of a run are called, without an ending; see `kept`."""
+    """What the files of a run are called, without an ending; see `run_cached`."""
     words = [
         _with_contents(word, before in READ_FROM and directory not in pathlib.Path(word).parents)
         for before, word in zip(["", *flags], flags, strict=False)
@@ -160,7 +160,7 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
     os.environ.update(ENVIRONMENT)  # before the server starts, which hands it on
     context = multiprocessing.get_context("forkserver")
     if not os.path.exists("/dev/nvidiactl"):
-        context.set_forkserver_preload([f"{__package__}.warm"])
+        context.set_forkserver_preload([f"{__package__}.preload"])
     with write_errors(str(log)):
         log.touch()
     process = context.Process(target=_execute, args=(list(command), str(log)))

@@ -18,6 +18,8 @@ import torch
 
 from megatron_mdm.objective.segments import to_positions, totals
 
+Normalization = Literal["tokens", "rows"]
+
 
 @dataclass(frozen=True)
 class RowLosses:
@@ -40,7 +42,7 @@ def row_losses(
     mask: torch.Tensor,
     weight: torch.Tensor,
     num_eligible: torch.Tensor,
-    normalization: Literal["tokens", "rows"],
+    normalization: Normalization,
     segments: torch.Tensor | None = None,
 ) -> RowLosses:
     """Weights and sums cross entropies: the objective (LLaDA, arXiv 2502.09992).

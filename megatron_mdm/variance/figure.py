@@ -7,7 +7,7 @@ from megatron_mdm.files import complete_or_absent, write_errors
 NAMES = ("loss", "gradient")
 NOTES = (
     "* another objective, whose loss and gradient are not those of standard",
-    "p-pots: the loss, or the norm of the gradient at the final hidden states as in training",
+    "ppots-gradient: the norm of the gradient at the final hidden states, as in training",
     "ema: the controlled loss of the logs; training is that of standard",
 )
 

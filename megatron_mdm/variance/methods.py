@@ -24,7 +24,7 @@ draws and the second by quadrature, and H alike.
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -38,6 +38,7 @@ from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
 from megatron_mdm.objective.samplers import Clipped, RateSampler
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
+from megatron_mdm.recipes import COMBINATIONS, settings_of
 from megatron_mdm.variance.decomposition import NestedDraws, mean_over_row_pairs
 
 QuantileKind = Literal["iid", "strata", "lattice"]
@@ -46,8 +47,9 @@ BINS = 20  # B
 NODES = 100  # of the quadrature, in each bin
 WINDOWS = 1000  # batches that Cov(N) is measured on
 CURVE_DEGREE = 3
-CLIP = (0.3, 0.8)
-ISAD_DELTA = 0.1
+_LOW, _HIGH = settings_of("clipped")["clip"]
+CLIP: tuple[float, float] = (_LOW, _HIGH)
+ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
 @dataclass(frozen=True)
@@ -82,60 +84,56 @@ class Method:
         """Whether the objective is that of `standard`."""
         return not self.clipped and self.mask != "isad"
 
-    @property
-    def name(self) -> str:
-        """Its parts."""
-        parts = []
-        if self.target:
-            parts.append(f"p-pots {self.target}")
-        if self.quantiles != "iid":
-            parts.append(self.quantiles)
-        if self.mask != "bernoulli":
-            parts.append({"exact-count": "exact count", "isad": "isad"}[self.mask])
-        if self.views > 1:
-            parts.append("mirror" if self.views == 2 else f"{self.views} views")
-        if self.clipped:
-            parts.append("clipped")
-        if self.controlled:
-            parts.append("ema")
-        return (" + ".join(parts) or "standard") + (" (texts)" if self.rows > 1 else "")
+    @classmethod
+    def of(cls, name: str) -> "Method":
+        """The method of a name; see `recipes.settings_of`."""
+        settings = settings_of(name)
+        return cls(
+            settings["quantiles"],
+            "isad" if "isad_delta" in settings else settings["mask"],
+            settings["views"],
+            settings.get("ppots_target"),
+            clipped=settings["rate_sampler"] == "clipped",
+            controlled="ema_decay" in settings,
+        )
 
 
-def _all_methods() -> Iterator[Method]:
+def _all_methods() -> Iterator[tuple[str, Method]]:
     product = itertools.product(
-        (None, "loss", "gradient"), ("iid", "strata", "lattice"), ("bernoulli", "exact-count")
+        ("", "ppots-loss", "ppots-gradient"),
+        ("", "strata", "lattice"),
+        ("", "exact-count"),
+        ("", "mirror"),
     )
-    for target, quantiles, mask in product:
-        for views, rows in ((1, 1), (2, 1), (2, 2)):
-            yield Method(quantiles, mask, views, target, rows)  # type: ignore[arg-type]
-    yield Method(views=4)
-    yield Method(views=4, rows=4)
-    yield Method(mask="isad")
-    yield Method(clipped=True)
-    yield Method(controlled=True)
+    combinations = ["+".join(filter(None, parts)) or "standard" for parts in product]
+    for name in [*combinations, "4-views", "isad", "clipped", "ema"]:
+        method = Method.of(name)
+        yield name, method
+        if method.views > 1:
+            yield f"{name} (texts)", replace(method, rows=method.views)
 
 
-METHODS = {method.name: method for method in _all_methods()}
+METHODS = dict(_all_methods())
 # What the reports show unless told otherwise, in this order.
 IMPORTANT = (
     "standard",
     "strata",
     "lattice",
-    "exact count",
+    "exact-count",
     "mirror",
     "mirror (texts)",
-    "4 views",
-    "4 views (texts)",
-    "p-pots loss",
-    "p-pots gradient",
-    "p-pots loss + mirror",
-    "p-pots loss + mirror (texts)",
-    "lattice + mirror",
-    "lattice + mirror (texts)",
-    "exact count + mirror",
-    "exact count + mirror (texts)",
-    "lattice + exact count",
-    "p-pots gradient + lattice + exact count",
+    "4-views",
+    "4-views (texts)",
+    "ppots-loss",
+    "ppots-gradient",
+    "ppots-loss+mirror",
+    "ppots-loss+mirror (texts)",
+    "lattice+mirror",
+    "lattice+mirror (texts)",
+    "exact-count+mirror",
+    "exact-count+mirror (texts)",
+    "lattice+exact-count",
+    COMBINATIONS["recommended"],
     "ema",
     "isad",
     "clipped",

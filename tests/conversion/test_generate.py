@@ -25,6 +25,7 @@ from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data
 from tests import ranks
 from tests.conversion import models
+from tests.ranks import entries
 
 # A tokenizer that puts <s> before every text, has holes in its ids and no end of document.
 BOS, MASK = 80, 90
@@ -48,7 +49,7 @@ def moved(tmp_path_factory):
 
 def generate(directory, load, *flags, check=True):
     command = ["tools/generate.py", "--device", "cpu", "--load", str(load), *flags]
-    run = ranks.launch(directory, 1, "--", *command, entry="tool", check=check)
+    run = ranks.launch(directory, 1, "--", *command, entry=entries.tool, check=check)
     return (directory / "stdout0").read_text() if check else run.output[0]
 
 

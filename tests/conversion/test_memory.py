@@ -1,12 +1,43 @@
 """One tensor at a time: the peak of memory does not grow with the number of layers."""
 
 import json
+import os
+import resource
+import sys
+from pathlib import Path
 
 from tests import ranks
 from tests.conversion import models
 
 WIDE = {"d_model": 256, "mlp_hidden_size": 1024}
 LAYERS = 33
+
+
+def conversion_memory() -> None:
+    """Peaks of this process in bytes, in peaks.json, as it converts the models `one` and `many`.
+
+    After each of them, there, back and verified, and at last with all tensors of `many` in memory.
+    """
+    from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
+    from megatron_mdm.environment import prepare_environment
+
+    directory, peaks = Path(os.environ["TRACE_DIR"]), []
+    sys.argv = sys.argv[:1]
+    prepare_environment("cpu")
+
+    def note():
+        peaks.append(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    for name in ("one", "many"):
+        source, there, back = (str(directory / f"{name}{end}") for end in ("", "-mg", "-hf"))
+        to_megatron.to_megatron(source, there, verify=True)
+        to_hugging_face.to_hugging_face(there, back, verify=True)
+        note()
+    model = hub.HubModel(directory / "many")
+    tensors = [model.read(name) for name in model.entries]
+    note()
+    assert tensors
+    (directory / "peaks.json").write_text(json.dumps(peaks))
 
 
 def test_the_peak_does_not_grow_with_the_layers(tmp_path):
@@ -16,7 +47,7 @@ def test_the_peak_does_not_grow_with_the_layers(tmp_path):
         sizes.append((source / "model.safetensors").stat().st_size)
     added = sizes[1] - sizes[0]
     assert added > 120e6
-    ranks.launch(tmp_path, 1, "--", entry="conversion_memory")
+    ranks.launch(tmp_path, 1, "--", entry=conversion_memory)
     one, many, whole = json.loads((tmp_path / "peaks.json").read_text())
     assert many - one < added / 4  # what the allocator keeps is less than a tenth
     assert whole - many > added / 2  # it would be seen

@@ -7,9 +7,11 @@ import shlex
 import shutil
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from megatron_mdm.conversion.hub import copy_side_files
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
@@ -24,6 +26,7 @@ from megatron_mdm.mcore.checkpoint.kept_tokenizer import tokenizer_files
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import check_tokenizer_path, tokenizer_of
 from tests import ranks
 from tests.conversion import models
+from tests.ranks import entries
 
 WORDS = {f"w{i}": i for i in range(80)} | {"<unk>": 80, "end": 81, "<|mdm_mask|>": 90}
 SPECIAL = {"eos_token": "end", "mask_token": "<|mdm_mask|>"}
@@ -57,7 +60,7 @@ def moved(tmp_path_factory):
     flags = words[words.index("megatron_mdm.pretrain") + 1 :]
     flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
     flags += ["--data-cache-path", str(old / "cache")]
-    run = ranks.launch(old / "log", 1, "--", *flags, entry="only_these_flags")
+    run = ranks.launch(old / "log", 1, "--", *flags, entry=entries.only_these_flags)
     new = tmp_path_factory.mktemp("new")
     for name in ("run", "text.jsonl", "text.bin", "text.idx", "text.json"):
         shutil.move(old / name, new / name)
@@ -80,7 +83,7 @@ def write_hub(directory, tokenizer):
 def tool(moved, directory, name, *flags):
     """What a tool prints that starts in a directory of its own."""
     words = [f"tools/{name}.py", "--device", "cpu", "--load", str(moved.run), *flags]
-    ranks.launch(directory / name, 1, "--", *words, entry="tool_in_its_directory")
+    ranks.launch(directory / name, 1, "--", *words, entry=entries.tool_in_its_directory)
     return (directory / name / "stdout0").read_text()
 
 
@@ -115,6 +118,16 @@ def test_it_converts_back(moved, tmp_path, monkeypatch):
         assert written == (moved.run / "huggingface" / name).read_bytes()
 
 
+def only_these_flags_with_a_hub() -> None:
+    """`entries.only_these_flags`; the directory below which the logs go holds what the hub has.
+
+    The fork server has imported the hub's library, which reads its variables only then.
+    """
+    constants.HF_HUB_CACHE = str(Path(os.environ["TRACE_DIR"]).parent / "hub")
+    constants.HF_HUB_OFFLINE = True
+    entries.only_these_flags()
+
+
 def test_it_resumes(moved, tmp_path):
     """With its path, and with --use-checkpoint-args, which the checkpoint's own goes with."""
     run = shutil.copytree(moved.run, tmp_path / "run")
@@ -128,7 +141,7 @@ def test_it_resumes(moved, tmp_path):
     def resume(tokenizer, *more, **settings):
         command = [*flags[:place], tokenizer, *flags[place + 1 :], *more]
         return ranks.launch(
-            tmp_path / "log", 1, "--", *command, entry="only_these_flags_with_a_hub", **settings
+            tmp_path / "log", 1, "--", *command, entry=only_these_flags_with_a_hub, **settings
         )
 
     output = resume(gone, "--exit-interval", "3", check=False).output[0]

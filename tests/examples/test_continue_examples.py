@@ -16,6 +16,7 @@ from megatron_mdm.conversion.to_megatron import launch_line, tokenizer_flags
 from megatron_mdm.conversion.vocabulary import vocabulary
 from megatron_mdm.sizing.flops import ModelShape
 from tests import ROOT, ranks
+from tests.examples.recipe import recipe
 
 TP = 4
 # As in the released config.json.
@@ -170,7 +171,7 @@ def test_real_flags_are_accepted_at_full_size(case, example):
 
     shutil.rmtree(value(training, "--save"))  # as it was before the training
     argv = training[training.index("megatron_mdm.pretrain") + 1 :]
-    ranks.launch(example.here, 1, "--", *argv, "--mdm-device", "cpu", entry="recipe")
+    ranks.launch(example.here, 1, "--", *argv, "--mdm-device", "cpu", entry=recipe)
     shape = json.loads((example.here / "recipe.json").read_text())["shape"]
     assert shape["vocab_size"] == rows
     assert ModelShape(**shape).num_parameters == pytest.approx(parameters, rel=0.01)

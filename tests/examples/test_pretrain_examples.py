@@ -10,6 +10,8 @@ import pytest
 
 from megatron_mdm.sizing.flops import ModelShape
 from tests import ROOT, ranks
+from tests.examples.recipe import recipe
+from tests.ranks import entries
 
 FILES = ROOT / "examples/pretrain"
 LAUNCHER = "python -m megatron_mdm.launch"
@@ -58,7 +60,7 @@ def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
         *f"--mdm-device cpu --tokenizer-type NullTokenizer --vocab-size {vocabulary}".split(),
         *"--null-tokenizer-eod-id 0 --mdm-mask-token-id 5".split(),
     ]
-    ranks.launch(tmp_path, 1, "--", *argv, entry="recipe")
+    ranks.launch(tmp_path, 1, "--", *argv, entry=recipe)
     found = json.loads((tmp_path / "recipe.json").read_text())
     assert found["shape"]["vocab_size"] == vocabulary
     assert found["rotary_base"] == rotary_base
@@ -89,7 +91,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
         changes += ["--lr-wsd-decay-iters", "2"]
     changes += ["--save", str(tmp_path / "checkpoint"), "--load", str(tmp_path / "checkpoint")]
     changes += ["--data-cache-path", str(tmp_path / "cache")]
-    ranks.launch(tmp_path, 2, "--", *words, *changes, entry="only_these_flags")
+    ranks.launch(tmp_path, 2, "--", *words, *changes, entry=entries.only_these_flags)
     output = (tmp_path / "rank1.log").read_text()
     assert output.count(" mdm iteration ") == 4 and "--mdm-recipe recommended" in "".join(
         (tmp_path / f"rank{i}.log").read_text() for i in range(2)

@@ -15,8 +15,9 @@ import pytest
 import sentencepiece
 import torch
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
-from megatron_mdm.experiments.runs import as_flags, kept, run_parallel, run_python
+from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
 from tests import ROOT, ranks
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -163,14 +164,14 @@ def test_a_run_is_kept_and_a_failed_one_leaves_nothing(tmp_path):
             raise UserError("failed")
         return {"value": len(calls)}
 
-    flags = as_flags({"mdm_views": 2, "mdm_clip": [0.3, 0.8]})
+    flags = as_flags({"views": 2, "clip": [0.3, 0.8]})
     assert flags == ["--mdm-views", "2", "--mdm-clip", "0.3", "0.8"]
     with pytest.raises(UserError):
-        kept(tmp_path, flags, work)
+        run_cached(tmp_path, flags, work)
     assert not list(tmp_path.iterdir())
-    assert kept(tmp_path, flags, work) == kept(tmp_path, flags, work)
+    assert run_cached(tmp_path, flags, work) == run_cached(tmp_path, flags, work)
     assert len(calls) == 2
-    assert kept(tmp_path, flags[:2], work)["value"] == 3
+    assert run_cached(tmp_path, flags[:2], work)["value"] == 3
 
 
 def test_a_failure_ends_the_others_and_what_waits(tmp_path):
@@ -256,12 +257,30 @@ def test_another_scale_has_other_data_and_so_other_runs(finished):
     assert len((other.data / "test.jsonl").read_text().splitlines()) == 5
 
 
+def noise_batches() -> None:
+    """Batches on which the reproduction measures gradients, numbered as the run's own."""
+    from noise import training_batches
+
+    load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        loaded.args.seed -= 1
+        methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
+        methods[1]["mdm_ppots_refit_interval"] = 50
+        drawn = [
+            [batch.corruption for batch in training_batches(loaded, method, int(size), 4)]
+            for method in methods
+        ]
+    same = [(list(c.t), c.tokens.tolist()) for c in drawn[0]]
+    weights = torch.cat([c.rate_weight for c in drawn[1]])
+    torch.save((same, weights), f"{os.environ['TRACE_DIR']}/noise.pt")
+
+
 def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
     """A run with everything, and what is measured at its checkpoint under the same numbers."""
     ranks.write_pairs(tmp_path / "pairs", ranks.random_pairs(120))
-    settings = {"mdm_quantiles": "strata", "mdm_mask": "bernoulli", "mdm_views": 2}
-    settings |= {"mdm_isad_token_ids": [60, 61, 62], "mdm_isad_delta": 0.4}
-    settings |= {"mdm_syrm_token_ids": [5, 6, 7], "mdm_syrm_fraction": 0.25}
+    settings = {"quantiles": "strata", "mask": "bernoulli", "views": 2}
+    settings |= {"isad_token_ids": [60, 61, 62], "isad_delta": 0.4}
+    settings |= {"syrm_token_ids": [5, 6, 7], "syrm_fraction": 0.25}
     run = ranks.launch(
         tmp_path / "run",
         1,
@@ -271,7 +290,7 @@ def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
         *as_flags(settings),
     )
     words = [str(tmp_path / "checkpoint"), json.dumps(settings), "8"]
-    ranks.launch(tmp_path / "noise", 1, "--", *words, entry="noise_batches")
+    ranks.launch(tmp_path / "noise", 1, "--", *words, entry=noise_batches)
     batches, weights = torch.load(tmp_path / "noise/noise.pt")
     trained = [drawn for (split, _), drawn in sorted(run.masks().items()) if split == 0]
     assert [row for batch in batches for row in zip(*batch, strict=True)] == trained
@@ -336,7 +355,7 @@ def test_bad_input_is_one_line(tmp_path, flags, message):
     damaged = [{k: v for k, v in r.items() if k != "answers"} for r in RESULTS["runs"]]
     (tmp_path / "RUN").write_text(json.dumps(RESULTS | {"runs": damaged}))
     flags = [str(tmp_path / word) if word[:4].isupper() else word for word in flags]
-    ended = study(*flags)
+    ended = ranks.run_forked("examples/reproduce/reproduce.py", *flags)
     assert ended.returncode == 2
     assert message in ended.stderr and len(ended.stderr.splitlines()) == 1
 
@@ -349,11 +368,7 @@ def test_problems_that_cannot_be_read_are_one_line(tmp_path, content, message):
     path = tmp_path / "problems.jsonl"
     if content:
         path.write_text(content)
-    command = [sys.executable, "examples/reproduce/score.py", "--load", "x", "--json", "y"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [*command, "--problems", str(path)],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "env": environment},
-    )
+    words = ["--load", "x", "--json", "y", "--problems", str(path)]
+    ended = ranks.run_forked("examples/reproduce/score.py", *words)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert f"--problems {path}: {message}" in ended.stderr

@@ -9,7 +9,7 @@ import pytest
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments import runs
 from megatron_mdm.experiments.program import program, program_in
-from megatron_mdm.experiments.runs import kept, run_path
+from megatron_mdm.experiments.runs import run_cached, run_path
 from tests import ROOT, ranks
 
 
@@ -92,8 +92,8 @@ def test_a_result_is_of_one_program_and_of_one_content(tmp_path, monkeypatch):
     def work(path):
         return {"value": len(list(results.iterdir()))}
 
-    first = kept(results, flags, work)
-    assert first["program"] == program() and kept(results, flags, work) == first
+    first = run_cached(results, flags, work)
+    assert first["program"] == program() and run_cached(results, flags, work) == first
     names = [run_path(results, flags)]
     ranks.write_documents(tmp_path / "text", ranks.random_documents(4))
     names.append(run_path(results, flags))
@@ -109,14 +109,14 @@ def test_a_result_is_of_one_program_and_of_one_content(tmp_path, monkeypatch):
     names.append(run_path(results, flags))
     names += [run_path(results, flags[:-1]), run_path(results, [" ".join(flags)])]
     assert len(set(names)) == len(names)
-    assert kept(results, flags, work)["value"] == 1
+    assert run_cached(results, flags, work)["value"] == 1
 
 
 def test_a_result_of_a_program_that_has_changed_is_not_kept(tmp_path, monkeypatch):
     """Each run reads the code from the disk when it starts."""
     monkeypatch.setattr(runs, "program_now", lambda: "another")
     with pytest.raises(UserError, match="the program has changed since these runs began"):
-        kept(tmp_path, ["--flag"], lambda path: {"value": 1})
+        run_cached(tmp_path, ["--flag"], lambda path: {"value": 1})
     assert not list(tmp_path.iterdir())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import HAS_TRANSFORMER_ENGINE, ranks
+from tests.ranks import launcher
 
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
@@ -57,16 +58,8 @@ def pytest_collection_modifyitems(items):
 def patience():
     """Several runs of 200 iterations may share the GPU and the cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "TIMEOUT", 400)
+        patch.setattr(launcher, "TIMEOUT", 400)
         yield
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Prefix of an indexed dataset of about 20,000 tokens."""
-    prefix = tmp_path_factory.mktemp("data") / "text"
-    ranks.write_documents(prefix, ranks.random_documents(600))
-    return prefix
 
 
 @pytest.fixture(scope="session")

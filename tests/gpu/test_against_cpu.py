@@ -68,7 +68,7 @@ def test_a_gpu_checkpoint_loads_on_the_cpu(precision, train, data, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=5e-3)
     # Five tokens are no number of rows for FP8 products, so that they had better not be asked for.
     few = ["--prompt", "5 6", "--length", "5"]
-    ranks.tool("generate", "--device", DEVICE, "--load", directory, *few)
+    ranks.run_tool("generate", "--device", DEVICE, "--load", directory, *few)
 
 
 def test_the_tools_give_the_cpus_nelbo(checkpoint, data, tmp_path):
@@ -80,5 +80,5 @@ def nelbo(checkpoint, data, device, directory):
     """What tools/evaluate.py says of some rows."""
     path = directory / f"{device}.json"
     flags = ["--data", str(data), "--rows", "8", "--draws", "2", "--json", str(path)]
-    ranks.tool("evaluate", "--device", device, "--load", checkpoint, *flags)
+    ranks.run_tool("evaluate", "--device", device, "--load", checkpoint, *flags)
     return json.loads(path.read_text())["nelbo"]["value"]

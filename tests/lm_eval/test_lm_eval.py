@@ -25,6 +25,7 @@ from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.objective.reference import objective_coefficients, patterns
 from tests import ROOT, ranks
 from tests.conversion import models
+from tests.ranks import entries
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
 
@@ -216,7 +217,7 @@ def test_ranks_that_share_the_model_answer_alike(model, tasks, tmp_path):
     output = tmp_path / "out.jsonl"
     command = ["tools/evaluate.py", *flags(model, tasks), "--log-samples", str(output)]
     command += ["--tasks", "words_choices,words_texts", "--num-fewshot", "1", "--limit", "3"]
-    ranks.launch(tmp_path, 2, "--", *command, entry="tool")
+    ranks.launch(tmp_path, 2, "--", *command, entry=entries.tool)
     assert "|words_texts" in (tmp_path / "stdout0").read_text()
     assert (tmp_path / "stdout1").read_text() == ""
     found = samples(output)
@@ -319,12 +320,8 @@ def test_a_directory_of_tasks_that_is_missing(tmp_path):
 )
 def test_flags_that_cannot_be_are_one_line(words, message):
     """Where lm_eval is not installed."""
-    program = (
-        "import runpy, sys; sys.modules['lm_eval'] = None; "
-        "runpy.run_path('tools/evaluate.py', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", program, "--load", "x", "--device", "cpu", *words.split()]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    flags = ["--load", "x", "--device", "cpu", *words.split()]
+    run = ranks.run_forked("tools/evaluate.py", *flags, without=["lm_eval"])
     assert (run.returncode, run.stderr.splitlines()) == (2, [f"error: {message}"])
 
 

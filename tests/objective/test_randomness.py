@@ -5,16 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_mdm.objective.quantiles import PHI64, Quantiles
+from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_length, row_uniforms, to_unit
-
-# All tests of this module that can fail by chance share this error probability.
-ALPHA = 0.01
-NUM_TESTS = 12
-
-
-def unit(grid):
-    return to_unit(torch.as_tensor(np.asarray(grid))).numpy()
+from tests.objective.draws import ALPHA, NUM_TESTS, unit
 
 
 def test_golden_values():
@@ -72,53 +65,6 @@ def test_rows_positions_splits_and_seeds_are_independent():
         # Chi-squared over a 10 x 10 table: sees any dependence, not only correlation.
         table = np.histogram2d(a.ravel(), b.ravel(), bins=10, range=[[0, 1], [0, 1]])[0]
         assert stats.chi2_contingency(table).pvalue > ALPHA / NUM_TESTS, name
-
-
-@pytest.mark.parametrize("kind", ["iid", "strata", "lattice"])
-def test_a_rows_quantile_is_uniform_over_seeds(kind):
-    q = unit([Quantiles(kind, seed, Split.TRAIN, 10, 4)(13) for seed in range(4000)])
-    assert stats.kstest(q, "uniform").pvalue > ALPHA / NUM_TESTS
-
-
-def test_iid_quantiles_are_uniform_and_independent():
-    quantiles = Quantiles("iid", 3, Split.TRAIN)
-    q = unit([quantiles(i) for i in range(20_000)])
-    assert stats.kstest(q, "uniform").pvalue > ALPHA / NUM_TESTS
-    table = np.histogram2d(q[:-1], q[1:], bins=10, range=[[0, 1], [0, 1]])[0]
-    assert stats.chi2_contingency(table).pvalue > ALPHA / NUM_TESTS
-
-
-@pytest.mark.parametrize("start", [0, 17, 10**9, 2**40])
-@pytest.mark.parametrize("size", [8, 100, 256])
-def test_every_window_of_the_lattice_is_nearly_stratified(start, size):
-    """Any rows [start, start + size): at most 3 distinct gaps, the largest below 3/size."""
-    quantiles = Quantiles("lattice", 11, Split.TRAIN)
-    q = np.sort(unit([quantiles(start + i) for i in range(size)]))
-    gaps = np.diff(np.concatenate([q, [q[0] + 1.0]]))
-    assert gaps.max() < 3.0 / size
-    assert len(np.unique(np.round(gaps, 9))) <= 3  # the three-gap theorem
-
-
-def test_lattice_arithmetic_is_exact_for_huge_rows():
-    quantiles = Quantiles("lattice", 1, Split.TRAIN)
-    row = 2**50 + 12345
-    step = ((quantiles(row + 1) - quantiles(row)) << (64 - GRID_BITS)) % 2**64
-    assert abs(step - PHI64) <= 2 ** (64 - GRID_BITS)
-
-
-@pytest.mark.parametrize(("window", "strata"), [(16, 4), (16, 16), (10, 3), (7, 7), (5, 1)])
-def test_strata_hold_equal_numbers(window, strata):
-    quantiles = Quantiles("strata", 2, Split.TRAIN, window, strata)
-    for w in range(50):
-        q = unit([quantiles(w * window + i) for i in range(window)])
-        counts = np.bincount((q * strata).astype(int), minlength=strata)
-        assert counts.max() - counts.min() <= (0 if window % strata == 0 else 1)
-
-
-def test_strata_are_shuffled():
-    quantiles = Quantiles("strata", 2, Split.TRAIN, 16, 16)
-    first = [quantiles(16 * w) * 16 >> GRID_BITS for w in range(800)]
-    assert stats.chisquare(np.bincount(first, minlength=16)).pvalue > ALPHA / NUM_TESTS
 
 
 def test_a_fraction_of_the_rows_ends_early_after_any_length():

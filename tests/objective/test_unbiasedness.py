@@ -1,22 +1,17 @@
 """Every sampler x mask combination against the exact objective, by enumeration and quadrature."""
 
 from functools import partial
-from itertools import permutations, product
-from math import factorial
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.objective import quantiles as quantiles_module
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.masks import syrm
-from megatron_mdm.objective.quantiles import Quantiles
-from megatron_mdm.objective.randomness import GRID_BITS, Split
+from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.reference import (
     expected_coefficients,
-    integrate,
     objective_coefficients,
     patterns,
 )
@@ -26,8 +21,6 @@ from megatron_mdm.objective.views import view_uniforms
 EPS = 0.05
 MASK_ID = 99
 ROWS = [[True, True, True, True], [True, False, True, True], [False, False, True, False]]
-
-
 FITTED = PiecewiseSampler([0.0, 0.1, 0.4, 1.0], np.array([4.0, 1.5, 0.8, 0.4]) / 0.98)
 SAMPLERS = {"uniform": Uniform(), "p-pots": FITTED}
 ISAD = {"isad_token_ids": (0, 2), "isad_delta": 0.3}
@@ -170,42 +163,6 @@ def test_loss_and_gradient_of_a_network_are_the_objectives(sampler, name):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-# That covers every kind of quantile too: the mean is a matter of each row by itself, whose quantile
-# is exactly uniform, whatever those of its neighbours are.
-
-
-@pytest.mark.parametrize("row", [0, 1, 12_345, 10**12])
-def test_the_quantile_of_a_row_is_uniform_over_offsets_of_the_lattice(monkeypatch, row):
-    """Equally spaced offsets, 16 and then of 2^64, give equally spaced quantiles."""
-    lattice = Quantiles("lattice", 1, Split.TRAIN)
-    found = []
-    for i in range(16):
-        monkeypatch.setattr(quantiles_module, "_offset", lambda *_, i=i: i << 60)
-        found.append([lattice(row), *map(int, lattice.of_documents(row, 3))])
-    for quantiles in zip(*found, strict=True):
-        assert set(np.diff(sorted(quantiles))) == {2**GRID_BITS // 16}
-
-
-@pytest.mark.parametrize(("window", "strata"), [(4, 2), (4, 4), (3, 2), (4, 3), (2, 1)])
-def test_the_quantile_of_a_row_is_uniform_over_the_draws_of_strata(monkeypatch, window, strata):
-    """Every order of the rows, angles and places in a stratum on grids: each cell equally often."""
-    quantiles = Quantiles("strata", 1, Split.TRAIN, window, strata)
-    shift, places, angles = 64 - GRID_BITS, 4, window * strata
-    counts = np.zeros((window, strata * places), dtype=int)
-    draws = product(permutations(range(window)), range(angles), range(places))
-    for order, angle, place in draws:
-        inside, turn = (2 * place + 1, 2 * places), (2 * angle + 1, 2 * angles)
-        grid = [
-            numerator * 2**GRID_BITS // parts for numerator, parts in [inside] * window + [turn]
-        ]
-        bits = np.array([*order, *(number << shift for number in grid)], dtype=np.uint64)
-        monkeypatch.setattr(Quantiles, "_bits", lambda *_, bits=bits: bits)
-        drawn = quantiles_module._stratified_window.__wrapped__(quantiles, 0)
-        for row, quantile in enumerate(drawn):
-            counts[row, quantile * strata * places >> GRID_BITS] += 1
-    assert (counts == factorial(window) * window).all()
-
-
 def test_isad_with_inclusion_weights_shifts_the_objective():
     """How often each token is predicted is right, and what it is predicted from is not."""
     eligible = [True, True, True]
@@ -273,25 +230,6 @@ def test_how_far_the_biased_methods_move_the_objective():
     assert syrm_shift(1.0) == pytest.approx(0.6437, abs=1e-4)
 
 
-def test_the_oracle_agrees_with_its_own_definition():
-    """The oracle's closed form against direct enumeration of masks and quadrature over t."""
-    eligible = [True, False, True, True]
-    direct = np.zeros((16, 4))
-    for n, mask in enumerate(patterns(4)):
-        if mask[1]:
-            continue
-        k = sum(mask)
-        for i in range(4):
-            if mask[i]:
-
-                def integrand(t, k=k):
-                    p = (1 - EPS) * t + EPS
-                    return p**k * (1 - p) ** (3 - k) / p / 3
-
-                direct[n, i] = integrate(integrand, 0.0, 1.0)
-    np.testing.assert_allclose(objective_coefficients(eligible, EPS), direct, atol=1e-14)
-
-
 def test_exact_count_is_the_limit_of_bernoulli():
     eligible = [True] * 5
     gap = objective_coefficients(eligible, 1e-9) - objective_coefficients(eligible, 0.0)
@@ -302,37 +240,3 @@ def test_context_free_model_costs_its_entropy():
     """A model with CE_i = h whatever is masked has J = h: sum_i,m c[m, i] = 1."""
     for eps in (0.0, EPS):
         assert objective_coefficients([True, True, False], eps).sum() == pytest.approx(1.0)
-
-
-def test_nothing_eligible_and_nothing_masked_count_with_loss_zero():
-    cross_entropy = torch.ones(2, 3)
-    mask = torch.zeros(2, 3, dtype=torch.bool)
-    losses = row_losses(cross_entropy, mask, torch.ones(2, 1), torch.tensor([0, 3]), "rows")
-    assert losses.per_row.tolist() == [0.0, 0.0]
-    assert losses.denominator == 2
-    losses = row_losses(cross_entropy, mask, torch.ones(2, 1), torch.tensor([0, 3]), "tokens")
-    assert losses.numerator == 0.0
-    assert losses.denominator == 3
-
-
-@pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_normalization_over_uneven_splits(normalization):
-    """Sums over any split of a batch give the whole batch's loss: the denominators differ."""
-    generator = torch.Generator().manual_seed(0)
-    ce = torch.rand(6, 8, generator=generator, dtype=torch.float64)
-    num_eligible = torch.tensor([8, 1, 5, 3, 8, 2])
-    mask = torch.arange(8) < num_eligible[:, None]
-    weight = 1 + torch.rand(6, 1, generator=generator, dtype=torch.float64)
-    if normalization == "tokens":
-        expected = (ce * mask * weight).sum() / num_eligible.sum()
-    else:
-        expected = ((ce * mask * weight).sum(1) / num_eligible).mean()
-    for sizes in ([6], [1, 5], [2, 2, 2], [4, 1, 1]):
-        parts = [
-            row_losses(c, m, w, n, normalization)
-            for c, m, w, n in zip(
-                *(x.split(sizes) for x in (ce, mask, weight, num_eligible)), strict=True
-            )
-        ]
-        total = sum(p.numerator for p in parts) / sum(p.denominator for p in parts)
-        assert float(total) == pytest.approx(float(expected), rel=1e-12)

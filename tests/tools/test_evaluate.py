@@ -10,15 +10,17 @@ import sys
 import pytest
 
 from tests import ROOT, ranks
-from tests.ranks import TORCHRUN
 
 COUNTS = ("num_tokens", "num_documents")
 
 
-def evaluate(base, data, *flags, ranks=1):
-    command = [sys.executable, *(TORCHRUN if ranks > 1 else []), "tools/evaluate.py"]
-    command += ["--device", "cpu", "--load", base[base.index("--load") + 1], "--data", str(data)]
-    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+def evaluate(base, data, *flags, count=1):
+    tool = ["tools/evaluate.py", "--device", "cpu", "--load", base[base.index("--load") + 1]]
+    tool += ["--data", str(data), *flags]
+    if count == 1:
+        return ranks.run_forked(*tool)
+    command = [sys.executable, *ranks.TORCHRUN, *tool]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_files_indexed_data_and_layouts_give_one_number(base, documents, tmp_pat
     ):
         path = tmp_path / f"{name}.json"
         flags = ["--json-key", "words", "--rows", "20", "--draws", "4", "--json", str(path)]
-        run = evaluate(base, data, *flags, ranks=count)
+        run = evaluate(base, data, *flags, count=count)
         assert run.returncode == 0, run.stderr[-2000:]
         start = re.match(r"(\d+) tokens in 20 rows of (\d+) documents, 4 masks", run.stdout)
         results.append(json.loads(path.read_text()))

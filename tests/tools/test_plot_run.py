@@ -1,13 +1,11 @@
 """tools/plot_run.py on a run of its own making."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from tests import ROOT
+from tests import ranks
 
 
 def write_run(directory, validations):
@@ -24,9 +22,8 @@ def write_run(directory, validations):
 
 
 def plot(directory, output):
-    command = [sys.executable, "tools/plot_run.py", "--tensorboard-dir", str(directory)]
-    run = [*command, "--output", str(output)]
-    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    words = ["--tensorboard-dir", str(directory), "--output", str(output)]
+    return ranks.run_forked("tools/plot_run.py", *words)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +31,9 @@ def plot(directory, output):
 )
 def test_first_and_last_validation_are_shown_once(tmp_path, validations, shown):
     write_run(tmp_path / "run", validations)
-    run = plot(tmp_path / "run", tmp_path / "run.png")
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith("validation NELBO")]
+    words = ["--tensorboard-dir", str(tmp_path / "run"), "--output", str(tmp_path / "run.png")]
+    printed = ranks.run_tool("plot_run", *words)
+    lines = [line for line in printed.splitlines() if line.startswith("validation NELBO")]
     assert [line.split()[2] for line in lines] == shown
     assert lines[-1].endswith("(60 steps): 2.000 +- 0.125 nats/token")
     assert 5_000 < (tmp_path / "run.png").stat().st_size < 150_000

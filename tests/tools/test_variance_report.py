@@ -11,19 +11,15 @@ from argparse import Namespace
 import pytest
 
 from tests import ROOT, ranks
+from tests.ranks import entries
 
 TOOL = "tools/variance_report.py"
-WITHOUT_MATPLOTLIB = (
-    "import runpy, sys; sys.modules['matplotlib'] = None; "
-    f"runpy.run_path({TOOL!r}, run_name='__main__')"
-)
 
 
-def report(base, data, output, *flags, start=(TOOL,)):
-    command = [sys.executable, *start, "--device", "cpu", "--data", str(data)]
-    command += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-    command += ["--rows", "40", "--methods", "none", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def report(base, data, output, *flags, without=()):
+    words = ["--device", "cpu", "--data", str(data), "--load", base[base.index("--load") + 1]]
+    words += ["--output", str(output), "--rows", "40", "--methods", "none", *flags]
+    return ranks.run_forked(TOOL, *words, without=without)
 
 
 def errors(run):
@@ -40,7 +36,7 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
     runs = {
         "whole": ["--sketch", "1000000"],
         "sketch": [],
-        "group": [*head, "--methods", "mirror", "p-pots gradient"],
+        "group": [*head, "--methods", "mirror", "ppots-gradient"],
         "own weights": [*head, "--autoregressive", own],
     }
     results = {}
@@ -59,7 +55,7 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
     assert sketch["total"][0] == pytest.approx(whole["total"][0], rel=0.05)
     assert sketch["A"] == pytest.approx(whole["A"], rel=0.05)
     assert 0 < group["A"][0] < whole["A"][0]
-    assert [row["method"] for row in results["group"]["methods"]] == ["mirror", "p-pots gradient"]
+    assert [row["method"] for row in results["group"]["methods"]] == ["mirror", "ppots-gradient"]
     others = [dict(results[name]["autoregressive"]) for name in ("group", "own weights")]
     assert [other.pop("checkpoint") for other in others] == [None, own]
     assert others[0] == others[1]
@@ -89,7 +85,7 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         output = tmp_path / f"{name}{ranks_}.json"
         tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
         tool += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry="tool")
+        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry=entries.tool)
         reports[name, ranks_] = json.loads(output.read_text())
     for name in groups:
         one, two = reports[name, 1], reports[name, 2]
@@ -121,12 +117,13 @@ def test_bad_input_is_one_line(base, data, tmp_path, flags, message):
 
 
 def test_without_matplotlib_nothing_is_measured(base, data, tmp_path):
-    run = report(base, data, tmp_path / "x.json", start=("-c", WITHOUT_MATPLOTLIB))
+    run = report(base, data, tmp_path / "x.json", without=["matplotlib"])
     assert "needs matplotlib: pip install 'megatron-mdm[plot]'" in errors(run)
 
 
 @pytest.mark.parametrize(("tool", "name"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
 def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
+    """Of the tools as users start them."""
     ranks.write_documents(tmp_path / "text", [[5, 30_000, 7]] * 20)
     (tmp_path / "plain_text").write_text("5 30000 7")
     command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / name)]

@@ -33,13 +33,13 @@ FITTED = mixture(*tabulate(lambda t: ((1 - EPS) * t + EPS) ** -0.5), 0.1)
 NAMES = [
     "strata",
     "lattice",
-    "exact count",
+    "exact-count",
     "mirror",
     "mirror (texts)",
-    "p-pots loss",
-    "p-pots loss + lattice",
-    "p-pots loss + mirror (texts)",
-    "lattice + exact count",
+    "ppots-loss",
+    "ppots-loss+lattice",
+    "ppots-loss+mirror (texts)",
+    "lattice+exact-count",
     "clipped",
 ]
 
@@ -157,8 +157,8 @@ def test_quantiles_fall_into_bins_as_they_do_in_batches():
 def test_names_say_what_methods_are():
     assert METHODS["standard"] == Method()
     assert METHODS["mirror (texts)"] == Method(views=2, rows=2)
-    assert METHODS["p-pots loss + mirror"] == Method(target="loss", views=2)
-    assert METHODS["p-pots gradient + lattice + exact count"] == Method(
+    assert METHODS["ppots-loss+mirror"] == Method(target="loss", views=2)
+    assert METHODS["ppots-gradient+lattice+exact-count"] == Method(
         quantiles="lattice", mask="exact-count", target="gradient"
     )
     product = itertools.product(
@@ -168,13 +168,14 @@ def test_names_say_what_methods_are():
         (None, "loss", "gradient"),
     )
     assert {Method(*parts) for parts in product} <= set(METHODS.values())
+    names = {method: name for name, method in METHODS.items()}
+    assert len(names) == len(METHODS)
     # Whatever has several views stands at equal rows and at equal texts.
     for name, method in METHODS.items():
         assert method.per == ("text" if name.endswith(" (texts)") else "row")
         if method.views > 1:
             other = Method(**{**vars(method), "rows": method.views if method.rows == 1 else 1})
-            assert METHODS[other.name] == other
-            assert (name in IMPORTANT) == (other.name in IMPORTANT)
+            assert (name in IMPORTANT) == (names[other] in IMPORTANT)
     assert [name for name, method in METHODS.items() if not method.unbiased] == ["isad", "clipped"]
 
 

@@ -111,8 +111,8 @@ def test_nested_draws_and_whole_batches_agree_on_the_variance_of_every_method(
     state, found = measured
     samplers = densities(state, settings(), LENGTH)
     rows = {row["method"]: row for row in found["methods"]}
-    names = ("standard", "strata", "exact count + mirror (texts)", "4 views")
-    for name in (*names, "p-pots gradient + lattice + exact count"):
+    names = ("standard", "strata", "exact-count+mirror (texts)", "4-views")
+    for name in (*names, "ppots-gradient+lattice+exact-count"):
         method = METHODS[name]
         drawn = batch_variances(model, texts, name, samplers[method.target, method.mask])
         for what, (value, error) in zip(("loss", "gradient"), drawn, strict=True):
@@ -194,7 +194,7 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
     assert list(rows) == list(IMPORTANT)
     assert (rows["mirror"]["rows"], rows["mirror"]["texts"]) == (4, 2)
     assert (rows["mirror (texts)"]["rows"], rows["mirror (texts)"]["texts"]) == (8, 4)
-    assert (rows["4 views"]["rows"], rows["4 views"]["texts"]) == (4, 1)
+    assert (rows["4-views"]["rows"], rows["4-views"]["texts"]) == (4, 1)
     assert rows["standard"]["masked_fraction"] == pytest.approx(0.55, abs=0.02)  # mean of p(t)
     tokens = rows["standard"]["masked_fraction"] * 4 * LENGTH
     assert rows["standard"]["head_tokens"] == pytest.approx(tokens)

@@ -3,7 +3,7 @@
 For each size of model and each precision a process of its own takes whole training steps of
 Megatron's, data and optimizer included, in turns: `gpt`, Megatron's next-token objective with
 attention to all positions; `full_head` and `masked_head`, this objective with logits at all and at
-masked positions; `causal`, GPT as it is. `overhead` explains the sides.
+masked positions; `causal`, GPT as it is. See sides.py.
 
     MFU = FLOPs that are useful, per token, x tokens/s / peak FLOP/s of the GPU, dense
 
@@ -44,9 +44,17 @@ from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from benchmarks.overhead import LLADA_VOCABULARY, SIDES, _steps, ffn_size, interleave, model_flags
-from benchmarks.race import write_data
-from benchmarks.timing import device_name, seconds_of, spread
+from benchmarks.python_text import write_data
+from benchmarks.sides import (
+    LLADA_VOCABULARY,
+    MEGATRON_SIDES,
+    ffn_size,
+    interleave,
+    megatron_steps,
+    model_flags,
+    speed_ratios,
+)
+from benchmarks.timing import device_name, seconds_of
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.experiments.program import program
@@ -115,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help=f"steps of a side, a multiple of {len(SIDES)} (default: 8)",
+        help=f"steps of a side, a multiple of {len(MEGATRON_SIDES)} (default: 8)",
     )
     parser.add_argument(
         "--minutes", type=float, default=9.0, metavar="M", help="of a call (default: 9)"
@@ -149,10 +157,10 @@ def run(args: argparse.Namespace) -> None:
     """
     start = time.monotonic()
     check_numbers(args, "rounds")
-    if args.rounds % len(SIDES):
+    if args.rounds % len(MEGATRON_SIDES):
         raise UserError(
-            f"--rounds {args.rounds}: must be a multiple of {len(SIDES)}, so that each side comes "
-            "first, second and so on equally often"
+            f"--rounds {args.rounds}: must be a multiple of {len(MEGATRON_SIDES)}, so that each "
+            "side comes first, second and so on equally often"
         )
     known = TINY if args.tiny else SIZES
     for name in args.sizes or ():
@@ -428,7 +436,7 @@ def _measure(
             from benchmarks.session import training_session
 
             with training_session(flags) as session:
-                steps = _steps(session)
+                steps = megatron_steps(session)
                 measured = _sides(session, steps, about["rounds"], device)
                 write_json(result, {**sizes, **measured})
                 if profile:
@@ -456,6 +464,7 @@ def _sides(
     args = session.args
     seconds, peaks = interleave(steps, 1, rounds, device)
     resting = torch.cuda.memory_allocated() if device == "cuda" else None
+    ratios = speed_ratios(seconds, "gpt")
     shape = ModelShape.from_args(args)
     tokens = args.global_batch_size * args.seq_length
     return {
@@ -464,16 +473,14 @@ def _sides(
         "sides": {
             side: {
                 "tokens_per_s": tokens / statistics.median(seconds[side]),
-                "ratio_to_gpt": spread(
-                    [gpt / x for gpt, x in zip(seconds["gpt"], seconds[side], strict=True)]
-                ),
+                "ratio_to_gpt": ratios[side],
                 "useful_flops_per_token": shape.training_flops(
                     head_fraction=0.5 if side.endswith("head") else 1.0, causal=side == "causal"
                 ),
                 "peak_bytes": peaks[side],
                 "seconds": seconds[side],
             }
-            for side in SIDES
+            for side in MEGATRON_SIDES
         },
     }
 

@@ -15,34 +15,36 @@ import re
 import shlex
 import statistics
 import sys
-import sysconfig
 
+from benchmarks.python_text import MASK, write_data
 from megatron_mdm.errors import UserError, check_numbers
-from megatron_mdm.experiments.runs import PROGRAM, as_flags, kept, run_parallel, run_python
-from megatron_mdm.files import complete_or_absent, write_json, write_text
-from megatron_mdm.recipes import RECIPES
+from megatron_mdm.experiments.runs import PROGRAM, as_flags, run_cached, run_parallel, run_python
+from megatron_mdm.files import write_json, write_text
+from megatron_mdm.recipes import RECIPES, settings_of
 
 DESCRIPTION = "final NELBO of each recipe at equal compute"
-MASK = 256  # beside the 256 bytes
 EVALUATIONS = 20
-LATTICE_COUNT = {"mdm_quantiles": "lattice", "mdm_mask": "exact-count"}
-GRADIENT = {**RECIPES["paper"], "mdm_ppots_target": "gradient", "mdm_views": 1}
 # Settings of each competitor: the recipes, and what was tried beside them.
 COMPETITORS: dict[str, dict] = {
     **RECIPES,
-    "mirror": {**RECIPES["standard"], "mdm_views": 2},
-    "ppots-loss": {**RECIPES["paper"], "mdm_views": 1},
-    "ppots-gradient": GRADIENT,
-    "lattice+exact-count": {**RECIPES["standard"], **LATTICE_COUNT},
-    "ppots-gradient+lattice+exact-count": {**GRADIENT, **LATTICE_COUNT},
-    "clipped+lattice+exact-count": {**RECIPES["clipped"], **LATTICE_COUNT},
+    **{
+        name: settings_of(name)
+        for name in (
+            "mirror",
+            "ppots-loss",
+            "ppots-gradient",
+            "lattice+exact-count",
+            "ppots-gradient+lattice+exact-count",
+            "clipped+lattice+exact-count",
+        )
+    },
     # Of `recommended`: more of the uniform; a first fit after 500 steps, until which the uniform is
     # in use; a density that does not move with the model, 0.9 t^-1/2 / 2 + 0.1.
-    "recommended-half-uniform": {**RECIPES["recommended"], "mdm_ppots_uniform_share": 0.5},
-    "recommended-late": {**RECIPES["recommended"], "mdm_ppots_refit_interval": 500},
+    "recommended-half-uniform": {**RECIPES["recommended"], "ppots_uniform_share": 0.5},
+    "recommended-late": {**RECIPES["recommended"], "ppots_refit_interval": 500},
     "recommended-fixed": {
-        **{"mdm_rate_sampler": "ppots", "mdm_ppots_file": "DIRECTORY/density.json"},
-        **{"mdm_views": 1, **LATTICE_COUNT},
+        **settings_of("lattice+exact-count"),
+        **{"rate_sampler": "ppots", "ppots_file": "DIRECTORY/density.json"},
     },
 }
 
@@ -153,22 +155,6 @@ def steps_to(curve: list[float], target: float, interval: int) -> float | None:
     return None
 
 
-def write_data(directory: pathlib.Path) -> None:
-    """The bytes of the standard library's modules as a Megatron dataset, a document each."""
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    names = [str(directory / name) for name in ("text.bin", "text.idx")]
-    with complete_or_absent(*names) as (tokens, index):
-        builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
-        for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-            text = path.read_bytes()
-            if text:
-                builder.add_document(torch.tensor(list(text), dtype=torch.int16), [len(text)])
-        builder.finalize(index)
-
-
 def write_density(directory: pathlib.Path) -> None:
     """The density of `recommended-fixed`, as a file of --mdm-ppots-file."""
     from megatron_mdm.objective.ppots.fit import PpotsFit, tabulate
@@ -227,7 +213,7 @@ def _curve(args: argparse.Namespace, name: str, seed: int) -> list[float]:
         print(f"{name}, seed {seed}: {nelbo[-1]:.4f} nats/token", file=sys.stderr, flush=True)
         return {"nelbo": nelbo}
 
-    return kept(directory, settings, train)["nelbo"]
+    return run_cached(directory, settings, train)["nelbo"]
 
 
 def _table(results: dict, args: argparse.Namespace) -> str:

@@ -44,7 +44,7 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
     return time.process_time() - start
 
 
-def measured(work: Callable[[], object], device: str) -> tuple[float, int | None]:
+def time_and_peak_memory(work: Callable[[], object], device: str) -> tuple[float, int | None]:
     """`seconds_of` some work, and the most bytes that it had at a time; None if nothing says it."""
     if device == "cuda":
         import torch
@@ -72,7 +72,7 @@ def resident_bytes(name: str) -> int | None:
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
 
 
-def spread(values: list[float]) -> dict[str, Any]:
+def quartiles(values: list[float]) -> dict[str, Any]:
     """Median and quartiles of repeated measurements."""
     low, middle, high = (
         statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3

@@ -1,7 +1,7 @@
 """A batch of rows: its columns, and what the settings of the objective make of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -53,11 +53,11 @@ class Batch:
 
     def to(self, device: torch.device | int) -> "Batch":
         """The same rows on a device."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors: dict[str, Any] = {
-            name: x.to(device) for name, x in columns.items() if torch.is_tensor(x)
-        }
-        return replace(self, **tensors)
+        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, column in columns.items():
+            if torch.is_tensor(column):
+                columns[name] = column.to(device)
+        return Batch(**columns)
 
     @cached_property
     def padding(self) -> torch.Tensor:
@@ -145,8 +145,10 @@ def load_batch(
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    named = zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
-    columns = {name: part.contiguous() if vector else part[:, 0] for (name, vector), part in named}
+    columns = {
+        name: part.contiguous() if vector else part[:, 0]
+        for (name, vector), part in zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
+    }
     return Batch(config, eod_id, training, **columns)
 
 

@@ -16,7 +16,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_mdm.config import MDMConfig, destination, flag, requested_device
+from megatron_mdm.config import MDMConfig, destination, flag, flag_of, requested_device
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import (
@@ -329,7 +329,7 @@ def validate_flags(args: Namespace) -> None:
         _validate_flags(args)
     except UserError as error:
         named = set(re.findall(r"--[\w-]+", str(error)))
-        if named.isdisjoint(map(flag, RECIPES.get(args.mdm_recipe, ()))):
+        if named.isdisjoint(map(flag_of, RECIPES.get(args.mdm_recipe, ()))):
             raise
         raise UserError(f"{error} (--mdm-recipe {args.mdm_recipe}: {expansion(args)})") from error
 

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.objective.corruption import Corrupter, Corruption
-from megatron_mdm.objective.loss import RowLosses, row_losses
+from megatron_mdm.objective.loss import Normalization, RowLosses, row_losses
 from megatron_mdm.objective.segments import counts
 
 
@@ -48,9 +47,7 @@ class MicroBatch:
         """Which documents there are to count, bool [b, s]; None: every row."""
         return None if self.batch.rate_segments is None else self.num_eligible > 0
 
-    def losses(
-        self, cross_entropy: torch.Tensor, normalization: Literal["tokens", "rows"]
-    ) -> RowLosses:
+    def losses(self, cross_entropy: torch.Tensor, normalization: Normalization) -> RowLosses:
         """The losses of rows or documents, and their sum; see `row_losses`.
 
         Args:

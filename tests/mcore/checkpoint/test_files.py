@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from megatron.core import dist_checkpointing
+import torch
+from megatron.core import dist_checkpointing, mpu
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.integrity import INTEGRITY_FNAME, check_sums, write_sums
 from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
+from megatron_mdm.mcore.device import training_device
 from tests import ranks
 from tests.old_checkpoints.unpack import unpack
 
@@ -190,9 +192,35 @@ def test_sums_of_what_was_saved_over_go(run, monkeypatch):
     assert not (latest(run) / INTEGRITY_FNAME).exists()
 
 
+def asynchronous_save() -> None:
+    """Names of a checkpoint's files when Megatron would move the tracker, in seen.json."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
+
+    directory, seen = Path(os.environ["TRACE_DIR"]), []
+    checkpoint = directory / "checkpoint"
+    checkpoint.mkdir(exist_ok=True)  # by another rank
+    with training_device("cpu"), safe_checkpoints(hashes=True):
+        torch.distributed.init_process_group("gloo")
+        mpu.initialize_model_parallel()
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        part = ShardedTensor.from_rank_offsets("part", torch.arange(4.0), (0, rank, size))
+        request = dist_checkpointing.save(
+            {"part": part}, str(checkpoint), async_sharded_save=True, async_strategy="mcore"
+        )
+        request.add_finalize_fn(lambda: seen.extend(os.listdir(checkpoint)))
+        assert "integrity.json" not in os.listdir(checkpoint)
+        request.execute_sync()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    (directory / f"seen{rank}.json").write_text(json.dumps(sorted(seen)))
+
+
 def test_sums_are_there_before_the_tracker_moves(tmp_path):
     """Of a save in the background too, whose last steps run on all ranks."""
-    ranks.launch(tmp_path, 2, entry="asynchronous_save")
+    ranks.launch(tmp_path, 2, entry=asynchronous_save)
     files = [".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json"]
     for rank in range(2):
         assert json.loads((tmp_path / f"seen{rank}.json").read_text()) == files

@@ -12,7 +12,6 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint import optimizer_state
 from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state, counterparts
 from tests import ranks
-from tests.mcore.flags.test_bad_input import the_error_line
 
 # -- groups of parameters
 
@@ -199,7 +198,7 @@ def test_other_rates_without_a_word(rates):
     directory, flags = rates
     run = ranks.launch(directory / "refused", 1, *flags, *OTHER, *["--ckpt-step", "2"], check=False)
     assert run.status == [2]
-    line = the_error_line(run.output)
+    line = ranks.the_error_line(run.output)
     assert "the checkpoint's schedule has another learning rate: 0.01, here 0.002" in line
     assert "add --override-opt_param-scheduler" in line
 
@@ -213,7 +212,7 @@ def test_the_way_to_another_layout(base, tmp_path):
     whole = ranks.launch(tmp_path / "whole", 1, *base)
     runs = [ranks.launch(tmp_path / "first", 2, *flags, *two, "--exit-interval", "2")]
     refused = ranks.launch(tmp_path / "refused", 2, *flags, check=False)
-    assert "--tensor-model-parallel-size 1 (checkpoint: 2)" in the_error_line(refused.output)
+    assert "--tensor-model-parallel-size 1 (checkpoint: 2)" in ranks.the_error_line(refused.output)
     # One bucket holds the model, with communication between computations too, unless it is small.
     reads = [*base[: base.index("--load")], "--load", save[1], "--use-distributed-optimizer", *two]
     reads += ["--overlap-grad-reduce", "--exit-interval", "3"]

@@ -4,6 +4,7 @@ Every part has the same flags, --pretrained-checkpoint among them, which the fir
 """
 
 import pytest
+import torch
 
 from megatron_mdm.objective.randomness import Split
 from tests import ranks
@@ -95,7 +96,7 @@ def test_final_weights_are_equal(runs):
     *_, expected, actual = runs
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
-        ranks.torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_validation_uses_the_same_rows_under_the_same_masks(runs):

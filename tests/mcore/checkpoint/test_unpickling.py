@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
 from tests import ROOT, ranks
+from tests.ranks import entries
 
 OLD = ROOT / "tests/old_checkpoints"
 
@@ -125,7 +126,7 @@ def test_no_program_runs_them(way, saved, base, data, tmp_path):
         "other weights": ["tools/variance_report.py", "--device", "cpu", *measured],
     }
     for name, command in commands.items():
-        entry = "train" if name == "pretrain" else "tool"
+        entry = ranks.train if name == "pretrain" else entries.tool
         start = [] if name == "pretrain" else ["--"]
         run = ranks.launch(tmp_path / name, 1, *start, *command, entry=entry, check=False)
         assert run.status == [2], (name, run.output[0][-2000:])

@@ -4,18 +4,24 @@ That loss and gradients are those of the documents alone is in test_normalizatio
 """
 
 import itertools
+import os
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from megatron.core import mpu
+from megatron.core.utils import unwrap_model
+from torch.nn import functional
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
 from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.inference import measure as measure_module
 from megatron_mdm.mcore.model.attention_mask import (
     attend_in_documents,
     attention_mask_argument,
@@ -121,10 +127,55 @@ def test_the_fit_counts_documents(own_rates):
     assert ", 0 skipped" in line
 
 
+def measured_documents() -> None:
+    """What fits to a checkpoint are of, beside the same from documents that the model sees alone.
+
+    Saves by target (bins of the draws of documents, sums of the moments, and those expected).
+    """
+    (load,) = sys.argv[sys.argv.index("--") + 1 :]
+    found: dict = {}
+    mask_for_bins = measure_module.mask_for_bins
+
+    def recording_mask(tokens, eligible, *draws, **settings):
+        result = mask_for_bins(tokens, eligible, *draws, **settings)
+        columns = (tokens, eligible, draws[-1], result.tokens, result.mask, result.weight, result.t)
+        drawn.extend(zip(*columns, strict=True))
+        return result
+
+    measure_module.mask_for_bins = recording_mask
+    with open_checkpoint(load, "cpu") as loaded:
+        loaded.args.mdm_isolate_documents, loaded.args.mdm_rate_per = True, "document"
+        head = unwrap_model(loaded.model).output_layer.weight.detach().double()
+        for target in ("loss", "gradient"):
+            drawn: list = []
+            *_, (_, _, measured) = measure_module.measure(
+                loaded, target, num_bins=4, num_rows=6, masks_per_bin=2
+            )
+            bins, expected = [], np.zeros(17)
+            for draw, (tokens, eligible, documents, seen, mask, weight, t) in enumerate(drawn):
+                for number in documents.unique().tolist():
+                    own = documents == number
+                    able = int(eligible[own].sum())
+                    if not able:
+                        continue
+                    logits = loaded.logits(seen[own][None])[0].double()
+                    error = logits.softmax(-1) - functional.one_hot(tokens[own], logits.shape[-1])
+                    loss = functional.cross_entropy(logits, tokens[own], reduction="none")
+                    # Under `tokens`, which this checkpoint was trained with, by length.
+                    share = (mask * weight)[own] / tokens.numel()
+                    value = (share * loss).sum()
+                    if target == "gradient":
+                        value = (share[:, None] * error @ head).norm()
+                    bins.append((draw // 8, number, int(t[number] * 4)))
+                    expected += from_limbs(accumulate(t[number], value, torch.ones(1), 4))
+            found[target] = bins, measured.total.vector(), expected
+    torch.save(found, f"{os.environ['TRACE_DIR']}/measured.pt")
+
+
 def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
     """Whose rates go through all bins, and whose values are those of documents alone."""
     load = base[base.index("--load") + 1]
-    ranks.launch(tmp_path, 1, "--", load, entry="measured_documents")
+    ranks.launch(tmp_path, 1, "--", load, entry=measured_documents)
     for bins, moments, expected in torch.load(
         tmp_path / "measured.pt", weights_only=False
     ).values():

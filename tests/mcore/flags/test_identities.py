@@ -13,6 +13,7 @@ from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.identities import check_same_data, identities
 from tests import ranks
+from tests.ranks import entries
 
 DOCUMENTS = ranks.random_documents(60, seed=3)
 
@@ -215,23 +216,23 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
     }
     for name, flags in tools.items():
         words = [f"tools/{name}.py", "--load", str(tmp_path / "save"), "--device", "cpu", *flags]
-        tool = ranks.launch(tmp_path / name, 1, "--", *words, entry="tool", check=False)
+        tool = ranks.launch(tmp_path / name, 1, "--", *words, entry=entries.tool, check=False)
         assert "was made with another tokenizer than this one: its ids" in the_error(tool)
     # Another one in its place, of as many pieces, would read and write other texts. The run has
     # kept its own; those of an earlier version have not.
     shutil.copy(tokenizers / "two.model", tmp_path / "one.model")
     words = ["tools/generate.py", "--load", str(tmp_path / "save"), "--device", "cpu"]
     words += ["--prompt", "some", "--length", "2", "--no-stop-at-eos"]
-    ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool")
+    ranks.launch(tmp_path / "generate", 1, "--", *words, entry=entries.tool)
     assert (tmp_path / "generate" / "stdout0").read_text().startswith("some")
     kept = tmp_path / "save" / "tokenizer.model"
     assert kept.read_bytes() == (tokenizers / "one.model").read_bytes()
     kept.unlink()
     (tmp_path / "one.model").rename(tmp_path / "hidden.model")
-    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool", check=False)
+    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry=entries.tool, check=False)
     assert f"or put it beside the checkpoints, as {kept}" in the_error(tool)
     (tmp_path / "hidden.model").rename(tmp_path / "one.model")
-    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry="tool", check=False)
+    tool = ranks.launch(tmp_path / "generate", 1, "--", *words, entry=entries.tool, check=False)
     line = the_error(tool)
     assert f"{tmp_path}/one.model is not the one that the checkpoint was trained with: its" in line
 
@@ -245,5 +246,5 @@ def test_pairs_are_not_torn_apart(run, tmp_path, base):
     assert message in the_error(run("plain", check=False))
     fit = ["--data-path", str(tmp_path / "text"), "--output", str(tmp_path / "f.json")]
     words = ["tools/fit_ppots.py", "--load", base[base.index("--load") + 1], "--device", "cpu"]
-    tool = ranks.launch(tmp_path / "fit", 1, "--", *words, *fit, entry="tool", check=False)
+    tool = ranks.launch(tmp_path / "fit", 1, "--", *words, *fit, entry=entries.tool, check=False)
     assert message in the_error(tool)

@@ -1,5 +1,6 @@
 """Which checkpoint a command starts from, and that no run saves over another."""
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -16,8 +17,10 @@ from megatron_mdm.config import requested_save
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.run_lock import LOCK, only_writer
+from megatron_mdm.mcore.flags import arguments as arguments_module
 from megatron_mdm.mcore.flags.arguments import add_arguments
 from megatron_mdm.mcore.flags.start import choose_start
+from megatron_mdm.pretrain import main
 from tests import ranks
 from tests.old_checkpoints.unpack import unpack
 
@@ -111,9 +114,22 @@ def test_a_new_run_begins_from_a_converted_model(start, run, tmp_path):
     assert directory == str(tmp_path / "new") and not args.finetune
 
 
+def other_start() -> None:
+    """The program; the last rank would begin a new run where the others go on."""
+    choose = arguments_module.choose_start
+
+    def chosen(args):
+        found = choose(args)
+        arguments = {**found.arguments, "finetune": os.environ["RANK"] == "1"}
+        return dataclasses.replace(found, arguments=arguments)
+
+    arguments_module.choose_start = chosen
+    main()
+
+
 def test_ranks_that_would_start_from_elsewhere_stop(base, tmp_path):
     """A shared disk does not show all nodes the same at once."""
-    launched = ranks.launch(tmp_path, 2, *base, entry="other_start", check=False)
+    launched = ranks.launch(tmp_path, 2, *base, entry=other_start, check=False)
     assert 2 in launched.status and 0 not in launched.status
     message = "error: the ranks see different checkpoints: this one would start from "
     assert message in "".join(launched.output)

@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.vocabulary import vocabulary_size
 from megatron_mdm.mcore.tokenizer import tokenizer_rows
 from tests import ranks
+from tests.ranks import entries
 
 # 121 tokens, of which the last is the mask token.
 MASK = ["--vocab-size", "121", "--mdm-mask-token-id", "120"]
@@ -77,8 +79,8 @@ def test_the_number_of_tokens_is_in_the_checkpoint(start):
 
 
 def test_tools_leave_the_padding_out(start, tmp_path):
-    ranks.launch(tmp_path, 2, "--", start[-1], "1", entry="logits")
-    plain, _ = ranks.torch.load(tmp_path / "logits0.pt")
+    ranks.launch(tmp_path, 2, "--", start[-1], "1", entry=entries.logits)
+    plain, _ = torch.load(tmp_path / "logits0.pt")
     assert all((x[..., 121:].softmax(-1).sum() > 0) for x in plain)  # finite
     assert all((x.softmax(-1)[..., 121:] == 0).all() for x in plain)
 

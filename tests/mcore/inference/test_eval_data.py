@@ -1,5 +1,8 @@
 """The texts that the tools measure a checkpoint on: rows, documents, pairs, what is scored."""
 
+import dataclasses
+import os
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -7,10 +10,77 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.inference.eval_data import Documents, rows_from_documents, scored_per_byte
 from tests import ranks
 
 DIVIDED = "--mdm-isolate-documents --no-mdm-eod-attended --train-iters 8 --save-interval 8".split()
+
+
+def measured_texts() -> None:
+    """What tools measure a checkpoint on, for tests/mcore/inference/test_eval_data.py."""
+    load, text, pairs = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        from megatron_mdm.mcore.inference.eval_data import (
+            read_tokens,
+            rows_from_documents,
+            rows_from_pairs,
+        )
+        from megatron_mdm.mcore.inference.loaded_model import load_other_weights
+
+        rows = rows_from_documents(
+            loaded, read_tokens(loaded, text, "text", 8 * 32, seed=0), packed=True
+        )[:8]
+        found = {"evaluated": _evaluated(loaded, rows), "validated": _validated(loaded, rows)}
+        one = [dataclasses.replace(row, documents=None) for row in rows]
+        found["not divided"] = _evaluated(loaded, one)
+        twin = load_other_weights(loaded, load)
+        assert twin.model is not loaded.model and loaded.args.load == load
+        found["logits"] = [x.logits(rows[0].tokens[None]) for x in (loaded, twin)]
+        loaded.args.swiglu = False
+        try:
+            load_other_weights(loaded, load)
+        except UserError as error:
+            found["refused"] = str(error)
+        for name in ("mdm_isolate_documents", "mdm_eod_attended"):
+            setattr(loaded.args, name, name == "mdm_eod_attended")
+        found["pairs"] = rows_from_pairs(loaded, pairs, 200)
+        loaded.args.mdm_isolate_documents = True
+        found["packed pairs"] = rows_from_pairs(loaded, pairs, 200)
+        torch.save(found, f"{os.environ['TRACE_DIR']}/texts.pt")
+
+
+def _evaluated(loaded, rows) -> torch.Tensor:
+    """Nats of rows of 32 tokens, four draws each."""
+    from megatron_mdm.evaluation.nelbo import draw
+
+    drawn = draw(loaded.logits, rows, 127, 2, 2, 0, np.arange(len(rows)), batch_size=3)
+    return torch.from_numpy(drawn.nats.reshape(-1))
+
+
+def _validated(loaded, rows) -> torch.Tensor:
+    """The same rows with the same masks, as the run's own validation scores them."""
+    from megatron_mdm.evaluation.nelbo import lattice_quantiles
+    from megatron_mdm.mcore.training.forward_step import forward_step
+    from megatron_mdm.mcore.training.state import TrainingState
+    from megatron_mdm.objective.randomness import Split, row_uniforms
+
+    loaded.args.eval_micro_batch_size = 1
+    loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+    loaded.args.mdm_sampler_state_in_checkpoint = loaded.args.mdm_log_state_in_checkpoint = False
+    state = TrainingState(loaded.args, loaded.tokenizer.eod)
+    sums = []
+    for job, quantile in enumerate(lattice_quantiles(np.arange(len(rows)), 2, 2, 0).reshape(-1)):
+        numbers = {"num_tokens": 32, "length": 32, "split": 1, "row": job, "quantile": quantile}
+        row = {name: torch.tensor([int(value)]) for name, value in numbers.items()}
+        row["text"] = row["row"] // 4
+        row["tokens"] = rows[job // 4].tokens[None]
+        row["uniforms"] = torch.from_numpy(row_uniforms(0, Split.TEST, job, 32))[None]
+        with torch.no_grad():
+            output, loss = forward_step(state, iter([row]), loaded.model)
+            sums.append(loss(output)[0].double())
+    return torch.stack(sums)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +89,7 @@ def found(base, data, pairs, tmp_path_factory):
     directory = tmp_path_factory.mktemp("divided")
     checkpoint = str(directory / "checkpoint")
     ranks.launch(directory, 1, *base, *DIVIDED, "--save", checkpoint)
-    ranks.launch(directory, 1, "--", checkpoint, str(data), str(pairs), entry="measured_texts")
+    ranks.launch(directory, 1, "--", checkpoint, str(data), str(pairs), entry=measured_texts)
     return torch.load(directory / "texts.pt", weights_only=False)
 
 

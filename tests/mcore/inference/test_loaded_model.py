@@ -14,6 +14,7 @@ from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel, args_for_inference
 from megatron_mdm.mcore.model.builder import model_config
 from tests import ranks
+from tests.ranks import entries
 
 LAYOUTS = {"TP 1": (1, 1), "TP 2": (2, 1), "PP 2": (2, 2), "TP 2 x PP 2": (4, 2)}
 
@@ -28,7 +29,7 @@ def logits(base, tmp_path_factory):
     found = {}
     for layout, (world, stages) in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("logits")
-        ranks.launch(directory, world, "--", checkpoint(base), str(stages), entry="logits")
+        ranks.launch(directory, world, "--", checkpoint(base), str(stages), entry=entries.logits)
         found[layout] = [torch.load(directory / f"logits{rank}.pt") for rank in range(world)]
     return found
 
@@ -72,7 +73,7 @@ def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
 def generate(base, directory, *flags, world=1, check=True):
     """Runs the tool; returns what it printed, or its log if it failed."""
     command = ["tools/generate.py", "--device", "cpu", "--load", checkpoint(base), *flags]
-    run = ranks.launch(directory, world, "--", *command, entry="tool", check=check)
+    run = ranks.launch(directory, world, "--", *command, entry=entries.tool, check=check)
     if not check:
         assert set(run.status) != {0}
         return run.output[0]
@@ -163,7 +164,7 @@ def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, dat
         (1, "fit_ppots", "--output", str(tmp_path / "x.json")),
     ):
         command = [f"tools/{tool}.py", "--device", "cpu", "--load", str(diverged), *flags]
-        run = ranks.launch(tmp_path / tool, world, "--", *command, entry="tool", check=False)
+        run = ranks.launch(tmp_path / tool, world, "--", *command, entry=entries.tool, check=False)
         assert run.status == [2] * world
         for log in run.output:
             assert [x[: len(line)] for x in log.splitlines() if x.startswith("error")] == [line]

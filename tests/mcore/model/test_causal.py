@@ -1,21 +1,89 @@
 """The network of masked diffusion as an autoregressive model."""
 
+import os
 import re
+import runpy
+import sys
 
 import pytest
 import torch
 
-from tests import ranks
+from megatron_mdm.checkpoint import open_checkpoint
+from tests import ROOT, ranks
 
 SFT = "--mdm-sft --mdm-shift --mdm-normalization rows --eval-iters 3 --eval-interval 1".split()
 BATCH = "--eval-global-batch-size 4 --eval-micro-batch-size 4 --train-iters 1 --lr 0".split()
+
+
+def autoregressive() -> None:
+    """The autoregressive program of the reproduction, as a user starts it."""
+    path = ROOT / "examples/reproduce/autoregressive.py"
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def causal() -> None:
+    """What a checkpoint gives under a causal mask, for tests/mcore/model/test_causal.py."""
+    (load,) = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu") as loaded:
+        from megatron_mdm.evaluation.nelbo import ScoredRow
+        from megatron_mdm.mcore.inference.measure import ParallelSketch, causal_step
+        from megatron_mdm.mcore.model.causal import causal_attention
+
+        tokens = torch.randint(0, 119, (3, 32), generator=torch.Generator().manual_seed(0))
+        other = tokens.clone()
+        other[:, 20:] = 7
+        with causal_attention(loaded.model):
+            seen, unseen = loaded.logits(tokens), loaded.logits(other)
+        parameters = list(loaded.model.parameters())
+        step = causal_step(loaded, ParallelSketch(parameters, None))
+        steps = [step(ScoredRow(row, torch.ones_like(row, dtype=torch.bool))) for row in tokens]
+        loss, gradient = (sum(x) / 3 for x in zip(*steps, strict=True))
+        # Each token from its own prefix, where there is nothing later to be seen.
+        with causal_attention(loaded.model):
+            terms = [
+                torch.nn.functional.cross_entropy(
+                    loaded.model(tokens[:, :i], torch.arange(i).expand(3, i), None)[:, -1],
+                    tokens[:, i],
+                )
+                for i in range(1, 32)
+            ]
+        expected = torch.stack(terms).mean()
+        found = torch.autograd.grad(expected, parameters)
+        whole = torch.cat([g.flatten() for g in found])
+        torch.save(
+            {
+                "causal": (seen, unseen),
+                "full": (loaded.logits(tokens), loaded.logits(other)),
+                "step": (loss, gradient),
+                "expected": (float(expected), whole),
+                "responses": _response_losses(loaded),
+            },
+            f"{os.environ['TRACE_DIR']}/causal.pt",
+        )
+
+
+def _response_losses(loaded) -> float:
+    """Mean over the last 12 of `ranks.random_pairs(120)` of the loss of the response's tokens."""
+    from megatron_mdm.mcore.model.causal import causal_attention
+    from tests import ranks
+
+    losses = []
+    for prompt, response in ranks.random_pairs(120)[108:]:
+        tokens = torch.tensor([prompt + response])
+        with causal_attention(loaded.model):
+            log_p = loaded.logits(tokens)[0].log_softmax(dim=-1)
+        first = max(len(prompt), 1)
+        losses.append(
+            -log_p[torch.arange(first - 1, tokens.shape[1] - 1), tokens[0, first:]].mean()
+        )
+    return float(torch.stack(losses).mean())
 
 
 @pytest.fixture(scope="module")
 def found(base, tmp_path_factory):
     directory = tmp_path_factory.mktemp("causal")
     load = base[base.index("--load") + 1]
-    ranks.launch(directory, 1, "--", load, entry="causal")
+    ranks.launch(directory, 1, "--", load, entry=causal)
     return torch.load(directory / "causal.pt")
 
 
@@ -35,13 +103,13 @@ def test_loss_and_gradient_are_those_of_prefixes(found):
 def test_the_program_trains_on_responses_given_all_before(found, base, pairs, tmp_path):
     """Its validation takes each of the 12 pairs once, padded to the row."""
     flags = [*base, "--data-path", str(pairs), *SFT, *BATCH]
-    run = ranks.launch(tmp_path, 1, *flags, entry="autoregressive")
+    run = ranks.launch(tmp_path, 1, *flags, entry=autoregressive)
     (value,) = set(re.findall(r"validation set \| lm loss value: ([\d.E+-]+)", run.output[0]))
     assert float(value) == pytest.approx(found["responses"], rel=1e-5)
     assert run.scalars["lm loss"][0] == pytest.approx(float(value), rel=0.3)
 
 
 def test_bad_input_is_one_line(base, tmp_path):
-    run = ranks.launch(tmp_path, 1, *base, entry="autoregressive", check=False)
+    run = ranks.launch(tmp_path, 1, *base, entry=autoregressive, check=False)
     assert run.status == [2]
     assert "error: --mdm-shift is missing" in run.output[0]

@@ -1,15 +1,20 @@
 """FP8 without a GPU: what is refused, and that evaluations leave delayed scaling alone."""
 
 import json
+import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.training import get_args
 from megatron.training.arguments import parse_args
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.flags import arguments
 from megatron_mdm.mcore.flags.fp8 import check_scales
 from megatron_mdm.mcore.model import masked_head as head
@@ -178,9 +183,89 @@ def test_models_without_delayed_scaling_leave_scales_alone():
     assert torch.equal(model[0].weight, state["0.weight"])
 
 
+def fp8_flags() -> None:
+    """Parses flags as the program does, and makes Transformer Engine's recipe of them."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    from megatron_mdm.mcore.flags.arguments import parse
+    from megatron_mdm.mcore.model.builder import model_config
+
+    with training_device("cpu"):
+        args = parse()
+        config = model_config(args, MDMConfig.from_args(args)).transformer
+        recipe = get_fp8_recipe(config)
+    names = ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    delayed = ("amax_history_len", "amax_compute_algo", "margin")
+    seen = {
+        "config": [getattr(config, name) for name in names],
+        "recipe": type(recipe).__name__,
+        "history": [getattr(recipe, name, None) for name in delayed],
+        "accumulates in products": [x.gradient_accumulation_fusion for x in (get_args(), config)],
+    }
+    Path(os.environ["TRACE_DIR"], "flags.json").write_text(json.dumps(seen))
+
+
+def delayed_scaling() -> None:
+    """Scales of Transformer Engine's own state after steps with evaluations between them.
+
+    Its layer, state, autocast and update are real; what the GPU's kernel does, to enter the largest
+    entry of a tensor, is done here.
+    """
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # the update in torch
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    from megatron_mdm.mcore.model.fp8 import ignore_fp8_state_on_load, keep_scales_in_evaluation
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = te.Linear(16, 16, device="cpu")
+
+        def forward(self, largest):
+            recipe = DelayedScaling(amax_history_len=4, amax_compute_algo="max")
+            with te.fp8_autocast(enabled=True, fp8_recipe=recipe):
+                self.layer.init_fp8_metadata()
+                FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(self.layer.fp8_meta)
+                self.layer.fp8_meta["scaling_fwd"].amax_history[0].clamp_(min=largest)
+
+    def scales(keeps, evaluates):
+        FP8GlobalStateManager.reset()
+        model, seen = Model(), []
+        if keeps:
+            keep_scales_in_evaluation(model)
+        for number in range(4):
+            if evaluates:
+                with torch.no_grad():
+                    model.eval()(100.0 + number)
+            model.train()(1.0 + number)
+            seen.append(model.layer.fp8_meta["scaling_fwd"].scale.tolist())
+        return seen
+
+    def loaded_without_fp8():
+        trained = Model()
+        trained(1.0)
+        state = trained.state_dict()
+        assert state["layer._extra_state"].numel()
+        model = Model()
+        ignore_fp8_state_on_load(model)
+        model.load_state_dict(state)
+        return torch.equal(model.layer.weight, trained.layer.weight)
+
+    with training_device("cpu"):
+        found = {
+            "without evaluation": scales(True, False),
+            "kept": scales(True, True),
+            "not kept": scales(False, True),
+            "loaded without FP8": loaded_without_fp8(),
+        }
+    Path(os.environ["TRACE_DIR"], "scales.json").write_text(json.dumps(found))
+
+
 @transformer_engine
 def test_the_state_of_transformer_engine_itself(tmp_path):
-    ranks.launch(tmp_path, 1, entry="delayed_scaling", transformer_engine=True)
+    ranks.launch(tmp_path, 1, entry=delayed_scaling, transformer_engine=True)
     scales = json.loads((tmp_path / "scales.json").read_text())
     assert scales["kept"] == scales["without evaluation"]
     assert scales["not kept"] != scales["without evaluation"]
@@ -192,7 +277,7 @@ def test_the_state_of_transformer_engine_itself(tmp_path):
 def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
     flags = [*FP8, "--fp8-recipe", recipe, "--mock-data"]
     flags += "--fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()
-    ranks.launch(tmp_path, 1, *flags, entry="fp8_flags", transformer_engine=True)
+    ranks.launch(tmp_path, 1, *flags, entry=fp8_flags, transformer_engine=True)
     seen = json.loads((tmp_path / "flags.json").read_text())
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}

@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.model.hybrid import bidirectional_stack
 from tests import ranks
+from tests.ranks import entries
 
 # Without the optimizer, of which Megatron's translation of a checkpoint expects Adam's state.
 STEPS = "--no-load-optim --optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 0.1".split()
@@ -57,7 +58,7 @@ def test_tools_open_its_checkpoints(base, tmp_path):
     ranks.launch(tmp_path / "run", 2, *base, *pattern, *still, *save)
 
     def logits(name, checkpoint):
-        ranks.launch(tmp_path / name, 1, "--", checkpoint, "1", entry="logits")
+        ranks.launch(tmp_path / name, 1, "--", checkpoint, "1", entry=entries.logits)
         return torch.load(tmp_path / name / "logits0.pt")[0]
 
     gpt, hybrid = logits("gpt", base[base.index("--load") + 1]), logits("hybrid", save[1])

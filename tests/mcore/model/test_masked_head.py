@@ -4,11 +4,12 @@ import pytest
 import torch
 from megatron.core import mpu
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from benchmarks.head import _output_layer, _unscaled, one_rank
 from megatron_mdm.mcore.model.masked_head import ROW_MULTIPLE, HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
+from tests.one_rank import one_rank, output_layer
 
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
 METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient"
@@ -33,18 +34,16 @@ def runs(request, data, tmp_path_factory):
     """A run with either head, masked first, from the same initial weights."""
     count, flags, tied = RUNS[request.param]
     common = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
+    drop = ["--untie-embeddings-and-output-weights"] if tied else []
 
     def run(kind):
         directory = tmp_path_factory.mktemp("head")
         save = ["--save", str(directory / "checkpoint"), "--mdm-head", kind]
-        result = ranks.launch(directory, count, *common, *STEP, *save, *flags.split())
+        result = ranks.launch(directory, count, *common, *STEP, *save, *flags.split(), drop=drop)
         result.weights, result.flags = ranks.weights(directory / "checkpoint"), flags
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        if tied:
-            patch.setattr(ranks, "MODEL", [w for w in ranks.MODEL if not w.startswith("--untie")])
-        return run("masked"), run("full")
+    return run("masked"), run("full")
 
 
 def test_loss_and_gradients_are_those_of_the_full_head(runs):
@@ -118,9 +117,15 @@ def test_the_fused_cross_entropy_gives_the_same(mask):
         group = mpu.get_tensor_model_parallel_group()
         return fused_vocab_parallel_cross_entropy(logits, labels.t().contiguous(), group).t()
 
+    def plain(labels, logits):
+        return vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t().contiguous()
+
+    def unscaled(logits):
+        return logits
+
     generator = torch.Generator().manual_seed(0)
-    with one_rank("cpu"):
-        layer, plain = _output_layer(96, 16, "cpu")
+    with one_rank():
+        layer = output_layer(96, 16)
         layer.bfloat16()
         states = torch.randn(24, 3, 16, generator=generator).bfloat16().requires_grad_()
         labels = torch.randint(96, (3, 24), generator=generator)
@@ -128,7 +133,7 @@ def test_the_fused_cross_entropy_gives_the_same(mask):
 
         def results(cross_entropy):
             context = HeadContext(MaskedPositions(chosen))
-            losses = head(states, layer, None, labels, cross_entropy, _unscaled, None, context)
+            losses = head(states, layer, None, labels, cross_entropy, unscaled, None, context)
             return losses, *torch.autograd.grad(losses.sum(), (states, layer.weight))
 
         for ours, reference in zip(results(fused), results(plain), strict=True):

@@ -1,10 +1,13 @@
 """Mixtures of experts: every layout trains alike, and the routers' losses count as they should."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests import ranks
+from tests import oracle, ranks
 from tests.mcore.training.test_normalization import ONE_STEP, RATE, layer_of
+from tests.ranks.gathering_attention import context_parallel
 
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --num-layers 2".split()
 # The balance of each sequence: Megatron's other kinds depend on the micro-batch size.
@@ -58,7 +61,7 @@ def runs(moe, tmp_path_factory):
         save = ["--save", str(directory / "checkpoint"), "--save-interval", "1"]
         steps = [*ONE_STEP, "--train-iters", "1"]
         words = [*moe, *LOSSES, *METHODS, *steps, *save, *flags.split()]
-        entry = "context_parallel" if "--context-parallel-size" in words else "train"
+        entry = context_parallel if "--context-parallel-size" in words else ranks.train
         result = ranks.launch(directory, count, *words, entry=entry)
         result.weights = ranks.weights(directory / "checkpoint")
         return result
@@ -110,7 +113,7 @@ def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
     """
     flags = [*moe, *LOSSES, *OBJECTIVES[name].split(), *ONE_STEP]
     flags += ["--data-path", str(pairs)] if name == "rows" else []
-    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
+    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry=oracle.whole_batch)
     loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
 
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
@@ -118,7 +121,7 @@ def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
     run = ranks.launch(tmp_path / "run", 2, *flags, *experts, *save)
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
 
-    before = ranks.weights(ranks.Path(moe[moe.index("--load") + 1]))
+    before = ranks.weights(Path(moe[moe.index("--load") + 1]))
     after = ranks.weights(tmp_path / "checkpoint")
     for name, gradient in gradients.items():
         key, layer, expert = place_of(name)

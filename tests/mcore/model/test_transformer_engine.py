@@ -4,10 +4,16 @@ Nothing of Transformer Engine computes without a GPU, but its modules can be bui
 libraries load.
 """
 
+import dataclasses
+import itertools
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core import mpu
 
+from megatron_mdm.mcore.device import training_device
 from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 pytestmark = pytest.mark.skipif(
@@ -15,6 +21,132 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def transformer_engine_spec() -> None:
+    """Builds the model from both specs, compares their checkpoint keys, and asks for FP8."""
+
+    import torch.distributed
+    from megatron.core import dist_checkpointing as checkpoints
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TELinear,
+    )
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.model.builder import accumulate_in_place
+    from megatron_mdm.mcore.model.layer_specs import bidirectional_spec, drop_norm_extra_state
+
+    with training_device("cpu"):
+        torch.distributed.init_process_group("gloo")
+        mpu.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        transformer = TransformerConfig(
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_query_groups=2,
+            ffn_hidden_size=128,
+            use_cpu_initialization=True,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+        )
+
+        def build(mdm, **changes):
+            config = dataclasses.replace(transformer, **changes)
+            spec = bidirectional_spec(GPTModelConfig(transformer=config, vocab_size=128), mdm, None)
+            model = GPTModel(config, spec, 128, 64, position_embedding_type="rope")
+            drop_norm_extra_state(model)
+            return model
+
+        def keys(model):
+            state = model.sharded_state_dict()
+            names = {getattr(v, "key", k) for k, v in state.items() if v is not None}
+            return {name for name in names if not name.endswith("_extra_state")}  # FP8 scales
+
+        everywhere, hidden = MDMConfig(), MDMConfig(pad_attended=False)
+        local = build(everywhere, transformer_impl="local")
+        te = build(everywhere, transformer_impl="transformer_engine")
+        accumulate_in_place(te)
+        linears = [
+            m for m in te.modules() if isinstance(m, (TELinear, TELayerNormColumnParallelLinear))
+        ]
+        assert len(linears) == 8 and all(m.fuse_wgrad_accumulation for m in linears)
+        assert keys(te) == keys(local), keys(te) ^ keys(local)
+        directory = Path(os.environ["TRACE_DIR"])
+        for name in ("local", "te0", "te1"):
+            (directory / name).mkdir()
+        checkpoints.save(local.sharded_state_dict(), directory / "local")
+        fp8 = {"fp8": "hybrid"}
+        for changes in ({}, fp8):  # from the CPU to the GPU and back
+            there = build(everywhere, transformer_impl="transformer_engine", **changes)
+            there.load_state_dict(checkpoints.load(there.sharded_state_dict(), directory / "local"))
+            path = directory / f"te{len(changes)}"
+            checkpoints.save(there.sharded_state_dict(), path)
+            back = build(everywhere, transformer_impl="local")
+            back.load_state_dict(checkpoints.load(back.sharded_state_dict(), path))
+            for name, value in local.named_parameters():
+                assert torch.equal(back.get_parameter(name), value), name
+        fp8 = {"fp8": "hybrid", "bf16": True, "params_dtype": torch.bfloat16}
+        for mdm, mask_type in ((everywhere, AttnMaskType.no_mask), (hidden, AttnMaskType.padding)):
+            for changes in ({}, fp8):
+                model = build(mdm, transformer_impl="transformer_engine", **changes)
+                for layer in model.decoder.layers:
+                    assert layer.self_attention.attn_mask_type == mask_type
+                    assert "TE" in type(layer.self_attention.core_attention).__name__
+        isolated = build(MDMConfig(isolate_documents=True), transformer_impl="transformer_engine")
+        assert keys(isolated) == keys(te)
+        _attention_in_documents(isolated.decoder.layers[0].self_attention.core_attention)
+        Path(os.environ["TRACE_DIR"], "built").write_text("done")
+        torch.distributed.destroy_process_group()
+
+
+def _attention_in_documents(attention) -> None:
+    """What Transformer Engine is asked for: full attention inside each document, in plain torch."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    asked = []
+
+    def forward(self, query, key, value, attention_mask=None, **flags):
+        """[s, b, heads, d] or, with bounds, [t, heads, d]; `groups` heads of key and value."""
+        asked.append(flags)
+        assert attention_mask is None
+        repeat = query.shape[-2] // key.shape[-2]
+        q, k, v = query, *(x.repeat_interleave(repeat, dim=-2) for x in (key, value))
+        if "qkv_format" not in flags:
+            parts = [tuple(x.permute(1, 2, 0, 3) for x in (q, k, v))]
+        else:
+            bounds = flags["cu_seqlens_q"].tolist()
+            pairs = list(itertools.pairwise(bounds))
+            assert max(high - low for low, high in pairs) <= flags["max_seqlen_q"]
+            parts = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairs]
+        seen = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
+        if "qkv_format" not in flags:
+            return seen[0].permute(2, 0, 1, 3).flatten(2)
+        return torch.cat([x[0].transpose(0, 1) for x in seen]).flatten(1)
+
+    DotProductAttention.forward = forward
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(8, 2, 4, 16, generator=generator)
+    k, v = torch.randn(2, 8, 2, 2, 16, generator=generator)
+    bounds = torch.tensor([0, 3, 8, 16], dtype=torch.int32)
+    inside = attention(q, k, v, bounds, packed_seq_params=None, attention_bias=None)
+    assert asked[-1]["qkv_format"] == "thd" and asked[-1]["attn_mask_type"] == "padding"
+    parts = [(0, 0, 3), (0, 3, 8), (1, 0, 8)]
+    for row, low, high in parts:
+        one = [x[low:high, row : row + 1] for x in (q, k, v)]
+        alone = attention(*one, None, packed_seq_params=None, attention_bias=None)
+        assert asked[-1]["attn_mask_type"] == "no_mask"
+        torch.testing.assert_close(inside[low:high, row : row + 1], alone)
+
+
 def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
-    ranks.launch(tmp_path, 1, entry="transformer_engine_spec", transformer_engine=True)
+    ranks.launch(tmp_path, 1, entry=transformer_engine_spec, transformer_engine=True)
     assert (Path(tmp_path) / "built").read_text() == "done"

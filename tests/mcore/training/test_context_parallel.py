@@ -9,6 +9,7 @@ import torch
 from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
 from tests.mcore.training.test_normalization import ONE_STEP
+from tests.ranks.gathering_attention import context_parallel
 
 CP = "--context-parallel-size 2"
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -42,8 +43,8 @@ def runs(request, base, tmp_path_factory):
         return result
 
     layouts = RUNS[request.param]
-    whole = run(1, "", "train")
-    return whole, {name: run(*layout, "context_parallel") for name, layout in layouts.items()}
+    whole = run(1, "", ranks.train)
+    return whole, {name: run(*layout, context_parallel) for name, layout in layouts.items()}
 
 
 def test_everything_is_that_of_whole_rows(runs):

@@ -1,9 +1,11 @@
 """Runs that a signal or a death ends: what is saved, the status, the words, who is left."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,11 +13,15 @@ import psutil
 import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.training import get_args
 
 from megatron_mdm.interruption import INTERRUPTED
+from megatron_mdm.mcore.checkpoint import workers as checkpoint_workers
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.integrity import check_sums
 from megatron_mdm.mcore.checkpoint.writer import preload_copies
+from megatron_mdm.mcore.training import objective as program
+from megatron_mdm.pretrain import main
 from tests import ranks
 
 PATIENCE = 120.0  # seconds; of waits that take a few
@@ -42,12 +48,57 @@ def left(directory):
     return found
 
 
+def interrupted() -> None:
+    """`ranks.train`, whose last rank and its group get two signals in the third iteration.
+
+    As from a terminal and from torchrun. The group are its workers for data and checkpoints.
+    """
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked
+
+    def interrupt():
+        assert len(multiprocessing.active_children()) == 3  # loader, writer, their queue
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(0, number)
+
+    _at_forward(lambda: get_args().curr_iteration == 2, interrupt)
+    ranks.train()
+
+
+def loses_its_writer() -> None:
+    """The program; the last rank's writer of checkpoints is killed in the midst of a later one.
+
+    The process is stopped until the rank waits for it.
+    """
+
+    def lose():
+        writer = checkpoint_workers.CheckpointWorker._persistent_process
+        os.kill(writer.pid, signal.SIGSTOP)
+        threading.Timer(2.0, writer.kill).start()
+
+    _at_forward(lambda: Path(get_args().save, TRACKER).exists(), lose)
+    main()
+
+
+def _at_forward(condition, act) -> None:
+    """Has the last rank act once, before the first forward pass in which the condition holds."""
+    forward_step, done = program.forward_step, []
+
+    def acting_forward_step(*args):
+        is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+        if is_last and not done and condition():
+            done.append(act())
+        return forward_step(*args)
+
+    program.forward_step = acting_forward_step
+
+
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(base, tmp_path):
     """With checkpoints written in the background, whose process the signals reach as well."""
     whole = ranks.launch(tmp_path / "whole", 2, *base, *SAVED, "--save", str(tmp_path / "a"))
     save, directory = str(tmp_path / "b"), tmp_path / "first"
     command, loader = [*base, *SAVED, "--save", save], ["--num-workers", "1"]
-    run = ranks.launch(directory, 2, *command, *loader, entry="interrupted", check=False)
+    run = ranks.launch(directory, 2, *command, *loader, entry=interrupted, check=False)
     assert run.status == [INTERRUPTED] * 2, run.output
     assert "Traceback" not in "".join(run.output)
     assert "rank 1: SIGINT: the run ends after this iteration" in run.output[1]
@@ -65,7 +116,7 @@ def test_the_death_of_the_process_that_writes_a_checkpoint_ends_the_run(base, tm
     """While its rank waits for it, in the midst of a save."""
     save, directory = str(tmp_path / "checkpoint"), tmp_path / "run"
     command = [*base, *SAVED, "--train-iters", "1000", "--save", save]
-    run = ranks.launch(directory, 2, *command, entry="loses_its_writer", check=False)
+    run = ranks.launch(directory, 2, *command, entry=loses_its_writer, check=False)
     assert run.status[1] == 1 and run.status[0] != 0
     lines = [line for line in run.output[1].splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in run.output[1]

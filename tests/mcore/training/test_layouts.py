@@ -98,14 +98,13 @@ def test_the_distributed_optimizer_changes_nothing(adam):
         assert run.masks() == reference.masks()
 
 
-def test_tied_embeddings_under_virtual_stages(base, tmp_path, monkeypatch):
+def test_tied_embeddings_under_virtual_stages(base, tmp_path):
     """Ranks exchange them while they build their stages, and once waited for each other there."""
-    tied = [word for word in ranks.MODEL if word != "--untie-embeddings-and-output-weights"]
-    monkeypatch.setattr(ranks, "MODEL", tied)
+    tied = {"drop": ["--untie-embeddings-and-output-weights"]}
     flags = base[: base.index("--load")]
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
-    whole = ranks.launch(tmp_path / "whole", 1, *flags, *save)
+    whole = ranks.launch(tmp_path / "whole", 1, *flags, *save, **tied)
     stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     load = ["--load", save[1], "--ckpt-step", "2"]
-    run = ranks.launch(tmp_path / "stages", 2, *flags, *load, *stages)
+    run = ranks.launch(tmp_path / "stages", 2, *flags, *load, *stages, **tied)
     assert len(run.losses) == 3 and run.losses == pytest.approx(whole.losses[2:], rel=1e-5)

@@ -1,13 +1,17 @@
 """Views, densities of t and ISAD through the program: layouts, resume, and a fitted density."""
 
 import json
+import os
 import runpy
 import sys
 from argparse import Namespace
 
 import numpy as np
 import pytest
-from megatron.core.rerun_state_machine import RerunStateMachine
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+from megatron.training import initialize
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
@@ -17,17 +21,21 @@ from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.randomness import Split
 from megatron_mdm.objective.samplers import PiecewiseSampler
+from megatron_mdm.pretrain import main
 from tests import ROOT, ranks
+from tests.mcore.training.nan_rows import nan_row
+from tests.ranks import entries
 
 ISAD = ["--mdm-isad-token-ids", "10", "11", "12", "--mdm-isad-weight", "exact"]
 
 
 @pytest.fixture(scope="module")
 def density(base, tmp_path_factory):
-    """A density fitted to the base checkpoint by the tool."""
+    """A density fitted to the base checkpoint by the tool, as a user starts it."""
     path = tmp_path_factory.mktemp("fit") / "ppots.json"
     flags = "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
-    printed = ranks.fit_ppots(base[base.index("--load") + 1], path, *flags)
+    where = ["--device", "cpu", "--load", base[base.index("--load") + 1], "--output", str(path)]
+    printed = ranks.run_tool("fit_ppots", *where, *flags)
     assert "gradient over 128 draws" in printed
     assert "standard error of the second moment: " in printed and "% at most, for t in (" in printed
     assert path.with_suffix(".png").stat().st_size > 1000
@@ -145,6 +153,49 @@ def test_online_training_goes_on_after_a_resume(online):
     assert list(resumed.values()) == pytest.approx([rates[row] for row in resumed], rel=1e-3)
 
 
+def every_step_twice() -> None:
+    """`ranks.train`, where the rerun machine works in a mode that --rerun-mode cannot choose."""
+    initialize.RerunMode = lambda mode: RerunMode.REPORT_DETERMINISM_STATS
+    ranks.train()
+
+
+def measured_rows() -> None:
+    """The program, saving t, value and importance weight of the rows that P-POTS measured.
+
+    One tensor rank of the last stage saves those of its rows.
+    """
+    rows: list = []
+    record = ppots.OnlineSampler.record
+
+    def recording_record(self, t, value, rate_weight, present=None):
+        rows.append(torch.stack([x.detach().double().flatten() for x in (t, value, rate_weight)]))
+        record(self, t, value, rate_weight, present)
+
+    ppots.OnlineSampler.record = recording_record
+    main()
+    if rows and mpu.get_tensor_model_parallel_rank() == 0:
+        path = f"{os.environ['TRACE_DIR']}/measured{os.environ['RANK']}.pt"
+        torch.save(torch.cat(rows, dim=1), path)
+
+
+def other_density() -> None:
+    """The program on a machine whose last rank computes differently."""
+    fit = ppots.fit
+
+    def other_fit(*args, **settings):
+        settings["uniform_share"] += 0.01 * int(os.environ["RANK"])
+        return fit(*args, **settings)
+
+    ppots.fit = other_fit
+    main()
+
+
+def file_of_a_node() -> None:
+    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
+    main()
+
+
 @pytest.mark.parametrize("target", ["loss", "gradient"])
 def test_five_refits_agree_between_layouts(target, base, tmp_path):
     """Each layout rounds otherwise, trains on, and is refitted to what it then measures.
@@ -162,17 +213,17 @@ def test_five_refits_agree_between_layouts(target, base, tmp_path):
         "TP 2": (2, "--tensor-model-parallel-size 2"),
         "PP 2": (2, "--pipeline-model-parallel-size 2"),
     }
-    t = ranks.torch.linspace(0.0, 1.0, 2001, dtype=ranks.torch.float64)
+    t = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)
     logged, fitted = {}, {}
     for name, (count, layout) in layouts.items():
         directory = tmp_path / name
-        run = ranks.launch(directory, count, *base, *flags, *layout.split(), entry="measured_rows")
+        run = ranks.launch(directory, count, *base, *flags, *layout.split(), entry=measured_rows)
         tags = sorted(tag for tag in run.scalars if "density at t" in tag)
         logged[name] = np.array([run.scalars[tag] for tag in tags])
-        parts = [ranks.torch.load(path) for path in sorted(directory.glob("measured*.pt"))]
+        parts = [torch.load(path) for path in sorted(directory.glob("measured*.pt"))]
         # Iterations of 80 rows, over data-parallel ranks.
-        steps = ranks.torch.cat([part.view(3, 10, -1) for part in parts], dim=2)
-        few = steps[0, 0].argsort()[ranks.torch.arange(64) * 80 // 64]
+        steps = torch.cat([part.view(3, 10, -1) for part in parts], dim=2)
+        few = steps[0, 0].argsort()[torch.arange(64) * 80 // 64]
         for rows, measured in ((64, steps[:, 0, few]), (800, steps.flatten(1))):
             for num_bins in (8, 12, 30):
                 moments = RateMoments(num_bins)
@@ -229,7 +280,7 @@ def test_repeated_iterations_change_nothing(base, tmp_path):
     """
     flags = [*base, *ONLINE, "--train-iters", "5"]
     once = ranks.launch(tmp_path / "once", 1, *flags)
-    twice = ranks.launch(tmp_path / "twice", 1, *flags, entry="every_step_twice")
+    twice = ranks.launch(tmp_path / "twice", 1, *flags, entry=every_step_twice)
     assert twice.masks() == once.masks()
     assert twice.losses == once.losses
     tag = "mdm/density at t 0.05"
@@ -251,7 +302,7 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
         sampler.state.moments.add(np.ones(17))
         sampler.state.pending = sampler.state.pending + 1
         sampler.state.sampler = PiecewiseSampler([0, 1], [0.5, 1.5])
-        sampler.measured = sampler.pending = ranks.torch.ones(4, 17, dtype=ranks.torch.int64)
+        sampler.measured = sampler.pending = torch.ones(4, 17, dtype=torch.int64)
         machine.state_restore_func(saved)
         assert np.array_equal(sampler.state.state_vector(), before)
         assert sampler.measured is None and sampler.pending is None
@@ -259,7 +310,7 @@ def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monke
 
 
 def test_ranks_with_other_densities_stop(base, tmp_path):
-    run = ranks.launch(tmp_path, 2, *base, *ONLINE, entry="other_density", check=False)
+    run = ranks.launch(tmp_path, 2, *base, *ONLINE, entry=other_density, check=False)
     assert 0 not in run.status
     assert any(
         "fitted another density of the masking rate than others at iteration 2" in text
@@ -272,7 +323,7 @@ def test_other_density_files_on_other_nodes_are_refused(base, density, tmp_path)
     for rank, values in enumerate((content["density"], content["density"][::-1])):
         (tmp_path / f"ppots{rank}.json").write_text(json.dumps({**content, "density": values}))
     flags = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(tmp_path / "ppotsRANK.json")]
-    run = ranks.launch(tmp_path, 2, *base, *flags, entry="file_of_a_node", check=False)
+    run = ranks.launch(tmp_path, 2, *base, *flags, entry=file_of_a_node, check=False)
     assert 2 in run.status and 0 not in run.status
     message = (
         "error: rank {0}: --mdm-ppots-file {1}/ppots{0}.json is not the same file on all nodes"
@@ -293,7 +344,7 @@ def test_a_row_without_a_finite_loss_is_counted_and_stays_out_of_the_fit(base, t
     flags = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 2".split()
     flags += ["--mdm-ppots-target", target]
     flags += "--train-iters 1 --mdm-rate-bins 2 --no-check-for-nan-in-loss-and-grad".split()
-    run = ranks.launch(tmp_path, 1, *base, *flags, entry="nan_row")
+    run = ranks.launch(tmp_path, 1, *base, *flags, entry=nan_row)
     line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 1" in x)
     assert "of 7 rows, 1 skipped" in line
     assert all(np.isfinite(run.scalars[name]).all() for name in run.scalars if "density" in name)
@@ -307,7 +358,7 @@ def test_fits_of_a_checkpoint_on_two_ranks(base, density, tmp_path):
     tool = ["--", "tools/fit_ppots.py", "--device", "cpu", "--load", base[base.index("--load") + 1]]
     tool += "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
     output = tmp_path / "two.json"
-    ranks.launch(tmp_path, 2, *tool, "--output", str(output), entry="tool")
+    ranks.launch(tmp_path, 2, *tool, "--output", str(output), entry=entries.tool)
     one, two = (json.loads(path.read_text()) for path in (density, output))
     assert two["moments"] == pytest.approx(one["moments"], rel=1e-5)
     assert two["density"] == pytest.approx(one["density"], rel=1e-5)

@@ -1,9 +1,11 @@
 """Both normalizations are exact when rows differ in eligible tokens, under DP and accumulation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests import ranks
+from tests import oracle, ranks
 
 RATE = 1000.0  # so large a step shows the gradient in the weights, free of their rounding
 ONE_STEP = f"--optimizer sgd --sgd-momentum 0 --weight-decay 0 --clip-grad 0 --lr {RATE}".split()
@@ -48,19 +50,36 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_objective_of_the_whole_batch(name, base, pairs, tmp_path):
-    flags = [*base, *OBJECTIVES[name].split(), *ONE_STEP]
-    flags += ["--data-path", str(pairs)] if "sft" in name else []
-    ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry="whole_batch")
-    loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
+@pytest.fixture(scope="module")
+def runs(base, pairs, tmp_path_factory):
+    """By objective: what the oracle found, the step of two ranks, and where it was saved."""
+    directory = tmp_path_factory.mktemp("objectives")
+    save = ["--save-interval", "1", "--train-iters", "1"]
+    whole, parts = {}, {}
+    for name, objective in OBJECTIVES.items():
+        flags = [*base, *objective.split(), *ONE_STEP]
+        flags += ["--data-path", str(pairs)] if "sft" in name else []
+        whole[name] = [*flags, "--micro-batch-size", "8"]
+        parts[name] = [*flags, *save, "--save", str(directory / "checkpoint" / name)]
+    ranks.launch_all(directory / "whole", 1, whole, entry=oracle.whole_batch)
+    steps = ranks.launch_all(directory / "parts", 2, parts)  # DP 2, two micro-batches each
+    return {
+        name: (
+            torch.load(directory / "whole" / name / "whole_batch.pt"),
+            steps[name],
+            directory / "checkpoint" / name,
+        )
+        for name in OBJECTIVES
+    }
 
-    save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
-    run = ranks.launch(tmp_path / "run", 2, *flags, *save)  # DP 2, two micro-batches each
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_of_the_whole_batch(name, runs, base):
+    (loss, gradients), run, checkpoint = runs[name]
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
 
-    before = ranks.weights(ranks.Path(base[base.index("--load") + 1]))
-    after = ranks.weights(tmp_path / "checkpoint")
+    before = ranks.weights(Path(base[base.index("--load") + 1]))
+    after = ranks.weights(checkpoint)
     names = {layer_of(name)[0] for name in gradients}
     assert names == {n for n in after if "_extra_state" not in n}
     for name, gradient in gradients.items():

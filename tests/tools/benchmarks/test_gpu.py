@@ -8,14 +8,15 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.overhead import ffn_size
+from benchmarks.sides import ffn_size
 from megatron_mdm.errors import UserError
-from tests import ROOT, ranks
+from tests import ROOT
 
 
 def parsed(*flags):
@@ -58,7 +59,8 @@ def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path):
 
     def run(*more):
         words = [sys.executable, str(script), "gpu", *flags, *more]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+        environment = {**os.environ, "PYTHONPATH": paths}
         return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     first = run("--profile", "--precisions", "bf16")
@@ -98,7 +100,7 @@ def test_times_are_kept_before_a_profile_that_never_comes(ends, why, tmp_path, m
     kept = []
 
     def measure(*args):
-        (ranks.Path(args[-1]) / gpu.RESULT).write_text('{"sides": {}}')
+        (Path(args[-1]) / gpu.RESULT).write_text('{"sides": {}}')
         ends()
 
     def start(_, *args):
@@ -131,12 +133,13 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
         assert "small        bf16 out of memory" in out
     gpu.run(parsed("--tiny", "--sizes", "small", "--precisions", "bf16", "--json", path + "2"))
     assert asked == ["tiny", "small", "tiny", "small"]
-    assert set(json.loads(ranks.Path(path).read_text())["measurements"]) == {
+    assert set(json.loads(Path(path).read_text())["measurements"]) == {
         "tiny bf16",
         "small bf16",
     }
 
 
+@pytest.mark.ranks
 def test_a_process_that_fails_says_why(tmp_path):
     machine = {"device": "a processor", "torch": "2"}
     about = {**gpu.header(machine, parsed("--tiny", "--json", "x")), "flags": "--no-such-flag"}

@@ -1,0 +1,335 @@
+#!/usr/bin/env python3
+"""First contact with a GPU, a line for each check: `smoke.py torch|te|all-kernels [--dry]`.
+
+A check stands for itself: one that fails says nothing of the others. The exit status is the number
+of failures. With --dry, for a machine without a GPU, modules are imported and nothing is computed.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Check = Callable[[], object]
+BIG = 8192  # rows and columns of the products that are timed
+
+
+def run(checks: dict[str, Check]) -> int:
+    """Runs all checks, and returns how many failed."""
+    failures = 0
+    for name, check in checks.items():
+        start = time.perf_counter()
+        try:
+            said = check()
+        except BaseException as error:  # whatever a first contact brings
+            failures += 1
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            verdict = "FAIL"
+        else:
+            verdict = "ok  "
+        seconds = time.perf_counter() - start
+        print(f"CHECK {verdict} {name} {seconds:.1f}s {said or ''}", flush=True)
+    return failures
+
+
+def milliseconds(work: Check) -> float:
+    """The median of ten repeats, after three that warm up."""
+    times = []
+    for repeat in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 3:
+            times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def error_of(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Length of the difference over that of the reference.
+
+    Raises:
+        ValueError: it is not below 0.2.
+    """
+    error = float((ours.double() - reference.double()).norm() / reference.double().norm())
+    if not error < 0.2:
+        raise ValueError(f"relative error {error}")
+    return error
+
+
+def random(*shape: int) -> torch.Tensor:
+    """A random tensor in bfloat16."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def loopback() -> str:
+    """Whether a process reaches itself, as ranks must; and what the host's name stands for."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
+    name = socket.gethostname()
+    try:
+        return f"{name} is {socket.gethostbyname(name)}"
+    except OSError as error:
+        return f"{name} cannot be resolved ({error})"
+
+
+def device() -> str:
+    """The card."""
+    card = torch.cuda.get_device_properties(0)
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    return (
+        f"{card.name}, sm_{card.major}{card.minor}, {card.multi_processor_count} SMs, "
+        f"{free:.1f} of {total:.1f} GiB free, torch {torch.__version__}"
+    )
+
+
+def product_bf16() -> str:
+    """Speed of a product in BF16."""
+    a, b = random(BIG, BIG), random(BIG, BIG)
+    return f"{2 * BIG**3 / milliseconds(lambda: a @ b) / 1e9:.0f} TFLOP/s"
+
+
+def product_fp8() -> str:
+    """Speed of a product in FP8."""
+    a, b = (random(BIG, BIG).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+
+    def work() -> torch.Tensor:
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return f"{2 * BIG**3 / milliseconds(work) / 1e9:.0f} TFLOP/s"
+
+
+def copy() -> str:
+    """Speed of memory."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    took = milliseconds(lambda: target.copy_(source))
+    return f"{2 * source.nbytes / took / 1e6:.0f} GB/s read and written"
+
+
+def collectives() -> str:
+    """NCCL and gloo with a single rank."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", RANK="0", WORLD_SIZE="1")
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group("nccl")
+    torch.distributed.all_reduce(torch.ones(4, device="cuda"))
+    torch.distributed.barrier()
+    gloo = torch.distributed.new_group(backend="gloo")
+    torch.distributed.all_reduce(torch.ones(1), group=gloo)
+    torch.distributed.destroy_process_group()
+    return f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+
+
+def compilation() -> str:
+    """Whether torch.compile makes a kernel."""
+
+    def gated(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(x) * y
+
+    x, y = random(512, 512), random(512, 512)
+    return f"relative error {error_of(torch.compile(gated)(x, y), gated(x, y)):.1e}"
+
+
+def of_torch(dry: bool) -> dict[str, Check]:
+    """What torch needs of the machine."""
+    if dry:
+        return {"torch": lambda: torch.__version__}
+    return {
+        "loopback": loopback,
+        "device": device,
+        "matmul-bf16": product_bf16,
+        "matmul-fp8": product_fp8,
+        "copy": copy,
+        "nccl": collectives,
+        "torch.compile": compilation,
+    }
+
+
+def te_import() -> str:
+    """Whether Transformer Engine loads, and what it can compute."""
+    import transformer_engine
+    import transformer_engine.pytorch as te
+
+    return (
+        f"{transformer_engine.__version__}, cuDNN {te.get_cudnn_version()}, "
+        f"fp8 {te.is_fp8_available(return_reason=True)}, "
+        f"blockwise {te.is_fp8_block_scaling_available(return_reason=True)}"
+    )
+
+
+def te_imports_dry() -> str:
+    """The same without a GPU, by way of Megatron."""
+    import transformer_engine.pytorch  # noqa: F401
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return f"HAVE_TE {HAVE_TE}"
+
+
+def te_linear(name: str, recipe_name: str | None) -> str:
+    """A linear layer, forward and backward, against float64."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
+
+    settings = getattr(recipe, recipe_name)() if recipe_name else None
+    torch.manual_seed(1)
+    layer = getattr(te, name)(1024, 512, bias=False, params_dtype=torch.bfloat16, device="cuda")
+    x = random(512, 1024).requires_grad_()
+    for _ in range(3):  # delayed scales are unknown at first
+        layer.zero_grad()
+        x.grad = None
+        with te.autocast(enabled=settings is not None, recipe=settings):
+            out = layer(x)
+        out.float().square().sum().backward()
+    exact_x, exact_w = (y.detach().double().requires_grad_() for y in (x, layer.weight))
+    normed = exact_x
+    if name == "LayerNormLinear":
+        normed = torch.nn.functional.layer_norm(exact_x, (1024,))
+    exact = normed @ exact_w.t()
+    exact.square().sum().backward()
+    pairs = ((out, exact), (x.grad, exact_x.grad), (layer.weight.grad, exact_w.grad))
+    return "relative errors out {:.1e} dx {:.1e} dw {:.1e}".format(*(error_of(*y) for y in pairs))
+
+
+def te_norm() -> str:
+    """RMSNorm, a kernel of the library itself; products are cuBLAS's."""
+    import transformer_engine.pytorch as te
+
+    x = random(512, 1024)
+    ours = te.RMSNorm(1024, params_dtype=torch.bfloat16, device="cuda")(x)
+    return f"relative error {error_of(ours, torch.nn.functional.rms_norm(x.double(), (1024,))):.1e}"
+
+
+def te_adam() -> str:
+    """Three steps of Adam against torch's."""
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    start, gradient = torch.randn(2, 4096, device="cuda")
+    moved = []
+    for kind in (FusedAdam, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = kind([parameter], lr=1e-2, weight_decay=0.01)
+        for _ in range(3):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        moved.append(parameter.detach() - start)
+    return f"relative error {error_of(*moved):.1e}"
+
+
+def te_rope() -> str:
+    """The fused rotary embedding, at angles of 0."""
+    from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
+
+    x = random(64, 2, 4, 32)
+    angles = torch.zeros(64, 1, 1, 32, device="cuda")
+    return f"relative error {error_of(fused_apply_rotary_pos_emb(x, angles), x):.1e}"
+
+
+def te_attention(kind: str, layout: str) -> str:
+    """Attention, forward and backward, against float64.
+
+    Args:
+        kind: of mask, as Transformer Engine names it.
+        layout: `sbhd`, or `thd` with two documents in each row.
+    """
+    import transformer_engine.pytorch as te
+
+    os.environ |= dict(NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")  # prints the kernels that it chose
+    s, b, heads, size = 256, 2, 8, 64
+    ends = [0, 100, s, s + 17, 2 * s]
+    q, k, v = (random(s, b, heads, size).requires_grad_() for _ in range(3))
+    layer = te.DotProductAttention(
+        heads, size, attention_dropout=0.0, qkv_format=layout, attn_mask_type=kind
+    )
+    if layout == "sbhd":
+        out = layer(q, k, v, attn_mask_type=kind).view(s, b, heads, size)
+    else:
+        bounds = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        limits = dict(cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=s, max_seqlen_kv=s)
+        flat = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+        out = layer(*flat, qkv_format=layout, attn_mask_type=kind, **limits)
+        out = out.view(b, s, heads, size).transpose(0, 1)
+    out.float().square().sum().backward()
+    exact = [x.detach().double().permute(1, 2, 0, 3).requires_grad_() for x in (q, k, v)]
+    number = torch.zeros(b * s, device="cuda")
+    for end in ends[1:-1] if layout == "thd" else ():
+        number[end:] += 1
+    number = number.view(b, 1, s)
+    mask = number[..., :, None] == number[..., None, :]
+    mask = mask.tril() if kind == "causal" else mask
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask)
+    expected.square().sum().backward()
+    pairs = ((out, expected), (q.grad, exact[0].grad))
+    return "relative errors out {:.1e} dq {:.1e}".format(
+        *(error_of(x, y.permute(2, 0, 1, 3)) for x, y in pairs)
+    )
+
+
+def of_transformer_engine(dry: bool) -> dict[str, Check]:
+    """What training needs of Transformer Engine."""
+    if dry:
+        return {"te-import": te_imports_dry}
+    linears = {
+        "te-linear-bf16": ("Linear", None),
+        "te-layernormlinear-bf16": ("LayerNormLinear", None),
+        "te-linear-fp8-current": ("Linear", "Float8CurrentScaling"),
+        "te-linear-fp8-delayed": ("Linear", "DelayedScaling"),
+        "te-layernormlinear-fp8-delayed": ("LayerNormLinear", "DelayedScaling"),
+        "te-linear-fp8-blockwise": ("Linear", "Float8BlockScaling"),
+    }
+    return {
+        "te-import": te_import,
+        "te-rmsnorm": te_norm,
+        **{name: call(te_linear, *given) for name, given in linears.items()},
+        "te-adam": te_adam,
+        "te-rope": te_rope,
+        "te-attention-full": call(te_attention, "no_mask", "sbhd"),
+        "te-attention-causal": call(te_attention, "causal", "sbhd"),
+        "te-attention-documents": call(te_attention, "padding", "thd"),
+    }
+
+
+def call(function: Callable[..., Any], *given: Any) -> Check:
+    """The function as a check."""
+    return lambda: function(*given)
+
+
+def all_kernels() -> str:
+    """Loads all machine code at once, under CUDA_MODULE_LOADING=EAGER."""
+    import transformer_engine.pytorch as te
+
+    te.RMSNorm(64, device="cuda")(torch.randn(4, 64, device="cuda"))
+    torch.cuda.synchronize()
+    mode = os.environ.get("CUDA_MODULE_LOADING")
+    return f"loading {mode}, {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB free"
+
+
+def main() -> None:
+    """Runs the checks that were asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["torch", "te", "all-kernels"])
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    if args.what == "torch":
+        checks = of_torch(args.dry)
+    elif args.what == "te":
+        checks = of_transformer_engine(args.dry)
+    else:
+        checks = {"all-kernels": all_kernels}
+    if "te-import" in checks and run({"te-import": checks.pop("te-import")}):
+        sys.exit(1)  # the others would say the same
+    sys.exit(run(checks))
+
+
+if __name__ == "__main__":
+    main()

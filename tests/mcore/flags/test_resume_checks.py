@@ -1,0 +1,115 @@
+"""What a run needs of its tokenizer, and of the flags of the checkpoint that it goes on from."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.flags import arguments
+from tests.mcore.flags.parsing import parsed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mdm-isolate-documents",
+        "--mdm-rate-per document",
+        "--no-mdm-eod-eligible",
+        "--no-mdm-eod-attended",
+        "--mdm-sft",
+    ],
+)
+@pytest.mark.parametrize("eod", [None, -1])  # Hugging Face's and sentencepiece's answers
+def test_flags_that_need_an_end_of_document(flags, eod, monkeypatch):
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=eod))
+    with pytest.raises(UserError, match=f"^{flags} needs an end-of-document token, and the token"):
+        arguments._check_end_of_document(parsed(monkeypatch, *flags.split()))
+    arguments._check_end_of_document(parsed(monkeypatch))
+
+
+def mask_args(**values):
+    return SimpleNamespace(
+        mdm_mask_token_id=None, tokenizer_model="some.model", padded_vocab_size=128, **values
+    )
+
+
+def test_a_tokenizer_without_mask_piece(monkeypatch):
+    pieces = SimpleNamespace(piece_to_id=lambda piece: 0, unk_id=lambda: 0)
+    monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(tokenizer=pieces))
+    with pytest.raises(UserError, match="some.model has no mask piece: give --mdm-mask-token-id"):
+        arguments._mask_token_id(mask_args())
+
+
+def test_a_mask_inside_the_padding_of_the_vocabulary():
+    args = mask_args()
+    args.mdm_mask_token_id = 127
+    assert arguments._mask_token_id(args) == 127
+    args.mdm_mask_token_id = 128
+    with pytest.raises(UserError, match="--mdm-mask-token-id 128 lies outside the .* of 128"):
+        arguments._mask_token_id(args)
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    monkeypatch.setattr(
+        arguments, "get_tokenizer", lambda: SimpleNamespace(eod=126, vocab_size=120)
+    )
+
+
+def finalize_args(args):
+    # As Megatron's validation sets them.
+    args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
+    return arguments.finalize_args(args)
+
+
+def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
+    words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
+    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
+    with pytest.raises(UserError) as caught:
+        finalize_args(parsed(monkeypatch, *words, data=base[:2]))
+    message = str(caught.value)
+    assert "--mdm-mask exact-count (checkpoint: bernoulli)" in message
+    assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
+    assert "--seed 7 (checkpoint: 1234)" in message
+    assert "--mdm-eod-eligible False (checkpoint: True)" in message
+    assert message.count("(checkpoint: ") == 4
+    assert "add --mdm-allow-flag-change" in message
+
+    for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
+        finalize_args(parsed(monkeypatch, *words, *words_that_allow, data=base[:2]))
+    finalize_args(parsed(monkeypatch, *words[:2], data=base[:2]))
+    with pytest.raises(UserError, match="--mock-data True .checkpoint: False.. Give its values"):
+        finalize_args(parsed(monkeypatch, *words[:2]))
+
+
+def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
+    base, monkeypatch, tmp_path, tokenizer
+):
+    """Until --load has a checkpoint, which then is what the flags are compared with."""
+    pretrained = base[base.index("--load") + 1]
+    new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
+
+    def resolved(*words):
+        return finalize_args(parsed(monkeypatch, *words, data=base[:2]))
+
+    words = [*new, "--mdm-mask", "exact-count"]
+    assert resolved(*words).finetune
+    with pytest.raises(UserError) as caught:
+        resolved(*words, "--rotary-base", "5000")
+    assert str(caught.value).startswith(
+        f"the checkpoint in {pretrained} is of another model: --rotary-base is 10000"
+    )
+
+    words = ["--pretrained-checkpoint", str(tmp_path / "gone"), "--load"]
+    assert not resolved(*words, pretrained).finetune
+    with pytest.raises(UserError, match="trained with other settings: --mdm-mask exact-count"):
+        resolved(*words, pretrained, "--mdm-mask", "exact-count")
+    with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
+        resolved(*words, str(tmp_path / "new"))
+    # A first start of a run that can be started again has no checkpoint yet.
+    gone = ["--load", str(tmp_path / "gone")]
+    resolved(*gone, "--save", gone[1], "--save-interval", "1")
+    with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
+        resolved(*gone)
+    with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
+        resolved(*gone, "--finetune")

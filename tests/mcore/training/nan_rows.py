@@ -1,0 +1,21 @@
+"""An entry with a row that is no number, for tests of what that does to a run."""
+
+import torch
+
+from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.pretrain import main
+
+
+def nan_row() -> None:
+    """The program with a first row whose cross entropies, and their gradients, are no numbers."""
+    logits_to_tokens, calls = step.logits_to_tokens, []
+
+    def with_nan(values, shift):
+        values = logits_to_tokens(values, shift)
+        calls.append(values)
+        if len(calls) > 1:
+            return values
+        return values * torch.ones_like(values).index_fill(0, torch.tensor([0]), torch.nan)
+
+    step.logits_to_tokens = with_nan
+    main()

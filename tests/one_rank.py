@@ -1,0 +1,45 @@
+"""Megatron inside one process, for tests that need a layer or a model and no run."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_mdm.environment import silent_import
+
+with silent_import():
+    from megatron.core import ModelParallelConfig, mpu
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    from megatron_mdm.mcore.device import training_device
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """Megatron's process groups over this process alone, on the CPU."""
+    with training_device("cpu"):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            mpu.initialize_model_parallel()
+            yield
+        finally:
+            mpu.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def output_layer(vocabulary: int, hidden: int) -> Any:
+    """Megatron's output layer with random weights; to be made inside `one_rank`."""
+    config = ModelParallelConfig(
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+    )
+    layer = ColumnParallelLinear(
+        hidden, vocabulary, config=config, init_method=torch.nn.init.zeros_, bias=False
+    )
+    torch.manual_seed(1234)
+    torch.nn.init.normal_(layer.weight, std=0.02)
+    return layer

@@ -1,0 +1,49 @@
+"""Real ranks for tests: the program itself, over gloo, in processes forked from a warm one.
+
+A fork server imports torch and Megatron once (6 s); every rank of every run is then a fork of it,
+with fresh Megatron globals, as torchrun would start it. It has no Transformer Engine: ranks that
+want it start from nothing. `launch_all` gives several runs to one group of ranks.
+
+`launch` calls an entry on every rank: `train`, the program with a record of its rows, or a function
+that stands beside the test that launches it. Entries that several files use are in entries.py.
+"""
+
+from tests.ranks.datasets import random_documents, random_pairs, write_documents, write_pairs
+from tests.ranks.flags import EOD_ID, MASK_ID, MODEL, TOKENIZER, TRAINING, VOCAB
+from tests.ranks.launcher import (
+    Run,
+    launch,
+    launch_all,
+    meet_again,
+    read_scalars,
+    the_error_line,
+    weights,
+)
+from tests.ranks.recording import train
+from tests.ranks.tools import TORCHRUN, fit_ppots, run_forked, run_tool, users_environment
+
+__all__ = [
+    "EOD_ID",
+    "MASK_ID",
+    "MODEL",
+    "TOKENIZER",
+    "TORCHRUN",
+    "TRAINING",
+    "VOCAB",
+    "Run",
+    "fit_ppots",
+    "launch",
+    "launch_all",
+    "meet_again",
+    "random_documents",
+    "random_pairs",
+    "read_scalars",
+    "run_forked",
+    "run_tool",
+    "the_error_line",
+    "train",
+    "users_environment",
+    "weights",
+    "write_documents",
+    "write_pairs",
+]

@@ -1,0 +1,51 @@
+"""Entries that several files launch: command-line tools, and the program without common flags."""
+
+import contextlib
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.pretrain import main
+from tests import ROOT
+
+
+def tool() -> None:
+    """A command-line tool: the arguments after `--` are its file and its flags.
+
+    What it prints goes to `stdout<rank>` of its own, beside the log.
+    """
+    file, *sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    path = Path(os.environ["TRACE_DIR"], f"stdout{os.environ['RANK']}")
+    with open(path, "w", encoding="utf-8") as stdout, contextlib.redirect_stdout(stdout):
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+
+
+def tool_in_its_directory() -> None:
+    """`tool`, among whose flags paths are relative to the directory of this run's log."""
+    root = os.getcwd()
+    os.chdir(os.environ["TRACE_DIR"])
+    place = sys.argv.index("--") + 1
+    sys.argv[place] = os.path.join(root, sys.argv[place])
+    tool()
+
+
+def only_these_flags() -> None:
+    """The program with the flags after `--` alone."""
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    main()
+
+
+def logits() -> None:
+    """Logits of a checkpoint on random rows, of two lengths, saved by every rank."""
+    load, stages = sys.argv[sys.argv.index("--") + 1 :]
+    with open_checkpoint(load, "cpu", int(stages)) as loaded:
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(0, 127, shape, generator=generator) for shape in ((3, 32), (1, 7))]
+        plain = [loaded.logits(tokens) for tokens in rows]
+        loaded.args.mdm_shift = True
+        shifted = [loaded.logits(tokens) for tokens in rows]
+        torch.save((plain, shifted), f"{os.environ['TRACE_DIR']}/logits{os.environ['RANK']}.pt")

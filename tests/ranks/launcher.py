@@ -1,0 +1,276 @@
+"""Starts ranks of a run in forks of a warm process, and reads what they left behind.
+
+A run's ranks meet at a store that `launch` holds, as they meet at torchrun's own: it listens on a
+port that the system chose, and so no other process can take the port between.
+"""
+
+import gc
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.training import checkpointing, global_vars
+from megatron.training.training import destroy_global_state
+from torch.distributed import TCPStore
+
+from tests.ranks import server
+from tests.ranks.flags import MODEL, TOKENIZER, TRAINING
+from tests.ranks.recording import train
+from tests.ranks.tools import users_environment
+
+TIMEOUT = 180  # seconds; a run here takes about 5
+TAIL = 8000  # characters that a failure shows: tracebacks of ranks go through Megatron and torchrun
+
+_stores: list[TCPStore] = []  # of `meet_again`: they end with the process
+
+
+@dataclass
+class Run:
+    """What a finished run left behind."""
+
+    status: list[int]
+    output: list[str]
+    scalars: dict[str, list[float]] = field(default_factory=dict)
+    traces: list[dict] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return self.scalars["mdm loss"]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        return self.scalars["grad-norm"]
+
+    def masks(self) -> dict:
+        """(split, row) -> (t, masked tokens) over all ranks; the ranks must agree."""
+        merged: dict = {}
+        for trace in self.traces:
+            for key, value in trace.items():
+                assert merged.setdefault(key, value) == value, f"ranks differ in row {key}"
+        return merged
+
+
+def launch(
+    directory: Path,
+    ranks: int,
+    *flags: str,
+    entry: Callable[[], None] = train,
+    check: bool = True,
+    drop: Iterable[str] = (),
+    transformer_engine: bool = False,
+) -> Run:
+    """Calls `entry` on `ranks` processes with these flags after the common ones.
+
+    Args:
+        directory: where its logs and records go.
+        ranks: number of processes.
+        flags: as on the command line.
+        entry: function of a module. A rank finds it by the names of both, as pickle does, and it
+            finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
+        check: fail unless every rank ends with status 0.
+        drop: common flags to leave out, with their values if they have any.
+        transformer_engine: let them have it if it is installed, and CUDA, which a process that was
+            forked may not be able to use.
+    """
+    argv, store = _argv(directory, flags, drop), _store()
+    start = server.context(transformer_engine)
+    processes = [
+        start.Process(
+            target=_rank, args=(_name(entry), argv, rank, ranks, store.port, str(directory))
+        )
+        for rank in range(ranks)
+    ]
+    environment = users_environment() if transformer_engine else dict(os.environ)
+    with mock.patch.dict(os.environ, environment, clear=True):
+        for process in processes:
+            process.start()
+    _wait(processes, TIMEOUT)
+    return _left_by(processes, directory, check)
+
+
+def launch_all(
+    directory: Path,
+    ranks: int,
+    runs: Mapping[str, Sequence[str]],
+    *,
+    entry: Callable[[], None] = train,
+    drop: Iterable[str] = (),
+) -> dict[str, Run]:
+    """Runs several configurations one after the other in one group of ranks, and checks them.
+
+    Each is a run as `launch` makes it, in processes that have forgotten the one before. A failure
+    ends all that would follow.
+
+    Args:
+        directory: where the runs' own directories go.
+        ranks: number of processes.
+        runs: the flags of each, by a name that is a file's.
+        entry: function of a module, which leaves no function replaced behind.
+        drop: common flags to leave out of all, with their values if they have any.
+
+    Returns:
+        What each left behind, by its name.
+    """
+    stores = [_store() for _ in runs]
+    jobs = [
+        (_name(entry), _argv(directory / name, flags, drop), store.port, str(directory / name))
+        for (name, flags), store in zip(runs.items(), stores, strict=True)
+    ]
+    start = server.context()
+    processes = [
+        start.Process(target=_rank_of_all, args=(jobs, rank, ranks)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    _wait(processes, TIMEOUT * len(runs))
+    begun = [name for name in runs if (directory / name / "rank0.log").exists()]
+    _left_by(processes, directory / begun[-1], check=True)  # where a failure was
+    return {name: _left_by(processes, directory / name, check=True) for name in runs}
+
+
+def forget_megatron() -> None:
+    """Makes this process one that has not run Megatron yet: the run is over, another may begin."""
+    writer = global_vars.get_tensorboard_writer()
+    if writer is not None:
+        writer.close()
+    destroy_global_state()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    set_moe_metrics_tracker(None)
+    checkpointing._CHECKPOINT_VERSION = None
+    checkpointing.set_loaded_iteration(None)
+    CachedMetadataFileSystemReader.clear_metadata_cache()
+    gc.collect()
+
+
+def _argv(directory: Path, flags: Sequence[str], drop: Iterable[str]) -> list[str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = [*MODEL, *TOKENIZER, *TRAINING, "--tensorboard-dir", str(directory / "tb")]
+    for flag in drop:
+        first = last = argv.index(flag)
+        while last + 1 < len(argv) and not argv[last + 1].startswith("--"):
+            last += 1
+        del argv[first : last + 1]
+    return [*argv, *flags]
+
+
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _name(entry: Callable[[], None]) -> str:
+    return f"{entry.__module__}:{entry.__qualname__}"
+
+
+def _wait(processes: Sequence[BaseProcess], seconds: float) -> None:
+    """Until all have ended. As torchrun does: when one rank fails, the others are stopped."""
+    deadline = time.monotonic() + seconds
+    while any(p.is_alive() for p in processes):
+        failed = any(p.exitcode not in (None, 0) for p in processes)
+        if failed or time.monotonic() > deadline:
+            time.sleep(1.0)
+            for process in processes:
+                process.terminate()
+            end = time.monotonic() + 30.0
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+                process.kill()
+            break
+        time.sleep(0.02)
+    for process in processes:
+        process.join()
+
+
+def _left_by(processes: Sequence[BaseProcess], directory: Path, check: bool) -> Run:
+    """What a run of processes that have ended left in its directory."""
+    output = [(directory / f"rank{rank}.log").read_text() for rank in range(len(processes))]
+    run = Run([p.exitcode for p in processes], output)
+    if check:
+        assert run.status == [0] * len(processes), "\n".join(text[-TAIL:] for text in output)
+        run.scalars = read_scalars(directory / "tb") if (directory / "tb").exists() else {}
+        run.traces = [torch.load(path) for path in sorted(directory.glob("trace*.pt"))]
+    return run
+
+
+def _rank_of_all(jobs: list[tuple[str, list[str], int, str]], rank: int, ranks: int) -> None:
+    environment = dict(os.environ)
+    for entry, argv, port, directory in jobs:
+        _rank(entry, argv, rank, ranks, port, directory)
+        forget_megatron()
+        os.environ.clear()  # of what Megatron chose for a model
+        os.environ.update(environment)
+
+
+def _rank(name: str, argv: list[str], rank: int, ranks: int, port: int, directory: str) -> None:
+    log = os.open(f"{directory}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TRACE_DIR": directory,
+    }
+    sys.argv = ["pretrain", *argv]
+    pkgutil.resolve_name(name)()
+    sys.stdout.flush()
+
+
+def meet_again() -> None:
+    """Lets the ranks of a run form a process group after they destroyed their first one.
+
+    Every rank calls it. They meet at a new store, which the first rank holds, since the old one
+    keeps the addresses of the old group.
+    """
+    host = os.environ["MASTER_ADDR"]
+    old = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if os.environ["RANK"] == "0":
+        _stores.append(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        old.set("next store", str(_stores[-1].port))
+    os.environ["MASTER_PORT"] = old.get("next store").decode()
+
+
+def read_scalars(directory: Path) -> dict[str, list[float]]:
+    """TensorBoard's scalars, float32, in the order of iterations."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's whole tensors of a checkpoint, whatever layout wrote it."""
+    iteration = (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
+    reader = dcp.FileSystemReader(checkpoint / f"iter_{int(iteration):07d}")
+    state = {
+        key: torch.empty(item.size, dtype=item.properties.dtype)
+        for key, item in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(item, "size") and not key.startswith(("optimizer", "rng", "mdm_log_state"))
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def the_error_line(output: Iterable[str]) -> str:
+    """The only line of these logs that says what is wrong; nothing else looks like a failure."""
+    text = "".join(output)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text[-3000:]
+    assert "Traceback" not in text and "Exception ignored" not in text, text[-3000:]
+    return lines[0]

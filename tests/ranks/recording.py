@@ -1,0 +1,41 @@
+"""The program with a record of the rows that each rank saw, which `launch` runs by default."""
+
+import os
+
+import torch
+
+from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.training import forward_step as step
+from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.pretrain import main
+
+
+def train() -> None:
+    """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
+    trace: dict = {}
+    load_batch, corrupter = step.load_batch, TrainingState.corrupter
+    seen: dict = {}
+
+    def recording_load_batch(*args):
+        seen["rows"] = load_batch(*args)
+        return seen["rows"]
+
+    def recording_corrupter(state, training):
+        def corrupt(*args):
+            corruption = corrupter(state, training)(*args)
+            keys = zip(seen["rows"].split.tolist(), seen["rows"].row.tolist(), strict=True)
+            values = zip(corruption.t.tolist(), corruption.tokens.tolist(), strict=True)
+            for key, value in zip(keys, values, strict=True):
+                assert trace.setdefault(key, value) == value
+            return corruption
+
+        return corrupt
+
+    try:
+        with (
+            replaced(step, "load_batch", recording_load_batch),
+            replaced(TrainingState, "corrupter", recording_corrupter),
+        ):
+            main()
+    finally:
+        torch.save(trace, f"{os.environ['TRACE_DIR']}/trace{os.environ['RANK']}.pt")

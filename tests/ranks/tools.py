@@ -1,0 +1,82 @@
+"""Tools that tests start, as users do or in forks, and how they start several ranks of one."""
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests import ROOT
+from tests.ranks import server
+
+TIMEOUT = 180  # seconds; most tools here take about 2
+TAIL = 4000  # characters of output that a failure shows
+# Two ranks on any free port, also where the machine's own name cannot be resolved.
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
+
+
+def users_environment() -> dict[str, str]:
+    """The environment in which the tests were started, where torch.compile is not switched off."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_COMPILE_DISABLE"}
+    given = environment.get("MDM_TEST_COMPILE_DISABLE")
+    return environment | ({"TORCH_COMPILE_DISABLE": given} if given else {})
+
+
+def run_tool(name: str, *flags: str) -> str:
+    """What one of tools/ prints, started as users do, on one rank."""
+    result = subprocess.run(
+        [sys.executable, f"tools/{name}.py", *flags],
+        cwd=ROOT,
+        env=users_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-TAIL:]
+    return result.stdout
+
+
+def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subprocess.CompletedProcess:
+    """How a program of the project ends on one rank, in a fork of the warm process.
+
+    It has what the tests have imported and the environment of the test. `run_tool` and
+    subprocess start it as users do, which takes seconds longer.
+
+    Args:
+        file: its path in the project.
+        flags: what follows on its command line.
+        without: packages that it finds not installed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        words, environment = [file, *flags], dict(os.environ)
+        process = server.context().Process(
+            target=_run_file, args=(words, environment, list(without), directory)
+        )
+        process.start()
+        process.join(TIMEOUT)
+        process.kill()
+        process.join()
+        output, errors = (Path(directory, name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(words, process.exitcode, output, errors)
+
+
+def _run_file(
+    words: list[str], environment: dict[str, str], without: list[str], directory: str
+) -> None:
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= environment
+    os.chdir(ROOT)
+    sys.modules.update(dict.fromkeys(without))
+    sys.argv = words
+    sys.path.insert(0, os.path.dirname(words[0]))
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def fit_ppots(load: str | Path, output: Path, *flags: str) -> str:
+    """What tools/fit_ppots.py prints about its fit to a checkpoint, which it writes to `output`."""
+    where = ["--device", "cpu", "--load", str(load), "--output", str(output)]
+    run = run_forked("tools/fit_ppots.py", *where, *flags)
+    assert run.returncode == 0, run.stderr[-TAIL:]
+    return run.stdout

@@ -1,0 +1,42 @@
+"""The source of Python's standard library as bytes, a text that every machine has."""
+
+import pathlib
+import sysconfig
+from typing import TYPE_CHECKING
+
+from megatron_mdm.files import complete_or_absent
+
+if TYPE_CHECKING:
+    import torch
+
+MASK = 256  # beside the 256 bytes
+VOCABULARY = MASK + 1
+
+
+def modules() -> list[bytes]:
+    """The texts of the library's modules; packages are left out."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    return [path.read_bytes() for path in sorted(root.glob("*.py"))]
+
+
+def rows(length: int, seed: int) -> "torch.Tensor":
+    """All modules one after the other, cut into rows, which are shuffled: int64 [N, length]."""
+    import torch
+
+    data = torch.frombuffer(bytearray(b"".join(modules())), dtype=torch.uint8).long()
+    cut = data[: len(data) // length * length].view(-1, length)
+    return cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))]
+
+
+def write_data(directory: pathlib.Path) -> None:
+    """Writes the modules as a Megatron dataset, `text` in the directory, each as a document."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    names = [str(directory / name) for name in ("text.bin", "text.idx")]
+    with complete_or_absent(*names) as (tokens, index):
+        builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
+        for text in filter(None, modules()):
+            builder.add_document(torch.tensor(list(text), dtype=torch.int16), [len(text)])
+        builder.finalize(index)

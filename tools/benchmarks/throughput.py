@@ -1,0 +1,280 @@
+"""Tokens/s and memory of a training step with this objective against others, on one device.
+
+The first of --sides is what the others are compared with:
+
+    gpt            Megatron's next-token objective, with attention to all positions
+    full_head      this objective, with logits at all positions
+    masked_head    this objective, with logits at masked positions
+    causal         Megatron's next-token objective with its causal attention
+    hugging_face   a plain training loop on a Hugging Face Llama, by the released recipe of LLaDA
+
+They take turns in one process, in which all sides but the last train one model: see sides.py and
+hugging_face.py. Megatron's rows are loaded in the process itself, so that their cost counts; those
+of the loop lie ready in memory. On CUDA they train in bfloat16 with Transformer Engine if there is
+a GPU, else on the CPU in float32. Time is the clock's on CUDA, and on the CPU that of the
+processor, which other work on the machine disturbs less. Ratios are medians over rounds, in each
+of which all sides take a window of steps.
+
+Memory is told in two parts: `resting_bytes` are those of weights, gradients and the optimizer's
+state, by their number; `peak_bytes` are what a step takes beyond what was there before it. Both
+kinds of side keep weights and two moments; Megatron keeps gradients as well, which the loop frees
+between steps.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+from benchmarks.python_text import MASK, write_data
+from benchmarks.sides import (
+    LLADA_VOCABULARY,
+    MEGATRON_SIDES,
+    interleave,
+    megatron_steps,
+    model_flags,
+    speed_ratios,
+)
+from benchmarks.timing import device_name
+from megatron_mdm.environment import prepare_environment
+from megatron_mdm.errors import UserError, check_numbers
+from megatron_mdm.files import write_json
+
+DESCRIPTION = "tokens/s and memory of a training step against Megatron's GPT, or a plain loop"
+PLAIN = "hugging_face"
+SIDES = (*MEGATRON_SIDES, PLAIN)
+DEFAULT_SIZES = {
+    "cpu": {"layers": 4, "hidden": 128, "heads": 4, "rows": 8, "length": 128},
+    "cuda": {"layers": 12, "hidden": 1024, "heads": 16, "rows": 8, "length": 2048},
+}
+OPTIONS = {
+    "layers": "of the model",
+    "hidden": "size",
+    "heads": "of attention",
+    "rows": "in a batch, one micro-batch",
+    "length": "of a row",
+}
+# Bytes of a parameter between steps. The loop: weights and two moments in float32. Megatron: these
+# and gradients in float32, on CUDA weights in bfloat16 as well.
+LOOP_BYTES = 12
+MEGATRON_BYTES = {"cpu": 16, "cuda": 18}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=SIDES,
+        default=list(MEGATRON_SIDES),
+        metavar="SIDE",
+        help=f"of {', '.join(SIDES)}; others are compared with the first (default: "
+        f"{' '.join(MEGATRON_SIDES)})",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=LLADA_VOCABULARY,
+        metavar="N",
+        help="size (default: %(default)s, LLaDA's)",
+    )
+    for name, text in OPTIONS.items():
+        default = ", ".join(f"{sizes[name]} on {device}" for device, sizes in DEFAULT_SIZES.items())
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--window", type=int, default=1, metavar="N", help="steps of a side in a round (default: 1)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        metavar="N",
+        help="best a multiple of the number of sides (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints a table, and writes `args.json` if it is set.
+
+    Raises:
+        UserError: a size that cannot work, or transformers is missing.
+    """
+    check_numbers(args, *OPTIONS, "window", "rounds")
+    if args.vocabulary <= MASK:
+        raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
+    device = use_device()
+    if PLAIN in args.sides:
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"{error}: pip install 'megatron-mdm[hf]'") from error
+    sizes = sizes_of(args, device)
+    sides = list(dict.fromkeys(args.sides))
+    with tempfile.TemporaryDirectory() as directory, redirect_stdout(sys.stderr):
+        results = measure(
+            device,
+            pathlib.Path(directory),
+            sides,
+            sizes,
+            args.vocabulary,
+            args.window,
+            args.rounds,
+        )
+    print(_table(results))
+    if args.json:
+        write_json(args.json, results)
+
+
+def sizes_of(args: argparse.Namespace, device: str) -> dict[str, int]:
+    """The value of each of `OPTIONS`, given or the default of the device.
+
+    Raises:
+        UserError: heads of no size that a rotary embedding can turn.
+    """
+    sizes = {name: getattr(args, name) or DEFAULT_SIZES[device][name] for name in OPTIONS}
+    if sizes["hidden"] % (2 * sizes["heads"]):
+        raise UserError(
+            f"--hidden {sizes['hidden']}: must be a multiple of 2 x --heads {sizes['heads']}"
+        )
+    return sizes
+
+
+def use_device() -> str:
+    """Prepares this process for Megatron on the GPU if there is one, or else on the CPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prepare_environment(device)
+    return device
+
+
+def measure(
+    device: str,
+    directory: pathlib.Path,
+    sides: list[str],
+    sizes: dict[str, int],
+    vocabulary: int,
+    window: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Times and peaks of all sides.
+
+    Args:
+        device: `cuda` or `cpu`.
+        directory: for the data.
+        sides: some of `SIDES`.
+        sizes: see `OPTIONS`.
+        vocabulary: rows of the output layer.
+        window: steps of a side in a round.
+        rounds: number of measurements.
+    """
+    import torch
+
+    from megatron_mdm.mcore.device import training_device
+
+    write_data(directory)
+    flags = [
+        *model_flags(sizes, vocabulary, device),
+        *f"--data-path {directory / 'text'} --data-cache-path {directory / 'cache'}".split(),
+    ]
+    with contextlib.ExitStack() as stack:
+        steps, counts = {}, {}
+        if PLAIN in sides:  # before Megatron changes this thread
+            steps[PLAIN], counts[PLAIN] = _plain_step(sizes, vocabulary, device, stack)
+        stack.enter_context(training_device(device))
+        from benchmarks.session import training_session
+
+        session = stack.enter_context(training_session(flags))
+        steps |= megatron_steps(session)
+        parameters = sum(p.numel() for chunk in session.model for p in chunk.parameters())
+        if counts.get(PLAIN, parameters) != parameters:
+            raise RuntimeError("the two models differ in their number of parameters")
+        seconds, peaks = interleave({side: steps[side] for side in sides}, window, rounds, device)
+    reference, *others = sides
+    ratios = speed_ratios(seconds, reference)
+    resting = {
+        side: parameters * (LOOP_BYTES if side == PLAIN else MEGATRON_BYTES[device])
+        for side in sides
+    }
+    memory = {
+        side: None if peak is None else {"peak": peak, "memory": resting[side] + peak}
+        for side, peak in peaks.items()
+    }
+    return {
+        "benchmark": "throughput",
+        "device": device_name(device),
+        "clock": "wall" if device == "cuda" else "processor time of the process",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **sizes,
+        "vocabulary": vocabulary,
+        "parameters": parameters,
+        "window": window,
+        "sides": {
+            side: {
+                "tokens_per_s": sizes["rows"] * sizes["length"] / statistics.median(seconds[side]),
+                "seconds": seconds[side],
+                "resting_bytes": resting[side],
+                "peak_bytes": peaks[side],
+            }
+            for side in sides
+        },
+        # Of the other sides to the first one; memory is that of a step with what rests.
+        "tokens_per_s_ratios": {side: ratios[side] for side in others},
+        "peak_ratios": {side: _ratio(memory, side, reference, "peak") for side in others},
+        "memory_ratios": {side: _ratio(memory, side, reference, "memory") for side in others},
+    }
+
+
+def _plain_step(
+    sizes: dict[str, int], vocabulary: int, device: str, stack: contextlib.ExitStack
+) -> tuple[Callable[[], None], int]:
+    """A step of the plain loop, and the number of its model's parameters."""
+    import torch
+
+    from benchmarks.hugging_face import PlainLoop
+
+    loop = PlainLoop(sizes, vocabulary, device)
+    # Megatron's CPU mode makes every torch call of its thread a little slower, and not of others.
+    own_thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+
+    def step() -> None:
+        tokens = torch.randint(MASK, (sizes["rows"], sizes["length"]))
+        own_thread.submit(loop.step, tokens).result()
+
+    return step, sum(parameter.numel() for parameter in loop.model.parameters())
+
+
+def _ratio(memory: dict[str, Any], side: str, reference: str, kind: str) -> float | None:
+    if memory[side] is None or memory[reference] is None:
+        return None
+    return memory[side][kind] / memory[reference][kind]
+
+
+def _table(results: dict[str, Any]) -> str:
+    lines = [
+        f"{results['layers']} layers of {results['hidden']}, vocabulary {results['vocabulary']}, "
+        f"{results['rows']} rows of {results['length']}, {results['device']}, threads "
+        f"{results['threads']}; {results['clock']}",
+        f"{'':14}{'tokens/s':>10}{'ratio':>8}{'quartiles':>16}{'step MB':>10}{'ratio':>8}"
+        f"{'with rest':>11}{'ratio':>8}",
+    ]
+    for side, values in results["sides"].items():
+        line = f"{side.replace('_', ' '):14}{values['tokens_per_s']:>10.0f}"
+        speed = results["tokens_per_s_ratios"].get(side)
+        line += f"{speed['median'] if speed else 1:>8.3f}"
+        line += f"{'{:.3f} - {:.3f}'.format(*speed['quartiles']) if speed else '':>16}"
+        peak, resting = values["peak_bytes"], values["resting_bytes"]
+        if peak is not None:
+            for ratios, size in (("peak_ratios", peak), ("memory_ratios", peak + resting)):
+                width = 10 if ratios == "peak_ratios" else 11
+                line += f"{size / 1e6:>{width}.0f}{results[ratios].get(side) or 1:>8.2f}"
+        lines.append(line)
+    return "\n".join(lines)
