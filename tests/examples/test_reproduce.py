@@ -267,7 +267,7 @@ def noise_batches() -> None:
         methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
         methods[1]["mdm_ppots_refit_interval"] = 50
         drawn = [
-            [corruption for *_, corruption in training_batches(loaded, method, int(size), 4)]
+            [batch.corruption for batch in training_batches(loaded, method, int(size), 4)]
             for method in methods
         ]
     same = [(list(c.t), c.tokens.tolist()) for c in drawn[0]]

@@ -48,7 +48,7 @@ def forward_step(
         model,
         masks.tokens,
         mask=masks.mask if mdm.head == "masked" else None,
-        on_grad_sq_norm=sampler.gradient_observer(micro_batch) if sampler else None,
+        on_grad_sq_norm=None if sampler is None else sampler.gradient_observer(micro_batch),
     )
     return output, partial(loss_func, state, micro_batch)
 

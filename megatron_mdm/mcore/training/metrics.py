@@ -84,6 +84,7 @@ class Recorder:
         Megatron's rerun machine may repeat an iteration to validate its result.
         """
         if self.pending is not None and iteration != self.iteration:
+            assert self.pending_largest is not None
             self.total = self.pending if self.total is None else self.total + self.pending
             assert self.pending_largest is not None  # it comes with the sums
             self.largest = _larger(self.largest, self.pending_largest)
@@ -121,6 +122,7 @@ class Recorder:
             A summary for each split that has rows.
         """
         total, largest = self.total, self.largest
+        assert total is not None and largest is not None  # the caller looks before
         self.total = self.largest = None
         assert total is not None and largest is not None  # there have been rows
         group = mpu.get_data_parallel_group()
