@@ -18,11 +18,11 @@ def attention_mask_argument(
     transformer_impl: str,
     visible_ahead: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """What the model takes as `attention_mask`: a mask, or where documents begin.
+    """The model's argument `attention_mask`: a mask, or the places where documents begin.
 
-    Transformer Engine's layers are given no mask. There the argument, which Megatron hands down to
-    every attention layer as it is, carries `cu_seqlens` to `DocumentAttention`: documents are all
-    that can divide a row.
+    Megatron hands this argument down to every attention layer as it is. Transformer Engine's layers
+    take no mask here, so that the argument is used for another thing: it carries `cu_seqlens` to
+    `DocumentAttention`. Nothing but documents can divide a row there.
 
     Args:
         tokens: clean tokens, int64 [b, s].
@@ -124,11 +124,11 @@ def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.
 
 
 def opening_times_from_uniforms(uniforms: torch.Tensor) -> torch.Tensor:
-    """When each position of a row opens to the ones before it: the low bits of its uniform.
+    """The time at which each position opens to the ones before it: the low bits of its uniform.
 
-    The uniforms are drawn for masks, which depend on their high bits; these bits decide no mask. So
-    the times are functions of (seed, row) too, and rows carry no more numbers for them. Runs that
-    began so depend on these very bits: a stream of its own would open other positions on a resume.
+    The uniforms are drawn for masks. Their high bits decide the mask, and these low bits decide
+    none. So the times are functions of (seed, row) too, and a row carries no more numbers for them.
+    A stream of their own would change the attention of a run that is resumed.
 
     Args:
         uniforms: grid integers of the row, int64 [b, s].

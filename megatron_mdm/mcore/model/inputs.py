@@ -1,6 +1,6 @@
-"""The call of the model: all that it takes beside the masked tokens, assembled in one place.
+"""The call of the model: everything that it takes beside the masked tokens, in one place.
 
-Training, validation, measurements, inference and the reproduction call the model by this alone.
+Training, validation, measurements, inference and the reproduction all call it here.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from megatron_mdm.mcore.model.routers import shard_for_stage
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """What the model sees of b rows of s positions, whichever of their tokens are masked.
+    """The arguments of a call for b rows of s positions, which no choice of masks changes.
 
     Attributes:
         clean: the tokens before masking, int64 [b, s].
@@ -49,11 +49,11 @@ class ModelInputs:
     def of_batch(
         cls, batch: Batch, model: Any, annealing: float = 1.0, causal: bool = False
     ) -> "ModelInputs":
-        """Of the rows of a batch.
+        """Makes the arguments for the rows of a batch.
 
         Args:
             batch: the rows.
-            model: a stage of the model that they are for.
+            model: the stage that will be called.
             annealing: progress from causal to full attention (see `annealed_future_positions`).
             causal: whether the model is to be autoregressive: causal, and shifted.
         """
@@ -82,7 +82,7 @@ class ModelInputs:
         visible_ahead: torch.Tensor | None = None,
         causal: bool = False,
     ) -> "ModelInputs":
-        """Of any rows.
+        """Makes the arguments for any rows.
 
         Args:
             clean: the tokens before masking, int64 [b, s].
@@ -90,7 +90,7 @@ class ModelInputs:
                 over, int64 [b, s]; None: whole rows.
             config: settings of the objective.
             eod_id: end-of-document token.
-            model: a stage of the model that they are for.
+            model: the stage that will be called.
             padding: bool [b, s]; None: no padding.
             past_end: as the attribute.
             visible_ahead: see `dense_attention_mask`; not with `causal`.
@@ -110,7 +110,7 @@ class ModelInputs:
         return cls(clean, positions, attention_mask, config.shift or causal, past_end, causal)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """What a stage makes of masked tokens: at the last one logits of each position.
+        """Runs a stage on masked tokens; the last one returns the logits of each position.
 
         Args:
             model: the stage.
@@ -130,22 +130,21 @@ class ModelInputs:
         on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None,
         processor: Callable[..., torch.Tensor] = head,
     ) -> torch.Tensor:
-        """What a stage makes of masked tokens: at the last one cross entropies of clean tokens.
+        """Runs a stage on masked tokens; the last one returns cross entropies of clean tokens.
 
         Args:
             model: the stage.
             tokens: int64 [b, s].
-            mask: the tokens whose cross entropy is asked for, bool [b, s]: the head works at these
-                alone, and others get 0; None: all.
+            mask: tokens that the head works at, bool [b, s]; the others get 0. None: all.
             on_grad_sq_norm: called in the backward pass with the square of the norm of the gradient
                 of the micro-batch's loss sum at the final hidden state that predicts each token,
                 float32 [b, s], 0 at the positions of other context-parallel ranks; None: not at
                 all.
-            processor: another one than `head`, which is called in its place.
+            processor: is called in the place of `head`, with the same arguments.
 
         Returns:
-            float [b, s / context-parallel ranks], nats, at the last stage, in the order of
-            positions (see `logits_to_tokens`); else hidden states.
+            float [b, s / context-parallel ranks], nats, at the last stage, where the logits are
+            (see `logits_to_tokens`); else hidden states.
         """
         config = get_model_config(model)
         positions = None

@@ -1,4 +1,4 @@
-"""A micro-batch: rows with their masks, and what is counted and summed over them."""
+"""A micro-batch: rows with their masks, their counts and their losses."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -7,6 +7,7 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.model.attention_mask import (
     annealed_future_positions,
     dense_attention_mask,
+    opening_times_from_uniforms,
 )
 from megatron_mdm.objective.randomness import Split, row_uniforms
 from tests import ranks
@@ -34,6 +35,13 @@ def test_it_starts_causal_and_ends_bidirectional():
         assert torch.all(now[:, causal])
         assert float(now[:, ~causal].double().mean()) == pytest.approx(progress, abs=0.05)
         before = now
+
+
+def test_a_run_that_began_annealing_keeps_its_opening_times():
+    uniforms = torch.from_numpy(row_uniforms(0, Split.TRAIN, 0, 4))[None]
+    times = torch.tensor([[36429, 641676, 383234, 195931]])
+    assert torch.equal(opening_times_from_uniforms(uniforms), times)
+    assert torch.equal(annealed_future_positions(uniforms, 0.25), times < 2**18)
 
 
 def test_layouts_are_equal_and_a_resume_goes_on(base, tmp_path):
