@@ -128,14 +128,14 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
             setattr(args, name, getattr(options, name))
     # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
     # not those that are measured.
-    idle = ["mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"]
+    idle = ["isad_token_ids", "isad_delta", "isad_weight"]
     if getattr(args, "mdm_sft", False):
-        idle += ["mdm_random_length_fraction", "mdm_anneal_attention_iters"]
+        idle += ["random_length_fraction", "anneal_attention_iters"]
     else:
-        idle += ["mdm_syrm_token_ids", "mdm_syrm_fraction", "mdm_pad_response_to_multiple_of"]
+        idle += ["syrm_token_ids", "syrm_fraction", "pad_response_to_multiple_of"]
     for name in idle:
-        if getattr(options, name, None) is None:
-            setattr(args, name, getattr(MDMConfig, name))
+        if getattr(options, destination(name), None) is None:
+            setattr(args, destination(name), getattr(MDMConfig, name))
     MDMConfig.from_args(args)
 
 
