@@ -141,6 +141,26 @@ def launch_all(
     return {name: _left_by(processes, directory / name, check=True) for name in runs}
 
 
+def launch_layouts(
+    directory: Path, runs: Mapping[str, tuple[int, Sequence[str]]], drop: Iterable[str] = ()
+) -> dict[str, Run]:
+    """`launch_all` for runs of any number of ranks: a group for each number.
+
+    Args:
+        directory: where the runs' own directories go.
+        runs: number of processes and flags, by a name that is a file's.
+        drop: as of `launch_all`.
+
+    Returns:
+        What each left behind, by its name, in the order of `runs`.
+    """
+    found: dict[str, Run] = {}
+    for count in {count: None for count, _ in runs.values()}:
+        alike = {name: flags for name, (its, flags) in runs.items() if its == count}
+        found |= launch_all(directory, count, alike, drop=drop)
+    return {name: found[name] for name in runs}
+
+
 def forget_megatron() -> None:
     """Makes this process one that has not run Megatron yet: the run is over, another may begin."""
     writer = global_vars.get_tensorboard_writer()

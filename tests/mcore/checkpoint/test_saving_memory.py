@@ -29,22 +29,26 @@ RUNS = {
 }
 
 
-def run(directory, base, count, flags):
-    save = ["--save", str(directory / "checkpoint")]
-    words = [*METHODS.split(), *STEPS.split(), *flags.split(), *save]
-    result = ranks.launch(directory, count, *base, *words)
-    result.weights = ranks.weights(directory / "checkpoint")
-    return result
-
-
 @pytest.fixture(scope="module")
-def plain(base, tmp_path_factory):
-    return run(tmp_path_factory.mktemp("plain"), base, 1, "")
+def runs(base, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs")
+
+    def words(name, flags):
+        save = ["--save", str(directory / name / "checkpoint")]
+        return [*base, *METHODS.split(), *STEPS.split(), *flags.split(), *save]
+
+    layouts = {"plain": (1, "")} | RUNS
+    found = ranks.launch_layouts(
+        directory, {name: (count, words(name, flags)) for name, (count, flags) in layouts.items()}
+    )
+    for name, run in found.items():
+        run.weights = ranks.weights(directory / name / "checkpoint")
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_plain_run(name, plain, base, tmp_path):
-    saving = run(tmp_path, base, *RUNS[name])
+def test_the_plain_run(name, runs):
+    saving, plain = runs[name], runs["plain"]
     for tag in ("mdm loss", "grad-norm", "mdm/validation NELBO", "mdm/density at t 0.05"):
         assert saving.scalars[tag] == pytest.approx(plain.scalars[tag], rel=1e-5), tag
     assert saving.weights.keys() == plain.weights.keys()

@@ -81,12 +81,15 @@ def own_rates(base, tmp_path_factory):
     directory = tmp_path_factory.mktemp("own_rates")
     split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
     stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
-    return {
-        "one": ranks.launch(directory / "one", 1, *base, *OWN_RATES, "--micro-batch-size", "4"),
-        "DP 2": ranks.launch(directory / "dp", 2, *base, *OWN_RATES),
-        "TP 2 SP": ranks.launch(directory / "tp", 2, *base, *OWN_RATES, *split),
-        "PP 2 x VP 2": ranks.launch(directory / "pp", 2, *base, *OWN_RATES, *stages),
+    layouts = {
+        "one": (1, ["--micro-batch-size", "4"]),
+        "DP 2": (2, []),
+        "TP 2 SP": (2, split),
+        "PP 2 x VP 2": (2, stages),
     }
+    return ranks.launch_layouts(
+        directory, {name: (n, [*base, *OWN_RATES, *flags]) for name, (n, flags) in layouts.items()}
+    )
 
 
 @pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP", "PP 2 x VP 2"])

@@ -29,28 +29,35 @@ STEP = "--optimizer sgd --sgd-momentum 0 --lr 1e4 --weight-decay 0 --clip-grad 0
 STEP += "--train-iters 1 --save-interval 1 --eval-iters 2 --seed 7".split()
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def runs(request, data, tmp_path_factory):
-    """A run with either head, masked first, from the same initial weights."""
-    count, flags, tied = RUNS[request.param]
-    common = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
-    drop = ["--untie-embeddings-and-output-weights"] if tied else []
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Runs with either head, from the same initial weights, by name and head."""
+    directory = tmp_path_factory.mktemp("head")
+    common = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *STEP]
+    found = {}
+    for is_tied in (False, True):
+        words = {}
+        for name, (count, flags, tied) in RUNS.items():
+            for kind in ("masked", "full"):
+                save = ["--save", str(directory / f"{name}, {kind}" / "checkpoint")]
+                if tied == is_tied:
+                    own = [*save, "--mdm-head", kind, *flags.split()]
+                    words[f"{name}, {kind}"] = count, [*common, *own]
+        drop = ["--untie-embeddings-and-output-weights"] if is_tied else []
+        found |= ranks.launch_layouts(directory, words, drop)
+    for name, run in found.items():
+        run.weights = ranks.weights(directory / name / "checkpoint")
+    return found
 
-    def run(kind):
-        directory = tmp_path_factory.mktemp("head")
-        save = ["--save", str(directory / "checkpoint"), "--mdm-head", kind]
-        result = ranks.launch(directory, count, *common, *STEP, *save, *flags.split(), drop=drop)
-        result.weights, result.flags = ranks.weights(directory / "checkpoint"), flags
-        return result
 
-    return run("masked"), run("full")
-
-
-def test_loss_and_gradients_are_those_of_the_full_head(runs):
-    masked, full = runs
+@pytest.mark.parametrize("name", RUNS)
+def test_loss_and_gradients_are_those_of_the_full_head(runs, name):
+    masked, full = (runs[f"{name}, {kind}"] for kind in ("masked", "full"))
+    _, flags, tied = RUNS[name]
+    assert ("output_layer.weight" in full.weights) != tied
     assert masked.losses == pytest.approx(full.losses, rel=1e-6)
     assert masked.grad_norms == pytest.approx(full.grad_norms, rel=1e-6)
-    assert (SamplerState.KEY in full.weights) == ("--mdm-ppots-target" in full.flags)
+    assert (SamplerState.KEY in full.weights) == ("--mdm-ppots-target" in flags)
     validation = "mdm/validation NELBO"
     assert masked.scalars[validation] == pytest.approx(full.scalars[validation], rel=1e-6)
     assert masked.weights.keys() == full.weights.keys()

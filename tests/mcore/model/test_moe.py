@@ -56,20 +56,24 @@ def runs(moe, tmp_path_factory):
     With rows that end early, except under context parallelism.
     """
 
-    def run(count, flags):
-        directory = tmp_path_factory.mktemp("run")
-        save = ["--save", str(directory / "checkpoint"), "--save-interval", "1"]
-        steps = [*ONE_STEP, "--train-iters", "1"]
-        words = [*moe, *LOSSES, *METHODS, *steps, *save, *flags.split()]
-        entry = context_parallel if "--context-parallel-size" in words else ranks.train
-        result = ranks.launch(directory, count, *words, entry=entry)
-        result.weights = ranks.weights(directory / "checkpoint")
-        return result
+    directory = tmp_path_factory.mktemp("runs")
+
+    def words(name, flags):
+        save = ["--save", str(directory / name / "checkpoint"), "--save-interval", "1"]
+        return [*moe, *LOSSES, *METHODS, *ONE_STEP, "--train-iters", "1", *save, *flags.split()]
 
     layouts = {"1 rank": (1, "")} | LAYOUTS
     layouts = {name: (count, f"{flags} {SHORT}") for name, (count, flags) in layouts.items()}
-    layouts |= {"1 rank, whole rows": (1, "")} | CONTEXT
-    return {name: run(count, flags) for name, (count, flags) in layouts.items()}
+    layouts["1 rank, whole rows"] = 1, ""
+    found = ranks.launch_layouts(
+        directory, {name: (count, words(name, flags)) for name, (count, flags) in layouts.items()}
+    )
+    for name, (count, flags) in CONTEXT.items():
+        own = words(name, flags)
+        found[name] = ranks.launch(directory / name, count, *own, entry=context_parallel)
+    for name, run in found.items():
+        run.weights = ranks.weights(directory / name / "checkpoint")
+    return found
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *CONTEXT])

@@ -29,15 +29,19 @@ BITWISE_LOSS = {"PP 2", "PP 2 x VP 2"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base):
-    def run(name, count, flags):
-        directory = tmp_path_factory.mktemp("run")
-        save = ["--save", str(directory / "checkpoint"), "--save-interval", "5"]
-        result = ranks.launch(directory, count, *base, *SGD, *save, *flags.split())
-        result.weights = ranks.weights(directory / "checkpoint")
-        return result
+    directory = tmp_path_factory.mktemp("runs")
+
+    def words(name, flags):
+        save = ["--save", str(directory / name / "checkpoint"), "--save-interval", "5"]
+        return [*base, *SGD, *save, *flags.split()]
 
     layouts = {"1 rank": (1, "")} | LAYOUTS
-    return {name: run(name, count, flags) for name, (count, flags) in layouts.items()}
+    found = ranks.launch_layouts(
+        directory, {name: (count, words(name, flags)) for name, (count, flags) in layouts.items()}
+    )
+    for name, run in found.items():
+        run.weights = ranks.weights(directory / name / "checkpoint")
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,22 +81,15 @@ def test_rows_differ_between_data_parallel_ranks_only(runs, layout):
 
 @pytest.fixture(scope="module")
 def adam(tmp_path_factory, base):
-    flags = ["--lr", "1e-3"]
-    return {
-        (count, distributed): ranks.launch(
-            tmp_path_factory.mktemp("adam"),
-            count,
-            *base,
-            *flags,
-            *(["--use-distributed-optimizer"] if distributed else []),
-        )
-        for count, distributed in [(1, False), (2, False), (2, True)]
-    }
+    flags = [*base, "--lr", "1e-3"]
+    runs = {"1 rank": (1, flags), "DP 2": (2, flags)}
+    runs["distributed"] = (2, [*flags, "--use-distributed-optimizer"])
+    return ranks.launch_layouts(tmp_path_factory.mktemp("adam"), runs)
 
 
 def test_the_distributed_optimizer_changes_nothing(adam):
-    reference = adam[1, False]
-    for run in (adam[2, False], adam[2, True]):
+    reference = adam["1 rank"]
+    for run in (adam["DP 2"], adam["distributed"]):
         assert run.losses == pytest.approx(reference.losses, rel=1e-5)
         assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
         assert run.masks() == reference.masks()

@@ -56,12 +56,10 @@ def runs(base, density, tmp_path_factory):
             "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         ),
     }
-    return {
-        name: ranks.launch(
-            tmp_path_factory.mktemp("methods"), count, *base, *methods, *flags.split()
-        )
-        for name, (count, flags) in layouts.items()
-    }
+    return ranks.launch_layouts(
+        tmp_path_factory.mktemp("methods"),
+        {name: (n, [*base, *methods, *flags.split()]) for name, (n, flags) in layouts.items()},
+    )
 
 
 @pytest.mark.parametrize("layout", ["DP 2", "TP 2 + SP", "PP 2 x VP 2"])

@@ -17,14 +17,13 @@ def runs(base, pairs, tmp_path_factory):
     flags = [*base, *METHODS, "--data-path", str(pairs), "--mdm-recipe", "recommended"]
     flags += ["--mdm-ppots-refit-interval", "3", "--mdm-ppots-bins", "4", "--eval-iters", "1"]
     flags += ["--train-iters", "8"]
-    return {
-        "plain": ranks.launch(directory / "plain", 1, *flags),
-        "1 rank": ranks.launch(directory / "one", 1, *flags, *SYRM, "--micro-batch-size", "4"),
-        "DP 2": ranks.launch(directory / "dp", 2, *flags, *SYRM),
-        "PP 2": ranks.launch(
-            directory / "pp", 2, *flags, *SYRM, "--pipeline-model-parallel-size", "2"
-        ),
+    layouts = {
+        "plain": (1, flags),
+        "1 rank": (1, [*flags, *SYRM, "--micro-batch-size", "4"]),
+        "DP 2": (2, [*flags, *SYRM]),
+        "PP 2": (2, [*flags, *SYRM, "--pipeline-model-parallel-size", "2"]),
     }
+    return ranks.launch_layouts(directory, layouts)
 
 
 @pytest.mark.parametrize("layout", ["DP 2", "PP 2"])
