@@ -264,8 +264,8 @@ def noise_batches() -> None:
     load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
         loaded.args.seed -= 1
-        methods = [json.loads(settings), {"mdm_rate_sampler": "ppots", "mdm_ppots_bins": 8}]
-        methods[1]["mdm_ppots_refit_interval"] = 50
+        methods = [json.loads(settings), {"rate_sampler": "ppots", "ppots_bins": 8}]
+        methods[1]["ppots_refit_interval"] = 50
         drawn = [
             [batch.corruption for batch in training_batches(loaded, method, int(size), 4)]
             for method in methods
