@@ -1,4 +1,4 @@
-"""FP8: what can use it is checked before anything starts, and evaluations leave its scales alone.
+"""FP8: evaluations leave its scales alone, and models without it load checkpoints with them.
 
 Scales go into checkpoints as Transformer Engine keeps them, and are left there by models without.
 
