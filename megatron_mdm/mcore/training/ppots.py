@@ -1,12 +1,11 @@
 """P-POTS while training: measure, reduce, refit alike on every rank, and resume bit for bit.
 
 The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
-summed per rate bin on the device, at no extra pass. Every
---mdm-ppots-refit-interval iterations one all-reduce of 4 bins + 1 exact sums of 32 bytes
-(`objective.ppots.exact_sums`; 3872 bytes at 30 bins) over data-parallel ranks of the last pipeline stage,
-and one broadcast of as many to the other tensor ranks and stages, give all ranks the same numbers,
-from which each fits the same density. A checkpoint between two fits takes the sums of all ranks as
-well, and changes no bit of the next fit.
+summed per rate bin on the device, at no extra pass. Every --mdm-ppots-refit-interval iterations one
+all-reduce of 4 bins + 1 exact sums of 32 bytes (objective/ppots/exact_sums.py; 3872 bytes at 30
+bins) over data-parallel ranks of the last pipeline stage, and one broadcast of as many to the other
+tensor ranks and stages, give all ranks the same numbers, from which each fits the same density. A
+checkpoint between two fits takes the sums of all ranks as well, and changes no bit of the next fit.
 """
 
 from collections.abc import Callable
