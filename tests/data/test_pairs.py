@@ -121,6 +121,7 @@ def test_prompts_and_responses_are_two_sequences_of_a_document(tmp_path, directo
     assert (summary.documents, summary.empty_documents) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_chat_template_splits_before_the_last_answer(tmp_path, directory):
     messages = [
         {"role": "user", "content": "a"},
@@ -177,6 +178,7 @@ def test_bad_pairs_are_named(tmp_path, directory, line, message):
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -210,6 +212,7 @@ def test_bad_conversations_are_named(tmp_path, directory, messages, message):
     assert "x.jsonl:1: " in summary.bad_examples[0] and message in summary.bad_examples[0]
 
 
+@pytest.mark.slow
 def test_parts_of_text_are_joined(tmp_path, directory):
     parts = [{"type": "text", "text": "b "}, {"type": "text", "text": "c", "image_url": None}]
     keys = PairKeys(messages="m", template=directory, ignored=("cache",))
@@ -322,6 +325,7 @@ ASKING = """{% if date_string is not defined %}
 {% endif %}"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("date", [None, datetime.date(2000, 1, 2)])
 @pytest.mark.parametrize(
     ("before", "written"),
@@ -367,6 +371,7 @@ def test_reasoning_may_be_left_out_of_earlier_answers(tmp_path):
     assert 'without the key "why" of messages' in rendered(tmp_path, last, {"m": messages})[1]
 
 
+@pytest.mark.slow
 def test_a_mask_token_that_a_pair_spells_is_text(tmp_path):
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

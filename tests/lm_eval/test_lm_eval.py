@@ -240,6 +240,7 @@ def manager(tasks):
     return task_manager(str(tasks))
 
 
+@pytest.mark.slow
 def test_tasks_are_named_by_tags_patterns_and_files(manager, tasks):
     file = str(tasks / "texts.yaml")
     for names, expected in (

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from megatron.training.training import destroy_global_state
 
 from megatron_mdm import pretrain
@@ -74,6 +75,8 @@ def forgets_megatron():
     """A later test finds Megatron's globals as this one did."""
     yield
     destroy_global_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("forgets_megatron")
@@ -123,7 +126,7 @@ def forgets_megatron():
 def test_mistakes_are_seen_before_the_training(
     flags, drop, message, words, tmp_path, monkeypatch, capfd
 ):
-    """In this process, since no process group has been made by then."""
+    """In this process: only a group of itself may have been made by then."""
     flags, message = words(flags, message)
     common = list(COMMON)
     for flag in drop:

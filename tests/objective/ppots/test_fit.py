@@ -292,6 +292,7 @@ def rounded_otherwise(moments, seed):
     return RateMoments.from_vector(vector)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["auto", "epr", "power"])
 @pytest.mark.parametrize("target", ["loss", "gradient"])
 @pytest.mark.parametrize("num_bins", [8, 12, 30])
