@@ -99,7 +99,7 @@ def test_workers_end_when_the_parent_is_killed():
 def test_workers_import_nothing_large(model):
     code = (
         "import sys, megatron_mdm.data.tokenizer, benchmarks.preprocessing\n"
-        "from megatron_mdm.data.preprocess import load_sentencepiece\n"
+        "from megatron_mdm.data.load_tokenizer import load_sentencepiece\n"
         "load_sentencepiece(sys.argv[1]).load()('text')\n"
         "import tokenizers\n"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"

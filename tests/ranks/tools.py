@@ -1,5 +1,6 @@
 """Tools that tests start, as users do or in forks, and how they start several ranks of one."""
 
+import logging
 import os
 import runpy
 import subprocess
@@ -66,6 +67,11 @@ def _run_file(
 ) -> None:
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
+    # Megatron logs to what is stdout while it is imported. In a tool's own process that is stderr:
+    # `open_checkpoint` imports it, and keeps stdout for the tool.
+    for handler in logging.root.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
     os.environ |= environment
     os.chdir(ROOT)
     sys.modules.update(dict.fromkeys(without))

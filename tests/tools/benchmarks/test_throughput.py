@@ -1,13 +1,20 @@
 import argparse
+import contextlib
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import throughput
-from benchmarks.python_text import MASK
+from benchmarks.python_text import MASK, write_data
+from benchmarks.sides import model_flags
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.device import training_device
 from tests import ranks
+from tests.ranks import entries
 
 SIZES = {"layers": 2, "hidden": 32, "heads": 2, "rows": 4, "length": 16}
 
@@ -16,7 +23,7 @@ def measured(directory, *flags):
     """The results of a call in a process of its own, and the lines of its table."""
     json_file = directory / "throughput.json"
     tool = ["--", "tools/benchmark.py", "throughput", "--json", str(json_file), *flags]
-    ranks.launch(directory, 1, *tool, entry="tool")
+    ranks.launch(directory, 1, *tool, entry=entries.tool)
     return json.loads(json_file.read_text()), (directory / "stdout0").read_text().splitlines()
 
 
@@ -73,8 +80,38 @@ def test_the_loop_trains_the_objective_with_attention_in_both_directions():
     )
 
 
+def sides() -> None:
+    """Holds the steps that the tool compares this objective with against plain torch."""
+    from benchmarks.causal import causal_datasets, causal_forward_step
+    from benchmarks.session import training_session
+    from megatron_mdm.mcore.model.causal import causal_attention
+
+    directory = Path(os.environ["TRACE_DIR"])
+    write_data(directory)
+    flags = [*model_flags(SIZES, 300, "cpu"), "--data-path", str(directory / "text")]
+    prepare_environment("cpu")
+    with training_device("cpu"), training_session(flags) as session:
+        session.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+        model, rows = session.model[0], session.rows(causal_datasets)
+        batch = next(rows)
+        tokens, labels = batch["tokens"], batch["labels"]
+        assert torch.equal(tokens[:, 1:], labels[:, :-1])
+        changed = tokens.clone()
+        changed[:, -1] = 299 - changed[:, -1]
+        for sees, is_causal in ((causal_attention(model), True), (contextlib.nullcontext(), False)):
+            with sees:
+                before, after = model(tokens, None, None), model(changed, None, None)
+                losses, loss_func = causal_forward_step(iter([batch]), model)
+            assert torch.equal(before[:, :-1], after[:, :-1]) == is_causal
+            loss, count, _ = loss_func(losses)
+            plain = torch.nn.functional.cross_entropy(before.flatten(0, 1), labels.flatten())
+            assert batch["loss_mask"].all() and count == labels.numel()
+            torch.testing.assert_close(loss / count, plain)
+        (directory / "sides").write_text("seen")
+
+
 def test_sides_compute_what_they_are_named_for(tmp_path):
-    ranks.launch(tmp_path, 1, entry="benchmark_sides")
+    ranks.launch(tmp_path, 1, entry=sides)
     assert (tmp_path / "sides").read_text() == "seen"
 
 
