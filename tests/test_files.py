@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mdm import files as outputs
+from megatron_mdm import files
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import (
     complete_or_absent,
@@ -82,7 +82,7 @@ def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypat
     thread.start()
     assert ready.wait(60)
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(outputs.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     write("one")
     thread.join()
     assert [path.read_text() for path in paths] == ["other"] * 3
@@ -97,7 +97,7 @@ def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         rename(name, target)
 
-    monkeypatch.setattr(outputs.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
     line = "cannot write .*o.bin: No space left"
     with pytest.raises(UserError, match=line), complete_or_absent(*paths):
         pass
@@ -163,18 +163,18 @@ def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
     path = str(tmp_path / "d")
     killed("with new_directory(sys.argv[1]): kill()", path)
     (left,) = os.listdir(tmp_path)
-    monkeypatch.setattr(outputs, "kernel_id", lambda: "01234567")
+    monkeypatch.setattr(files, "kernel_id", lambda: "01234567")
     remove_abandoned(path)
     assert os.listdir(tmp_path) == [left]
     later = time.time() + 24 * 3600 + 60
-    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    monkeypatch.setattr(files.time, "time", lambda: later)
     (tmp_path / left / "part").touch()
-    monkeypatch.setattr(outputs.os, "lstat", _with_change(outputs.os.lstat, "part", later - 10))
+    monkeypatch.setattr(files.os, "lstat", _with_change(files.os.lstat, "part", later - 10))
     remove_abandoned(path)
     assert os.listdir(tmp_path) == [left]
     monkeypatch.undo()
-    monkeypatch.setattr(outputs, "kernel_id", lambda: "01234567")
-    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    monkeypatch.setattr(files, "kernel_id", lambda: "01234567")
+    monkeypatch.setattr(files.time, "time", lambda: later)
     remove_abandoned(path)
     assert os.listdir(tmp_path) == []
 
@@ -246,7 +246,7 @@ def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch
 
     line = "cannot write .*/d: Read-only file system"
     with pytest.raises(UserError, match=line), set_aside(str(path)):
-        monkeypatch.setattr(outputs.shutil, "rmtree", fail)
+        monkeypatch.setattr(files.shutil, "rmtree", fail)
 
 
 def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
@@ -290,7 +290,7 @@ def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
     remove_abandoned(str(tmp_path / "d"))
     assert len(os.listdir(tmp_path)) == 3
     later = time.time() + 24 * 3600 + 60
-    monkeypatch.setattr(outputs.time, "time", lambda: later)
+    monkeypatch.setattr(files.time, "time", lambda: later)
     remove_abandoned(str(tmp_path / "d"))
     assert os.listdir(tmp_path) == ["d"] and (tmp_path / "d").is_dir()
 

@@ -12,7 +12,7 @@ from megatron.core import mpu
 from megatron.training import get_args
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.data import row_dataset as dataset
+from megatron_mdm.mcore.data import row_dataset
 from megatron_mdm.mcore.flags import data_files
 from megatron_mdm.pretrain import main
 from tests import ROOT, ranks
@@ -145,16 +145,16 @@ def test_bytes_of_rows_follow_from_their_columns():
             5 * ROW_LENGTH + 4,
         ),
     ):
-        columns = dataset.row_columns(MDMConfig(**settings), training=True)
+        columns = row_dataset.row_columns(MDMConfig(**settings), training=True)
         assert sum(ROW_LENGTH if vector else 1 for vector in columns.values()) == numbers
 
 
 def test_stages_between_need_rows_where_attention_does_not_reach_everywhere(monkeypatch):
     for end in ("first", "last"):
-        monkeypatch.setattr(dataset.mpu, f"is_pipeline_{end}_stage", lambda **_: False)
-    assert not dataset.needs_rows(MDMConfig(rate_per="document"), None)
-    assert dataset.needs_rows(MDMConfig(isolate_documents=True), None)
-    assert dataset.needs_rows(MDMConfig(random_length_fraction=0.01), None)
+        monkeypatch.setattr(row_dataset.mpu, f"is_pipeline_{end}_stage", lambda **_: False)
+    assert not row_dataset.needs_rows(MDMConfig(rate_per="document"), None)
+    assert row_dataset.needs_rows(MDMConfig(isolate_documents=True), None)
+    assert row_dataset.needs_rows(MDMConfig(random_length_fraction=0.01), None)
 
 
 def test_the_page_has_these_numbers():

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import check_picture
-from megatron_mdm.generation import display as showing
+from megatron_mdm.generation import display
 from megatron_mdm.generation.display import (
     COLUMNS,
     Screen,
@@ -154,7 +154,7 @@ def test_each_frame_adds_the_tokens_of_one_call():
 
 
 def test_pictures_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(showing, "FRAMES", 5)
+    monkeypatch.setattr(display, "FRAMES", 5)
     texts, order = [f"t{i}$" for i in range(COLUMNS + 3)], [0, 0, *range(1, COLUMNS + 2)]
     draw_order(str(tmp_path / "a.gif"), texts, order)
     draw_order(str(tmp_path / "a.png"), texts, order)
@@ -167,12 +167,12 @@ def test_pictures_are_written(tmp_path, monkeypatch):
 
 
 def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch):
-    check_picture("order.GIF", "--picture", showing.PICTURES)
+    check_picture("order.GIF", "--picture", display.PICTURES)
     with pytest.raises(UserError, match="--picture order.pdf: must end in .png or .gif"):
-        check_picture("order.pdf", "--picture", showing.PICTURES)
+        check_picture("order.pdf", "--picture", display.PICTURES)
     with monkeypatch.context() as without, pytest.raises(UserError, match="needs matplotlib"):
         without.setitem(sys.modules, "matplotlib", None)
-        check_picture("order.png", "--picture", showing.PICTURES)
+        check_picture("order.png", "--picture", display.PICTURES)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_order(str(tmp_path / "file" / "order.png"), ["a"], [1])

@@ -129,7 +129,7 @@ class At(Quantiles):
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
-@pytest.mark.parametrize("sampler", [Uniform(), FITTED], ids=["uniform", "p-pots"])
+@pytest.mark.parametrize("sampler", [Uniform(), FITTED], ids=["uniform", "ppots"])
 def test_two_documents_are_unbiased(sampler, name):
     """Exact mean over all uniforms and the row's quantile: the objective of each document."""
     lengths = [2, 2]

@@ -22,7 +22,7 @@ EPS = 0.05
 MASK_ID = 99
 ROWS = [[True, True, True, True], [True, False, True, True], [False, False, True, False]]
 FITTED = PiecewiseSampler([0.0, 0.1, 0.4, 1.0], np.array([4.0, 1.5, 0.8, 0.4]) / 0.98)
-SAMPLERS = {"uniform": Uniform(), "p-pots": FITTED}
+SAMPLERS = {"uniform": Uniform(), "ppots": FITTED}
 ISAD = {"isad_token_ids": (0, 2), "isad_delta": 0.3}
 # Mask settings, the extra share of the masking probability of chosen tokens, and views.
 MASKS = {

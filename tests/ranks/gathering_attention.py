@@ -18,7 +18,7 @@ def gather_for_attention() -> None:
     It stands in for Transformer Engine's, which needs a GPU.
     """
     from megatron_mdm.mcore.flags import arguments
-    from megatron_mdm.mcore.model import builder as model
+    from megatron_mdm.mcore.model import builder
 
     class GatheringAttention(torch.nn.Module):
         """Full attention; q, k, v [s / ranks, b, heads or groups, h]."""
@@ -44,7 +44,7 @@ def gather_for_attention() -> None:
         return make
 
     arguments._check_context_parallel = lambda *_: None
-    model.bidirectional_spec = gathering(model.bidirectional_spec)
+    builder.bidirectional_spec = gathering(builder.bidirectional_spec)
 
 
 class _Gathered(torch.autograd.Function):

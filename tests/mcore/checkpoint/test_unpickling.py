@@ -171,7 +171,7 @@ FLAGS = {
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
     "experts": (2, "--num-experts 4 --expert-model-parallel-size 2"),
-    "p-pots": (1, "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 2"),
+    "ppots": (1, "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 2"),
     "torch": (1, "--ckpt-format torch"),
 }
 

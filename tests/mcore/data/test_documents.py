@@ -293,7 +293,7 @@ def one_rank(tmp_path):
 
 @pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
-def test_p_pots_measures_a_document_as_it_would_be_alone(normalization, per, one_rank):
+def test_ppots_measures_a_document_as_it_would_be_alone(normalization, per, one_rank):
     """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
     mdm = MDMConfig(
         rate_per=per,

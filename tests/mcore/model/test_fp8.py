@@ -17,7 +17,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.flags import arguments
 from megatron_mdm.mcore.flags.fp8 import check_scales
-from megatron_mdm.mcore.model import masked_head as head
+from megatron_mdm.mcore.model import masked_head
 from megatron_mdm.mcore.model.fp8 import ignore_fp8_state_on_load, keep_scales_in_evaluation
 from tests import HAS_TRANSFORMER_ENGINE, ranks
 
@@ -91,7 +91,7 @@ def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check
 
 def test_rows_of_the_masked_head_suit_fp8_products():
     """Multiples of them are what tests/mcore/model/test_masked_head.py finds; MXFP8 takes 32."""
-    assert head.ROW_MULTIPLE % 32 == 0
+    assert masked_head.ROW_MULTIPLE % 32 == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from megatron.training.arguments import parse_args
 
 from megatron_mdm.mcore.flags import arguments
-from megatron_mdm.mcore.model import builder as model
+from megatron_mdm.mcore.model import builder
 from tests import ranks
 
 TE, APEX = "transformer_engine", "fused_weight_gradient_mlp_cuda"
@@ -40,6 +40,6 @@ def test_defaults_follow_the_libraries(installed, fused, monkeypatch):
 def test_layers_that_can_accumulate_in_their_products_do():
     layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     layers[1].fuse_wgrad_accumulation = False  # as Transformer Engine's layers have it
-    model.accumulate_in_place(layers)
+    builder.accumulate_in_place(layers)
     assert layers[1].fuse_wgrad_accumulation
     assert not hasattr(layers[0], "fuse_wgrad_accumulation")

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import get_args
 
 from megatron_mdm.interruption import INTERRUPTED
-from megatron_mdm.mcore.checkpoint import workers as checkpoint_workers
+from megatron_mdm.mcore.checkpoint import workers
 from megatron_mdm.mcore.checkpoint.files import TRACKER, find_checkpoint
 from megatron_mdm.mcore.checkpoint.integrity import check_sums
 from megatron_mdm.mcore.checkpoint.writer import preload_copies
@@ -72,7 +72,7 @@ def loses_its_writer() -> None:
     """
 
     def lose():
-        writer = checkpoint_workers.CheckpointWorker._persistent_process
+        writer = workers.CheckpointWorker._persistent_process
         os.kill(writer.pid, signal.SIGSTOP)
         threading.Timer(2.0, writer.kill).start()
 

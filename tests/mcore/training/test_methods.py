@@ -274,7 +274,7 @@ def test_a_stop_between_two_fits_changes_no_bit(base, tmp_path):
 def test_repeated_iterations_change_nothing(base, tmp_path):
     """Megatron's rerun machine repeats every step here, those with a fit included.
 
-    That a row is masked alike both times is asserted where the driver records it.
+    That a row is masked alike both times is asserted where `ranks.train` records it.
     """
     flags = [*base, *ONLINE, "--train-iters", "5"]
     once = ranks.launch(tmp_path / "once", 1, *flags)

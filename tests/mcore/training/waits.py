@@ -31,7 +31,7 @@ SETTINGS = {
     "defaults": {},
     "rows": {"mdm_normalization": "rows"},
     "full head, shift": {"mdm_head": "full", "mdm_shift": True},
-    "exact count": {"mdm_mask": "exact-count"},
+    "exact-count": {"mdm_mask": "exact-count"},
     "isad": ISAD,
     "isad, exact weights": {**ISAD, **DOCUMENTS, "mdm_isad_weight": "exact"},
     "documents": {**DOCUMENTS, "mdm_normalization": "rows", "mdm_mask": "exact-count"},

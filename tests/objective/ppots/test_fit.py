@@ -10,9 +10,8 @@ import torch
 from scipy import optimize
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.objective.ppots import fit as fits
 from megatron_mdm.objective.ppots.families import FAMILIES
-from megatron_mdm.objective.ppots.fit import FitError, fit
+from megatron_mdm.objective.ppots.fit import FitError, _Box, fit, tabulate
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.ppots.state import TABLE_SIZE
 from megatron_mdm.objective.samplers import Uniform
@@ -145,7 +144,7 @@ def test_tables_are_accurate_all_over_the_bounds(family):
         def density(t, x=x):
             return np.sqrt(members.moment(x, t, (1 - EPS) * t + EPS)[0])
 
-        edges, values = fits.tabulate(density)
+        edges, values = tabulate(density)
         assert len(edges) <= TABLE_SIZE
         np.testing.assert_allclose(np.interp(grid, edges, values), density(grid), rtol=9e-4)
 
@@ -339,7 +338,7 @@ def test_no_spike_inside_the_last_bin(num_bins):
         p = result.parameters
         assert p["k"] * p["m"] < 4 * num_bins and p["m"] <= num_bins
     # The derivatives that L-BFGS-B goes by, in coordinates in which k and m depend on each other.
-    box = fits._Box(FAMILIES["epr"], num_bins)
+    box = _Box(FAMILIES["epr"], num_bins)
     y = np.array(box.bounds).mean(axis=1)
     _, chain = box.parameters(y)
     for i in range(len(y)):
