@@ -1,13 +1,11 @@
 """Outputs are whole, and JSON that any program reads."""
 
-import fcntl
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,44 +47,6 @@ def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
         assert path.read_text() == "other"
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypatch):
-    paths = [tmp_path / name for name in ("o.bin", "o.idx", "o.json")]
-    ready, go, moved = (threading.Event() for _ in range(3))
-
-    def write(text, then=lambda: None):
-        with complete_or_absent(*map(str, paths)) as names:
-            for name in names:
-                Path(name).write_text(text)
-            then()
-
-    def other():
-        try:
-            write("other", lambda: (ready.set(), go.wait()))
-        finally:
-            moved.set()
-
-    def flock(*arguments, lock=fcntl.flock):
-        if threading.current_thread() is thread and go.is_set():
-            moved.set()  # it waits for the one that renames
-        return lock(*arguments)
-
-    def replace(*names, rename=os.replace):
-        rename(*names)
-        if threading.current_thread() is not thread and not go.is_set():
-            go.set()
-            assert moved.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert ready.wait(60)
-    monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(files.os, "replace", replace)
-    write("one")
-    thread.join()
-    assert [path.read_text() for path in paths] == ["other"] * 3
-    assert sorted(tmp_path.iterdir()) == paths
 
 
 def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
@@ -133,29 +93,6 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
     with new_directory(directory):
         pass
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "a[1].bin", "a[1].idx", "d"])
-
-
-def test_what_a_living_process_writes_stays(tmp_path):
-    """Another process, and another thread of this one; until it ends, however it does."""
-    path = tmp_path / "x"
-    code = (
-        "import sys\nfrom megatron_mdm.files import *\n"
-        "with complete_or_absent(sys.argv[1]), new_directory(sys.argv[1] + 'd'):\n"
-        " print('ready', flush=True); sys.stdin.read()"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, **pipes) as other:
-        other.stdout.readline()
-        with new_directory(str(tmp_path / "dd")):
-            before = set(os.listdir(tmp_path))
-            for name in ("x", "xd", "dd"):
-                remove_abandoned(str(tmp_path / name))
-            assert set(os.listdir(tmp_path)) == before and len(before) == 3
-        other.kill()
-        other.wait()
-    write_json(str(path), 1)
-    remove_abandoned(f"{path}d")
-    assert sorted(os.listdir(tmp_path)) == ["dd", "x"]
 
 
 def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
@@ -260,28 +197,6 @@ def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
     assert os.listdir(tmp_path) == ["d"] and os.listdir(path) == ["new"]
 
 
-def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkeypatch):
-    """The lock taken is then that of the new one, so that nobody takes it for abandoned."""
-    path = tmp_path / "d"
-    path.mkdir()
-    exchanged = []
-
-    def flock(*arguments, lock=fcntl.flock):
-        if not exchanged:
-            exchanged.append(path.rename(tmp_path / "other"))
-            path.mkdir()
-        return lock(*arguments)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with set_aside(str(path)):
-        remove_abandoned(str(path))
-        assert exchanged and not path.exists()
-    assert os.listdir(tmp_path) == ["other"]
-    with set_aside(str(path)):  # which is gone
-        path.mkdir()
-    assert path.exists()
-
-
 def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
     """They took no locks."""
     for name in ("d.tmp-1234", "d.tmp-0123456789abcdef"):
@@ -313,3 +228,24 @@ def test_an_ignored_signal_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_interruption_of_the_renaming_leaves_no_mixture(tmp_path, monkeypatch, renames):
+    targets = [str(tmp_path / "p.bin"), str(tmp_path / "p.idx")]
+    for target in targets:
+        Path(target).write_text("old")
+    replace, done = os.replace, []
+
+    def interrupted(source, target):
+        if len(done) == min(renames, 1):
+            if renames == 2:
+                replace(source, target)
+            raise KeyboardInterrupt
+        done.append(replace(source, target))
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), complete_or_absent(*targets) as names:
+        for name in names:
+            Path(name).write_text("new")
+    assert os.listdir(tmp_path) == []

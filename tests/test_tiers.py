@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tests import ranks
-from tests.tiers import starts_processes
+from tests.ranks import launcher
+from tests.tiers import LONG, starts_processes
 
 
 def start_ranks():
@@ -52,6 +53,23 @@ def test_the_mark_is_set(request):
 @pytest.mark.usefixtures("base")
 def test_the_mark_comes_with_a_fixture(request):
     assert request.node.get_closest_marker("ranks")
+
+
+@pytest.fixture
+def several_runs():
+    """Refers to a group with several runs, and starts none."""
+    return ranks.launch_layouts
+
+
+def test_a_test_has_the_time_that_its_groups_have(request):
+    assert request.node.get_closest_marker("timeout") is None
+    assert float(request.config.getini("timeout")) > launcher.TIMEOUT
+    assert 3 * launcher.TIMEOUT_OF_SEVERAL + launcher.TIMEOUT <= LONG
+
+
+@pytest.mark.usefixtures("several_runs")
+def test_more_time_comes_with_a_fixture(request):
+    assert request.node.get_closest_marker("timeout").args == (LONG,)
 
 
 def test_a_hidden_start_fails(tmp_path):

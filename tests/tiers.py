@@ -3,13 +3,16 @@
 A test has the mark when its code, its fixtures' or that of a helper in tests/ refers to
 a start of ranks or to `subprocess`. Code that hides it from this, such as a function in a table, is
 found when the test runs: without the mark no test can start ranks, tools or scripts.
+
+Tests that refer to a start of several runs in one group have more time than others, as those on a
+GPU have: the groups that they wait for end themselves before.
 """
 
 import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
@@ -17,6 +20,7 @@ import pytest
 
 from megatron_mdm.experiments.runs import run_python
 from tests.ranks import server
+from tests.ranks.launcher import launch_all
 
 # What starts processes; workers of the data tools, which take a fraction of a second, are none.
 STARTS = (subprocess, server.context, run_python)
@@ -24,24 +28,34 @@ HINT = "a test that starts ranks, tools or scripts needs the mark `ranks`: add @
 # Others, such as git, end within milliseconds.
 STARTED = ("python", "bash", "sh", "torchrun")
 
+# Seconds for a test with its fixtures: three groups of several runs, and one more run, that hang.
+LONG = 1800
+
 _running: list[pytest.Item] = []
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Marks those of the tests that start processes."""
+    """Marks those of the tests that start processes, and those that may take long."""
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         functions = [item.obj, *(fixture.func for found in fixtures for fixture in found)]
         if starts_processes(*functions):
             item.add_marker("ranks")
+        if refer_to([launch_all], *functions) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG))
 
 
 def starts_processes(*functions: Callable) -> bool:
     """Whether tests, fixtures or helpers, or functions of tests/ that they refer to, do so."""
+    return refer_to(STARTS, *functions)
+
+
+def refer_to(values: Iterable[object], *functions: Callable) -> bool:
+    """Whether one of the values is in functions, or in functions of tests/ that they refer to."""
     found, seen = list(functions), set()
     while found:
         value = found.pop()
-        if any(value is start for start in STARTS):
+        if any(value is start for start in values):
             return True
         function = inspect.unwrap(value) if callable(value) else value
         function = getattr(function, "__func__", function)

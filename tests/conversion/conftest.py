@@ -9,6 +9,9 @@ from megatron_mdm.mcore.device import training_device
 from tests import ranks
 from tests.conversion import models
 
+# Nothing is changed by a step at rate 0: what is saved is what was loaded.
+STILL = "--lr 0 --min-lr 0 --optimizer sgd --weight-decay 0 --train-iters 2".split()
+
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
@@ -26,6 +29,33 @@ def converted(tmp_path_factory):
         return made[kind]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def flags(request, model, data):
+    """Flags of a run that loads a test file's own fixture `model`, whose flags are its `MODEL`."""
+    return [
+        *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")],
+        *[*request.module.MODEL, "--load", str(model / "megatron"), "--finetune", *STILL],
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory, flags):
+    """Such a run, and the checkpoint that it saves, under each of a test file's `LAYOUTS`."""
+    directory = tmp_path_factory.mktemp("runs")
+
+    def words(name, layout):
+        save = ["--save", str(directory / name / "checkpoint"), "--save-interval", "2"]
+        return [*flags, *save, *layout.split()]
+
+    layouts = request.module.LAYOUTS
+    found = ranks.launch_layouts(
+        directory, {name: (count, words(name, layout)) for name, (count, layout) in layouts.items()}
+    )
+    for name, run in found.items():
+        run.checkpoint = directory / name / "checkpoint"
+    return found
 
 
 def checkpoint_logits() -> None:

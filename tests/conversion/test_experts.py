@@ -16,7 +16,6 @@ from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
 from megatron_mdm.errors import UserError
 from tests import ranks
 from tests.conversion import models
-from tests.conversion.test_layouts import STILL
 
 CHANGES = {"vocab_size": 128, "mask_token_id": 127}
 MODEL = [
@@ -41,26 +40,6 @@ def model(tmp_path_factory):
     models.make("llada-moe", root / "hf", **CHANGES)
     to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
-
-
-@pytest.fixture(scope="module")
-def flags(model, data):
-    return [
-        *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
-        *["--load", str(model / "megatron"), "--finetune", *STILL],
-    ]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, flags):
-    def run(count, layout):
-        directory = tmp_path_factory.mktemp("run")
-        save = ["--save", str(directory / "checkpoint"), "--save-interval", "2"]
-        result = ranks.launch(directory, count, *flags, *save, *layout.split())
-        result.checkpoint = directory / "checkpoint"
-        return result
-
-    return {name: run(*layout) for name, layout in LAYOUTS.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

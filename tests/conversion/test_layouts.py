@@ -21,8 +21,6 @@ MODEL = [
     *"--kv-channels 8 --ffn-hidden-size 48 --rotary-base 5000 --norm-epsilon 1e-5".split(),
     *"--max-position-embeddings 64 --padded-vocab-size 128".split(),
 ]
-# Nothing is changed by a step at rate 0: what is saved is what was loaded.
-STILL = "--lr 0 --min-lr 0 --optimizer sgd --weight-decay 0 --train-iters 2".split()
 LAYOUTS = {
     "1 rank": (1, ""),
     "TP 2": (2, "--tensor-model-parallel-size 2"),
@@ -37,26 +35,6 @@ def model(tmp_path_factory):
     models.make("llada", root / "hf", **CHANGES)
     to_megatron(str(root / "hf"), str(root / "megatron"), log=lambda line: None)
     return root
-
-
-@pytest.fixture(scope="module")
-def flags(model, data):
-    return [
-        *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MODEL],
-        *["--load", str(model / "megatron"), "--finetune", *STILL],
-    ]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, flags):
-    def run(name, count, layout):
-        directory = tmp_path_factory.mktemp("run")
-        save = ["--save", str(directory / "checkpoint"), "--save-interval", "2"]
-        result = ranks.launch(directory, count, *flags, *save, *layout.split())
-        result.checkpoint = directory / "checkpoint"
-        return result
-
-    return {name: run(name, *layout) for name, layout in LAYOUTS.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

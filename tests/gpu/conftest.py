@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import HAS_TRANSFORMER_ENGINE, ranks
+from tests import HAS_TRANSFORMER_ENGINE, ranks, tiers
 from tests.ranks import launcher
 
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(tiers.LONG))
             if lacks:
                 item.add_marker(pytest.mark.skip(reason=lacks))
 

@@ -31,7 +31,8 @@ from tests.ranks.flags import MODEL, TOKENIZER, TRAINING
 from tests.ranks.recording import train
 from tests.ranks.tools import users_environment
 
-TIMEOUT = 180  # seconds; a run here takes about 5
+TIMEOUT = 180  # seconds of a group with one run; a run takes about 5
+TIMEOUT_OF_SEVERAL = 540  # of a group with several
 TAIL = 8000  # characters that a failure shows: tracebacks of ranks go through Megatron and torchrun
 
 _stores: list[TCPStore] = []  # of `meet_again`: they end with the process
@@ -135,20 +136,25 @@ def launch_all(
     ]
     for process in processes:
         process.start()
-    _wait(processes, TIMEOUT * len(runs))
+    _wait(processes, TIMEOUT_OF_SEVERAL)
     begun = [name for name in runs if (directory / name / "rank0.log").exists()]
     _left_by(processes, directory / begun[-1], check=True)  # where a failure was
     return {name: _left_by(processes, directory / name, check=True) for name in runs}
 
 
 def launch_layouts(
-    directory: Path, runs: Mapping[str, tuple[int, Sequence[str]]], drop: Iterable[str] = ()
+    directory: Path,
+    runs: Mapping[str, tuple[int, Sequence[str]]],
+    *,
+    entry: Callable[[], None] = train,
+    drop: Iterable[str] = (),
 ) -> dict[str, Run]:
     """`launch_all` for runs of any number of ranks: a group for each number.
 
     Args:
         directory: where the runs' own directories go.
         runs: number of processes and flags, by a name that is a file's.
+        entry: as of `launch_all`.
         drop: as of `launch_all`.
 
     Returns:
@@ -157,7 +163,7 @@ def launch_layouts(
     found: dict[str, Run] = {}
     for count in {count: None for count, _ in runs.values()}:
         alike = {name: flags for name, (its, flags) in runs.items() if its == count}
-        found |= launch_all(directory, count, alike, drop=drop)
+        found |= launch_all(directory, count, alike, entry=entry, drop=drop)
     return {name: found[name] for name in runs}
 
 

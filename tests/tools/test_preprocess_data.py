@@ -5,23 +5,11 @@ import pytest
 from tests.data.texts import (
     TEXTS,
     WORDS,
-    plain_tokens,
     read,
     run_tool_here,
     save_hugging_face,
-    train_on_source,
     write_jsonl,
 )
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return train_on_source(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def expected(model):
-    return plain_tokens(model)
 
 
 def test_tool(tmp_path, monkeypatch, capfd, model, expected):

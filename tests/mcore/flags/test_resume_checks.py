@@ -1,11 +1,14 @@
 """What a run needs of its tokenizer, and of the flags of the checkpoint that it goes on from."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
+from megatron_mdm.mcore.flags.resume import plan_resume
 from tests.mcore.flags.parsing import parsed
 
 
@@ -113,3 +116,25 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         resolved(*gone)
     with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
         resolved(*gone, "--finetune")
+
+
+def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
+    """Another density is in the checkpoint by then, whatever is in the file, or without one."""
+    fitted = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
+    for file in ("gone.json", None):
+        config = MDMConfig(**fitted, ppots_file=file)
+        args = Namespace(**config.arguments(), load="somewhere", finetune=False)
+        args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
+        args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
+        args.weight_decay_incr_style, args.skip_train = "constant", False
+        saved = {
+            **vars(args),
+            "mdm_ppots_file": "gone.json",
+            "mdm_ppots_digest": "0123456789abcdef",
+        }
+        before = dict(vars(args))
+        plan = plan_resume(args, saved)
+        assert plan.sampler_state_in_checkpoint and plan.ppots_file is None
+        assert vars(args) == before
+    with pytest.raises(UserError, match=r"file None \(checkpoint: the density that gone.json held"):
+        plan_resume(args, {**saved, "mdm_ppots_refit_interval": 0})

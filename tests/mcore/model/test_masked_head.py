@@ -44,7 +44,7 @@ def runs(data, tmp_path_factory):
                     own = [*save, "--mdm-head", kind, *flags.split()]
                     words[f"{name}, {kind}"] = count, [*common, *own]
         drop = ["--untie-embeddings-and-output-weights"] if is_tied else []
-        found |= ranks.launch_layouts(directory, words, drop)
+        found |= ranks.launch_layouts(directory, words, drop=drop)
     for name, run in found.items():
         run.weights = ranks.weights(directory / name / "checkpoint")
     return found

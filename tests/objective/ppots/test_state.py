@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mdm.config import MOST_PPOTS_BINS
+from megatron_mdm.config import MOST_PPOTS_BINS, MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.exact_sums import LIMBS
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments, accumulate
 from megatron_mdm.objective.ppots.state import TABLE_SIZE, PpotsState
 from megatron_mdm.objective.samplers import PiecewiseSampler
+from tests import ROOT
 from tests.objective.ppots.measurements import moments_of, power_moment
 
 
@@ -31,6 +32,14 @@ def test_state_is_restored_bit_for_bit(family):
     for got, expected in zip(restored.sampler(quantile), sampler(quantile), strict=True):
         assert torch.equal(got, expected)
     assert fit(restored.moments) == fit(moments)
+
+
+def test_the_readme_says_how_large_the_state_is():
+    uniform = PiecewiseSampler([0, 1], [1, 1])
+    size = 8 * len(PpotsState.start(uniform, MDMConfig().ppots_bins).state_vector())
+    assert MDMConfig().ppots_bins == 30 and size == 21_232
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"and {size / 1000:.0f} kB of state in a checkpoint" in readme
 
 
 def test_state_of_another_number_of_bins_is_refused():

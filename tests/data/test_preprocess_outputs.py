@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import pathlib
 import resource
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import time
 import pytest
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.files import complete_or_absent
 from tests import ROOT
 from tests.data.texts import SOURCE, TOOL, read, run, wait_for_the_end_of_group, write_jsonl
 
@@ -66,27 +64,6 @@ def test_target_that_cannot_be_replaced(tmp_path, tokenizer, target):
     with pytest.raises(UserError, match=r"cannot write .*out\.bin: Is a directory"):
         run([source], tmp_path / "out", tokenizer)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", target]
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_interruption_of_the_renaming_leaves_no_mixture(tmp_path, monkeypatch, renames):
-    targets = [str(tmp_path / "p.bin"), str(tmp_path / "p.idx")]
-    for target in targets:
-        pathlib.Path(target).write_text("old")
-    replace, done = os.replace, []
-
-    def interrupted(source, target):
-        if len(done) == min(renames, 1):
-            if renames == 2:
-                replace(source, target)
-            raise KeyboardInterrupt
-        done.append(replace(source, target))
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), complete_or_absent(*targets) as names:
-        for name in names:
-            pathlib.Path(name).write_text("new")
-    assert os.listdir(tmp_path) == []
 
 
 def test_full_disk(tmp_path, tokenizer):

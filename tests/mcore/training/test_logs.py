@@ -1,0 +1,70 @@
+"""What a run logs: losses by rate, speed, its recipe, and the loss with a control variate."""
+
+import pytest
+
+from megatron_mdm.config import MDMConfig
+from tests import ranks
+
+
+def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
+    flags = ["--log-interval", "2", "--eval-iters", "2", "--mdm-rate-bins", "4"]
+    run = ranks.launch(tmp_path, 2, *base, *flags, "--pipeline-model-parallel-size", "2")
+    bins = [f"mdm/loss at t {i / 4:.2f}-{(i + 1) / 4:.2f}" for i in range(4)]
+    for name in (*bins, "mdm/masked fraction", "mdm/rows per s"):
+        assert len(run.scalars[name]) == 2, name  # iterations 2 and 4
+    assert run.scalars["mdm/tokens per s"][0] == pytest.approx(
+        32 * run.scalars["mdm/rows per s"][0], rel=1e-6
+    )
+    # Rates of 16 rows from the lattice: masked fraction and rates lie near 1/2.
+    assert run.scalars["mdm/masked fraction"] == pytest.approx([0.5, 0.5], abs=0.1)
+    line = next(x for x in run.output[1].splitlines() if "mdm iteration        2" in x)
+    assert "masked fraction" in line
+    assert "0.12: " in line and "0.88: " in line
+    # Token-normalised and row-normalised means agree where all rows have equally many tokens.
+    nelbo = run.scalars["mdm/validation NELBO"][-1]
+    assert f"mdm loss value: {nelbo:.3E}"[:20] in "\n".join(run.output)
+    assert run.scalars["mdm/validation NELBO stderr"][-1] > 0
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """The paper's recipe, with and without the control variate."""
+    directory = tmp_path_factory.mktemp("recipes")
+    flags = [*base, "--mdm-recipe", "paper", "--mdm-ppots-refit-interval", "2"]
+    flags += "--log-interval 1 --save-interval 5 --mdm-rate-bins 4".split()
+    return {
+        decay: ranks.launch(
+            directory / decay,
+            *(2, *flags, "--mdm-ema-decay", decay, "--save", str(directory / decay / "checkpoint")),
+        )
+        for decay in ("1.0", "0.5")
+    }, directory
+
+
+def test_the_control_variate_changes_the_report_and_nothing_else(runs):
+    (plain, controlled), directory = runs[0].values(), runs[1]
+    assert plain.scalars["mdm/controlled loss"] == plain.scalars["mdm/loss"]
+    assert controlled.scalars["mdm/loss"] == plain.scalars["mdm/loss"]
+    assert controlled.scalars["mdm/controlled loss"] != plain.scalars["mdm/loss"]
+    # Bitwise: gradient norms of every step, and the weights that all gradients led to.
+    assert controlled.grad_norms == plain.grad_norms
+    weights = [ranks.weights(directory / decay / "checkpoint") for decay in ("1.0", "0.5")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        assert value.equal(weights[1][name]), name
+
+
+def test_the_log_shows_the_recipe_texts_and_largest_weight(runs):
+    run, _ = runs[0].values()
+    output = "\n".join(run.output)
+    line = "--mdm-recipe paper: --mdm-rate-sampler ppots, --mdm-ppots-refit-interval 2 (by hand), "
+    assert output.count(line) == 1
+    assert run.scalars["mdm/texts"] == [4, 8, 12, 16, 20]  # of 8 rows each, two views of a text
+    assert "texts: 20 |" in run.output[1]
+    masks = run.masks()
+    eps = MDMConfig().eps
+    for step in range(2):  # the density is uniform until the first fit
+        rows = [masks[0, row] for row in range(8 * step, 8 * step + 8)]
+        least = min(t for t, tokens in rows if ranks.MASK_ID in tokens)
+        largest = run.scalars["mdm/largest weight"][step]
+        assert largest == pytest.approx(1 / ((1 - eps) * least + eps))

@@ -1,0 +1,71 @@
+"""Numbers of a validation, their errors, and rows that count once."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_mdm.mcore.training import metrics
+from megatron_mdm.objective.randomness import Split
+from tests import ranks
+
+
+def test_one_model_has_one_validation_number(base, tmp_path):
+    """Whatever was evaluated before, whatever the layout and the training flags: lr is 0."""
+    flags = [*base, "--lr", "0", "--eval-interval", "1", "--eval-iters", "2", "--train-iters", "3"]
+    others = "--mdm-mask exact-count --mdm-quantiles iid --tensor-model-parallel-size 2".split()
+    one = ranks.launch(tmp_path / "one", 1, *flags)
+    two = ranks.launch(tmp_path / "two", 2, *flags, *others)
+    numbers = [*one.scalars["mdm loss validation"], *two.scalars["mdm loss validation"]]
+    assert len(numbers) == 8  # after each step, and at the end
+    assert numbers == pytest.approx([numbers[0]] * 8, rel=1e-6)
+    assert len(set(one.scalars["mdm/validation NELBO"])) == 1
+
+
+def test_a_repeated_iteration_is_logged_once(monkeypatch):
+    """Megatron's rerun machine repeats an iteration to validate a loss."""
+    recorder = metrics.Recorder(2)
+    row = [torch.zeros(1, dtype=torch.int64), torch.tensor([0.3]), torch.ones(1)]
+    row += [torch.ones(1), torch.ones(1)]
+    counts = [torch.ones(1, dtype=torch.int64)] * 2
+    monkeypatch.setattr(metrics.mpu, "get_data_parallel_group", lambda **_: None)
+    monkeypatch.setattr(metrics.torch.distributed, "all_reduce", lambda *_, **__: None)
+    recorder.add(*row, *counts)
+    recorder.commit(1)
+    assert recorder.reduce()[Split.TRAIN].rows == 1
+    recorder.add(*row, *counts)
+    recorder.commit(1)
+    assert recorder.total is None
+
+
+def test_the_error_of_few_texts_is_that_of_texts():
+    """256 rows of 2 texts tell about 2 texts: the error of the mean of two clusters."""
+    text = np.arange(256) % 2
+    loss = np.where(text == 0, 3.0, 4.0)
+    assert metrics.error_by_text(loss, text) == (pytest.approx(0.5), 2)
+    alone = loss.std(ddof=1) / 16
+    assert metrics.error_by_text(loss, np.arange(256)) == (pytest.approx(alone), 256)
+    error, texts = metrics.error_by_text(loss, np.zeros(256))
+    assert np.isnan(error) and texts == 1
+    # Texts of unequally many rows: by the ratio of sums, here of 1 and 3 rows.
+    loss, text = np.array([1.0, 5.0, 5.0, 5.0]), np.array([0, 1, 1, 1])
+    assert metrics.error_by_text(loss, text) == (pytest.approx(3 * 2**0.5 * 2**0.5 / 4), 2)
+
+
+def test_a_small_validation_split_says_how_many_texts_it_has(base, tmp_path):
+    """Under two data-parallel ranks; and its first rows are those of fewer evaluations."""
+    documents = [[5 + i % 90] * 31 + [ranks.EOD_ID] for i in range(40)]
+    ranks.write_documents(tmp_path / "text", documents)
+    flags = [*base, "--data-path", str(tmp_path / "text"), "--split", "95,5,0", "--lr", "0"]
+    line = {}
+    for iters in (1, 2):
+        run = ranks.launch(
+            tmp_path / str(iters), 2, *flags, "--eval-iters", str(iters), "--train-iters", "1"
+        )
+        line[iters] = next(x for x in run.output[1].splitlines() if "validation NELBO" in x)
+        assert f"(mean over {8 * iters} rows of 2 texts)" in line[iters]
+        seen = {row: value for (split, row), value in run.masks().items() if split == Split.VALID}
+        assert set(seen) == set(range(8 * iters))
+        first = {row: seen[row] for row in range(8)}
+        assert line.setdefault("rows", first) == first
+    errors = [float(line[iters].split("+- ")[1].split()[0]) for iters in (1, 2)]
+    assert all(error > 0 for error in errors)

@@ -1,0 +1,1 @@
+from tests.data.conftest import expected, model  # noqa: F401

@@ -1,0 +1,86 @@
+"""tools/fit_ppots.py: its fit to a checkpoint, its flags, and the data that it takes."""
+
+import json
+import runpy
+import sys
+from argparse import Namespace
+
+import pytest
+
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
+from tests import ROOT, ranks
+from tests.ranks import entries
+
+
+@pytest.fixture(scope="module")
+def density(base, tmp_path_factory):
+    """A density fitted to the base checkpoint by the tool, as a user starts it."""
+    path = tmp_path_factory.mktemp("fit") / "ppots.json"
+    flags = "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
+    where = ["--device", "cpu", "--load", base[base.index("--load") + 1], "--output", str(path)]
+    printed = ranks.run_tool("fit_ppots", *where, *flags)
+    assert "gradient over 128 draws" in printed
+    assert "standard error of the second moment: " in printed and "% at most, for t in (" in printed
+    assert path.with_suffix(".png").stat().st_size > 1000
+    return path
+
+
+def test_fits_of_a_checkpoint_on_two_ranks(base, density, tmp_path):
+    tool = ["--", "tools/fit_ppots.py", "--device", "cpu", "--load", base[base.index("--load") + 1]]
+    tool += "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
+    output = tmp_path / "two.json"
+    ranks.launch(tmp_path, 2, *tool, "--output", str(output), entry=entries.tool)
+    one, two = (json.loads(path.read_text()) for path in (density, output))
+    assert two["moments"] == pytest.approx(one["moments"], rel=1e-5)
+    assert two["density"] == pytest.approx(one["density"], rel=1e-5)
+    assert len(one["errors"]) == 8 and min(one["errors"]) > 0.0
+    assert two["errors"] == pytest.approx(one["errors"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--rows 0", "--rates, --rows and --masks must be at least 1"),
+        ("--rates 5000", "--rates 5000: at most 1022"),
+        ("--uniform-share 0", "--uniform-share must lie in (0, 1], got 0.0"),
+        ("--rates 3 --family epr", "--family epr has 7 parameters; take more rates or"),
+        ("--rates 4 --family power", "--family power has 5 parameters"),
+        ("--output x.png", "--output x.png: .png is the picture's suffix"),
+        ("--output nowhere/x.json", "--output nowhere/x.json cannot be written"),
+        ("--output y.json", "--output: its picture y.png needs matplotlib: pip install"),
+    ],
+)
+def test_flags_of_fits_are_checked_before_anything_is_measured(flags, message, monkeypatch):
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    tool = runpy.run_path(str(ROOT / "tools/fit_ppots.py"))
+    argv = ["fit_ppots", "--load", "nothing", "--output", "x.json", *flags.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError) as caught:
+        tool["check"](tool["parse"]())
+    assert message in str(caught.value)
+
+
+def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
+    tool = runpy.run_path(str(ROOT / "tools/fit_ppots.py"))
+    words = "--load x --output x.json --data-path pairs --mdm-sft --no-mdm-eod-eligible".split()
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
+    args = Namespace(**MDMConfig(random_length_fraction=0.01).arguments())
+    args.data_path, args.mock_data, args.train_data_path = None, True, ["elsewhere"]
+    args.split, args.data_cache_path = None, "/of/another/machine"
+    tool["take_over"](tool["parse"](), args)
+    assert (args.data_path, args.mock_data, args.train_data_path) == (["pairs"], False, None)
+    assert (args.split, args.data_cache_path) == ("100,0,0", None)
+    # Rows of pairs have no random length.
+    assert (args.mdm_sft, args.mdm_random_length_fraction) == (True, 0.0)
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words[:4], "--mdm-rate-per", "document"])
+    with pytest.raises(UserError, match="--mdm-rate-per document with --mdm-sft needs"):
+        tool["take_over"](tool["parse"](), args)
+    # What only a fine-tuning run has, and ISAD, whose masks are not measured, is left behind.
+    of_pairs = MDMConfig(sft=True, syrm_fraction=0.5, isad_token_ids=[1])
+    args = Namespace(**of_pairs.arguments())
+    words = [*words[:4], "--no-mdm-sft", "--mdm-mask", "exact-count"]
+    monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
+    tool["take_over"](tool["parse"](), args)
+    assert (args.mdm_sft, args.mdm_syrm_fraction, args.mdm_mask) == (False, 0.0, "exact-count")
