@@ -18,7 +18,7 @@ import torch
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
-from tests import ROOT, ranks
+from tests import ROOT, ranks, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
 sys.path.insert(0, str(EXAMPLE))
@@ -212,7 +212,7 @@ def finished(tmp_path_factory):
     return directory, flags, ended
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(tiers.LONG)
 def test_the_whole_study_makes_its_table(finished):
     directory, _, ended = finished
     results = reproduce.read_results(f"{directory}/all.json")
@@ -233,6 +233,7 @@ def test_the_whole_study_makes_its_table(finished):
     assert study("--report", f"{directory}/all.json").stdout == ended.stdout
 
 
+@pytest.mark.timeout(tiers.LONG)
 def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished):
     directory, flags, ended = finished
     bases = sorted((directory / "ci").glob("*.checkpoint"))
@@ -247,6 +248,7 @@ def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished)
     assert changed == {bases[0].with_suffix(".json")} and bases[0].exists()
 
 
+@pytest.mark.timeout(tiers.LONG)
 def test_another_scale_has_other_data_and_so_other_runs(finished):
     directory = finished[0] / "ci"
     other = Study(dataclasses.replace(SCALES["ci"], tests=5, texts=3000), directory, "cpu")
@@ -309,6 +311,7 @@ with training_device("cpu"):
 """
 
 
+@pytest.mark.timeout(tiers.LONG)
 def test_the_program_accepts_the_flags_of_every_run(finished, tmp_path):
     """Of the scale `laptop`, on the data and bases of the finished study."""
     names = ("texts", "pairs", "tests", "layers", "hidden", "heads")

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=lacks))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def patience():
     """Several runs of 200 iterations may share the GPU and the cores."""
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +63,7 @@ def patience():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def train(data, tmp_path_factory):
     """Trains on one rank; `dry` are the iterations of a dry run."""
 
@@ -88,7 +88,7 @@ def train(data, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def checkpoint(train, tmp_path_factory):
     """A checkpoint in float32 from the CPU, of 20 iterations."""
     directory = str(tmp_path_factory.mktemp("checkpoint") / "cpu")

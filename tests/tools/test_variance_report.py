@@ -80,15 +80,19 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         "norms": ["--parameters", "norm"],
         "sketch": ["--sketch", "4000"],
     }
-    reports = {}
-    for ranks_, (name, more) in itertools.product((1, 2), groups.items()):
-        output = tmp_path / f"{name}{ranks_}.json"
-        tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
-        tool += ["--load", base[base.index("--load") + 1], "--output", str(output)]
-        ranks.launch(tmp_path / f"{name}{ranks_}", ranks_, *tool, *flags, *more, entry=entries.tool)
-        reports[name, ranks_] = json.loads(output.read_text())
+    tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
+    tool += ["--load", base[base.index("--load") + 1]]
+    runs = {
+        f"{name} {count}": (
+            count,
+            [*tool, "--output", str(tmp_path / f"{name} {count}.json"), *flags, *more],
+        )
+        for count, (name, more) in itertools.product((1, 2), groups.items())
+    }
+    ranks.launch_layouts(tmp_path, runs, entry=entries.tool)
+    reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in runs}
     for name in groups:
-        one, two = reports[name, 1], reports[name, 2]
+        one, two = reports[f"{name} 1"], reports[f"{name} 2"]
         # Two ranks project on other numbers than one: the same in the mean.
         near, parts = (0.2, ["total"]) if name == "sketch" else (1e-3, ["A", "B", "C"])
         scale = one["gradient"]["total"][0]

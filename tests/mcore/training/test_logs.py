@@ -32,13 +32,11 @@ def runs(base, tmp_path_factory):
     directory = tmp_path_factory.mktemp("recipes")
     flags = [*base, "--mdm-recipe", "paper", "--mdm-ppots-refit-interval", "2"]
     flags += "--log-interval 1 --save-interval 5 --mdm-rate-bins 4".split()
-    return {
-        decay: ranks.launch(
-            directory / decay,
-            *(2, *flags, "--mdm-ema-decay", decay, "--save", str(directory / decay / "checkpoint")),
-        )
+    words = {
+        decay: [*flags, "--mdm-ema-decay", decay, "--save", str(directory / decay / "checkpoint")]
         for decay in ("1.0", "0.5")
-    }, directory
+    }
+    return ranks.launch_all(directory, 2, words), directory
 
 
 def test_the_control_variate_changes_the_report_and_nothing_else(runs):

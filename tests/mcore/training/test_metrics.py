@@ -56,11 +56,11 @@ def test_a_small_validation_split_says_how_many_texts_it_has(base, tmp_path):
     documents = [[5 + i % 90] * 31 + [ranks.EOD_ID] for i in range(40)]
     ranks.write_documents(tmp_path / "text", documents)
     flags = [*base, "--data-path", str(tmp_path / "text"), "--split", "95,5,0", "--lr", "0"]
+    words = {n: [*flags, "--eval-iters", n, "--train-iters", "1"] for n in ("1", "2")}
+    runs = ranks.launch_all(tmp_path, 2, words)
     line = {}
     for iters in (1, 2):
-        run = ranks.launch(
-            tmp_path / str(iters), 2, *flags, "--eval-iters", str(iters), "--train-iters", "1"
-        )
+        run = runs[str(iters)]
         line[iters] = next(x for x in run.output[1].splitlines() if "validation NELBO" in x)
         assert f"(mean over {8 * iters} rows of 2 texts)" in line[iters]
         seen = {row: value for (split, row), value in run.masks().items() if split == Split.VALID}

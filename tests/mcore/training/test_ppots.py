@@ -292,10 +292,11 @@ def test_measured_gradients_are_those_of_a_row(base, tmp_path):
     flags += "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 1 --mdm-ppots-bins 4".split()
     flags += "--mdm-ppots-target gradient".split()
     splits = {"tokens": "--micro-batch-size 2", "rows": "--micro-batch-size 4"}
-    tokens, rows = (
-        ranks.launch(tmp_path / name, 1, *flags, "--mdm-normalization", name, *split.split())
+    words = {
+        name: [*flags, "--mdm-normalization", name, *split.split()]
         for name, split in splits.items()
-    )
+    }
+    tokens, rows = ranks.launch_all(tmp_path, 1, words).values()
     names = [name for name in tokens.scalars if "density at t" in name]
     assert len(names) == 10
     for name in names:
