@@ -43,11 +43,10 @@ def measured_texts() -> None:
             load_other_weights(loaded, load)
         except UserError as error:
             found["refused"] = str(error)
-        for name in ("mdm_isolate_documents", "mdm_eod_attended"):
-            setattr(loaded.args, name, name == "mdm_eod_attended")
-        found["pairs"] = rows_from_pairs(loaded, pairs, 200)
-        loaded.args.mdm_isolate_documents = True
-        found["packed pairs"] = rows_from_pairs(loaded, pairs, 200)
+        for packed, name in ((False, "pairs"), (True, "packed pairs")):
+            settings = {"mdm_isolate_documents": packed, "mdm_eod_attended": True}
+            args = Namespace(**{**vars(loaded.args), **settings})
+            found[name] = rows_from_pairs(dataclasses.replace(loaded, args=args), pairs, 200)
         torch.save(found, f"{os.environ['TRACE_DIR']}/texts.pt")
 
 
