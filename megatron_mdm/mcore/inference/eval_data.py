@@ -228,7 +228,7 @@ def scored_per_byte(
         rows: all of the documents.
         documents: the documents.
     """
-    if not documents.num_bytes or (loaded.args.mdm_shift and loaded.opening_token_id is None):
+    if not documents.num_bytes or (loaded.mdm.shift and loaded.opening_token_id is None):
         return None
     return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
 
