@@ -49,19 +49,19 @@ def add_hashes_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def open_asked_for(
-    options: argparse.Namespace, change: Callable[[argparse.Namespace], None] | None = None
+    options: argparse.Namespace, edit_args: Callable[[argparse.Namespace], None] | None = None
 ) -> contextlib.AbstractContextManager["LoadedModel"]:
     """Opens the checkpoint that the flags of `add_checkpoint_arguments` ask for.
 
     Args:
         options: the tool's flags.
-        change: see `open_checkpoint`.
+        edit_args: see `open_checkpoint`.
     """
     return open_checkpoint(
         options.load,
         options.device,
         getattr(options, "pipeline_model_parallel_size", 1),
-        change,
+        edit_args,
         options.checkpoint_hashes,
         options.trust_remote_code,
     )
@@ -72,7 +72,7 @@ def open_checkpoint(
     checkpoint: str,
     device: str,
     pipeline_parallel: int = 1,
-    change: Callable[[argparse.Namespace], None] | None = None,
+    edit_args: Callable[[argparse.Namespace], None] | None = None,
     hashes: bool = True,
     trust: bool = False,
 ) -> Iterator["LoadedModel"]:
@@ -86,7 +86,8 @@ def open_checkpoint(
         checkpoint: directory that the run named as --save.
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
-        change: of the arguments that the checkpoint recorded, before the model is built.
+        edit_args: is called with the arguments that the checkpoint recorded, before the model is
+            built, and changes them.
         hashes: compare its files with the sums that were saved with them.
         trust: run Python code that lies beside the tokenizer (--trust-remote-code).
 
@@ -102,6 +103,6 @@ def open_checkpoint(
 
             stack.enter_context(training_device(device))
             loaded = stack.enter_context(
-                loaded_model(checkpoint, device, pipeline_parallel, change, hashes, trust)
+                loaded_model(checkpoint, device, pipeline_parallel, edit_args, hashes, trust)
             )
         yield loaded

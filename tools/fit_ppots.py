@@ -167,7 +167,7 @@ def main() -> None:
             family=options.family,
             target=options.target,
             uniform_share=options.uniform_share,
-            eps=MDMConfig.from_args(loaded.args).least_masked_fraction(loaded.args.seq_length),
+            eps=loaded.mdm.least_masked_fraction(loaded.args.seq_length),
             errors=measured.errors(),
         )
         if loaded.args.rank == 0:

@@ -45,15 +45,13 @@ def main() -> None:
 
 def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
     """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
-    from megatron_mdm.mcore.data.batch import load_batch
     from megatron_mdm.mcore.model.inputs import ModelInputs
+    from megatron_mdm.mcore.training.forward_step import next_batch
 
-    mdm, training = state.mdm, model.training
-    b = state.micro_batch_size(training)
-    batch = load_batch(data_iterator, mdm, state.eod_id, training, b, state.seq_length)
+    batch = next_batch(state, data_iterator, model.training)
     inputs = ModelInputs.of_batch(batch, model, causal=True)
     cross_entropy = inputs.cross_entropy(model, batch.tokens)
-    return cross_entropy, partial(loss_func, batch.eligible, mdm.normalization)
+    return cross_entropy, partial(loss_func, batch.eligible, state.mdm.normalization)
 
 
 def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:

@@ -77,7 +77,7 @@ def variance(loaded: Any, batches: Iterator["MicroBatch"]) -> float:
         batch = micro_batch.batch
         inputs = ModelInputs.of_batch(batch, loaded.model)
         cross_entropy = inputs.cross_entropy(loaded.model, micro_batch.corruption.tokens)
-        losses = micro_batch.losses(logits_to_tokens(cross_entropy, batch.config.shift), "rows")
+        losses = micro_batch.losses(logits_to_tokens(cross_entropy, batch.mdm.shift), "rows")
         gradients.append(sketch.gradient(losses.numerator / losses.denominator))
     return float(torch.stack(gradients).double().var(dim=0).sum())
 
@@ -98,12 +98,12 @@ def training_batches(
     """
     import torch
 
-    from megatron_mdm.config import MDMConfig, destination
+    from megatron_mdm.config import destination
     from megatron_mdm.mcore.data.batch import Batch
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args
+    from megatron_mdm.mcore.training.corrupters import fixed_sampler, training_corrupter
     from megatron_mdm.mcore.training.micro_batch import MicroBatch
-    from megatron_mdm.mcore.training.state import fixed_sampler, training_corrupter
 
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
@@ -111,10 +111,9 @@ def training_batches(
     args.eval_interval = 1  # a run has one; nothing is validated here
     for name, value in settings.items():
         setattr(args, destination(name), value)
-    args = finalize_args(args)
-    mdm = MDMConfig.from_args(args)
-    online = mdm.rate_sampler == "ppots"
-    sampler = fitted(dataclasses.replace(loaded, args=args)) if online else fixed_sampler(mdm)
+    loaded = dataclasses.replace(loaded, args=finalize_args(args))
+    mdm = loaded.mdm
+    sampler = fitted(loaded) if mdm.rate_sampler == "ppots" else fixed_sampler(mdm)
     corrupter = training_corrupter(mdm, sampler)
     dataset = build_datasets(args, mdm, [size * count, 0, 0])[0]
     for first in range(0, size * count, size):
@@ -125,11 +124,10 @@ def training_batches(
 
 def fitted(loaded: Any) -> Any:
     """The density of P-POTS that suits a checkpoint, for its settings of masks and target."""
-    from megatron_mdm.config import MDMConfig
     from megatron_mdm.mcore.inference.measure import measure
     from megatron_mdm.objective.ppots.fit import fit
 
-    mdm = MDMConfig.from_args(loaded.args)
+    mdm = loaded.mdm
     args = copy.copy(loaded.args)
     args.mdm_views = 1  # every row is another text
     *_, (_, _, measured) = measure(

@@ -8,9 +8,9 @@ those of which every step is right as well.
 """
 
 import argparse
-import contextlib
 import json
 from collections.abc import Iterable
+from functools import partial
 
 from problems import answer
 
@@ -34,7 +34,6 @@ def main() -> None:
         import torch
 
         from megatron_mdm.generation.decoder import Decoder
-        from megatron_mdm.mcore.model.causal import causal_attention
 
         tokenizer, mask = loaded.tokenizer, loaded.args.mdm_mask_token_id
         decoder = Decoder(
@@ -49,9 +48,8 @@ def main() -> None:
             raise UserError(f"{options.problems}: a prompt is as long as the model's rows")
         rows = torch.tensor([row + [mask] * (length - len(row)) for row in prompts])
         rows = rows.to(torch.cuda.current_device())
-        attention = causal_attention(loaded.model) if options.causal else contextlib.nullcontext()
-        with attention:
-            written = [row for part in rows.split(256) for row in decoder(loaded.logits, part)]
+        logits = partial(loaded.logits, causal=options.causal)
+        written = [row for part in rows.split(256) for row in decoder(logits, part)]
         texts = []
         for prompt, row in zip(prompts, written, strict=True):
             response = row.tolist()[len(prompt) :]

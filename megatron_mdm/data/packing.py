@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 import numpy as np
 import numpy.typing as npt
 
-Integers = npt.NDArray[np.int64]
+from megatron_mdm.objective.types import Integers
 
 
 def pack(lengths: npt.ArrayLike, row_length: int) -> tuple[Integers, Integers]:

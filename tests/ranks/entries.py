@@ -1,6 +1,8 @@
 """Entries that several files launch: command-line tools, and the program without common flags."""
 
+import argparse
 import contextlib
+import dataclasses
 import os
 import runpy
 import sys
@@ -46,6 +48,7 @@ def logits() -> None:
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randint(0, 127, shape, generator=generator) for shape in ((3, 32), (1, 7))]
         plain = [loaded.logits(tokens) for tokens in rows]
-        loaded.args.mdm_shift = True
-        shifted = [loaded.logits(tokens) for tokens in rows]
+        args = argparse.Namespace(**{**vars(loaded.args), "mdm_shift": True})
+        shifting = dataclasses.replace(loaded, args=args)
+        shifted = [shifting.logits(tokens) for tokens in rows]
         torch.save((plain, shifted), f"{os.environ['TRACE_DIR']}/logits{os.environ['RANK']}.pt")

@@ -1,4 +1,4 @@
-"""Megatron's own GPT objective in its smallest form: what `overhead` compares with.
+"""Megatron's own GPT objective in its smallest form: what `throughput` compares with.
 
 The next token's cross entropy at all positions of GPTDataset's rows, as Megatron's pretraining
 script, which its wheel does not ship, computes it: loss mask, checks for NaN and infinity, sums of

@@ -56,7 +56,10 @@ class Session:
         return build_train_valid_test_data_iterators(provider)[0]
 
     def with_head(self, head: str) -> Objective:
-        """The objective with the head at `masked` positions or `full`, for the same model."""
+        """Another objective, with the head at `masked` positions or `full`, for the same model.
+
+        It has a state of its own: neither recorded sums nor a density of t go from one to another.
+        """
         self.args.mdm_head = head
         return build_objective(self.args)
 

@@ -3,14 +3,12 @@
 from abc import abstractmethod
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 
-Integers = npt.NDArray[np.int64]
+from megatron_mdm.objective.types import Integers
 
 
 class Run(Protocol):

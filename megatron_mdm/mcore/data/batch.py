@@ -18,14 +18,14 @@ class Batch:
     """b rows of s positions, and what follows from them, computed once.
 
     Attributes:
-        config: settings of the objective.
+        mdm: settings of the objective.
         eod_id: end-of-document token.
         training: whether the rows are of the training data, and not of an evaluation's.
         tokens: this column, and the other ones, as `RowDataset` gives them for one row: int64
             [b, s] or [b].
     """
 
-    config: MDMConfig
+    mdm: MDMConfig
     eod_id: int
     training: bool
     tokens: torch.Tensor
@@ -43,13 +43,13 @@ class Batch:
     def of_rows(
         cls,
         rows: Sequence[Mapping[str, torch.Tensor]],
-        config: MDMConfig,
+        mdm: MDMConfig,
         eod_id: int,
         training: bool = True,
     ) -> "Batch":
         """Stacks rows of a `RowDataset`."""
         columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return cls(config, eod_id, training, **columns)
+        return cls(mdm, eod_id, training, **columns)
 
     def to(self, device: torch.device | int) -> "Batch":
         """The same rows on a device."""
@@ -81,9 +81,9 @@ class Batch:
     @cached_property
     def attention_segments(self) -> torch.Tensor | None:
         """The parts of rows that attention does not leave, int64 [b, s]; None: whole rows."""
-        if self.config.isolate_documents:
+        if self.mdm.isolate_documents:
             return self.documents
-        if self.config.random_length_fraction:
+        if self.mdm.random_length_fraction:
             return self.past_end.long()
         return None
 
@@ -93,13 +93,13 @@ class Batch:
 
         See objective/segments.py. Evaluations have one rate a row.
         """
-        return self.documents if self.training and self.config.rate_per == "document" else None
+        return self.documents if self.training and self.mdm.rate_per == "document" else None
 
     @cached_property
     def eligible(self) -> torch.Tensor:
         """Positions that may be masked and count in the loss, bool [b, s]."""
         eligible = eligible_positions(
-            self.tokens, self.padding, self.eod_id, self.config, self.attention_segments
+            self.tokens, self.padding, self.eod_id, self.mdm, self.attention_segments
         )
         if self.maskable is not None:
             eligible = eligible & (self.maskable != 0)
@@ -113,7 +113,7 @@ class Batch:
 
 def load_batch(
     data_iterator: Iterator | None,
-    config: MDMConfig,
+    mdm: MDMConfig,
     eod_id: int,
     training: bool,
     micro_batch_size: int,
@@ -123,13 +123,13 @@ def load_batch(
 
     Args:
         data_iterator: of a `RowDataset`; None on tensor-parallel ranks other than 0.
-        config: settings of the objective.
+        mdm: settings of the objective.
         eod_id: end-of-document token.
         training: whether the micro-batch is training's, and not an evaluation's.
         micro_batch_size: b.
         seq_length: s.
     """
-    is_vector = row_columns(config, training)
+    is_vector = row_columns(mdm, training)
     widths = [seq_length if vector else 1 for vector in is_vector.values()]
     device = torch.cuda.current_device()
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -149,7 +149,7 @@ def load_batch(
         name: part.contiguous() if vector else part[:, 0]
         for (name, vector), part in zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
     }
-    return Batch(config, eod_id, training, **columns)
+    return Batch(mdm, eod_id, training, **columns)
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -42,16 +42,16 @@ from megatron_mdm.objective.views import view_uniforms
 TEXT_BITS = 40  # of the number of a text within its file
 
 
-def row_columns(config: MDMConfig, training: bool) -> dict[str, bool]:
+def row_columns(mdm: MDMConfig, training: bool) -> dict[str, bool]:
     """The tensors of a row, and whether each is a vector or a number; see RowDataset."""
     columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
     columns |= {"tokens": True, "uniforms": True}
-    columns["quantile"] = training and config.rate_per == "document"
+    columns["quantile"] = training and mdm.rate_per == "document"
     if not training:
         columns["text"] = False
-    if config.sft:
+    if mdm.sft:
         columns["maskable"] = True
-        if config.isolate_documents:
+        if mdm.isolate_documents:
             columns["document"] = True
     return columns
 
@@ -69,7 +69,8 @@ class RowDataset(torch.utils.data.Dataset):
             document quantile [L], number d for document d of the row; evaluations have one rate a
             row.
         text []: in evaluations, which of their texts it is, since a few may be taken many times.
-        maskable [L]: in fine-tuning, 0 at the tokens of a prompt, which are never masked, else 1.
+        maskable [L]: in fine-tuning, 0 at the tokens of a prompt but those that SyRM picks, which
+            are masked like the response's; else 1.
         document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
             documents end with their end-of-document token.
 
@@ -79,9 +80,9 @@ class RowDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: top-level dataset (a BlendedDataset passes its own numbers inward).
-        config: settings of the objective.
+        mdm: settings of the objective.
         seed: seed of the run.
-        mask_token_id: must not occur in the data.
+        mask_token_id: must not occur in the data; None: the model has none.
         vocab_size: larger than every id in the data.
         pad_id: id that stands at padding, inside the vocabulary.
         period: for validation and test: the rows start over after this many, so that every
@@ -92,9 +93,9 @@ class RowDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         dataset: Any,
-        config: MDMConfig,
+        mdm: MDMConfig,
         seed: int,
-        mask_token_id: int,
+        mask_token_id: int | None,
         vocab_size: int,
         pad_id: int,
         period: int | None = None,
@@ -103,7 +104,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.dataset = dataset
         # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
         self.split = getattr(dataset, "split", None) or dataset.index_split
-        self.config = config
+        self.mdm = mdm
         self.seed = seed
         self.mask_token_id = mask_token_id
         self.vocab_size = vocab_size
@@ -113,11 +114,11 @@ class RowDataset(torch.utils.data.Dataset):
         split = SPLITS[self.split]
         self.training = split is Split.TRAIN
         if self.training:
-            self.views = config.views
+            self.views = mdm.views
             # A window is given in rows, and the quantiles belong to draws.
-            window = (config.strata_window or self.views) // self.views
-            strata = config.strata or 1
-            self.quantiles = Quantiles(config.quantiles, seed, split, window, strata)
+            window = (mdm.strata_window or self.views) // self.views
+            strata = mdm.strata or 1
+            self.quantiles = Quantiles(mdm.quantiles, seed, split, window, strata)
         else:
             self.views = 1
             self.quantiles = Quantiles("lattice", seed, split)
@@ -150,7 +151,7 @@ class RowDataset(torch.utils.data.Dataset):
             "uniforms": torch.from_numpy(uniforms),
             "quantile": torch.tensor(self.quantiles(draw)),
         }
-        is_vector = row_columns(self.config, self.training)
+        is_vector = row_columns(self.mdm, self.training)
         if not self.training:
             number = item.get("dataset_id", 0), item.get("text", draw)
             columns["text"] = torch.tensor((int(number[0]) << TEXT_BITS) + int(number[1]))
@@ -165,7 +166,7 @@ class RowDataset(torch.utils.data.Dataset):
 
     def _length(self, draw: int, longest: int) -> int:
         """Positions that the row has; training only."""
-        fraction = self.config.random_length_fraction
+        fraction = self.mdm.random_length_fraction
         if not (self.training and fraction):
             return longest
         return row_length(self.seed, Split.TRAIN, draw, longest, fraction)
@@ -176,8 +177,8 @@ class RowDataset(torch.utils.data.Dataset):
             return np.zeros(len(tokens), dtype=bool)
         return syrm(
             tokens,
-            tuple(self.config.syrm_token_ids or ()),
-            self.config.syrm_fraction,
+            tuple(self.mdm.syrm_token_ids or ()),
+            self.mdm.syrm_fraction,
             to_grid(random_bits(self.seed, Split.TRAIN, Purpose.SYRM, draw, len(tokens))),
         )
 
@@ -231,7 +232,7 @@ def datasets_provider(
 
 def build_datasets(
     args: Namespace,
-    config: MDMConfig,
+    mdm: MDMConfig,
     num_rows: list[int],
     vp_stage: int | None = None,
     on_all_ranks: bool = False,
@@ -240,7 +241,7 @@ def build_datasets(
 
     Args:
         args: of the run.
-        config: settings of the objective.
+        mdm: settings of the objective.
         num_rows: of the three.
         vp_stage: virtual pipeline stage.
         on_all_ranks: build them on every rank, and not only where training loads rows.
@@ -249,13 +250,13 @@ def build_datasets(
         UserError: a split shorter than one row, or data that do not last.
     """
     share_identities(args)
-    dataset_config = _dataset_config(args)
+    dataset_config = _dataset_config(args, mdm)
     train, valid, test = num_rows
     offset = getattr(args, "mdm_text_offset", 0)
-    texts = -(-train // config.views) + offset
-    is_built = on_all_ranks or loads_rows(config, vp_stage)
+    texts = -(-train // mdm.views) + offset
+    is_built = on_all_ranks or loads_rows(mdm, vp_stage)
     datasets = DatasetBuilder(
-        _dataset_class(args), [texts, valid, test], lambda: is_built, dataset_config
+        _dataset_class(args, mdm), [texts, valid, test], lambda: is_built, dataset_config
     ).build()
     if datasets[0] is not None and len(datasets[0]) < texts:
         raise UserError(
@@ -270,15 +271,15 @@ def build_datasets(
                 "them a larger share, or more data"
             )
     if datasets[0] is not None and not args.mock_data and not vp_stage:
-        _print_epochs(datasets[0], texts, config.views)
+        _print_epochs(datasets[0], texts, mdm.views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
-    pad = dataset_config.tokenizer.eod if args.mdm_sft else pad_id(dataset_config.tokenizer)
+    pad = dataset_config.tokenizer.eod if mdm.sft else pad_id(dataset_config.tokenizer)
     return [
         # Megatron makes no loader of a mixture without rows. Several files without weights have
         # each text once, which may be fewer than an evaluation takes.
         None
         if dataset is None or period == 0
-        else _rows(args, config, dataset, pad, period and min(period, len(dataset)), first)
+        else _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
         for dataset, period, first in zip(
             datasets, [None, valid, test], [offset, 0, 0], strict=True
         )
@@ -291,8 +292,8 @@ def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:
     Raises:
         UserError: no pair is short enough.
     """
-    config = _dataset_config(args)
-    kind = _dataset_class(args)
+    config = _dataset_config(args, mdm)
+    kind = _dataset_class(args, mdm)
     indexed = kind.build_low_level_dataset(prefix, config)
     pairs = np.arange(kind.numel_low_level_dataset(indexed))
     dataset = kind(indexed, prefix, pairs, None, MegatronSplit.train, config)
@@ -307,7 +308,8 @@ def _rows(
     period: int | None = None,
     text_offset: int = 0,
 ) -> RowDataset:
-    mask, size = args.mdm_mask_token_id, args.mdm_vocab_size
+    assert mdm.vocab_size is not None  # after `finalize_args`
+    mask, size = mdm.mask_token_id, mdm.vocab_size
     return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
 
 
@@ -324,26 +326,26 @@ def _print_epochs(dataset: Any, texts: int, views: int) -> None:
         )
 
 
-def _dataset_class(args: Namespace) -> Any:
+def _dataset_class(args: Namespace, mdm: MDMConfig) -> Any:
     if args.mock_data:
         return MockCleanTokensDataset
-    if args.mdm_sft:
-        return PackedPairDataset if args.mdm_isolate_documents else PairDataset
-    return CleanTokensDataset if args.mdm_row_order == "run" else EpochDataset
+    if mdm.sft:
+        return PackedPairDataset if mdm.isolate_documents else PairDataset
+    return CleanTokensDataset if mdm.row_order == "run" else EpochDataset
 
 
-def loads_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+def loads_rows(mdm: MDMConfig, vp_stage: int | None) -> bool:
     """Whether this rank loads rows: tensor rank 0 of the stages that need them."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and needs_rows(config, vp_stage)
+    return mpu.get_tensor_model_parallel_rank() == 0 and needs_rows(mdm, vp_stage)
 
 
-def needs_rows(config: MDMConfig, vp_stage: int | None) -> bool:
+def needs_rows(mdm: MDMConfig, vp_stage: int | None) -> bool:
     """Whether this stage needs rows: the first for its input, the last for the loss.
 
     Stages between need them too where an attention mask follows from the tokens.
     """
     return (
-        not config.attends_everywhere
+        not mdm.attends_everywhere
         or mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     )
@@ -358,10 +360,10 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _dataset_config(args: Namespace) -> PairDatasetConfig:
+def _dataset_config(args: Namespace, mdm: MDMConfig) -> PairDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return PairDatasetConfig(
-        response_multiple=args.mdm_pad_response_to_multiple_of,
+        response_multiple=mdm.pad_response_to_multiple_of,
         cache_keys=cache_keys(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -217,6 +217,15 @@ def finalize_args(args: Namespace) -> Namespace:
 
     For scripts of your own: call it on what `parse_and_validate_args` returned.
 
+    On ranks but the first `mdm_data` and `mdm_tokenizer` stay None: the datasets set them, by a
+    collective call, when the ranks are connected (`share_identities`).
+
+    Args:
+        args: of the run; changed.
+
+    Returns:
+        The same arguments.
+
     Raises:
         UserError: no mask token or end of document, or objective flags that differ from the
             checkpoint's.

@@ -83,19 +83,16 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
         text_offset=_text_offset(args, saved) if is_resumed else 0,
         row_order=args.mdm_row_order or kept_order or "epoch",
     )
-    _check(Namespace(**{**vars(args), **plan.arguments()}), saved, plan, is_resumed, other)
+    _check(Namespace(**{**vars(args), **plan.arguments()}), saved, is_resumed, other)
     return plan
 
 
-def _check(
-    args: Namespace, saved: dict[str, Any], plan: ResumePlan, is_resumed: bool, other: list[str]
-) -> None:
+def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list[str]) -> None:
     """Compares the arguments as they will be; see `plan_resume`.
 
     Args:
         args: of this run, with those of the plan.
         saved: of the checkpoint.
-        plan: of this run.
         is_resumed: whether the run goes on from the checkpoint.
         other: settings of P-POTS that differ, so that its measurements are of no use.
     """
@@ -110,12 +107,12 @@ def _check(
     settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
     # Runs that fit their own density go on with the one in the checkpoint.
-    keeps_density = "mdm_ppots_digest" in saved and not plan.sampler_state_in_checkpoint
-    if keeps_density and saved["mdm_ppots_digest"] != plan.ppots_digest:
+    keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint
+    if keeps_density and saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
         was = f"the density that {saved.get('mdm_ppots_file')} held"
         if saved["mdm_ppots_digest"] is None:
             was = "none"
-        found.append(f"--mdm-ppots-file {plan.ppots_file} (checkpoint: {was})")
+        found.append(f"--mdm-ppots-file {args.mdm_ppots_file} (checkpoint: {was})")
     if found and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "
@@ -126,7 +123,7 @@ def _check(
             "P-POTS begins to measure anew, from the density that the flags say: the checkpoint's "
             f"measurements are of another {'; '.join(other)}"
         )
-    if saved and not plan.log_state_in_checkpoint:
+    if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:

@@ -4,14 +4,13 @@ import functools
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_mdm.config import MDMConfig
 from megatron_mdm.data.documents import Document, document_text, read_documents
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.identity import data_identity
@@ -189,7 +188,7 @@ def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool)
         documents: token ids.
         packed: see `cut_rows`.
     """
-    mdm, eod_id = MDMConfig.from_args(loaded.args), loaded.tokenizer.eod
+    mdm, eod_id = loaded.mdm, loaded.tokenizer.eod
     ids = documents.ids
     if mdm.shift and loaded.opening_token_id is not None:
         opened = [np.insert(document, 0, loaded.opening_token_id) for document in ids]
@@ -229,7 +228,7 @@ def scored_per_byte(
         rows: all of the documents.
         documents: the documents.
     """
-    if not documents.num_bytes or (loaded.args.mdm_shift and loaded.opening_token_id is None):
+    if not documents.num_bytes or (loaded.mdm.shift and loaded.opening_token_id is None):
         return None
     return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
 
@@ -266,15 +265,14 @@ def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[Scored
     Raises:
         UserError: the checkpoint's settings do not go with pairs, or the data's tokens not with it.
     """
-    args = Namespace(**{**vars(loaded.args), "mdm_sft": True})
-    mdm, eod_id = MDMConfig.from_args(args), loaded.tokenizer.eod
+    mdm, eod_id = replace(loaded.mdm, sft=True), loaded.tokenizer.eod
     if not (mdm.eod_attended and mdm.pad_attended):
         raise UserError(
             f"{prefix} holds pairs, on which a checkpoint of --no-mdm-eod-attended or "
             "--no-mdm-pad-attended cannot be measured"
         )
     _check_made_with(loaded, prefix)
-    dataset = rows_of_file(args, mdm, prefix)
+    dataset = rows_of_file(loaded.args, mdm, prefix)
     texts = []
     for number in range(min(limit, len(dataset))):
         item = dataset[number]

@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ INFERENCE_OVERRIDES = {
 class LoadedModel:
     """A model in evaluation mode.
 
+    For other settings of the objective make another one (`dataclasses.replace(loaded, args=...)`):
+    `mdm` is made of the arguments once.
+
     Attributes:
         model: Megatron's module.
         args: the arguments of the run that trained it, with this process' layout.
@@ -110,6 +114,15 @@ class LoadedModel:
     model: Any
     args: Namespace
     tokenizer: Any
+
+    @cached_property
+    def mdm(self) -> MDMConfig:
+        """Settings of the objective.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        return MDMConfig.from_args(self.args)
 
     @property
     def mask_token_id(self) -> int:
@@ -151,6 +164,7 @@ class LoadedModel:
         tokens: torch.Tensor,
         clean: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        causal: bool = False,
     ) -> torch.Tensor:
         """Logits of the clean tokens.
 
@@ -160,20 +174,22 @@ class LoadedModel:
                 from attention follows from these.
             documents: what attention stays inside, int64 [b, s], and where positions start over;
                 None: a text to fill in is one document, whose end is still to be found.
+            causal: whether the model is autoregressive: causal, and shifted.
 
         Returns:
             float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
-            for token i, also where a shifted model's (--mdm-shift) position i - 1 predicts it.
+            for token i, also where position i - 1 predicts it (--mdm-shift, or `causal`).
 
         Raises:
             UserError: the first token is masked, and the model is shifted.
         """
         b, s = tokens.shape
         clean = tokens if clean is None else clean
-        mdm = MDMConfig.from_args(self.args)
-        if mdm.shift:
+        if self.mdm.shift:
             self._check_first_tokens(tokens, position_ids(clean, documents))
-        inputs = ModelInputs.of_text(clean, documents, mdm, self.tokenizer.eod, self.model)
+        inputs = ModelInputs.of_tokens(
+            clean, documents, self.mdm, self.tokenizer.eod, self.model, causal=causal
+        )
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (inputs.logits(model, tokens), None),
             data_iterator=None,
@@ -193,7 +209,7 @@ class LoadedModel:
                 group=mpu.get_pipeline_model_parallel_group(),
             )
         logits = gather_from_tensor_model_parallel_region(outputs[0])
-        if mdm.shift:  # the first position has only its own
+        if inputs.shift:  # the first position has only its own
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
@@ -215,7 +231,7 @@ def loaded_model(
     checkpoint: str,
     device: str,
     pipeline_parallel: int = 1,
-    change: Callable[[Namespace], None] | None = None,
+    edit_args: Callable[[Namespace], None] | None = None,
     hashes: bool = True,
     trust: bool = False,
 ) -> Iterator[LoadedModel]:
@@ -227,7 +243,8 @@ def loaded_model(
         checkpoint: directory that the run named as --save.
         device: `cuda` or `cpu`.
         pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
-        change: of the arguments that the checkpoint recorded, before the model is built.
+        edit_args: is called with the arguments that the checkpoint recorded, before the model is
+            built, and changes them.
         hashes: compare its files with the sums that were saved with them.
         trust: run Python code that lies beside the tokenizer.
 
@@ -241,8 +258,8 @@ def loaded_model(
     found = _named(checkpoint)
     notice(f"checkpoint: {checkpoint}, {found}", file=sys.stderr)
     recorded = _checkpoint_args(found)
-    if change:
-        change(recorded)
+    if edit_args:
+        edit_args(recorded)
     args = args_for_inference(recorded, found, device, pipeline_parallel)
     args.mdm_checkpoint_hashes = hashes
     _limit_code(args, trust)

@@ -11,9 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from megatron.core import mpu
-from megatron.training.global_vars import get_tokenizer
 
-from megatron_mdm.config import MDMConfig
 from megatron_mdm.evaluation.nelbo import ScoredRow
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.row_dataset import RowDataset, build_datasets
@@ -66,8 +64,7 @@ def measure(
     """
     args = loaded.args
     args.mdm_data, args.mdm_tokenizer = check_data(args)  # now, before anything is drawn
-    mdm = MDMConfig.from_args(loaded.args)
-    dataset = build_datasets(loaded.args, mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
+    dataset = build_datasets(args, loaded.mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
     assert dataset is not None  # since it is on all ranks
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
 
@@ -82,7 +79,7 @@ def _measure(
     micro_batch_size: int,
 ) -> Iterator[tuple[int, int, TextMoments]]:
     args = loaded.args
-    mdm, eod_id = MDMConfig.from_args(args), get_tokenizer().eod
+    mdm, eod_id = dataset.mdm, loaded.tokenizer.eod
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
     # Every row, or each of its documents from a bin of its own on, goes through all bins. Where a
@@ -160,7 +157,6 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
         loaded: the model.
         sketch: of the parameters that the gradient is of.
     """
-    mdm = MDMConfig.from_args(loaded.args)
     device = torch.cuda.current_device()
     at_head: list[torch.Tensor] = []
 
@@ -170,7 +166,7 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
 
     def step(text: ScoredRow, corruption: Corruption) -> tuple[float, torch.Tensor, float]:
         views = len(corruption.tokens)
-        inputs, eligible = _text_inputs(loaded, mdm, text, views)
+        inputs, eligible = _text_inputs(loaded, text, views)
         tokens, mask, weight = (
             x.to(device) for x in (corruption.tokens, corruption.mask, corruption.weight)
         )
@@ -193,10 +189,9 @@ def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
         loaded: the model.
         sketch: of the parameters that the gradient is of.
     """
-    mdm = MDMConfig.from_args(loaded.args)
 
     def step(text: ScoredRow) -> tuple[float, torch.Tensor]:
-        inputs, eligible = _text_inputs(loaded, mdm, text, 1, causal=True)
+        inputs, eligible = _text_inputs(loaded, text, 1, causal=True)
         able = eligible & (inputs.position_ids > 0)
         cross_entropy = inputs.cross_entropy(loaded.model, inputs.clean)
         values = logits_to_tokens(cross_entropy, inputs.shift)
@@ -207,7 +202,7 @@ def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
 
 
 def _text_inputs(
-    loaded: LoadedModel, mdm: MDMConfig, text: ScoredRow, views: int, causal: bool = False
+    loaded: LoadedModel, text: ScoredRow, views: int, causal: bool = False
 ) -> tuple[ModelInputs, torch.Tensor]:
     """A text for the model, `views` times, and its eligible tokens [views, s], on the device."""
     device = torch.cuda.current_device()
@@ -215,8 +210,8 @@ def _text_inputs(
     documents = text.documents
     if documents is not None:
         documents = documents.to(device).expand(views, -1)
-    eod_id = loaded.tokenizer.eod
-    inputs = ModelInputs.of_text(clean, documents, mdm, eod_id, loaded.model, causal=causal)
+    mdm, eod_id = loaded.mdm, loaded.tokenizer.eod
+    inputs = ModelInputs.of_tokens(clean, documents, mdm, eod_id, loaded.model, causal=causal)
     return inputs, eligible
 
 
@@ -232,7 +227,7 @@ def _draw(
 
     For `bins` and `places` see `mask_for_bins`.
     """
-    mdm = batch.config
+    mdm = batch.mdm
     # Masks as the run trains on, ISAD's apart.
     corruption = mask_for_bins(
         batch.tokens,

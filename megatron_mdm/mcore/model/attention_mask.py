@@ -1,7 +1,5 @@
 """The attention mask of a micro-batch: documents, padding, and annealing from causal attention."""
 
-from collections.abc import Callable
-
 import torch
 
 from megatron_mdm.config import MDMConfig
@@ -11,12 +9,13 @@ OPENING_TIME_BITS = 20  # of the 52 of a uniform
 
 def attention_mask_argument(
     tokens: torch.Tensor,
-    padding: torch.Tensor,
+    padding: torch.Tensor | None,
     eod_id: int,
-    config: MDMConfig,
+    mdm: MDMConfig,
     segments: torch.Tensor | None,
     transformer_impl: str,
     visible_ahead: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> torch.Tensor | None:
     """The model's argument `attention_mask`: a mask, or the places where documents begin.
 
@@ -26,27 +25,49 @@ def attention_mask_argument(
 
     Args:
         tokens: clean tokens, int64 [b, s].
-        padding: bool [b, s].
+        padding: bool [b, s]; None: no padding.
         eod_id: end-of-document token.
-        config: settings of the objective.
+        mdm: settings of the objective.
         segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
         transformer_impl: of the model.
-        visible_ahead: see `dense_attention_mask`.
+        visible_ahead: see `dense_attention_mask`; not with `causal`.
+        causal: whether the model is called inside `causal_attention`.
 
     Returns:
-        As `document_cu_seqlens` for Transformer Engine, else as `dense_attention_mask`; None if
-        every position attends to its whole row.
+        As `document_cu_seqlens` for Transformer Engine, else as `causal_attention_mask` or
+        `dense_attention_mask`; None if attention reaches over whole rows, or all before in them.
     """
     if transformer_impl == "transformer_engine":
         return document_cu_seqlens(segments)
-    return dense_attention_mask(tokens, padding, eod_id, config, segments, visible_ahead)
+    if causal:
+        return causal_attention_mask(segments)
+    return dense_attention_mask(tokens, padding, eod_id, mdm, segments, visible_ahead)
+
+
+def causal_attention_mask(segments: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions that an autoregressive model does not attend to, in Megatron's convention.
+
+    It hides neither padding nor ends of documents, whatever the flags say. The first position of a
+    segment attends to itself alone. With nothing left to attend to, it would attend to every
+    position alike, later ones too.
+
+    Args:
+        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+
+    Returns:
+        bool [b, 1, s, s], True = not attended to; None for whole rows, whose causal mask Megatron's
+        local layers make themselves where they are given none.
+    """
+    if segments is None:
+        return None
+    return _later(segments) | _elsewhere(segments)
 
 
 def dense_attention_mask(
     tokens: torch.Tensor,
-    padding: torch.Tensor,
+    padding: torch.Tensor | None,
     eod_id: int,
-    config: MDMConfig,
+    mdm: MDMConfig,
     segments: torch.Tensor | None,
     visible_ahead: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
@@ -54,9 +75,9 @@ def dense_attention_mask(
 
     Args:
         tokens: clean tokens, int64 [b, s].
-        padding: bool [b, s].
+        padding: bool [b, s]; None: no padding.
         eod_id: end-of-document token.
-        config: settings of the objective.
+        mdm: settings of the objective.
         segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
         visible_ahead: positions that earlier ones attend to, bool [b, s] (see
             `annealed_future_positions`); None: all.
@@ -65,22 +86,33 @@ def dense_attention_mask(
         bool [b, 1, 1, s] or [b, 1, s, s], True = not attended to; None if every position attends to
         its whole row.
     """
-    everywhere = config.pad_attended and config.eod_attended
+    everywhere = mdm.pad_attended and mdm.eod_attended
     if everywhere and segments is None and visible_ahead is None:
         return None
+    if padding is None:
+        padding = torch.zeros_like(tokens, dtype=torch.bool)
     mask = torch.zeros_like(padding)
-    if not config.pad_attended:
+    if not mdm.pad_attended:
         mask |= padding
-    if not config.eod_attended:
+    if not mdm.eod_attended:
         mask |= (tokens == eod_id) & ~padding
     mask = mask[:, None, None, :]
     if visible_ahead is not None:
-        s = tokens.shape[1]
-        later = torch.ones((s, s), dtype=torch.bool, device=tokens.device).triu(1)
-        mask = mask | (later & ~visible_ahead[:, None, None, :])
+        mask = mask | (_later(tokens) & ~visible_ahead[:, None, None, :])
     if segments is not None:
-        mask = mask | (segments[:, None, :, None] != segments[:, None, None, :])
+        mask = mask | _elsewhere(segments)
     return mask
+
+
+def _later(rows: torch.Tensor) -> torch.Tensor:
+    """Whether the second position comes after the first, bool [s, s], in rows [b, s]."""
+    s = rows.shape[1]
+    return torch.ones((s, s), dtype=torch.bool, device=rows.device).triu(1)
+
+
+def _elsewhere(segments: torch.Tensor) -> torch.Tensor:
+    """Whether two positions are of two segments, bool [b, 1, s, s]."""
+    return segments[:, None, :, None] != segments[:, None, None, :]
 
 
 def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
@@ -137,25 +169,3 @@ def opening_times_from_uniforms(uniforms: torch.Tensor) -> torch.Tensor:
         int64 [b, s] in [0, 2^OPENING_TIME_BITS), uniform.
     """
     return uniforms & (2**OPENING_TIME_BITS - 1)
-
-
-def attend_in_documents(
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-) -> torch.Tensor:
-    """Lays the rows of a micro-batch one after another for attention, and back.
-
-    Args:
-        attend: from three tensors [b s, heads, head size] to one [b s, ...].
-        query: [s, b, heads, head size].
-        key: [s, b, groups, head size].
-        value: [s, b, groups, head size].
-
-    Returns:
-        [s, b, heads * head size].
-    """
-    s, b = query.shape[:2]
-    flat = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-    return attend(*flat).reshape(b, s, -1).transpose(0, 1).contiguous()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -35,7 +35,8 @@ class TrainingHooks:
     """What training adds to the model, which itself knows nothing of training.
 
     Plain functions: of a bound method or a `partial` Megatron's copies of its configuration would
-    copy the object too.
+    copy the object too. Copies by `copy.deepcopy` share them. `dataclasses.replace` loses them, and
+    a configuration that has them cannot be pickled: change it before `model_config`, or in place.
 
     Attributes:
         after_gradients: in the place of Megatron's `finalize_model_grads`.
@@ -140,11 +141,23 @@ def _check_ranks_agree(args: Namespace, mdm: MDMConfig) -> None:
         )
 
 
+def _missing(*_: Any) -> NoReturn:
+    """Stands where a copy of a configuration has lost what `model_config` gave it.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "this model configuration has no hooks of the objective: dataclasses.replace and "
+        "serialization lose them. Take the one that build_objective or model_config returned"
+    )
+
+
 class _BuilderHooks:
     """What `model_config` gives a builder: no fields, which Megatron would copy and save."""
 
-    before_model: Callable[[], None]
-    finish_stage: Callable[[Any, int | None], Any]
+    before_model: Callable[[], None] = _missing
+    finish_stage: Callable[[Any, int | None], Any] = _missing
 
 
 @dataclass(kw_only=True)

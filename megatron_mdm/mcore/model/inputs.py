@@ -57,24 +57,24 @@ class ModelInputs:
             annealing: progress from causal to full attention (see `annealed_future_positions`).
             causal: whether the model is to be autoregressive: causal, and shifted.
         """
-        return cls.of_text(
+        return cls.of_tokens(
             batch.tokens,
             batch.attention_segments,
-            batch.config,
+            batch.mdm,
             batch.eod_id,
             model,
             padding=batch.padding,
-            past_end=batch.past_end if batch.config.random_length_fraction else None,
+            past_end=batch.past_end if batch.mdm.random_length_fraction else None,
             visible_ahead=annealed_future_positions(batch.uniforms, annealing),
             causal=causal,
         )
 
     @classmethod
-    def of_text(
+    def of_tokens(
         cls,
         clean: torch.Tensor,
         segments: torch.Tensor | None,
-        config: MDMConfig,
+        mdm: MDMConfig,
         eod_id: int,
         model: Any,
         padding: torch.Tensor | None = None,
@@ -88,7 +88,7 @@ class ModelInputs:
             clean: the tokens before masking, int64 [b, s].
             segments: the parts of rows that attention does not leave, and where positions start
                 over, int64 [b, s]; None: whole rows.
-            config: settings of the objective.
+            mdm: settings of the objective.
             eod_id: end-of-document token.
             model: the stage that will be called.
             padding: bool [b, s]; None: no padding.
@@ -96,18 +96,18 @@ class ModelInputs:
             visible_ahead: see `dense_attention_mask`; not with `causal`.
             causal: whether the model is to be autoregressive: causal, and shifted.
         """
-        nothing = torch.zeros_like(clean, dtype=torch.bool)
         attention_mask = attention_mask_argument(
             clean,
-            nothing if padding is None else padding,
+            padding,
             eod_id,
-            config,
+            mdm,
             segments,
             get_model_config(model).transformer_impl,
-            nothing if causal else visible_ahead,
+            visible_ahead,
+            causal,
         )
         positions = position_ids(clean, segments)
-        return cls(clean, positions, attention_mask, config.shift or causal, past_end, causal)
+        return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Runs a stage on masked tokens; the last one returns the logits of each position.

@@ -67,7 +67,7 @@ def make_bidirectional(
 
 
 def use_torch_norms(submodules: Any) -> None:
-    """Replaces the norms of a local layer by `Norm`."""
+    """Replaces the norms of a local layer by `TorchNorm`."""
     submodules.input_layernorm = TorchNorm
     if submodules.pre_mlp_layernorm is not IdentityOp:
         submodules.pre_mlp_layernorm = TorchNorm

@@ -11,7 +11,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_mdm.mcore.model.attention_mask import attend_in_documents
+from megatron_mdm.mcore.model.row_layout import attend_in_documents
 
 
 class DocumentAttention(TEDotProductAttention):

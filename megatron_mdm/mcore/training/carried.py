@@ -25,7 +25,7 @@ def carried_states(
     carried: dict[str, CarriedState] = {}
     if state.sampler is not None:
         carried["mdm_sampler"] = SamplerState(state, config, vp_stage, state.sampler)
-    if not state.skips_training:
+    if not state.only_evaluates:
         carried["mdm_logs"] = LogState(state, config, vp_stage)
     return carried
 

@@ -8,7 +8,7 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
-from megatron_mdm.mcore.data.batch import load_batch
+from megatron_mdm.mcore.data.batch import Batch, load_batch
 from megatron_mdm.mcore.data.row_dataset import needs_rows
 from megatron_mdm.mcore.model.context_parallel import is_first_cp_rank, sum_over_cp_ranks
 from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_tokens
@@ -37,20 +37,31 @@ def forward_step(
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    b = state.micro_batch_size(training)
-    batch = load_batch(data_iterator, mdm, state.eod_id, training, b, state.seq_length)
+    batch = next_batch(state, data_iterator, training)
     micro_batch = MicroBatch.of(batch, state.corrupter(training))
     inputs = ModelInputs.of_batch(batch, model, state.attention_annealing(training))
     timers("batch-generator").stop()
 
-    masks, sampler = micro_batch.corruption, state.sampler
+    corruption, sampler = micro_batch.corruption, state.sampler
     output = inputs.cross_entropy(
         model,
-        masks.tokens,
-        mask=masks.mask if mdm.head == "masked" else None,
+        corruption.tokens,
+        mask=corruption.mask if mdm.head == "masked" else None,
         on_grad_sq_norm=None if sampler is None else sampler.gradient_observer(micro_batch),
     )
     return output, partial(loss_func, state, micro_batch)
+
+
+def next_batch(state: TrainingState, data_iterator: Iterator | None, training: bool) -> Batch:
+    """The next micro-batch of a run; see `load_batch`.
+
+    Args:
+        state: of the run.
+        data_iterator: of a RowDataset; used on tensor rank 0 only.
+        training: whether the micro-batch is training's, and not an evaluation's.
+    """
+    b = state.micro_batch_size(training)
+    return load_batch(data_iterator, state.mdm, state.eod_id, training, b, state.seq_length)
 
 
 def loss_func(
@@ -82,7 +93,7 @@ def loss_func(
         split=batch.split,
         t=corruption.t,
         rate_weight=corruption.rate_weight,
-        weight=corruption.largest_weight,
+        max_token_weight=corruption.largest_weight,
         loss=per_row,
         num_masked=micro_batch.num_masked,
         num_eligible=micro_batch.num_eligible,

@@ -20,7 +20,7 @@ def after_gradients(
     Megatron's rerun machine may repeat an iteration. A repetition is logged no second time.
     """
     finalize_model_grads(model, num_tokens, **kwargs)
-    iteration = state.iteration
+    iteration = state.training_iteration
     if state.sampler is not None:  # where the density q(t) changes
         refit = state.sampler.end_iteration(iteration)
         if refit is not None and is_last_rank():

@@ -41,7 +41,7 @@ class Recorder:
         split: torch.Tensor,
         t: torch.Tensor,
         rate_weight: torch.Tensor,
-        weight: torch.Tensor,
+        max_token_weight: torch.Tensor,
         loss: torch.Tensor,
         num_masked: torch.Tensor,
         num_eligible: torch.Tensor,
@@ -53,8 +53,8 @@ class Recorder:
             split: part of the data, int64 [b].
             t: masking rates of rows, float64 [b], or documents [b, s], as all that follows.
             rate_weight: importance weights 1/q(t), float64.
-            weight: largest weight of a masked token in each row, 1/q(t) times the mask's, float64
-                [b].
+            max_token_weight: largest weight of a masked token in each row, 1/q(t) times the mask's,
+                float64 [b].
             loss: weighted loss of each draw, nats per eligible token.
             num_masked: masked positions.
             num_eligible: eligible positions; a document without any is no draw, a row is one.
@@ -76,7 +76,7 @@ class Recorder:
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
-        self.pending_largest = _larger(self.pending_largest, weight.max())
+        self.pending_largest = _larger(self.pending_largest, max_token_weight.max())
 
     def commit(self, iteration: int) -> None:
         """Takes what an iteration has added; a repetition of the iteration is dropped.
@@ -84,9 +84,8 @@ class Recorder:
         Megatron's rerun machine may repeat an iteration to validate its result.
         """
         if self.pending is not None and iteration != self.iteration:
-            assert self.pending_largest is not None
-            self.total = self.pending if self.total is None else self.total + self.pending
             assert self.pending_largest is not None  # it comes with the sums
+            self.total = self.pending if self.total is None else self.total + self.pending
             self.largest = _larger(self.largest, self.pending_largest)
         self.iteration = iteration
         self.pending = self.pending_largest = None
@@ -124,7 +123,6 @@ class Recorder:
         total, largest = self.total, self.largest
         assert total is not None and largest is not None  # the caller looks before
         self.total = self.largest = None
-        assert total is not None and largest is not None  # there have been rows
         group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)

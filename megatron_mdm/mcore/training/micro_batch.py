@@ -71,6 +71,6 @@ class MicroBatch:
         Args:
             value: of rows or documents, per eligible token.
         """
-        if self.batch.config.normalization == "tokens":
+        if self.batch.mdm.normalization == "tokens":
             return value * (self.num_eligible.double() / self.batch.tokens.shape[1])
         return value

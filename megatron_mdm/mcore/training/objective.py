@@ -43,10 +43,10 @@ class Objective:
 
 
 def build_objective(args: Namespace) -> Objective:
-    """Builds the objective of a run, once, from what `finalize_args` returned.
+    """Builds an objective from what `finalize_args` returned, with a `TrainingState` of its own.
 
-    A process may build another one, with other arguments, when the run is over and Megatron's own
-    globals are reset.
+    A run takes one. A process may train another one, with other arguments, when the run is over and
+    Megatron's own globals are reset (megatron.training.training.destroy_global_state).
 
     Args:
         args: Megatron's arguments.

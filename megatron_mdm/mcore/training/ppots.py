@@ -33,16 +33,16 @@ class OnlineSampler:
     Megatron's rerun machine has to know of it: `follow_reruns`, once there is one.
 
     Args:
-        config: settings of the objective.
+        mdm: settings of the objective.
         seq_length: tokens in a row.
     """
 
-    def __init__(self, config: MDMConfig, seq_length: int) -> None:
-        self.config = config
-        self.eps = config.least_masked_fraction(seq_length)
-        start = config.ppots_file
+    def __init__(self, mdm: MDMConfig, seq_length: int) -> None:
+        self.mdm = mdm
+        self.eps = mdm.least_masked_fraction(seq_length)
+        start = mdm.ppots_file
         sampler = load_sampler(start).sampler() if start else PiecewiseSampler([0, 1], [1, 1])
-        self.state = PpotsState.start(sampler, config.ppots_bins)
+        self.state = PpotsState.start(sampler, mdm.ppots_bins)
         self.pending: torch.Tensor | None = None
         self.measured: torch.Tensor | None = None
         self.iteration = -1
@@ -58,7 +58,7 @@ class OnlineSampler:
             micro_batch: rows and their masks; those of evaluations are left out.
             losses: with the importance weight, nats per eligible token, [b] or [b, s].
         """
-        if micro_batch.batch.training and self.config.ppots_target == "loss":
+        if micro_batch.batch.training and self.mdm.ppots_target == "loss":
             self._record_values(micro_batch, losses / micro_batch.corruption.rate_weight)
 
     def gradient_observer(self, micro_batch: MicroBatch) -> Callable[[torch.Tensor], None] | None:
@@ -67,7 +67,7 @@ class OnlineSampler:
         Args:
             micro_batch: rows and their masks; those of evaluations are left out.
         """
-        if micro_batch.batch.training and self.config.ppots_target == "gradient":
+        if micro_batch.batch.training and self.mdm.ppots_target == "gradient":
             return partial(self.record_gradients, micro_batch)
         return None
 
@@ -81,7 +81,7 @@ class OnlineSampler:
         """
         norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
         value = norms / micro_batch.corruption.rate_weight
-        if self.config.normalization == "tokens":  # where the sum holds L_e l, and not l
+        if self.mdm.normalization == "tokens":  # where the sum holds L_e l, and not l
             value = value / micro_batch.num_eligible.clamp(min=1)
         self._record_values(micro_batch, value)
 
@@ -110,7 +110,7 @@ class OnlineSampler:
         """
         if not is_first_cp_rank():
             return
-        sums = accumulate(t, value, rate_weight, self.config.ppots_bins, present)
+        sums = accumulate(t, value, rate_weight, self.mdm.ppots_bins, present)
         self.pending = sums if self.pending is None else self.pending + sums
 
     def end_iteration(self, iteration: int) -> PpotsFit | FitError | None:
@@ -127,7 +127,7 @@ class OnlineSampler:
         self.iteration = iteration
         if pending is not None:
             self.measured = pending if self.measured is None else self.measured + pending
-        if iteration % self.config.ppots_refit_interval:
+        if iteration % self.mdm.ppots_refit_interval:
             return None
         self.reduce()
         self.state.merge_pending()
@@ -135,12 +135,12 @@ class OnlineSampler:
         try:
             result = fit(
                 self.state.moments,
-                target=self.config.ppots_target,
-                uniform_share=self.config.ppots_uniform_share,
+                target=self.mdm.ppots_target,
+                uniform_share=self.mdm.ppots_uniform_share,
                 eps=self.eps,
             )
             self.state.sampler = result.sampler()
-            self.state.moments.decay(self.config.ppots_decay)
+            self.state.moments.decay(self.mdm.ppots_decay)
         except FitError as error:
             result = error
         if not equal_on_all_ranks(self.state.sampler.digest()):
@@ -190,7 +190,7 @@ class OnlineSampler:
             others, state, self.measured, self.iteration = saved
             if restore:
                 restore(others)
-            self.state = PpotsState.from_state_vector(state, self.config.ppots_bins)
+            self.state = PpotsState.from_state_vector(state, self.mdm.ppots_bins)
             self.pending = None
 
         machine.state_save_func, machine.state_restore_func = save_all, restore_all

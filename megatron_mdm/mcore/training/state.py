@@ -7,12 +7,15 @@ train one objective after another, and none of it is an argument or a setting th
 from argparse import Namespace
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.training.corrupters import (
+    evaluation_corrupter,
+    fixed_sampler,
+    training_corrupter,
+)
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.control_variate import ControlVariate
 from megatron_mdm.objective.corruption import Corrupter, Sampler
-from megatron_mdm.objective.ppots.fit_file import load_sampler
-from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
 
 
 class TrainingState:
@@ -21,11 +24,11 @@ class TrainingState:
     Args:
         args: Megatron's arguments, as `finalize_args` leaves them. The state keeps them for the
             properties below, whose values Megatron changes while it trains.
-        eod_id: token that ends a document.
+        eod_id: token that ends a document; None if the tokenizer has none.
 
     Attributes:
         mdm: settings of the objective.
-        eod_id: token that ends a document.
+        eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
         checks_finite: whether a loss that is not finite ends the run.
         log_interval: iterations between lines of the log.
@@ -72,17 +75,11 @@ class TrainingState:
     def attention_annealing(self, training: bool) -> float:
         """Progress from causal attention, 0, to full attention, 1, which evaluations have."""
         iterations = self.mdm.anneal_attention_iters
-        return (self.iteration - 1) / iterations if training and iterations else 1.0
+        return (self.training_iteration - 1) / iterations if training and iterations else 1.0
 
     @property
-    def trains(self) -> bool:
-        """Whether the run has iterations to train, and has not finished before."""
-        args = self._args
-        return not args.skip_train and args.iteration < (args.train_iters or 0)
-
-    @property
-    def skips_training(self) -> bool:
-        """Whether the run only evaluates."""
+    def only_evaluates(self) -> bool:
+        """Whether the run is one of --skip-train."""
         return self._args.skip_train
 
     @property
@@ -91,50 +88,21 @@ class TrainingState:
         return hasattr(self._args, "curr_iteration")
 
     @property
-    def iteration(self) -> int:
-        """Number of the iteration that is trained, or was trained last; the first is 1.
+    def training_iteration(self) -> int:
+        """Number of the iteration that is trained, inside a step; the first is 1."""
+        return self._args.curr_iteration + 1  # Megatron counts from 0
 
-        In a run that does not train it is that of the checkpoint.
+    @property
+    def iteration(self) -> int:
+        """Number of the last iteration that has trained the weights, for evaluations.
+
+        That of the checkpoint in a run that trains none: with --skip-train, or finished before.
         """
-        # Megatron counts from 0 the iteration that it trains.
-        return self._args.curr_iteration + 1 if self.trains else self._args.iteration
+        args = self._args
+        trains = not args.skip_train and args.iteration < (args.train_iters or 0)
+        return self.training_iteration if trains else args.iteration
 
     @property
     def consumed_rows(self) -> int:
         """Rows of the iterations that are finished, over all data-parallel ranks."""
         return self._args.consumed_train_samples
-
-
-def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
-    """What masks the rows of training, with any density of t."""
-    assert mdm.mask_token_id is not None  # after `finalize_args`
-    return Corrupter(
-        sampler=sampler,
-        mask_kind=mdm.mask,
-        mask_token_id=mdm.mask_token_id,
-        eps=mdm.eps,
-        isad_token_ids=tuple(mdm.isad_token_ids or ()),
-        isad_delta=mdm.isad_delta,
-        isad_weight=mdm.isad_weight,
-    )
-
-
-def evaluation_corrupter(mdm: MDMConfig) -> Corrupter:
-    """What masks the rows of evaluations.
-
-    Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
-    have the least variance: numbers of runs that train differently can then be compared.
-    """
-    assert mdm.mask_token_id is not None
-    return Corrupter(Uniform(), "exact-count", mdm.mask_token_id, mdm.eps)
-
-
-def fixed_sampler(mdm: MDMConfig) -> RateSampler:
-    """The density of t, where the run does not fit one itself."""
-    if mdm.rate_sampler == "clipped":
-        assert mdm.clip is not None
-        return Clipped(*mdm.clip)
-    if mdm.rate_sampler == "ppots":
-        assert mdm.ppots_file is not None  # without one it is refitted
-        return load_sampler(mdm.ppots_file).sampler()
-    return Uniform()

@@ -23,11 +23,11 @@ from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.inference import measure as measure_module
 from megatron_mdm.mcore.model.attention_mask import (
-    attend_in_documents,
     attention_mask_argument,
     dense_attention_mask,
     document_cu_seqlens,
 )
+from megatron_mdm.mcore.model.row_layout import attend_in_documents
 from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.corruption import Corruption

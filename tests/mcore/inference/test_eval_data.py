@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.inference.eval_data import Documents, rows_from_documents, scored_per_byte
 from tests import ranks
@@ -43,11 +44,10 @@ def measured_texts() -> None:
             load_other_weights(loaded, load)
         except UserError as error:
             found["refused"] = str(error)
-        for name in ("mdm_isolate_documents", "mdm_eod_attended"):
-            setattr(loaded.args, name, name == "mdm_eod_attended")
-        found["pairs"] = rows_from_pairs(loaded, pairs, 200)
-        loaded.args.mdm_isolate_documents = True
-        found["packed pairs"] = rows_from_pairs(loaded, pairs, 200)
+        for packed, name in ((False, "pairs"), (True, "packed pairs")):
+            settings = {"mdm_isolate_documents": packed, "mdm_eod_attended": True}
+            args = Namespace(**{**vars(loaded.args), **settings})
+            found[name] = rows_from_pairs(dataclasses.replace(loaded, args=args), pairs, 200)
         torch.save(found, f"{os.environ['TRACE_DIR']}/texts.pt")
 
 
@@ -134,8 +134,11 @@ def test_packed_pairs_stay_apart(found):
 @pytest.mark.parametrize(("eod_eligible", "tokens"), [(True, 5), (False, 3)])
 def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
     """Two documents, `ab` + `cde`, as three tokens and two ends, of 5 bytes."""
-    args = Namespace(mdm_eod_eligible=eod_eligible, mdm_shift=False, seq_length=2)
-    loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9))
+    loaded = SimpleNamespace(
+        mdm=MDMConfig(eod_eligible=eod_eligible),
+        args=Namespace(seq_length=2),
+        tokenizer=SimpleNamespace(eod=9),
+    )
     documents = Documents([np.array([1, 2, 9]), np.array([3, 9])], num_bytes=5)
     rows = rows_from_documents(loaded, documents, packed=True)
     assert [row.tokens.tolist() for row in rows] == [[1, 2], [9, 3], [9]]
@@ -146,8 +149,12 @@ def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_shifted_model_scores_every_token_after_another(packed):
-    args = Namespace(mdm_shift=True, seq_length=3)
-    loaded = SimpleNamespace(args=args, tokenizer=SimpleNamespace(eod=9), opening_token_id=9)
+    loaded = SimpleNamespace(
+        mdm=MDMConfig(shift=True),
+        args=Namespace(seq_length=3),
+        tokenizer=SimpleNamespace(eod=9),
+        opening_token_id=9,
+    )
     documents = Documents([np.array([1, 2, 3, 9]), np.array([4, 9])], num_bytes=5)
     rows = rows_from_documents(loaded, documents, packed)
     expected = [[9, 1, 2], [2, 3, 9], [9, 4, 9]]  # a document begins after the end of another

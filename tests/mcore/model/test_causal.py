@@ -1,5 +1,7 @@
 """The network of masked diffusion as an autoregressive model."""
 
+import argparse
+import dataclasses
 import os
 import re
 import runpy
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.model.attention_mask import attention_mask_argument
 from tests import ROOT, ranks
 
 SFT = "--mdm-sft --mdm-shift --mdm-normalization rows --eval-iters 3 --eval-interval 1".split()
@@ -57,9 +61,33 @@ def causal() -> None:
                 "step": (loss, gradient),
                 "expected": (float(expected), whole),
                 "responses": _response_losses(loaded),
+                "hidden ends": _with_hidden_ends(loaded, tokens, other),
             },
             f"{os.environ['TRACE_DIR']}/causal.pt",
         )
+
+
+def _with_hidden_ends(loaded, tokens, other):
+    """Rows that begin with an end of document, in a model that hides these from attention.
+
+    Logits of both rows as an autoregressive model's and as they are in training; losses of the
+    first, and without the setting.
+    """
+    from megatron_mdm.evaluation.nelbo import ScoredRow
+    from megatron_mdm.mcore.inference.measure import ParallelSketch, causal_step
+
+    tokens, other = tokens.clone(), other.clone()
+    tokens[:, 0] = other[:, 0] = loaded.tokenizer.eod
+    args = argparse.Namespace(**{**vars(loaded.args), "mdm_eod_attended": False})
+    hiding = dataclasses.replace(loaded, args=args)
+    assert loaded.mdm.eod_attended and not hiding.mdm.eod_attended
+    logits = {
+        causal: [hiding.logits(rows, causal=causal) for rows in (tokens, other)]
+        for causal in (True, False)
+    }
+    sketch = ParallelSketch(list(loaded.model.parameters()), 8)
+    row = ScoredRow(tokens[0], torch.ones_like(tokens[0], dtype=torch.bool))
+    return logits, [causal_step(model, sketch)(row)[0] for model in (hiding, loaded)]
 
 
 def _response_losses(loaded) -> float:
@@ -92,6 +120,32 @@ def test_no_position_sees_a_later_one_and_afterwards_all_do(found):
         a, b = found[kind]
         assert torch.equal(a[:, :20], b[:, :20]) == equal
         assert not torch.allclose(a[:, 20:], b[:, 20:])
+
+
+def test_the_first_position_sees_none_after_it_where_ends_are_hidden(found):
+    """Itself is all that it may attend to, and the flag would hide it."""
+    logits, losses = found["hidden ends"]
+    for causal, equal in ((True, True), (False, False)):
+        a, b = logits[causal]
+        # Position i of an autoregressive model is for token i, from the tokens before.
+        assert torch.equal(a[:, :21], b[:, :21]) == equal
+        assert not torch.allclose(a[:, 21:], b[:, 21:])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1]]])
+@pytest.mark.parametrize("hidden", ["eod_attended", "pad_attended"])
+def test_a_causal_mask_hides_no_position_from_itself(hidden, segments):
+    rows, padding = torch.tensor([[9, 1, 9, 9]]), torch.tensor([[False, False, False, True]])
+    segments = None if segments is None else torch.tensor(segments)
+    mask = attention_mask_argument(
+        rows, padding, 9, MDMConfig(**{hidden: False}), segments, "local", causal=True
+    )
+    if segments is None:
+        assert mask is None  # Megatron's layers make it
+    else:
+        seen = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+        assert torch.equal(~mask[0, 0], torch.tensor(seen).bool())
 
 
 def test_loss_and_gradient_are_those_of_prefixes(found):

@@ -1,6 +1,7 @@
 """One process trains one objective after another, and each as if it were alone."""
 
 import copy
+import dataclasses
 
 import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
@@ -77,6 +78,8 @@ def test_nothing_of_a_state_is_copied_or_saved(base):
     assert copied.transformer is not config.transformer
     assert copied.transformer.finalize_model_grads_func is objective.after_gradients
     assert (copied.before_model, copied.finish_stage) == (config.before_model, config.finish_stage)
+    with pytest.raises(RuntimeError, match="has no hooks of the objective: dataclasses.replace"):
+        dataclasses.replace(config).before_model()
     for saved in (config.as_dict(), container.to_dict()):
         assert "finish_stage" not in saved.get("model", saved)
         assert "TrainingState" not in repr(saved)
