@@ -81,14 +81,15 @@ class Setting:
     normalization: Literal["tokens", "rows"] | None = None
 
 
+# Methods and recipes have their own names.
 SETTINGS = {
     "standard": Setting("standard"),
     "standard, eps 0.01": Setting("standard", eps=1e-2),
     "standard, eps 0.05": Setting("standard", eps=5e-2),
-    "standard, exact count": Setting("exact-count"),
+    "exact-count": Setting("exact-count"),
     "paper": Setting("paper"),
     "recommended": Setting("recommended"),
-    "recommended, bernoulli": Setting("ppots-gradient+lattice"),
+    "ppots-gradient+lattice": Setting("ppots-gradient+lattice"),
     "clipped": Setting("clipped"),
     "uneven rows, tokens": Setting("standard", normalization="tokens"),
     "uneven rows, rows": Setting("standard", normalization="rows"),
