@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> None:
         rows += [{"setting": name, **row} for row in measured]
     if args.json:
         names = ("length", "steps", "batches", "micro_batch")
-        setting = {"simulated": True, **{name: getattr(args, name) for name in names}}
-        document = {**setting, "loss": loss, "rows": rows}
+        numbers = {name: getattr(args, name) for name in names}
+        document = {"simulated": True, **numbers, "loss": loss, "rows": rows}
         write_json(args.json, document)
 
 
