@@ -36,7 +36,7 @@ else # the same steps
     export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
     MODEL=$RUN/model
     TEXT=$RUN/files.txt
-    [ -e "$MODEL/config.json" ] || python examples/finetune/tiny_model.py --family "$FAMILY" --output "$MODEL"
+    [ -e "$MODEL/config.json" ] || python examples/tiny_model.py --family "$FAMILY" --output "$MODEL"
     python -c 'import pathlib, sysconfig
 for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("[a-f]*.py")): print(path)' \
         >"$TEXT"

@@ -1,6 +1,6 @@
 """Writes a small random model with a tokenizer as a Hugging Face directory, for the examples.
 
-    python examples/finetune/tiny_model.py --family qwen2 --output runs/tiny/qwen2
+    python examples/tiny_model.py --family qwen2 --output runs/tiny/qwen2
 
 It stands in for the real one, whose directory the examples take as their argument.
 """
