@@ -7,7 +7,12 @@ import pytest
 from tests import ROOT
 from tests.test_import_order import MODULES, ORDER
 
+PARTS = ("megatron_mdm", "tools", "examples", "tests")
 PACKAGE = ROOT / "megatron_mdm"
+READMES = [
+    ROOT / "README.md",
+    *(path for name in PARTS for path in (ROOT / name).rglob("README.md")),
+]
 TEXT = (PACKAGE / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,9 +48,7 @@ def test_ten_files_are_read_first():
     assert all((PACKAGE / name).is_file() for name in found)
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "megatron_mdm/README.md", "megatron_mdm/mcore/README.md"]
-)
+@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT).as_posix() for path in READMES))
 def test_links_lead_somewhere(name):
     path = ROOT / name
     links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", path.read_text(encoding="utf-8"))
@@ -60,3 +63,14 @@ def test_the_binding_names_what_exists():
         for file, name in re.findall(r"`(\w+\.py)(?:: (\w+))?`", line):
             source = (PACKAGE / "mcore" / folder / file).read_text(encoding="utf-8")
             assert not name or f"def {name}(" in source, f"{folder}/{file}: {name}"
+
+
+def test_the_index_of_the_examples_has_every_script_and_folder():
+    examples = ROOT / "examples"
+    text = (examples / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    folders = [path for path in examples.iterdir() if path.is_dir()]
+    assert all(any(link.startswith(f"{path.name}/") for link in links) for path in folders)
+    scripts = {path.relative_to(examples).as_posix() for path in examples.rglob("*.sh")}
+    # What a script sources, and the kit that the README of gpu/ is about.
+    assert scripts - set(links) == {"finetune/common.sh", "gpu/kit/device.sh"}

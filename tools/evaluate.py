@@ -303,7 +303,7 @@ def report(
         tokens_per_byte: tokens that are scored for each byte of text, None if that is not known.
     """
     lines = [
-        f"{result.num_tokens:,} tokens in {result.num_texts} rows of {result.num_documents} "
+        f"{result.num_tokens:,} tokens in {result.num_rows} rows of {result.num_documents} "
         f"documents, {result.num_draws} masks each",
         f"NELBO {_text(result.nelbo)} nats/token",
     ]
@@ -312,7 +312,7 @@ def report(
     figures = {
         "nelbo": _figures(result.nelbo),
         "num_tokens": result.num_tokens,
-        "num_rows": result.num_texts,
+        "num_rows": result.num_rows,
         "num_documents": result.num_documents,
         "num_draws": result.num_draws,
         "seed": options.seed,

@@ -8,7 +8,10 @@ Nested draws of rows, rates and masks give the shares of the masking pattern (A)
 (B) and the data (C) in the variance of the loss and of the gradient of one row, beside the data
 noise of the same network on the same rows as an autoregressive model: causal mask, next tokens. For
 that give the weights of one that was trained so (--autoregressive); a diffusion model's own predict
-no next tokens. Other masks of the same rows give the table of the methods.
+no next tokens. Other masks of the same rows give the table of the methods; for some of them:
+
+    python tools/variance_report.py ... --methods mirror 4-views ppots-gradient+lattice+exact-count
+
 The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
 Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
 Under torchrun the ranks share the model as tensor-parallel ranks.

@@ -7,7 +7,7 @@ diffusion; attention is causal and no token is masked.
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from megatron_mdm.config import requested_device
 from megatron_mdm.environment import prepare_environment
@@ -54,7 +54,9 @@ def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
     return cross_entropy, partial(loss_func, batch.eligible, state.mdm.normalization)
 
 
-def loss_func(eligible: Any, normalization: str, cross_entropy: Any) -> tuple[Any, Any, dict]:
+def loss_func(
+    eligible: Any, normalization: Literal["tokens", "rows"], cross_entropy: Any
+) -> tuple[Any, Any, dict]:
     """Sums over a micro-batch, averaged like the loss of masked diffusion.
 
     Args:

@@ -46,7 +46,8 @@ class Method:
         return int(self.settings.get("views", 1))
 
 
-# By the names of the tables and of the results that are kept.
+# The keys are the names in the tables, and in the results that are kept (results/laptop.json): they
+# stay as they are. The names of megatron_mdm/recipes.py are in parentheses.
 METHODS = {
     "standard": Method(),
     "clipped": Method("clipped"),

@@ -116,6 +116,7 @@ def training_batches(
     sampler = fitted(loaded) if mdm.rate_sampler == "ppots" else fixed_sampler(mdm)
     corrupter = training_corrupter(mdm, sampler)
     dataset = build_datasets(args, mdm, [size * count, 0, 0])[0]
+    assert dataset is not None
     for first in range(0, size * count, size):
         rows = [dataset[number] for number in range(first, first + size)]
         batch = Batch.of_rows(rows, mdm, loaded.tokenizer.eod).to(torch.cuda.current_device())

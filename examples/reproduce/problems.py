@@ -5,6 +5,7 @@ Sam has 5 apples . buys 7 . eats 4 . how many ?
 """
 
 import random
+from collections.abc import Set
 from dataclasses import dataclass
 
 NAMES = "Ann Ben Eva Ian Kim Leo Mia Sam".split()
@@ -33,7 +34,7 @@ def answer(response: str) -> str | None:
 
 
 def problems(
-    count: int, steps: tuple[int, ...], seed: int, without: set[str] = frozenset()
+    count: int, steps: tuple[int, ...], seed: int, without: Set[str] = frozenset()
 ) -> list[Problem]:
     """Different problems, a function of the seed.
 
@@ -44,7 +45,8 @@ def problems(
         without: prompts that are left out.
     """
     random_ = random.Random(seed)
-    seen, found = set(without), []
+    seen = set(without)
+    found: list[Problem] = []
     while len(found) < count:
         problem = _problem(random_, random_.choice(steps))
         if problem.prompt not in seen:

@@ -46,7 +46,9 @@ class Study:
     device: str
 
     def __post_init__(self) -> None:
-        self._locks = collections.defaultdict(threading.Lock)
+        self._locks: dict[tuple[int, bool], threading.Lock] = collections.defaultdict(
+            threading.Lock
+        )
 
     @functools.cached_property
     def data(self) -> pathlib.Path:

@@ -9,7 +9,7 @@ import math
 import pathlib
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from methods import DOUBLED, LONGER, METHODS, SCALES, SHORTER, Task, own_epochs
@@ -206,7 +206,7 @@ PLACE = re.compile(r"(<!-- reproduce: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def inserted(results: dict[str, Any], text: str, path: str) -> str:
     """The text of a file with the results in their places; see `insert`."""
-    blocks = {
+    blocks: dict[str, Callable[[dict[str, Any]], str]] = {
         "caption": caption,
         "summary": as_markdown,
         "tables": lambda results: f"```text\n{as_text(results)}\n```",

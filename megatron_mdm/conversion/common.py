@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import safetensors_model
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family
 from megatron_mdm.conversion.layout import Heads, names_in_layer, part_shapes
@@ -131,7 +131,7 @@ def write_hub_files(
         UserError: a file cannot be read.
     """
     target.mkdir(exist_ok=True)
-    hub.copy_side_files(source, target)
+    safetensors_model.copy_side_files(source, target)
     ours: dict[str, Any] = {
         "architectures": config.get("architectures") or [family.architecture],
         "model_type": config.get("model_type") or family.model_type,

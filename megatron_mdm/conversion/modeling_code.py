@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_mdm.conversion.config import Config
-from megatron_mdm.conversion.hub import HubModel
+from megatron_mdm.conversion.safetensors_model import HubModel
 
 # The version that the released classes were last published for, and load with as they are.
 WORKS_WITH = "4.57.1"

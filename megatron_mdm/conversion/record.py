@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import safetensors_model
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.data.record import read_record, record
 from megatron_mdm.errors import UserError
@@ -18,7 +18,7 @@ RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along a
 
 def hugging_face_sources(directory: str) -> list[Path]:
     """The files of a model directory that a conversion to Megatron depends on."""
-    others = tuple(suffix for suffix in hub.WEIGHTS if suffix != ".safetensors")
+    others = tuple(suffix for suffix in safetensors_model.WEIGHTS if suffix != ".safetensors")
     return [path for path in _files(Path(directory)) if not path.name.endswith(others)]
 
 
@@ -84,7 +84,7 @@ def write_record(output: str, source: str, command: Sequence[str]) -> None:
 
 def _files(directory: Path) -> list[Path]:
     """A model's files that are not hidden; none if there is no such directory."""
-    found = [*directory.glob("*"), *hub.chat_templates(directory)]
+    found = [*directory.glob("*"), *safetensors_model.chat_templates(directory)]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 

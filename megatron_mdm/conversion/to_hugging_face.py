@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.conversion import hub, megatron_model
+from megatron_mdm.conversion import megatron_model, safetensors_model
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
@@ -69,9 +69,9 @@ def to_hugging_face(
         log_line(f"checkpoint: {source}, {checkpoint.name}")
         args = checkpoint.args
         directory = _hub_directory(Path(source), args, config_from)
-        config = hub.read_object(directory / "config.json")
+        config = safetensors_model.read_object(directory / "config.json")
         family = detect(config)
-        hub.check_no_adapter(directory)
+        safetensors_model.check_no_adapter(directory)
         _check_same_model(family, config, args, directory, source)
         heads = Heads(args.num_attention_heads, args.num_query_groups)
         rows = embedding_rows(config)
@@ -97,7 +97,7 @@ def to_hugging_face(
             return [cast(part, dtype or part.dtype, name) for name, part in named]
 
         outputs = [
-            hub.Output(
+            safetensors_model.Output(
                 pair.names,
                 pair.shapes,
                 dtype or checkpoint.dtype(pair.places[0].key),
@@ -118,10 +118,10 @@ def to_hugging_face(
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
-            for size in hub.write_model(Path(temporary), outputs):
+            for size in safetensors_model.write_model(Path(temporary), outputs):
                 advance(size)
         if verify:
-            model = hub.HubModel(Path(temporary))
+            model = safetensors_model.HubModel(Path(temporary))
 
             def read_back(pair: Pair) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
                 for name, part in zip(pair.names, make(pair), strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mdm.conversion import hub, megatron_model, torch_dist
+from megatron_mdm.conversion import megatron_model, safetensors_model, torch_dist
 from megatron_mdm.conversion.common import (
     Pair,
     cast,
@@ -87,10 +87,10 @@ def to_megatron(
     log_line = escaping(log)
     with new_directory(output) as temporary:
         directory = Path(source)
-        config = hub.read_object(directory / "config.json")
+        config = safetensors_model.read_object(directory / "config.json")
         family = detect(config)
-        hub.check_no_adapter(directory)
-        model = hub.HubModel(directory)
+        safetensors_model.check_no_adapter(directory)
+        model = safetensors_model.HubModel(directory)
         vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         dtype = dtype or _common_dtype(model)
         shift = vocab.added or shifted(family, config)
@@ -184,7 +184,11 @@ def to_megatron(
 
 
 def _check_sources(
-    model: hub.HubModel, tensor_pairs: Sequence[Pair], directory: Path, family: Family, tied: bool
+    model: safetensors_model.HubModel,
+    tensor_pairs: Sequence[Pair],
+    directory: Path,
+    family: Family,
+    tied: bool,
 ) -> None:
     """Every tensor is there, in the right shape, and none is left over."""
     used: set[str] = set()
@@ -211,7 +215,7 @@ def _check_sources(
         )
 
 
-def _check_tied(model: hub.HubModel, family: Family) -> set[str]:
+def _check_tied(model: safetensors_model.HubModel, family: Family) -> set[str]:
     """A tied model may be saved with its output layer, if that is the embedding."""
     (embedding,), (output,) = (family.tensors[name] for name in TENSORS)
     if output not in model.entries:
@@ -224,7 +228,7 @@ def _check_tied(model: hub.HubModel, family: Family) -> set[str]:
     return {output}
 
 
-def _common_dtype(model: hub.HubModel) -> torch.dtype:
+def _common_dtype(model: safetensors_model.HubModel) -> torch.dtype:
     dtypes: dict[torch.dtype, str] = {}
     for name, entry in model.entries.items():
         if not name.endswith(COMPUTED):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import safetensors_model
 from megatron_mdm.data.encoding import (
     TokenizerData,
     hugging_face_data,
@@ -74,7 +74,7 @@ def _named_tokens(directory: Path) -> Iterator[tuple[str, int]]:
         if not path.exists():
             continue
         with _damage(path):
-            for token, i in read(hub.read_object(path)):
+            for token, i in read(safetensors_model.read_object(path)):
                 if not isinstance(token, str) or type(i) is not int or i < 0:
                     raise ValueError(f"{token!r}: {i!r}")
                 yield token, i
@@ -130,7 +130,7 @@ def add_mask_token(directory: Path, mask: int) -> None:
             "--add-mask-token needs the tokenizer's tokenizer.json: load it with transformers' "
             "AutoTokenizer and save it with save_pretrained first"
         )
-    tokenizer = hub.read_object(path)
+    tokenizer = safetensors_model.read_object(path)
     token = {
         "content": MASK_TOKEN,
         "lstrip": False,
@@ -158,7 +158,7 @@ def add_mask_token(directory: Path, mask: int) -> None:
     _write(directory / "tokenizer_config.json", settings)
     special = directory / "special_tokens_map.json"
     if special.exists():
-        _write(special, hub.read_object(special) | {"mask_token": MASK_TOKEN})
+        _write(special, safetensors_model.read_object(special) | {"mask_token": MASK_TOKEN})
 
 
 def write_fast_tokenizer(directory: Path) -> None:
@@ -205,7 +205,7 @@ def write_fast_tokenizer(directory: Path) -> None:
 
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    return hub.read_object(path) if path.exists() else {}
+    return safetensors_model.read_object(path) if path.exists() else {}
 
 
 def code_of(directory: Path) -> str | None:

@@ -29,7 +29,7 @@ from megatron_mdm.objective.randomness import GRID_BITS, Purpose, Split, random_
 from megatron_mdm.objective.samplers import Uniform
 from megatron_mdm.objective.types import Floats, Integers
 
-# Tokens int64 [B, L] -> logits float [B, L, V]. Where texts have documents it also gets, by name,
+# Tokens int64 [B, L] -> logits float [B, L, V]. Where rows have documents it also gets, by name,
 # `clean`, the tokens before masking, and `documents`, both int64 [B, L].
 LogitsInContext = Callable[..., torch.Tensor]
 GROUPS = 64  # at most; enough for an error bar to be known to a tenth
@@ -58,10 +58,10 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Draws:
-    """What N texts cost in R replicates of D draws.
+    """What N rows cost in R replicates of D draws.
 
     Attributes:
-        nats: unbiased estimates of a text's NELBO, its sum over tokens, float64 [N, R, D].
+        nats: unbiased estimates of a row's NELBO, its sum over tokens, float64 [N, R, D].
         rate: masking rate t of each [N, R, D].
         num_eligible: tokens scored, int64 [N].
     """
@@ -75,7 +75,7 @@ class Draws:
 class Estimate:
     """A number with its standard errors (see the module).
 
-    `stderr` is None where a single group of texts has draws; `draw_stderr` needs draws in all
+    `stderr` is None where a single group of rows has draws; `draw_stderr` needs draws in all
     replicates, and so means nothing for a bin of few draws.
     """
 
@@ -86,21 +86,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The NELBO of texts.
+    """The NELBO of rows.
 
     Attributes:
         nelbo: nats per token, all tokens counting alike.
         bins: nats per token at rates in each equal bin of (0, 1], None where no draw fell; up to
             their errors their mean is the NELBO.
-        num_texts: N.
-        num_documents: documents that the texts are from.
+        num_rows: N.
+        num_documents: documents that the rows are from.
         num_tokens: tokens scored.
-        num_draws: draws of each text.
+        num_draws: draws of each row.
     """
 
     nelbo: Estimate
     bins: list[Estimate | None]
-    num_texts: int
+    num_rows: int
     num_documents: int
     num_tokens: int
     num_draws: int
@@ -134,7 +134,7 @@ def cut_rows(
 
 def evaluate(
     logits: LogitsInContext,
-    texts: Sequence[ScoredRow],
+    rows: Sequence[ScoredRow],
     mask_token_id: int,
     draws: int = 8,
     num_bins: int = 10,
@@ -148,9 +148,9 @@ def evaluate(
     Args:
         logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted; see
             `LogitsInContext`.
-        texts: what to score, all of them with documents or none.
+        rows: what to score, all of them with documents or none.
         mask_token_id: id put at masked positions.
-        draws: masks of each text, even.
+        draws: masks of each row, even.
         num_bins: bins of the rate.
         seed: of rates and masks; one seed, one number.
         batch_size: masked rows in a call of `logits`.
@@ -158,14 +158,14 @@ def evaluate(
         progress: called with the number of draws of each batch.
 
     Raises:
-        UserError: nothing to score, an odd number of draws, a mask token among the texts, or logits
+        UserError: nothing to score, an odd number of draws, a mask token among the rows, or logits
             that are no numbers.
     """
     if draws < 2 or draws % 2:
         raise UserError(f"the draws of a text must be even, for an error bar; got {draws}")
-    groups = groups_of(texts)
+    groups = groups_of(rows)
     drawn = draw(
-        logits, texts, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
+        logits, rows, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
     )
     tokens = int(drawn.num_eligible.sum())
     if tokens == 0:
@@ -175,35 +175,35 @@ def evaluate(
     bins = [_estimate(drawn, (index == i).astype(np.float64), groups) for i in range(num_bins)]
     nelbo = _estimate(drawn, everything, groups)
     assert nelbo is not None
-    return Evaluation(nelbo, bins, len(texts), num_documents(texts), tokens, draws)
+    return Evaluation(nelbo, bins, len(rows), num_documents(rows), tokens, draws)
 
 
-def num_documents(texts: Sequence[ScoredRow]) -> int:
-    """How many documents texts are from."""
-    origins = [text.origin for text in texts if text.origin is not None]
+def num_documents(rows: Sequence[ScoredRow]) -> int:
+    """How many documents the rows are from."""
+    origins = [row.origin for row in rows if row.origin is not None]
     known = len(torch.cat(origins).unique()) if origins else 0
-    return known + len(texts) - len(origins)
+    return known + len(rows) - len(origins)
 
 
-def groups_of(texts: Sequence[ScoredRow]) -> Integers:
-    """The group of each text: those of one document share one.
+def groups_of(rows: Sequence[ScoredRow]) -> Integers:
+    """The group of each row: those of one document share one.
 
-    A text of several documents belongs to the one that it has most of.
+    A row of several documents belongs to the one that it has most of.
 
     Args:
-        texts: N of them.
+        rows: N of them.
 
     Returns:
         Numbers from 0 on, int64 [N], at most `GROUPS` of them; groups are about equally large where
         documents are small.
     """
     documents = [
-        -1 - i if text.origin is None else int(text.origin.mode().values)
-        for i, text in enumerate(texts)
+        -1 - i if row.origin is None else int(row.origin.mode().values)
+        for i, row in enumerate(rows)
     ]
     _, document, counts = np.unique(documents, return_inverse=True, return_counts=True)
     before = counts.cumsum() - counts
-    part = before * GROUPS // max(len(texts), 1)
+    part = before * GROUPS // max(len(rows), 1)
     groups: Integers = np.unique(part[document], return_inverse=True)[1]
     return groups.astype(np.int64)
 
@@ -244,23 +244,23 @@ def log_likelihoods(
     """
     if draws < 4 or draws % 4:
         raise UserError(f"the draws of a continuation must be a multiple of 4, got {draws}")
-    texts = [
+    rows = [
         ScoredRow(
             torch.tensor([*context, *continuation], dtype=torch.int64),
             torch.tensor([False] * len(context) + [True] * len(continuation)),
         )
         for context, continuation in pairs
     ]
-    _check_tokens(texts, mask_token_id)
+    _check_tokens(rows, mask_token_id)
     few = [i for i, (_, after) in enumerate(pairs) if 2 ** len(after) - 1 <= draws]
-    many = sorted({*range(len(texts))} - {*few})
-    bounds, errors = np.zeros((2, len(texts)))
+    many = sorted({*range(len(rows))} - {*few})
+    bounds, errors = np.zeros((2, len(rows)))
     bounds[few] = -exact_nats(
-        logits, [texts[i] for i in few], mask_token_id, batch_size, device, progress
+        logits, [rows[i] for i in few], mask_token_id, batch_size, device, progress
     )
     drawn = draw(
         logits,
-        [texts[i] for i in many],
+        [rows[i] for i in many],
         mask_token_id,
         4,
         draws // 4,
@@ -284,13 +284,13 @@ def num_masks(num_tokens: int, draws: int) -> int:
 @torch.no_grad()
 def exact_nats(
     logits: LogitsInContext,
-    texts: Sequence[ScoredRow],
+    rows: Sequence[ScoredRow],
     mask_token_id: int,
     batch_size: int,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Floats:
-    """The NELBO of each text, its sum over tokens, over all masks; arguments as in `evaluate`.
+    """The NELBO of each row, its sum over tokens, over all masks; arguments as in `evaluate`.
 
     The rate t is uniform over (0, 1), and a masked token weighs 1/t. A mask that hides k of n
     tokens has the probability t^k (1 - t)^(n - k), so that each of its cross entropies CE weighs
@@ -306,22 +306,23 @@ def exact_nats(
     Raises:
         UserError: a mask token among the tokens, or logits that are no numbers.
     """
-    _check_tokens(texts, mask_token_id)
-    places = [text.eligible.nonzero()[:, 0] for text in texts]  # of the n tokens
-    jobs = [(i, mask) for i, place in enumerate(places) for mask in range(1, 2 ** len(place))]
-    nats = np.zeros(len(texts))
-    for batch in _batches([len(texts[i].tokens) for i, _ in jobs], batch_size):
-        chosen = [texts[jobs[job][0]] for job in batch]
+    _check_tokens(rows, mask_token_id)
+    places = [row.eligible.nonzero()[:, 0] for row in rows]  # of the n tokens
+    jobs = [(i, mask) for i, where in enumerate(places) for mask in range(1, 2 ** len(where))]
+    nats = np.zeros(len(rows))
+    for batch in _batches([len(rows[i].tokens) for i, _ in jobs], batch_size):
+        chosen = [rows[jobs[job][0]] for job in batch]
         mask = torch.zeros((len(batch), len(chosen[0].tokens)), dtype=torch.bool)
-        for row, job in enumerate(batch):
+        for place, job in enumerate(batch):
             i, bits = jobs[job]
-            mask[row, places[i]] = torch.tensor([bits >> n & 1 for n in range(len(places[i]))]) > 0
+            hidden = [bits >> n & 1 for n in range(len(places[i]))]
+            mask[place, places[i]] = torch.tensor(hidden) > 0
         total = _cross_entropies(logits, chosen, mask, mask_token_id, device).sum(dim=1).numpy()
         _check_finite(total)
-        for row, job in enumerate(batch):
+        for place, job in enumerate(batch):
             i, bits = jobs[job]
             k = bits.bit_count()
-            nats[i] += total[row] / (k * math.comb(len(places[i]), k))
+            nats[i] += total[place] / (k * math.comb(len(places[i]), k))
         progress(len(batch))
     return nats
 
@@ -329,7 +330,7 @@ def exact_nats(
 @torch.no_grad()
 def draw(
     logits: LogitsInContext,
-    texts: Sequence[ScoredRow],
+    rows: Sequence[ScoredRow],
     mask_token_id: int,
     replicates: int,
     draws: int,
@@ -339,25 +340,25 @@ def draw(
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Draws:
-    """Scores every text under `replicates` x `draws` masks; arguments as in `evaluate`.
+    """Scores every row under `replicates` x `draws` masks; arguments as in `evaluate`.
 
-    `groups`, int64 [N], numbers the group that each text is in from 0 on (see `groups_of`). Only
+    `groups`, int64 [N], numbers the group that each row is in from 0 on (see `groups_of`). Only
     rows of one length share a call of the model, so nothing is padded.
 
     Raises:
         UserError: a mask token among the tokens, or logits that are no numbers.
     """
     corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps plays no part
-    _check_tokens(texts, mask_token_id)
-    shape = (len(texts), replicates, draws)
+    _check_tokens(rows, mask_token_id)
+    shape = (len(rows), replicates, draws)
     quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
     nats, rate = np.zeros(quantile.shape), np.zeros(quantile.shape)
-    per_text = replicates * draws
-    lengths = [len(texts[job // per_text].tokens) for job in range(len(quantile))]
+    per_row = replicates * draws
+    lengths = [len(rows[job // per_row].tokens) for job in range(len(quantile))]
     for batch in _batches(lengths, batch_size):
-        chosen = [texts[job // per_text] for job in batch]
-        tokens = torch.stack([text.tokens for text in chosen])
-        eligible = torch.stack([text.eligible for text in chosen])
+        chosen = [rows[job // per_row] for job in batch]
+        tokens = torch.stack([row.tokens for row in chosen])
+        eligible = torch.stack([row.eligible for row in chosen])
         uniforms = [row_uniforms(seed, Split.TEST, job, tokens.shape[1]) for job in batch]
         corrupted = corrupter(
             tokens,
@@ -373,7 +374,7 @@ def draw(
         _check_finite(nats[batch])
         rate[batch] = corrupted.t.numpy()
         progress(len(batch))
-    num_eligible = np.array([int(text.eligible.sum()) for text in texts], dtype=np.int64)
+    num_eligible = np.array([int(row.eligible.sum()) for row in rows], dtype=np.int64)
     return Draws(nats.reshape(shape), rate.reshape(shape), num_eligible)
 
 
@@ -386,21 +387,21 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 def _cross_entropies(
     logits: LogitsInContext,
-    texts: Sequence[ScoredRow],
+    rows: Sequence[ScoredRow],
     mask: torch.Tensor,
     mask_token_id: int,
     device: torch.device | str | int,
 ) -> torch.Tensor:
-    """Cross entropies of texts of one length where `mask`, bool [B, L], hides their tokens.
+    """Cross entropies of rows of one length where `mask`, bool [B, L], hides their tokens.
 
     Returns:
         nats, float64 [B, L] on the CPU, 0 where nothing is hidden.
     """
-    tokens = torch.stack([text.tokens for text in texts])
+    tokens = torch.stack([row.tokens for row in rows])
     context = {}
-    documents = [text.documents for text in texts if text.documents is not None]
+    documents = [row.documents for row in rows if row.documents is not None]
     if documents:
-        assert len(documents) == len(texts), "all texts have documents, or none has"
+        assert len(documents) == len(rows), "all rows have documents, or none has"
         context = {"clean": tokens.to(device), "documents": torch.stack(documents).to(device)}
     seen = torch.where(mask, mask_token_id, tokens).to(device)
     scores = logits(seen, **context)[mask.to(device)]
@@ -411,14 +412,14 @@ def _cross_entropies(
     return cross_entropy
 
 
-def _check_tokens(texts: Sequence[ScoredRow], mask_token_id: int) -> None:
-    """Checks that no text contains the mask token.
+def _check_tokens(rows: Sequence[ScoredRow], mask_token_id: int) -> None:
+    """Checks that no row contains the mask token.
 
     Raises:
         UserError: one does.
     """
-    for number, text in enumerate(texts):
-        if (text.tokens == mask_token_id).any():
+    for number, row in enumerate(rows):
+        if (row.tokens == mask_token_id).any():
             raise UserError(
                 f"text {number} contains the mask token {mask_token_id}, which the model would "
                 "take for a masked position: tokenize it again without"
@@ -426,7 +427,7 @@ def _check_tokens(texts: Sequence[ScoredRow], mask_token_id: int) -> None:
 
 
 def _check_finite(nats: Floats) -> None:
-    """Checks what texts cost.
+    """Checks what rows cost.
 
     Raises:
         UserError: it is no number.
@@ -441,21 +442,21 @@ def _check_finite(nats: Floats) -> None:
 def lattice_quantiles(groups: Integers, replicates: int, draws: int, seed: int) -> Integers:
     """Quantiles of the rates: one golden-ratio lattice for each replicate of a group.
 
-    The lattice runs through the draws of the group's texts one after the other, so that both the
-    draws of one text and those of the whole group are stratified. Each quantile is uniform over
+    The lattice runs through the draws of the group's rows one after the other, so that both the
+    draws of one row and those of the whole group are stratified. Each quantile is uniform over
     (0, 1); those of different groups or replicates are independent.
 
     Args:
-        groups: number of the group that each text is in, from 0 on, int64 [N].
+        groups: number of the group that each row is in, from 0 on, int64 [N].
         replicates: of each group.
-        draws: of each text in a replicate.
+        draws: of each row in a replicate.
         seed: of the offsets.
 
     Returns:
         Grid integers (see randomness.py), int64 [N, replicates, draws].
     """
     sizes = np.bincount(groups)
-    place = np.empty_like(groups)  # of a text in its group
+    place = np.empty_like(groups)  # of a row in its group
     place[np.argsort(groups, kind="stable")] = np.arange(len(groups)) - np.repeat(
         sizes.cumsum() - sizes, sizes
     )
@@ -475,12 +476,12 @@ def _estimate(drawn: Draws, chosen: Floats, groups: Integers) -> Estimate | None
     """Ratio of sums over draws, nats to tokens, with linearised errors; None without any draw.
 
     Args:
-        drawn: nats of N texts in R replicates of D draws.
+        drawn: nats of N rows in R replicates of D draws.
         chosen: 1 for draws that count, else 0 [N, R, D].
-        groups: number of each text's group [N].
+        groups: number of each row's group [N].
     """
     tokens = np.broadcast_to(drawn.num_eligible[:, None, None], chosen.shape)
-    # [G, R]: sums over the draws of a replicate and the texts of a group.
+    # [G, R]: sums over the draws of a replicate and the rows of a group.
     nats, weight = np.zeros((2, groups.max() + 1, chosen.shape[1]))
     np.add.at(nats, groups, (chosen * drawn.nats).sum(axis=2))
     np.add.at(weight, groups, (chosen * tokens).sum(axis=2))

@@ -54,7 +54,7 @@ class Quantiles:
             offset = _offset(self.seed, self.split)
             return ((offset + row * PHI64) & MASK64) >> (64 - GRID_BITS)
         window, place = divmod(row, self.window)
-        return int(_stratified_window(self, window)[place])
+        return int(stratified_window(self, window)[place])
 
     def of_documents(self, row: int, count: int) -> npt.NDArray[np.int64]:
         """Quantiles of the documents of `row`, each exactly uniform, as grid integers [count].
@@ -78,7 +78,7 @@ def _offset(seed: int, split: Split) -> int:
 
 
 @lru_cache(maxsize=16)
-def _stratified_window(quantiles: Quantiles, window: int) -> npt.NDArray[np.int64]:
+def stratified_window(quantiles: Quantiles, window: int) -> npt.NDArray[np.int64]:
     """Grid integers of all rows of one window: StraTS (arXiv 2511.18159).
 
     The rows are shuffled and laid around a circle that the strata divide equally, turned by a

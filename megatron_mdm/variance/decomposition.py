@@ -183,20 +183,21 @@ class Decomposition:
     total: Estimate
 
 
-def decompose(cells: NestedDraws, repetitions: int = 1000, seed: int = 0) -> Decomposition:
+def decompose(nested_draws: NestedDraws, repetitions: int = 1000, seed: int = 0) -> Decomposition:
     """A, B and C (arXiv 2511.18159, eq. 2), with bootstrap standard errors over rows.
 
     Args:
-        cells: of n0 >= 2 rows, nt >= 3 independent rates and nm >= 2 masks.
+        nested_draws: of n0 >= 2 rows, nt >= 3 independent rates and nm >= 2 masks.
         repetitions: of the bootstrap.
         seed: of the bootstrap.
     """
-    n0, nt = cells.t.shape
-    if n0 < 2 or nt < 3 or cells.masks < 2:
+    n0, nt = nested_draws.t.shape
+    if n0 < 2 or nt < 3 or nested_draws.masks < 2:
         raise ValueError(
-            f"it takes 2 rows, 3 rates and 2 masks at least, got {n0}, {nt} and {cells.masks}"
+            f"it takes 2 rows, 3 rates and 2 masks at least, got {n0}, {nt} and "
+            f"{nested_draws.masks}"
         )
-    S1, S2, S3, S4 = cells.centred().mean_squares(resampled(n0, repetitions, seed))
+    S1, S2, S3, S4 = nested_draws.centred().mean_squares(resampled(n0, repetitions, seed))
     parts = (S1 - S2, S2 - S3, S3 - S4, S1 - S4)
     return Decomposition(*(with_error(part, n0) for part in parts))
 

@@ -246,14 +246,14 @@ class MethodDraws:
     """The loss or the gradient under one kind of mask and K views, as `batch_variance` needs it.
 
     Attributes:
-        cells: nested draws of X - f, or of what has the same mean: single views will do, but where
-            X is far from 0, as the loss is, the same draws as in `squares` have less noise.
+        nested_draws: of X - f, or of what has the same mean: single views will do, but where X is
+            far from 0, as the loss is, the same draws as in `squares` have less noise.
         squares: mean of |X|^2 - f^2 over the draws at a rate [n0, nt].
         curve: coefficients of the polynomial f(t), the highest first.
         residual: means over masks of X - f [n0, nt], where f is not 0.
     """
 
-    cells: NestedDraws
+    nested_draws: NestedDraws
     squares: Floats
     curve: Floats | None = None
     residual: Floats | None = None
@@ -270,39 +270,40 @@ class MethodDraws:
         means = losses.mean(axis=2)
         curve = np.polyfit(t.ravel(), means.ravel(), CURVE_DEGREE, w=np.sqrt(weight.ravel()))
         f = np.polyval(curve, t)
-        cells = NestedDraws.of_draws(t, weight, (losses - f[:, :, None])[..., None])
-        return cls(cells, (losses**2).mean(axis=2) - f**2, curve, means - f)
+        nested_draws = NestedDraws.of_draws(t, weight, (losses - f[:, :, None])[..., None])
+        return cls(nested_draws, (losses**2).mean(axis=2) - f**2, curve, means - f)
 
 
 def batch_variance(
-    drawn: MethodDraws, sampler: RateSampler, covariance: Floats, texts: int, counts: Floats
+    method_draws: MethodDraws, sampler: RateSampler, covariance: Floats, texts: int, counts: Floats
 ) -> Floats:
     """Variance of the mean of a batch, or the trace of its covariance [R].
 
     Args:
-        drawn: from nested draws.
+        method_draws: of the loss or the gradient.
         sampler: of t.
         covariance: Cov(N_b, N_b') of a batch [B, B].
         texts: n.
         counts: rows of the nested draws stand in as often as this says [n0, R].
     """
-    cells = drawn.cells
-    n0, nt = cells.t.shape
-    q = sampler.density(torch.from_numpy(cells.t)).numpy()
+    nested_draws = method_draws.nested_draws
+    n0, nt = nested_draws.t.shape
+    q = sampler.density(torch.from_numpy(nested_draws.t)).numpy()
     a = np.ones_like(q) if isinstance(sampler, Clipped) else 1.0 / np.maximum(q, 1e-300)
-    share = cells.weight * q  # of each draw in a mean over t ~ q
-    square = (share * a**2 * drawn.squares).mean(axis=1) @ counts / n0
+    share = nested_draws.weight * q  # of each draw in a mean over t ~ q
+    square = (share * a**2 * method_draws.squares).mean(axis=1) @ counts / n0
     # Bins of the quantile are bins of t.
     inner = torch.arange(1, BINS, dtype=torch.float64) / BINS
-    index = np.searchsorted(sampler(inner)[0].numpy(), cells.t.ravel())
+    index = np.searchsorted(sampler(inner)[0].numpy(), nested_draws.t.ravel())
     K = (BINS / texts) ** 2 * covariance - BINS / texts * np.eye(BINS)
     factor = (share * a).ravel()
-    products = cells.gram * factor[:, None] * factor * K[index][:, index]
+    products = nested_draws.gram * factor[:, None] * factor * K[index][:, index]
     rows = products.reshape(n0, nt, n0, nt).mean(axis=(1, 3))
-    if drawn.curve is not None and drawn.residual is not None:
-        known_square, known = _integrals(sampler, drawn.curve)
+    curve, residual = method_draws.curve, method_draws.residual
+    if curve is not None and residual is not None:
+        known_square, known = _integrals(sampler, curve)
         square = square + known_square
-        mixed = (factor * drawn.residual.ravel() * (K @ known)[index]).reshape(n0, nt).mean(axis=1)
+        mixed = (factor * residual.ravel() * (K @ known)[index]).reshape(n0, nt).mean(axis=1)
         rows = rows + mixed[:, None] + mixed + known @ K @ known
     variance: Floats = square / texts + mean_over_row_pairs(rows, counts)
     return variance

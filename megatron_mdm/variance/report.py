@@ -194,17 +194,18 @@ def _nested(
                 grids = torch.from_numpy(
                     np.stack([view_uniforms(u, v, views) for v in range(views)])
                 )
-                drawn = corrupter(tokens, able, grids, quantile[i].expand(views))
+                corruption = corrupter(tokens, able, grids, quantile[i].expand(views))
                 # The loss itself: the weight of the rate stands apart.
-                drawn = dataclasses.replace(drawn, weight=drawn.weight / drawn.rate_weight[:, None])
-                loss[i, k], gradient, hidden[i, k] = step(text, drawn)
+                weight_given_t = corruption.weight / corruption.rate_weight[:, None]
+                corruption = dataclasses.replace(corruption, weight=weight_given_t)
+                loss[i, k], gradient, hidden[i, k] = step(text, corruption)
                 norm2[i, k] = float(gradient.double().square().sum())
                 if not math.isfinite(loss[i, k] + norm2[i, k]):
                     raise UserError(
                         f"the loss or the gradient of row {number} is NaN or infinite: the model "
                         "computes no numbers in its precision"
                     )
-                masked[i, k] = float(drawn.mask.double().mean())
+                masked[i, k] = float(corruption.mask.double().mean())
                 total = total + gradient
                 progress(views)
             means.append(total.numpy() / settings.masks)
@@ -239,14 +240,14 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
     t, w = state.column("t"), state.column("weight")
     losses = state.column(f"{_column_prefix('bernoulli', 1)} loss")
     loss = NestedDraws.of_draws(t, w, losses[..., None]).centred()
-    gradient = _gradient_cells(state, settings, "bernoulli")
+    gradient = _gradient_draws(state, settings, "bernoulli")
     length = max(len(text.tokens) for text in texts[: settings.rows])
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
     result["documents"] = num_documents(texts[: settings.rows])
     result["curves"] = {"mean loss": curve(t, losses.mean(axis=2), w, settings.bins)}
-    for name, cells in (("loss", loss), ("gradient", gradient.centred())):
-        result[name] = dataclasses.asdict(decompose(cells, seed=settings.seed))
-        for letter, part in (("A", cells.pattern), ("B", cells.rate)):
+    for name, nested_draws in (("loss", loss), ("gradient", gradient.centred())):
+        result[name] = dataclasses.asdict(decompose(nested_draws, seed=settings.seed))
+        for letter, part in (("A", nested_draws.pattern), ("B", nested_draws.rate)):
             result["curves"][f"{name} {letter}"] = curve(t, part, w, settings.bins)
     if "causal loss" in state.rows[0]:
         counted = torch.cat([text.tokens[text.eligible] for text in texts[: settings.rows]])
@@ -300,7 +301,7 @@ def densities(state: State, settings: Settings, length: int) -> Densities:
     return found
 
 
-def _gradient_cells(state: State, settings: Settings, mask: str) -> NestedDraws:
+def _gradient_draws(state: State, settings: Settings, mask: str) -> NestedDraws:
     prefix = _column_prefix(mask, 1)
     return NestedDraws.of_means(
         state.column("t"),
@@ -317,18 +318,18 @@ def _methods(
     """The table; adds the variance of a batch of `standard` to the result."""
     t, w = state.column("t"), state.column("weight")
     single = {"bernoulli": gradient}
-    drawn: dict[tuple[str, MaskKind, int], MethodDraws] = {}
+    method_draws: dict[tuple[str, MaskKind, int], MethodDraws] = {}
     for mask, views in settings.mask_configs:
         if mask not in single:
-            single[mask] = _gradient_cells(state, settings, mask)
+            single[mask] = _gradient_draws(state, settings, mask)
         losses, norm2 = (
             state.column(f"{_column_prefix(mask, views)} {x}") for x in ("loss", "norm2")
         )
-        drawn["loss", mask, views] = MethodDraws.of_losses(t, w, losses)
-        drawn["gradient", mask, views] = MethodDraws(single[mask], norm2.mean(axis=2))
+        method_draws["loss", mask, views] = MethodDraws.of_losses(t, w, losses)
+        method_draws["gradient", mask, views] = MethodDraws(single[mask], norm2.mean(axis=2))
         if (mask, views) == ("bernoulli", 1):
             controlled = losses - _binned_mean(t, w, losses)
-            drawn["controlled loss", mask, views] = MethodDraws.of_losses(t, w, controlled)
+            method_draws["controlled loss", mask, views] = MethodDraws.of_losses(t, w, controlled)
     found = densities(state, settings, result["length"])
     counts = resampled(settings.rows, 1000, settings.seed)
 
@@ -339,7 +340,7 @@ def _methods(
         texts = settings.batch * method.rows // method.views
         if method.controlled and what == "loss":
             what = "controlled loss"
-        source = drawn[what, method.mask, method.views]
+        source = method_draws[what, method.mask, method.views]
         covariance = bin_covariance(method.quantiles, texts)
         return batch_variance(source, sampler_of(method), covariance, texts, counts)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.conversion import common, hub
+from megatron_mdm.conversion import common, safetensors_model
+from megatron_mdm.conversion.safetensors_model import INDEX, SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.errors import UserError
@@ -33,9 +34,9 @@ def change_config(directory, **changes):
 
 
 def change_tensors(directory, **changes):
-    tensors = {**load_file(directory / hub.SINGLE), **changes}
+    tensors = {**load_file(directory / SINGLE), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, directory / hub.SINGLE)
+    save_file(kept, directory / SINGLE)
 
 
 def cut(path, keep=0.5):
@@ -55,18 +56,18 @@ def not_finite(directory, tensor, value):
 
 
 def index(directory):
-    weights = {name: hub.SINGLE for name in load_file(directory / hub.SINGLE)}
+    weights = {name: SINGLE for name in load_file(directory / SINGLE)}
     weights["more"] = "model-2.safetensors"
-    (directory / hub.INDEX).write_text(json.dumps({"weight_map": weights}))
+    (directory / INDEX).write_text(json.dumps({"weight_map": weights}))
 
 
 Q = "model.transformer.blocks.1.q_proj.weight"
 NORM = "model.transformer.ln_f.weight"
 CASES = {
     "a missing shard": (index, "model-2.safetensors"),
-    "a shard cut short": (lambda d: cut(d / hub.SINGLE), "model.safetensors is cut short"),
-    "an empty shard": (lambda d: cut(d / hub.SINGLE, 0), "model.safetensors is cut short"),
-    "no shard": (lambda d: (d / hub.SINGLE).unlink(), "no *.safetensors files"),
+    "a shard cut short": (lambda d: cut(d / SINGLE), "model.safetensors is cut short"),
+    "an empty shard": (lambda d: cut(d / SINGLE, 0), "model.safetensors is cut short"),
+    "no shard": (lambda d: (d / SINGLE).unlink(), "no *.safetensors files"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: No such file"),
     "a broken config": (lambda d: cut(d / "config.json"), "config.json is not valid JSON"),
     "another family": (
@@ -99,8 +100,8 @@ CASES = {
         lambda d: change_tensors(d, **{Q: torch.zeros(32, 32, dtype=torch.int8)}),
         f"the tensor {Q} has dtype I8",
     ),
-    "an index that is a list": (lambda d: (d / hub.INDEX).write_text("[]"), "JSON object"),
-    "an index without files": (lambda d: (d / hub.INDEX).write_text("{}"), "no 'weight_map' of"),
+    "an index that is a list": (lambda d: (d / INDEX).write_text("[]"), "JSON object"),
+    "an index without files": (lambda d: (d / INDEX).write_text("{}"), "no 'weight_map' of"),
     "a tensor twice": (
         lambda d: save_file({Q: torch.zeros(32, 32)}, d / "more.safetensors"),
         f"has the tensor {Q} twice, in model.safetensors and more.safetensors",
@@ -132,8 +133,8 @@ CASES = {
     ),
     "a model beside that of the index": (
         lambda d: (
-            save_file(load_file(d / hub.SINGLE), d / "a.safetensors"),
-            (d / hub.INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}'),
+            save_file(load_file(d / SINGLE), d / "a.safetensors"),
+            (d / INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}'),
         ),
         "has model.safetensors, which model.safetensors.index.json does not name",
     ),
@@ -160,20 +161,20 @@ def test_a_bad_model_is_named_and_nothing_is_written(case, source, tmp_path):
 
 
 def test_a_file_beside_the_weights_that_cannot_be_read(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "side_files", lambda directory: [directory / "gone.txt"])
+    monkeypatch.setattr(safetensors_model, "side_files", lambda directory: [directory / "gone.txt"])
     with pytest.raises(UserError, match="cannot read .*/hf/gone.txt: No such file"):
         to_megatron(str(source), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_tensor_comes_from_the_file_that_the_index_names(source):
-    tensors = load_file(source / hub.SINGLE)
+    tensors = load_file(source / SINGLE)
     save_file({**tensors, Q: torch.full((32, 32), 7.0)}, source / "a.safetensors")
     save_file({Q: tensors[Q]}, source / "z.safetensors")
-    (source / hub.SINGLE).unlink()
+    (source / SINGLE).unlink()
     files = dict.fromkeys(tensors, "a.safetensors") | {Q: "z.safetensors"}
-    (source / hub.INDEX).write_text(json.dumps({"weight_map": files}))
-    model = hub.HubModel(source)
+    (source / INDEX).write_text(json.dumps({"weight_map": files}))
+    model = safetensors_model.HubModel(source)
     assert torch.equal(model.read(Q), tensors[Q]) and model.entries.keys() == tensors.keys()
 
 
@@ -191,7 +192,7 @@ def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
 
 def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
     """Half of the input in bfloat16, twice of that in float32."""
-    size = (source / hub.SINGLE).stat().st_size
+    size = (source / SINGLE).stat().st_size
 
     def convert(given, output, dtype, free):
         usage = namedtuple("usage", "total used free")(0, 0, free)
@@ -270,7 +271,7 @@ BACK = {
 def test_a_bad_checkpoint_is_named_and_nothing_is_written(case, converted, tmp_path):
     source, checkpoint, _ = converted("llada")
     shutil.copytree(checkpoint, tmp_path / "mg")
-    shutil.copy(source / hub.SINGLE, tmp_path / "model")
+    shutil.copy(source / SINGLE, tmp_path / "model")
     damage, message = BACK[case]
     damage(tmp_path / "mg")
     (tmp_path / "model").unlink()
@@ -289,7 +290,7 @@ def test_verify_sees_a_flipped_bit(source, tmp_path, monkeypatch):
         write(directory, *rest)
         path = directory / "release" / "__0_0.distcp"
         data = bytearray(path.read_bytes())
-        tensor = load_file(source / hub.SINGLE)["model.transformer.ff_out.weight"]
+        tensor = load_file(source / SINGLE)["model.transformer.ff_out.weight"]
         place = data.find(tensor.numpy().tobytes())
         assert place > 0
         data[place] ^= 1

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_mdm.conversion import hub
 from megatron_mdm.conversion.common import pair_tensors
 from megatron_mdm.conversion.families import LLADA, LLADA_MOE, detect
 from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM, Heads
+from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
@@ -48,7 +48,7 @@ def test_experts_over_ranks_have_the_same_loss_and_convert_back(layout, runs, mo
     assert runs[layout].losses == pytest.approx(runs["1 rank"].losses, rel=1e-5)
     checkpoint = str(runs[layout].checkpoint)
     to_hugging_face(checkpoint, str(tmp_path / "hf"), config_from=str(model / "hf"), verify=True)
-    original, back = (load_file(d / hub.SINGLE) for d in (model / "hf", tmp_path / "hf"))
+    original, back = (load_file(d / SINGLE) for d in (model / "hf", tmp_path / "hf"))
     assert original.keys() == back.keys()
     assert all(torch.equal(original[name], back[name]) for name in original)
 
@@ -108,7 +108,7 @@ def test_both_layer_specifications_find_their_norm(converted):
     """Local layers keep it with the experts, Transformer Engine's by itself."""
     for kind, first in (("llada-moe", 0), ("llada-moe-dense", 1)):
         source, checkpoint, _ = converted(kind)
-        opened, tensors = DistCheckpoint(checkpoint), load_file(source / hub.SINGLE)
+        opened, tensors = DistCheckpoint(checkpoint), load_file(source / SINGLE)
         objects = opened._reader.read_metadata().state_dict_metadata
         name = "decoder.layers.{n}.pre_mlp_layernorm.weight"
         states = [key for key in objects if "pre_mlp_layernorm._extra_state" in key]

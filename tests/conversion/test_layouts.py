@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from tests import ranks
@@ -54,7 +54,7 @@ def test_the_way_back_from_every_layout_is_bitwise(layout, runs, model, tmp_path
         verify=True,
         log=lambda line: None,
     )
-    original, back = (load_file(d / hub.SINGLE) for d in (model / "hf", tmp_path / "hf"))
+    original, back = (load_file(d / SINGLE) for d in (model / "hf", tmp_path / "hf"))
     assert original.keys() == back.keys()
     assert all(torch.equal(original[name], back[name]) for name in original)
 

@@ -18,7 +18,7 @@ def conversion_memory() -> None:
 
     After each of them, there, back and verified, and at last with all tensors of `many` in memory.
     """
-    from megatron_mdm.conversion import hub, to_hugging_face, to_megatron
+    from megatron_mdm.conversion import safetensors_model, to_hugging_face, to_megatron
     from megatron_mdm.environment import prepare_environment
 
     directory, peaks = Path(os.environ["TRACE_DIR"]), []
@@ -33,7 +33,7 @@ def conversion_memory() -> None:
         to_megatron.to_megatron(source, there, verify=True)
         to_hugging_face.to_hugging_face(there, back, verify=True)
         note()
-    model = hub.HubModel(directory / "many")
+    model = safetensors_model.HubModel(directory / "many")
     tensors = [model.read(name) for name in model.entries]
     note()
     assert tensors

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 
-from megatron_mdm.conversion.hub import copy_side_files
+from megatron_mdm.conversion.safetensors_model import copy_side_files
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint

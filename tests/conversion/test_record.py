@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.conversion import hub, record
+from megatron_mdm.conversion import record
+from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.data.record import made_from
 from megatron_mdm.files import set_aside
 from tests import ROOT
@@ -60,9 +61,9 @@ def test_both_ways(tmp_path, convert):
     # A tokenizer that lies beside the weights counts too.
     (source / "added_tokens.json").write_text("{}")
     assert "no record says" in again() and converted("--replace")
-    tensors = load_file(source / hub.SINGLE)
+    tensors = load_file(source / SINGLE)
     tensors["lm_head.weight"][-1, -1] += 1
-    save_file(tensors, source / hub.SINGLE)
+    save_file(tensors, source / SINGLE)
     assert "no record says" in again() and converted("--replace")
 
     assert done not in convert("huggingface", there, back)
@@ -102,7 +103,7 @@ def test_a_failed_conversion_leaves_what_was_to_be_replaced(tmp_path, convert):
     source, output = models.make("qwen2", tmp_path / "hf"), tmp_path / "mg"
     convert("megatron", source, output)
     before = sorted(path.name for path in output.iterdir())
-    save_file({"x": torch.zeros(1)}, source / hub.SINGLE)
+    save_file({"x": torch.zeros(1)}, source / SINGLE)
     assert "lacks the tensor" in convert("megatron", source, output, "--replace")
     assert sorted(path.name for path in output.iterdir()) == before
     assert sorted(os.listdir(tmp_path)) == ["hf", "mg"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_mdm.conversion import hub
+from megatron_mdm.conversion import safetensors_model
+from megatron_mdm.conversion.safetensors_model import INDEX, SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from tests.conversion import models
@@ -33,7 +34,7 @@ def test_the_round_trip_is_bitwise(kind, converted, tmp_path):
     source, checkpoint, _ = converted(kind)
     said = []
     to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, log=said.append)
-    assert same_files(source / hub.SINGLE, tmp_path / "hf" / hub.SINGLE)
+    assert same_files(source / SINGLE, tmp_path / "hf" / SINGLE)
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "hf"))
     assert before == after
     assert any(line.startswith("verified") for line in said)
@@ -64,29 +65,29 @@ def test_two_tensor_parallel_ranks_compute_the_same_logits(kind, converted, mega
 
 def test_low_precision_and_another_dtype(tmp_path):
     source = models.make("dream", tmp_path / "hf")
-    halves = {k: v.bfloat16() for k, v in load_file(source / hub.SINGLE).items()}
-    save_file(halves, source / hub.SINGLE)
+    halves = {k: v.bfloat16() for k, v in load_file(source / SINGLE).items()}
+    save_file(halves, source / SINGLE)
     to_megatron(str(source), str(tmp_path / "mg"), verify=True, **silent)
     assert "--bf16" in (tmp_path / "mg" / "launch.txt").read_text()
     to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), verify=True, **silent)
-    assert same_files(source / hub.SINGLE, tmp_path / "back" / hub.SINGLE)
+    assert same_files(source / SINGLE, tmp_path / "back" / SINGLE)
     to_hugging_face(
         str(tmp_path / "mg"), str(tmp_path / "wide"), dtype=torch.float32, verify=True, **silent
     )
-    wide = load_file(tmp_path / "wide" / hub.SINGLE)
+    wide = load_file(tmp_path / "wide" / SINGLE)
     assert all(torch.equal(wide[name], halves[name].float()) for name in halves)
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_several_files_and_their_index(converted, tmp_path, monkeypatch):
     source, checkpoint, _ = converted("llada")
-    monkeypatch.setattr(hub, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_model, "MAX_FILE_BYTES", 20_000)
     to_hugging_face(str(checkpoint), str(tmp_path / "many"), verify=True, **silent)
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
-    index = json.loads((tmp_path / "many" / hub.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
     assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
     merged = {k: v for f in files for k, v in load_file(tmp_path / "many" / f).items()}
-    original = load_file(source / hub.SINGLE)
+    original = load_file(source / SINGLE)
     assert merged.keys() == original.keys() == index["weight_map"].keys()
     assert all(torch.equal(merged[name], original[name]) for name in original)
     to_megatron(str(tmp_path / "many"), str(tmp_path / "mg"), **silent)
@@ -100,13 +101,13 @@ def test_the_tables_fit_their_families(converted):
     source, _, _ = converted("qwen2")
     tokens = torch.arange(32)[None]
     right = models.logits(source, tokens, causal=True)
-    weights = load_file(source / hub.SINGLE)
+    weights = load_file(source / SINGLE)
     other = source.parent / "swapped"
     shutil.copytree(source, other, dirs_exist_ok=True)
     for i in range(2):
         gate, up = (f"model.layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up"))
         weights[gate], weights[up] = weights[up], weights[gate]
-    save_file(weights, other / hub.SINGLE, {"format": "pt"})
+    save_file(weights, other / SINGLE, {"format": "pt"})
     assert (models.logits(other, tokens, causal=True) - right).abs().max() > 100 * TOLERANCE
 
 

@@ -11,8 +11,8 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
-from megatron_mdm.conversion import hub
 from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
+from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.tokenizer import MASK_TOKEN, tokens_of
@@ -45,7 +45,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
         verify=True,
         log=said.append,
     )
-    original = load_file(source / hub.SINGLE)
+    original = load_file(source / SINGLE)
     names = ["model.embed_tokens.weight"] + ["lm_head.weight"] * (kind == "qwen2")
     for key, name in zip(ROWS, names, strict=False):
         got = rows(tmp_path / "mg", key)
@@ -61,7 +61,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["vocab_size"] == 97 and config["mask_token_id"] == 96
     assert config["architectures"] == ["Qwen2ForCausalLM"]
-    back = load_file(tmp_path / "back" / hub.SINGLE)
+    back = load_file(tmp_path / "back" / SINGLE)
     assert back.keys() == original.keys()
     for name, tensor in original.items():
         assert torch.equal(back[name][:96] if name in names else back[name], tensor)
@@ -88,7 +88,7 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
     assert said[1].startswith("verified: logits of")
     said = said[2:]
     assert "id 90, an unused row" in said[0]
-    got, original = rows(tmp_path / "mg", ROWS[0]), load_file(source / hub.SINGLE)
+    got, original = rows(tmp_path / "mg", ROWS[0]), load_file(source / SINGLE)
     embedding = original["model.embed_tokens.weight"]
     torch.testing.assert_close(got[90], embedding[:90].mean(dim=0), rtol=0, atol=1e-7)
     others = [i for i in range(96) if i != 90]

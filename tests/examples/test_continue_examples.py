@@ -134,7 +134,7 @@ class Example:
         own = {"PATH": f"{self.here / 'bin'}:{os.environ['PATH']}", "SETUP": "no"}
         own |= {"RUNS": str(self.here / "runs"), **environment}
         result = subprocess.run(
-            ["bash", str(ROOT / "examples" / script), *arguments],
+            ["bash", str(ROOT / "examples/finetune" / script), *arguments],
             env={**os.environ, **own},
             capture_output=True,
             text=True,
@@ -232,7 +232,7 @@ def test_a_small_run(tmp_path):
         **{"PYTHONPATH": str(ROOT), "SETUP": "no", "RUNS": str(tmp_path), "ITERS": "2"},
     }
     result = subprocess.run(
-        ["bash", str(ROOT / "examples/continue_llada.sh")],
+        ["bash", str(ROOT / "examples/finetune/continue_llada.sh")],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

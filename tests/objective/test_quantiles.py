@@ -86,7 +86,7 @@ def test_the_quantile_of_a_row_is_uniform_over_the_draws_of_strata(monkeypatch, 
         ]
         bits = np.array([*order, *(number << shift for number in grid)], dtype=np.uint64)
         monkeypatch.setattr(Quantiles, "_bits", lambda *_, bits=bits: bits)
-        drawn = quantiles_module._stratified_window.__wrapped__(quantiles, 0)
+        drawn = quantiles_module.stratified_window.__wrapped__(quantiles, 0)
         for row, quantile in enumerate(drawn):
             counts[row, quantile * strata * places >> GRID_BITS] += 1
     assert (counts == factorial(window) * window).all()

@@ -1,6 +1,8 @@
 """The variance that each method leaves, from nested draws, against what is known of a toy."""
 
 import itertools
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from megatron_mdm.variance.methods import (
     choose,
     quantiles_of,
 )
+from tests import ROOT
 
 EPS, L, BATCH = 1e-3, 16, 32
 # Coordinate d of X is c_d (1 + SLOPES_d t) k / (p L), with c_d ~ N(mean, spread^2) of the row and k
@@ -185,3 +188,16 @@ def test_methods_are_chosen_by_name_or_together():
     assert set(choose(["all"], isad=True)) == set(METHODS)
     assert set(METHODS) - set(choose(["all"], isad=False)) == {"isad"}
     assert choose(["isad"], isad=False) == ("isad",)
+
+
+def test_methods_of_every_example_exist():
+    """Of the commands in README.md and in the help of the tools."""
+    files = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "tools").rglob("*.py")]
+    found = [
+        (path.name, shlex.split(words.split(" --")[0]))
+        for path in files
+        for words in re.findall(r"--methods ([^`\n]+)", path.read_text(encoding="utf-8"))
+    ]
+    assert {"README.md", "variance_report.py"} <= {name for name, _ in found}
+    for name, words in found:
+        assert words and set(choose(words, isad=True)) <= set(METHODS), (name, words)

@@ -7,11 +7,11 @@
 # on the machine which are done: the same command goes on with the rest. After each stage $OUT has
 # what there is, summary.txt to be read first, all.tar.gz with all logs.
 #
-#   DRY=1               on a CPU, with tiny models: shows that the stages run
-#   STAGES="train gpu"  these only, after `install`
-#   AGAIN="train"       these once more
-#   KEEP_GOING=1        goes on although no way of training works
-#   WORKERS, ROUNDS     processes of pytest; rounds of the benchmark
+#   DRY=1                 on a CPU, with tiny models: shows that the stages run
+#   STAGES="train bench"  these only, after `install`
+#   AGAIN="train"         these once more
+#   KEEP_GOING=1          goes on although no way of training works
+#   WORKERS, ROUNDS       processes of pytest; rounds of the benchmark
 set -uo pipefail
 begun=$(date +%s)
 seconds=${1:-545}

@@ -258,16 +258,19 @@ def te_attention(kind: str, layout: str) -> str:
         out = layer(*flat, qkv_format=layout, attn_mask_type=kind, **limits)
         out = out.view(b, s, heads, size).transpose(0, 1)
     out.float().square().sum().backward()
-    exact = [x.detach().double().permute(1, 2, 0, 3).requires_grad_() for x in (q, k, v)]
+    query, key, value = (
+        x.detach().double().permute(1, 2, 0, 3).requires_grad_() for x in (q, k, v)
+    )
     number = torch.zeros(b * s, device="cuda")
     for end in ends[1:-1] if layout == "thd" else ():
         number[end:] += 1
     number = number.view(b, 1, s)
     mask = number[..., :, None] == number[..., None, :]
     mask = mask.tril() if kind == "causal" else mask
-    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     expected.square().sum().backward()
-    pairs = ((out, expected), (q.grad, exact[0].grad))
+    assert q.grad is not None and query.grad is not None
+    pairs = ((out, expected), (q.grad, query.grad))
     return "relative errors out {:.1e} dq {:.1e}".format(
         *(error_of(x, y.permute(2, 0, 1, 3)) for x, y in pairs)
     )

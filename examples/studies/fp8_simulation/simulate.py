@@ -81,14 +81,15 @@ class Setting:
     normalization: Literal["tokens", "rows"] | None = None
 
 
+# Methods and recipes have their own names.
 SETTINGS = {
     "standard": Setting("standard"),
     "standard, eps 0.01": Setting("standard", eps=1e-2),
     "standard, eps 0.05": Setting("standard", eps=5e-2),
-    "standard, exact count": Setting("exact-count"),
+    "exact-count": Setting("exact-count"),
     "paper": Setting("paper"),
     "recommended": Setting("recommended"),
-    "recommended, bernoulli": Setting("ppots-gradient+lattice"),
+    "ppots-gradient+lattice": Setting("ppots-gradient+lattice"),
     "clipped": Setting("clipped"),
     "uneven rows, tokens": Setting("standard", normalization="tokens"),
     "uneven rows, rows": Setting("standard", normalization="rows"),
@@ -133,8 +134,8 @@ def run(args: argparse.Namespace) -> None:
         rows += [{"setting": name, **row} for row in measured]
     if args.json:
         names = ("length", "steps", "batches", "micro_batch")
-        setting = {"simulated": True, **{name: getattr(args, name) for name in names}}
-        document = {**setting, "loss": loss, "rows": rows}
+        numbers = {name: getattr(args, name) for name in names}
+        document = {"simulated": True, **numbers, "loss": loss, "rows": rows}
         write_json(args.json, document)
 
 

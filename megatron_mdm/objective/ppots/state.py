@@ -76,16 +76,18 @@ class PpotsState:
                 f"the checkpoint's rate moments are not of {num_bins} bins, or of another version "
                 "of this program: resume with the number of bins and the version of the checkpoint"
             )
-        floats, since_limbs = array[: table + sums].view(np.float64), array[table + sums :]
+        floats, pending_limbs = array[: table + sums].view(np.float64), array[table + sums :]
         size = floats[0]
         try:
             if size not in range(TABLE_SIZE + 1):
                 raise ValueError(f"it has {size} edges")
             edges, values = floats[1:table].reshape(2, TABLE_SIZE)[:, : int(size)]
             moments = RateMoments.from_vector(floats[table:])
-            state = cls(PiecewiseSampler(edges, values), moments, since_limbs.reshape(LIMBS, sums))
-            since = RateMoments.from_vector(from_limbs(state.pending))
-            for part in (moments, since):
+            state = cls(
+                PiecewiseSampler(edges, values), moments, pending_limbs.reshape(LIMBS, sums)
+            )
+            pending = RateMoments.from_vector(from_limbs(state.pending))
+            for part in (moments, pending):
                 part.check(most_rows)
             return state
         except ValueError as error:

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Fine-tunes a model on conversations, of which it learns the last answers:
-#   bash examples/sft.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_JSONL]
+#   bash examples/finetune/sft.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_JSONL]
 # for example with a LLaDA-8B-Base directory on 8 GPUs; each line of the JSONL files is
 # {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, rendered by the chat template of
 # the model's tokenizer. Without arguments it takes a small random model and made-up
 # conversations, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under runs/sft, in a
-# directory for each model and list of files; the same command goes on where it was. examples/common.sh says what
-# may stand in the environment.
+# directory for each model and list of files; the same command goes on where it was. common.sh says what may stand
+# in the environment.
 #
 # A row holds one conversation and is filled up with its end, which is predicted too, as LLaDA does. With PACK=yes a
 # row holds as many as fit, none of which sees another: answers are filled up to whole blocks of BLOCK
 # tokens (64), which generation then takes as --block-length.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 RUN=${RUNS:-runs}/sft
 FAMILY=llada
 [ "${PACK:-no}" = no ] || RUN=$RUN-packed
-source examples/common.sh
+source examples/finetune/common.sh
 
 if [ -z "$REAL" ]; then # short ones, instead of the source code that the other examples take
     BLOCK=${BLOCK:-16}

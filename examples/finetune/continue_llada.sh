@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Continues the pretraining of a LLaDA model:
-#   bash examples/continue_llada.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
+#   bash examples/finetune/continue_llada.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
 # for example with a LLaDA-8B-Base directory on 8 GPUs. Without arguments it takes a small random model and
 # Python's own source, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under
 # runs/continue_llada, in a directory for each model and list of texts; the same command goes on where it was.
-# examples/common.sh says what may stand in the environment.
+# common.sh says what may stand in the environment.
 #
 # LLaDA was trained with row lengths of 4096 and learning rates down to 1e-5: warm up again from there.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 RUN=${RUNS:-runs}/continue_llada
 FAMILY=llada
-source examples/common.sh
+source examples/finetune/common.sh
 
 convert
 preprocess
