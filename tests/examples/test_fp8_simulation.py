@@ -87,6 +87,7 @@ def test_a_constant_factor_on_the_loss_changes_nothing():
     assert errors[0] == errors[1] > 0
 
 
+@pytest.mark.slow  # trains
 def test_every_setting_under_every_scaling(tmp_path):
     path = tmp_path / "fp8.json"
     sizes = {"length": 8, "steps": 2, "batches": 1, "micro_batch": 16}

@@ -57,7 +57,7 @@ def second_moment(F, num_eligible, bin_, num_bins, kind):
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "exact-count"])
-@pytest.mark.parametrize("num_bins", [1, 3, 30])
+@pytest.mark.parametrize("num_bins", [1, 3, pytest.param(30, marks=pytest.mark.slow)])
 def test_weights_of_counts_give_the_second_moment_of_any_value(kind, num_bins):
     """Against an enumeration of every mask, for a value that is another number for each."""
     L = 6

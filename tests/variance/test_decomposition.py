@@ -84,6 +84,7 @@ def test_one_measurement_is_within_three_standard_errors(name):
         assert error < 0.2 * truth or truth == 0
 
 
+@pytest.mark.slow  # many repetitions
 @pytest.mark.parametrize("name", TOYS)
 def test_estimates_are_unbiased_and_their_error_bars_cover_as_often_as_they_should(name):
     """200 repetitions of 95% intervals; rates alone from the uniform fail the binomial toy."""

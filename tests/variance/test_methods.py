@@ -117,6 +117,7 @@ def found(drawn, method, counts):
     return batch_variance(source, sampler_of(method), covariance, texts, counts)
 
 
+@pytest.mark.slow  # many repetitions
 @pytest.mark.parametrize("vector", [False, True], ids=["loss", "gradient"])
 def test_ratios_are_right_and_their_error_bars_honest(vector):
     """80 repetitions with 200 rows each, in spite of the tail of 1/p."""

@@ -105,6 +105,7 @@ def batch_variances(model, texts, name, sampler, draws=2000):
         yield part.mean(), part.std() / math.sqrt(draws)
 
 
+@pytest.mark.slow  # many repetitions
 def test_nested_draws_and_whole_batches_agree_on_the_variance_of_every_method(
     model, texts, measured
 ):
