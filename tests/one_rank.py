@@ -9,28 +9,22 @@ import torch
 from megatron_mdm.environment import silent_import
 
 with silent_import():
-    from megatron.core import ModelParallelConfig, mpu
+    from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     from megatron_mdm.mcore.device import training_device
+    from megatron_mdm.mcore.ranks import one_rank
 
 
 @contextlib.contextmanager
-def one_rank() -> Iterator[None]:
-    """Megatron's process groups over this process alone, on the CPU."""
-    with training_device("cpu"):
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        try:
-            mpu.initialize_model_parallel()
-            yield
-        finally:
-            mpu.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+def on_one_cpu_rank() -> Iterator[None]:
+    """Megatron's process groups over this process alone, in its CPU mode."""
+    with training_device("cpu"), one_rank():
+        yield
 
 
 def output_layer(vocabulary: int, hidden: int) -> Any:
-    """Megatron's output layer with random weights; to be made inside `one_rank`."""
+    """Megatron's output layer with random weights; to be made inside `on_one_cpu_rank`."""
     config = ModelParallelConfig(
         params_dtype=torch.float32,
         use_cpu_initialization=True,

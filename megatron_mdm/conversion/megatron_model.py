@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,6 +29,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.flags.arguments import add_arguments
 from megatron_mdm.mcore.model.builder import model_config
+from megatron_mdm.mcore.ranks import one_rank
 
 _ROUTER = "mlp.router.weight"
 
@@ -116,7 +117,7 @@ def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 @contextlib.contextmanager
 def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
     """Megatron's model on one rank, its weights not initialised."""
-    with training_device("cpu"), _one_rank(), _quiet():
+    with training_device("cpu"), one_rank(), _quiet():
         args = _parse([*flags, "--mdm-device", "cpu"])
         args.perform_initialization = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -142,19 +143,6 @@ def _parse(flags: Sequence[str]) -> Namespace:
     finally:
         sys.argv = before
     return args
-
-
-@contextlib.contextmanager
-def _one_rank() -> Iterator[None]:
-    """Process groups of this process alone, without a network."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        parallel_state.initialize_model_parallel()
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """This process among those that a launcher started."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TextIO
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_mdm.errors import escaped
 
@@ -24,6 +27,19 @@ def equal_on_all_ranks(digest: str) -> bool:
     ends = torch.tensor([number, -number], device=torch.cuda.current_device())
     torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
     return bool(ends[0] == -ends[1])
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """Megatron's process groups of this process alone, over gloo and without a network."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def notice(text: str, file: TextIO | None = None) -> None:

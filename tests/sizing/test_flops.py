@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mdm.environment import silent_import
 from megatron_mdm.sizing.flops import ModelShape, mfu
-from tests.one_rank import one_rank
+from tests.one_rank import on_one_cpu_rank
 
 ROWS = 2
 DENSE = ModelShape(
@@ -83,7 +83,7 @@ def _counted(shape, fraction):
     """What torch counts of a forward and a backward pass, and the model's weights in matrices."""
     with silent_import():
         from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
-    with one_rank():
+    with on_one_cpu_rank():
         model = _model(shape)
         tokens = torch.randint(shape.vocab_size, (ROWS, shape.seq_length))
         mask = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -11,7 +11,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from torch.nn import functional
 
@@ -20,7 +19,6 @@ from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import isolated_documents, position_ids
-from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.inference import measure as measure_module
 from megatron_mdm.mcore.model.attention_mask import (
     attention_mask_argument,
@@ -34,6 +32,7 @@ from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.exact_sums import from_limbs
 from megatron_mdm.objective.ppots.moments import accumulate
 from tests import ranks
+from tests.one_rank import on_one_cpu_rank
 
 EOD = 9
 ROW = torch.tensor([[1, 2, EOD, 3, EOD, EOD, 4, 5]])
@@ -280,15 +279,10 @@ def test_bounds_of_documents_say_what_the_mask_says():
 
 
 @pytest.fixture
-def one_rank(tmp_path):
+def one_rank():
     """Megatron's groups, of this process alone."""
-    with training_device("cpu"):
-        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        mpu.initialize_model_parallel()
+    with on_one_cpu_rank():
         yield
-        mpu.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("per", ["row", "document"])

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron_mdm.mcore.model.masked_head import ROW_MULTIPLE, HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.training.carried import SamplerState
 from tests import ranks
-from tests.one_rank import one_rank, output_layer
+from tests.one_rank import on_one_cpu_rank, output_layer
 
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
 METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient"
@@ -131,7 +131,7 @@ def test_the_fused_cross_entropy_gives_the_same(mask):
         return logits
 
     generator = torch.Generator().manual_seed(0)
-    with one_rank():
+    with on_one_cpu_rank():
         layer = output_layer(96, 16)
         layer.bfloat16()
         states = torch.randn(24, 3, 16, generator=generator).bfloat16().requires_grad_()
