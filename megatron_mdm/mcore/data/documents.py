@@ -24,9 +24,14 @@ def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if documents is None:
         return positions
-    begins = torch.ones_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return positions - (positions * begins).cummax(dim=1).values
+    return positions - (positions * begins_of(documents)).cummax(dim=1).values
+
+
+def begins_of(segments: torch.Tensor) -> torch.Tensor:
+    """Positions where a part of a row begins, bool [b, s], of the numbers of the parts, [b, s]."""
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return begins
 
 
 def eligible_positions(

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.data.documents import begins_of
 
 OPENING_TIME_BITS = 20  # of the 52 of a uniform
 
@@ -129,9 +130,7 @@ def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
     """
     if segments is None:
         return None
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    bounds = begins.flatten().nonzero()[:, 0]
+    bounds = begins_of(segments).flatten().nonzero()[:, 0]
     if len(bounds) == len(segments):
         return None
     return torch.nn.functional.pad(bounds, (0, 1), value=segments.numel()).to(torch.int32)
