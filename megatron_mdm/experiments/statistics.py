@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its confidence interval; NaN where too few values were seen."""
+    """An estimate and the ends of its confidence interval, NaN where the values give none."""
 
     value: float
     low: float
@@ -15,21 +15,27 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The mean of at least one value, with Student's interval."""
+    """The mean of at least one value, with Student's interval.
+
+    One value has no interval, nor have values of which one is not finite.
+    """
     from scipy.stats import t
 
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, math.nan, math.nan)
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * _standard_error(values)
     return Interval(mean, mean - half, mean + half)
 
 
 def t_test(values: Sequence[float]) -> float:
-    """The two-sided p value of Student's test that the mean is 0; NaN for fewer than two values."""
+    """The two-sided p value of Student's test that the mean of values is 0.
+
+    NaN for fewer than two values, and where one is not finite.
+    """
     from scipy.stats import t
 
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     mean, error = statistics.fmean(values), _standard_error(values)
     if error == 0.0:
