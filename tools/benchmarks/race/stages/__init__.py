@@ -1,0 +1,13 @@
+"""The stages of the race by name, the most important ones first and the longest one last."""
+
+from benchmarks.race.driver import Stage
+from benchmarks.race.stages import confirm, larger, others, steps, transfer, tune
+
+STAGES: dict[str, Stage] = {
+    "tune": tune,
+    "confirm": confirm,
+    "transfer": transfer,
+    "steps": steps,
+    "others": others,
+    "larger": larger,
+}
