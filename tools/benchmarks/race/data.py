@@ -53,7 +53,7 @@ def training_flags(directory: pathlib.Path, tokens: int) -> list[str]:
 
 def write_training(directory: pathlib.Path) -> None:
     """Writes the modules to train on as a Megatron dataset, each as a document."""
-    _write(directory / "training", [text for text in texts(held_out=False) if text])
+    write_documents(directory / "training", [text for text in texts(held_out=False) if text])
 
 
 def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]:
@@ -74,11 +74,12 @@ def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]
         )
     places = [i * available // rows * length for i in range(rows)]
     prefix = directory / f"held_out_{length}"
-    _write(prefix, [text[place : place + length] for place in places])
+    write_documents(prefix, [text[place : place + length] for place in places])
     return ["--valid-data-path", str(prefix)]
 
 
-def _write(prefix: pathlib.Path, documents: list[bytes]) -> None:
+def write_documents(prefix: pathlib.Path, documents: list[bytes]) -> None:
+    """Writes texts as a Megatron dataset, `prefix`.bin and `prefix`.idx, a byte a token."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
