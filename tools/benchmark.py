@@ -21,7 +21,7 @@ example:
   python tools/benchmark.py throughput --sides hugging_face full_head masked_head
   python tools/benchmark.py gpu --json gpu.json
   python tools/benchmark.py variance --quick
-  python tools/benchmark.py race --length 256 --batch 16 --jobs 2
+  python tools/benchmark.py race --jobs 2 --json race.json
 """
 
 

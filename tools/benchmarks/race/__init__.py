@@ -1,0 +1,130 @@
+"""Training with each density of t at equal compute, through `-m megatron_mdm.pretrain`.
+
+Small byte-level models are trained on the source of Python's standard library. The stages follow
+rules that were written down before (RULES.md): learning rates are tuned on one seed, contenders are
+compared on fresh ones, the winner goes on to other lengths, a larger model and more steps.
+Finished runs are kept in --directory, so that an interrupted race goes on where it was; those of
+another program or of other data are trained anew. Stages that are not asked for are read from
+--json.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks.race.results import Record, Results
+from benchmarks.race.tables import Table
+from megatron_mdm.errors import UserError, check_numbers
+from megatron_mdm.files import termination_raises, write_errors, write_json
+
+DESCRIPTION = "final NELBO of each density of t at equal compute"
+_SCALES = ("laptop", "ci")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this benchmark's options."""
+    parser.add_argument(
+        "--scale", choices=_SCALES, default="laptop", help="ci: seconds a run (default: laptop)"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", metavar="NAME", help="of the race (default: all, in their order)"
+    )
+    parser.add_argument(
+        "--directory",
+        default="runs/race",
+        metavar="DIR",
+        help="keeps the data and the finished runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results here after each run (default: in DIR)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, one thread each (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--plan", action="store_true", help="print the runs: train nothing")
+    parser.add_argument("--report", metavar="FILE", help="of the results in FILE: train nothing")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains what is missing, or prints what is kept.
+
+    Raises:
+        UserError: settings that cannot work, or a run that failed.
+    """
+    from benchmarks.race.driver import drive
+    from benchmarks.race.scales import SCALES
+    from benchmarks.race.stages import STAGES
+
+    check_numbers(args, "jobs")
+    unknown = [name for name in args.stages or [] if name not in STAGES]
+    if unknown:
+        raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
+    asked = [name for name in STAGES if name in (args.stages or STAGES)]
+    directory = pathlib.Path(args.directory)
+    path = args.json or str(directory / "race.json")
+    if args.report:
+        results = _read(args.report, STAGES)
+        _print(results)
+        return
+    scale = SCALES[args.scale]
+    exists = pathlib.Path(path).exists()
+    kept = _read(path, STAGES).records if exists else []
+    if args.plan:
+        _print_plan(Results(scale, kept), [STAGES[name] for name in asked])
+        return
+    from benchmarks.race.training import Trainer
+
+    with write_errors(str(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+    results = Results(scale, (record for record in kept if record.run.stage not in asked))
+    train = Trainer(scale, directory, args.device)
+
+    def finished(record: Record) -> None:
+        write_json(path, _as_json(args, results))
+        print(f"{record.run.text()}: {record.final:.4f}", file=sys.stderr, flush=True)
+
+    with termination_raises():
+        drive([STAGES[name] for name in asked], results, train, args.jobs, finished)
+    _print(results)
+
+
+def _as_json(args: argparse.Namespace, results: Results) -> dict[str, Any]:
+    return {
+        "scale": args.scale,
+        "date": datetime.date.today().isoformat(),
+        "jobs": args.jobs,
+        "runs": [record.as_json() for record in results.records],
+    }
+
+
+def _read(path: str, stages: Any) -> Results:
+    """Reads what --json wrote.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    from benchmarks.race.scales import SCALES
+
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return Results(SCALES[value["scale"]], map(Record.from_json, value["runs"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not what --json of the race writes ({error!r})") from error
+
+
+def _print(results: Results) -> None:
+    from benchmarks.race.stages import STAGES
+
+    tables: list[Table] = [x for stage in STAGES.values() for x in stage.summary(results)]
+    print("\n\n".join(table.as_text() for table in tables))
+
+
+def _print_plan(results: Results, stages: Any) -> None:
+    from benchmarks.race.driver import all_runs
+
+    for planned in all_runs(stages, results):
+        print(("done  " if planned in results else "      ") + planned.text())

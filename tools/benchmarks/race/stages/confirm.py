@@ -1,0 +1,62 @@
+"""The contenders at their rates on fresh seeds, and the winner."""
+
+import statistics
+
+from benchmarks.race.compare import against
+from benchmarks.race.contenders import MAIN
+from benchmarks.race.plan import Run
+from benchmarks.race.results import Results
+from benchmarks.race.stages import tune
+from benchmarks.race.tables import Table
+
+NAME = "confirm"
+
+
+def runs(results: Results) -> list[Run]:
+    """Seed by seed, so that what is finished can be compared."""
+    scale = results.scale
+    return [
+        run for seed in scale.confirm_seeds for run in _of_seed(results, scale.contenders, seed)
+    ]
+
+
+def _of_seed(results: Results, names: tuple[str, ...], seed: int) -> list[Run]:
+    rates = {name: tune.rate(results, name) for name in names}
+    main = results.scale.main
+    return [main.run(NAME, name, lr, seed) for name, lr in rates.items() if lr is not None]
+
+
+def finals(results: Results) -> dict[str, dict[int, float]]:
+    """Final NELBO by contender and seed."""
+    return {
+        name: results.finals(run for run in runs(results) if run.contender == name)
+        for name in results.scale.contenders
+    }
+
+
+def winner(results: Results) -> str | None:
+    """The contender that ends exact with the least mean of final NELBO over all seeds.
+
+    None as long as a run of one of them is missing. `standard` is what they are compared with, and
+    none of them.
+    """
+    found = {
+        name: list(values.values())
+        for name, values in finals(results).items()
+        if MAIN[name].is_exact and name != "standard"
+    }
+    if any(len(values) < len(results.scale.confirm_seeds) for values in found.values()):
+        return None
+    return min(found, key=lambda name: statistics.fmean(found[name]))
+
+
+def summary(results: Results) -> list[Table]:
+    """Differences from `standard` and from `clipped`."""
+    found = finals(results)
+    title = f"confirm: {results.scale.main.name()}"
+    exact = [name for name in found if MAIN[name].is_exact and name != "standard"]
+    return [
+        against(title, found, "standard", [name for name in found if name != "standard"]),
+        against(title, found, "clipped", exact),
+        against(title, found, "bell", exact),
+    ]

@@ -1,0 +1,33 @@
+"""Longer rows, a larger model and more steps, on few seeds."""
+
+from benchmarks.race.plan import Run, Shape
+from benchmarks.race.results import Results
+from benchmarks.race.stages import transfer
+from benchmarks.race.tables import Table
+
+NAME = "larger"
+CONTENDERS = ("uniform", "clipped")
+
+
+def runs(results: Results) -> list[Run]:
+    """Of these contenders and the winner, shape by shape and seed by seed."""
+    return [run for shape in results.scale.larger for run in _of_shape(results, shape)]
+
+
+def _of_shape(results: Results, shape: Shape) -> list[Run]:
+    models = results.scale.models
+    # With Adam a wider model takes a rate that is smaller by its width.
+    narrower = models[results.scale.main.model].width / models[shape.model].width
+    return [
+        shape.run(NAME, name, lr * narrower, seed)
+        for seed in results.scale.larger_seeds
+        for name, lr in transfer.rates_of(results, CONTENDERS).items()
+    ]
+
+
+def summary(results: Results) -> list[Table]:
+    """Differences from `uniform`, by shape."""
+    return [
+        transfer.compared(results, f"{NAME}: {shape.name()}", _of_shape(results, shape), "uniform")
+        for shape in results.scale.larger
+    ]

@@ -1,0 +1,105 @@
+"""The share of its steps at which the winner has reached what `standard` has at its end."""
+
+import math
+from collections.abc import Mapping
+
+from benchmarks.race.plan import Run, Shape
+from benchmarks.race.results import Results
+from benchmarks.race.stages import confirm, transfer, tune
+from benchmarks.race.tables import Table, interval, number
+from megatron_mdm.experiments.statistics import mean_interval
+
+NAME = "steps"
+
+
+def runs(results: Results) -> list[Run]:
+    """Whole schedules of the winner with fewer steps, shape by shape and seed by seed."""
+    scale = results.scale
+    return [run for shape in (scale.main, *scale.transfer) for run in _of_shape(results, shape)]
+
+
+def _of_shape(results: Results, shape: Shape) -> list[Run]:
+    scale = results.scale
+    winner = confirm.winner(results)
+    lr = None if winner is None else tune.rate(results, winner)
+    if winner is None or lr is None:
+        return []
+    return [
+        shape.run(NAME, winner, lr, seed, steps=round(fraction * shape.steps))
+        for seed in (scale.confirm_seeds if shape == scale.main else scale.transfer_seeds)
+        for fraction in scale.fractions
+    ]
+
+
+def _whole(results: Results, shape: Shape) -> list[Run]:
+    """The runs of `standard` and of the winner with all of the steps."""
+    if shape == results.scale.main:
+        return confirm.runs(results)
+    return transfer.of_shape(results, shape)
+
+
+def fractions(results: Results, shape: Shape) -> dict[int, tuple[float, dict[float, float]]]:
+    """By seed the final NELBO of `standard`, and of the winner by its share of the steps."""
+    winner = confirm.winner(results)
+    whole = _whole(results, shape)
+    targets = results.finals(run for run in whole if run.contender == "standard")
+    found: dict[int, tuple[float, dict[float, float]]] = {}
+    for seed, target in targets.items():
+        own = [run for run in [*_of_shape(results, shape), *whole] if run.contender == winner]
+        reached = {
+            run.steps / shape.steps: results[run].final
+            for run in own
+            if run.seed == seed and run in results
+        }
+        found[seed] = target, dict(sorted(reached.items()))
+    return found
+
+
+def share_to(target: float, reached: Mapping[float, float]) -> float:
+    """The share of the steps at which a NELBO is reached, linear between those that were run.
+
+    Args:
+        target: to reach.
+        reached: final NELBO by share of the steps, in rising order.
+
+    Returns:
+        The least share that was run, where the target is reached there already; infinity where it
+        is not reached at all.
+    """
+    before: tuple[float, float] | None = None
+    for share, value in reached.items():
+        if value <= target:
+            if before is None or not math.isfinite(before[1]):
+                return share
+            part = (before[1] - target) / (before[1] - value)
+            return before[0] + part * (share - before[0])
+        before = share, value
+    return math.inf
+
+
+def summary(results: Results) -> list[Table]:
+    """By shape: every seed's NELBO at each share, and the share that equals `standard`."""
+    tables = []
+    for shape in (results.scale.main, *results.scale.transfer):
+        complete = {
+            seed: found
+            for seed, found in fractions(results, shape).items()
+            if len(found[1]) == len(results.scale.fractions) + 1
+        }
+        if not complete:
+            continue
+        shares = [share_to(*found) for found in complete.values()]
+        columns = list(next(iter(complete.values()))[1])
+        rows = [
+            [f"seed {seed}", number(target), *map(number, reached.values()), number(share, ".3f")]
+            for (seed, (target, reached)), share in zip(complete.items(), shares, strict=True)
+        ]
+        mean = interval(mean_interval(shares), ".3f")
+        rows.append(["mean [95%]", *[""] * (len(columns) + 1), mean])
+        header = ["final NELBO", "standard", *(f"{share:.2f}" for share in columns), "equal at"]
+        title = f"{NAME}: {confirm.winner(results)}, shares of the steps, {shape.name()}"
+        notes = []
+        if columns[0] in shares:
+            notes = [f"A share of {columns[0]:.2f} is an upper bound: no shorter one was run."]
+        tables.append(Table(title, header, rows, notes))
+    return tables
