@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.bell_limits import BELLS, LEAST_PROPOSAL_SHARE, check_bell
 from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
 # Larger numbers are mistakes, for which there would be no memory.
@@ -43,13 +44,36 @@ class MDMConfig:
     """Rows of the vocabulary that are tokens. Later ones are padding, and take no part in the
     softmax. Default: those of the checkpoint, or else of the tokenizer and the mask token."""
 
-    rate_sampler: Literal["uniform", "clipped", "ppots"] = "uniform"
-    """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `clipped` draws from
-    --mdm-clip without a weight, which changes the objective; `ppots` is the paper's P-POTS, read
-    from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval), or both."""
+    rate_sampler: Literal["uniform", "clipped", "flat", "logit-normal", "beta", "ppots"] = "uniform"
+    """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `ppots` is the
+    paper's P-POTS, read from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval),
+    or both. The others change the objective: `clipped` draws from --mdm-clip without a weight;
+    `flat` weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal`
+    (--mdm-logit-normal) and `beta` (--mdm-beta) are bells, and --mdm-bell-role says how."""
 
     clip: list[float] | None = None
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
+
+    logit_normal: list[float] | None = None
+    """MEAN and STD of log(t / (1 - t)), for the sampler of this name."""
+
+    beta: list[float] | None = None
+    """A and B of the Beta density of t, for the sampler of this name."""
+
+    bell_uniform_share: float = 0.1
+    """Share a of the uniform in the density of a bell, w(t) = (1 - a) bell(t) + a, in (0, 1]."""
+
+    bell_role: Literal["objective", "proposal", "weight"] = "objective"
+    """`objective`: rates from the density of a bell without a weight, so that the objective is the
+    mean loss over it. `weight`: the same objective by uniform rates, weighted by the density.
+    `proposal`: rates from the density with weights of one over it, which leaves the objective as it
+    is, and needs --mdm-bell-uniform-share 0.1 or more."""
+
+    bell_fade: list[float] | None = None
+    """START and END, fractions of the run, 0 <= START <= END <= 1, between which the uniform share
+    of a bell rises to 1, linearly: from END on rates are uniform, and the objective is exact. A run
+    that goes on for longer than planned keeps the iterations, or samples, that these were. With
+    --mdm-ppots-refit-interval P-POTS begins at END. --mdm-bell-role objective only."""
 
     ppots_file: str | None = None
     """A density of t made by tools/fit_ppots.py (arXiv 2511.18159); with
@@ -205,7 +229,7 @@ class MDMConfig:
         """
         _choice(self, "device", "rate_sampler", "quantiles", "mask")
         _choice(self, "normalization", "isad_weight", "ppots_target", "head")
-        _choice(self, "rate_per")
+        _choice(self, "rate_per", "bell_role")
         if self.row_order is not None:
             _choice(self, "row_order")
         if not 0.0 < self.eps < 1.0:
@@ -292,6 +316,8 @@ class MDMConfig:
     def _check_sampler(self) -> None:
         needs: dict[str, dict[str, object]] = {
             "clipped": {"--mdm-clip": self.clip},
+            "logit-normal": {"--mdm-logit-normal": self.logit_normal},
+            "beta": {"--mdm-beta": self.beta},
             "ppots": {
                 "--mdm-ppots-file": self.ppots_file,
                 "--mdm-ppots-refit-interval": self.ppots_refit_interval,
@@ -302,12 +328,15 @@ class MDMConfig:
                 "--mdm-ppots-refit-interval",
                 *(f"ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
             )
+        if self.bell_fade is not None and self.ppots_refit_interval:
+            del needs["ppots"]  # it takes over from the bell
         for sampler, flags in needs.items():
             given = [name for name, value in flags.items() if value]
             if given and self.rate_sampler != sampler:
                 raise UserError(f"{given[0]} needs --mdm-rate-sampler {sampler}")
             if not given and self.rate_sampler == sampler:
                 raise UserError(f"--mdm-rate-sampler {sampler} needs {' or '.join(flags)}")
+        self._check_bell()
         if self.ppots_refit_interval < 0:
             raise UserError(
                 f"--mdm-ppots-refit-interval must not be negative: {self.ppots_refit_interval}"
@@ -327,6 +356,33 @@ class MDMConfig:
         ):
             ends = " ".join(map(str, self.clip))
             raise UserError(f"--mdm-clip takes 0 <= low < high <= 1, got {ends}")
+
+    def _check_bell(self) -> None:
+        bell = self.bell
+        if bell is None:
+            samplers = " or ".join(BELLS)
+            names = ("bell_uniform_share", "bell_role", "bell_fade")
+            self._refuse_idle(f"--mdm-rate-sampler {samplers}", *names)
+            return
+        check_bell(*bell)
+        share = self.bell_uniform_share
+        if not 0.0 < share <= 1.0:
+            raise UserError(f"--mdm-bell-uniform-share must lie in (0, 1]: {share}")
+        if self.bell_role == "proposal" and share < LEAST_PROPOSAL_SHARE:
+            raise UserError(
+                f"--mdm-bell-role proposal needs --mdm-bell-uniform-share {LEAST_PROPOSAL_SHARE} "
+                f"or more, got {share}: its weights go up to one over the share"
+            )
+        if self.bell_fade is None:
+            return
+        if self.bell_role != "objective":
+            raise UserError(
+                f"--mdm-bell-fade needs --mdm-bell-role objective, got {self.bell_role}: another "
+                "role leaves nothing to fade"
+            )
+        if not (len(self.bell_fade) == 2 and 0.0 <= self.bell_fade[0] <= self.bell_fade[1] <= 1.0):
+            ends = " ".join(map(str, self.bell_fade))
+            raise UserError(f"--mdm-bell-fade takes 0 <= START <= END <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
         """Refuses settings that do nothing without the flag `needed`, which is not given."""
@@ -352,6 +408,12 @@ class MDMConfig:
     def least_masked_fraction(self, seq_length: int) -> float:
         """Least mean fraction of a row that is masked: eps, or one token of an exact count."""
         return 1.0 / seq_length if self.mask == "exact-count" else self.eps
+
+    @property
+    def bell(self) -> tuple[str, list[float]] | None:
+        """Name and parameters of the bell that rates come from; None: from none."""
+        parameters = {"logit-normal": self.logit_normal, "beta": self.beta}.get(self.rate_sampler)
+        return (self.rate_sampler, parameters) if parameters else None
 
     @property
     def divides_rows(self) -> bool:

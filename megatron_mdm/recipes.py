@@ -15,12 +15,19 @@ from megatron_mdm.config import MDMConfig, destination, flag_of
 # moments move fast, and a fit costs about as much as a log line.
 _REFIT_INTERVAL = 50
 
+_BELL = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5], "bell_uniform_share": 0.01}
+
 # Fields of MDMConfig that a method sets, beside those of `standard`.
 METHODS: dict[str, dict[str, Any]] = {
     # Without any of the methods, as LLaDA and Dream were trained.
     "standard": {"rate_sampler": "uniform", "quantiles": "iid", "mask": "bernoulli", "views": 1},
     # The clipped schedule of block diffusion (arXiv 2503.09573), another objective.
     "clipped": {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
+    # Every masked token counts alike, another objective.
+    "flat": {"rate_sampler": "flat"},
+    # Rates from a bell without a weight, another objective; or one that fades into the exact one.
+    "bell": _BELL,
+    "bell-fade": {**_BELL, "bell_fade": [0.4, 0.7]},
     "ppots-loss": {
         "rate_sampler": "ppots",
         "ppots_refit_interval": _REFIT_INTERVAL,
@@ -90,7 +97,7 @@ def _left_behind(settings: dict[str, Any], sampler: object, is_fitted: bool) -> 
     """What of a recipe has no use with the sampler of t in use, or without fits while training."""
     prefixes: tuple[str, ...] = ()
     if sampler != settings.get("rate_sampler"):
-        prefixes = ("ppots_", "clip")
+        prefixes = ("ppots_", "clip", "logit_normal", "beta", "bell_")
     elif not is_fitted:
         prefixes = ("ppots_target",)
     return {name for name in settings if name.startswith(prefixes)}

@@ -18,8 +18,9 @@ INTEGRAL_TOLERANCE = 1e-10
 class RateSampler(Protocol):
     """A density q on (0, 1], sampled through its inverse distribution function.
 
-    The contract: t = Q^-1(quantile) and weight = 1/q(t) with exactly the density q that Q^-1
-    samples, so that the mean of weight * f(t) over uniform quantiles is the integral of f.
+    The contract: t = Q^-1(quantile) and weight = w(t), with exactly the density q that Q^-1
+    samples. The mean of weight * f(t) over uniform quantiles is then the integral of q w f: that of
+    f where w is 1/q, and another objective where it is not. q w is the density of the objective.
     """
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +29,10 @@ class RateSampler(Protocol):
 
     def density(self, t: torch.Tensor) -> torch.Tensor:
         """q(t), float64, of the shape of `t`, which lies in (0, 1]."""
+        ...
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """The weight that a rate has, float64, of the shape of `t`, which lies in (0, 1]."""
         ...
 
     @property
@@ -49,13 +54,33 @@ class Uniform:
         """1."""
         return torch.ones_like(t)
 
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+
+class Flat(Uniform):
+    """t ~ U(0, 1) with weight 2t, so that every masked token counts alike.
+
+    This CHANGES THE OBJECTIVE to one of density 2t: its loss is no bound on the likelihood. 2t
+    takes away the weight of a masked token, 1/t, and has mean 1.
+    """
+
+    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(quantile, 2 quantile)."""
+        return quantile, self.weight(quantile)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """2t."""
+        return 2.0 * t
+
 
 class Clipped:
     """t ~ U(low, high) with weight 1 (the clipped schedule of block diffusion, arXiv 2503.09573).
 
     This CHANGES THE OBJECTIVE: the mean of the loss over rates between `low` and `high` takes the
-    place of the mean over all rates, and rates outside are never trained. It is therefore the one
-    sampler whose weight is not 1/q(t), and its loss is no bound on the likelihood.
+    place of the mean over all rates, and rates outside are never trained. Its loss is therefore no
+    bound on the likelihood.
     """
 
     breaks: ClassVar[list[float]] = [0.0, 1.0]
@@ -75,16 +100,75 @@ class Clipped:
         inside = (t > self.low) & (t <= self.high)
         return inside.to(torch.float64) / (self.high - self.low)
 
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """1."""
+        return torch.ones_like(t)
 
-class PiecewiseSampler:
-    """A density that is linear between its values at K + 1 edges, sampled exactly.
+
+class Tables:
+    """Arrays that are copied to a device once.
+
+    A copy in every step would make the host wait for the device.
+    """
+
+    def __init__(self, *arrays: Floats) -> None:
+        self._arrays = arrays
+        self._copies: dict[torch.device, list[torch.Tensor]] = {}
+
+    def on(self, device: torch.device) -> list[torch.Tensor]:
+        """Their copies, float64."""
+        if device not in self._copies:
+            self._copies[device] = [torch.tensor(array, device=device) for array in self._arrays]
+        return self._copies[device]
+
+
+def invert(
+    edges: torch.Tensor, values: torch.Tensor, cdf: torch.Tensor, quantile: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rates of quantiles under a density that is linear between its values at edges.
 
     Within a cell [e, e'] of slope c, with q its density at e and r = quantile - Q(e), the
     distribution function is a parabola, whose inverse and density have the closed forms
 
-        q(t) = sqrt(q^2 + 2 c r),    t = e + 2 r / (q + q(t)),    weight = 1 / q(t).
+        q(t) = sqrt(q^2 + 2 c r),    t = e + 2 r / (q + q(t)).
 
-    Up to rounding t increases strictly with the quantile. Equal tables are equal samplers.
+    Up to rounding t increases strictly with the quantile where the density is positive.
+
+    Args:
+        edges: 0 = e_0 < ... < e_K = 1, float64 [K + 1].
+        values: density at the edges, of integral 1, float64 [K + 1].
+        cdf: its integral up to each edge, float64 [K + 1].
+        quantile: float64, in (0, 1).
+
+    Returns:
+        (t, q(t)), float64, of the shape of `quantile`.
+    """
+    cell = _cell(cdf, quantile)
+    start, end = edges[cell], edges[cell + 1]
+    left, right = values[cell], values[cell + 1]
+    slope = (right - left) / (end - start)
+    below = quantile - cdf[cell]
+    above = (cdf[cell + 1] - quantile).clamp(min=0.0)
+    # Measured from the end where the density is lower, all terms are positive: nothing cancels.
+    square = torch.where(
+        slope > 0, left * left + 2 * slope * below, right * right - 2 * slope * above
+    )
+    # The bounds are for rounding: they keep 1/q <= 1 / (least value) exactly.
+    q = square.sqrt().clamp(torch.minimum(left, right), torch.maximum(left, right))
+    return torch.minimum(start + 2 * below / (left + q), end), q
+
+
+def interpolate(edges: torch.Tensor, values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A density that is linear between its values at edges, float64, of the shape of `t`."""
+    cell = _cell(edges, t)
+    fraction = (t - edges[cell]) / (edges[cell + 1] - edges[cell])
+    return torch.lerp(values[cell], values[cell + 1], fraction.to(torch.float64))
+
+
+class PiecewiseSampler:
+    """A density that is linear between its values at K + 1 edges, sampled exactly; see `invert`.
+
+    The weight is 1/q(t). Equal tables are equal samplers.
 
     Attributes:
         edges: 0 = e_0 < ... < e_K = 1, float64 [K + 1].
@@ -102,32 +186,23 @@ class PiecewiseSampler:
         _check(self.edges, self.values)
         self.edges.setflags(write=False)
         self.values.setflags(write=False)
-        self._cdf = np.concatenate([[0.0], np.cumsum(_masses(self.edges, self.values))])
-        self._tables: dict[torch.device, list[torch.Tensor]] = {}
+        self._cdf = cumulated(self.edges, self.values)
+        self._tables = Tables(self.edges, self.values, self._cdf)
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(Q^-1(quantile), 1/q of it), float64, on the device of `quantile`."""
-        edges, values, cdf = self._on(quantile.device)
-        cell = _cell(cdf, quantile)
-        start, end = edges[cell], edges[cell + 1]
-        left, right = values[cell], values[cell + 1]
-        slope = (right - left) / (end - start)
-        below = quantile - cdf[cell]
-        above = (cdf[cell + 1] - quantile).clamp(min=0.0)
-        # Measured from the end where the density is lower, all terms are positive: nothing cancels.
-        square = torch.where(
-            slope > 0, left * left + 2 * slope * below, right * right - 2 * slope * above
-        )
-        # The bounds are for rounding: they keep weight <= 1 / (least value) exactly.
-        q = square.sqrt().clamp(torch.minimum(left, right), torch.maximum(left, right))
-        return torch.minimum(start + 2 * below / (left + q), end), 1.0 / q
+        edges, values, cdf = self._tables.on(quantile.device)
+        t, q = invert(edges, values, cdf, quantile)
+        return t, 1.0 / q
 
     def density(self, t: torch.Tensor) -> torch.Tensor:
         """q(t), float64, of the shape and on the device of `t`."""
-        edges, values, _ = self._on(t.device)
-        cell = _cell(edges, t)
-        fraction = (t - edges[cell]) / (edges[cell + 1] - edges[cell])
-        return torch.lerp(values[cell], values[cell + 1], fraction.to(torch.float64))
+        edges, values, _ = self._tables.on(t.device)
+        return interpolate(edges, values, t)
+
+    def weight(self, t: torch.Tensor) -> torch.Tensor:
+        """1/q(t)."""
+        return 1.0 / self.density(t)
 
     @property
     def breaks(self) -> list[float]:
@@ -138,13 +213,6 @@ class PiecewiseSampler:
         """SHA-256 of the table (edges, then values, as little-endian float64), in hex."""
         table = np.concatenate([self.edges, self.values]).astype("<f8")
         return hashlib.sha256(table.tobytes()).hexdigest()
-
-    def _on(self, device: torch.device) -> list[torch.Tensor]:
-        # Copied to a device once: a copy in every step would make the host wait for the device.
-        if device not in self._tables:
-            arrays = (self.edges, self.values, self._cdf)
-            self._tables[device] = [torch.tensor(array, device=device) for array in arrays]
-        return self._tables[device]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PiecewiseSampler):
@@ -190,6 +258,11 @@ def mixture(
 def _cell(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Index of the cell of a sorted table that holds x; ends belong to the outer cells."""
     return (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)
+
+
+def cumulated(edges: Floats, values: Floats) -> Floats:
+    """Integral of a density up to each edge [K + 1], from its values there."""
+    return np.concatenate([[0.0], np.cumsum(_masses(edges, values))])
 
 
 def _masses(edges: Floats, values: Floats) -> Floats:

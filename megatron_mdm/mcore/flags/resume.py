@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import destinations
+from megatron_mdm.config import destinations, flag
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
@@ -33,6 +33,8 @@ class ResumePlan:
         ppots_digest: of that density, since the file may move, or hold something else by now.
         text_offset: what is added to the number of a text, row // views.
         row_order: `epoch` or `run`, as the flag --mdm-row-order.
+        bell_fade_at: after how many of its iterations, or samples, a bell begins to fade, and is
+            gone, and which of the two these are, "iters" or "samples"; None: no bell fades.
     """
 
     sampler_state_in_checkpoint: bool
@@ -42,6 +44,7 @@ class ResumePlan:
     ppots_digest: str | None
     text_offset: int
     row_order: str
+    bell_fade_at: list[Any] | None
 
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of the run, by the names that they have in checkpoints."""
@@ -82,6 +85,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
         ppots_digest=load_sampler(file).sampler().digest() if file else None,
         text_offset=_text_offset(args, saved) if is_resumed else 0,
         row_order=args.mdm_row_order or kept_order or "epoch",
+        bell_fade_at=_bell_fade_at(args, saved if is_resumed else {}),
     )
     _check(Namespace(**{**vars(args), **plan.arguments()}), saved, is_resumed, other)
     return plan
@@ -146,6 +150,26 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
             f"on are not a multiple of it, so that its next row would not begin a text"
         )
     return int(offset + rows // before - rows // views)
+
+
+def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
+    """The fractions of --mdm-bell-fade in iterations or samples; see `ResumePlan`.
+
+    Those of a run that resumes stay, however much longer it has become.
+    """
+    if args.mdm_bell_fade is None:
+        return None
+    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
+        kept: list[Any] = saved["mdm_bell_fade_at"]
+        return kept
+    unit = "iters" if args.train_samples is None else "samples"
+    length = getattr(args, f"train_{unit}")
+    start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
+    notice(
+        f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
+        f"of {flag(f'train_{unit}')} {length}"
+    )
+    return [start, end, unit]
 
 
 def _training(args: Namespace) -> list[str]:

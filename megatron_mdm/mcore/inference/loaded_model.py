@@ -86,7 +86,13 @@ INFERENCE_OVERRIDES = {
     "mdm_text_offset": 0,
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
-    **{destination(f.name): f.default for f in fields(MDMConfig) if f.name.startswith("ppots_")},
+    "mdm_logit_normal": None,
+    "mdm_beta": None,
+    **{
+        destination(f.name): f.default
+        for f in fields(MDMConfig)
+        if f.name.startswith(("bell_", "ppots_"))
+    },
     "wandb_project": "",
     # FP8 and FP4 products take some numbers of rows and no others, and texts have any length. The
     # weights are in the checkpoint in the precision of the run's other tensors.

@@ -42,7 +42,8 @@ def forward_step(
     inputs = ModelInputs.of_batch(batch, model, state.attention_annealing(training))
     timers("batch-generator").stop()
 
-    corruption, sampler = micro_batch.corruption, state.sampler
+    corruption = micro_batch.corruption
+    sampler = state.fitting_sampler if training else None
     output = inputs.cross_entropy(
         model,
         corruption.tokens,
@@ -99,7 +100,7 @@ def loss_func(
         num_eligible=micro_batch.num_eligible,
         text=batch.text,
     )
-    if state.sampler is not None:
-        state.sampler.record_losses(micro_batch, per_row)
+    if batch.training and state.fitting_sampler is not None:
+        state.fitting_sampler.record_losses(micro_batch, per_row)
     report = torch.stack([losses.numerator.detach(), denominator.float()])
     return losses.numerator, denominator.to(torch.int), {"mdm loss": report}

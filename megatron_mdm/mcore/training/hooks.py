@@ -21,10 +21,11 @@ def after_gradients(
     """
     finalize_model_grads(model, num_tokens, **kwargs)
     iteration = state.training_iteration
-    if state.sampler is not None:  # where the density q(t) changes
-        refit = state.sampler.end_iteration(iteration)
+    sampler = state.fitting_sampler
+    if sampler is not None:  # where the density q(t) changes
+        refit = sampler.end_iteration(iteration)
         if refit is not None and is_last_rank():
-            log_refit(refit, state.sampler.state.moments.skipped, iteration)
+            log_refit(refit, sampler.state.moments.skipped, iteration)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     recorder = state.recorder(training=True)

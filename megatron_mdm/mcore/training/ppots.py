@@ -47,10 +47,6 @@ class OnlineSampler:
         self.measured: torch.Tensor | None = None
         self.iteration = -1
 
-    def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(t, weight) under the density in use."""
-        return self.state.sampler(quantile)
-
     def record_losses(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
         """Takes the losses of rows or documents, where --mdm-ppots-target is `loss`.
 

@@ -14,8 +14,10 @@ from megatron_mdm.mcore.training.corrupters import (
 )
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
+from megatron_mdm.objective.bells import Bell, faded_share
 from megatron_mdm.objective.control_variate import ControlVariate
-from megatron_mdm.objective.corruption import Corrupter, Sampler
+from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.samplers import RateSampler
 
 
 class TrainingState:
@@ -35,7 +37,7 @@ class TrainingState:
         text_offset: what is added to the number of a text, row // views.
         sampler_state_in_checkpoint, log_state_in_checkpoint: whether the checkpoint that the run
             resumes holds such a state.
-        sampler: P-POTS that is refitted while the run trains; None if the density of t is fixed.
+        sampler: P-POTS that is refitted while the run trains; None if no flag asks for it.
         control_variate: of the reported training loss.
         clock: seconds of training.
     """
@@ -53,12 +55,41 @@ class TrainingState:
         self.log_state_in_checkpoint: bool = args.mdm_log_state_in_checkpoint
         refits = bool(self.mdm.ppots_refit_interval)
         self.sampler = OnlineSampler(self.mdm, self.seq_length) if refits else None
-        sampler: Sampler = self.sampler or fixed_sampler(self.mdm)
-        self._corrupters = evaluation_corrupter(self.mdm), training_corrupter(self.mdm, sampler)
+        is_fitted = refits and self.mdm.bell is None
+        self._fixed_sampler = None if is_fitted else fixed_sampler(self.mdm)
+        self._bell_fade_at: list | None = args.mdm_bell_fade_at
+        corrupter = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
+        self._corrupters = evaluation_corrupter(self.mdm), corrupter
         self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
         clip = self.mdm.clip or (0.0, 1.0)
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay, *clip)
         self.clock = TrainingClock()
+
+    @property
+    def uniform_share(self) -> float:
+        """Share of the uniform density beside a bell, in the iteration that is trained; 1: no bell.
+
+        A function of the iterations, or the samples, that are finished: every layout has the same.
+        """
+        if self._bell_fade_at is None:
+            return 1.0 if self.mdm.bell is None else self.mdm.bell_uniform_share
+        start, end, unit = self._bell_fade_at
+        finished = self.training_iteration - 1 if unit == "iters" else self.consumed_rows
+        return faded_share(self.mdm.bell_uniform_share, start, end, finished)
+
+    @property
+    def fitting_sampler(self) -> OnlineSampler | None:
+        """`sampler` in the iterations that it has a part in: none before a bell has faded out."""
+        return self.sampler if self.uniform_share == 1.0 else None
+
+    @property
+    def rate_sampler(self) -> RateSampler:
+        """Where the rates of the iteration that is trained come from."""
+        fitting, fixed = self.fitting_sampler, self._fixed_sampler
+        if fitting is not None:
+            return fitting.state.sampler
+        assert fixed is not None
+        return fixed.with_share(self.uniform_share) if isinstance(fixed, Bell) else fixed
 
     def corrupter(self, training: bool) -> Corrupter:
         """What masks the rows of training, or of evaluations."""
