@@ -70,16 +70,14 @@ class Shape:
         rows: see `Run`.
         model: see `Run`.
         steps: see `Run`.
-        step_ms: milliseconds of a step on one thread, for estimates.
-        evaluation_s: seconds of an evaluation.
+        seconds: of a run on one thread, for estimates.
     """
 
     length: int
     rows: int
     model: str
     steps: int
-    step_ms: float = 0.0
-    evaluation_s: float = 0.0
+    seconds: float
 
     def run(self, stage: str, contender: str, lr: float, seed: int, **more: Any) -> Run:
         """A run of this shape, other than it where `more` says so."""
