@@ -118,15 +118,51 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         resolved(*gone, "--finetune")
 
 
+def resuming(**settings):
+    """The arguments of a run that resumes."""
+    args = Namespace(**MDMConfig(**settings).arguments(), load="somewhere", finetune=False)
+    args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
+    args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
+    args.weight_decay_incr_style, args.skip_train = "constant", False
+    args.train_samples, args.train_iters = None, 100
+    return args
+
+
+def test_the_controlled_loss_starts_over_where_the_objective_has_another_density(capsys):
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5], "bell_fade": [0.4, 0.7]}
+    runs = [
+        {},
+        {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
+        {"rate_sampler": "flat"},
+        bell,
+        {**bell, "bell_fade": None},
+        {**bell, "bell_fade": [0.4, 0.8]},
+        {**bell, "logit_normal": [0.0, 0.6]},
+        {**bell, "bell_uniform_share": 0.2},
+        {**bell, "bell_fade": None, "bell_role": "weight"},
+        {"rate_sampler": "beta", "beta": [2.0, 2.0]},
+    ]
+    for before in runs:
+        args = resuming(**before)
+        saved = {**vars(args), **plan_resume(args, {}).arguments()}
+        for after in runs:
+            args = resuming(**after, allow_flag_change=True)
+            capsys.readouterr()
+            plan = plan_resume(args, saved)
+            assert plan.log_state_in_checkpoint == (before == after)
+            said = "the controlled loss in the logs starts over" in capsys.readouterr().out
+            assert said == (before != after)
+    # P-POTS leaves the objective as it is, and these are the settings that older versions kept.
+    fitted = resuming(rate_sampler="ppots", ppots_refit_interval=2, allow_flag_change=True)
+    assert plan_resume(resuming(), {}).log_state == [10, None]
+    assert plan_resume(fitted, {}).log_state == [10, None]
+
+
 def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
     """Another density is in the checkpoint by then, whatever is in the file, or without one."""
     fitted = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
     for file in ("gone.json", None):
-        config = MDMConfig(**fitted, ppots_file=file)
-        args = Namespace(**config.arguments(), load="somewhere", finetune=False)
-        args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
-        args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
-        args.weight_decay_incr_style, args.skip_train = "constant", False
+        args = resuming(**fitted, ppots_file=file)
         saved = {
             **vars(args),
             "mdm_ppots_file": "gone.json",
