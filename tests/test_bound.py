@@ -5,7 +5,7 @@ import pytest
 
 from megatron_mdm.bound import bound_in_words, why_no_bound
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.density import fixed_sampler
+from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.objective.control_variate import bin_masses
 
 BELL = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5]}

@@ -99,7 +99,7 @@ def training_batches(
     import torch
 
     from megatron_mdm.config import destination
-    from megatron_mdm.density import fixed_sampler
+    from megatron_mdm.densities import fixed_sampler
     from megatron_mdm.mcore.data.batch import Batch
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args

@@ -34,7 +34,7 @@ import torch
 from megatron_mdm import recipes
 from megatron_mdm.bound import why_no_bound
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.density import fixed_sampler
+from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.ppots.fit import Target
 from megatron_mdm.objective.quantiles import Quantiles

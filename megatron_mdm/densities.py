@@ -1,4 +1,4 @@
-"""The density of the masking rate t that the settings say."""
+"""The density of the masking rate that settings ask for."""
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.objective.bells import Bell
@@ -7,7 +7,12 @@ from megatron_mdm.objective.samplers import Clipped, Flat, RateSampler, Uniform
 
 
 def fixed_sampler(mdm: MDMConfig) -> RateSampler:
-    """The density of t, where the run does not fit one itself; of a bell that fades the first."""
+    """The density of t, where a run does not fit one itself.
+
+    Args:
+        mdm: the settings. Of a bell that fades it is the first density, and
+            `Bell.with_share(share)` makes later ones of it.
+    """
     if mdm.bell is not None:
         return Bell.of(*mdm.bell, mdm.bell_role, mdm.bell_uniform_share)
     if mdm.rate_sampler == "flat":
