@@ -47,8 +47,7 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
     reasons = {
         "clipped": mdm.rate_sampler == "clipped" and mdm.clip != [0.0, 1.0],
         "flat": mdm.rate_sampler == "flat",
-        # Rounded to 1 it would contradict itself.
-        f"bell, uniform share {min(uniform_share, 0.99):.2f}": weighs and uniform_share < 1.0,
+        f"bell, uniform share {_share(uniform_share)}": weighs and uniform_share < 1.0,
         "ISAD with inclusion weights": bool(mdm.isad_token_ids)
         and mdm.isad_weight == "inclusion"
         and mdm.isad_delta > 0.0,
@@ -65,14 +64,19 @@ def bound_in_words(mdm: MDMConfig) -> str | None:
     Args:
         mdm: settings of the objective.
     """
-    reason = why_no_bound(mdm, mdm.bell_uniform_share)
+    reason = why_no_bound(mdm, 1.0 if mdm.bell_fade == [0.0, 0.0] else mdm.bell_uniform_share)
+    rest = why_no_bound(mdm, 1.0)
     if reason is None:
         return None
     line = f"the training loss is no bound on the negative log-likelihood: {reason}"
-    if mdm.bell_fade is None:
+    if rest == reason or mdm.bell_fade is None:
         return f"{line}. The NELBO of evaluations is one"
     end = "when --mdm-bell-fade has brought the uniform share to 1"
-    rest = why_no_bound(mdm, 1.0)
     if rest is None:
         return f"{line}. It becomes one {end}; the NELBO of evaluations is one all along"
     return f"{line}; {end}, still for {rest}. The NELBO of evaluations is one"
+
+
+def _share(share: float) -> str:
+    """A share below 1, with two places or more if it is small; 1.00 would contradict it."""
+    return f"{share:.2g}" if share < 0.01 else f"{min(share, 0.99):.2f}"

@@ -17,6 +17,7 @@ NO_BOUND = {
     "flat": {"rate_sampler": "flat"},
     "bell, uniform share 0.10": BELL,
     "bell, uniform share 0.01": {**BETA, "bell_uniform_share": 0.01},
+    "bell, uniform share 0.0005": {**BELL, "bell_uniform_share": 5e-4},
     "bell, uniform share 0.30": {**BELL, "bell_role": "weight", "bell_uniform_share": 0.3},
     "bell, uniform share 0.99": {**BELL, "bell_uniform_share": 1 - 1e-9},
     "ISAD with inclusion weights": ISAD,
@@ -92,6 +93,7 @@ def test_a_bell_that_fades_becomes_a_bound():
         "It becomes one when --mdm-bell-fade has brought the uniform share to 1; the NELBO of "
         "evaluations is one all along"
     )
+    assert bound_in_words(MDMConfig(**BELL, bell_fade=[0.0, 0.0])) is None  # gone at the start
     mdm = MDMConfig(**BELL, bell_fade=[0.4, 0.7], rate_per="document")
     assert why_no_bound(mdm, 1.0) == "rates of documents that see each other"
     assert bound_in_words(mdm) == (
