@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import destinations, flag
+from megatron_mdm.config import destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
@@ -91,8 +91,8 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     if plan.bell_fade_at is not None:
         start, end, unit = plan.bell_fade_at
         notice(
-            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
-            f"of {flag(f'train_{unit}')}"
+            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades between {start} and "
+            f"{end} {'iterations' if unit == 'iters' else unit} of the run"
         )
     return plan
 
