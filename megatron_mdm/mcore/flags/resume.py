@@ -69,6 +69,8 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
+        other.append(f"--mdm-bell-fade {args.mdm_bell_fade}")  # P-POTS begins at its end
     has_sampler_state = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"

@@ -162,6 +162,14 @@ def test_a_fade_is_resolved_once(capsys):
     told = capsys.readouterr().out
     assert "the run resumes with another --mdm-bell-fade [0.5, 0.5]" in told
     assert "fades between 1500 and 1500 iterations of the run" in told
+    # P-POTS begins at the end of a fade, and with another fade it does so again.
+    fitting = {"ppots_refit_interval": 50}
+    saved |= MDMConfig(**bell, bell_fade=[0.4, 0.7], **fitting).arguments()
+    for fade, goes_on in ([0.4, 0.7], True), ([0.5, 0.5], False):
+        args = resumed(MDMConfig(**bell, bell_fade=fade, **fitting), **allowed)
+        assert plan_resume(args, saved).sampler_state_in_checkpoint == goes_on
+        anew = "P-POTS begins to measure anew" in capsys.readouterr().out
+        assert anew != goes_on
     # A checkpoint without a fade, and one that is older than bells.
     plain = {**vars(resumed(MDMConfig(**bell))), "mdm_bell_fade_at": None}
     with pytest.raises(UserError, match=r"--mdm-bell-fade \[0.4, 0.7\] \(checkpoint: None\)"):
