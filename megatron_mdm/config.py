@@ -33,9 +33,9 @@ class MDMConfig:
 
     recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
     """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
-    MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best, of
-    the unbiased ones, at equal compute: P-POTS on the gradient, lattice quantiles and exact-count
-    masks. Flags given by hand win."""
+    MIRROR; `clipped` rates from 0.3 to 0.8, whose loss is no bound; `recommended` what trained
+    best, of those that are bounds, at equal compute: P-POTS on the gradient, lattice quantiles and
+    exact-count masks. Flags given by hand win."""
 
     mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""

@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # Rates from a bell without a weight, another objective; or one that fades into the exact one.
     "bell": _BELL,
     "bell-fade": {**_BELL, "bell_fade": [0.4, 0.7]},
+    # Rates from a bell with weights of one over it, the objective of `standard`.
+    "proposal": {**_BELL, "bell_uniform_share": 0.1, "bell_role": "proposal"},
     "ppots-loss": {
         "rate_sampler": "ppots",
         "ppots_refit_interval": _REFIT_INTERVAL,

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import destinations
+from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
@@ -74,7 +74,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     has_sampler_state = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"
-    log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
+    log_state = _log_settings(args) if is_kept else None
     before = saved.get("mdm_log_state") if is_resumed else None
     # With a state in the checkpoint the run has a density of its own by now.
     file = None if has_sampler_state else args.mdm_ppots_file
@@ -140,6 +140,16 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
+
+
+def _log_settings(args: Namespace) -> list[Any]:
+    """The settings that the average of the control variate is of: bins, and the density of t."""
+    settings = [args.mdm_rate_bins, args.mdm_clip]
+    mdm = MDMConfig.from_args(args)
+    if mdm.bell is not None or mdm.rate_sampler == "flat":  # younger than the state
+        density = mdm.rate_sampler, mdm.logit_normal, mdm.beta
+        settings += [*density, mdm.bell_uniform_share, mdm.bell_role, mdm.bell_fade]
+    return settings
 
 
 def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:

@@ -180,6 +180,36 @@ def test_a_fade_is_resolved_once(capsys):
         plan_resume(resumed(fades), old)
 
 
+def test_the_controlled_loss_starts_over_where_the_objective_has_another_density(capsys):
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5], "bell_fade": [0.4, 0.7]}
+    runs = [
+        {},
+        {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
+        {"rate_sampler": "flat"},
+        bell,
+        {**bell, "bell_fade": None},
+        {**bell, "bell_fade": [0.4, 0.8]},
+        {**bell, "logit_normal": [0.0, 0.6]},
+        {**bell, "bell_uniform_share": 0.2},
+        {**bell, "bell_fade": None, "bell_role": "weight"},
+        {"rate_sampler": "beta", "beta": [2.0, 2.0]},
+    ]
+    for before in runs:
+        args = resumed(MDMConfig(**before))
+        saved = {**vars(args), **plan_resume(args, {}).arguments()}
+        for after in runs:
+            args = resumed(MDMConfig(**after, allow_flag_change=True))
+            capsys.readouterr()
+            plan = plan_resume(args, saved)
+            assert plan.log_state_in_checkpoint == (before == after)
+            said = "the controlled loss in the logs starts over" in capsys.readouterr().out
+            assert said == (before != after)
+    # P-POTS leaves the objective as it is, and these are the settings that older versions kept.
+    fitted = MDMConfig(rate_sampler="ppots", ppots_refit_interval=2, allow_flag_change=True)
+    assert plan_resume(resumed(MDMConfig()), {}).log_state == [10, None]
+    assert plan_resume(resumed(fitted), {}).log_state == [10, None]
+
+
 def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
     """Another density is in the checkpoint by then, whatever is in the file, or without one."""
     fitted = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
