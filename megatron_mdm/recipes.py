@@ -70,7 +70,9 @@ def settings_of(name: str) -> dict[str, Any]:
         Values of fields of MDMConfig, in the order of the fields.
     """
     settings: dict[str, Any] = dict(METHODS["standard"])
-    for part in COMBINATIONS.get(name, name).split("+"):
+    parts = COMBINATIONS.get(name, name).split("+")
+    # P-POTS takes over from a bell that fades: the sampler that the flag names is the bell's.
+    for part in sorted(parts, key=lambda part: METHODS[part].get("rate_sampler") != "ppots"):
         settings |= METHODS[part]
     return {x.name: settings[x.name] for x in fields(MDMConfig) if x.name in settings}
 

@@ -65,6 +65,9 @@ def test_methods_are_joined_in_any_order():
     assert list(joined) == list(RECIPES["recommended"])
     for name in METHODS:
         MDMConfig(**settings_of(name))
+    for name in ("ppots-gradient+bell-fade", "bell-fade+ppots-gradient"):
+        takes_over = MDMConfig(**settings_of(name))
+        assert (takes_over.rate_sampler, takes_over.ppots_target) == ("logit-normal", "gradient")
     with pytest.raises(KeyError):
         settings_of("lattice+exact count")
 
