@@ -47,9 +47,9 @@ class MDMConfig:
     rate_sampler: Literal["uniform", "clipped", "flat", "logit-normal", "beta", "ppots"] = "uniform"
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `ppots` is the
     paper's P-POTS, read from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval),
-    or both. The others change the objective: `clipped` draws from --mdm-clip without a weight;
-    `flat` weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal`
-    (--mdm-logit-normal) and `beta` (--mdm-beta) are bells, and --mdm-bell-role says how."""
+    or both. Others change the objective: `clipped` draws from --mdm-clip without a weight; `flat`
+    weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal` and `beta`
+    are bells (--mdm-logit-normal, --mdm-beta), unless --mdm-bell-role says `proposal`."""
 
     clip: list[float] | None = None
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""

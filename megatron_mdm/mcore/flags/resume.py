@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import MDMConfig, destinations, flag
+from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
@@ -69,6 +69,8 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
+        other.append(f"--mdm-bell-fade {args.mdm_bell_fade}")  # P-POTS begins at its end
     has_sampler_state = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"
@@ -91,8 +93,8 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     if plan.bell_fade_at is not None:
         start, end, unit = plan.bell_fade_at
         notice(
-            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
-            f"of {flag(f'train_{unit}')}"
+            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades between {start} and "
+            f"{end} {'iterations' if unit == 'iters' else unit} of the run"
         )
     return plan
 
