@@ -101,6 +101,8 @@ def test_a_stop_in_each_phase_changes_no_bit(runs, step):
     assert part.losses == whole.losses[step:]
     assert part.grad_norms == whole.grad_norms[step:]
     assert training(part) == training(whole, range(8 * step, 80))
+    for name in ("mdm/controlled loss", "mdm/is bound", "mdm/uniform share"):
+        assert part.scalars[name] == whole.scalars[name][step:], name
     density = "mdm/density at t 0.05"
     assert len(whole.scalars[density]) == 3  # after 6, 8 and 10: none of the bell's iterations
     assert part.scalars[density] == whole.scalars[density][-len(part.scalars[density]) :]
@@ -113,6 +115,9 @@ def test_other_layouts_go_on_with_the_same_bell(runs):
         part = runs[name]
         assert training(part, range(48)) == training(whole, range(8 * step, 48)), name
         assert part.losses == pytest.approx(whole.losses[step:last], rel=1e-4), name
+        for scalar in ("mdm/controlled loss", "mdm/is bound", "mdm/uniform share"):
+            expected = pytest.approx(whole.scalars[scalar][step:last], rel=1e-3)
+            assert part.scalars[scalar] == expected, (name, scalar)
         rates, found = training(whole), training(part)
         assert len(found) == 8 * (last - step)
         assert [t for t, _ in found.values()] == pytest.approx(
@@ -124,6 +129,13 @@ def test_a_fade_in_samples_goes_on_under_another_layout(runs):
     whole, part = runs["samples"], runs["samples TP from 2"]
     assert training(part) == training(whole, range(8, 36))
     assert part.losses == pytest.approx(whole.losses[2:], rel=1e-4)
+
+
+def test_the_log_says_when_the_loss_is_a_bound(runs):
+    """In samples by the rows that are finished before an iteration; P-POTS leaves it one."""
+    for name, shares in (("iters", SHARES + [1.0] * 4), ("samples", list(STEPS.values()))):
+        assert runs[name].scalars["mdm/uniform share"] == pytest.approx(shares)
+        assert runs[name].scalars["mdm/is bound"] == [share == 1.0 for share in shares]
 
 
 def test_the_log_says_when_the_bell_fades(runs):
