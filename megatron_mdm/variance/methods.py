@@ -31,11 +31,15 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megatron_mdm import recipes
+from megatron_mdm.bound import why_no_bound
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.ppots.fit import Target
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
-from megatron_mdm.objective.samplers import Clipped, RateSampler
+from megatron_mdm.objective.samplers import RateSampler
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.recipes import COMBINATIONS, settings_of
@@ -43,12 +47,14 @@ from megatron_mdm.variance.decomposition import NestedDraws, mean_over_row_pairs
 
 QuantileKind = Literal["iid", "strata", "lattice"]
 MaskKind = Literal["bernoulli", "exact-count", "isad"]
+# Fitted to the draws of a kind of masks.
+FittedDensities = dict[tuple[Target, str], RateSampler]
 BINS = 20  # B
 NODES = 100  # of the quadrature, in each bin
 WINDOWS = 1000  # batches that Cov(N) is measured on
 CURVE_DEGREE = 3
-_LOW, _HIGH = settings_of("clipped")["clip"]
-CLIP: tuple[float, float] = (_LOW, _HIGH)
+# Methods whose density of t is neither uniform nor fitted.
+DENSITIES = ("proposal", "clipped", "flat", "bell")
 ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
@@ -60,9 +66,10 @@ class Method:
         quantiles: kind of `Quantiles`.
         mask: kind of mask; `isad` has Bernoulli masks and inclusion weights.
         views: rows made of one text.
-        target: what a fitted density of t was measured on, None for the uniform.
+        target: what a fitted density of t was measured on; None: it is not fitted.
         rows: rows in a batch, in multiples of that of `standard`.
-        clipped: rates from `CLIP`, without a weight.
+        density: the method in recipes.py that the density of t is of, where it is not fitted.
+        unbiased: whether the objective is that of `standard`.
         controlled: the loss is what the logs call controlled (EMA), the gradient is as without.
     """
 
@@ -71,7 +78,8 @@ class Method:
     views: int = 1
     target: Target | None = None
     rows: int = 1
-    clipped: bool = False
+    density: str = "standard"
+    unbiased: bool = True
     controlled: bool = False
 
     @property
@@ -79,23 +87,32 @@ class Method:
         """What is equal to `standard`: rows or texts."""
         return "text" if self.rows > 1 else "row"
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether the objective is that of `standard`."""
-        return not self.clipped and self.mask != "isad"
-
     @classmethod
     def of(cls, name: str) -> "Method":
         """The method of a name; see `recipes.settings_of`."""
         settings = settings_of(name)
+        is_isad = "isad_delta" in settings
+        mdm = MDMConfig(**settings, isad_token_ids=[0] if is_isad else None)
         return cls(
             settings["quantiles"],
-            "isad" if "isad_delta" in settings else settings["mask"],
+            "isad" if is_isad else settings["mask"],
             settings["views"],
             settings.get("ppots_target"),
-            clipped=settings["rate_sampler"] == "clipped",
+            density=next(filter(_has_density, COMBINATIONS.get(name, name).split("+")), "standard"),
+            unbiased=why_no_bound(mdm, mdm.bell_uniform_share) is None,
             controlled="ema_decay" in settings,
         )
+
+    def sampler(self, fitted: FittedDensities) -> RateSampler:
+        """The density of t."""
+        if self.target is not None:
+            return fitted[self.target, self.mask]
+        return fixed_sampler(MDMConfig(**settings_of(self.density)))
+
+
+def _has_density(part: str) -> bool:
+    """Whether a method in recipes.py has a density of its own that is not fitted."""
+    return recipes.METHODS[part].get("rate_sampler") not in (None, "ppots")
 
 
 def _all_methods() -> Iterator[tuple[str, Method]]:
@@ -106,7 +123,7 @@ def _all_methods() -> Iterator[tuple[str, Method]]:
         ("", "mirror"),
     )
     combinations = ["+".join(filter(None, parts)) or "standard" for parts in product]
-    for name in [*combinations, "4-views", "isad", "clipped", "ema"]:
+    for name in [*combinations, "4-views", "isad", *DENSITIES, "ema"]:
         method = Method.of(name)
         yield name, method
         if method.views > 1:
@@ -136,7 +153,7 @@ IMPORTANT = (
     COMBINATIONS["recommended"],
     "ema",
     "isad",
-    "clipped",
+    *DENSITIES,
 )
 
 
@@ -288,8 +305,8 @@ def batch_variance(
     """
     nested_draws = method_draws.nested_draws
     n0, nt = nested_draws.t.shape
-    q = sampler.density(torch.from_numpy(nested_draws.t)).numpy()
-    a = np.ones_like(q) if isinstance(sampler, Clipped) else 1.0 / np.maximum(q, 1e-300)
+    t = torch.from_numpy(nested_draws.t)
+    q, a = sampler.density(t).numpy(), sampler.weight(t).numpy()
     share = nested_draws.weight * q  # of each draw in a mean over t ~ q
     square = (share * a**2 * method_draws.squares).mean(axis=1) @ counts / n0
     # Bins of the quantile are bins of t.

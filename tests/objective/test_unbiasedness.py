@@ -6,16 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.objective.bells import Bell
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.reference import (
+    density_coefficients,
     expected_coefficients,
     objective_coefficients,
     patterns,
 )
-from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
+from megatron_mdm.objective.samplers import (
+    Clipped,
+    Flat,
+    PiecewiseSampler,
+    Tables,
+    Uniform,
+    cumulated,
+)
 from megatron_mdm.objective.views import view_uniforms
 
 EPS = 0.05
@@ -120,6 +129,50 @@ def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
 
 
+EDGES, BELL = [0.0, 0.2, 0.5, 0.8, 1.0], np.array([0.3, 1.0, 2.0, 0.8, 0.3]) / 1.11
+
+
+def small_bell(role, share):
+    """A bell of four cells: its real table has thousands, each with its nodes and its masks.
+
+    A small share would need more nodes than these.
+    """
+    edges = np.array(EDGES)
+    return Bell(Tables(edges, BELL, cumulated(edges, BELL)), role, share)
+
+
+DENSITIES = {
+    "flat": Flat(),
+    "clipped": Clipped(0.3, 0.8),
+    "objective": small_bell("objective", 0.3),
+    "weight": small_bell("weight", 0.4),
+    "proposal": small_bell("proposal", 0.3),
+    "faded": small_bell("objective", 1.0),
+}
+
+
+@pytest.mark.parametrize("eligible", ROWS)
+@pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_mean_coefficients_under_another_density_are_its_objectives(density, name, eligible):
+    """The oracle integrates over t, and knows nothing of how a density is sampled or weighted."""
+    sampler = DENSITIES[density]
+    objective = {
+        "flat": lambda t: 2 * t,
+        "clipped": lambda t: 2.0 if 0.3 < t < 0.8 else 0.0,
+        "objective": lambda t: 0.7 * np.interp(t, EDGES, BELL) + 0.3,
+        "weight": lambda t: 0.6 * np.interp(t, EDGES, BELL) + 0.4,
+    }.get(density, lambda t: 1.0)
+    breaks = [0.0, 0.2, 0.3, 0.5, 0.8, 1.0]
+    mean, exact = expectation(eligible, sampler, (0, 1), name)
+    target = density_coefficients(
+        eligible, 0.0 if name == "exact-count" else EPS, objective, breaks
+    )
+    np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+    is_bound = density in ("proposal", "faded")
+    assert np.allclose(mean, exact, rtol=0, atol=1e-9) == (is_bound or sum(eligible) == 1)
+
+
 class Network(torch.nn.Module):
     """Any function of the visible tokens will do: cross entropies [L] of the clean ones."""
 
@@ -199,13 +252,15 @@ def isad_shift(delta):
     return moved(mean, objective_coefficients([True] * 4, EPS))
 
 
-def clipped_shift(low, high):
-    draw = estimator([True] * 4, Clipped(low, high), (0, 1), mask_kind="bernoulli")
+def density_shift(sampler):
+    draw = estimator([True] * 4, sampler, (0, 1), mask_kind="bernoulli")
 
     def thresholds(quantile):
-        return [np.array([(1 - EPS) * (low + (high - low) * quantile) + EPS])] * 4
+        t = float(sampler(torch.tensor([quantile], dtype=torch.float64))[0])
+        return [np.array([(1 - EPS) * t + EPS])] * 4
 
-    mean = expected_coefficients(draw, 4, thresholds, [0.0, 1.0], order=12)
+    breaks = sorted({*sampler.breaks[::128], 1.0})  # a table of thousands is smooth enough
+    mean = expected_coefficients(draw, 4, thresholds, breaks, order=12)
     return moved(mean, objective_coefficients([True] * 4, EPS))
 
 
@@ -224,8 +279,13 @@ def test_how_far_the_biased_methods_move_the_objective():
     """The figures of the README, exactly."""
     assert isad_shift(0.1) == pytest.approx(0.0711, abs=1e-4)
     assert isad_shift(0.3) == pytest.approx(0.1895, abs=1e-4)
-    assert clipped_shift(0.3, 0.8) == pytest.approx(0.1553, abs=1e-4)
-    assert clipped_shift(0.0, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert density_shift(Clipped(0.3, 0.8)) == pytest.approx(0.1553, abs=1e-4)
+    assert density_shift(Clipped(0.0, 1.0)) == pytest.approx(0.0, abs=1e-12)
+    assert density_shift(Flat()) == pytest.approx(0.1940, abs=1e-4)
+    for role in ("objective", "weight"):
+        bell = Bell.of("logit-normal", [0.0, 0.5], role, 0.01)
+        assert density_shift(bell) == pytest.approx(0.1860, abs=1e-4)
+    assert density_shift(bell.with_share(1.0)) == pytest.approx(0.0, abs=1e-12)
     assert syrm_shift(0.25) == pytest.approx(0.1609, abs=1e-4)
     assert syrm_shift(1.0) == pytest.approx(0.6437, abs=1e-4)
 

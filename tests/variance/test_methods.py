@@ -11,10 +11,9 @@ from scipy import stats
 
 from megatron_mdm.objective.ppots.fit import tabulate
 from megatron_mdm.objective.randomness import GRID_BITS
-from megatron_mdm.objective.samplers import Clipped, Uniform, mixture
+from megatron_mdm.objective.samplers import Clipped, mixture
 from megatron_mdm.variance.decomposition import NestedDraws, nested_sampler, resampled, with_error
 from megatron_mdm.variance.methods import (
-    CLIP,
     IMPORTANT,
     METHODS,
     Method,
@@ -44,6 +43,9 @@ NAMES = [
     "ppots-loss+mirror (texts)",
     "lattice+exact-count",
     "clipped",
+    "flat",
+    "bell",
+    "proposal",
 ]
 
 
@@ -53,7 +55,7 @@ def shape_of(t):
 
 
 def sampler_of(method):
-    return Clipped(*CLIP) if method.clipped else FITTED if method.target else Uniform()
+    return method.sampler({("loss", mask): FITTED for mask in ("bernoulli", "exact-count")})
 
 
 def counts_of(rng, t, mask, views, masks):
@@ -180,7 +182,28 @@ def test_names_say_what_methods_are():
         if method.views > 1:
             other = Method(**{**vars(method), "rows": method.views if method.rows == 1 else 1})
             assert (name in IMPORTANT) == (names[other] in IMPORTANT)
-    assert [name for name, method in METHODS.items() if not method.unbiased] == ["isad", "clipped"]
+    biased = [name for name, method in METHODS.items() if not method.unbiased]
+    assert biased == ["isad", "clipped", "flat", "bell"]
+
+
+def test_densities_are_those_that_the_recipes_name():
+    t = (torch.arange(9, dtype=torch.float64) + 0.5) / 9
+    for name, method in METHODS.items():
+        if method.target is None:
+            sampler, objective = method.sampler({}), torch.ones_like(t)
+            if name == "clipped":
+                objective = Clipped(0.3, 0.8).density(t)
+            if name == "flat":
+                objective = 2 * t
+            if name == "bell":
+                objective = sampler.density(t)
+                assert objective.max() > 1.5 and objective.min() < 0.05
+            if name == "proposal":
+                assert sampler.density(t).max() > 1.5 and sampler.density(t).min() > 0.1
+            torch.testing.assert_close(sampler.density(t) * sampler.weight(t), objective)
+    assert Method.of("recommended") == METHODS["ppots-gradient+lattice+exact-count"]
+    for name in ("bell-fade", "lattice+bell"):  # of one that fades the first
+        assert Method.of(name).density == name.split("+")[-1] and not Method.of(name).unbiased
 
 
 def test_methods_are_chosen_by_name_or_together():
