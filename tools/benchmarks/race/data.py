@@ -4,9 +4,8 @@ import hashlib
 import pathlib
 import sysconfig
 
-from benchmarks.python_text import MASK
+from benchmarks.python_text import MASK, write_documents
 from megatron_mdm.errors import UserError
-from megatron_mdm.files import complete_or_absent
 
 TOKENIZER = (
     "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 0 "
@@ -53,7 +52,7 @@ def training_flags(directory: pathlib.Path, tokens: int) -> list[str]:
 
 def write_training(directory: pathlib.Path) -> None:
     """Writes the modules to train on as a Megatron dataset, each as a document."""
-    _write(directory / "training", [text for text in texts(held_out=False) if text])
+    write_documents(directory / "training", [text for text in texts(held_out=False) if text])
 
 
 def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]:
@@ -74,18 +73,5 @@ def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]
         )
     places = [i * available // rows * length for i in range(rows)]
     prefix = directory / f"held_out_{length}"
-    _write(prefix, [text[place : place + length] for place in places])
+    write_documents(prefix, [text[place : place + length] for place in places])
     return ["--valid-data-path", str(prefix)]
-
-
-def _write(prefix: pathlib.Path, documents: list[bytes]) -> None:
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    with complete_or_absent(f"{prefix}.bin", f"{prefix}.idx") as (tokens, index):
-        builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
-        for text in documents:
-            values = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int16)
-            builder.add_document(values, [len(text)])
-        builder.finalize(index)
