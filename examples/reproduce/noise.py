@@ -99,10 +99,11 @@ def training_batches(
     import torch
 
     from megatron_mdm.config import destination
+    from megatron_mdm.densities import fixed_sampler
     from megatron_mdm.mcore.data.batch import Batch
     from megatron_mdm.mcore.data.row_dataset import build_datasets
     from megatron_mdm.mcore.flags.arguments import finalize_args
-    from megatron_mdm.mcore.training.corrupters import fixed_sampler, training_corrupter
+    from megatron_mdm.mcore.training.corrupters import training_corrupter
     from megatron_mdm.mcore.training.micro_batch import MicroBatch
 
     args = copy.copy(loaded.args)

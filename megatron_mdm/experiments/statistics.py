@@ -15,13 +15,13 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The mean of at least one value, with Student's interval.
+    """The mean, with Student's interval.
 
-    One value has no interval, nor have values of which one is not finite.
+    One value has no interval, nor have values of which one is not finite; no value has no mean.
     """
     from scipy.stats import t
 
-    mean = statistics.fmean(values)
+    mean = sum(values) / len(values) if values else math.nan
     if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, math.nan, math.nan)
     half = float(t.ppf((1 + level) / 2, len(values) - 1)) * _standard_error(values)

@@ -35,15 +35,57 @@ def objective_coefficients(eligible: list[bool], eps: float) -> Floats:
     Returns:
         float64 [2^L, L]; all 0 if nothing is eligible.
     """
-    L, num_eligible = len(eligible), sum(eligible)
+    num_eligible = sum(eligible)
+    return _coefficients(eligible, lambda k: _mean_over_p(k, num_eligible, eps) / num_eligible)
+
+
+def density_coefficients(
+    eligible: list[bool], eps: float, density: Callable[[float], float], breaks: list[float]
+) -> Floats:
+    """c[m, i] of J = integral of density(t) E_m [(1/L_e) sum_i m_i CE_i / p(t)], for one row.
+
+    Args:
+        eligible: which positions may be masked [L].
+        eps: p(t) = (1 - eps) t + eps; 0: exact counts k = ceil(t L_e), weighted by L_e/k. Where the
+            density is not 1 these have another objective than the limit of Bernoulli masks.
+        density: of the objective.
+        breaks: rates from 0 to 1 between which it is a polynomial.
+
+    Returns:
+        float64 [2^L, L]; all 0 if nothing is eligible.
+    """
+    num_eligible = sum(eligible)
+
+    def integral(f: Callable[[float], float], low: float, high: float) -> float:
+        cuts = [low, *(x for x in breaks if low < x < high), high]
+        return sum(
+            integrate(lambda t: density(t) * f(t), *ends) for ends in itertools.pairwise(cuts)
+        )
+
+    def mean(k: int) -> float:
+        if eps == 0.0:
+            mass = integral(lambda t: 1.0, (k - 1) / num_eligible, k / num_eligible)
+            return mass / (k * comb(num_eligible, k))
+
+        def of_rate(t: float) -> float:
+            p = (1 - eps) * t + eps
+            return p ** (k - 1) * (1 - p) ** (num_eligible - k)
+
+        return integral(of_rate, 0.0, 1.0) / num_eligible
+
+    return _coefficients(eligible, mean)
+
+
+def _coefficients(eligible: list[bool], of_count: Callable[[int], float]) -> Floats:
+    """[2^L, L] with `of_count(k)` at the masked positions of each pattern of k eligible ones."""
+    L = len(eligible)
     c = np.zeros((2**L, L))
     for n, mask in enumerate(patterns(L)):
         if any(m and not e for m, e in zip(mask, eligible, strict=True)):
             continue
-        k = sum(mask)
         for i in range(L):
             if mask[i]:
-                c[n, i] = _mean_over_p(k, num_eligible, eps) / num_eligible
+                c[n, i] = of_count(sum(mask))
     return c
 
 

@@ -31,11 +31,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megatron_mdm.config import MDMConfig
+from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
 from megatron_mdm.objective.ppots.fit import Target
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms
-from megatron_mdm.objective.samplers import Clipped, RateSampler
+from megatron_mdm.objective.samplers import RateSampler
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.recipes import COMBINATIONS, settings_of
@@ -47,8 +49,6 @@ BINS = 20  # B
 NODES = 100  # of the quadrature, in each bin
 WINDOWS = 1000  # batches that Cov(N) is measured on
 CURVE_DEGREE = 3
-_LOW, _HIGH = settings_of("clipped")["clip"]
-CLIP: tuple[float, float] = (_LOW, _HIGH)
 ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
@@ -62,7 +62,7 @@ class Method:
         views: rows made of one text.
         target: what a fitted density of t was measured on, None for the uniform.
         rows: rows in a batch, in multiples of that of `standard`.
-        clipped: rates from `CLIP`, without a weight.
+        sampler: of t, where it changes the objective; None: uniform, or fitted to the `target`.
         controlled: the loss is what the logs call controlled (EMA), the gradient is as without.
     """
 
@@ -71,7 +71,7 @@ class Method:
     views: int = 1
     target: Target | None = None
     rows: int = 1
-    clipped: bool = False
+    sampler: RateSampler | None = None
     controlled: bool = False
 
     @property
@@ -82,18 +82,19 @@ class Method:
     @property
     def unbiased(self) -> bool:
         """Whether the objective is that of `standard`."""
-        return not self.clipped and self.mask != "isad"
+        return self.sampler is None and self.mask != "isad"
 
     @classmethod
     def of(cls, name: str) -> "Method":
         """The method of a name; see `recipes.settings_of`."""
         settings = settings_of(name)
+        changed = settings["rate_sampler"] not in ("uniform", "ppots")
         return cls(
             settings["quantiles"],
             "isad" if "isad_delta" in settings else settings["mask"],
             settings["views"],
             settings.get("ppots_target"),
-            clipped=settings["rate_sampler"] == "clipped",
+            sampler=fixed_sampler(MDMConfig(**settings)) if changed else None,
             controlled="ema_decay" in settings,
         )
 
@@ -106,7 +107,7 @@ def _all_methods() -> Iterator[tuple[str, Method]]:
         ("", "mirror"),
     )
     combinations = ["+".join(filter(None, parts)) or "standard" for parts in product]
-    for name in [*combinations, "4-views", "isad", "clipped", "ema"]:
+    for name in [*combinations, "4-views", "isad", "clipped", "flat", "bell", "ema"]:
         method = Method.of(name)
         yield name, method
         if method.views > 1:
@@ -137,6 +138,8 @@ IMPORTANT = (
     "ema",
     "isad",
     "clipped",
+    "flat",
+    "bell",
 )
 
 
@@ -288,8 +291,8 @@ def batch_variance(
     """
     nested_draws = method_draws.nested_draws
     n0, nt = nested_draws.t.shape
-    q = sampler.density(torch.from_numpy(nested_draws.t)).numpy()
-    a = np.ones_like(q) if isinstance(sampler, Clipped) else 1.0 / np.maximum(q, 1e-300)
+    t = torch.from_numpy(nested_draws.t)
+    q, a = sampler.density(t).numpy(), sampler.weight(t).numpy()
     share = nested_draws.weight * q  # of each draw in a mean over t ~ q
     square = (share * a**2 * method_draws.squares).mean(axis=1) @ counts / n0
     # Bins of the quantile are bins of t.

@@ -23,7 +23,7 @@ from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
-from megatron_mdm.objective.samplers import Clipped, RateSampler, Uniform
+from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.variance.decomposition import (
@@ -36,7 +36,6 @@ from megatron_mdm.variance.decomposition import (
     with_error,
 )
 from megatron_mdm.variance.methods import (
-    CLIP,
     METHODS,
     MaskKind,
     Method,
@@ -334,7 +333,7 @@ def _methods(
     counts = resampled(settings.rows, 1000, settings.seed)
 
     def sampler_of(method: Method) -> RateSampler:
-        return Clipped(*CLIP) if method.clipped else found[method.target, method.mask]
+        return method.sampler or found[method.target, method.mask]
 
     def variance(method: Method, what: str) -> Floats:
         texts = settings.batch * method.rows // method.views

@@ -6,16 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_mdm.objective.bells import Bell
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.randomness import GRID_BITS
 from megatron_mdm.objective.reference import (
+    density_coefficients,
     expected_coefficients,
     objective_coefficients,
     patterns,
 )
-from megatron_mdm.objective.samplers import Clipped, PiecewiseSampler, Uniform
+from megatron_mdm.objective.samplers import (
+    Clipped,
+    Flat,
+    PiecewiseSampler,
+    Tables,
+    Uniform,
+    cumulated,
+)
 from megatron_mdm.objective.views import view_uniforms
 
 EPS = 0.05
@@ -118,6 +127,50 @@ def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
         eligible = eligible[:3]  # six cells a position, each with its orders: three will do
     mean, target = expectation(eligible, SAMPLERS[sampler], view, name)
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+
+
+EDGES, BELL = [0.0, 0.2, 0.5, 0.8, 1.0], np.array([0.3, 1.0, 2.0, 0.8, 0.3]) / 1.11
+
+
+def small_bell(role, share):
+    """A bell of four cells: its real table has thousands, each with its nodes and its masks.
+
+    A small share would need more nodes than these.
+    """
+    edges = np.array(EDGES)
+    return Bell(Tables(edges, BELL, cumulated(edges, BELL)), role, share)
+
+
+DENSITIES = {
+    "flat": Flat(),
+    "clipped": Clipped(0.3, 0.8),
+    "objective": small_bell("objective", 0.3),
+    "weight": small_bell("weight", 0.4),
+    "proposal": small_bell("proposal", 0.3),
+    "faded": small_bell("objective", 1.0),
+}
+
+
+@pytest.mark.parametrize("eligible", ROWS)
+@pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_mean_coefficients_under_another_density_are_its_objectives(density, name, eligible):
+    """The oracle integrates over t, and knows nothing of how a density is sampled or weighted."""
+    sampler = DENSITIES[density]
+    objective = {
+        "flat": lambda t: 2 * t,
+        "clipped": lambda t: 2.0 if 0.3 < t < 0.8 else 0.0,
+        "objective": lambda t: 0.7 * np.interp(t, EDGES, BELL) + 0.3,
+        "weight": lambda t: 0.6 * np.interp(t, EDGES, BELL) + 0.4,
+    }.get(density, lambda t: 1.0)
+    breaks = [0.0, 0.2, 0.3, 0.5, 0.8, 1.0]
+    mean, exact = expectation(eligible, sampler, (0, 1), name)
+    target = density_coefficients(
+        eligible, 0.0 if name == "exact-count" else EPS, objective, breaks
+    )
+    np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+    is_bound = density in ("proposal", "faded")
+    assert np.allclose(mean, exact, rtol=0, atol=1e-9) == (is_bound or sum(eligible) == 1)
 
 
 class Network(torch.nn.Module):

@@ -11,10 +11,9 @@ from scipy import stats
 
 from megatron_mdm.objective.ppots.fit import tabulate
 from megatron_mdm.objective.randomness import GRID_BITS
-from megatron_mdm.objective.samplers import Clipped, Uniform, mixture
+from megatron_mdm.objective.samplers import Uniform, mixture
 from megatron_mdm.variance.decomposition import NestedDraws, nested_sampler, resampled, with_error
 from megatron_mdm.variance.methods import (
-    CLIP,
     IMPORTANT,
     METHODS,
     Method,
@@ -44,6 +43,8 @@ NAMES = [
     "ppots-loss+mirror (texts)",
     "lattice+exact-count",
     "clipped",
+    "flat",
+    "bell",
 ]
 
 
@@ -53,7 +54,7 @@ def shape_of(t):
 
 
 def sampler_of(method):
-    return Clipped(*CLIP) if method.clipped else FITTED if method.target else Uniform()
+    return method.sampler or (FITTED if method.target else Uniform())
 
 
 def counts_of(rng, t, mask, views, masks):
@@ -180,7 +181,8 @@ def test_names_say_what_methods_are():
         if method.views > 1:
             other = Method(**{**vars(method), "rows": method.views if method.rows == 1 else 1})
             assert (name in IMPORTANT) == (names[other] in IMPORTANT)
-    assert [name for name, method in METHODS.items() if not method.unbiased] == ["isad", "clipped"]
+    biased = [name for name, method in METHODS.items() if not method.unbiased]
+    assert biased == ["isad", "clipped", "flat", "bell"]
 
 
 def test_methods_are_chosen_by_name_or_together():

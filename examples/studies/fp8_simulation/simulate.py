@@ -29,8 +29,7 @@ import torch
 from megatron_mdm.errors import UserError, check_numbers, run_tool
 from megatron_mdm.files import write_json
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.samplers import Clipped
-from megatron_mdm.variance.methods import CLIP, Method, batches
+from megatron_mdm.variance.methods import Method, batches
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "tools"))
 
@@ -282,7 +281,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """A row for each way of rounding, on the same micro-batches."""
     method = Method.of(setting.method)
-    sampler = Clipped(*CLIP) if method.clipped else samplers[method.target, method.mask]
+    sampler = method.sampler or samplers[method.target, method.mask]
     eligible = torch.ones_like(texts, dtype=torch.bool)
     if setting.normalization:
         lengths = torch.randint(1, texts.shape[1] + 1, (len(texts), 1))

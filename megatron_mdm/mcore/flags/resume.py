@@ -88,6 +88,12 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
         bell_fade_at=_bell_fade_at(args, saved if is_resumed else {}),
     )
     _check(Namespace(**{**vars(args), **plan.arguments()}), saved, is_resumed, other)
+    if plan.bell_fade_at is not None:
+        start, end, unit = plan.bell_fade_at
+        notice(
+            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
+            f"of {flag(f'train_{unit}')}"
+        )
     return plan
 
 
@@ -155,7 +161,8 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
 def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     """The fractions of --mdm-bell-fade in iterations or samples; see `ResumePlan`.
 
-    Those of a run that resumes stay, however much longer it has become.
+    Those of a run that resumes stay, however much longer it has become. Other fractions, which
+    --mdm-allow-flag-change lets pass, are of the whole run as it is now.
     """
     if args.mdm_bell_fade is None:
         return None
@@ -165,10 +172,6 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     unit = "iters" if args.train_samples is None else "samples"
     length = getattr(args, f"train_{unit}")
     start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
-    notice(
-        f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
-        f"of {flag(f'train_{unit}')} {length}"
-    )
     return [start, end, unit]
 
 

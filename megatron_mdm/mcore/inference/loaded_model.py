@@ -88,6 +88,7 @@ INFERENCE_OVERRIDES = {
     "mdm_clip": None,
     "mdm_logit_normal": None,
     "mdm_beta": None,
+    "mdm_bell_fade_at": None,
     **{
         destination(f.name): f.default
         for f in fields(MDMConfig)

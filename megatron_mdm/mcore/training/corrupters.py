@@ -1,10 +1,8 @@
-"""What masks the rows of a run, in training and in evaluations, and the density of t."""
+"""What masks the rows of a run, in training and in evaluations."""
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.objective.bells import Bell
 from megatron_mdm.objective.corruption import Corrupter, Sampler
-from megatron_mdm.objective.ppots.fit_file import load_sampler
-from megatron_mdm.objective.samplers import Clipped, Flat, RateSampler, Uniform
+from megatron_mdm.objective.samplers import Uniform
 
 
 def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
@@ -29,18 +27,3 @@ def evaluation_corrupter(mdm: MDMConfig) -> Corrupter:
     """
     assert mdm.mask_token_id is not None
     return Corrupter(Uniform(), "exact-count", mdm.mask_token_id, mdm.eps)
-
-
-def fixed_sampler(mdm: MDMConfig) -> RateSampler:
-    """The density of t, where the run does not fit one itself; of a bell that fades the first."""
-    if mdm.bell is not None:
-        return Bell.of(*mdm.bell, mdm.bell_role, mdm.bell_uniform_share)
-    if mdm.rate_sampler == "flat":
-        return Flat()
-    if mdm.rate_sampler == "clipped":
-        assert mdm.clip is not None
-        return Clipped(*mdm.clip)
-    if mdm.rate_sampler == "ppots":
-        assert mdm.ppots_file is not None  # without one it is refitted
-        return load_sampler(mdm.ppots_file).sampler()
-    return Uniform()

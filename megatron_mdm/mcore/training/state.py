@@ -7,9 +7,9 @@ train one objective after another, and none of it is an argument or a setting th
 from argparse import Namespace
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.mcore.training.corrupters import (
     evaluation_corrupter,
-    fixed_sampler,
     training_corrupter,
 )
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock

@@ -13,12 +13,15 @@ import datetime
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.race.results import Record, Results
 from benchmarks.race.tables import Table
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.files import termination_raises, write_errors, write_json
+
+if TYPE_CHECKING:
+    from benchmarks.race.driver import Stage
 
 DESCRIPTION = "final NELBO of each density of t at equal compute"
 _SCALES = ("laptop", "ci")
@@ -67,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
     directory = pathlib.Path(args.directory)
     path = args.json or str(directory / "race.json")
     if args.report:
-        results = _read(args.report, STAGES)
+        results = _read(args.report)
         _print(results)
         return
     scale = SCALES[args.scale]
     exists = pathlib.Path(path).exists()
-    kept = _read(path, STAGES).records if exists else []
+    kept = _read(path).records if exists else []
     if args.plan:
-        _print_plan(Results(scale, kept), [STAGES[name] for name in asked])
+        _print_plan(Results(scale, kept), {name: STAGES[name] for name in asked})
         return
     from benchmarks.race.training import Trainer
 
@@ -101,7 +104,7 @@ def _as_json(args: argparse.Namespace, results: Results) -> dict[str, Any]:
     }
 
 
-def _read(path: str, stages: Any) -> Results:
+def _read(path: str) -> Results:
     """Reads what --json wrote.
 
     Raises:
@@ -117,14 +120,27 @@ def _read(path: str, stages: Any) -> Results:
 
 
 def _print(results: Results) -> None:
+    from benchmarks.race import decide
     from benchmarks.race.stages import STAGES
 
-    tables: list[Table] = [x for stage in STAGES.values() for x in stage.summary(results)]
+    parts = [*(stage.summary for stage in STAGES.values()), decide.summary]
+    tables: list[Table] = [table for summary in parts for table in summary(results)]
     print("\n\n".join(table.as_text() for table in tables))
 
 
-def _print_plan(results: Results, stages: Any) -> None:
-    from benchmarks.race.driver import all_runs
+def _print_plan(results: Results, stages: "dict[str, Stage]") -> None:
+    """All runs, and the hours on one core that each stage takes and still needs."""
+    from benchmarks.race.driver import all_runs, seconds_of
 
-    for planned in all_runs(stages, results):
-        print(("done  " if planned in results else "      ") + planned.text())
+    planned = all_runs(list(stages.values()), results)
+    hours = {run: seconds_of(run, results) / 3600 for run in planned}
+    for run in planned:
+        print(f"{'done' if run in results else '':5s}{60 * hours[run]:5.1f} min  {run.text()}")
+    print(f"{'':12s}{'runs':>6s}{'done':>6s}{'core-hours':>12s}{'to go':>8s}")
+    for name in [*stages, "all"]:
+        some = [run for run in planned if name in (run.stage, "all")]
+        left = [run for run in some if run not in results]
+        print(
+            f"{name:12s}{len(some):6d}{len(some) - len(left):6d}"
+            f"{sum(map(hours.__getitem__, some)):12.2f}{sum(map(hours.__getitem__, left)):8.2f}"
+        )

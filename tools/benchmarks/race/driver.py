@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from benchmarks.race.plan import Run
+from benchmarks.race.plan import Run, Shape
 from benchmarks.race.results import Record, Results
 from benchmarks.race.tables import Table
 from megatron_mdm.experiments.runs import run_parallel
@@ -69,6 +69,23 @@ def drive(
                     changed.notify_all()
 
     run_parallel(jobs, work, range(jobs))
+
+
+def seconds_of(run: Run, results: Results) -> float:
+    """An estimate of how long a run takes: of steps like its own, or else of as many tokens."""
+    like = [x for x in results.records if (_kind(x.run), x.run.judged) == (_kind(run), run.judged)]
+    if like:
+        return run.steps * sum(x.seconds for x in like) / sum(x.run.steps for x in like)
+    scale = results.scale
+    shapes = [scale.main, *scale.transfer, *scale.larger, *scale.explain, scale.local]
+    shape = next((shape for shape in shapes if _kind(shape) == _kind(run)), scale.main)
+    tokens = run.steps * run.rows * run.length
+    training = shape.seconds * tokens / (shape.steps * shape.rows * shape.length)
+    return training + scale.judging.seconds * run.judged
+
+
+def _kind(x: Run | Shape) -> tuple[int, int, str]:
+    return x.length, x.rows, x.model
 
 
 def all_runs(stages: Sequence[Stage], results: Results) -> list[Run]:

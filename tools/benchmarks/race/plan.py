@@ -70,16 +70,14 @@ class Shape:
         rows: see `Run`.
         model: see `Run`.
         steps: see `Run`.
-        step_ms: milliseconds of a step on one thread, for estimates.
-        evaluation_s: seconds of an evaluation.
+        seconds: of a run on one thread, for estimates.
     """
 
     length: int
     rows: int
     model: str
     steps: int
-    step_ms: float = 0.0
-    evaluation_s: float = 0.0
+    seconds: float
 
     def run(self, stage: str, contender: str, lr: float, seed: int, **more: Any) -> Run:
         """A run of this shape, other than it where `more` says so."""
@@ -115,6 +113,7 @@ class Judging:
         draws: masks of each held-out row.
         texts: rows that a model writes.
         calls: of the model for a row.
+        seconds: of judging one model, for estimates.
     """
 
     judge: Shape
@@ -122,6 +121,7 @@ class Judging:
     draws: int
     texts: int
     calls: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

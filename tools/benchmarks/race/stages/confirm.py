@@ -34,29 +34,31 @@ def finals(results: Results) -> dict[str, dict[int, float]]:
     }
 
 
-def winner(results: Results) -> str | None:
-    """The contender that ends exact with the least mean of final NELBO over all seeds.
+def challengers(results: Results) -> list[str]:
+    """Contenders that may win: they end exact, and are not what the others are compared with."""
+    return [x for x in results.scale.contenders if MAIN[x].is_exact and x != "standard"]
 
-    None as long as a run of one of them is missing. `standard` is what they are compared with, and
-    none of them.
-    """
-    found = {
-        name: list(values.values())
-        for name, values in finals(results).items()
-        if MAIN[name].is_exact and name != "standard"
-    }
+
+def winner(results: Results) -> str | None:
+    """The one of them with the least mean of final NELBO; None as long as a run is missing."""
+    found = {name: list(finals(results)[name].values()) for name in challengers(results)}
     if any(len(values) < len(results.scale.confirm_seeds) for values in found.values()):
         return None
     return min(found, key=lambda name: statistics.fmean(found[name]))
 
 
 def summary(results: Results) -> list[Table]:
-    """Differences from `standard` and from `clipped`."""
-    found = finals(results)
-    title = f"confirm: {results.scale.main.name()}"
-    exact = [name for name in found if MAIN[name].is_exact and name != "standard"]
+    """Differences from `standard`; of those that may win from the two that do not end exact."""
+    found = {name: values for name, values in finals(results).items() if values}
+    title = f"{NAME}: {results.scale.main.name()}"
+    exact = [name for name in challengers(results) if name in found]
+    families = {
+        "standard": [name for name in found if name != "standard"],
+        "clipped": exact,
+        "bell": exact,
+    }
     return [
-        against(title, found, "standard", [name for name in found if name != "standard"]),
-        against(title, found, "clipped", exact),
-        against(title, found, "bell", exact),
+        against(title, found, baseline, names)
+        for baseline, names in families.items()
+        if baseline in found and names
     ]

@@ -28,6 +28,11 @@ def _of_shape(results: Results, shape: Shape) -> list[Run]:
 def summary(results: Results) -> list[Table]:
     """Differences from `uniform`, by shape."""
     return [
-        transfer.compared(results, f"{NAME}: {shape.name()}", _of_shape(results, shape), "uniform")
+        table
         for shape in results.scale.larger
+        for table in transfer.compared(
+            f"{NAME}: {shape.name()}",
+            transfer.by_contender(results, _of_shape(results, shape)),
+            "uniform",
+        )
     ]

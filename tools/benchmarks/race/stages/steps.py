@@ -7,7 +7,7 @@ from benchmarks.race.plan import Run, Shape
 from benchmarks.race.results import Results
 from benchmarks.race.stages import confirm, transfer, tune
 from benchmarks.race.tables import Table, interval, number
-from megatron_mdm.experiments.statistics import mean_interval
+from megatron_mdm.experiments.statistics import Interval, mean_interval
 
 NAME = "steps"
 
@@ -55,6 +55,13 @@ def fractions(results: Results, shape: Shape) -> dict[int, tuple[float, dict[flo
     return found
 
 
+def complete(results: Results, shape: Shape) -> dict[int, tuple[float, dict[float, float]]]:
+    """See `fractions`: the seeds of which no run is missing."""
+    needed = len(results.scale.fractions) + 1
+    found = fractions(results, shape).items()
+    return {seed: (target, reached) for seed, (target, reached) in found if len(reached) == needed}
+
+
 def share_to(target: float, reached: Mapping[float, float]) -> float:
     """The share of the steps at which a NELBO is reached, linear between those that were run.
 
@@ -77,24 +84,29 @@ def share_to(target: float, reached: Mapping[float, float]) -> float:
     return math.inf
 
 
+def share_text(share: Interval) -> str:
+    """A share of the steps, or that one of the seeds does not reach its target."""
+    return interval(share, ".3f") if math.isfinite(share.value) else "not reached"
+
+
 def summary(results: Results) -> list[Table]:
     """By shape: every seed's NELBO at each share, and the share that equals `standard`."""
     tables = []
     for shape in (results.scale.main, *results.scale.transfer):
-        complete = {
-            seed: found
-            for seed, found in fractions(results, shape).items()
-            if len(found[1]) == len(results.scale.fractions) + 1
-        }
-        if not complete:
+        found = complete(results, shape)
+        if not found:
             continue
-        shares = [share_to(*found) for found in complete.values()]
-        columns = list(next(iter(complete.values()))[1])
+        shares = [share_to(*x) for x in found.values()]
+        columns = list(next(iter(found.values()))[1])
         rows = [
-            [f"seed {seed}", number(target), *map(number, reached.values()), number(share, ".3f")]
-            for (seed, (target, reached)), share in zip(complete.items(), shares, strict=True)
+            [
+                f"seed {seed}",
+                *map(number, [target, *reached.values()]),
+                share_text(mean_interval([share])),
+            ]
+            for (seed, (target, reached)), share in zip(found.items(), shares, strict=True)
         ]
-        mean = interval(mean_interval(shares), ".3f")
+        mean = share_text(mean_interval(shares))
         rows.append(["mean [95%]", *[""] * (len(columns) + 1), mean])
         header = ["final NELBO", "standard", *(f"{share:.2f}" for share in columns), "equal at"]
         title = f"{NAME}: {confirm.winner(results)}, shares of the steps, {shape.name()}"

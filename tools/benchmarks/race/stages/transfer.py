@@ -1,6 +1,6 @@
 """Rows of other lengths at the rates of `tune`."""
 
-from benchmarks.race.compare import against
+from benchmarks.race.compare import Finals, against
 from benchmarks.race.plan import Run, Shape
 from benchmarks.race.results import Results
 from benchmarks.race.stages import confirm, tune
@@ -36,13 +36,27 @@ def rates_of(results: Results, names: tuple[str, ...]) -> dict[str, float]:
 def summary(results: Results) -> list[Table]:
     """Differences from `standard`, by shape."""
     return [
-        compared(results, f"{NAME}: {shape.name()}", of_shape(results, shape), "standard")
+        table
         for shape in results.scale.transfer
+        for table in compared(f"{NAME}: {shape.name()}", finals(results, shape), "standard")
     ]
 
 
-def compared(results: Results, title: str, some: list[Run], baseline: str) -> Table:
-    """Differences from a baseline of runs of one shape."""
-    names = list(dict.fromkeys(run.contender for run in some))
-    finals = {name: results.finals(run for run in some if run.contender == name) for name in names}
-    return against(title, finals, baseline, [name for name in names if name != baseline])
+def finals(results: Results, shape: Shape) -> Finals:
+    """Final NELBO of those of one shape, by contender and seed."""
+    return by_contender(results, of_shape(results, shape))
+
+
+def by_contender(results: Results, some: list[Run]) -> Finals:
+    """Final NELBO of runs that are finished, by contender and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in some:
+        if run in results:
+            found.setdefault(run.contender, {})[run.seed] = results[run].final
+    return found
+
+
+def compared(title: str, finals: Finals, baseline: str) -> list[Table]:
+    """Differences from a baseline, as soon as there is one."""
+    names = [name for name in finals if name != baseline]
+    return [against(title, finals, baseline, names)] if baseline in finals and names else []

@@ -1,0 +1,122 @@
+"""A bell that fades into the uniform, and P-POTS that takes over from it: over stops and layouts.
+
+The run has these phases: the bell as it begins (iterations 1 to 3), the fade (4 and 5), uniform
+rates that P-POTS measures (6), and rates of its fits (after 6, 8 and 10).
+"""
+
+import pytest
+import torch
+
+from megatron_mdm.objective.bells import Bell
+from megatron_mdm.objective.quantiles import Quantiles
+from megatron_mdm.objective.randomness import Split, to_unit
+from tests import ranks
+
+FADE = [
+    *"--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5 --mdm-bell-fade 0.2 0.5".split(),
+    *"--mdm-bell-uniform-share 0.01 --mdm-views 2 --lr 1e-3 --save-interval 1".split(),
+]
+TAKEOVER = [
+    *"--train-iters 10 --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
+    *"--mdm-ppots-target gradient".split(),
+]
+# Samples: 4 rows a step at first, 8 from the 13th row on: ends of steps at 4, 8, 12, 20, 28, 36.
+SAMPLES = [
+    *["--step-batch-size-schedule", "0:4 384:8"],
+    *"--train-samples 36 --eval-global-batch-size 8".split(),
+]
+TP = ["--tensor-model-parallel-size", "2"]
+PP = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+# The uniform share in each iteration until P-POTS has a fit, and that of each step in samples: the
+# fade goes from 7 to 18 of them.
+SHARES = [0.01, 0.01, 0.01, 0.01 + 0.99 * (1 / 3), 0.01 + 0.99 * (2 / 3), 1.0]
+STEPS = {0: 0.01, 4: 0.01, 8: 0.01 + 0.99 * (1 / 11), 12: 0.01 + 0.99 * (5 / 11), 20: 1.0, 28: 1.0}
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    """Whole runs on one rank, and runs from their checkpoints to the end, or to a stop."""
+    directory = tmp_path_factory.mktemp("fade")
+    data, load = base[: base.index("--load")], base[base.index("--load") :]
+    drop = ["--global-batch-size", "--train-iters"]
+    batch = ["--global-batch-size", "8"]
+    takes_over, in_samples = [*data, *FADE, *batch, *TAKEOVER], [*data, *FADE, *SAMPLES]
+
+    def go_on(whole, step, *more):
+        return ["--load", str(directory / f"{whole}_ckpt"), "--ckpt-step", str(step), *more]
+
+    wholes = {
+        name: (1, [*flags, *load, "--save", str(directory / f"{name}_ckpt")])
+        for name, flags in (("iters", takes_over), ("samples", in_samples))
+    }
+    found = ranks.launch_layouts(directory, wholes, drop=drop)
+    longer = "--train-iters 20 --exit-interval 7 --override-opt_param-scheduler".split()
+    parts = {
+        **{f"from {k}": (1, [*takes_over, *go_on("iters", k)]) for k in (1, 3, 5, 7)},
+        "TP from 1": (2, [*takes_over, *TP, *go_on("iters", 1, "--exit-interval", "7")]),
+        "PP from 4": (2, [*takes_over, *PP, *go_on("iters", 4)]),
+        "longer": (2, [*takes_over, *go_on("iters", 2), *longer]),
+        "samples TP from 2": (2, [*in_samples, *TP, *go_on("samples", 2)]),
+    }
+    return found | ranks.launch_layouts(directory, parts, drop=drop)
+
+
+def training(run, rows=range(1000)):
+    """Rates and masks of rows of training."""
+    return {key: x for key, x in run.masks().items() if key[0] == Split.TRAIN and key[1] in rows}
+
+
+def expected_rate(row, share):
+    """The rate of a row under the bell, two views of a text alike."""
+    quantile = Quantiles("lattice", 1234, Split.TRAIN)(row // 2)
+    bell = Bell.of("logit-normal", [0.0, 0.5], share=share)
+    return bell(to_unit(torch.tensor([quantile])))[0].item()
+
+
+def test_every_iteration_has_the_share_of_its_own(runs):
+    found = training(runs["iters"])
+    for row in range(48):
+        assert found[Split.TRAIN, row][0] == expected_rate(row, SHARES[row // 8])
+    found = training(runs["samples"])
+    assert len(found) == 36
+    for row in range(36):
+        share = STEPS[max(first for first in STEPS if first <= row)]
+        assert found[Split.TRAIN, row][0] == expected_rate(row, share)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_a_stop_in_each_phase_changes_no_bit(runs, step):
+    whole, part = runs["iters"], runs[f"from {step}"]
+    assert part.losses == whole.losses[step:]
+    assert part.grad_norms == whole.grad_norms[step:]
+    assert training(part) == training(whole, range(8 * step, 80))
+    density = "mdm/density at t 0.05"
+    assert len(whole.scalars[density]) == 3  # after 6, 8 and 10: none of the bell's iterations
+    assert part.scalars[density] == whole.scalars[density][-len(part.scalars[density]) :]
+
+
+def test_other_layouts_go_on_with_the_same_bell(runs):
+    """Bit for bit until a fit, which sees losses that are rounded differently."""
+    whole = runs["iters"]
+    for name, step, last in (("TP from 1", 1, 7), ("PP from 4", 4, 10), ("longer", 2, 7)):
+        part = runs[name]
+        assert training(part, range(48)) == training(whole, range(8 * step, 48)), name
+        assert part.losses == pytest.approx(whole.losses[step:last], rel=1e-4), name
+        rates, found = training(whole), training(part)
+        assert len(found) == 8 * (last - step)
+        assert [t for t, _ in found.values()] == pytest.approx(
+            [rates[row][0] for row in found], rel=1e-3
+        )
+
+
+def test_a_fade_in_samples_goes_on_under_another_layout(runs):
+    whole, part = runs["samples"], runs["samples TP from 2"]
+    assert training(part) == training(whole, range(8, 36))
+    assert part.losses == pytest.approx(whole.losses[2:], rel=1e-4)
+
+
+def test_the_log_says_when_the_bell_fades(runs):
+    line = "the bell of --mdm-rate-sampler logit-normal fades from {} of --train-{}"
+    for name in ("iters", "from 1", "longer"):
+        assert line.format("2 to 5", "iters") in runs[name].output[0]
+    assert line.format("7 to 18", "samples") in runs["samples"].output[0]
