@@ -124,18 +124,20 @@ def test_gaps_are_to_the_best_loss():
 
 
 @pytest.mark.parametrize(
-    "bell, expected",
+    "bell, in_confirm, expected",
     [
-        ({1: 0.1, 2: 0.1, 3: 0.1}, "the bell gains where nothing is local, too"),
-        ({1: 0.21, 2: 0.19, 3: 0.2}, "the bell's gain vanishes where nothing is local"),
-        ({1: 0.3, 2: 0.3, 3: 0.3}, "undecided"),
-        ({1: 0.1}, "undecided"),
+        ([0.1, 0.1, 0.1], -0.2, "the bell's gain remains where nothing is local"),
+        ([0.21, 0.19, 0.2], -0.2, "the bell's gain vanishes where nothing is local"),
+        ([0.21, 0.19, 0.2], -0.04, "undecided"),  # the interval is wider than 0.01
+        ([0.21, 0.19, 0.2], math.nan, "undecided"),
+        ([0.199, 0.199, 0.199], -0.2, "undecided"),  # below 0, and nearly 0
+        ([0.3, 0.3, 0.3], -0.2, "undecided"),
+        ([0.1], -0.2, "undecided"),
     ],
 )
-def test_the_rule_of_locality(bell, expected):
-    uniform = {1: 0.2, 2: 0.2, 3: 0.2}
-    gaps = {heading: {"uniform": uniform, "bell": bell} for heading in local.HEADINGS}
-    assert local.reading(gaps) == expected
+def test_the_rule_of_locality(bell, in_confirm, expected):
+    by_name = {"uniform": dict(enumerate([0.2] * 3)), "bell": dict(enumerate(bell))}
+    assert local.reading(dict.fromkeys(local.HEADINGS, by_name), in_confirm) == expected
 
 
 @pytest.fixture(scope="module")
