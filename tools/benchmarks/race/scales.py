@@ -27,12 +27,12 @@ SCALES = {
         others=tuple(OTHERS),
         held_out=1024,
         judging=Judging(
-            Shape(128, 16, "0.6M", 4000, seconds=600),
+            Shape(128, 16, "0.6M", 3000, seconds=500),
             lr=3e-3,
             draws=8,
             texts=256,
             calls=64,
-            seconds=120,
+            seconds=150,
         ),
         ending_seeds=(1, 2, 3, 4),
         explain=(
