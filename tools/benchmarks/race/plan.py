@@ -26,7 +26,6 @@ class Run:
         lr: largest learning rate.
         seed: at least 1.
         flags: more flags; they win over those that follow from the rest.
-        save: keep the trained model, beside the result.
     """
 
     stage: str
@@ -38,7 +37,6 @@ class Run:
     lr: float
     seed: int
     flags: tuple[str, ...] = ()
-    save: bool = False
 
     @property
     def evaluated(self) -> list[int]:

@@ -20,8 +20,7 @@ class Record:
         seconds: that it took.
         program: commit and libraries that it was made with.
         machine: that it was made on.
-        name: what its files in --directory are called, without an ending; the directory of this
-            name has the checkpoint of a run with `save`.
+        name: what its files in --directory are called, without an ending.
     """
 
     run: Run

@@ -47,10 +47,8 @@ class Trainer:
             UserError: it failed, other than by diverging.
         """
         flags = self.flags(run)
-        # Whether the model is kept is a part of the question, though not of the answer.
-        question = [*flags, "--save"] if run.save else flags
-        name = run_path(self.directory, question)
-        kept = run_cached(self.directory, question, lambda path: self._train(run, flags, path))
+        name = run_path(self.directory, flags)
+        kept = run_cached(self.directory, flags, lambda path: self._train(run, flags, path))
         return Record(
             run,
             tuple(kept["nelbo"]),
@@ -62,7 +60,7 @@ class Trainer:
         )
 
     def flags(self, run: Run) -> list[str]:
-        """All flags of a run but those of its checkpoint."""
+        """All flags of a run."""
         model = self.scale.models[run.model]
         evaluated = min(self.scale.held_out, max(1, _EVALUATED_TOKENS // run.length))
         return [
@@ -96,10 +94,9 @@ class Trainer:
 
     def _train(self, run: Run, flags: list[str], path: pathlib.Path) -> dict[str, Any]:
         log = path.with_suffix(".log")
-        save = f"--save {path} --save-interval {run.steps}".split() if run.save else []
         start = time.monotonic()
         try:
-            output = run_python([*PROGRAM, *flags, *save], log, f"the run {run.text()}")
+            output = run_python([*PROGRAM, *flags], log, f"the run {run.text()}")
         except UserError:
             output = log.read_text(encoding="utf-8")
             if not _DIVERGED.search(output):
