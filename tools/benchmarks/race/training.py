@@ -67,7 +67,7 @@ class Trainer:
         )
 
     def flags(self, run: Run) -> list[str]:
-        """All flags of a run but those of its checkpoint."""
+        """All flags of a run."""
         model = self.scale.models[run.model]
         evaluated = min(self.scale.held_out, max(1, _EVALUATED_TOKENS // run.length))
         return [
