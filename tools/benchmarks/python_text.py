@@ -2,6 +2,7 @@
 
 import pathlib
 import sysconfig
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from megatron_mdm.files import complete_or_absent
@@ -30,13 +31,18 @@ def rows(length: int, seed: int) -> "torch.Tensor":
 
 def write_data(directory: pathlib.Path) -> None:
     """Writes the modules as a Megatron dataset, `text` in the directory, each as a document."""
+    write_documents(directory / "text", [text for text in modules() if text])
+
+
+def write_documents(prefix: pathlib.Path, texts: Iterable[bytes]) -> None:
+    """Writes texts that are not empty as a Megatron dataset, each as a document."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    names = [str(directory / name) for name in ("text.bin", "text.idx")]
-    with complete_or_absent(*names) as (tokens, index):
+    with complete_or_absent(f"{prefix}.bin", f"{prefix}.idx") as (tokens, index):
         builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
-        for text in filter(None, modules()):
-            builder.add_document(torch.tensor(list(text), dtype=torch.int16), [len(text)])
+        for text in texts:
+            values = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int16)
+            builder.add_document(values, [len(text)])
         builder.finalize(index)

@@ -4,9 +4,8 @@ import hashlib
 import pathlib
 import sysconfig
 
-from benchmarks.python_text import MASK
+from benchmarks.python_text import MASK, write_documents
 from megatron_mdm.errors import UserError
-from megatron_mdm.files import complete_or_absent
 
 TOKENIZER = (
     "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 0 "
@@ -76,17 +75,3 @@ def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]
     prefix = directory / f"held_out_{length}"
     write_documents(prefix, [text[place : place + length] for place in places])
     return ["--valid-data-path", str(prefix)]
-
-
-def write_documents(prefix: pathlib.Path, documents: list[bytes]) -> None:
-    """Writes texts as a Megatron dataset, `prefix`.bin and `prefix`.idx, a byte a token."""
-    import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    with complete_or_absent(f"{prefix}.bin", f"{prefix}.idx") as (tokens, index):
-        builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
-        for text in documents:
-            values = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int16)
-            builder.add_document(values, [len(text)])
-        builder.finalize(index)

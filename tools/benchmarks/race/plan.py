@@ -113,6 +113,7 @@ class Judging:
         draws: masks of each held-out row.
         texts: rows that a model writes.
         calls: of the model for a row.
+        seconds: of judging one model, for estimates.
     """
 
     judge: Shape
@@ -120,6 +121,7 @@ class Judging:
     draws: int
     texts: int
     calls: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

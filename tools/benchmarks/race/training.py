@@ -63,11 +63,11 @@ class Trainer:
             kept["program"],
             kept["machine"],
             name.name,
-            kept.get("judged", {}),
+            kept["judged"],
         )
 
     def flags(self, run: Run) -> list[str]:
-        """All flags of a run but those of its checkpoint."""
+        """All flags of a run."""
         model = self.scale.models[run.model]
         evaluated = min(self.scale.held_out, max(1, _EVALUATED_TOKENS // run.length))
         return [
@@ -130,16 +130,17 @@ class Trainer:
                 f"the run {run.text()} has {len(nelbo)} evaluations instead of "
                 f"{len(run.evaluated)}: its log is {log}"
             )
-        result = {
+        judged = {}
+        if run.judged and len(nelbo) == len(run.evaluated):
+            judged = self.judge(path, run.length, run.text())
+            shutil.rmtree(path)
+        return {
             "nelbo": nelbo,
             "bins": _bins(found[len(nelbo) - 1][1]) if nelbo else {},
+            "judged": judged,
             "seconds": round(time.monotonic() - start, 1),
             "machine": self.machine,
         }
-        if run.judged and len(nelbo) == len(run.evaluated):
-            result["judged"] = self.judge(path, run.length, run.text())
-            shutil.rmtree(path)
-        return result
 
 
 def _bins(text: str) -> dict[str, float]:

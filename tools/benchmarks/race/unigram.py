@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from scipy import stats
 
-from benchmarks.race.data import write_documents
+from benchmarks.python_text import write_documents
 from megatron_mdm.objective.rate_bins import count_weights
 from megatron_mdm.objective.types import Floats, Integers
 

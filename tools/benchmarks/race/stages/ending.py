@@ -113,8 +113,9 @@ def _table(
     held_out: Sequence[float] = (),
 ) -> Table:
     """A line for each contender, and one for held-out text."""
-    rows = [[name] for name in ENDINGS] + ([["held-out text"]] if held_out else [])
-    header = [""]
+    rows = [[name, str(len(judged[name]))] for name in ENDINGS]
+    rows += [["held-out text", ""]] if held_out else []
+    header = ["", "seeds"]
     for place, column in enumerate(columns):
         values = {
             name: {seed: found[column.measure][column.part] for seed, found in by_seed.items()}

@@ -17,6 +17,7 @@ end, each cell at the better of its learning rates unless another is named:
 Several may hold. The loss under the bell's own objective is shown beside it and decides nothing.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def summary(results: Results) -> list[Table]:
         return []
     measures: dict[str, Callable[[Record], float]] = {
         "NELBO": lambda record: record.final,
-        "the bell's own loss": lambda record: bell_loss(list(record.bins.values())),
+        "the bell's own loss": _bell_loss,
     }
     tables = []
     for name, measure in measures.items():
@@ -117,6 +118,10 @@ def summary(results: Results) -> list[Table]:
         if len(records) == len(planned):
             tables.append(_effects(name, finals))
     return tables
+
+
+def _bell_loss(record: Record) -> float:
+    return record.final if math.isinf(record.final) else bell_loss(list(record.bins.values()))
 
 
 def _losses(title: str, finals: Finals) -> Table:
