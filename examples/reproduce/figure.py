@@ -39,12 +39,13 @@ def draw(results: Result, path: str) -> None:
         axes.set(title=setting.title, xlabel="right answers (%)")
     label_rows(upper[0], names)
     spread, shares, variances = below.subplots(1, 3, width_ratios=[1, 0.8, 1.2])
-    subject = found.get(SCARCE) or next(iter(found.values()))
-    _deviations(spread, subject)
-    at = next((entries for entries in found.values() if measured(entries)), None)
-    if at is not None:
-        _parts(shares, at)
-        _noise(variances, at)
+    # The setting with most seeds, and that with the paper's two claims, unless it was not run.
+    setting = SCARCE if SCARCE in found else next(iter(found))
+    _deviations(spread, found[setting])
+    if measured(found[setting]):
+        _parts(shares, found[setting])
+        _noise(variances, found[setting])
+    below.suptitle(setting.title)
     with complete_or_absent(path) as (temporary,), write_errors(path):
         figure.savefig(temporary, dpi=100, format=path.rpartition(".")[2])
     plt.close(figure)
@@ -97,7 +98,7 @@ def _parts(axes: Any, entries: Entries) -> None:
                 bottom += share.value
     axes.set_xticks([*range(3), *range(4, 7)], MOMENTS * 2, rotation=60)
     axes.set(title="variance of one row: loss, gradient", ylabel="share")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower center")
 
 
 def _noise(axes: Any, entries: Entries) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from problems import CELLS, Problem, story, table
 
+from megatron_mdm.recipes import METHODS as KNOWN
 from megatron_mdm.recipes import settings_of
 
 Regime = Literal["fresh", "scarce"]
@@ -66,10 +67,16 @@ class Method:
         """Rows made of one text."""
         return int(self.settings.get("views", 1))
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether batches are drawn alike all along, so that their noise is known at a moment."""
+        return not self.causal and "bell_fade" not in self.settings
+
 
 BOTH, BOTH_EPOCHS = "P-POTS + MIRROR", "P-POTS + MIRROR, equal epochs"
 RECOMMENDED = "P-POTS gradient + lattice + exact-count"
 DOUBLED, STOPPED = "standard, rows x 2", "autoregressive, stopped"
+BELL = "bell, then exact"
 # The keys are the names in tables and results. "equal epochs": every text is taken as often as
 # by `standard`, as the paper counts; all others take as many rows.
 METHODS = {
@@ -85,6 +92,8 @@ METHODS = {
     DOUBLED: Method(rows=2),
     "autoregressive": Method(causal=True),
     STOPPED: Method(causal=True, stopped=True),
+    # Rates from a bell that fades into the uniform, where this program has it.
+    **({BELL: Method("bell-fade")} if "bell-fade" in KNOWN else {}),
 }
 
 
@@ -180,6 +189,7 @@ class Scale:
 STORIES = (
     *("standard", "P-POTS", "MIRROR", BOTH, RECOMMENDED, "clipped"),
     *("MIRROR, equal epochs", BOTH_EPOCHS, DOUBLED, "autoregressive"),
+    *((BELL,) if BELL in METHODS else ()),
 )
 
 SCALES = {
@@ -226,6 +236,7 @@ SCALES = {
                 ("standard", BOTH, BOTH_EPOCHS, "SyRM", RECOMMENDED, "autoregressive"), EIGHT
             ),
         },
+        cost=Cost(start=3.0, token=27e-6, problem=3.5e-3, measurement=160.0),
     ),
     # One question, that of an H100 for 150 seconds: is MIRROR's second view worth more than a
     # second epoch of `standard` to a network of 25 times the size?

@@ -4,7 +4,7 @@ Sam has 5 apples . buys 7 . eats 4 . ?
 5 + 7 = 12 - 4 = 8
 
 Ann pens ax 7 cups ay 31 . Sam pens bx 4 cups by 9 . cups of Ann + Sam ?
-ay 31 + by 9 = 40
+ay 31 + by 9 = 40          (or ... ay + by ?)
 
 The answer is the last number. No result stands twice in a response, so that none can be copied
 from a place that happens to be visible: each has to be computed.
@@ -20,7 +20,8 @@ VERBS = {"+": "buys finds gets wins".split(), "-": "eats gives loses sells".spli
 # The largest number of a problem, results included. Each is as frequent as the others, so that a
 # sum of large numbers is met the more seldom the larger they are: learning goes on for long.
 SIZES = (6, 12, 24, 48)
-CELLS = [row + column for row in "abc" for column in "xyz"]  # coordinates in a table
+CELLS = [row + column for row in "abc" for column in "xy"]  # coordinates in a table
+BY_NAMES = 0.5  # of the questions about tables
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,32 @@ def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
 
 
 def table(random_: Random) -> Problem:
-    """A number in a table, or the sum or difference of two in one column, by their coordinates."""
+    """A number in a table, or the sum or difference of two in one column.
+
+    They are asked for by their coordinates or, which is harder, by the names of row and column.
+    """
     largest = random_.choice(SIZES)
-    rows, columns = random_.choice(((2, 2), (3, 2), (2, 3)))
-    names, things = random_.sample(NAMES, rows), random_.sample(THINGS, columns)
+    names, things = random_.sample(NAMES, random_.choice((2, 3))), random_.sample(THINGS, 2)
     values = [[random_.randint(0, largest) for _ in things] for _ in names]
     lines = [
         " ".join([name, *(f"{things[j]} {cell(i, j)} {v}" for j, v in enumerate(values[i]))])
         for i, name in enumerate(names)
     ]
-    column = random_.randrange(columns)
-    first, second = random_.sample(range(rows), 2)
-    both = random_.random() < 0.75
-    if both and values[first][column] < values[second][column]:
-        first, second = second, first
-    a, b = values[first][column], values[second][column]
-    asked, work = f"{things[column]} of {names[first]}", f"{cell(first, column)} {a}"
-    if both:
-        sign = "+" if a + b <= largest else "-"
-        asked += f" {sign} {names[second]}"
-        work += f" {sign} {cell(second, column)} {b} = {a + b if sign == '+' else a - b}"
+    column = random_.randrange(len(things))
+    rows = random_.sample(range(len(names)), random_.choice((1, 2, 2, 2)))
+    rows.sort(key=lambda row: -values[row][column])
+    a, b = values[rows[0]][column], values[rows[-1]][column]
+    sign = "+" if a + b <= largest else "-"
+    cells = [cell(row, column) for row in rows]
+    asked = f" {sign} ".join(cells)
+    if random_.random() < BY_NAMES:
+        asked = f"{things[column]} of " + f" {sign} ".join(names[row] for row in rows)
+    work = f" {sign} ".join(f"{cell(row, column)} {values[row][column]}" for row in rows)
+    if len(rows) > 1:
+        work += f" = {a + b if sign == '+' else a - b}"
     return Problem(f"{' . '.join(lines)} . {asked} ?", work)
 
 
 def cell(row: int, column: int) -> str:
     """The coordinates of a number in a table, such as "by"."""
-    return CELLS[3 * row + column]
+    return CELLS[2 * row + column]

@@ -216,7 +216,7 @@ class Study:
                 **self._with_ids(setting.task, method.settings),
             }
             for name in self.scale.entries.get(setting, {})
-            if not (method := METHODS[name]).causal
+            if (method := METHODS[name]).is_steady
         }
         command = [str(HERE / "noise.py"), "--batches", str(self.scale.gradients)]
         return [*command, "--methods", json.dumps(methods)]

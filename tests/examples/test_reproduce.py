@@ -108,19 +108,21 @@ def test_every_answer_of_a_table_is_right():
             for words in map(str.split, lines)
             for i in range(1, len(words), 3)
         }
-        thing, first, *more = question.replace(" of ", " ").split()
-        place, number = cells[first, thing]
+        thing, of, names = question.rpartition(" of ")
+        first, *more = names.split()
+        at = {place: (place, number) for place, number in cells.values()}
+        place, number = cells[first, thing] if of else at[first]
         expected, value = f"{place} {number}", number
         if more:
             sign, second = more
-            other, change = cells[second, thing]
+            other, change = cells[second, thing] if of else at[second]
             value += change if sign == "+" else -change
             expected += f" {sign} {other} {change} = {value}"
         assert problem.response == expected and 0 <= value <= max(SIZES)
         assert answer(problem.response) == str(value)
         assert {place for place, _ in cells.values()} <= set(CELLS)
-        asked.add(len(more))
-    assert asked == {0, 2}
+        asked.add((bool(of), len(more)))
+    assert asked == {(of, more) for of in (False, True) for more in (0, 2)}
 
 
 @pytest.mark.parametrize("task", TASKS)
