@@ -4,6 +4,8 @@ Without torchrun it is a run of one rank.
 """
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from megatron_mdm.config import requested_device
 from megatron_mdm.environment import check_megatron_version, join_ranks, prepare_environment
@@ -13,10 +15,13 @@ from megatron_mdm.interruption import Interruption
 PROGRAM_START = time.time()
 
 
-def main() -> None:
+def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
     """Runs the program; a `UserError` ends it with one line and status 2.
 
     A signal that asks it to stop ends it with status 75 (interruption.py).
+
+    Args:
+        other_step: the forward step of another objective, see `megatron_mdm.mcore.pretrain.run`.
     """
     with Interruption() as interruption:
         prepare_environment(requested_device())
@@ -25,12 +30,14 @@ def main() -> None:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         try:
-            record(_run)(interruption)
+            record(_run)(interruption, other_step)
         except UserError as error:
             exit_rank_with(error)
 
 
-def _run(interruption: Interruption) -> None:
+def _run(
+    interruption: Interruption, other_step: Callable[[Any], Callable[..., Any]] | None
+) -> None:
     check_megatron_version()
     join_ranks()
     from megatron_mdm.mcore.device import training_device
@@ -38,7 +45,7 @@ def _run(interruption: Interruption) -> None:
     with training_device(requested_device()):
         from megatron_mdm.mcore.pretrain import run
 
-        run(PROGRAM_START, interruption)
+        run(PROGRAM_START, interruption, other_step)
 
 
 if __name__ == "__main__":

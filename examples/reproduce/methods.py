@@ -1,17 +1,39 @@
 """What is compared, at which size, and the runs that this takes."""
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from random import Random
+from typing import Any, Literal, NamedTuple
 
+from problems import CELLS, Problem, story, table
+
+from megatron_mdm.recipes import METHODS as KNOWN
 from megatron_mdm.recipes import settings_of
 
-PAPER_SEEDS = (42, 731, 20231)
-# Words that ISAD masks more often: what separates steps and answers.
-DELIMITERS = ["=", ";", "#"]
-# Words that SyRM masks in prompts: what all prompts share. All others but names and things decide
-# the answer.
-STRUCTURE = ["has", ".", "how", "many", "?"]
+Regime = Literal["fresh", "scarce"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of problems.
+
+    Attributes:
+        title: in tables and figures.
+        text: makes a problem of the base's running text.
+        pair: makes a problem to fine-tune on, or to solve.
+        length: tokens of a row: those of the longest pair, and its end.
+    """
+
+    title: str
+    text: Callable[[Random], Problem]
+    pair: Callable[[Random], Problem]
+    length: int
+
+
+TASKS = {
+    "stories": Task("arithmetic stories", story, story, 29),
+    "tables": Task("table lookup", table, table, 38),
+}
 
 
 @dataclass(frozen=True)
@@ -20,21 +42,21 @@ class Method:
 
     Attributes:
         name: of the objective's methods, as `settings_of` reads it.
-        token_ids: words of what it masks more often, or as well: fields of MDMConfig.
+        token_ids: words that it masks as well: fields of MDMConfig.
         rows: of a step, in multiples of the others'.
-        steps: of the run, in multiples of the others'.
         causal: the autoregressive network.
+        stopped: after so few steps that it solves as much as `standard`.
     """
 
     name: str = "standard"
-    token_ids: dict[str, list[str]] = field(default_factory=dict)
+    token_ids: Mapping[str, list[str]] = field(default_factory=dict)
     rows: int = 1
-    steps: float = 1.0
     causal: bool = False
+    stopped: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings of the objective: fields of MDMConfig."""
+        """All settings of the objective: fields of MDMConfig, with words for ids of tokens."""
         if self.causal:
             return {"shift": True}
         # Only the method of that name has a control variate.
@@ -45,30 +67,84 @@ class Method:
         """Rows made of one text."""
         return int(self.settings.get("views", 1))
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether batches are drawn alike all along, so that their noise is known at a moment."""
+        return not self.causal and "bell_fade" not in self.settings
 
-# The keys are the names in the tables, and in the results that are kept (results/laptop.json): they
-# stay as they are. The names of megatron_mdm/recipes.py are in parentheses.
+
+BOTH, BOTH_EPOCHS = "P-POTS + MIRROR", "P-POTS + MIRROR, equal epochs"
+RECOMMENDED = "P-POTS gradient + lattice + exact-count"
+DOUBLED, STOPPED = "standard, rows x 2", "autoregressive, stopped"
+BELL = "bell, then exact"
+# The keys are the names in tables and results. "equal epochs": every text is taken as often as
+# by `standard`, as the paper counts; all others take as many rows.
 METHODS = {
     "standard": Method(),
     "clipped": Method("clipped"),
     "P-POTS": Method("ppots-loss"),
     "MIRROR": Method("mirror"),
-    "P-POTS + MIRROR": Method("paper"),
-    "ISAD": Method("isad", {"isad_token_ids": DELIMITERS}),
-    "SyRM": Method("syrm", {"syrm_token_ids": STRUCTURE}),
-    "StraTS": Method("strata"),
-    "EMA": Method("ema"),
-    "recommended": Method("recommended"),
+    BOTH: Method("paper"),
+    "SyRM": Method("syrm", {"syrm_token_ids": CELLS}),
+    RECOMMENDED: Method("ppots-gradient+lattice+exact-count"),
+    "MIRROR, equal epochs": Method("mirror", rows=2),
+    BOTH_EPOCHS: Method("paper", rows=2),
+    DOUBLED: Method(rows=2),
     "autoregressive": Method(causal=True),
+    STOPPED: Method(causal=True, stopped=True),
+    # Rates from a bell that fades into the uniform, where this program has it.
+    **({BELL: Method("bell-fade")} if "bell-fade" in KNOWN else {}),
 }
-# What the others are measured against: more of `standard`, and less of the autoregressive network.
-CONTROLS = {
-    "standard, rows x 2": Method(rows=2),
-    "standard, steps x 4": Method(steps=4.0),
-    "autoregressive, steps / 4": Method(steps=0.25, causal=True),
-}
-DOUBLED, LONGER, SHORTER = CONTROLS
-ALL = METHODS | CONTROLS
+
+
+class Setting(NamedTuple):
+    """Where runs are comparable: they have the problems, the texts and the base in common."""
+
+    task: str
+    regime: Regime
+    base: int
+
+    @property
+    def title(self) -> str:
+        """What it is called in tables."""
+        more = f", base {self.base}" if self.base > 1 else ""
+        return f"{TASKS[self.task].title}, {self.regime}{more}"
+
+
+class Run(NamedTuple):
+    """A fine-tuning. Order of texts, masks and all else that is random follow from the seed."""
+
+    setting: Setting
+    method: str
+    seed: int
+
+
+FRESH, SCARCE = Setting("stories", "fresh", 1), Setting("stories", "scarce", 1)
+SECOND_BASE, TABLES = Setting("stories", "scarce", 2), Setting("tables", "scarce", 1)
+
+# The paper's seeds first.
+SEEDS = (42, 731, 20231, *range(1, 18))
+EIGHT, TWENTY = 8, 20
+# Where the autoregressive network is stopped is interpolated between runs of so many parts of the
+# steps, on seeds that no other run has.
+PARTS = (16, 8, 4, 2, 1)
+CALIBRATION_SEEDS = (101, 102, 103, 104)
+
+
+class Cost(NamedTuple):
+    """Core-seconds of a scale's runs, as measured: what `--plan` estimates with.
+
+    Attributes:
+        start: of a process.
+        token: trained.
+        problem: solved.
+        measurement: of the noise of training, for each run that is measured.
+    """
+
+    start: float
+    token: float
+    problem: float
+    measurement: float
 
 
 @dataclass(frozen=True)
@@ -76,78 +152,166 @@ class Scale:
     """How large everything is.
 
     Attributes:
-        texts, pairs, tests: problems to pretrain on, to fine-tune on, to solve.
         layers, hidden, heads: of the network.
-        pretraining, steps: optimizer steps of the pretraining and of each fine-tuning.
+        texts: problems to pretrain on.
+        pretraining, causal_pretraining: optimizer steps of the bases.
+        pairs: problems to fine-tune on, in each regime.
+        steps: optimizer steps of a fine-tuning, for each task.
         batch: rows in a step.
+        held_out, tests: problems for the NELBO, and to solve.
         gradients: batches of each method whose gradients are measured.
-        methods, seeds: of the study.
+        nested: rows on which A, B and C are measured.
+        measured: seeds whose `standard` is measured on its way.
+        calibration: seeds of the runs that say where the autoregressive network is stopped.
+        entries: methods of each setting, and the number of seeds of each.
+        cost: of its runs, where it has been measured.
     """
 
-    texts: int
-    pairs: int
-    tests: int
     layers: int
     hidden: int
     heads: int
+    texts: int
     pretraining: int
-    steps: int
+    causal_pretraining: int
+    pairs: Mapping[Regime, int]
+    steps: Mapping[str, int]
     batch: int
+    held_out: int
+    tests: int
     gradients: int
-    methods: tuple[str, ...] = tuple(ALL)
-    seeds: tuple[int, ...] = PAPER_SEEDS
+    nested: int
+    measured: int
+    calibration: int
+    entries: Mapping[Setting, Mapping[str, int]]
+    cost: Cost | None = None
 
 
-# Short enough that `standard` solves some of the problems and not all: where it solves all, nothing
-# can be better, and whatever gains does so by learning the same earlier.
+STORIES = (
+    *("standard", "P-POTS", "MIRROR", BOTH, RECOMMENDED, "clipped"),
+    *("MIRROR, equal epochs", BOTH_EPOCHS, DOUBLED, "autoregressive"),
+    *((BELL,) if BELL in METHODS else ()),
+)
+
 SCALES = {
     "ci": Scale(
-        *(3000, 400, 20, 1, 32, 2, 20, 20, 16, 2),
-        methods=("standard", "MIRROR", "autoregressive"),
-        seeds=PAPER_SEEDS[:1],
+        layers=1,
+        hidden=32,
+        heads=2,
+        texts=3000,
+        pretraining=20,
+        causal_pretraining=20,
+        pairs={"fresh": 400, "scarce": 100},
+        steps={"stories": 20, "tables": 20},
+        batch=16,
+        held_out=100,
+        tests=20,
+        gradients=2,
+        nested=3,
+        measured=1,
+        calibration=1,
+        entries={SCARCE: {"standard": 1, BOTH_EPOCHS: 1, STOPPED: 1}, TABLES: {"SyRM": 1}},
     ),
-    # About 1800 seconds of one core for each seed, a fifth of it for its two bases.
     "laptop": Scale(
-        *(40_000, 20_000, 1000, 2, 64, 4, 2500, 1000, 32, 100), seeds=(*PAPER_SEEDS, 1, 2, 3, 4, 5)
+        layers=2,
+        hidden=64,
+        heads=4,
+        texts=40_000,
+        pretraining=8000,
+        causal_pretraining=400,
+        pairs={"fresh": 60_000, "scarce": 1600},
+        steps={"stories": 800, "tables": 800},
+        batch=32,
+        held_out=2000,
+        tests=4000,
+        gradients=60,
+        nested=100,
+        measured=3,
+        calibration=4,
+        entries={
+            FRESH: dict.fromkeys(STORIES, EIGHT),
+            SCARCE: dict.fromkeys(STORIES, EIGHT)
+            | dict.fromkeys(("standard", BOTH, BOTH_EPOCHS, DOUBLED, STOPPED), TWENTY),
+            SECOND_BASE: dict.fromkeys(("standard", BOTH, BOTH_EPOCHS), EIGHT),
+            TABLES: dict.fromkeys(
+                ("standard", BOTH, BOTH_EPOCHS, "SyRM", RECOMMENDED, "autoregressive"), EIGHT
+            ),
+        },
+        cost=Cost(start=3.0, token=27e-6, problem=3.5e-3, measurement=160.0),
     ),
-    "gpu": Scale(400_000, 100_000, 1000, 4, 256, 8, 2000, 600, 128, 100),
+    # One question, that of an H100 for 150 seconds: is MIRROR's second view worth more than a
+    # second epoch of `standard` to a network of 25 times the size?
+    "gpu": Scale(
+        layers=4,
+        hidden=256,
+        heads=8,
+        texts=100_000,
+        pretraining=1000,
+        causal_pretraining=0,
+        pairs={"scarce": 1600},
+        steps={"stories": 300},
+        batch=64,
+        held_out=2000,
+        tests=4000,
+        gradients=0,
+        nested=0,
+        measured=0,
+        calibration=0,
+        entries={SCARCE: {BOTH_EPOCHS: 4, DOUBLED: 4}},
+    ),
 }
 
 
-class Task(NamedTuple):
-    """A run: `epochs` takes every text as often as `standard`, instead of as many rows."""
-
-    method: str
-    seed: int
-    epochs: bool = False
-
-    @property
-    def entry(self) -> str:
-        """What it is called in tables, whatever the seed."""
-        return f"{self.method}, equal epochs" if self.epochs else self.method
-
-    def batch(self, scale: Scale) -> int:
-        """Rows of a step."""
-        method = ALL[self.method]
-        return scale.batch * method.rows * (method.views if self.epochs else 1)
-
-    def steps(self, scale: Scale) -> int:
-        """Optimizer steps."""
-        return math.ceil(scale.steps * ALL[self.method].steps)
+def runs(scale: Scale) -> list[Run]:
+    """All fine-tunings but those of the calibration: seed by seed."""
+    return [
+        Run(setting, method, seed)
+        for place, seed in enumerate(SEEDS)
+        for setting, methods in scale.entries.items()
+        for method, count in methods.items()
+        if place < count
+    ]
 
 
-def tasks(scale: Scale) -> list[Task]:
-    """All runs: seed by seed, and the longest first, so that no job waits for another at the end.
-
-    Only methods with several views have a run of their own at equal epochs.
-    """
-    found = []
-    for seed in scale.seeds:
-        runs = [Task(m, seed, epochs) for m in scale.methods for epochs in own_epochs(m)]
-        found += sorted(runs, key=lambda task: -task.batch(scale) * task.steps(scale))
-    return found
+def stopped_in(scale: Scale) -> list[Setting]:
+    """The settings in which the autoregressive network is stopped."""
+    return [s for s, methods in scale.entries.items() if any(METHODS[m].stopped for m in methods)]
 
 
-def own_epochs(method: str) -> tuple[bool, ...]:
-    """The values of `Task.epochs` that a method is run under."""
-    return (False, True) if ALL[method].views > 1 else (False,)
+def calibration_runs(scale: Scale, setting: Setting) -> list[tuple[Run, int]]:
+    """The runs, and their steps, that say where the autoregressive network is stopped."""
+    seeds = CALIBRATION_SEEDS[: scale.calibration]
+    whole = scale.steps[setting.task]
+    lengths = sorted({max(1, whole // part) for part in PARTS})
+    return [
+        *((Run(setting, "standard", seed), whole) for seed in seeds),
+        *((Run(setting, "autoregressive", seed), n) for n in lengths for seed in seeds),
+    ]
+
+
+def is_measured(scale: Scale, run: Run) -> bool:
+    """Whether the noise of training is measured at the start, middle and end of a run."""
+    first = run.seed in SEEDS[: scale.measured] and run.setting.base == 1
+    return first and run.method == "standard"
+
+
+def core_hours(scale: Scale) -> float | None:
+    """What a scale takes, about; None where no run of it has been measured."""
+    cost = scale.cost
+    if cost is None:
+        return None
+    todo = [
+        *((run, scale.steps[run.setting.task]) for run in runs(scale)),
+        *(pair for setting in stopped_in(scale) for pair in calibration_runs(scale, setting)),
+    ]
+    seconds = 0.0
+    for task, _, causal in {
+        (run.setting.task, run.setting.base, METHODS[run.method].causal) for run, _ in todo
+    }:
+        steps = scale.causal_pretraining if causal else scale.pretraining
+        seconds += cost.start + 2 * scale.batch * steps * TASKS[task].length * cost.token
+    for run, steps in todo:
+        method = METHODS[run.method]
+        rows = 0 if method.stopped else scale.batch * method.rows * steps
+        seconds += 2 * cost.start + rows * TASKS[run.setting.task].length * cost.token
+        seconds += scale.tests * cost.problem + is_measured(scale, run) * cost.measurement
+    return seconds / 3600

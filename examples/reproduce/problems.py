@@ -1,17 +1,27 @@
-"""Arithmetic word problems with written-out steps, as prompts and responses.
+"""Problems of graded difficulty, as prompts and responses: arithmetic stories, and tables.
 
-Sam has 5 apples . buys 7 . eats 4 . how many ?
-5 + 7 = 12 ; 12 - 4 = 8 ; # 8
+Sam has 5 apples . buys 7 . eats 4 . ?
+5 + 7 = 12 - 4 = 8
+
+Ann pens ax 7 cups ay 31 . Sam pens bx 4 cups by 9 . cups of Ann + Sam ?
+ay 31 + by 9 = 40          (or ... ay + by ?)
+
+The answer is the last number. No result stands twice in a response, so that none can be copied
+from a place that happens to be visible: each has to be computed.
 """
 
-import random
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from random import Random
 
 NAMES = "Ann Ben Eva Ian Kim Leo Mia Sam".split()
-THINGS = "apples coins cards pens".split()
-VERBS = {"+": "finds buys gets wins".split(), "-": "eats sells loses gives".split()}
-LARGEST = 12  # of all numbers, results included: about 150 different additions and subtractions
+THINGS = "apples coins cups pens".split()
+VERBS = {"+": "buys finds gets wins".split(), "-": "eats gives loses sells".split()}
+# The largest number of a problem, results included. Each is as frequent as the others, so that a
+# sum of large numbers is met the more seldom the larger they are: learning goes on for long.
+SIZES = (6, 12, 24, 48)
+CELLS = [row + column for row in "abc" for column in "xy"]  # coordinates in a table
+BY_NAMES = 0.5  # of the questions about tables
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,8 @@ class Problem:
     """A prompt and its only right response.
 
     Attributes:
-        prompt: the story, words with spaces between them.
-        response: the steps, and the answer after the last "#".
+        prompt: words with spaces between them.
+        response: the steps; the answer is the last word.
     """
 
     prompt: str
@@ -28,44 +38,77 @@ class Problem:
 
 
 def answer(response: str) -> str | None:
-    """What stands after the last "#" of a response, None if there is no such sign."""
-    _, sign, after = response.rpartition("#")
-    return after.strip() if sign else None
+    """The last word of a response if it is a number, else None."""
+    last = response.rpartition(" ")[2]
+    return last if last.isdigit() else None
 
 
-def problems(
-    count: int, steps: tuple[int, ...], seed: int, without: Set[str] = frozenset()
+def distinct(
+    make: Callable[[Random], Problem], count: int, seed: int, without: Set[str] = frozenset()
 ) -> list[Problem]:
     """Different problems, a function of the seed.
 
     Args:
+        make: makes one.
         count: how many.
-        steps: numbers of steps, one of which each problem has.
         seed: of all choices.
         without: prompts that are left out.
     """
-    random_ = random.Random(seed)
+    random_ = Random(seed)
     seen = set(without)
     found: list[Problem] = []
     while len(found) < count:
-        problem = _problem(random_, random_.choice(steps))
+        problem = make(random_)
         if problem.prompt not in seen:
             seen.add(problem.prompt)
             found.append(problem)
     return found
 
 
-def _problem(random_: random.Random, steps: int) -> Problem:
-    value = random_.randint(2, LARGEST)
-    story = [f"{random_.choice(NAMES)} has {value} {random_.choice(THINGS)} ."]
-    work = []
-    for _ in range(steps):
+def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
+    """Somebody gets and loses things, one step after the other."""
+    largest = random_.choice(SIZES)
+    value = random_.randint(1, largest)
+    told = [f"{random_.choice(NAMES)} has {value} {random_.choice(THINGS)} ."]
+    work = [str(value)]
+    for _ in range(random_.choice(steps)):
         sign = random_.choice("+-")
-        if not 2 <= value <= LARGEST - 2:
-            sign = "+" if value < 2 else "-"
-        number = random_.randint(1, value if sign == "-" else LARGEST - value)
-        result = value + number if sign == "+" else value - number
-        story.append(f"{random_.choice(VERBS[sign])} {number} .")
-        work.append(f"{value} {sign} {number} = {result} ;")
-        value = result
-    return Problem(" ".join([*story, "how many ?"]), " ".join([*work, "#", str(value)]))
+        if not 1 <= value < largest:
+            sign = "+" if value < 1 else "-"
+        number = random_.randint(1, value if sign == "-" else largest - value)
+        value = value + number if sign == "+" else value - number
+        told.append(f"{random_.choice(VERBS[sign])} {number} .")
+        work.append(f"{sign} {number} = {value}")
+    return Problem(" ".join([*told, "?"]), " ".join(work))
+
+
+def table(random_: Random) -> Problem:
+    """A number in a table, or the sum or difference of two in one column.
+
+    They are asked for by their coordinates or, which is harder, by the names of row and column.
+    """
+    largest = random_.choice(SIZES)
+    names, things = random_.sample(NAMES, random_.choice((2, 3))), random_.sample(THINGS, 2)
+    values = [[random_.randint(0, largest) for _ in things] for _ in names]
+    lines = [
+        " ".join([name, *(f"{things[j]} {cell(i, j)} {v}" for j, v in enumerate(values[i]))])
+        for i, name in enumerate(names)
+    ]
+    column = random_.randrange(len(things))
+    rows = random_.sample(range(len(names)), random_.choice((1, 2, 2, 2)))
+    rows.sort(key=lambda row: -values[row][column])
+    a, b = values[rows[0]][column], values[rows[-1]][column]
+    sign = "+" if a + b <= largest else "-"
+    cells = [cell(row, column) for row in rows]
+    asked = f" {sign} ".join(cells)
+    if random_.random() < BY_NAMES:
+        asked = f"{things[column]} of " + f" {sign} ".join(names[row] for row in rows)
+    work = f" {sign} ".join(f"{cell(row, column)} {values[row][column]}" for row in rows)
+    if len(rows) > 1:
+        work += f" = {a + b if sign == '+' else a - b}"
+    return Problem(f"{' . '.join(lines)} . {asked} ?", work)
+
+
+def cell(row: int, column: int) -> str:
+    """The coordinates of a number in a table, such as "by"."""
+    return CELLS[2 * row + column]

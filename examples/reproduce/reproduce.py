@@ -1,13 +1,15 @@
-"""The paper's table in small: every method on generated arithmetic problems.
+"""The paper's claims in small: its methods on generated problems, many seeds from one base.
 
     python examples/reproduce/reproduce.py --scale laptop
 
-makes the problems, trains a tokenizer and a small model for each seed, fine-tunes it with every
-method, lets each solve held-out problems, and prints tables. Finished runs are kept in --directory:
-the same command goes on after an interruption. --report prints, draws and inserts what --json has.
+makes the problems of each task, trains a tokenizer and a base on them, fine-tunes the base with
+every method and seed, lets each solve held-out problems, and prints tables. Finished runs are kept
+in --directory: the same command goes on after an interruption. --plan says what will be run.
+--report prints, draws and inserts what --json has.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -19,19 +21,37 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from methods import ALL, SCALES, Task, tasks
+from figure import draw
+from methods import (
+    METHODS,
+    SCALES,
+    SEEDS,
+    TASKS,
+    Run,
+    Scale,
+    Setting,
+    calibration_runs,
+    core_hours,
+    runs,
+    stopped_in,
+)
 from study import Study
-from tables import as_text, draw, insert
+from tables import as_text, claims, insert
 
 from megatron_mdm.errors import UserError, check_numbers, run_tool
+from megatron_mdm.experiments.program import program
 from megatron_mdm.experiments.runs import run_parallel
 from megatron_mdm.files import check_picture, termination_raises, write_errors, write_json
 
 # What the tables need of a result.
-RESULTS = {"scale": str, "machine": str, "date": str, "jobs": int, "runs": list}
+RESULTS = {
+    **{"scale": str, "machine": str, "date": str, "program": str, "jobs": int},
+    **{"stopped": list, "runs": list},
+}
 RUN = {
-    **{"method": str, "seed": int, "epochs": bool, "answers": float, "solutions": float},
-    **{"nelbo": float, "rows": int, "problems": int, "seconds": float},
+    **{"task": str, "regime": str, "base": int, "method": str, "seed": int},
+    **{"answers": float, "solutions": float, "nelbo": float},
+    **{"steps": int, "rows": int, "texts": int, "problems": int, "seconds": float},
 }
 
 
@@ -41,7 +61,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--scale", choices=SCALES, help="ci: minutes, laptop: hours on two cores, gpu: for a GPU"
+        "--scale",
+        choices=SCALES,
+        help="ci: a minute, laptop: hours on two cores, gpu: minutes on one",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, help="do these alone (default: all of the scale)"
     )
     parser.add_argument(
         "--directory", default="runs/reproduce", metavar="DIR", help="(default: %(default)s)"
@@ -50,9 +75,17 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="say how many runs --scale has, and what they cost"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results here, run by run")
     parser.add_argument("--figure", metavar="FILE", help="also draw them: .png or .svg")
-    parser.add_argument("--report", metavar="FILE", help="of the results in FILE: train nothing")
+    parser.add_argument(
+        "--report",
+        nargs="+",
+        metavar="FILE",
+        help="of the results in these files, as of two calls with --tasks: train nothing",
+    )
     parser.add_argument(
         "--insert",
         nargs="+",
@@ -66,14 +99,18 @@ def main() -> None:
     check_numbers(options, "jobs")
     for path in filter(None, (options.figure, options.json)):
         check_writable(path)
+    if options.plan and options.scale:
+        print(plan(scale_of(options)))
+        return
     if options.report:
-        results = read_results(options.report)
+        results = joined([read_results(path) for path in options.report])
     elif options.scale:
         with termination_raises():
             results = run_all(options)
     else:
         raise UserError("give --scale to train, or --report FILE to print")
     print(as_text(results))
+    print(f"\n{claims(results)}")
     if options.figure:
         draw(results, options.figure)
     for path in options.insert:
@@ -102,7 +139,7 @@ def read_results(path: str) -> dict[str, Any]:
         ) from error
     wrong = lacking(results, RESULTS) or (not results["runs"] and "no runs")
     for run in [] if wrong else results["runs"]:
-        wrong = lacking(run, RUN) or (run["method"] not in ALL and f"no method {run['method']}")
+        wrong = lacking(run, RUN) or wrong_names(run)
         if wrong:
             break
     if wrong:
@@ -118,43 +155,126 @@ def lacking(value: Any, form: dict[str, type]) -> str:
     return f"no {', '.join(names)}" if names else ""
 
 
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of several calls for one scale as one.
+
+    Raises:
+        UserError: they are of different scales, or have a run in common.
+    """
+    for name in ("stopped", "runs"):
+        places = [
+            tuple(one.get(key) for key in ("task", "regime", "base", "method", "seed"))
+            for part in parts
+            for one in part[name]
+        ]
+        if len(set(places)) < len(places):
+            raise UserError("--report: two of the files have a run in common; give one of them")
+    if len({part["scale"] for part in parts}) > 1:
+        raise UserError("--report: the files are of different scales; report them one by one")
+    words = {
+        name: "; ".join(dict.fromkeys(part[name] for part in parts))
+        for name in ("machine", "date", "program")
+    }
+    return {
+        **parts[0],
+        **words,
+        **{name: [one for part in parts for one in part[name]] for name in ("stopped", "runs")},
+    }
+
+
+def scale_of(options: argparse.Namespace) -> Scale:
+    """The scale that is asked for, with the settings of the tasks that are asked for alone."""
+    scale = SCALES[options.scale]
+    if not options.tasks:
+        return scale
+    entries = {s: methods for s, methods in scale.entries.items() if s.task in options.tasks}
+    if not entries:
+        raise UserError(f"--tasks {' '.join(options.tasks)}: --scale {options.scale} has none")
+    return dataclasses.replace(scale, entries=entries)
+
+
+def wrong_names(run: dict[str, Any]) -> str:
+    """What a run is called that is not known here; empty if nothing."""
+    known = {"task": TASKS, "regime": ("fresh", "scarce"), "method": METHODS}
+    return next((f"no {name} {run[name]}" for name in known if run[name] not in known[name]), "")
+
+
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
     """Does every run, and writes all results to --json after each."""
-    scale = SCALES[options.scale]
+    scale = scale_of(options)
     directory = pathlib.Path(options.directory, options.scale)
     with write_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
     study = Study(scale, directory, options.device)
-    _ = study.data  # before any of them needs it
-    todo = tasks(scale)
+    todo = runs(scale)
+    stopped = stopped_in(scale)
     results: dict[str, Any] = {
         "scale": options.scale,
         "machine": machine(options.device),
         "date": datetime.date.today().isoformat(),
+        "program": program(),
         "jobs": options.jobs,
+        "stopped": [],
         "runs": [],
     }
-    done: dict[Task, dict[str, Any]] = {}
+    done: dict[Run, dict[str, Any]] = {}
     lock = threading.Lock()
 
-    def work(task: Task) -> None:
-        result = study.fine_tune(task)
-        if task.seed != scale.seeds[0]:
-            del result["flags"]  # nothing new but the seed
-        with lock:
-            done[task] = {**task._asdict(), **result}
-            results["runs"] = [done[task] for task in todo if task in done]
-            if options.json:
-                write_json(options.json, results)
+    def write() -> None:
+        if options.json:
+            write_json(options.json, results)
 
-    steps: list[Callable[[], object]] = []
-    for seed in scale.seeds:
-        runs = [task for task in todo if task.seed == seed]
-        bases = sorted({ALL[task.method].causal for task in runs})
-        steps += [functools.partial(study.pretrain, seed, causal) for causal in bases]
-        steps += [functools.partial(work, task) for task in runs]
+    def find_steps(setting: Setting) -> None:
+        found = study.stopped(setting)
+        with lock:
+            results["stopped"].append({**setting._asdict(), **found})
+            write()
+
+    def work(run: Run) -> None:
+        result = study.fine_tune(run)
+        if run.seed != SEEDS[0]:
+            del result["flags"]  # nothing new but the seed
+        named = {**run.setting._asdict(), "method": run.method, "seed": run.seed}
+        with lock:
+            done[run] = {**named, **result}
+            results["runs"] = [done[run] for run in todo if run in done]
+            write()
+
+    bases = dict.fromkeys((r.setting.task, r.setting.base, METHODS[r.method].causal) for r in todo)
+    steps: list[Callable[[], object]] = [
+        *(functools.partial(study.pretrain, *base) for base in bases),
+        *(
+            functools.partial(study.fine_tune, run, count)
+            for setting in stopped
+            for run, count in calibration_runs(scale, setting)
+        ),
+        *(functools.partial(find_steps, setting) for setting in stopped),
+        *(functools.partial(work, run) for run in todo),
+    ]
     run_parallel(options.jobs, lambda step: step(), steps)
     return results
+
+
+def plan(scale: Scale) -> str:
+    """How many runs there are of what, and the core-hours that they take where that is known."""
+    lines = []
+    for setting, methods in scale.entries.items():
+        task, regime, _ = setting
+        lines.append(
+            f"{setting.title}: {scale.steps[task]} steps of {scale.batch} rows, "
+            f"{scale.pairs[regime]} texts"
+        )
+        lines += [f"    {count:3d} x {method}" for method, count in methods.items()]
+    for setting in stopped_in(scale):
+        lines.append(f"{setting.title}: {len(calibration_runs(scale, setting))} for calibration")
+    hours = core_hours(scale)
+    return "\n".join(
+        [
+            *lines,
+            f"{len(runs(scale))} runs, "
+            + ("not measured yet" if hours is None else f"about {hours:.1f} core-hours in all"),
+        ]
+    )
 
 
 def machine(device: str) -> str:

@@ -2,9 +2,9 @@
 
     python examples/reproduce/score.py --load CHECKPOINT --problems test.jsonl --json score.json
 
-Masked diffusion keeps the likeliest of all predictions, one a model call; an autoregressive model
-(--causal) writes from left to right. `answers` counts problems whose answer is right, `solutions`
-those of which every step is right as well.
+A call of masked diffusion keeps the likeliest of all predictions, and with --threshold all of at
+least this probability; an autoregressive model (--causal) writes from left to right. `answers`
+counts problems whose answer is right, `solutions` those of which every step is right as well.
 """
 
 import argparse
@@ -27,6 +27,12 @@ def main() -> None:
     add_checkpoint_arguments(parser, pipeline=False)
     parser.add_argument("--problems", required=True, metavar="FILE", help="JSONL of pairs")
     parser.add_argument("--causal", action="store_true", help="autoregressive, from left to right")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="keep all predictions of at least this probability (default: the likeliest alone)",
+    )
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
     pairs = read_pairs(options.problems)
@@ -39,6 +45,7 @@ def main() -> None:
         decoder = Decoder(
             mask,
             block_length=1 if options.causal else None,
+            threshold=options.threshold,
             end_token_ids=(tokenizer.eod,),
             vocab_size=tokenizer.vocab_size,
         )
@@ -49,7 +56,12 @@ def main() -> None:
         rows = torch.tensor([row + [mask] * (length - len(row)) for row in prompts])
         rows = rows.to(torch.cuda.current_device())
         logits = partial(loaded.logits, causal=options.causal)
-        written = [row for part in rows.split(256) for row in decoder(logits, part)]
+        # Rows that want as much are done after as many calls.
+        order = torch.tensor(list(map(len, prompts))).argsort(stable=True).tolist()
+        written = [torch.empty(0)] * len(rows)
+        for part in torch.tensor(order).split(256):
+            for number, row in zip(part.tolist(), decoder(logits, rows[part]), strict=True):
+                written[number] = row
         texts = []
         for prompt, row in zip(prompts, written, strict=True):
             response = row.tolist()[len(prompt) :]
@@ -86,8 +98,8 @@ def read_pairs(path: str) -> list[dict[str, str]]:
 
 
 def share(found: Iterable[str | None], right: Iterable[str | None]) -> float:
-    """How many of the found ones are the right ones."""
-    equal = [a == b for a, b in zip(found, right, strict=True)]
+    """How many of the found ones are the right ones; None is none."""
+    equal = [a is not None and a == b for a, b in zip(found, right, strict=True)]
     return sum(equal) / len(equal)
 
 

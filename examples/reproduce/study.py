@@ -1,19 +1,23 @@
 """The runs of the study, each in processes of its own and kept: data, pretraining, fine-tuning."""
 
 import collections
-import functools
+import itertools
 import json
+import math
+import os
 import pathlib
 import re
 import shutil
+import statistics
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from methods import ALL, Scale, Task, tasks
-from problems import Problem, problems
+from methods import METHODS, TASKS, Run, Scale, Setting, calibration_runs, is_measured
+from problems import Problem, distinct
 
 from megatron_mdm.config import flag_of
 from megatron_mdm.errors import UserError
@@ -30,8 +34,8 @@ from megatron_mdm.files import write_text
 
 HERE = pathlib.Path(__file__).parent
 TOOLS = HERE.parents[1] / "tools"
-LENGTH = 40  # no problem is longer
-EVALUATED = 32  # rows of a validation batch
+EVALUATED = 100  # rows of a validation batch
+SFT = {"sft": True, "pad_eligible": True, "normalization": "rows"}
 
 
 @dataclass
@@ -39,7 +43,8 @@ class Study:
     """One scale in one directory, on one device.
 
     Data and checkpoints are named by what they follow from, so that a run whose flags are the same
-    has the same data and the same base.
+    has the same data and the same base. Who asks for something that another thread is making waits
+    for it.
     """
 
     scale: Scale
@@ -47,23 +52,28 @@ class Study:
     device: str
 
     def __post_init__(self) -> None:
-        self._locks: dict[tuple[int, bool], threading.Lock] = collections.defaultdict(
-            threading.Lock
-        )
+        self._locks: dict[Any, threading.RLock] = collections.defaultdict(threading.RLock)
+        self._data: dict[str, pathlib.Path] = {}
+        self._first_lock = threading.Lock()
 
-    @functools.cached_property
-    def data(self) -> pathlib.Path:
-        """Where problems, tokenizer and datasets are; makes those that are not of this program."""
-        scale = self.scale
-        tests = problems(scale.tests, (2, 3), 3)
-        solved = {problem.prompt for problem in tests}
-        found = {
-            "text": problems(scale.texts, (1, 2, 3), 1, solved),
-            "pairs": problems(scale.pairs, (2, 3), 2, solved),
-            "test": tests,
-        }
+    def data(self, task: str) -> pathlib.Path:
+        """Where problems, tokenizer and datasets of a task are; makes what is missing."""
+        with self._lock("data", task):
+            if task not in self._data:
+                self._data[task] = self._make_data(task)
+            return self._data[task]
+
+    def _make_data(self, task: str) -> pathlib.Path:
+        scale, kind = self.scale, TASKS[task]
+        found = {"test": distinct(kind.pair, scale.tests, 3)}
+        out = {problem.prompt for problem in found["test"]}
+        found["valid"] = distinct(kind.pair, scale.held_out, 4, out)
+        out |= {problem.prompt for problem in found["valid"]}
+        found["text"] = distinct(kind.text, scale.texts, 1, out)
+        pairs = distinct(kind.pair, max(scale.pairs.values()), 2, out)
+        found |= {regime: pairs[:count] for regime, count in scale.pairs.items()}
         texts = {name: as_json(name, some) for name, some in found.items()}
-        directory = self.directory / f"data-{digest(json.dumps(texts))}"
+        directory = self.directory / f"{task}-{digest(json.dumps(texts))}"
         for name, text in texts.items():
             path = directory / f"{name}.jsonl"
             if not path.exists():
@@ -73,8 +83,9 @@ class Study:
             f"train_tokenizer.py --input {directory}/text.jsonl --output {model} --vocab-size 448",
             *(
                 f"preprocess_data.py --input {directory}/{name}.jsonl --tokenizer-model {model} "
-                f"--output-prefix {directory}/{name} {keys}"
-                for name, keys in (("text", ""), ("pairs", "--prompt-key prompt"))
+                f"--output-prefix {directory}/{name} {'' if name == 'text' else PAIR_KEYS}"
+                for name in found
+                if name != "test"
             ),
         ]
         for command in commands:
@@ -82,111 +93,185 @@ class Study:
             run_python([str(TOOLS / tool), *flags, "--unless-done"], directory / "data.log", tool)
         return directory
 
-    def pretrain(self, seed: int, causal: bool) -> pathlib.Path:
-        """Trains the base of a seed on running text, once: the directory of its checkpoint.
-
-        Who asks for one that is being trained in another thread waits for it.
-        """
+    def pretrain(self, task: str, base: int, causal: bool) -> pathlib.Path:
+        """Trains a base on running text, once: the directory of its checkpoint."""
         scale = self.scale
-        method = ALL["autoregressive" if causal else "recommended"]
+        steps = scale.causal_pretraining if causal else scale.pretraining
+        method = METHODS["autoregressive" if causal else "standard"]
         flags = [
-            *self._flags(scale.pretraining, 2 * scale.batch, 3e-3, seed),
-            *f"--data-path {self.data}/text --split 98,2,0".split(),
-            *self.method_flags(method.settings),
+            *self._flags(task, steps, 2 * scale.batch, 3e-3, 1000 + base),
+            *self._data_flags(task, "text", "text"),
+            *self.method_flags(task, method.settings),
         ]
         path = run_path(self.directory, flags)
         checkpoint = path.with_suffix(".checkpoint")
+        name = f"{'autoregressive ' if causal else ''}base {base} of {task}"
 
         def work(path: pathlib.Path) -> dict[str, Any]:
-            kind = "autoregressive" if causal else "diffusion"
-            return self._train(path, flags, scale.pretraining, causal, f"{kind} base, seed {seed}")
+            return self._train(path, flags, steps, causal, name)
 
-        with self._locks[seed, causal]:
-            if not (checkpoint / "latest_checkpointed_iteration.txt").exists():
+        with self._lock(path):
+            if not (checkpoint / LATEST).exists():
                 path.with_suffix(".json").unlink(missing_ok=True)  # good for its checkpoint alone
             run_cached(self.directory, flags, work)
         return checkpoint
 
-    def fine_tuning(self, task: Task, base: pathlib.Path) -> list[str]:
+    def steps(self, run: Run) -> int:
+        """Optimizer steps of a fine-tuning."""
+        if METHODS[run.method].stopped:
+            return int(self.stopped(run.setting)["steps"])
+        return self.scale.steps[run.setting.task]
+
+    def batch(self, run: Run) -> int:
+        """Rows of a step."""
+        return self.scale.batch * METHODS[run.method].rows
+
+    def fine_tuning(self, run: Run, steps: int, base: pathlib.Path) -> list[str]:
         """The flags of a run that starts from a checkpoint."""
-        steps, batch = task.steps(self.scale), task.batch(self.scale)
+        task, regime, _ = run.setting
         return [
-            *self._flags(steps, batch, 1e-3, task.seed),
-            *f"--data-path {self.data}/pairs --split 90,10,0".split(),
-            *"--mdm-sft --mdm-pad-eligible --mdm-normalization rows".split(),
+            *self._flags(task, steps, self.batch(run), 1e-3, run.seed),
+            *self._data_flags(task, regime, "valid"),
+            *self.method_flags(task, SFT),
             *f"--load {base} --finetune --exit-on-missing-checkpoint".split(),
-            *self.method_flags(ALL[task.method].settings),
+            *self.method_flags(task, METHODS[run.method].settings),
         ]
 
-    def fine_tune(self, task: Task) -> dict[str, Any]:
-        """Trains and scores one run, unless that was done; measures gradients after `standard`."""
-        causal = ALL[task.method].causal
-        steps, batch = task.steps(self.scale), task.batch(self.scale)
-        flags = self.fine_tuning(task, self.pretrain(task.seed, causal))
-        score = [str(HERE / "score.py"), "--problems", f"{self.data}/test.jsonl"]
-        score += ["--causal"] if causal else []
-        commands = {"score": score}
-        if task.method == "standard":
-            commands["noise"] = self._noise()
-        name = f"{task.method}, seed {task.seed}, {batch} rows a step"
+    def fine_tune(self, run: Run, steps: int | None = None) -> dict[str, Any]:
+        """Trains and scores a run, unless that was done; measures some of `standard` on their way.
+
+        Args:
+            run: which one.
+            steps: optimizer steps, if they are others than the run's own.
+        """
+        start = time.monotonic()
+        (task, _, base), causal = run.setting, METHODS[run.method].causal
+        steps = self.steps(run) if steps is None else steps
+        flags = self.fine_tuning(run, steps, self.pretrain(task, base, causal))
+        score = [str(HERE / "score.py"), "--problems", f"{self.data(task)}/test.jsonl"]
+        score += ["--causal"] if causal else ["--threshold", "0.9"]
+        measured = is_measured(self.scale, run)
+        noise, report = self._noise(run.setting), self._report(run)
+        name = f"{run.setting.title}: {run.method}, seed {run.seed}, {steps} steps"
 
         def work(path: pathlib.Path) -> dict[str, Any]:
-            result = self._train(path, flags, steps, causal, name)
+            result = self._train(path, flags, steps, causal, name, saves=2 if measured else 1)
             checkpoint = path.with_suffix(".checkpoint")
-            for kind, command in commands.items():
-                found = path.with_suffix(f".{kind}")
-                places = f"--load {checkpoint} --json {found} --device {self.device}".split()
-                run_python([*command, *places], path.with_suffix(f".{kind}.log"), f"{kind}: {name}")
-                result |= json.loads(found.read_text(encoding="utf-8"))
-                found.unlink()
+            result |= self._tool(path, score, checkpoint, f"score: {name}")
+            if measured:
+                start_of_it = path.with_name(f"{path.name}-start")
+                self._train(start_of_it, [*flags, *STANDSTILL], 1, causal, f"start: {name}")
+                middle = path.with_suffix(".middle")
+                at_iteration(checkpoint, steps // 2, middle)
+                places = {
+                    "start": start_of_it.with_suffix(".checkpoint"),
+                    "middle": middle,
+                    "end": checkpoint,
+                }
+                result["moments"] = {
+                    moment: self._tool(path, noise, place, f"noise: {name}")
+                    | self._tool(path, report, place, f"report: {name}")
+                    for moment, place in places.items()
+                }
+                for place in (places["start"], middle):
+                    shutil.rmtree(place)
             shutil.rmtree(checkpoint)
             print(
                 f"{name}: {result['answers']:.1%} of the answers, {result['nelbo']:.4f} nats/token",
                 file=sys.stderr,
                 flush=True,
             )
-            return result | {"rows": batch * steps}
+            rows, views = self.batch(run) * steps, METHODS[run.method].views
+            size = {"steps": steps, "rows": rows, "texts": rows // views}
+            return result | size | {"seconds": time.monotonic() - start}
 
-        start = time.monotonic()
-        identity = [*flags, *(word for command in commands.values() for word in command[1:])]
-        result = run_cached(
-            self.directory,
-            identity,
-            lambda path: work(path) | {"seconds": time.monotonic() - start},
-        )
+        identity = [*flags, *score[1:], *(noise[1:] + report[1:] if measured else [])]
+        with self._lock(run_path(self.directory, identity)):
+            result = run_cached(self.directory, identity, work)
         return result | {"flags": " ".join(flags)}
 
-    def _noise(self) -> list[str]:
+    def stopped(self, setting: Setting) -> dict[str, Any]:
+        """How many steps of the autoregressive network solve as much as `standard`.
+
+        Returns:
+            `steps`; `target`, the mean share of answers of `standard`; `lengths`, pairs of steps
+            and that of the autoregressive network.
+        """
+        found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
+        for run, steps in calibration_runs(self.scale, setting):
+            found[run.method, steps].append(self.fine_tune(run, steps)["answers"])
+        means = {key: statistics.fmean(answers) for key, answers in found.items()}
+        target = means.pop(("standard", self.scale.steps[setting.task]))
+        lengths = {steps: mean for (_, steps), mean in means.items()}
+        return {
+            "steps": steps_for(target, lengths),
+            "target": target,
+            "lengths": list(lengths.items()),
+        }
+
+    def _noise(self, setting: Setting) -> list[str]:
         """The command that measures the gradients of all methods at one checkpoint."""
-        methods = {}
-        for task in tasks(self.scale):
-            method = ALL[task.method]
-            if method.causal or task.seed != self.scale.seeds[0] or method.steps != 1.0:
-                continue
-            batch = task.batch(self.scale)
-            settings = self._with_ids(method.settings)
-            methods[task.entry] = {"batch": batch, **settings}
+        methods = {
+            name: {
+                "batch": self.scale.batch * method.rows,
+                **self._with_ids(setting.task, method.settings),
+            }
+            for name in self.scale.entries.get(setting, {})
+            if (method := METHODS[name]).is_steady
+        }
         command = [str(HERE / "noise.py"), "--batches", str(self.scale.gradients)]
         return [*command, "--methods", json.dumps(methods)]
 
-    def _train(
-        self, path: pathlib.Path, flags: list[str], steps: int, causal: bool, name: str
+    def _report(self, run: Run) -> list[str]:
+        """The command that takes the variance of one row apart at a checkpoint."""
+        data = f"{self.data(run.setting.task)}/{run.setting.regime}"
+        words = f"--data {data} --rows {self.scale.nested} --methods none --seed {run.seed}"
+        return [str(TOOLS / "variance_report.py"), *words.split()]
+
+    def _tool(
+        self, path: pathlib.Path, command: list[str], checkpoint: pathlib.Path, name: str
     ) -> dict[str, Any]:
-        """Trains to a checkpoint beside `path`: the final NELBO, and where the curves are."""
-        board, checkpoint = (path.with_suffix(x) for x in (".tensorboard", ".checkpoint"))
+        """What a tool finds at a checkpoint."""
+        tool = pathlib.Path(command[0]).stem
+        found = path.with_name(f"{path.name}.{tool}.json")
+        output = "--output" if tool == "variance_report" else "--json"
+        figure = found.with_suffix(".png")
+        places = [*f"--load {checkpoint} --device {self.device} {output} {found}".split()]
+        places += ["--figure", str(figure)] if tool == "variance_report" else []
+        run_python([*command, *places], found.with_suffix(".log"), name)
+        result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        found.unlink()
+        figure.unlink(missing_ok=True)
+        if tool == "variance_report":
+            return {what: result[what] for what in ("loss", "gradient")}
+        return result
+
+    def _train(
+        self,
+        path: pathlib.Path,
+        flags: list[str],
+        steps: int,
+        causal: bool,
+        name: str,
+        saves: int = 1,
+    ) -> dict[str, Any]:
+        """Trains to a checkpoint beside `path`, and saves it so often on the way: the NELBO."""
+        board, checkpoint = (path.with_suffix(end) for end in (".tensorboard", ".checkpoint"))
         for old in (board, checkpoint):
             shutil.rmtree(old, ignore_errors=True)
         program = AUTOREGRESSIVE if causal else PROGRAM
-        places = f"--tensorboard-dir {board} --save {checkpoint} --save-interval {steps}".split()
+        places = f"--save {checkpoint} --save-interval {max(1, steps // saves)} "
+        places += f"--tensorboard-dir {board}"
         log = path.with_suffix(".log")
-        output = run_python([*program, *flags, *places], log, name)
+        output = run_python([*program, *flags, *places.split()], log, name)
         values = re.findall(r"validation NELBO: ([\d.]+)|lm loss value: ([\dE.+-]+)", output)
         if not values:
             raise UserError(f"{name} ended without a validation: its output is in {log}")
-        return {"nelbo": float(values[-1][0] or values[-1][1]), "tensorboard": str(board)}
+        return {"nelbo": float(values[-1][0] or values[-1][1])}
 
-    def _flags(self, steps: int, batch: int, lr: float, seed: int) -> list[str]:
-        scale = self.scale
+    def _flags(self, task: str, steps: int, batch: int, lr: float, seed: int) -> list[str]:
+        scale, length = self.scale, TASKS[task].length
+        words = f"{self.data(task)}/words.model"
         return [
             *f"--mdm-device {self.device} --transformer-impl local".split(),
             # A small model takes rows from a GPU's host faster than one process makes them.
@@ -194,40 +279,86 @@ class Study:
             # What Megatron takes from Transformer Engine or apex unless it is told not to.
             *"--attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion".split(),
             "--no-persist-layer-norm",
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {self.data}/words.model "
-            f"--data-cache-path {self.data}/cache --make-vocab-size-divisible-by 64".split(),
+            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {words}".split(),
+            *f"--data-cache-path {self.data(task)}/cache".split(),
+            *"--make-vocab-size-divisible-by 64".split(),
             *f"--num-layers {scale.layers} --hidden-size {scale.hidden}".split(),
             *f"--num-attention-heads {scale.heads}".split(),
             *f"--ffn-hidden-size {scale.hidden * 8 // 3} --normalization RMSNorm --swiglu".split(),
+            # Of Megatron's 0.02 a narrow model does not leave the plateau for long.
+            *f"--init-method-std {1 / math.sqrt(scale.hidden):.3g}".split(),
             *"--disable-bias-linear --position-embedding-type rope --attention-dropout 0".split(),
-            *f"--hidden-dropout 0 --seq-length {LENGTH} --max-position-embeddings {LENGTH}".split(),
+            *f"--hidden-dropout 0 --seq-length {length} --max-position-embeddings {length}".split(),
             *f"--micro-batch-size {batch} --global-batch-size {batch}".split(),
             *f"--train-iters {steps} --lr-warmup-iters {steps // 20}".split(),
             *f"--lr {lr} --min-lr {lr / 10} --lr-decay-style cosine --clip-grad 1.0".split(),
             *f"--weight-decay 0.1 --seed {seed}".split(),
-            # As many rows as there are problems to solve.
-            *f"--eval-interval {steps} --eval-iters {-(-scale.tests // EVALUATED)}".split(),
+            *f"--eval-interval {steps} --eval-iters {-(-scale.held_out // EVALUATED)}".split(),
             *f"--eval-global-batch-size {EVALUATED} --eval-micro-batch-size {EVALUATED}".split(),
             *f"--log-interval {max(1, steps // 20)}".split(),
         ]
 
-    def method_flags(self, settings: dict[str, Any]) -> list[str]:
+    def _data_flags(self, task: str, train: str, valid: str) -> list[str]:
+        data = self.data(task)
+        return f"--train-data-path {data}/{train} --valid-data-path {data}/{valid}".split()
+
+    def method_flags(self, task: str, settings: Mapping[str, Any]) -> list[str]:
         """Settings of the objective as flags, with ids for words."""
         found = []
-        for name, value in self._with_ids(settings).items():
+        for name, value in self._with_ids(task, settings).items():
             found += [flag_of(name)] if value is True else as_flags({name: value})
         return found
 
-    def _with_ids(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _with_ids(self, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         import sentencepiece
 
-        words = sentencepiece.SentencePieceProcessor(model_file=f"{self.data}/words.model")
+        words = sentencepiece.SentencePieceProcessor(model_file=f"{self.data(task)}/words.model")
         return {
             name: [words.piece_to_id(f"\u2581{word}") for word in value]
             if name.endswith("token_ids")
             else value
             for name, value in settings.items()
         }
+
+    def _lock(self, *name: Any) -> threading.RLock:
+        with self._first_lock:
+            return self._locks[name]
+
+
+LATEST = "latest_checkpointed_iteration.txt"
+PAIR_KEYS = "--prompt-key prompt"
+# A run of one step that leaves the weights as they are: a base with the settings of its runs.
+STANDSTILL = "--train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --eval-interval 1".split()
+
+
+def at_iteration(checkpoint: pathlib.Path, iteration: int, view: pathlib.Path) -> None:
+    """Makes a directory that shows a checkpoint at an earlier iteration that was saved."""
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir()
+    for entry in checkpoint.iterdir():
+        os.symlink(entry.resolve(), view / entry.name)
+    (view / LATEST).unlink()
+    (view / LATEST).write_text(str(iteration))
+
+
+def steps_for(target: float, shares: Mapping[int, float]) -> int:
+    """Steps at which a share first reaches a target, interpolated over the logarithm of steps.
+
+    Args:
+        target: the share.
+        shares: of runs, by their steps in ascending order.
+
+    Returns:
+        The least number where that one reaches it already, the greatest where none does.
+    """
+    points = list(shares.items())
+    if points[0][1] >= target:
+        return points[0][0]
+    for (fewer, below), (more, above) in itertools.pairwise(points):
+        if above >= target:
+            part = (target - below) / (above - below)
+            return round(fewer * math.exp(part * math.log(more / fewer)))
+    return points[-1][0]
 
 
 def as_json(name: str, found: list[Problem]) -> str:

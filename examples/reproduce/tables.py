@@ -1,194 +1,345 @@
-"""From the results of all runs to tables, verdicts and a figure; puts them into Markdown files.
+"""From the results of all runs to tables, answers to the paper's claims and Markdown.
 
-One rule decides what is said of a method: its differences from `standard`, one for each seed, have
-a mean and a 95% interval of Student's t. It gains or loses where the interval leaves out 0;
-anywhere else there is no clear difference.
+Runs are compared where base and texts are the same (a `Setting`), on the same seeds: the mean of
+the differences has Student's interval, and a method *gains* or *loses* where the p value, adjusted
+by Holm over all methods of the setting, is below 5%; elsewhere there is no clear difference.
+Deviations have the interval of chi-square, ratios of deviations that of F. All intervals are those
+of 95%.
 """
 
 import math
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from methods import DOUBLED, LONGER, METHODS, SCALES, SHORTER, Task, own_epochs
+from methods import (
+    BOTH,
+    BOTH_EPOCHS,
+    DOUBLED,
+    SCALES,
+    SCARCE,
+    STOPPED,
+    Setting,
+)
 
 from megatron_mdm.errors import UserError
-from megatron_mdm.files import complete_or_absent, write_errors, write_text
-
-Run = dict[str, Any]
-VIEWS = [f"{name}, equal epochs" for name in METHODS if True in own_epochs(name)]
-
-
-class Section(NamedTuple):
-    """A table: its entries (see `Task.entry`), and those that the others are compared with."""
-
-    title: str
-    entries: list[str]
-    baselines: list[str]
-
-
-SECTIONS = (
-    Section("equal rows", list(METHODS), ["standard"]),
-    Section("equal epochs", ["standard", *VIEWS, DOUBLED], ["standard", DOUBLED]),
-    Section("other lengths", ["standard", LONGER, SHORTER, "autoregressive"], ["standard"]),
+from megatron_mdm.experiments.statistics import (
+    Interval,
+    deviation_interval,
+    deviation_ratio,
+    holm,
+    mean_interval,
+    t_test,
 )
-ENTRIES = list(dict.fromkeys(entry for section in SECTIONS for entry in section.entries))
+from megatron_mdm.files import write_text
+
+Result = dict[str, Any]
+Entries = dict[str, list[Result]]
+MOMENTS = ("start", "middle", "end")
+LEVEL = 0.05
+WIDTH = 42  # of the first column
 
 
-class Estimate(NamedTuple):
-    """A mean over seeds, and half of its 95% interval of Student's t."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """From one value a seed; of a single one nothing is known."""
-        from scipy.stats import t
-
-        n = len(values)
-        half = math.inf
-        if n > 1:
-            half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-        return cls(statistics.mean(values), half)
-
-    def verdict(self) -> str:
-        """What it says of a method, as a difference of answers from those of `standard`."""
-        if self.mean == self.half == 0.0:
-            return "the same"
-        if abs(self.mean) <= self.half:
-            return "no clear difference"
-        return "gains" if self.mean > 0 else "loses"
-
-    def text(self, form: str) -> str:
-        """In a format such as "+.1f"; without an interval from a single seed."""
-        half = f" +- {self.half:{form.lstrip('+')}}" if math.isfinite(self.half) else ""
-        return f"{self.mean:{form}}{half}"
+def by_setting(results: Result) -> dict[Setting, Entries]:
+    """The runs of each method of each setting, in the order of the scale and of the seeds."""
+    found: dict[Setting, Entries] = {}
+    for setting, methods in SCALES[results["scale"]].entries.items():
+        own = [run for run in results["runs"] if setting_of(run) == setting]
+        entries = {name: [run for run in own if run["method"] == name] for name in methods}
+        entries = {name: runs for name, runs in entries.items() if runs}
+        if entries:
+            found[setting] = entries
+    return found
 
 
-def difference(runs: Sequence[Run], baseline: Sequence[Run], key: str) -> Estimate | None:
-    """Of the runs from those of the baseline with the same seed; None if there are none."""
+def setting_of(run: Result) -> Setting:
+    """Where a run is comparable with others."""
+    return Setting(run["task"], run["regime"], run["base"])
+
+
+def answers(runs: Sequence[Result]) -> list[float]:
+    """Right answers of each run, in percent."""
+    return [100 * run["answers"] for run in runs]
+
+
+def differences(
+    runs: Sequence[Result], baseline: Sequence[Result], key: str = "answers"
+) -> list[float]:
+    """Of each run from that of the baseline with the same seed, where there is one."""
     base = {run["seed"]: run[key] for run in baseline}
-    pairs = [run[key] - base[run["seed"]] for run in runs if run["seed"] in base]
-    return Estimate.of(pairs) if pairs else None
+    return [run[key] - base[run["seed"]] for run in runs if run["seed"] in base]
 
 
-def gradient(runs: Sequence[Run], entry: str, baseline: str = "standard") -> list[float]:
-    """Variance of a gradient relative to a baseline's, one value a seed, where it was measured."""
-    measured = [run["noise"] for run in runs if run.get("noise", {}).keys() >= {entry, baseline}]
-    return [values[entry] / values[baseline] for values in measured]
+def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
+    """What the answers say of each method but the baseline."""
+    values = {
+        name: differences(runs, entries.get(baseline, []))
+        for name, runs in entries.items()
+        if name != baseline
+    }
+    adjusted = holm({name: t_test(found) for name, found in values.items() if found})
+    words = {}
+    for name, p in adjusted.items():
+        clear = p < LEVEL
+        rises = statistics.fmean(values[name]) > 0
+        words[name] = ("gains" if rises else "loses") if clear else "no clear difference"
+    return words
 
 
-def by_entry(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each entry of the tables, in their order."""
-    found: dict[str, list[Run]] = {entry: [] for entry in ENTRIES}
-    for run in runs:
-        found[Task(run["method"], run["seed"], run["epochs"]).entry].append(run)
-    return {entry: some for entry, some in found.items() if some}
-
-
-def mean_percent(runs: Sequence[Run], key: str) -> str:
-    """A mean over seeds."""
-    return f"{statistics.mean(100 * run[key] for run in runs):.1f}%"
-
-
-def spread(runs: Sequence[Run]) -> str:
-    """Largest minus least share of answers, in points."""
-    answers = [100 * run["answers"] for run in runs]
-    return f"{max(answers) - min(answers):.1f}" if len(runs) > 1 else "-"
-
-
-def as_text(results: dict[str, Any]) -> str:
-    """All tables, each with its differences from the baselines and the verdicts on answers."""
-    runs = by_entry(results["runs"])
+def as_text(results: Result) -> str:
+    """All tables."""
     blocks = []
-    for section in SECTIONS:
-        found = {entry: runs[entry] for entry in section.entries if entry in runs}
-        lines = [
-            f"{section.title:30s}{'answers':>8s}{'max - min':>11s}{'std':>6s}{'all steps':>11s}"
-            f"{'NELBO':>9s}{'rows':>9s}{'seeds':>7s}"
+    for setting, entries in by_setting(results).items():
+        blocks += [
+            _means(results, setting, entries),
+            _less(entries, "standard"),
+            _less(entries, DOUBLED),
+            _deviations(entries),
+            _seeds(entries),
+            _parts(entries),
+            _noise(entries),
         ]
-        for entry, some in found.items():
-            answers = [100 * run["answers"] for run in some]
-            std = f"{statistics.stdev(answers):.1f}" if len(some) > 1 else "-"
-            nelbo = statistics.mean(run["nelbo"] for run in some)
-            lines.append(
-                f"{entry:30s}{mean_percent(some, 'answers'):>8s}{spread(some):>11s}{std:>6s}"
-                f"{mean_percent(some, 'solutions'):>11s}{nelbo:9.4f}{some[0]['rows']:9d}"
-                f"{len(some):7d}"
-            )
-        blocks.append(lines)
-        blocks += [_differences(results["runs"], found, name) for name in section.baselines]
     return "\n\n".join("\n".join(lines) for lines in blocks if len(lines) > 1)
 
 
-def _differences(runs: list[Run], found: dict[str, list[Run]], baseline: str) -> list[str]:
+def _means(results: Result, setting: Setting, entries: Entries) -> list[str]:
+    texts = SCALES[results["scale"]].pairs[setting.regime]
+    head = f"== {setting.title}, {texts} texts =="
     lines = [
-        f"{'minus ' + baseline:30s}{'answers':>15s}{'all steps':>15s}{'NELBO':>20s}"
-        f"{'gradient':>15s}  verdict on answers"
+        head,
+        f"{'':{WIDTH}s}{'answers':>9s}{'all steps':>11s}{'NELBO':>9s}{'steps':>7s}{'rows':>8s}"
+        f"{'epochs':>8s}{'seeds':>7s}",
     ]
-    for entry, some in found.items():
-        base = [] if entry == baseline else found.get(baseline, [])
-        answers, steps, nelbo = (
-            difference(some, base, key) for key in ("answers", "solutions", "nelbo")
+    for name, runs in entries.items():
+        means = (statistics.fmean(run[key] for run in runs) for key in ("answers", "solutions"))
+        shares = "".join(f"{mean:>{width}.1%}" for mean, width in zip(means, (9, 11), strict=True))
+        lines.append(
+            f"{name:{WIDTH}s}{shares}{statistics.fmean(run['nelbo'] for run in runs):9.4f}"
+            f"{runs[0]['steps']:7d}{runs[0]['rows']:8d}{runs[0]['texts'] / texts:8.2f}"
+            f"{len(runs):7d}"
         )
-        if answers and steps and nelbo:
+    return lines
+
+
+def _less(entries: Entries, baseline: str) -> list[str]:
+    words, base = verdicts(entries, baseline), entries.get(baseline, [])
+    lines = [
+        f"{'minus ' + baseline:{WIDTH}s}{'answers':>22s}{'all steps':>22s}{'NELBO':>27s}"
+        "  verdict on answers"
+    ]
+    for name, word in words.items():
+        cells = [
+            points(differences(entries[name], base)),
+            points(differences(entries[name], base, "solutions")),
+            with_ends(mean_interval(differences(entries[name], base, "nelbo")), "+.4f"),
+        ]
+        lines.append(f"{name:{WIDTH}s}{cells[0]:>22s}{cells[1]:>22s}{cells[2]:>27s}  {word}")
+    return lines
+
+
+def _deviations(entries: Entries) -> list[str]:
+    lines = [
+        f"{'spread of the answers, points':{WIDTH}s}{'deviation':>20s}{'max - min':>11s}"
+        f"{'/ that of standard':>22s}{'seeds':>7s}"
+    ]
+    for name, runs in entries.items():
+        if len(runs) < 2:
+            continue
+        deviation = with_ends(deviation_interval(answers(runs)), ".2f")
+        ratio = ratio_of(entries, name, "standard") if name != "standard" else None
+        lines.append(
+            f"{name:{WIDTH}s}{deviation:>20s}{max(answers(runs)) - min(answers(runs)):11.1f}"
+            f"{with_ends(ratio, '.2f') if ratio else '':>22s}{len(runs):7d}"
+        )
+    return lines
+
+
+def ratio_of(entries: Entries, name: str, baseline: str) -> Interval | None:
+    """The ratio of two methods' deviations; None where one of them is not known."""
+    a, b = (answers(entries.get(entry, [])) for entry in (name, baseline))
+    if min(len(a), len(b)) < 2 or len(set(b)) < 2:
+        return None
+    return deviation_ratio(a, b)
+
+
+def _seeds(entries: Entries) -> list[str]:
+    seeds = list(dict.fromkeys(run["seed"] for runs in entries.values() for run in runs))
+    lines = [f"{'answers of each seed, %':{WIDTH}s}" + "".join(f"{seed:6d}" for seed in seeds)]
+    for name, runs in entries.items():
+        own = {run["seed"]: run for run in runs}
+        cells = (f"{100 * own[s]['answers']:6.1f}" if s in own else f"{'':6s}" for s in seeds)
+        lines.append(f"{name:{WIDTH}s}{''.join(cells)}".rstrip())
+    return lines
+
+
+def measured(entries: Entries) -> list[Result]:
+    """What was measured at the moments of each seed of `standard`."""
+    return [run["moments"] for run in entries.get("standard", []) if "moments" in run]
+
+
+def parts(entries: Entries, what: str, moment: str) -> dict[str, Interval]:
+    """A, B and C as shares of the variance of one row, of `loss` or `gradient`, over seeds."""
+    found = [moments[moment][what] for moments in measured(entries)]
+    return {
+        part: mean_interval([one[part][0] / one["total"][0] for one in found]) for part in "ABC"
+    }
+
+
+def _parts(entries: Entries) -> list[str]:
+    if not measured(entries):
+        return []
+    lines = [
+        f"{'shares of the variance of one row':{WIDTH}s}" + "".join(f"{p:>22s}" for p in "ABC")
+    ]
+    for what in ("loss", "gradient"):
+        for moment in MOMENTS:
+            cells = (with_ends(x, ".2f") for x in parts(entries, what, moment).values())
             lines.append(
-                f"{entry:30s}{points(answers):>15s}{points(steps):>15s}{nelbo.text('+.4f'):>20s}"
-                f"{noise(runs, entry, baseline) or '-':>15s}  {answers.verdict()}"
+                f"{f'{what}, {moment}':{WIDTH}s}" + "".join(f"{cell:>22s}" for cell in cells)
             )
     return lines
 
 
-def noise(runs: Sequence[Run], entry: str, baseline: str = "standard") -> str:
-    """Relative variance of the gradient; empty if it was not measured."""
-    values = gradient(runs, entry, baseline)
-    return Estimate.of(values).text(".2f") if values else ""
+def noise(entries: Entries, moment: str) -> dict[str, Interval]:
+    """The variance of a batch's gradient, relative to `standard`: geometric means over seeds."""
+    found = [moments[moment]["noise"] for moments in measured(entries)]
+    names = found[0] if found else ()
+    return {
+        name: _exponential(mean_interval([math.log(one[name] / one["standard"]) for one in found]))
+        for name in names
+    }
 
 
-def points(share: Estimate) -> str:
-    """A difference of shares in percentage points."""
-    return Estimate(100 * share.mean, 100 * share.half).text("+.1f")
+def _exponential(interval: Interval) -> Interval:
+    return Interval(*map(math.exp, interval))
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    """One table, for a page that says no more."""
-    runs = by_entry(results["runs"])
+def _noise(entries: Entries) -> list[str]:
+    by_moment = {moment: noise(entries, moment) for moment in MOMENTS}
     lines = [
-        "| | answers, max - min | all steps | NELBO | answers minus `standard`'s | gradient |",
-        "|---|---|---|---|---|---|",
+        f"{'variance of a gradient / standard':{WIDTH}s}" + "".join(f"{m:>22s}" for m in MOMENTS)
     ]
-    for entry, some in runs.items():
-        less = difference(some, runs.get("standard", []), "answers")
-        cells = [
-            entry,
-            f"{mean_percent(some, 'answers')}, {spread(some)}",
-            mean_percent(some, "solutions"),
-            f"{statistics.mean(run['nelbo'] for run in some):.4f}",
-            f"{points(less)}: {less.verdict()}" if less and entry != "standard" else "",
-            noise(results["runs"], entry),
+    for name in by_moment["end"]:
+        cells = (with_ends(found[name], ".2f") for found in by_moment.values())
+        lines.append(f"{name:{WIDTH}s}" + "".join(f"{cell:>22s}" for cell in cells))
+    return lines
+
+
+def with_ends(interval: Interval, form: str) -> str:
+    """In a format such as "+.1f", the ends in brackets; without where they are not known."""
+    value = f"{interval.value:{form}}"
+    if math.isnan(interval.low):
+        return value
+    return f"{value} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def points(shares: Sequence[float]) -> str:
+    """Mean difference of shares in percentage points, with its interval."""
+    return with_ends(mean_interval([100 * share for share in shares]), "+.1f")
+
+
+def claims(results: Result) -> str:
+    """The paper's two claims, each answered in sentences with numbers and intervals."""
+    found = by_setting(results)
+    lines = ["Does P-POTS + MIRROR gain accuracy? Points of right answers, with 95% intervals:", ""]
+    for setting, entries in found.items():
+        at_epochs = _gain(entries, BOTH_EPOCHS, "standard")
+        at_rows = _gain(entries, BOTH, "standard")
+        to_doubled = _gain(entries, BOTH_EPOCHS, DOUBLED)
+        said = [
+            at_epochs and f"{at_epochs} at equal epochs",
+            at_rows and f"{at_rows} at equal compute",
+            to_doubled and f"{to_doubled} at equal epochs against `{DOUBLED}`",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if any(said):
+            lines.append(f"- {setting.title}: {', '.join(filter(None, said))}.")
+    lines += [
+        "",
+        f"Is its spread near the autoregressive network's and below `standard`'s? {SPREAD}",
+    ]
+    entries = found.get(SCARCE, {})
+    lines.append("")
+    for name in (BOTH_EPOCHS, BOTH):
+        to_standard, to_stopped = (ratio_of(entries, name, x) for x in ("standard", STOPPED))
+        if to_standard and to_stopped:
+            lines.append(
+                f"- {name}: its deviation is {with_ends(to_standard, '.2f')} times `standard`'s"
+                f"{_side(to_standard)}, and {with_ends(to_stopped, '.2f')} times that of the "
+                f"autoregressive network{_side(to_stopped)}."
+            )
+    ratio = ratio_of(entries, STOPPED, "standard")
+    if ratio:
+        lines.append(
+            f"- The autoregressive network's is {with_ends(ratio, '.2f')} times `standard`'s"
+            f"{_side(ratio)}; it solves {statistics.fmean(answers(entries[STOPPED])):.1f}%, "
+            f"`standard` {statistics.fmean(answers(entries['standard'])):.1f}%."
+        )
     return "\n".join(lines)
 
 
-def caption(results: dict[str, Any]) -> str:
+SPREAD = (
+    "Ratios of deviations over seeds from one base, the autoregressive network stopped where it "
+    "solves as much as `standard`:"
+)
+
+
+def _gain(entries: Entries, name: str, baseline: str) -> str:
+    values = differences(entries.get(name, []), entries.get(baseline, []))
+    if not values:
+        return ""
+    p = t_test(values)
+    word = "unclear" if not p < LEVEL else "gain" if statistics.fmean(values) > 0 else "loss"
+    return f"{points(values)} ({word})"
+
+
+def _side(ratio: Interval) -> str:
+    if ratio.low <= 1 <= ratio.high:
+        return " (not clearly different)"
+    return " (smaller)" if ratio.high < 1 else " (larger)"
+
+
+def as_markdown(results: Result) -> str:
+    """One table, for a page that says no more."""
+    lines = ["| | answers | minus `standard`'s | deviation, max - min |", "|---|---|---|---|"]
+    for setting, entries in by_setting(results).items():
+        lines.append(f"| **{setting.title}** | | | |")
+        words = verdicts(entries)
+        for name, runs in entries.items():
+            less = points(differences(runs, entries.get("standard", []))) if name in words else ""
+            less += f": {words[name]}" if name in words else ""
+            spread = "-"
+            if len(runs) > 1:
+                deviation = with_ends(deviation_interval(answers(runs)), ".1f")
+                spread = f"{deviation}, {max(answers(runs)) - min(answers(runs)):.1f}"
+            lines.append(f"| {name} | {statistics.fmean(answers(runs)):.1f}% | {less} | {spread} |")
+    return "\n".join(lines)
+
+
+def caption(results: Result) -> str:
     """Where the results come from."""
-    runs = results["runs"]
-    done = sorted({run["seed"] for run in runs})
-    seeds, missing = ", ".join(map(str, done)), len(SCALES[results["scale"]].seeds) - len(done)
-    seeds += f" ({missing} more have not been run)" if missing > 0 else ""
-    hours = sum(run["seconds"] for run in runs) / 3600
+    done = results["runs"]
+    wanted = sum(sum(m.values()) for m in SCALES[results["scale"]].entries.values())
+    missing = f" ({wanted - len(done)} more have not been run)" if wanted > len(done) else ""
+    hours = sum(run["seconds"] for run in done) / 3600
     return (
-        f"`--scale {results['scale']}`, seeds {seeds}, {runs[0]['problems']} problems, "
-        f"{results['machine']}, {results['date']}; {len(runs)} fine-tunings of {hours:.1f} hours "
-        f"in all, {results['jobs']} at a time."
+        f"`--scale {results['scale']}`, {done[0]['problems']} problems, {results['machine']}, "
+        f"{results['date']}, {results['program']}; {len(done)} fine-tunings{missing} of "
+        f"{hours:.1f} hours in all, {results['jobs']} at a time."
     )
 
 
-def insert(results: dict[str, Any], path: str) -> None:
+BLOCKS: Mapping[str, Callable[[Result], str]] = {
+    "caption": caption,
+    "claims": claims,
+    "summary": as_markdown,
+    "tables": lambda results: f"```text\n{as_text(results)}\n```",
+}
+PLACE = re.compile(r"(<!-- reproduce: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def insert(results: Result, path: str) -> None:
     """Replaces what stands between `<!-- reproduce: NAME -->` and `<!-- end -->` in a file.
 
     Raises:
@@ -201,49 +352,17 @@ def insert(results: dict[str, Any], path: str) -> None:
     write_text(path, inserted(results, text, path))
 
 
-PLACE = re.compile(r"(<!-- reproduce: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def inserted(results: dict[str, Any], text: str, path: str) -> str:
+def inserted(results: Result, text: str, path: str) -> str:
     """The text of a file with the results in their places; see `insert`."""
-    blocks: dict[str, Callable[[dict[str, Any]], str]] = {
-        "caption": caption,
-        "summary": as_markdown,
-        "tables": lambda results: f"```text\n{as_text(results)}\n```",
-    }
-    if not {name for _, name, _ in PLACE.findall(text)} & set(blocks):
+    if not {name for _, name, _ in PLACE.findall(text)} & set(BLOCKS):
         raise UserError(
             f"--insert {path}: has no <!-- reproduce: NAME --> with an <!-- end -->, and NAME of "
-            f"{', '.join(blocks)}"
+            f"{', '.join(BLOCKS)}"
         )
 
     def replacement(match: re.Match[str]) -> str:
-        if match[2] not in blocks:
+        if match[2] not in BLOCKS:
             return match[0]
-        return f"{match[1]}{blocks[match[2]](results)}\n{match[3]}"
+        return f"{match[1]}{BLOCKS[match[2]](results)}\n{match[3]}"
 
     return PLACE.sub(replacement, text)
-
-
-def draw(results: dict[str, Any], path: str) -> None:
-    """Answers of every run, and the variance of every method's gradient."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for place, entry in enumerate(ENTRIES):
-        answers = [100 * run["answers"] for run in by_entry(results["runs"]).get(entry, [])]
-        for axes, values in ((left, answers), (right, gradient(results["runs"], entry))):
-            if values:
-                axes.plot(values, [-place] * len(values), "o", color="C0", ms=4, alpha=0.6)
-                axes.plot([statistics.mean(values)], [-place], "|", color="C0", ms=16, mew=2)
-    left.set(xlabel="right answers (%)", yticks=[-i for i in range(len(ENTRIES))])
-    left.set_ylim(0.5 - len(ENTRIES), 0.5)
-    left.set_yticklabels(ENTRIES)
-    right.set(xlabel="variance of a batch's gradient, relative to standard", xscale="log")
-    right.axvline(1.0, color="0.6", lw=0.8)
-    with complete_or_absent(path) as (temporary,), write_errors(path):
-        figure.savefig(temporary, dpi=100, format=path.rpartition(".")[2])
-    plt.close(figure)

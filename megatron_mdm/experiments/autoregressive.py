@@ -3,46 +3,30 @@
     python -m megatron_mdm.experiments.autoregressive --mdm-shift ...
 
 takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
-position predict the token after it. Rows, their order and the tokens that count are those of masked
-diffusion; attention is causal and no token is masked.
+position predict the token after it, and stops at signals as that program does. Rows, their order
+and the tokens that count are those of masked diffusion; attention is causal and no token is masked.
 """
 
-import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from megatron_mdm.config import requested_device
-from megatron_mdm.environment import prepare_environment
-from megatron_mdm.errors import UserError, exit_rank_with
+from megatron_mdm.errors import UserError
+from megatron_mdm.pretrain import main
 
 
-def main() -> None:
-    """Trains; a `UserError` ends it with one line and status 2."""
-    prepare_environment(requested_device())
-    from megatron_mdm.mcore.device import training_device
+def next_tokens(objective: Any) -> Callable[..., Any]:
+    """The forward step of a run, in the place of that of masked diffusion.
 
-    with training_device(requested_device()):
-        from megatron.core.enums import ModelType
-        from megatron.training import pretrain, set_startup_timestamps
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-        from megatron_mdm import plugin as mdm
-        from megatron_mdm.mcore.flags.arguments import parse
-
-        set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-        mdm.use_shipped_dataset_helpers()
-        args = parse()
-        if not args.mdm_shift:
-            raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
-        if args.mdm_isolate_documents:
-            raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
-        objective = mdm.build_objective(args)
-        pretrain(
-            pretrain_cfg_container_from_args(args, objective.model_config),
-            objective.datasets_provider,
-            ModelType.encoder_or_decoder,
-            partial(forward_step, objective.state),
-        )
+    Raises:
+        UserError: the settings are not those of an autoregressive model.
+    """
+    mdm = objective.state.mdm
+    if not mdm.shift:
+        raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
+    if mdm.isolate_documents:
+        raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
+    return partial(forward_step, objective.state)
 
 
 def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
@@ -80,7 +64,4 @@ def loss_func(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        exit_rank_with(error)
+    main(next_tokens)

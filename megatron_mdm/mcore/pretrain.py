@@ -1,6 +1,7 @@
 """The program: Megatron's own `pretrain` with the parts of this plugin."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from megatron.core.enums import ModelType
@@ -18,16 +19,22 @@ from megatron_mdm.mcore.checkpoint.workers import checkpoint_workers
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
 from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
-from megatron_mdm.mcore.training.objective import build_objective
+from megatron_mdm.mcore.training.objective import Objective, build_objective
 from megatron_mdm.mcore.training.stopping import no_workers_left, stops_together
 
 
-def run(program_start: float, interruption: Interruption) -> None:
+def run(
+    program_start: float,
+    interruption: Interruption,
+    other_step: Callable[[Objective], Callable] | None = None,
+) -> None:
     """Trains as sys.argv says.
 
     Args:
         program_start: time.time() at the start of the process, for Megatron's start-up timers.
         interruption: what may ask this rank to stop.
+        other_step: gives the forward step of another objective, which is then evaluated by it
+            alone; default: masked diffusion's.
 
     Raises:
         UserError: bad input.
@@ -39,6 +46,7 @@ def run(program_start: float, interruption: Interruption) -> None:
         args = parse()
         with megatron_errors_as_user_errors():
             objective = build_objective(args)
+            step = objective.forward_step if other_step is None else other_step(objective)
         container = pretrain_cfg_container_from_args(args, objective.model_config)
         with (
             safe_checkpoints(args.mdm_checkpoint_hashes, tokenizer_files(args)),
@@ -53,8 +61,8 @@ def run(program_start: float, interruption: Interruption) -> None:
                     container,
                     objective.datasets_provider,
                     ModelType.encoder_or_decoder,
-                    stop.begun_by(objective.forward_step),
-                    non_loss_data_func=objective.after_evaluation,
+                    stop.begun_by(step),
+                    non_loss_data_func=None if other_step else objective.after_evaluation,
                 )
             except SystemExit as end:  # how Megatron ends at --exit-interval and the like
                 if end.code:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
@@ -15,10 +14,10 @@ import pytest
 import sentencepiece
 import torch
 
+from megatron_mdm import recipes
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
-from megatron_mdm.recipes import METHODS
 from tests import ROOT, ranks, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -26,111 +25,197 @@ sys.path.insert(0, str(EXAMPLE))
 
 import methods  # noqa: E402
 import reproduce  # noqa: E402
+import score  # noqa: E402
 import tables  # noqa: E402
-from methods import ALL, DOUBLED, LONGER, SCALES, Task  # noqa: E402
-from problems import LARGEST, answer, problems  # noqa: E402
-from study import LENGTH, Study  # noqa: E402
+from methods import (  # noqa: E402
+    BOTH_EPOCHS,
+    CALIBRATION_SEEDS,
+    DOUBLED,
+    FRESH,
+    METHODS,
+    SCALES,
+    SCARCE,
+    SECOND_BASE,
+    SEEDS,
+    STOPPED,
+    TABLES,
+    TASKS,
+    Run,
+)
+from problems import CELLS, SIZES, answer, distinct, story, table  # noqa: E402
+from study import Study, steps_for  # noqa: E402
 
 COMMITTED = EXAMPLE / "results/laptop.json"
 
 
-def run(method, seed, answers, nelbo=1.0, epochs=False, **more):
+def result(setting, method, seed, answers, nelbo=1.0, **more):
     numbers = {"answers": answers, "solutions": answers / 2, "nelbo": nelbo}
-    rest = {"rows": 32 * (1 + epochs), "problems": 20, "seconds": 1800.0}
-    return {"method": method, "seed": seed, "epochs": epochs, **numbers, **rest, **more}
+    rest = {"steps": 2, "rows": 64, "texts": 32, "problems": 20, "seconds": 1800.0}
+    named = {**setting._asdict(), "method": method, "seed": seed}
+    return {**named, **numbers, **rest, **more}
 
 
-# Differences of answers: clipped 10, 12, 14 points, SyRM -20 and -40, EMA none.
+def moments(**noise):
+    part = {"A": [3.0, 0.1], "B": [1.0, 0.1], "C": [1.0, 0.1], "total": [5.0, 0.1]}
+    moment = {"loss": part, "gradient": part, "noise": {"standard": 2.0, **noise}}
+    return {name: moment for name in ("start", "middle", "end")}
+
+
+SCARCE_RUNS = {
+    "standard": (40, 50, 60, 70),
+    "clipped": (41, 51, 61, 71.5),
+    BOTH_EPOCHS: (50, 60, 70, 80),
+    DOUBLED: (52, 56, 60, 64),
+    STOPPED: (54, 55, 56, 57),
+}
+# Of another base and other texts, which no difference may come from.
+OTHER_RUNS = {FRESH: {"standard": (0, 0)}, SECOND_BASE: {"standard": (90, 90)}}
 RESULTS = {
-    **{"scale": "ci", "machine": "a machine", "date": "2026-01-01", "jobs": 2},
+    **{"scale": "laptop", "machine": "a machine", "date": "2026-01-01", "jobs": 2},
+    **{"program": "commit abc", "stopped": []},
     "runs": [
-        *(run("standard", seed, 0.1 * seed, 0.5, noise={}) for seed in (3, 4, 5)),
-        *(run("clipped", seed, 0.1 * seed + 0.02 * seed + 0.04, 0.4) for seed in (5, 4, 3)),
-        *(run("SyRM", seed, 0.1 * seed + x) for seed, x in ((3, -0.2), (4, -0.4))),
-        *(run("EMA", seed, 0.1 * seed, 0.5) for seed in (3, 4, 5)),
-        run("MIRROR", 3, 0.25, 3.0),
-        run("MIRROR", 3, 0.75, 0.5, epochs=True),
-        run(DOUBLED, 3, 0.5, 0.5),
+        result(setting, method, seed, share / 100, moments=moments(**{BOTH_EPOCHS: 1.0}))
+        if (setting, method) == (SCARCE, "standard")
+        else result(setting, method, seed, share / 100)
+        for setting, entries in {**OTHER_RUNS, SCARCE: SCARCE_RUNS}.items()
+        for method, shares in entries.items()
+        for seed, share in zip(SEEDS, shares, strict=False)
     ],
 }
-for r, ratio in zip(RESULTS["runs"], (0.5, 0.6, 0.7), strict=False):
-    r["noise"] = {"standard": 1.0, "clipped": ratio, DOUBLED: 0.5, "MIRROR, equal epochs": 0.6}
 
 
-def test_every_step_and_every_answer_is_right():
-    for problem in problems(500, (1, 2, 3), 0):
-        *steps, end = problem.response.split(" ; ")
-        said = re.findall(
-            r"has (\d+)|(finds|buys|gets|wins) (\d+)|(?:\w+) (\d+) [.]", problem.prompt
-        )
+def test_every_step_and_every_answer_of_a_story_is_right():
+    for problem in distinct(story, 1000, 0):
+        said = re.findall(r"has (\d+)|(buys|finds|gets|wins) (\d+)|\w+ (\d+) [.]", problem.prompt)
         value = int(said[0][0])
-        assert len(steps) == len(said) - 1 in (1, 2, 3)
-        for step, (_, gain, plus, minus) in zip(steps, said[1:], strict=True):
+        expected, largest = [str(value)], value
+        for _, gain, plus, minus in said[1:]:
             change = int(plus) if gain else -int(minus)
-            assert step == f"{value} {'+' if gain else '-'} {abs(change)} = {value + change}"
             value += change
-            assert 0 <= value <= LARGEST
-        assert end == f"# {value}"
+            largest = max(largest, value)
+            assert value >= 0
+            expected.append(f"{'+' if gain else '-'} {abs(change)} = {value}")
+        assert len(expected) - 1 in (1, 2, 3) and largest <= max(SIZES)
+        assert problem.response == " ".join(expected)
         assert answer(problem.response) == str(value)
-        assert len(f"{problem.prompt} {problem.response}".split()) < LENGTH  # room for its end
-    assert answer("12 + 3 = 15") is None
 
 
-def test_problems_follow_from_the_seed_and_held_out_ones_stay_out():
-    tests = problems(200, (2,), 3)
+def test_every_answer_of_a_table_is_right():
+    asked = set()
+    for problem in distinct(table, 1000, 0):
+        *lines, question = problem.prompt.removesuffix(" ?").split(" . ")
+        cells = {
+            (words[0], words[i]): (words[i + 1], int(words[i + 2]))
+            for words in map(str.split, lines)
+            for i in range(1, len(words), 3)
+        }
+        thing, of, names = question.rpartition(" of ")
+        first, *more = names.split()
+        at = {place: (place, number) for place, number in cells.values()}
+        place, number = cells[first, thing] if of else at[first]
+        expected, value = f"{place} {number}", number
+        if more:
+            sign, second = more
+            other, change = cells[second, thing] if of else at[second]
+            value += change if sign == "+" else -change
+            expected += f" {sign} {other} {change} = {value}"
+        assert problem.response == expected and 0 <= value <= max(SIZES)
+        assert answer(problem.response) == str(value)
+        assert {place for place, _ in cells.values()} <= set(CELLS)
+        asked.add((bool(of), len(more)))
+    assert asked == {(of, more) for of in (False, True) for more in (0, 2)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_problems_follow_from_the_seed_and_fit_into_rows(task):
+    make, length = TASKS[task].pair, TASKS[task].length
+    tests = distinct(make, 200, 3)
     prompts = {problem.prompt for problem in tests}
-    assert tests == problems(200, (2,), 3) and len(prompts) == 200
-    assert not prompts & {p.prompt for p in problems(2000, (2,), 3, prompts)}
+    assert tests == distinct(make, 200, 3) and len(prompts) == 200
+    more = distinct(make, 20_000, 3, prompts)
+    assert not prompts & {p.prompt for p in more}
+    words = {len(f"{p.prompt} {p.response}".split()) for p in more}
+    assert max(words) == length - 1  # and its end
 
 
-def test_intervals_are_students_and_verdicts_follow_from_them():
-    estimate = tables.Estimate.of([1.0, 2.0, 3.0])
-    # 97.5% of t with 2 degrees of freedom lie below 4.303 (any table).
-    assert estimate == pytest.approx((2.0, 4.303 / math.sqrt(3)), rel=1e-4)
-    assert estimate.verdict() == "no clear difference"
-    assert tables.Estimate(-2.0, 1.9).verdict() == "loses"
-    assert tables.Estimate(2.0, 1.9).verdict() == "gains"
-    assert tables.Estimate.of([0.0, 0.0]).verdict() == "the same"
-    assert tables.Estimate.of([0.5]).verdict() == "no clear difference"
-    assert tables.Estimate.of([0.5]).text("+.1f") == "+0.5"
+def test_a_problem_without_an_answer_is_not_answered():
+    assert answer("12 + 3 =") is None and answer("") is None and answer("1 + 2 = 3") == "3"
+    assert score.share([None, "1", "2", None], [None, "1", "3", "4"]) == 0.25
 
 
-def test_tables_of_both_accountings():
-    blocks = tables.as_text(RESULTS).split("\n\n")
-    cells = [
-        {line[:30].strip(): re.split(r"\s\s+", line[30:].strip()) for line in block.splitlines()}
-        for block in blocks
+def test_the_autoregressive_network_is_stopped_where_it_solves_as_much():
+    shares = {10: 0.2, 20: 0.4, 40: 0.8, 80: 0.7}
+    assert steps_for(0.1, shares) == 10 and steps_for(0.9, shares) == 80
+    assert steps_for(0.4, shares) == 20 and steps_for(0.6, shares) == round(20 * 2**0.5)
+    assert not set(CALIBRATION_SEEDS) & set(SEEDS)
+
+
+def columns(block):
+    return [
+        {line[:42].strip(): re.split(r"\s\s+", line[42:].strip()) for line in lines.splitlines()}
+        for lines in block.split("\n\n")
     ]
-    rows, less, epochs, less_epochs, less_doubled = cells[:5]
-    assert rows["standard"] == ["40.0%", "20.0", "10.0", "20.0%", "0.5000", "32", "3"]
-    assert rows["MIRROR"] == ["25.0%", "-", "-", "12.5%", "3.0000", "32", "1"]
-    # Every run against that of its own seed: the half-width is 4.303 x 2 / sqrt(3).
-    expected = ["+12.0 +- 5.0", "+6.0 +- 2.5", "-0.1000 +- 0.0000", "0.60 +- 0.25", "gains"]
-    assert less["clipped"] == expected
-    assert less["SyRM"][0].startswith("-30.0 +- 127") and less["SyRM"][-1] == "no clear difference"
-    assert less["EMA"][-1] == "the same" and "standard" not in less
-    assert DOUBLED not in rows and epochs["MIRROR, equal epochs"][-2:] == ["64", "1"]
-    assert less_epochs["MIRROR, equal epochs"][0] == "+45.0"
-    assert "minus standard, rows x 2" in less_doubled
-    assert less_epochs["MIRROR, equal epochs"][3] == "0.60 +- 0.00"
-    assert less_doubled["MIRROR, equal epochs"][0] == "+25.0"
-    assert less_doubled["MIRROR, equal epochs"][3] == "1.20 +- 0.00"
-    # A study that has only begun.
-    assert "minus" not in tables.as_text(RESULTS | {"runs": [run("clipped", 3, 0.5)]})
+
+
+def test_tables_compare_what_is_comparable():
+    fresh, scarce, other = tables.as_text(RESULTS).split("== arithmetic")[1:]
+    assert "minus" not in fresh + other
+    means, less, less_doubled, spread, seeds, parts, noise = columns(scarce.strip())
+    assert means["standard"] == ["55.0%", "27.5%", "1.0000", "2", "64", "0.02", "4"]
+    assert less[BOTH_EPOCHS][0] == "+10.0 [+10.0, +10.0]" and less[BOTH_EPOCHS][-1] == "gains"
+    # Student's with 3 degrees of freedom: 3.182 x 0.25 / 2 around the mean 1.125.
+    assert less["clipped"][0] == "+1.1 [+0.7, +1.5]" and less["clipped"][-1] == "gains"
+    assert less[DOUBLED][-1] == "no clear difference"
+    assert less_doubled["standard"][0] == "-3.0 [-15.3, +9.3]"
+    # chi-square with 3 degrees of freedom: 9.348 and 0.2158.
+    assert spread["standard"] == ["12.91 [7.31, 48.14]", "30.0", "4"]
+    # F with 3 and 3 degrees of freedom: 15.44.
+    assert spread[DOUBLED] == ["5.16 [2.93, 19.25]", "12.0", "0.40 [0.10, 1.57]", "4"]
+    assert seeds[STOPPED] == ["54.0", "55.0", "56.0", "57.0"]
+    assert parts["gradient, end"] == ["0.60 [0.60, 0.60]", *["0.20 [0.20, 0.20]"] * 2]
+    assert noise[BOTH_EPOCHS] == ["0.50 [0.50, 0.50]"] * 3
+
+
+def test_the_claims_have_their_numbers():
+    said = tables.claims(RESULTS)
+    assert (
+        "- arithmetic stories, scarce: +10.0 [+10.0, +10.0] (gain) at equal epochs, +7.0 "
+        "[-5.3, +19.3] (unclear) at equal epochs against `standard, rows x 2`." in said
+    )
+    assert "fresh" not in said  # where nothing of it was run
+    assert (
+        f"- {BOTH_EPOCHS}: its deviation is 1.00 [0.25, 3.93] times `standard`'s (not clearly "
+        "different), and 10.00 [2.55, 39.29] times that of the autoregressive network (larger)."
+        in said
+    )
+
+
+def test_a_verdict_is_adjusted_for_all_methods():
+    """A p value of 0.035 is clear alone, and not among two."""
+    found = {"standard": (50, 50, 50), "MIRROR": (51, 51.5, 52)}
+    alone = {
+        method: [result(SCARCE, method, seed, x) for seed, x in zip(SEEDS, shares, strict=False)]
+        for method, shares in found.items()
+    }
+    assert tables.verdicts(alone) == {"MIRROR": "gains"}
+    both = alone | {"clipped": alone["MIRROR"]}
+    assert set(tables.verdicts(both).values()) == {"no clear difference"}
+    assert tables.verdicts({"standard": alone["standard"][:1], "MIRROR": alone["MIRROR"][:1]}) == {
+        "MIRROR": "no clear difference"
+    }
 
 
 def test_files_get_the_results_in_their_places():
     text = "a\n<!-- reproduce: caption -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = tables.inserted(RESULTS, text, "file")
     assert re.fullmatch(
-        r"a\n<.*>\n`--scale ci`.* 14 fine-tunings of 7.0 hours .*\n<!-- end -->\nb <!-- end -->\n",
+        r"a\n<.*>\n`--scale laptop`.* 24 fine-tunings \(.* more have not been run\) of 12.0 hours "
+        r".*\n<!-- end -->\nb <!-- end -->\n",
         new,
     )
     assert tables.inserted(RESULTS, new, "file") == new
-    table = tables.inserted(RESULTS, text.replace("caption", "summary"), "file")
-    assert (
-        "| clipped | 52.0%, 24.0 | 26.0% | 0.4000 | +12.0 +- 5.0: gains | 0.60 +- 0.25 |" in table
-    )
+    inserted = tables.inserted(RESULTS, text.replace("caption", "summary"), "file")
+    assert f"| {DOUBLED} | 58.0% | +3.0 [-9.3, +15.3]: no clear difference |" in inserted
     with pytest.raises(UserError, match="--insert file: has no <!-- reproduce: NAME"):
         tables.inserted(RESULTS, "text", "file")
 
@@ -143,17 +228,20 @@ def test_the_readme_has_the_committed_results(path):
     assert tables.inserted(results, text, str(path)) == text
 
 
-def test_only_methods_of_several_views_run_twice():
-    for name in ("laptop", "gpu"):
-        scale = SCALES[name]
-        tasks = methods.tasks(scale)
-        assert len(tasks) == len(set(tasks)) == len(scale.seeds) * (14 + 2)
-        assert {task.method for task in tasks if task.epochs} == {"MIRROR", "P-POTS + MIRROR"}
-        assert {task.seed for task in tasks[:16]} == {42}
-        assert tasks[0] == Task(LONGER, 42)
-        rows = {task.entry: task.batch(scale) * task.steps(scale) for task in tasks}
-        assert rows["MIRROR, equal epochs"] == rows[DOUBLED] == 2 * rows["MIRROR"]
-        assert rows[LONGER] == 4 * rows["EMA"]
+def test_every_seed_starts_from_the_same_base():
+    runs = methods.runs(SCALES["laptop"])
+    assert len(runs) == len(set(runs))
+    counts = {
+        (setting, method): len([r for r in runs if (r.setting, r.method) == (setting, method)])
+        for setting, method in {(r.setting, r.method) for r in runs}
+    }
+    assert {counts[SCARCE, m] for m in ("standard", "P-POTS + MIRROR", STOPPED)} == {20}
+    assert set(counts.values()) == {8, 20}
+    assert counts.keys() >= {(SECOND_BASE, "standard"), (SECOND_BASE, BOTH_EPOCHS)}
+    assert counts.keys() >= {(TABLES, "SyRM"), (FRESH, DOUBLED), (FRESH, "autoregressive")}
+    assert len({(r.setting.task, r.setting.base) for r in runs}) == 3
+    assert SEEDS[:3] == (42, 731, 20231) and {r.seed for r in runs[:30]} == {42}
+    assert METHODS[BOTH_EPOCHS].views * METHODS["standard"].rows == METHODS[BOTH_EPOCHS].rows == 2
 
 
 def test_a_run_is_kept_and_a_failed_one_leaves_nothing(tmp_path):
@@ -217,19 +305,27 @@ def finished(tmp_path_factory):
 def test_the_whole_study_makes_its_table(finished):
     directory, _, ended = finished
     results = reproduce.read_results(f"{directory}/all.json")
-    assert [(r["method"], r["epochs"], r["rows"]) for r in results["runs"]] == [
-        ("MIRROR", True, 640),
-        ("standard", False, 320),
-        ("MIRROR", False, 320),
-        ("autoregressive", False, 320),
+    assert [(r["task"], r["method"], r["rows"], r["texts"]) for r in results["runs"]] == [
+        ("stories", "standard", 320, 320),
+        ("stories", BOTH_EPOCHS, 640, 320),
+        ("stories", STOPPED, *[16 * results["stopped"][0]["steps"]] * 2),
+        ("tables", "SyRM", 320, 320),
     ]
     for result in results["runs"]:
         assert 0 < result["nelbo"] < 6.2 and len(result["examples"]) == 3
         assert 0 <= result["solutions"] <= result["answers"] <= 1
         assert "--exit-on-missing-checkpoint" in result["flags"]
-    noise = results["runs"][1]["noise"]
-    assert noise["standard"] == 1.0
-    assert noise.keys() == {"standard", "MIRROR", "MIRROR, equal epochs"}
+        assert result["program"] == results["program"]
+    assert [steps for steps, _ in results["stopped"][0]["lengths"]] == [1, 2, 5, 10, 20]
+    found = results["runs"][0]["moments"]
+    assert found.keys() == {"start", "middle", "end"}
+    for moment in found.values():
+        assert moment["noise"].keys() == {"standard", BOTH_EPOCHS}
+        for what in ("loss", "gradient"):
+            value = {part: moment[what][part][0] for part in (*"ABC", "total")}
+            assert value["A"] + value["B"] + value["C"] == pytest.approx(value["total"])
+    noise = [moment["noise"]["standard"] for moment in found.values()]
+    assert min(noise) > 0 and len(set(noise)) == 3
     assert (directory / "table.png").stat().st_size > 5000
     assert study("--report", f"{directory}/all.json").stdout == ended.stdout
 
@@ -238,10 +334,11 @@ def test_the_whole_study_makes_its_table(finished):
 def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished):
     directory, flags, ended = finished
     bases = sorted((directory / "ci").glob("*.checkpoint"))
-    assert len(bases) == 2  # those of fine-tuned runs are gone
+    assert len(bases) == 3  # those of fine-tuned runs are gone
+    assert not [*(directory / "ci").glob("*.middle")]
     shutil.rmtree(bases[0])
     before = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
-    assert len(before) == 6
+    assert len(before) == 3 + 4 + 6  # bases, runs and those of the calibration
     again = study(*flags)
     assert again.stdout == ended.stdout
     after = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
@@ -252,12 +349,18 @@ def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished)
 @pytest.mark.timeout(tiers.LONG)
 def test_another_scale_has_other_data_and_so_other_runs(finished):
     directory = finished[0] / "ci"
-    other = Study(dataclasses.replace(SCALES["ci"], tests=5, texts=3000), directory, "cpu")
+    other = Study(dataclasses.replace(SCALES["ci"], tests=5, texts=2900), directory, "cpu")
     same = Study(SCALES["ci"], directory, "cpu")
-    task = Task("standard", 42)
-    assert same.data in set(directory.iterdir())
-    assert same.fine_tuning(task, Path("base")) != other.fine_tuning(task, Path("base"))
-    assert len((other.data / "test.jsonl").read_text().splitlines()) == 5
+    run = Run(SCARCE, "standard", 42)
+    assert same.data("stories") in set(directory.iterdir())
+    assert same.fine_tuning(run, 20, Path("base")) != other.fine_tuning(run, 20, Path("base"))
+    assert len((other.data("stories") / "test.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_plan_counts_runs_and_hours():
+    said = study("--scale", "laptop", "--plan").stdout
+    assert f"{len(methods.runs(SCALES['laptop']))} runs" in said and "core-hours" in said
+    assert f" 20 x {STOPPED}" in said
 
 
 def noise_batches() -> None:
@@ -269,7 +372,7 @@ def noise_batches() -> None:
         loaded.args.seed -= 1
         methods = [json.loads(settings), {"rate_sampler": "ppots", "ppots_bins": 8}]
         methods[1]["ppots_refit_interval"] = 50
-        methods.append(METHODS["bell-fade"])
+        methods.append(recipes.METHODS["bell-fade"])
         drawn = [
             [batch.corruption for batch in training_batches(loaded, method, int(size), 4)]
             for method in methods
@@ -319,32 +422,41 @@ with training_device("cpu"):
 @pytest.mark.timeout(tiers.LONG)
 def test_the_program_accepts_the_flags_of_every_run(finished, tmp_path):
     """Of the scale `laptop`, on the data and bases of the finished study."""
-    names = ("texts", "pairs", "tests", "layers", "hidden", "heads")
-    small = {name: getattr(SCALES["ci"], name) for name in names}
+    names = "texts pairs held_out tests layers hidden heads pretraining causal_pretraining batch"
+    small = {name: getattr(SCALES["ci"], name) for name in names.split()}
     done = Study(SCALES["ci"], finished[0] / "ci", "cpu")
     some = dataclasses.replace(done, scale=dataclasses.replace(SCALES["laptop"], **small))
-    tasks = {task.entry: task for task in methods.tasks(some.scale)}
-    assert {task.method for task in tasks.values()} == set(ALL) and some.data == done.data
-    words = sentencepiece.SentencePieceProcessor(model_file=f"{done.data}/words.model")
-    for word in methods.DELIMITERS + methods.STRUCTURE:
-        assert words.piece_to_id(f"\u2581{word}") != words.unk_id(), word
+    runs = {(run.setting.task, run.method): run for run in methods.runs(some.scale)}
+    assert {method for _, method in runs} == set(METHODS)
+    for task in TASKS:
+        assert some.data(task) == done.data(task)
+        words = sentencepiece.SentencePieceProcessor(model_file=f"{done.data(task)}/words.model")
+        found = {
+            word
+            for problem in distinct(TASKS[task].pair, 3000, 9)
+            for word in f"{problem.prompt} {problem.response}".split()
+        }
+        assert words.unk_id() not in {words.piece_to_id(f"\u2581{word}") for word in found}
     (tmp_path / "checks.py").write_text(CHECKS)
 
-    def accepts(task, *more):
-        base = done.pretrain(42, ALL[task.method].causal)
-        command = [str(tmp_path / "checks.py"), *some.fine_tuning(task, base), *more]
-        return run_python(command, tmp_path / f"{task.entry.replace('/', 'over')}.log", task.entry)
+    def accepts(run, *more):
+        base = done.pretrain(run.setting.task, 1, METHODS[run.method].causal)
+        flags = some.fine_tuning(run, 800, base)
+        log = tmp_path / f"{run.setting.task} {run.method}.log"
+        return run_python([str(tmp_path / "checks.py"), *flags, *more], log, run.method)
 
-    for said in run_parallel(2, accepts, list(tasks.values())):
+    for said in run_parallel(2, accepts, list(runs.values())):
         assert said.splitlines()[-1] == "accepted"
     with pytest.raises(UserError):
-        accepts(Task("MIRROR", 42), "--mdm-views", "3")
-    assert "--mdm-views 3" in (tmp_path / "MIRROR.log").read_text()
+        accepts(Run(SCARCE, "MIRROR", 42), "--mdm-views", "3")
+    assert "--mdm-views 3" in (tmp_path / "stories MIRROR.log").read_text()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--scale", "gpu", "--tasks", "tables"], "--tasks tables: --scale gpu has none"),
+        (["--report", "RESULTS", "RESULTS"], "two of the files have a run in common"),
         ([], "give --scale to train, or --report FILE"),
         (["--report", "nowhere.json"], "--report nowhere.json: cannot be read"),
         (["--report", "LIST"], "is not what --json writes (an object is missing)"),

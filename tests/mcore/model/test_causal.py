@@ -5,13 +5,19 @@ import dataclasses
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from megatron.training import get_args, global_vars
 
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.interruption import INTERRUPTED
+from megatron_mdm.mcore.checkpoint.files import find_checkpoint
 from megatron_mdm.mcore.model.attention_mask import attention_mask_argument
 from tests import ranks
 
@@ -22,6 +28,18 @@ BATCH = "--eval-global-batch-size 4 --eval-micro-batch-size 4 --train-iters 1 --
 def autoregressive() -> None:
     """The autoregressive program, as a user starts it."""
     runpy.run_module("megatron_mdm.experiments.autoregressive", run_name="__main__")
+
+
+def interrupted() -> None:
+    """The program, which gets a signal once it has trained for two iterations."""
+
+    def interrupt():
+        while global_vars._GLOBAL_ARGS is None or getattr(get_args(), "curr_iteration", 0) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    autoregressive()
 
 
 def causal() -> None:
@@ -160,6 +178,16 @@ def test_the_program_trains_on_responses_given_all_before(found, base, pairs, tm
     (value,) = set(re.findall(r"validation set \| lm loss value: ([\d.E+-]+)", run.output[0]))
     assert float(value) == pytest.approx(found["responses"], rel=1e-5)
     assert run.scalars["lm loss"][0] == pytest.approx(float(value), rel=0.3)
+
+
+def test_a_signal_has_the_program_save_and_leave(base, pairs, tmp_path):
+    save = tmp_path / "checkpoint"
+    flags = [*base, "--data-path", str(pairs), *SFT, *BATCH, "--train-iters", "100000"]
+    flags += ["--eval-interval", "100000", "--save", str(save), "--save-interval", "100000"]
+    run = ranks.launch(tmp_path / "run", 1, *flags, entry=interrupted, check=False)
+    assert run.status == [INTERRUPTED], run.output
+    assert "SIGTERM: the run ends after this iteration" in run.output[0]
+    assert 2 <= find_checkpoint(str(save)).iteration < 100_000
 
 
 def test_bad_input_is_one_line(base, tmp_path):
