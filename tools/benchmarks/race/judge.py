@@ -33,6 +33,7 @@ class Judge:
     def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
         self._lock = threading.Lock()
+        self._written: set[pathlib.Path] = set()  # files that other judgements may be reading
 
     def __call__(self, checkpoint: pathlib.Path, length: int, name: str) -> dict[str, Any]:
         """Judges a checkpoint of a run.
@@ -103,8 +104,10 @@ class Judge:
 
         path = prefix.with_suffix(f".{num}.npy")
         with self._lock:
-            rows = np.fromfile(prefix.with_suffix(".bin"), np.uint16).reshape(-1, length)
-            np.save(path, rows[:: len(rows) // num][:num].astype(np.int64))
+            if path not in self._written:
+                rows = np.fromfile(prefix.with_suffix(".bin"), np.uint16).reshape(-1, length)
+                np.save(path, rows[:: len(rows) // num][:num].astype(np.int64))
+                self._written.add(path)
         return path
 
 
