@@ -33,9 +33,9 @@ class MDMConfig:
 
     recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
     """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
-    MIRROR; `clipped` rates from 0.3 to 0.8, another objective; `recommended` what trained best, of
-    the unbiased ones, at equal compute: P-POTS on the gradient, lattice quantiles and exact-count
-    masks. Flags given by hand win."""
+    MIRROR; `clipped` rates from 0.3 to 0.8, whose loss is no bound; `recommended` what trained
+    best, of those that are bounds, at equal compute: P-POTS on the gradient, lattice quantiles and
+    exact-count masks. Flags given by hand win."""
 
     mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
@@ -47,9 +47,9 @@ class MDMConfig:
     rate_sampler: Literal["uniform", "clipped", "flat", "logit-normal", "beta", "ppots"] = "uniform"
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `ppots` is the
     paper's P-POTS, read from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval),
-    or both. The others change the objective: `clipped` draws from --mdm-clip without a weight;
-    `flat` weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal`
-    (--mdm-logit-normal) and `beta` (--mdm-beta) are bells, and --mdm-bell-role says how."""
+    or both. Others change the objective: `clipped` draws from --mdm-clip without a weight; `flat`
+    weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal` and `beta`
+    are bells (--mdm-logit-normal, --mdm-beta), unless --mdm-bell-role says `proposal`."""
 
     clip: list[float] | None = None
     """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""

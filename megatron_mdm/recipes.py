@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # Rates from a bell without a weight, another objective; or one that fades into the exact one.
     "bell": _BELL,
     "bell-fade": {**_BELL, "bell_fade": [0.4, 0.7]},
+    # Rates from a bell with weights of one over it, the objective of `standard`.
+    "proposal": {**_BELL, "bell_uniform_share": 0.1, "bell_role": "proposal"},
     "ppots-loss": {
         "rate_sampler": "ppots",
         "ppots_refit_interval": _REFIT_INTERVAL,
@@ -68,7 +70,9 @@ def settings_of(name: str) -> dict[str, Any]:
         Values of fields of MDMConfig, in the order of the fields.
     """
     settings: dict[str, Any] = dict(METHODS["standard"])
-    for part in COMBINATIONS.get(name, name).split("+"):
+    parts = COMBINATIONS.get(name, name).split("+")
+    # P-POTS takes over from a bell that fades: the sampler that the flag names is the bell's.
+    for part in sorted(parts, key=lambda part: METHODS[part].get("rate_sampler") != "ppots"):
         settings |= METHODS[part]
     return {x.name: settings[x.name] for x in fields(MDMConfig) if x.name in settings}
 

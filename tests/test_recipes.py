@@ -1,10 +1,12 @@
 """Recipes as a user gives them, and the controlled loss of the logs."""
 
+import re
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
+from megatron_mdm.bound import why_no_bound
 from megatron_mdm.config import MDMConfig, destination
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
@@ -46,12 +48,26 @@ def test_recipes_stand_for_these_flags():
     assert set(flags) == set(RECIPES)
 
 
+def test_the_help_says_whose_loss_is_no_bound():
+    parser = arguments.add_arguments(ArgumentParser())
+    text = next(x.help for x in parser._actions if x.dest == "mdm_recipe")
+    clauses = dict(re.findall(r"`(\w+)` ([^;]+)", text))
+    assert set(clauses) == set(RECIPES)
+    for name, clause in clauses.items():
+        mdm = MDMConfig(**RECIPES[name])
+        is_bound = why_no_bound(mdm, mdm.bell_uniform_share) is None
+        assert ("no bound" in clause) == (not is_bound), name
+
+
 def test_methods_are_joined_in_any_order():
     joined = settings_of("exact-count+ppots-gradient+lattice")
     assert joined == settings_of("recommended") == RECIPES["recommended"]
     assert list(joined) == list(RECIPES["recommended"])
     for name in METHODS:
         MDMConfig(**settings_of(name))
+    for name in ("ppots-gradient+bell-fade", "bell-fade+ppots-gradient"):
+        takes_over = MDMConfig(**settings_of(name))
+        assert (takes_over.rate_sampler, takes_over.ppots_target) == ("logit-normal", "gradient")
     with pytest.raises(KeyError):
         settings_of("lattice+exact count")
 

@@ -57,8 +57,10 @@ def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     steps, losses = zip(*scalars["mdm loss"], strict=True)
-    left.plot(steps, losses, color="0.8", linewidth=0.7, label="training, each step")
-    left.plot(steps, smooth(losses), color="C0", label="training, mean of 50 steps")
+    is_bound = all(value for _, value in scalars.get("mdm/is bound", []))
+    training = "training" if is_bound else "training (not always a bound)"
+    left.plot(steps, losses, color="0.8", linewidth=0.7, label=f"{training}, each step")
+    left.plot(steps, smooth(losses), color="C0", label=f"{training}, mean of 50 steps")
     left.plot(*zip(*scalars["mdm/validation NELBO"], strict=True), "C3o", label="validation")
     left.set(xlabel="step", ylabel="loss (nats/token)", title="Loss")
     left.legend()

@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--autoregressive",
         metavar="CHECKPOINT",
-        help="the same network trained on next tokens (examples/reproduce/autoregressive.py)",
+        help="the same network trained on next tokens (-m megatron_mdm.experiments.autoregressive)",
     )
     parser.add_argument(
         "--parameters", default="", metavar="TEXT", help="only parameters with this in their name"

@@ -18,6 +18,7 @@ from problems import Problem, problems
 from megatron_mdm.config import flag_of
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import (
+    AUTOREGRESSIVE,
     PROGRAM,
     as_flags,
     digest,
@@ -175,7 +176,7 @@ class Study:
         board, checkpoint = (path.with_suffix(x) for x in (".tensorboard", ".checkpoint"))
         for old in (board, checkpoint):
             shutil.rmtree(old, ignore_errors=True)
-        program = [str(HERE / "autoregressive.py")] if causal else PROGRAM
+        program = AUTOREGRESSIVE if causal else PROGRAM
         places = f"--tensorboard-dir {board} --save {checkpoint} --save-interval {steps}".split()
         log = path.with_suffix(".log")
         output = run_python([*program, *flags, *places], log, name)

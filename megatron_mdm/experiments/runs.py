@@ -23,6 +23,8 @@ from megatron_mdm.experiments.program import program, program_now
 from megatron_mdm.files import write_errors, write_json
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
+# The same network, trained on next tokens.
+AUTOREGRESSIVE = ("-m", "megatron_mdm.experiments.autoregressive")
 # Flags that name directories to read.
 READ_FROM = ("--tokenizer-model", "--load", "--pretrained-checkpoint")
 # Held by the thread that asks how processes ended, which starting one does for all others: of two

@@ -1,7 +1,6 @@
 """Bell-shaped densities of the masking rate, mixed with the uniform; a share that fades a bell out.
 
-The rates of the middle teach most: at small t little is asked, at large t there is little to
-go by (arXiv 2605.13026: logit-normal t; arXiv 2601.22450: a tuned distribution of the rate).
+The sources: logit-normal t in arXiv 2605.13026, a tuned distribution of the rate in 2601.22450.
 """
 
 import math

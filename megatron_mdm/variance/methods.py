@@ -31,6 +31,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from megatron_mdm import recipes
+from megatron_mdm.bound import why_no_bound
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.objective.corruption import Corrupter, Corruption
@@ -45,10 +47,14 @@ from megatron_mdm.variance.decomposition import NestedDraws, mean_over_row_pairs
 
 QuantileKind = Literal["iid", "strata", "lattice"]
 MaskKind = Literal["bernoulli", "exact-count", "isad"]
+# Fitted to the draws of a kind of masks.
+FittedDensities = dict[tuple[Target, str], RateSampler]
 BINS = 20  # B
 NODES = 100  # of the quadrature, in each bin
 WINDOWS = 1000  # batches that Cov(N) is measured on
 CURVE_DEGREE = 3
+# Methods whose density of t is neither uniform nor fitted.
+DENSITIES = ("proposal", "clipped", "flat", "bell")
 ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
@@ -60,9 +66,10 @@ class Method:
         quantiles: kind of `Quantiles`.
         mask: kind of mask; `isad` has Bernoulli masks and inclusion weights.
         views: rows made of one text.
-        target: what a fitted density of t was measured on, None for the uniform.
+        target: what a fitted density of t was measured on; None: it is not fitted.
         rows: rows in a batch, in multiples of that of `standard`.
-        sampler: of t, where it changes the objective; None: uniform, or fitted to the `target`.
+        density: the method in recipes.py that the density of t is of, where it is not fitted.
+        unbiased: whether the objective is that of `standard`.
         controlled: the loss is what the logs call controlled (EMA), the gradient is as without.
     """
 
@@ -71,7 +78,8 @@ class Method:
     views: int = 1
     target: Target | None = None
     rows: int = 1
-    sampler: RateSampler | None = None
+    density: str = "standard"
+    unbiased: bool = True
     controlled: bool = False
 
     @property
@@ -79,24 +87,32 @@ class Method:
         """What is equal to `standard`: rows or texts."""
         return "text" if self.rows > 1 else "row"
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether the objective is that of `standard`."""
-        return self.sampler is None and self.mask != "isad"
-
     @classmethod
     def of(cls, name: str) -> "Method":
         """The method of a name; see `recipes.settings_of`."""
         settings = settings_of(name)
-        changed = settings["rate_sampler"] not in ("uniform", "ppots")
+        is_isad = "isad_delta" in settings
+        mdm = MDMConfig(**settings, isad_token_ids=[0] if is_isad else None)
         return cls(
             settings["quantiles"],
-            "isad" if "isad_delta" in settings else settings["mask"],
+            "isad" if is_isad else settings["mask"],
             settings["views"],
             settings.get("ppots_target"),
-            sampler=fixed_sampler(MDMConfig(**settings)) if changed else None,
+            density=next(filter(_has_density, COMBINATIONS.get(name, name).split("+")), "standard"),
+            unbiased=why_no_bound(mdm, mdm.bell_uniform_share) is None,
             controlled="ema_decay" in settings,
         )
+
+    def sampler(self, fitted: FittedDensities) -> RateSampler:
+        """The density of t."""
+        if self.target is not None:
+            return fitted[self.target, self.mask]
+        return fixed_sampler(MDMConfig(**settings_of(self.density)))
+
+
+def _has_density(part: str) -> bool:
+    """Whether a method in recipes.py has a density of its own that is not fitted."""
+    return recipes.METHODS[part].get("rate_sampler") not in (None, "ppots")
 
 
 def _all_methods() -> Iterator[tuple[str, Method]]:
@@ -107,7 +123,7 @@ def _all_methods() -> Iterator[tuple[str, Method]]:
         ("", "mirror"),
     )
     combinations = ["+".join(filter(None, parts)) or "standard" for parts in product]
-    for name in [*combinations, "4-views", "isad", "clipped", "flat", "bell", "ema"]:
+    for name in [*combinations, "4-views", "isad", *DENSITIES, "ema"]:
         method = Method.of(name)
         yield name, method
         if method.views > 1:
@@ -137,9 +153,7 @@ IMPORTANT = (
     COMBINATIONS["recommended"],
     "ema",
     "isad",
-    "clipped",
-    "flat",
-    "bell",
+    *DENSITIES,
 )
 
 

@@ -23,7 +23,6 @@ from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
-from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.variance.decomposition import (
@@ -37,6 +36,7 @@ from megatron_mdm.variance.decomposition import (
 )
 from megatron_mdm.variance.methods import (
     METHODS,
+    FittedDensities,
     MaskKind,
     Method,
     MethodDraws,
@@ -51,7 +51,6 @@ from megatron_mdm.variance.state import Row, State
 Step = Callable[[ScoredRow, Corruption], tuple[float, torch.Tensor, float]]
 # a text -> mean next-token loss, gradient float32 [d]
 CausalStep = Callable[[ScoredRow], tuple[float, torch.Tensor]]
-Densities = dict[tuple[str | None, str], RateSampler]
 FIT_BINS = 30
 EMA_BINS = 10
 
@@ -272,8 +271,8 @@ def entropy(tokens: torch.Tensor) -> float:
     return float(-(share * share.log()).sum())
 
 
-def densities(state: State, settings: Settings, length: int) -> Densities:
-    """The densities of t of all kinds of masks: uniform, and fitted to the draws for P-POTS.
+def densities(state: State, settings: Settings, length: int) -> FittedDensities:
+    """The densities of t that are fitted to the draws, for P-POTS, of all kinds of masks.
 
     As in training a row's value is its loss, or the norm of its gradient at the final hidden
     states. What a fit sees is what it is for: the noise of the count is a part of what Bernoulli
@@ -284,11 +283,10 @@ def densities(state: State, settings: Settings, length: int) -> Densities:
         settings: what was measured.
         length: of a row.
     """
-    found: Densities = {}
+    found: FittedDensities = {}
     asked_for = (METHODS[name].target for name in settings.methods)
     targets: set[Target] = {target for target in asked_for if target is not None}
     for mask in {mask for mask, _ in settings.mask_configs}:
-        found[None, mask] = Uniform()
         for target in sorted(targets):
             column = {"loss": "loss", "gradient": "hidden"}[target]
             values = state.column(f"{_column_prefix(mask, 1)} {column}")
@@ -332,23 +330,20 @@ def _methods(
     found = densities(state, settings, result["length"])
     counts = resampled(settings.rows, 1000, settings.seed)
 
-    def sampler_of(method: Method) -> RateSampler:
-        return method.sampler or found[method.target, method.mask]
-
     def variance(method: Method, what: str) -> Floats:
         texts = settings.batch * method.rows // method.views
         if method.controlled and what == "loss":
             what = "controlled loss"
         source = method_draws[what, method.mask, method.views]
         covariance = bin_covariance(method.quantiles, texts)
-        return batch_variance(source, sampler_of(method), covariance, texts, counts)
+        return batch_variance(source, method.sampler(found), covariance, texts, counts)
 
     standard = {what: variance(METHODS["standard"], what) for what in ("loss", "gradient")}
     result["standard batch"] = {k: with_error(v, settings.rows) for k, v in standard.items()}
     rows = []
     for name in settings.methods:
         method = METHODS[name]
-        share = (w * sampler_of(method).density(torch.from_numpy(t)).numpy())[..., None]
+        share = (w * method.sampler(found).density(torch.from_numpy(t)).numpy())[..., None]
         masked = state.column(f"{_column_prefix(method.mask, method.views)} masked")
         fraction = float((share * masked).sum() / (share.sum() * settings.masks))
         ratios = {

@@ -18,6 +18,7 @@ import torch
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
+from megatron_mdm.recipes import METHODS
 from tests import ROOT, ranks, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -268,13 +269,15 @@ def noise_batches() -> None:
         loaded.args.seed -= 1
         methods = [json.loads(settings), {"rate_sampler": "ppots", "ppots_bins": 8}]
         methods[1]["ppots_refit_interval"] = 50
+        methods.append(METHODS["bell-fade"])
         drawn = [
             [batch.corruption for batch in training_batches(loaded, method, int(size), 4)]
             for method in methods
         ]
     same = [(list(c.t), c.tokens.tolist()) for c in drawn[0]]
     weights = torch.cat([c.rate_weight for c in drawn[1]])
-    torch.save((same, weights), f"{os.environ['TRACE_DIR']}/noise.pt")
+    bell = torch.cat([torch.stack([c.t, c.rate_weight]) for c in drawn[2]], dim=1)
+    torch.save((same, weights, bell), f"{os.environ['TRACE_DIR']}/noise.pt")
 
 
 def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
@@ -293,11 +296,13 @@ def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
     )
     words = [str(tmp_path / "checkpoint"), json.dumps(settings), "8"]
     ranks.launch(tmp_path / "noise", 1, "--", *words, entry=noise_batches)
-    batches, weights = torch.load(tmp_path / "noise/noise.pt")
+    batches, weights, (t, weights_of_bell) = torch.load(tmp_path / "noise/noise.pt")
     trained = [drawn for (split, _), drawn in sorted(run.masks().items()) if split == 0]
     assert [row for batch in batches for row in zip(*batch, strict=True)] == trained
     # The density that was fitted to the checkpoint: not uniform, and its weight within 1/0.1.
     assert len(weights.unique()) > 20 and 0 < weights.min() < 1 < weights.max() <= 10
+    # A bell before it fades: rates of the middle, which weigh alike.
+    assert (weights_of_bell == 1).all() and 0.2 < t.quantile(0.1) < 0.4 < t.median() < 0.6
 
 
 CHECKS = """

@@ -252,13 +252,15 @@ def isad_shift(delta):
     return moved(mean, objective_coefficients([True] * 4, EPS))
 
 
-def clipped_shift(low, high):
-    draw = estimator([True] * 4, Clipped(low, high), (0, 1), mask_kind="bernoulli")
+def density_shift(sampler):
+    draw = estimator([True] * 4, sampler, (0, 1), mask_kind="bernoulli")
 
     def thresholds(quantile):
-        return [np.array([(1 - EPS) * (low + (high - low) * quantile) + EPS])] * 4
+        t = float(sampler(torch.tensor([quantile], dtype=torch.float64))[0])
+        return [np.array([(1 - EPS) * t + EPS])] * 4
 
-    mean = expected_coefficients(draw, 4, thresholds, [0.0, 1.0], order=12)
+    breaks = sorted({*sampler.breaks[::128], 1.0})  # a table of thousands is smooth enough
+    mean = expected_coefficients(draw, 4, thresholds, breaks, order=12)
     return moved(mean, objective_coefficients([True] * 4, EPS))
 
 
@@ -277,8 +279,13 @@ def test_how_far_the_biased_methods_move_the_objective():
     """The figures of the README, exactly."""
     assert isad_shift(0.1) == pytest.approx(0.0711, abs=1e-4)
     assert isad_shift(0.3) == pytest.approx(0.1895, abs=1e-4)
-    assert clipped_shift(0.3, 0.8) == pytest.approx(0.1553, abs=1e-4)
-    assert clipped_shift(0.0, 1.0) == pytest.approx(0.0, abs=1e-12)
+    assert density_shift(Clipped(0.3, 0.8)) == pytest.approx(0.1553, abs=1e-4)
+    assert density_shift(Clipped(0.0, 1.0)) == pytest.approx(0.0, abs=1e-12)
+    assert density_shift(Flat()) == pytest.approx(0.1940, abs=1e-4)
+    for role in ("objective", "weight"):
+        bell = Bell.of("logit-normal", [0.0, 0.5], role, 0.01)
+        assert density_shift(bell) == pytest.approx(0.1860, abs=1e-4)
+    assert density_shift(bell.with_share(1.0)) == pytest.approx(0.0, abs=1e-12)
     assert syrm_shift(0.25) == pytest.approx(0.1609, abs=1e-4)
     assert syrm_shift(1.0) == pytest.approx(0.6437, abs=1e-4)
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from megatron_mdm.objective.ppots.fit import tabulate
 from megatron_mdm.objective.randomness import GRID_BITS
-from megatron_mdm.objective.samplers import Uniform, mixture
+from megatron_mdm.objective.samplers import Clipped, mixture
 from megatron_mdm.variance.decomposition import NestedDraws, nested_sampler, resampled, with_error
 from megatron_mdm.variance.methods import (
     IMPORTANT,
@@ -45,6 +45,7 @@ NAMES = [
     "clipped",
     "flat",
     "bell",
+    "proposal",
 ]
 
 
@@ -54,7 +55,7 @@ def shape_of(t):
 
 
 def sampler_of(method):
-    return method.sampler or (FITTED if method.target else Uniform())
+    return method.sampler({("loss", mask): FITTED for mask in ("bernoulli", "exact-count")})
 
 
 def counts_of(rng, t, mask, views, masks):
@@ -183,6 +184,26 @@ def test_names_say_what_methods_are():
             assert (name in IMPORTANT) == (names[other] in IMPORTANT)
     biased = [name for name, method in METHODS.items() if not method.unbiased]
     assert biased == ["isad", "clipped", "flat", "bell"]
+
+
+def test_densities_are_those_that_the_recipes_name():
+    t = (torch.arange(9, dtype=torch.float64) + 0.5) / 9
+    for name, method in METHODS.items():
+        if method.target is None:
+            sampler, objective = method.sampler({}), torch.ones_like(t)
+            if name == "clipped":
+                objective = Clipped(0.3, 0.8).density(t)
+            if name == "flat":
+                objective = 2 * t
+            if name == "bell":
+                objective = sampler.density(t)
+                assert objective.max() > 1.5 and objective.min() < 0.05
+            if name == "proposal":
+                assert sampler.density(t).max() > 1.5 and sampler.density(t).min() > 0.1
+            torch.testing.assert_close(sampler.density(t) * sampler.weight(t), objective)
+    assert Method.of("recommended") == METHODS["ppots-gradient+lattice+exact-count"]
+    for name in ("bell-fade", "lattice+bell"):  # of one that fades the first
+        assert Method.of(name).density == name.split("+")[-1] and not Method.of(name).unbiased
 
 
 def test_methods_are_chosen_by_name_or_together():

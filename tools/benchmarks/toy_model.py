@@ -14,7 +14,7 @@ from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.loss import row_losses
 from megatron_mdm.objective.samplers import Uniform
 from megatron_mdm.recipes import COMBINATIONS
-from megatron_mdm.variance.methods import METHODS, batches
+from megatron_mdm.variance.methods import METHODS, FittedDensities, batches
 from megatron_mdm.variance.report import Settings, densities, measure
 from megatron_mdm.variance.sketch import MOST_WHOLE, Sketch
 from megatron_mdm.variance.state import State
@@ -186,9 +186,7 @@ def measured(
     return state, what, rows
 
 
-def fitted_densities(
-    model: Model, texts: torch.Tensor, seed: int
-) -> dict[tuple[str | None, str], Any]:
+def fitted_densities(model: Model, texts: torch.Tensor, seed: int) -> FittedDensities:
     """Densities of t for each target of P-POTS and kind of mask, fitted to the model."""
     methods = ("ppots-loss", COMBINATIONS["recommended"])
     state, what, _ = measured(model, texts, settings(200, 2, methods, seed))

@@ -281,7 +281,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """A row for each way of rounding, on the same micro-batches."""
     method = Method.of(setting.method)
-    sampler = method.sampler or samplers[method.target, method.mask]
+    sampler = method.sampler(samplers)
     eligible = torch.ones_like(texts, dtype=torch.bool)
     if setting.normalization:
         lengths = torch.randint(1, texts.shape[1] + 1, (len(texts), 1))

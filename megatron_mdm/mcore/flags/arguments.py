@@ -16,6 +16,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_mdm.bound import bound_in_words
 from megatron_mdm.config import MDMConfig, destination, flag, flag_of, requested_device
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
@@ -233,6 +234,9 @@ def finalize_args(args: Namespace) -> Namespace:
     validate_flags(args)
     if args.mdm_recipe:
         notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
+    line = bound_in_words(MDMConfig.from_args(args))
+    if line is not None and not args.skip_train:
+        notice(line)
     start = choose_start(args)
     vars(args).update(start.arguments)
     source, saved = start.source, start.saved

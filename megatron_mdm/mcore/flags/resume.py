@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import destinations, flag
+from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
@@ -69,10 +69,12 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
+    if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
+        other.append(f"--mdm-bell-fade {args.mdm_bell_fade}")  # P-POTS begins at its end
     has_sampler_state = is_resumed and fits and not other
     # Other formats keep parameters alone.
     is_kept = args.ckpt_format == "torch_dist"
-    log_state = [args.mdm_rate_bins, args.mdm_clip] if is_kept else None
+    log_state = _log_settings(args) if is_kept else None
     before = saved.get("mdm_log_state") if is_resumed else None
     # With a state in the checkpoint the run has a density of its own by now.
     file = None if has_sampler_state else args.mdm_ppots_file
@@ -91,8 +93,8 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     if plan.bell_fade_at is not None:
         start, end, unit = plan.bell_fade_at
         notice(
-            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades from {start} to {end} "
-            f"of {flag(f'train_{unit}')}"
+            f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades between {start} and "
+            f"{end} {'iterations' if unit == 'iters' else unit} of the run"
         )
     return plan
 
@@ -138,6 +140,16 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
+
+
+def _log_settings(args: Namespace) -> list[Any]:
+    """The settings that the average of the control variate is of: bins, and the density of t."""
+    settings = [args.mdm_rate_bins, args.mdm_clip]
+    mdm = MDMConfig.from_args(args)
+    if mdm.bell is not None or mdm.rate_sampler == "flat":  # younger than the state
+        density = mdm.rate_sampler, mdm.logit_normal, mdm.beta
+        settings += [*density, mdm.bell_uniform_share, mdm.bell_role, mdm.bell_fade]
+    return settings
 
 
 def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:

@@ -79,7 +79,7 @@ class LogState(CarriedState):
 
     def vector(self) -> npt.NDArray[np.int64]:
         """The average loss of each rate bin; NaN where there is none yet."""
-        baseline = np.full(len(self.control_variate.mass), np.nan)
+        baseline = np.full(self.control_variate.num_bins, np.nan)
         if self.control_variate.baseline is not None:
             baseline = self.control_variate.baseline.copy()
         return baseline.view(np.int64)

@@ -29,7 +29,7 @@ def after_gradients(
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     recorder = state.recorder(training=True)
-    recorder.commit(iteration)
+    recorder.commit(iteration, state.uniform_share)
     if iteration % state.log_interval == 0 and recorder.total is not None:
         summary = recorder.reduce()[Split.TRAIN]
         seconds = state.clock.lap()

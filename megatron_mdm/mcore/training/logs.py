@@ -9,6 +9,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
+from megatron_mdm.bound import why_no_bound
 from megatron_mdm.mcore.training.metrics import Summary
 from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit
@@ -31,10 +32,17 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
     texts = rows // state.mdm.views + state.text_offset
     controlled = math.nan
     if summary.draws:
-        controlled = state.control_variate(summary.loss_sums, summary.weight_sums, summary.draws)
+        masses = state.objective_masses(summary.uniform_share)
+        controlled = state.control_variate(
+            summary.loss_sums, summary.weight_sums, summary.draws, masses
+        )
+    # A loss is the mean over the interval, and so is the density that it is a mean over.
+    reason = why_no_bound(state.mdm, summary.uniform_share)
+    bound = "yes" if reason is None else f"no ({reason})"
     print(
         f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
-        f" controlled loss: {controlled:.4f} | largest weight: {summary.largest_weight:.1f} |"
+        f" controlled loss: {controlled:.4f} | bound: {bound} |"
+        f" largest weight: {summary.largest_weight:.1f} |"
         f" masked fraction: {summary.masked_fraction:.4f} |"
         f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
         f" loss per rate (t: nats/token) | {summary.text()}",
@@ -44,11 +52,14 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
         "mdm/texts": texts,
         "mdm/loss": summary.loss,
         "mdm/controlled loss": controlled,
+        "mdm/is bound": float(reason is None),
         "mdm/largest weight": summary.largest_weight,
         "mdm/masked fraction": summary.masked_fraction,
         "mdm/rows per s": rows_per_s,
         "mdm/tokens per s": tokens_per_s,
     }
+    if state.mdm.bell is not None:
+        scalars["mdm/uniform share"] = summary.uniform_share
     _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)
 
 

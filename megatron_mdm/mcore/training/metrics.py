@@ -2,7 +2,7 @@
 
 The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
 Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
-3 (2 bins + 5) numbers and of one, over the data-parallel ranks of the last pipeline stage.
+3 (2 bins + 6) numbers and of one, over the data-parallel ranks of the last pipeline stage.
 """
 
 import math
@@ -21,7 +21,8 @@ class Recorder:
     A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix with a line
     for each split of the data and these columns: weighted loss per rate bin, importance weight per
     rate bin, weighted loss per eligible token, the numbers of masked and of eligible tokens, of
-    draws, and of rows. Evaluations also keep each row's text and loss.
+    draws, of rows, and the sum over draws of the uniform share of their density. Evaluations also
+    keep each row's text and loss.
 
     Args:
         num_bins: number of equal bins of the masking rate.
@@ -78,14 +79,20 @@ class Recorder:
         self.pending = sums if self.pending is None else self.pending + sums
         self.pending_largest = _larger(self.pending_largest, max_token_weight.max())
 
-    def commit(self, iteration: int) -> None:
+    def commit(self, iteration: int, uniform_share: float = 1.0) -> None:
         """Takes what an iteration has added; a repetition of the iteration is dropped.
 
         Megatron's rerun machine may repeat an iteration to validate its result.
+
+        Args:
+            iteration: its number.
+            uniform_share: of the density that its rates came from; 1 where that is no bell.
         """
         if self.pending is not None and iteration != self.iteration:
             assert self.pending_largest is not None  # it comes with the sums
-            self.total = self.pending if self.total is None else self.total + self.pending
+            draws = self.pending[:, -2:-1]
+            sums = torch.cat([self.pending, draws * uniform_share], dim=1)
+            self.total = sums if self.total is None else self.total + sums
             self.largest = _larger(self.largest, self.pending_largest)
         self.iteration = iteration
         self.pending = self.pending_largest = None
@@ -128,7 +135,7 @@ class Recorder:
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         lines = zip(Split, total.tolist(), strict=True)
         weight = float(largest)
-        return {split: Summary(line, self.num_bins, weight) for split, line in lines if line[-1]}
+        return {split: Summary(line, self.num_bins, weight) for split, line in lines if line[-2]}
 
 
 def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
@@ -170,6 +177,7 @@ class Summary:
         masked_fraction: masked / eligible tokens.
         draws, rows: their numbers.
         largest_weight: of a masked token's loss, over the rows of all splits.
+        uniform_share: mean over the draws, 1 where the density is no bell.
     """
 
     def __init__(self, line: list[float], num_bins: int, largest_weight: float) -> None:
@@ -178,9 +186,10 @@ class Summary:
         self.weight_sums = np.array(line[num_bins : 2 * num_bins])
         sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
         self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
-        loss, masked, eligible, draws, rows = line[2 * num_bins :]
+        loss, masked, eligible, draws, rows, shares = line[2 * num_bins :]
         self.draws, self.rows = int(draws), round(rows)
         self.loss = loss / draws if draws else math.nan
+        self.uniform_share = shares / draws if draws else 1.0
         self.masked_fraction = masked / eligible if eligible else 0.0
 
     def text(self) -> str:

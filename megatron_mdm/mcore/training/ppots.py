@@ -51,19 +51,19 @@ class OnlineSampler:
         """Takes the losses of rows or documents, where --mdm-ppots-target is `loss`.
 
         Args:
-            micro_batch: rows and their masks; those of evaluations are left out.
+            micro_batch: rows of training and their masks.
             losses: with the importance weight, nats per eligible token, [b] or [b, s].
         """
-        if micro_batch.batch.training and self.mdm.ppots_target == "loss":
+        if self.mdm.ppots_target == "loss":
             self._record_values(micro_batch, losses / micro_batch.corruption.rate_weight)
 
     def gradient_observer(self, micro_batch: MicroBatch) -> Callable[[torch.Tensor], None] | None:
         """`on_grad_sq_norm` of the model's call, where --mdm-ppots-target is `gradient`.
 
         Args:
-            micro_batch: rows and their masks; those of evaluations are left out.
+            micro_batch: rows of training and their masks.
         """
-        if micro_batch.batch.training and self.mdm.ppots_target == "gradient":
+        if self.mdm.ppots_target == "gradient":
             return partial(self.record_gradients, micro_batch)
         return None
 

@@ -8,16 +8,14 @@ from argparse import Namespace
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.densities import fixed_sampler
-from megatron_mdm.mcore.training.corrupters import (
-    evaluation_corrupter,
-    training_corrupter,
-)
+from megatron_mdm.mcore.training.corrupters import evaluation_corrupter, training_corrupter
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.bells import Bell, faded_share
-from megatron_mdm.objective.control_variate import ControlVariate
+from megatron_mdm.objective.control_variate import ControlVariate, bin_masses
 from megatron_mdm.objective.corruption import Corrupter
-from megatron_mdm.objective.samplers import RateSampler
+from megatron_mdm.objective.samplers import RateSampler, Uniform
+from megatron_mdm.objective.types import Floats
 
 
 class TrainingState:
@@ -61,8 +59,7 @@ class TrainingState:
         corrupter = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
         self._corrupters = evaluation_corrupter(self.mdm), corrupter
         self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
-        clip = self.mdm.clip or (0.0, 1.0)
-        self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay, *clip)
+        self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
 
     @property
@@ -90,6 +87,16 @@ class TrainingState:
             return fitting.state.sampler
         assert fixed is not None
         return fixed.with_share(self.uniform_share) if isinstance(fixed, Bell) else fixed
+
+    def objective_masses(self, uniform_share: float) -> Floats:
+        """Mass of the objective in each rate bin [rate_bins]; see `bin_masses`.
+
+        Args:
+            uniform_share: mean over draws; masses are linear in it.
+        """
+        fixed = self._fixed_sampler or Uniform()  # P-POTS leaves the objective as it is
+        sampler = fixed.with_share(uniform_share) if isinstance(fixed, Bell) else fixed
+        return bin_masses(sampler, self.mdm.rate_bins)
 
     def corrupter(self, training: bool) -> Corrupter:
         """What masks the rows of training, or of evaluations."""

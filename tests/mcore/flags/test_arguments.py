@@ -14,6 +14,8 @@ from tests.mcore.flags.parsing import FITTED, parsed
 
 ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 5"
 
+BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
+
 
 @pytest.mark.parametrize(
     "flags, message",
@@ -56,6 +58,39 @@ ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-refit-interval 5"
         (f"{ONLINE} --mdm-ppots-bins 0", "--mdm-ppots-bins must lie in 1..1022, got 0"),
         (f"{ONLINE} --mdm-ppots-bins 5000", "--mdm-ppots-bins must lie in 1..1022, got 5000"),
         (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch would leave out what"),
+        ("--mdm-rate-sampler beta", "--mdm-rate-sampler beta needs --mdm-beta"),
+        ("--mdm-beta 2 2", "--mdm-beta needs --mdm-rate-sampler beta"),
+        ("--mdm-logit-normal 0 1", "--mdm-logit-normal needs --mdm-rate-sampler logit-normal"),
+        (f"{BELL} --mdm-beta 2 2", "--mdm-beta needs --mdm-rate-sampler beta"),
+        (f"{BELL} 1", "--mdm-logit-normal takes MEAN and STD, got 3 numbers"),
+        (
+            "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0",
+            "STD of --mdm-logit-normal must",
+        ),
+        (
+            "--mdm-rate-sampler beta --mdm-beta inf 2",
+            "A of --mdm-beta must lie in [1, 100], got inf",
+        ),
+        ("--mdm-bell-uniform-share 0.5", "needs --mdm-rate-sampler logit-normal or beta: it does"),
+        ("--mdm-bell-role weight", "--mdm-bell-role needs --mdm-rate-sampler logit-normal or beta"),
+        (
+            f"{ONLINE} --mdm-bell-fade 0 1",
+            "--mdm-bell-fade needs --mdm-rate-sampler logit-normal or",
+        ),
+        (f"{BELL} --mdm-bell-uniform-share 0", "--mdm-bell-uniform-share must lie in (0, 1]: 0.0"),
+        (
+            f"{BELL} --mdm-bell-role proposal --mdm-bell-uniform-share 0.05",
+            "--mdm-bell-role proposal needs --mdm-bell-uniform-share 0.1 or more, got 0.05",
+        ),
+        (
+            f"{BELL} --mdm-bell-fade 0 1 --mdm-bell-role weight",
+            "--mdm-bell-fade needs --mdm-bell-role objective, got weight",
+        ),
+        (f"{BELL} --mdm-bell-fade 0.5", "--mdm-bell-fade takes 0 <= START <= END <= 1, got 0.5"),
+        (f"{BELL} --mdm-bell-fade 0.7 0.4", "takes 0 <= START <= END <= 1, got 0.7 0.4"),
+        (f"{BELL} --mdm-bell-fade 0 nan", "takes 0 <= START <= END <= 1, got 0.0 nan"),
+        (f"{BELL} --mdm-ppots-refit-interval 5", "needs --mdm-rate-sampler ppots"),
+        (f"{BELL} --mdm-bell-fade 0 1 --mdm-ppots-file x", "needs --mdm-rate-sampler ppots"),
         ("--mdm-strata 2", "--mdm-strata and --mdm-strata-window need --mdm-quantiles strata"),
         ("--mdm-quantiles strata --mdm-strata 0", "--mdm-strata must lie in 1.."),
         (
@@ -166,6 +201,10 @@ def test_what_a_run_needs(name, monkeypatch):
         "--min-lr 1e-2",
         "--eval-iters 0 --eval-interval 9999",
         "--mdm-quantiles strata --mdm-strata-window 1048576",
+        "--mdm-rate-sampler flat",
+        "--mdm-rate-sampler logit-normal --mdm-logit-normal -0.3 0.5 --mdm-bell-role proposal",
+        "--mdm-rate-sampler beta --mdm-beta 1 4 --mdm-bell-uniform-share 1",
+        f"{BELL} --mdm-bell-fade 0.5 0.5 --mdm-ppots-refit-interval 5 --mdm-ppots-bins 8",
     ],
 )
 def test_flags_that_work(flags, monkeypatch):

@@ -118,15 +118,104 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         resolved(*gone, "--finetune")
 
 
+def resumed(config, **values):
+    """Arguments of a run that resumes from torch_dist checkpoints."""
+    given = {
+        "load": "somewhere",
+        "finetune": False,
+        "ckpt_format": "torch_dist",
+        "use_checkpoint_opt_param_scheduler": False,
+        "step_batch_size_schedule": None,
+        "weight_decay_incr_style": "constant",
+        "skip_train": False,
+        "mdm_row_order": "epoch",
+        "train_iters": 1000,
+        "train_samples": None,
+    }
+    return Namespace(**{**config.arguments(), **given, **values})
+
+
+def test_a_fade_is_resolved_once(capsys):
+    """Fractions of a run in its own unit; a longer run keeps them, and a new run has its own."""
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5]}
+    fades = MDMConfig(**bell, bell_fade=[0.4, 0.7])
+    first = resumed(fades, load=None)
+    saved = {**vars(first), **plan_resume(first, {}).arguments()}
+    assert saved["mdm_bell_fade_at"] == [400, 700, "iters"]
+    assert "fades between 400 and 700 iterations of the run" in capsys.readouterr().out
+    # Longer, or counted in samples from now on: as it was.
+    for length in ({"train_iters": 3000}, {"train_iters": None, "train_samples": 5000}):
+        plan = plan_resume(resumed(fades, **length), saved)
+        assert plan.bell_fade_at == [400, 700, "iters"]
+        assert "fades between 400 and 700 iterations of the run" in capsys.readouterr().out
+    samples = {"train_iters": None, "train_samples": 5000}
+    plan = plan_resume(resumed(fades, finetune=True, **samples), saved)
+    assert plan.bell_fade_at == [2000, 3500, "samples"]
+    # Other fractions are another objective, and of the run as it is now where they are allowed.
+    other = MDMConfig(**bell, bell_fade=[0.5, 0.5])
+    refused = r"--mdm-bell-fade \[0.5, 0.5\] \(checkpoint: \[0.4, 0.7\]\)"
+    with pytest.raises(UserError, match=refused):
+        plan_resume(resumed(other), saved)
+    allowed = {"mdm_allow_flag_change": True, "train_iters": 3000}
+    capsys.readouterr()
+    assert plan_resume(resumed(other, **allowed), saved).bell_fade_at == [1500, 1500, "iters"]
+    told = capsys.readouterr().out
+    assert "the run resumes with another --mdm-bell-fade [0.5, 0.5]" in told
+    assert "fades between 1500 and 1500 iterations of the run" in told
+    # P-POTS begins at the end of a fade, and with another fade it does so again.
+    fitting = {"ppots_refit_interval": 50}
+    saved |= MDMConfig(**bell, bell_fade=[0.4, 0.7], **fitting).arguments()
+    for fade, goes_on in ([0.4, 0.7], True), ([0.5, 0.5], False):
+        args = resumed(MDMConfig(**bell, bell_fade=fade, **fitting), **allowed)
+        assert plan_resume(args, saved).sampler_state_in_checkpoint == goes_on
+        anew = "P-POTS begins to measure anew" in capsys.readouterr().out
+        assert anew != goes_on
+    # A checkpoint without a fade, and one that is older than bells.
+    plain = {**vars(resumed(MDMConfig(**bell))), "mdm_bell_fade_at": None}
+    with pytest.raises(UserError, match=r"--mdm-bell-fade \[0.4, 0.7\] \(checkpoint: None\)"):
+        plan_resume(resumed(fades), plain)
+    assert plan_resume(resumed(MDMConfig(**bell)), plain).bell_fade_at is None
+    old = {k: v for k, v in vars(resumed(MDMConfig())).items() if "bell" not in k}
+    with pytest.raises(UserError, match=r"--mdm-rate-sampler logit-normal \(checkpoint: uniform"):
+        plan_resume(resumed(fades), old)
+
+
+def test_the_controlled_loss_starts_over_where_the_objective_has_another_density(capsys):
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5], "bell_fade": [0.4, 0.7]}
+    runs = [
+        {},
+        {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
+        {"rate_sampler": "flat"},
+        bell,
+        {**bell, "bell_fade": None},
+        {**bell, "bell_fade": [0.4, 0.8]},
+        {**bell, "logit_normal": [0.0, 0.6]},
+        {**bell, "bell_uniform_share": 0.2},
+        {**bell, "bell_fade": None, "bell_role": "weight"},
+        {"rate_sampler": "beta", "beta": [2.0, 2.0]},
+    ]
+    for before in runs:
+        args = resumed(MDMConfig(**before))
+        saved = {**vars(args), **plan_resume(args, {}).arguments()}
+        for after in runs:
+            args = resumed(MDMConfig(**after, allow_flag_change=True))
+            capsys.readouterr()
+            plan = plan_resume(args, saved)
+            assert plan.log_state_in_checkpoint == (before == after)
+            said = "the controlled loss in the logs starts over" in capsys.readouterr().out
+            assert said == (before != after)
+    # P-POTS leaves the objective as it is, and these are the settings that older versions kept.
+    fitted = MDMConfig(rate_sampler="ppots", ppots_refit_interval=2, allow_flag_change=True)
+    assert plan_resume(resumed(MDMConfig()), {}).log_state == [10, None]
+    assert plan_resume(resumed(fitted), {}).log_state == [10, None]
+
+
 def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
     """Another density is in the checkpoint by then, whatever is in the file, or without one."""
     fitted = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
     for file in ("gone.json", None):
         config = MDMConfig(**fitted, ppots_file=file)
-        args = Namespace(**config.arguments(), load="somewhere", finetune=False)
-        args.mdm_row_order, args.ckpt_format = "epoch", "torch_dist"
-        args.use_checkpoint_opt_param_scheduler, args.step_batch_size_schedule = False, None
-        args.weight_decay_incr_style, args.skip_train = "constant", False
+        args = resumed(config)
         saved = {
             **vars(args),
             "mdm_ppots_file": "gone.json",

@@ -13,16 +13,15 @@ import torch
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.model.attention_mask import attention_mask_argument
-from tests import ROOT, ranks
+from tests import ranks
 
 SFT = "--mdm-sft --mdm-shift --mdm-normalization rows --eval-iters 3 --eval-interval 1".split()
 BATCH = "--eval-global-batch-size 4 --eval-micro-batch-size 4 --train-iters 1 --lr 0".split()
 
 
 def autoregressive() -> None:
-    """The autoregressive program of the reproduction, as a user starts it."""
-    path = ROOT / "examples/reproduce/autoregressive.py"
-    runpy.run_path(str(path), run_name="__main__")
+    """The autoregressive program, as a user starts it."""
+    runpy.run_module("megatron_mdm.experiments.autoregressive", run_name="__main__")
 
 
 def causal() -> None:

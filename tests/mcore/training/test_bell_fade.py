@@ -4,6 +4,10 @@ The run has these phases: the bell as it begins (iterations 1 to 3), the fade (4
 rates that P-POTS measures (6), and rates of its fits (after 6, 8 and 10).
 """
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from tests import ranks
 
 FADE = [
     *"--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5 --mdm-bell-fade 0.2 0.5".split(),
-    *"--mdm-bell-uniform-share 0.01 --mdm-views 2 --lr 1e-3 --save-interval 1".split(),
+    *"--mdm-bell-uniform-share 0.01 --lr 1e-3 --save-interval 1".split(),
 ]
 TAKEOVER = [
     *"--train-iters 10 --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
@@ -49,7 +53,8 @@ def runs(base, tmp_path_factory):
         name: (1, [*flags, *load, "--save", str(directory / f"{name}_ckpt")])
         for name, flags in (("iters", takes_over), ("samples", in_samples))
     }
-    found = ranks.launch_layouts(directory, wholes, drop=drop)
+    found: dict = {"checkpoint": directory / "iters_ckpt"}
+    found |= ranks.launch_layouts(directory, wholes, drop=drop)
     longer = "--train-iters 20 --exit-interval 7 --override-opt_param-scheduler".split()
     parts = {
         **{f"from {k}": (1, [*takes_over, *go_on("iters", k)]) for k in (1, 3, 5, 7)},
@@ -67,8 +72,8 @@ def training(run, rows=range(1000)):
 
 
 def expected_rate(row, share):
-    """The rate of a row under the bell, two views of a text alike."""
-    quantile = Quantiles("lattice", 1234, Split.TRAIN)(row // 2)
+    """The rate of a row under the bell."""
+    quantile = Quantiles("lattice", 1234, Split.TRAIN)(row)
     bell = Bell.of("logit-normal", [0.0, 0.5], share=share)
     return bell(to_unit(torch.tensor([quantile])))[0].item()
 
@@ -82,6 +87,12 @@ def test_every_iteration_has_the_share_of_its_own(runs):
     for row in range(36):
         share = STEPS[max(first for first in STEPS if first <= row)]
         assert found[Split.TRAIN, row][0] == expected_rate(row, share)
+
+
+def test_p_pots_measures_from_the_end_of_the_fade(runs):
+    """The first fit is to the 8 rows of iteration 6 alone."""
+    assert re.search(r"P-POTS refit at iteration 6 \| \w+ of 8 rows", runs["iters"].output[0])
+    assert "P-POTS keeps" not in runs["iters"].output[0]
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7])
@@ -116,7 +127,26 @@ def test_a_fade_in_samples_goes_on_under_another_layout(runs):
 
 
 def test_the_log_says_when_the_bell_fades(runs):
-    line = "the bell of --mdm-rate-sampler logit-normal fades from {} of --train-{}"
+    line = "the bell of --mdm-rate-sampler logit-normal fades between {} of the run"
     for name in ("iters", "from 1", "longer"):
-        assert line.format("2 to 5", "iters") in runs[name].output[0]
-    assert line.format("7 to 18", "samples") in runs["samples"].output[0]
+        assert line.format("2 and 5 iterations") in runs[name].output[0]
+    assert line.format("7 and 18 samples") in runs["samples"].output[0]
+
+
+def test_tools_take_its_checkpoints(runs, data, tmp_path):
+    """They measure under rates of their own, those of the report's methods included."""
+    where = ["--device", "cpu", "--load", str(runs["checkpoint"]), "--data", str(data)]
+    report = ["--output", str(tmp_path / "report.json"), "--parameters", "output_layer"]
+    report += "--rows 20 --batch 4 --methods standard flat bell".split()
+    fit = ["--output", str(tmp_path / "ppots.json")]
+    fit += "--rates 4 --rows 4 --masks 2 --family piecewise".split()
+    tools = {"evaluate": ["--rows", "8"], "fit_ppots": fit, "variance_report": report}
+    printed = {}
+    for name, flags in tools.items():
+        run = ranks.run_forked(f"tools/{name}.py", *where, *flags)
+        assert run.returncode == 0, run.stderr[-2000:]
+        printed[name] = run.stdout
+    assert "NELBO" in printed["evaluate"] and "piecewise" in printed["fit_ppots"]
+    rows = {row["method"]: row for row in json.loads(Path(report[1]).read_text())["methods"]}
+    assert [row["unbiased"] for row in rows.values()] == [True, False, False]
+    assert rows["bell"]["loss"][0] < 1  # it never draws the rates that disturb most

@@ -1,5 +1,7 @@
 """What a run logs: losses by rate, speed, its recipe, and the loss with a control variate."""
 
+import re
+
 import pytest
 
 from megatron_mdm.config import MDMConfig
@@ -66,3 +68,36 @@ def test_the_log_shows_the_recipe_texts_and_largest_weight(runs):
         least = min(t for t, tokens in rows if ranks.MASK_ID in tokens)
         largest = run.scalars["mdm/largest weight"][step]
         assert largest == pytest.approx(1 / ((1 - eps) * least + eps))
+
+
+def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
+    """A bell that fades within log intervals, under pipeline stages; beside other settings."""
+    bell = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5 --log-interval 2"
+    words = {
+        "fades": f"{bell} --mdm-bell-fade 0.25 0.5 --train-iters 8",
+        "proposal": f"{bell} --mdm-bell-role proposal --train-iters 2",
+        "clipped": "--mdm-recipe clipped --train-iters 2",
+        "defaults": "--train-iters 2",
+    }
+    stages = ["--pipeline-model-parallel-size", "2"]
+    runs = ranks.launch_all(
+        tmp_path, 2, {name: [*base, *flags.split(), *stages] for name, flags in words.items()}
+    )
+    said = {}
+    for name, run in runs.items():
+        lines = [x for x in run.output[1].splitlines() if " mdm iteration " in x]
+        said[name] = [re.search(r"\| bound: (.*?) \|", line)[1] for line in lines]
+        assert [word == "yes" for word in said[name]] == run.scalars["mdm/is bound"]
+        warned = "\n".join(run.output).count("the training loss is no bound")
+        assert warned == (said[name][0] != "yes"), name
+    assert said["defaults"] == ["yes", "yes"] and set(said["proposal"]) == {"yes"}
+    assert said["clipped"] == ["no (clipped)"] * 2
+    # The share of an iteration goes by those before it: 0.1, 0.1, 0.1, 0.55, 1 and so on.
+    assert said["fades"] == [
+        "no (bell, uniform share 0.10)",
+        "no (bell, uniform share 0.33)",
+        "yes",
+        "yes",
+    ]
+    assert runs["fades"].scalars["mdm/uniform share"] == pytest.approx([0.1, 0.325, 1, 1])
+    assert "mdm/uniform share" not in runs["clipped"].scalars

@@ -27,6 +27,8 @@ CUDA = torch.device("cuda", 0)
 ISAD = {"mdm_isad_token_ids": list(range(60)), "mdm_isad_delta": 0.1}
 DOCUMENTS = {"mdm_isolate_documents": True, "mdm_rate_per": "document"}
 FIT = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
+BELL = {"mdm_rate_sampler": "logit-normal", "mdm_logit_normal": [0.0, 0.5]}
+FADE = {"mdm_bell_fade": [0.0, 1.0], "mdm_bell_fade_at": [0, 100, "iters"]}
 SETTINGS = {
     "defaults": {},
     "rows": {"mdm_normalization": "rows"},
@@ -40,6 +42,11 @@ SETTINGS = {
     "hidden": {"mdm_pad_attended": False, "mdm_eod_attended": False},
     "annealing": {"mdm_anneal_attention_iters": 100},
     "clipped": {"mdm_rate_sampler": "clipped", "mdm_clip": [0.3, 0.8]},
+    "flat": {"mdm_rate_sampler": "flat"},
+    "bell that fades": {**BELL, **FADE},
+    "bell, then ppots": {**BELL, **FADE, "mdm_ppots_refit_interval": 2},
+    "bell as weight": {**BELL, **DOCUMENTS, "mdm_bell_role": "weight"},
+    "bell as proposal": {**BELL, "mdm_bell_role": "proposal"},
     "ppots, loss": {**FIT, "mdm_ppots_target": "loss"},
     "ppots, gradient": {**FIT, "mdm_ppots_target": "gradient", **DOCUMENTS},
     "evaluation": None,

@@ -73,14 +73,15 @@ def drive(
 
 def seconds_of(run: Run, results: Results) -> float:
     """An estimate of how long a run takes: of steps like its own, or else of as many tokens."""
-    like = [x for x in results.records if _kind(x.run) == _kind(run)]
+    like = [x for x in results.records if (_kind(x.run), x.run.judged) == (_kind(run), run.judged)]
     if like:
         return run.steps * sum(x.seconds for x in like) / sum(x.run.steps for x in like)
     scale = results.scale
-    shapes = [scale.main, *scale.transfer, *scale.larger]
+    shapes = [scale.main, *scale.transfer, *scale.larger, *scale.explain, scale.local]
     shape = next((shape for shape in shapes if _kind(shape) == _kind(run)), scale.main)
     tokens = run.steps * run.rows * run.length
-    return shape.seconds * tokens / (shape.steps * shape.rows * shape.length)
+    training = shape.seconds * tokens / (shape.steps * shape.rows * shape.length)
+    return training + scale.judging.seconds * run.judged
 
 
 def _kind(x: Run | Shape) -> tuple[int, int, str]:

@@ -7,7 +7,7 @@ those of `confirm`. `summary(results)` makes tables of those that are finished.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 EVALUATIONS = 6
 
@@ -26,6 +26,8 @@ class Run:
         lr: largest learning rate.
         seed: at least 1.
         flags: more flags; they win over those that follow from the rest.
+        data: what rows are of: `python`, or the tokens of unigram.py.
+        judged: judge the trained model, as judge.py does, before it is deleted.
     """
 
     stage: str
@@ -37,6 +39,8 @@ class Run:
     lr: float
     seed: int
     flags: tuple[str, ...] = ()
+    data: Literal["python", "unigram"] = "python"
+    judged: bool = False
 
     @property
     def evaluated(self) -> list[int]:
@@ -100,6 +104,27 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judging:
+    """How trained models are judged.
+
+    Attributes:
+        judge: shape of the runs of the judge, whose rows are as long as those that it judges.
+        lr: its largest learning rate.
+        draws: masks of each held-out row.
+        texts: rows that a model writes.
+        calls: of the model for a row.
+        seconds: of judging one model, for estimates.
+    """
+
+    judge: Shape
+    lr: float
+    draws: int
+    texts: int
+    calls: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Scale:
     """Sizes of a race.
 
@@ -116,6 +141,10 @@ class Scale:
         contenders: keys of MAIN.
         others: keys of OTHERS.
         held_out: rows that all runs of a length are measured on.
+        judging: of the models of `ending`, which has the main shape.
+        ending_seeds, explain_seeds, local_seeds: of the stages of these names.
+        explain: shapes that differ in the size of a batch: a small one and a large one.
+        local: shape of the runs on independent tokens.
     """
 
     models: Mapping[str, Model]
@@ -132,3 +161,9 @@ class Scale:
     contenders: tuple[str, ...]
     others: tuple[str, ...]
     held_out: int
+    judging: Judging
+    ending_seeds: tuple[int, ...]
+    explain: tuple[Shape, Shape]
+    explain_seeds: tuple[int, ...]
+    local: Shape
+    local_seeds: tuple[int, ...]

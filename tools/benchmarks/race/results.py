@@ -23,6 +23,7 @@ class Record:
         program: commit and libraries that it was made with.
         machine: that it was made on.
         name: what its files in --directory are called, without an ending.
+        judged: what judge.py says, of a run with `judged` that has not diverged.
     """
 
     run: Run
@@ -32,6 +33,7 @@ class Record:
     program: str
     machine: str
     name: str
+    judged: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def final(self) -> float:

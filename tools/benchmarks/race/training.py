@@ -4,12 +4,15 @@ import itertools
 import math
 import pathlib
 import re
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.race import data
+from benchmarks.race import data, unigram
 from benchmarks.race.contenders import CONTENDERS, write_density
+from benchmarks.race.judge import Judge
 from benchmarks.race.plan import Run, Scale
 from benchmarks.race.results import Record
 from benchmarks.timing import device_name
@@ -36,7 +39,8 @@ class Trainer:
         self.device = device
         self.machine = device_name(device)
         self._lock = threading.Lock()
-        self._held_out: dict[int, list[str]] = {}
+        self._written: dict[tuple, list[str]] = {}
+        self.judge = Judge(self)
         data.write_training(directory)
         write_density(directory)
 
@@ -47,8 +51,10 @@ class Trainer:
             UserError: it failed, other than by diverging.
         """
         flags = self.flags(run)
-        name = run_path(self.directory, flags)
-        kept = run_cached(self.directory, flags, lambda path: self._train(run, flags, path))
+        # How the model is judged is a part of the question.
+        question = [*flags, "judged", str(self.scale.judging)] if run.judged else flags
+        name = run_path(self.directory, question)
+        kept = run_cached(self.directory, question, lambda path: self._train(run, flags, path))
         return Record(
             run,
             tuple(kept["nelbo"]),
@@ -57,6 +63,7 @@ class Trainer:
             kept["program"],
             kept["machine"],
             name.name,
+            kept["judged"],
         )
 
     def flags(self, run: Run) -> list[str]:
@@ -65,8 +72,7 @@ class Trainer:
         evaluated = min(self.scale.held_out, max(1, _EVALUATED_TOKENS // run.length))
         return [
             *f"--mdm-device {self.device} --seed {run.seed} {data.TOKENIZER}".split(),
-            *data.training_flags(self.directory, run.length * run.rows * run.steps),
-            *self._held_out_flags(run.length),
+            *self._data_flags(run),
             *f"--data-cache-path {self.directory / 'cache'} --num-workers 0".split(),
             *f"--num-layers {model.layers} --hidden-size {model.width}".split(),
             *f"--num-attention-heads {model.heads} --ffn-hidden-size {4 * model.width}".split(),
@@ -85,18 +91,33 @@ class Trainer:
             *run.flags,
         ]
 
-    def _held_out_flags(self, length: int) -> list[str]:
+    def _data_flags(self, run: Run) -> list[str]:
+        directory, length, rows = self.directory, run.length, run.rows * run.steps
+        held_out = self.scale.held_out
+        if run.data == "unigram":
+            return [
+                *self._once(unigram.training_flags, directory, length, rows),
+                *self._once(unigram.held_out_flags, directory, length, held_out),
+            ]
+        return [
+            *data.training_flags(directory, length * rows),
+            *self._once(data.held_out_flags, directory, length, held_out),
+        ]
+
+    def _once(self, write: Callable[..., list[str]], *question: Any) -> list[str]:
+        """Writes data once, since runs read them, and names them as flags."""
         with self._lock:
-            if length not in self._held_out:
-                rows = self.scale.held_out
-                self._held_out[length] = data.held_out_flags(self.directory, length, rows)
-            return self._held_out[length]
+            if (write, *question) not in self._written:
+                self._written[write, *question] = write(*question)
+            return self._written[write, *question]
 
     def _train(self, run: Run, flags: list[str], path: pathlib.Path) -> dict[str, Any]:
         log = path.with_suffix(".log")
+        save = f"--save {path} --save-interval {run.steps}".split() if run.judged else []
+        shutil.rmtree(path, ignore_errors=True)  # of a run that was interrupted
         start = time.monotonic()
         try:
-            output = run_python([*PROGRAM, *flags], log, f"the run {run.text()}")
+            output = run_python([*PROGRAM, *flags, *save], log, f"the run {run.text()}")
         except UserError:
             output = log.read_text(encoding="utf-8")
             if not _DIVERGED.search(output):
@@ -109,9 +130,14 @@ class Trainer:
                 f"the run {run.text()} has {len(nelbo)} evaluations instead of "
                 f"{len(run.evaluated)}: its log is {log}"
             )
+        judged = {}
+        if run.judged and len(nelbo) == len(run.evaluated):
+            judged = self.judge(path, run.length, run.text())
+            shutil.rmtree(path)
         return {
             "nelbo": nelbo,
             "bins": _bins(found[len(nelbo) - 1][1]) if nelbo else {},
+            "judged": judged,
             "seconds": round(time.monotonic() - start, 1),
             "machine": self.machine,
         }

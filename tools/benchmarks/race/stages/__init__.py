@@ -1,13 +1,26 @@
 """The stages of the race by name, the most important ones first and the longest one last."""
 
 from benchmarks.race.driver import Stage
-from benchmarks.race.stages import confirm, larger, others, steps, transfer, tune
+from benchmarks.race.stages import (
+    confirm,
+    ending,
+    explain,
+    larger,
+    local,
+    others,
+    steps,
+    transfer,
+    tune,
+)
 
 STAGES: dict[str, Stage] = {
     "tune": tune,
     "confirm": confirm,
     "transfer": transfer,
     "steps": steps,
+    "ending": ending,
+    "explain": explain,
+    "local": local,
     "others": others,
     "larger": larger,
 }

@@ -1,6 +1,8 @@
 """The same network on the same rows, trained autoregressively by Megatron.
 
-Takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
+    python -m megatron_mdm.experiments.autoregressive --mdm-shift ...
+
+takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
 position predict the token after it. Rows, their order and the tokens that count are those of masked
 diffusion; attention is causal and no token is masked.
 """
@@ -56,7 +58,7 @@ def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
 
 def loss_func(
     eligible: Any, normalization: Literal["tokens", "rows"], cross_entropy: Any
-) -> tuple[Any, Any, dict]:
+) -> tuple[Any, Any, dict[str, Any]]:
     """Sums over a micro-batch, averaged like the loss of masked diffusion.
 
     Args:

@@ -1,0 +1,115 @@
+"""Trained models by more than their NELBO: at the ends of the rates, and by what they write.
+
+The judge is an autoregressive model of the same training files, trained once in a race.
+"""
+
+import json
+import pathlib
+import shutil
+import threading
+from typing import TYPE_CHECKING, Any
+
+from megatron_mdm.experiments.runs import AUTOREGRESSIVE, run_cached, run_path, run_python
+
+if TYPE_CHECKING:
+    from benchmarks.race.training import Trainer
+
+TOOLS = pathlib.Path(__file__).parents[2]
+BINS = 10  # of the rate: the outer ones are below 0.1 and above 0.9
+TEXTS = ("-m", "benchmarks.race.texts")
+# `random` samples from the model: every rate from 1 to 0 has its turn. `low-confidence`, the usual
+# setting, keeps likely tokens first, and is no sample.
+REMASKING = ("random", "low-confidence")
+_SEED = 1  # of masks and texts
+
+
+class Judge:
+    """Judges checkpoints, and trains the judge when the first one is there.
+
+    Args:
+        trainer: of the race.
+    """
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer = trainer
+        self._lock = threading.Lock()
+        self._written: set[pathlib.Path] = set()  # files that other judgements may be reading
+
+    def __call__(self, checkpoint: pathlib.Path, length: int, name: str) -> dict[str, Any]:
+        """Judges a checkpoint of a run.
+
+        Args:
+            checkpoint: its directory; files of the same name, with endings, are this function's.
+            length: tokens of a row.
+            name: of the run, for the message of a failure.
+
+        Returns:
+            `nelbo`, and `below 0.1` and `above 0.9`, of these rates: each {value, stderr}, nats per
+            token on the held-out rows. `held out`, and the names of REMASKING, of what is written:
+            each {nll, stderr, distinct}, see `texts.read`.
+        """
+        sizes = self.trainer.scale.judging
+        held_out = self.trainer.directory / f"held_out_{length}"
+        files = {x: checkpoint.with_suffix(f".{x}.npy") for x in REMASKING}
+        measured, read = (checkpoint.with_suffix(f".{x}") for x in ("measured", "read"))
+        log = checkpoint.with_suffix(".judge.log")
+        places = f"--device {self.trainer.device} --load"
+        evaluate = [str(TOOLS / "evaluate.py"), *places.split(), str(checkpoint)]
+        evaluate += f"--data {held_out} --rows {self.trainer.scale.held_out}".split()
+        evaluate += f"--bins {BINS} --draws {sizes.draws} --seed {_SEED} --json {measured}".split()
+        run_python([*evaluate, "--batch-size", "64"], log, f"the evaluation of {name}")
+        for remasking, file in files.items():
+            words = f"--rows {sizes.texts} --steps {sizes.calls} --remasking {remasking}".split()
+            words += f"--seed {_SEED} --output {file} {places} {checkpoint}".split()
+            run_python([*TEXTS, "write", *words], log, f"the texts of {name}")
+        given = self._held_out_rows(held_out, length, sizes.texts)
+        words = [*map(str, files.values()), str(given), "--json", str(read)]
+        words += [*places.split(), str(self._trained(length))]
+        run_python([*TEXTS, "read", "--rows", *words], log, f"the judge of {name}")
+        bins, texts = (json.loads(x.read_text(encoding="utf-8")) for x in (measured, read))
+        for path in (measured, read, *files.values()):
+            path.unlink()
+        return {
+            "nelbo": _estimate(bins["nelbo"]),
+            "below 0.1": _estimate(bins["bins"][0]),
+            "above 0.9": _estimate(bins["bins"][-1]),
+            "held out": texts[str(given)],
+            **{remasking: texts[str(file)] for remasking, file in files.items()},
+        }
+
+    def _trained(self, length: int) -> pathlib.Path:
+        """The judge's checkpoint. Who asks for it while it is trained waits."""
+        sizes = self.trainer.scale.judging
+        more = {"length": length, "flags": ("--mdm-shift",)}
+        run = sizes.judge.run("judge", "standard", sizes.lr, 1, **more)
+        flags = self.trainer.flags(run)
+        question = [*AUTOREGRESSIVE, *flags]
+        checkpoint = run_path(self.trainer.directory, question)
+
+        def work(path: pathlib.Path) -> dict[str, Any]:
+            shutil.rmtree(path, ignore_errors=True)
+            save = f"--save {path} --save-interval {run.steps}".split()
+            run_python([*question, *save], path.with_suffix(".log"), "the run of the judge")
+            return {}
+
+        with self._lock:
+            if not (checkpoint / "latest_checkpointed_iteration.txt").exists():
+                checkpoint.with_suffix(".json").unlink(missing_ok=True)
+            run_cached(self.trainer.directory, question, work)
+        return checkpoint
+
+    def _held_out_rows(self, prefix: pathlib.Path, length: int, num: int) -> pathlib.Path:
+        """Some of the held-out rows, at equal distances, as a file for the judge."""
+        import numpy as np
+
+        path = prefix.with_suffix(f".{num}.npy")
+        with self._lock:
+            if path not in self._written:
+                rows = np.fromfile(prefix.with_suffix(".bin"), np.uint16).reshape(-1, length)
+                np.save(path, rows[:: len(rows) // num][:num].astype(np.int64))
+                self._written.add(path)
+        return path
+
+
+def _estimate(found: dict[str, Any]) -> dict[str, float]:
+    return {name: found[name] for name in ("value", "stderr")}

@@ -1,0 +1,133 @@
+"""Ending exact: what a bell leaves out at the ends of the rates, and what schedules make good.
+
+The learning rate warms up, stays, and decays over the last fifth of the steps, so that what comes
+after the bell has most of a constant rate. All contenders have the bell's tuned rate. judge.py
+judges the trained models.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from benchmarks.race.judge import REMASKING
+from benchmarks.race.plan import Run
+from benchmarks.race.results import Results, differences
+from benchmarks.race.stages import tune
+from benchmarks.race.tables import Table, interval, number
+from megatron_mdm.experiments.statistics import mean_interval
+
+NAME = "ending"
+BELL, UNIFORM = "bell throughout", "uniform"
+# Name -> contender, and flags that win over its own.
+ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    UNIFORM: ("uniform", ()),
+    BELL: ("bell", ()),
+    "fade from 40% to 70%": ("bell-fade", ("--mdm-bell-fade", "0.4", "0.7")),
+    "hard switch at 50%": ("bell-fade", ("--mdm-bell-fade", "0.5", "0.5")),
+}
+
+
+class Column(NamedTuple):
+    """A column of a table: a number of judge.py, its mean over seeds.
+
+    Attributes:
+        heading: of the column.
+        measure, part: which number.
+        compared: whether a column of differences from the bell follows.
+    """
+
+    heading: str
+    measure: str
+    part: str
+    compared: bool = True
+
+
+LOSSES = [
+    Column("all rates", "nelbo", "value"),
+    Column("t below 0.1", "below 0.1", "value"),
+    Column("t above 0.9", "above 0.9", "value"),
+]
+TEXTS = [
+    column
+    for remasking in REMASKING
+    for column in (
+        Column(f"NLL, {remasking}", remasking, "nll"),
+        Column("distinct 4-grams", remasking, "distinct", compared=False),
+    )
+]
+Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # what judge.py says, by seed
+
+
+def runs(results: Results) -> list[Run]:
+    """Seed by seed, once the bell's rate is known."""
+    of_names = [_of_ending(results, name) for name in ENDINGS]
+    return [run for of_seed in zip(*of_names, strict=True) for run in of_seed]
+
+
+def _of_ending(results: Results, name: str) -> list[Run]:
+    contender, flags = ENDINGS[name]
+    lr, shape = tune.rate(results, "bell"), results.scale.main
+    if lr is None:
+        return []
+    decay = f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {shape.steps // 5}"
+    flags = ("--lr-decay-style", "WSD", *decay.split(), *flags)
+    return [
+        shape.run(NAME, contender, lr, seed, flags=flags, judged=True)
+        for seed in results.scale.ending_seeds
+    ]
+
+
+def summary(results: Results) -> list[Table]:
+    """Losses at all rates and at their ends, and what the judge makes of texts."""
+    judged = {name: _judged(results, name) for name in ENDINGS}
+    known = [found for by_seed in judged.values() for found in by_seed.values()]
+    if not known:
+        return []
+    largest = [max(x[column.measure]["stderr"] for x in known) for column in LOSSES]
+    losses = (
+        "standard error of one model, by the choice of rows and their masks, which all share: "
+        f"{', '.join(map(number, largest))}"
+    )
+    texts = (
+        "NLL: nats per token under the autoregressive judge, from the second token of a row on; "
+        "random remasking samples from the model, low-confidence keeps likely tokens first"
+    )
+    title = f"{NAME}: {results.scale.main.name()}, warm-up, stable, decay"
+    held_out = [known[0]["held out"][column.part] for column in TEXTS]
+    return [
+        _table(f"{title}; nats per token", judged, LOSSES, losses),
+        _table(f"{title}; what the models write", judged, TEXTS, texts, held_out),
+    ]
+
+
+def _judged(results: Results, name: str) -> Judged:
+    found = [results[run] for run in _of_ending(results, name) if run in results]
+    return {record.run.seed: record.judged for record in found if record.judged}
+
+
+def _table(
+    title: str,
+    judged: Mapping[str, Judged],
+    columns: Sequence[Column],
+    note: str,
+    held_out: Sequence[float] = (),
+) -> Table:
+    """A line for each contender, and one for held-out text."""
+    rows = [[name, str(len(judged[name]))] for name in ENDINGS]
+    rows += [["held-out text", ""]] if held_out else []
+    header = ["", "seeds"]
+    for place, column in enumerate(columns):
+        values = {
+            name: {seed: found[column.measure][column.part] for seed, found in by_seed.items()}
+            for name, by_seed in judged.items()
+        }
+        header += [column.heading] + [f"minus {BELL} [95%]"] * column.compared
+        for row, name in zip(rows, ENDINGS, strict=False):
+            mine, less = list(values[name].values()), differences(values[name], values[BELL])
+            row.append(number(statistics.fmean(mine)) if mine else "")
+            if column.compared:
+                is_known = less and name != BELL
+                row.append(interval(mean_interval(less)) if is_known else "")
+        if held_out:
+            rows[-1] += [number(held_out[place])] + [""] * column.compared
+    return Table(title, header, rows, [note])
