@@ -11,14 +11,20 @@ another program or of other data are trained anew. Stages that are not asked for
 import argparse
 import datetime
 import json
+import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.race.results import Record, Results
-from benchmarks.race.tables import Table
 from megatron_mdm.errors import UserError, check_numbers
-from megatron_mdm.files import termination_raises, write_errors, write_json
+from megatron_mdm.files import (
+    check_output,
+    check_picture,
+    termination_raises,
+    write_errors,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from benchmarks.race.driver import Stage
@@ -50,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--plan", action="store_true", help="print the runs: train nothing")
     parser.add_argument("--report", metavar="FILE", help="of the results in FILE: train nothing")
+    parser.add_argument("--figure", metavar="FILE", help="also draw the results: .png or .svg")
+    parser.add_argument(
+        "--insert",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="also put the tables into these Markdown files, where they have places for them",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +72,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: settings that cannot work, or a run that failed.
     """
-    from benchmarks.race.driver import drive
     from benchmarks.race.scales import SCALES
     from benchmarks.race.stages import STAGES
 
@@ -67,32 +80,52 @@ def run(args: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
     asked = [name for name in STAGES if name in (args.stages or STAGES)]
-    directory = pathlib.Path(args.directory)
-    path = args.json or str(directory / "race.json")
+    path = args.json or os.path.join(args.directory, "race.json")
+    for output in filter(None, (args.figure, path)):
+        check_output(output, "--figure" if output == args.figure else "--json")
+    if args.figure:
+        check_picture(args.figure, "--figure")
     if args.report:
-        results = _read(args.report)
-        _print(results)
+        _report(_read(args.report), args)
         return
-    scale = SCALES[args.scale]
-    exists = pathlib.Path(path).exists()
-    kept = _read(path).records if exists else []
+    kept = _read(path).records if pathlib.Path(path).exists() else []
+    stages = {name: STAGES[name] for name in asked}
     if args.plan:
-        _print_plan(Results(scale, kept), {name: STAGES[name] for name in asked})
+        _print_plan(Results(SCALES[args.scale], kept), stages)
         return
+    earlier = (record for record in kept if record.run.stage not in stages)
+    results = Results(SCALES[args.scale], earlier)
+    with termination_raises():
+        _train(list(stages.values()), results, args, path)
+    _report(results, args)
+
+
+def _train(stages: "list[Stage]", results: Results, args: argparse.Namespace, path: str) -> None:
+    """Does the runs of the stages, and writes all results after each."""
+    from benchmarks.race.driver import drive
     from benchmarks.race.training import Trainer
 
+    directory = pathlib.Path(args.directory)
     with write_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
-    results = Results(scale, (record for record in kept if record.run.stage not in asked))
-    train = Trainer(scale, directory, args.device)
+    train = Trainer(results.scale, directory, args.device)
 
     def finished(record: Record) -> None:
         write_json(path, _as_json(args, results))
         print(f"{record.run.text()}: {record.final:.4f}", file=sys.stderr, flush=True)
 
-    with termination_raises():
-        drive([STAGES[name] for name in asked], results, train, args.jobs, finished)
-    _print(results)
+    drive(stages, results, train, args.jobs, finished)
+
+
+def _report(results: Results, args: argparse.Namespace) -> None:
+    """Prints, draws and inserts."""
+    from benchmarks.race import figure, report
+
+    print(report.as_text(results))
+    if args.figure:
+        figure.draw(results, args.figure)
+    for path in args.insert:
+        report.insert(results, path)
 
 
 def _as_json(args: argparse.Namespace, results: Results) -> dict[str, Any]:
@@ -117,15 +150,6 @@ def _read(path: str) -> Results:
         return Results(SCALES[value["scale"]], map(Record.from_json, value["runs"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not what --json of the race writes ({error!r})") from error
-
-
-def _print(results: Results) -> None:
-    from benchmarks.race import decide
-    from benchmarks.race.stages import STAGES
-
-    parts = [*(stage.summary for stage in STAGES.values()), decide.summary]
-    tables: list[Table] = [table for summary in parts for table in summary(results)]
-    print("\n\n".join(table.as_text() for table in tables))
 
 
 def _print_plan(results: Results, stages: "dict[str, Stage]") -> None:

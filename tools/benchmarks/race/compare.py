@@ -1,12 +1,10 @@
 """Paired differences of contenders from one of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from benchmarks.race.results import differences
+from benchmarks.race.results import Finals, differences
 from benchmarks.race.tables import Table, interval, number
 from megatron_mdm.experiments.statistics import holm, mean_interval, t_test
-
-Finals = Mapping[str, Mapping[int, float]]
 
 
 def against(title: str, finals: Finals, baseline: str, names: Sequence[str]) -> Table:

@@ -1,8 +1,7 @@
 """The claims of RULES.md: each reached or not."""
 
-from benchmarks.race.compare import Finals
 from benchmarks.race.plan import Shape
-from benchmarks.race.results import Results, differences
+from benchmarks.race.results import Finals, Results, differences
 from benchmarks.race.stages import confirm, steps, transfer
 from benchmarks.race.tables import Table, interval
 from megatron_mdm.experiments.statistics import Interval, holm, mean_interval, t_test

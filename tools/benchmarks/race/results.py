@@ -7,6 +7,8 @@ from typing import Any
 
 from benchmarks.race.plan import Run, Scale
 
+Finals = dict[str, dict[int, float]]  # final NELBO by contender and seed
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -81,9 +83,13 @@ class Results:
         """All of them, in the order in which they were added."""
         return list(self._records.values())
 
-    def finals(self, runs: Iterable[Run]) -> dict[int, float]:
-        """Final NELBO by seed, of those of the runs that are finished."""
-        return {run.seed: self[run].final for run in runs if run in self}
+    def finals(self, runs: Iterable[Run]) -> Finals:
+        """Final NELBO by contender and seed, of those of the runs that are finished."""
+        found: Finals = {}
+        for run in runs:
+            if run in self:
+                found.setdefault(run.contender, {})[run.seed] = self[run].final
+        return found
 
 
 def differences(of: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:

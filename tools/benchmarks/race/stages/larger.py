@@ -18,10 +18,11 @@ def _of_shape(results: Results, shape: Shape) -> list[Run]:
     models = results.scale.models
     # With Adam a wider model takes a rate that is smaller by its width.
     narrower = models[results.scale.main.model].width / models[shape.model].width
+    rates = transfer.rates_of(results, CONTENDERS)
     return [
         shape.run(NAME, name, lr * narrower, seed)
         for seed in results.scale.larger_seeds
-        for name, lr in transfer.rates_of(results, CONTENDERS).items()
+        for name, lr in rates.items()
     ]
 
 
@@ -32,7 +33,7 @@ def summary(results: Results) -> list[Table]:
         for shape in results.scale.larger
         for table in transfer.compared(
             f"{NAME}: {shape.name()}",
-            transfer.by_contender(results, _of_shape(results, shape)),
+            results.finals(_of_shape(results, shape)),
             "uniform",
         )
     ]

@@ -42,7 +42,7 @@ def fractions(results: Results, shape: Shape) -> dict[int, tuple[float, dict[flo
     """By seed the final NELBO of `standard`, and of the winner by its share of the steps."""
     winner = confirm.winner(results)
     whole = _whole(results, shape)
-    targets = results.finals(run for run in whole if run.contender == "standard")
+    targets = results.finals(whole).get("standard", {})
     found: dict[int, tuple[float, dict[float, float]]] = {}
     for seed, target in targets.items():
         own = [run for run in [*_of_shape(results, shape), *whole] if run.contender == winner]

@@ -1,8 +1,8 @@
 """Rows of other lengths at the rates of `tune`."""
 
-from benchmarks.race.compare import Finals, against
+from benchmarks.race.compare import against
 from benchmarks.race.plan import Run, Shape
-from benchmarks.race.results import Results
+from benchmarks.race.results import Finals, Results
 from benchmarks.race.stages import confirm, tune
 from benchmarks.race.tables import Table
 
@@ -44,16 +44,7 @@ def summary(results: Results) -> list[Table]:
 
 def finals(results: Results, shape: Shape) -> Finals:
     """Final NELBO of those of one shape, by contender and seed."""
-    return by_contender(results, of_shape(results, shape))
-
-
-def by_contender(results: Results, some: list[Run]) -> Finals:
-    """Final NELBO of runs that are finished, by contender and seed."""
-    found: dict[str, dict[int, float]] = {}
-    for run in some:
-        if run in results:
-            found.setdefault(run.contender, {})[run.seed] = results[run].final
-    return found
+    return results.finals(of_shape(results, shape))
 
 
 def compared(title: str, finals: Finals, baseline: str) -> list[Table]:

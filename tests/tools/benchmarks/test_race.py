@@ -1,0 +1,357 @@
+"""The race: what is trained and in which order, what follows from results, what is said of them.
+
+Most tests train nothing: a function gives the NELBO that a run would have.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import sys
+import threading
+
+import pytest
+
+from benchmarks import race
+from benchmarks.race import data, decide
+from benchmarks.race.contenders import CONTENDERS, MAIN, OTHERS, write_density
+from benchmarks.race.driver import all_runs, drive, seconds_of
+from benchmarks.race.plan import Run
+from benchmarks.race.results import Record, Results
+from benchmarks.race.scales import SCALES
+from benchmarks.race.stages import STAGES, confirm, steps, tune
+from megatron_mdm.errors import UserError
+from megatron_mdm.experiments.program import program
+from megatron_mdm.mcore.flags import arguments
+
+LAPTOP, CI = SCALES["laptop"], SCALES["ci"]
+RATES = {"standard": 3e-3, "power": 24e-3, "bell": 0.75e-3}  # the best ones; of others 3e-3
+
+
+def record(run, final, seconds=10.0):
+    curve = [final + 0.1 * i for i in reversed(range(len(run.evaluated)))]
+    return Record(run, tuple(curve), {}, seconds, "program", "machine", "name")
+
+
+def nelbo(run):
+    """Depends on the contender, the distance from its best rate, the seed and the steps."""
+    place = list(CONTENDERS).index(run.contender)
+    off = abs(math.log2(run.lr / RATES.get(run.contender, 3e-3)))
+    less = 0.6 * (1500 / run.steps - 1) if run.stage == "steps" else 0.0
+    return 3.0 - 0.1 * place + 0.05 * off + 0.01 * run.seed + 0.001 * place * (run.seed % 3) + less
+
+
+def raced(scale, final=nelbo, stages=STAGES):
+    results = Results(scale)
+    drive(list(stages.values()), results, lambda run: record(run, final(run)))
+    return results
+
+
+@pytest.fixture(scope="module")
+def results():
+    return raced(LAPTOP)
+
+
+def runs_of(results, name):
+    return [record.run for record in results.records if record.run.stage == name]
+
+
+def test_no_contender_has_the_settings_of_another(tmp_path):
+    flags = [sorted(x.flags(tmp_path)) for x in CONTENDERS.values()]
+    assert all(flags.count(words) == 1 for words in flags)
+    assert all(CONTENDERS[name].rate_of in MAIN for name in OTHERS)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_flags_of_every_contender_are_accepted(name, tmp_path, monkeypatch):
+    write_density(tmp_path)
+    more = "--mdm-device cpu --seq-length 8 --micro-batch-size 2 --global-batch-size 2 --lr 1"
+    more += " --num-layers 1 --hidden-size 8 --num-attention-heads 1 --max-position-embeddings 8"
+    more += " --train-iters 9 --eval-interval 9 --eval-iters 0 --mock-data"
+    more += " --tokenizer-type NullTokenizer --vocab-size 8 --mdm-mask-token-id 7"
+    flags = [*more.split(), *CONTENDERS[name].flags(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    arguments.validate_flags(arguments.parse_args(arguments.add_arguments))
+
+
+def test_a_grid_grows_while_its_best_rate_is_at_an_edge(results):
+    assert tune.rate(results, "standard") == 3e-3
+    assert tune.rate(results, "power") == 24e-3  # 12e-3, 24e-3 and 48e-3 were added
+    assert tune.rate(results, "bell") == 0.75e-3
+    tuned = runs_of(results, "tune")
+    assert sorted(run.lr for run in tuned if run.contender == "power") == pytest.approx(
+        [1.5e-3, 3e-3, 6e-3, 12e-3, 24e-3, 48e-3]
+    )
+    assert len(tuned) == 6 * 3 + 3 + 2
+    assert {run.seed for run in tuned} == {LAPTOP.tune_seed}
+    # It ends somewhere.
+    better = raced(LAPTOP, lambda run: 1.0 - run.lr, {"tune": tune})
+    assert tune.rate(better, "standard") == pytest.approx(48e-3)
+    assert len(better.records) == 6 * 6
+
+
+def test_a_rate_at_which_a_run_diverges_is_not_chosen():
+    def train(run):
+        found = record(run, nelbo(run))
+        return dataclasses.replace(found, nelbo=found.nelbo[:2]) if run.lr > 2e-3 else found
+
+    results = Results(CI)
+    drive([tune], results, train)
+    assert results.records[0].final == math.inf
+    results = Results(LAPTOP)
+    drive([tune], results, train)
+    assert tune.rate(results, "standard") == 1.5e-3
+    assert "diverged" in tune.summary(results)[0].as_text()
+
+
+def test_rates_are_not_known_before_their_grid_is():
+    results = Results(LAPTOP)
+    for run in tune.runs(results)[:3]:
+        assert tune.rate(results, "standard") is None
+        results.add(record(run, nelbo(run)))
+    assert tune.rate(results, "standard") == 3e-3
+    assert {run.contender for run in confirm.runs(results)} == {"standard"}
+    assert tune.rate(results, "paper") == 3e-3 and tune.rate(results, "flat") is None
+
+
+def test_every_stage_has_its_runs(results):
+    shapes = [(128, 16, 1500), (64, 32, 1500), (256, 16, 1500)]
+    confirmed = runs_of(results, "confirm")
+    assert len(confirmed) == 6 * 8 and {run.seed for run in confirmed} == set(range(1, 9))
+    assert all(run.lr == tune.rate(results, run.contender) for run in confirmed)
+    assert confirm.winner(results) == "bell-fade"
+    transferred = runs_of(results, "transfer")
+    assert len(transferred) == 2 * 4 * 5
+    assert {(x.length, x.rows, x.steps) for x in transferred} == set(shapes[1:])
+    assert {run.contender for run in runs_of(results, "steps")} == {"bell-fade"}
+    assert {run.steps for run in runs_of(results, "steps")} == {525, 675, 900, 1200}
+    assert len(runs_of(results, "steps")) == 4 * (8 + 4 + 4)
+    assert [run.contender for run in runs_of(results, "others")] == list(OTHERS)
+    larger = runs_of(results, "larger")
+    assert len(larger) == 3 * 3 * 2
+    assert {run.lr for run in larger if run.model == "2.4M"} == {3e-3 / 3}
+    assert list(dict.fromkeys(x.run.stage for x in results.records)) == list(STAGES)
+
+
+def test_the_plan_is_known_before_any_result():
+    stages = list(STAGES.values())
+    planned = all_runs(stages, Results(LAPTOP))
+    assert len(planned) == len(set(planned)) == 18 + 48 + 40 + 64 + 9 + 18
+    half = Results(LAPTOP)
+    for run in planned[:100]:
+        half.add(record(run, nelbo(run)))
+    assert set(planned[:18]) <= set(all_runs(stages, half))
+    # A day of two cores, far from it.
+    assert 8 < sum(seconds_of(run, Results(LAPTOP)) for run in planned) / 3600 < 20
+    # Finished runs say how long others take.
+    assert seconds_of(planned[0], half) == pytest.approx(10.0, rel=0.2)
+
+
+def test_no_run_passes_over_the_data_more_than_once(tmp_path):
+    planned = all_runs(list(STAGES.values()), Results(LAPTOP))
+    longest = max(run.length * run.rows * run.steps for run in planned)
+    assert longest == 12000 * 16 * 128
+    (tmp_path / "training.bin").write_bytes(bytes(2 * 1000))
+    assert data.training_flags(tmp_path, 1000) == ["--train-data-path", f"{tmp_path}/training"]
+    with pytest.raises(
+        UserError, match="a run takes 1001 tokens, more than one epoch: .* has 1000"
+    ):
+        data.training_flags(tmp_path, 1001)
+
+
+def test_a_run_has_six_evaluations():
+    for run in all_runs(list(STAGES.values()), Results(LAPTOP)):
+        assert len(run.evaluated) == 6 and run.evaluated[-1] == run.steps
+    assert Run("", "", 1, 1, "", 1500, 1.0, 1).evaluated == [251, 502, 753, 1004, 1255, 1500]
+
+
+def test_the_winner_ends_exact():
+    """`bell` is the best of all, and then `standard`; neither can win."""
+    best = {"bell": 1.0, "standard": 1.5, "power": 2.0}
+    results = raced(LAPTOP, lambda run: best.get(run.contender, 2.5))
+    assert confirm.winner(results) == "power"
+    assert {run.contender for run in runs_of(results, "transfer")} == {
+        *("standard", "uniform", "clipped", "bell", "power"),
+    }
+
+
+def test_a_share_of_the_steps_is_interpolated():
+    reached = {0.35: 2.6, 0.45: 2.4, 0.6: 2.3, 1.0: 2.0}
+    assert steps.share_to(2.5, reached) == pytest.approx(0.4)
+    assert steps.share_to(2.15, reached) == pytest.approx(0.8)
+    assert steps.share_to(2.4, reached) == 0.45
+    assert steps.share_to(2.7, reached) == 0.35  # no shorter one was run
+    assert steps.share_to(1.9, reached) == math.inf
+    assert steps.share_to(2.5, {0.35: math.inf, 0.45: 2.4}) == 0.45
+
+
+def test_the_claims_are_said_to_be_reached_or_not(results):
+    """`bell-fade` ends 0.5 below `standard`, 0.2 below `clipped`, 0.1 below `bell`."""
+    (table,) = decide.summary(results)
+    assert [row[3] for row in table.rows] == ["reached", "not reached", "reached", "reached"] * 3
+    assert table.notes == ["`recommended` becomes bell-fade."]
+    # It reaches what `standard` has at its end between 0.45 and 0.6 of its steps.
+    shares = [row[2] for row in table.rows if "steps" in row[1]]
+    assert [share[:3] for share in shares] == ["0.5"] * 3
+    text = table.as_text()
+    assert "128 x 16" in text and "64 x 32" in text and "256 x 16" in text
+
+
+def test_nothing_is_claimed_before_the_last_run(results):
+    known = Results(LAPTOP, [x for x in results.records if x.run.stage != "steps"])
+    assert decide.summary(known) == []
+    assert decide.summary(Results(LAPTOP)) == []
+
+
+def test_a_difference_that_seeds_do_not_bear_out_is_no_claim():
+    """The contenders differ from each other by what is random in each run."""
+
+    def final(run):
+        return 2.5 + random.Random(run.text()).gauss(0.0, 0.1)
+
+    (table,) = decide.summary(raced(LAPTOP, final))
+    assert "reached" not in [row[3] for row in table.rows]
+    assert table.notes == ["`recommended` stays as it is."]
+
+
+def test_tests_of_one_family_are_adjusted(results):
+    """Of 5 differences from `standard`, as of 3 of those that may win from the others."""
+    tables = confirm.summary(results)
+    assert [len(table.rows) for table in tables] == [1 + 5, 1 + 3, 1 + 3]
+    for table, size in zip(tables, (5, 3, 3), strict=True):
+        p, adjusted = ([float(row[-i]) for row in table.rows[1:]] for i in (2, 1))
+        least = min(p)
+        assert adjusted[p.index(least)] == pytest.approx(min(1.0, size * least), rel=0.05)
+        assert len(table.header) == 1 + 8 + 3  # every seed is shown
+        assert all(cell for row in table.rows for cell in row[:9])
+
+
+def test_a_run_that_diverges_leaves_no_claim_and_no_interval():
+    def train(run):
+        found = record(run, nelbo(run))
+        is_bad = run.stage == "confirm" and (run.contender, run.seed) == ("clipped", 3)
+        return dataclasses.replace(found, nelbo=found.nelbo[:1]) if is_bad else found
+
+    results = Results(LAPTOP)
+    drive(list(STAGES.values()), results, train)
+    row = next(x for x in confirm.summary(results)[0].rows if x[0] == "clipped")
+    assert row.count("diverged") == 2 and row[-2:] == ["-", "-"]  # of the seed, and of the mean
+    verdicts = {row[1]: row[3] for row in decide.summary(results)[0].rows[:4]}
+    assert verdicts["below clipped"] == "not reached" and verdicts["below standard"] == "reached"
+
+
+def test_two_workers_do_every_run_once(results):
+    begun, lock = [], threading.Lock()
+
+    def train(run):
+        with lock:
+            begun.append(run)
+        return record(run, nelbo(run))
+
+    again = Results(LAPTOP)
+    finished = []
+    drive(list(STAGES.values()), again, train, jobs=2, finished=finished.append)
+    assert len(begun) == len(set(begun)) == len(finished)
+    assert {x.run for x in finished} == {x.run for x in results.records}
+
+
+def test_after_a_failure_no_run_begins():
+    begun = []
+
+    def train(run):
+        begun.append(run)
+        if len(begun) == 3:
+            raise UserError("the disk is full")
+        return record(run, nelbo(run))
+
+    with pytest.raises(UserError, match="the disk is full"):
+        drive([tune], Results(LAPTOP), train, jobs=1)
+    assert len(begun) == 3
+
+
+def test_held_out_rows_are_of_other_files_and_of_all_of_them(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    held_out, training = data.texts(held_out=True), data.texts(held_out=False)
+    assert 8 < len(training) / len(held_out) < 32
+    data.held_out_flags(tmp_path, 64, 32)
+    rows = IndexedDataset(str(tmp_path / "held_out_64"))
+    assert [len(rows[i]) for i in range(len(rows))] == [64] * 32
+    text = b"".join(held_out)
+    places = [text.index(bytes(rows[i].tolist())) for i in (0, 31)]
+    assert places[0] == 0 and places[1] > 0.95 * len(text)
+    with pytest.raises(UserError, match="99999999 held-out rows of 64 tokens: .* has [0-9]+"):
+        data.held_out_flags(tmp_path, 64, 99999999)
+
+
+def test_results_come_back_from_a_file(results):
+    found = json.loads(json.dumps([x.as_json() for x in results.records]))
+    assert [Record.from_json(x) for x in found] == results.records
+
+
+def options(*words):
+    parser = argparse.ArgumentParser()
+    race.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--jobs 0", "--jobs 0: must be at least 1"),
+        ("--stages tune last", "--stages last: there are tune, confirm"),
+        ("--report nothing.json", "nothing.json: is not what --json of the race writes"),
+        ("--report nothing.json --figure a.txt", "--figure a.txt: must end in .png or .svg"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        race.run(options(*words.split()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_printed_drawn_and_inserted(results, tmp_path, capsys):
+    path, page, picture = (tmp_path / name for name in ("race.json", "page.md", "race.svg"))
+    value = {"scale": "laptop", "runs": [x.as_json() for x in results.records]}
+    path.write_text(json.dumps(value))
+    text = "a\n<!-- race: claims -->\nold\n<!-- end -->\nb\n<!-- race: caption --><!-- end -->\n"
+    page.write_text(text.replace("caption -->", "caption -->\n"))
+    words = ["--report", str(path), "--figure", str(picture), "--insert", str(page)]
+    race.run(options(*words))
+    out = capsys.readouterr().out
+    assert f"{len(results.records)} runs of" in out and "on machine; program" in out
+    for word in ("tune: 128 x 16", "confirm: ", "transfer: ", "steps: bell-fade", "claims"):
+        assert word in out
+    inserted = page.read_text()
+    assert "old" not in inserted and "| not reached |" in inserted and "on machine" in inserted
+    race.run(options(*words))
+    assert page.read_text() == inserted
+    assert picture.read_text().count("<svg") == 1
+    page.write_text("nothing")
+    with pytest.raises(UserError, match="needs <!-- race: NAME -->"):
+        race.run(options(*words))
+
+
+def test_the_whole_race_at_seconds_a_run(tmp_path, capsys):
+    """Every stage trains; what is finished is kept, and stages not asked for are read."""
+    words = ["--scale", "ci", "--directory", str(tmp_path), "--jobs", "2"]
+    race.run(options(*words, "--stages", "tune", "confirm"))
+    path = tmp_path / "race.json"
+    first = json.loads(path.read_text())["runs"]
+    assert len(first) == 4 + 8 and all(len(x["nelbo"]) == 6 for x in first)
+    assert {x["program"] for x in first} == {program()}
+    kept = {log: log.stat().st_mtime_ns for log in tmp_path.glob("*.log")}
+    race.run(options(*words))
+    assert all(log.stat().st_mtime_ns == time for log, time in kept.items())
+    results = json.loads(path.read_text())["runs"]
+    assert len(results) == len(list(tmp_path.glob("*.log"))) == 12 + 4 + 3 + 1 + 2
+    assert "claim on " in capsys.readouterr().out
+    # A stage by itself reads the others, whichever program they are of.
+    path.write_text(path.read_text().replace(program(), "an earlier program"))
+    race.run(options(*words, "--stages", "others"))
+    programs = [x["program"] for x in json.loads(path.read_text())["runs"]]
+    assert programs.count("an earlier program") == len(results) - 1
+    race.run(options(*words, "--plan"))
+    assert "all             22    22" in capsys.readouterr().out
