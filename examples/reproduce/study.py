@@ -144,7 +144,6 @@ class Study:
             run: which one.
             steps: optimizer steps, if they are others than the run's own.
         """
-        start = time.monotonic()
         (task, _, base), causal = run.setting, METHODS[run.method].causal
         steps = self.steps(run) if steps is None else steps
         flags = self.fine_tuning(run, steps, self.pretrain(task, base, causal))
@@ -155,6 +154,7 @@ class Study:
         name = f"{run.setting.title}: {run.method}, seed {run.seed}, {steps} steps"
 
         def work(path: pathlib.Path) -> dict[str, Any]:
+            start = time.monotonic()
             result = self._train(path, flags, steps, causal, name, saves=2 if measured else 1)
             checkpoint = path.with_suffix(".checkpoint")
             result |= self._tool(path, score, checkpoint, f"score: {name}")
@@ -238,6 +238,8 @@ class Study:
         figure = found.with_suffix(".png")
         places = [*f"--load {checkpoint} --device {self.device} {output} {found}".split()]
         places += ["--figure", str(figure)] if tool == "variance_report" else []
+        # Of a checkpoint that was there before an interruption, which the report would refuse.
+        found.with_name(f"{found.name}.partial").unlink(missing_ok=True)
         run_python([*command, *places], found.with_suffix(".log"), name)
         result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
         found.unlink()
