@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
 import sys
 import threading
 
@@ -24,6 +25,7 @@ from benchmarks.race.stages import STAGES, confirm, steps, tune
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.program import program
 from megatron_mdm.mcore.flags import arguments
+from tests import ROOT
 
 # Without those that explain it, which have tests of their own.
 RACE = {name: STAGES[name] for name in ("tune", "confirm", "transfer", "steps", "others", "larger")}
@@ -334,6 +336,15 @@ def test_a_report_is_printed_drawn_and_inserted(results, tmp_path, capsys):
     page.write_text("nothing")
     with pytest.raises(UserError, match="needs <!-- race: NAME -->"):
         race.run(options(*words))
+
+
+def test_the_tool_prints_the_plan(tmp_path):
+    tool = [sys.executable, "tools/benchmark.py", "race", "--plan", "--directory", str(tmp_path)]
+    run = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    confirmed = [x for x in run.stdout.splitlines() if "confirm: bell-fade, 128 x 16" in x]
+    assert len(confirmed) == 8 and "core-hours" in run.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ranks
