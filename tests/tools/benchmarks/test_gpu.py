@@ -1,4 +1,4 @@
-"""benchmark.py gpu and race as they run on a GPU, on the CPU with tiny models."""
+"""benchmark.py gpu as it runs on a GPU, on the CPU with tiny models."""
 
 import argparse
 import json
@@ -201,16 +201,3 @@ def test_sizes_are_what_they_are_named_and_fit():
     # Of an H100 with room for the CUDA context and workspaces.
     for name in ("0.5B", "1B", "2.7B"):
         assert gpu.expected_bytes(name) < 0.85 * 80e9
-
-
-def test_a_race_of_another_model(tmp_path):
-    """Its flags win over the race's own, on either device."""
-    model = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 16"
-    tool = [sys.executable, "tools/benchmark.py", "race", "--directory", str(tmp_path)]
-    tool += "--device cpu --length 8 --batch 16 --steps 20 --seeds 1 --competitors standard".split()
-    run = subprocess.run([*tool, "--flags", model], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    (log,) = tmp_path.glob("*.log")
-    flags = json.loads(log.with_suffix(".json").read_text())["flags"]
-    assert flags.index("--hidden-size") < len(flags) - 1 - flags[::-1].index("--hidden-size")
-    assert re.search(r"\n  hidden_size \.+ 16\n", log.read_text())

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
 import sys
 import threading
 
@@ -24,7 +25,10 @@ from benchmarks.race.stages import STAGES, confirm, steps, tune
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.program import program
 from megatron_mdm.mcore.flags import arguments
+from tests import ROOT
 
+# Without those that explain it, which have tests of their own.
+RACE = {name: STAGES[name] for name in ("tune", "confirm", "transfer", "steps", "others", "larger")}
 LAPTOP, CI = SCALES["laptop"], SCALES["ci"]
 RATES = {"standard": 3e-3, "power": 24e-3, "bell": 0.75e-3}  # the best ones; of others 3e-3
 
@@ -42,7 +46,7 @@ def nelbo(run):
     return 3.0 - 0.1 * place + 0.05 * off + 0.01 * run.seed + 0.001 * place * (run.seed % 3) + less
 
 
-def raced(scale, final=nelbo, stages=STAGES):
+def raced(scale, final=nelbo, stages=RACE):
     results = Results(scale)
     drive(list(stages.values()), results, lambda run: record(run, final(run)))
     return results
@@ -131,11 +135,11 @@ def test_every_stage_has_its_runs(results):
     larger = runs_of(results, "larger")
     assert len(larger) == 3 * 3 * 2
     assert {run.lr for run in larger if run.model == "2.4M"} == {3e-3 / 3}
-    assert list(dict.fromkeys(x.run.stage for x in results.records)) == list(STAGES)
+    assert list(dict.fromkeys(x.run.stage for x in results.records)) == list(RACE)
 
 
 def test_the_plan_is_known_before_any_result():
-    stages = list(STAGES.values())
+    stages = list(RACE.values())
     planned = all_runs(stages, Results(LAPTOP))
     assert len(planned) == len(set(planned)) == 18 + 48 + 40 + 64 + 9 + 18
     half = Results(LAPTOP)
@@ -234,7 +238,7 @@ def test_a_run_that_diverges_leaves_no_claim_and_no_interval():
         return dataclasses.replace(found, nelbo=found.nelbo[:1]) if is_bad else found
 
     results = Results(LAPTOP)
-    drive(list(STAGES.values()), results, train)
+    drive(list(RACE.values()), results, train)
     row = next(x for x in confirm.summary(results)[0].rows if x[0] == "clipped")
     assert row.count("diverged") == 2 and row[-2:] == ["-", "-"]  # of the seed, and of the mean
     verdicts = {row[1]: row[3] for row in decide.summary(results)[0].rows[:4]}
@@ -251,7 +255,7 @@ def test_two_workers_do_every_run_once(results):
 
     again = Results(LAPTOP)
     finished = []
-    drive(list(STAGES.values()), again, train, jobs=2, finished=finished.append)
+    drive(list(RACE.values()), again, train, jobs=2, finished=finished.append)
     assert len(begun) == len(set(begun)) == len(finished)
     assert {x.run for x in finished} == {x.run for x in results.records}
 
@@ -334,24 +338,37 @@ def test_a_report_is_printed_drawn_and_inserted(results, tmp_path, capsys):
         race.run(options(*words))
 
 
+def test_the_tool_prints_the_plan(tmp_path):
+    tool = [sys.executable, "tools/benchmark.py", "race", "--plan", "--directory", str(tmp_path)]
+    run = subprocess.run(tool, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    confirmed = [x for x in run.stdout.splitlines() if "confirm: bell-fade, 128 x 16" in x]
+    assert len(confirmed) == 8 and "core-hours" in run.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(900)
 def test_the_whole_race_at_seconds_a_run(tmp_path, capsys):
     """Every stage trains; what is finished is kept, and stages not asked for are read."""
-    words = ["--scale", "ci", "--directory", str(tmp_path), "--jobs", "2"]
-    race.run(options(*words, "--stages", "tune", "confirm"))
+    words = ["--scale", "ci", "--directory", str(tmp_path), "--jobs", "2", "--stages"]
+    race.run(options(*words, "tune", "confirm"))
     path = tmp_path / "race.json"
     first = json.loads(path.read_text())["runs"]
-    assert len(first) == 4 + 8 and all(len(x["nelbo"]) == 6 for x in first)
+    assert len(first) == 5 + 10 and all(len(x["nelbo"]) == 6 for x in first)
     assert {x["program"] for x in first} == {program()}
     kept = {log: log.stat().st_mtime_ns for log in tmp_path.glob("*.log")}
-    race.run(options(*words))
+    race.run(options(*words, *RACE))
     assert all(log.stat().st_mtime_ns == time for log, time in kept.items())
     results = json.loads(path.read_text())["runs"]
-    assert len(results) == len(list(tmp_path.glob("*.log"))) == 12 + 4 + 3 + 1 + 2
+    assert len(results) == len(list(tmp_path.glob("*.log"))) == 15 + 5 + 3 + 1 + 3
     assert "claim on " in capsys.readouterr().out
     # A stage by itself reads the others, whichever program they are of.
     path.write_text(path.read_text().replace(program(), "an earlier program"))
-    race.run(options(*words, "--stages", "others"))
+    race.run(options(*words, "others"))
     programs = [x["program"] for x in json.loads(path.read_text())["runs"]]
     assert programs.count("an earlier program") == len(results) - 1
-    race.run(options(*words, "--plan"))
-    assert "all             22    22" in capsys.readouterr().out
+    race.run(options(*words, *RACE, "--plan"))
+    assert "all             27    27" in capsys.readouterr().out
+    with pytest.raises(UserError, match="race.json is not of --scale laptop: give another file"):
+        race.run(options("--directory", str(tmp_path)))

@@ -81,14 +81,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
     asked = [name for name in STAGES if name in (args.stages or STAGES)]
     path = args.json or os.path.join(args.directory, "race.json")
-    for output in filter(None, (args.figure, path)):
-        check_output(output, "--figure" if output == args.figure else "--json")
     if args.figure:
         check_picture(args.figure, "--figure")
+        check_output(args.figure, "--figure")
     if args.report:
         _report(_read(args.report), args)
         return
-    kept = _read(path).records if pathlib.Path(path).exists() else []
+    check_output(path, "--json")
+    kept = _kept(path, args.scale)
     stages = {name: STAGES[name] for name in asked}
     if args.plan:
         _print_plan(Results(SCALES[args.scale], kept), stages)
@@ -135,6 +135,22 @@ def _as_json(args: argparse.Namespace, results: Results) -> dict[str, Any]:
         "jobs": args.jobs,
         "runs": [record.as_json() for record in results.records],
     }
+
+
+def _kept(path: str, scale: str) -> list[Record]:
+    """What an earlier call wrote to --json, if there is any.
+
+    Raises:
+        UserError: it is something else, or of another scale.
+    """
+    from benchmarks.race.scales import SCALES
+
+    if not pathlib.Path(path).exists():
+        return []
+    results = _read(path)
+    if results.scale != SCALES[scale]:
+        raise UserError(f"--json {path} is not of --scale {scale}: give another file")
+    return results.records
 
 
 def _read(path: str) -> Results:
