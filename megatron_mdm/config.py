@@ -48,7 +48,7 @@ class MDMConfig:
     """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `ppots` is the
     paper's P-POTS, read from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval),
     or both. Others change the objective: `clipped` draws from --mdm-clip without a weight; `flat`
-    weighs uniform rates by 2t, so that every masked token counts alike; `logit-normal` and `beta`
+    weighs uniform rates by 2t, so that masked tokens count about alike; `logit-normal` and `beta`
     are bells (--mdm-logit-normal, --mdm-beta), unless --mdm-bell-role says `proposal`."""
 
     clip: list[float] | None = None

@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "standard": {"rate_sampler": "uniform", "quantiles": "iid", "mask": "bernoulli", "views": 1},
     # The clipped schedule of block diffusion (arXiv 2503.09573), another objective.
     "clipped": {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
-    # Every masked token counts alike, another objective.
+    # Masked tokens count about alike, another objective.
     "flat": {"rate_sampler": "flat"},
     # Rates from a bell without a weight, another objective; or one that fades into the exact one.
     "bell": _BELL,

@@ -60,7 +60,7 @@ class Uniform:
 
 
 class Flat(Uniform):
-    """t ~ U(0, 1) with weight 2t, so that every masked token counts alike.
+    """t ~ U(0, 1) with weight 2t, so that masked tokens count about alike.
 
     This CHANGES THE OBJECTIVE to one of density 2t: its loss is no bound on the likelihood. 2t
     takes away the weight of a masked token, 1/t, and has mean 1.
