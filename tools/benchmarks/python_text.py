@@ -46,9 +46,9 @@ def write_documents(prefix: pathlib.Path, texts: Iterable[bytes]) -> None:
     texts = list(texts)
     if IndexedDataset.exists(str(prefix)):
         data = np.frombuffer(b"".join(texts), np.uint8)
-        lengths = IndexedDataset(str(prefix)).sequence_lengths
+        kept = IndexedDataset(str(prefix))  # its arrays end with it
         is_same = np.array_equal(np.fromfile(f"{prefix}.bin", np.uint16), data)
-        if is_same and np.array_equal(lengths, [len(text) for text in texts]):
+        if is_same and np.array_equal(kept.sequence_lengths, [len(text) for text in texts]):
             return
     with complete_or_absent(f"{prefix}.bin", f"{prefix}.idx") as (tokens, index):
         builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)

@@ -55,7 +55,7 @@ def summary(results: Results) -> list[Table]:
                 shape.name(),
                 f"not worse than bell by {WORSE}, at {level:.2%}",
                 interval(loss),
-                _not_worse(loss),
+                not_worse(loss),
             ],
         ]
         if is_compared:
@@ -100,7 +100,8 @@ def _word(is_reached: bool) -> str:
     return "reached" if is_reached else "not reached"
 
 
-def _not_worse(loss: Interval) -> str:
+def not_worse(loss: Interval) -> str:
+    """The word on the claim that a contender is not worse by WORSE, of its difference."""
     if math.isnan(loss.low):
         return "undecided"
     if loss.high < WORSE:
