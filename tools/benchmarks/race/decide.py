@@ -1,4 +1,4 @@
-"""The claims of RULES.md: each reached or not."""
+"""The claims of RULES.md: reached or not, and `not worse` also undecided or refuted."""
 
 import math
 
@@ -75,7 +75,11 @@ def summary(results: Results) -> list[Table]:
     else:
         verdict = f"is not decided before the stage {incumbent.NAME} is finished"
     header = [f"claim on {winner}", "", "value [95%, where no level is named]", ""]
-    notes = [f"`recommended` {verdict}.", "Values are differences of NELBO: below 0 is better."]
+    notes = [
+        f"`recommended` {verdict}.",
+        "values: shares of the steps, and differences of final NELBO, below 0 where the winner is "
+        "better",
+    ]
     used = [*needed, *incumbent.runs(results)]
     return [Table("claims", header, rows, [*notes, *results.origins(used)])]
 
