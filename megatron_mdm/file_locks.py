@@ -44,13 +44,21 @@ def new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Holds the lock of a file that is there for this alone; waits for whoever holds it."""
+def locked(path: str, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a file that is there for this alone.
+
+    Args:
+        path: of the file.
+        wait: for whoever holds it; see `lock`.
+
+    Raises:
+        OSError: the file cannot be made, or `wait` is False and it cannot be locked.
+    """
     descriptor = None
     while descriptor is None:  # the one that held it has removed it
         with suppress(FileExistsError):
             make_file(path)
-        descriptor = lock(path)
+        descriptor = lock(path, wait)
     try:
         yield
     finally:

@@ -146,7 +146,8 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
     """Runs Python with these arguments as a single rank.
 
     In a fork of a process that has imported torch and Megatron, which takes longer than a short
-    run. Not where there is a GPU: what is imported there depends on the device.
+    run. Not where there is a GPU: what is imported there depends on the device. The run ends with
+    the process that asked for it, however that ends.
 
     Args:
         command: arguments of the interpreter: a file, or -m and a module, and flags.
@@ -181,6 +182,7 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
 
 
 def _execute(command: list[str], log: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -191,6 +193,14 @@ def _execute(command: list[str], log: str) -> None:
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
         runpy.run_path(command[0], run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its children."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:

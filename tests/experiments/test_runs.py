@@ -1,8 +1,10 @@
 """What a kept result follows from: the program, the flags, and the files that they name."""
 
 import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -130,3 +132,41 @@ def test_the_program_stays_what_it_was_when_the_process_began():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_run_ends_with_a_driver_that_is_killed(tmp_path):
+    script, started = tmp_path / "run.py", tmp_path / "pid"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'part')!r}).write_text(str(os.getpid()))\n"
+        f"os.rename({str(tmp_path / 'part')!r}, {str(started)!r})\n"
+        "time.sleep(600)\n"
+    )
+    code = (
+        "import pathlib\n"
+        "from megatron_mdm.experiments.runs import run_python\n"
+        f"run_python([{str(script)!r}], pathlib.Path({str(tmp_path / 'log')!r}), 'a run')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        _wait(started.exists)
+    finally:
+        driver.kill()
+        driver.wait()
+    _wait(lambda: not _is_alive(int(started.read_text())))
+
+
+def _is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def _wait(is_so):
+    end = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -35,11 +35,21 @@ def write_data(directory: pathlib.Path) -> None:
 
 
 def write_documents(prefix: pathlib.Path, texts: Iterable[bytes]) -> None:
-    """Writes texts that are not empty as a Megatron dataset, each as a document."""
+    """Writes texts that are not empty as a Megatron dataset, each as a document.
+
+    Files that have these texts already are left alone: a run may be reading them.
+    """
     import numpy as np
     import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+    texts = list(texts)
+    if IndexedDataset.exists(str(prefix)):
+        data = np.frombuffer(b"".join(texts), np.uint8)
+        kept = IndexedDataset(str(prefix))  # its arrays end with it
+        is_same = np.array_equal(np.fromfile(f"{prefix}.bin", np.uint16), data)
+        if is_same and np.array_equal(kept.sequence_lengths, [len(text) for text in texts]):
+            return
     with complete_or_absent(f"{prefix}.bin", f"{prefix}.idx") as (tokens, index):
         builder = IndexedDatasetBuilder(tokens, dtype=np.uint16)
         for text in texts:

@@ -34,6 +34,11 @@ def step_size(objective, sampling, batch, lr):
     return 2.0 + 0.1 * (objective == "bound" and lr == 0.2)
 
 
+def hidden(objective, sampling, batch, lr):
+    """0.008 of 0.02 is left at the better learning rates, and noise hides it from a test."""
+    return 2.0 + (0.0 if objective == "bell" else 0.02 if lr == 0.2 else 0.008)
+
+
 def nothing(objective, sampling, batch, lr):
     return 2.0
 
@@ -44,6 +49,7 @@ def nothing(objective, sampling, batch, lr):
         (variance, ["variance"]),
         (curriculum, ["curriculum"]),
         (step_size, ["step size"]),
+        (hidden, ["curriculum"]),
         (nothing, []),
         (lambda *case: variance(*case) + curriculum(*case), ["variance", "curriculum"]),
         # An effect of sampling that a larger batch leaves as it is is no variance.
@@ -60,10 +66,10 @@ def test_effects_are_of_the_better_rates():
     found = explain.effects(finals(step_size), 16)
     noise = np.array(list(NOISE.values()))
     # Of noise (1, 2, 3, 4) times that of the seed in the cells, in their order.
-    np.testing.assert_allclose(found.sampling, -noise, atol=1e-12)
-    np.testing.assert_allclose(found.objective, -2 * noise, atol=1e-12)
-    np.testing.assert_allclose(found.tuned, -3 * noise, atol=1e-12)
-    np.testing.assert_allclose(found.common[0.2], 0.1 - 3 * noise, atol=1e-12)
+    np.testing.assert_allclose(found.sampling, noise, atol=1e-12)
+    np.testing.assert_allclose(found.objective, 2 * noise, atol=1e-12)
+    np.testing.assert_allclose(found.tuned, 3 * noise, atol=1e-12)
+    np.testing.assert_allclose(found.common[0.2], 3 * noise - 0.1, atol=1e-12)
 
 
 def test_the_loss_under_the_bells_objective():

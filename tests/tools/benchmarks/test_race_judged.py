@@ -49,20 +49,34 @@ def test_no_run_is_known_before_the_rates():
 
 def test_runs_of_the_ending_decay_late_and_fade_as_their_names_say(tuned):
     runs = ending.runs(tuned)
-    assert len(runs) == len(set(runs)) == 4 * len(CI.ending_seeds)
+    assert (
+        len(runs) == len(set(runs)) == 4 * len(CI.ending_seeds)
+    )  # both lines of `uniform` have one learning rate
     assert all(run.judged for run in runs)
     assert len({run.lr for run in runs}) == 1
     assert all("--lr-decay-style WSD" in " ".join(run.flags) for run in runs)
     fades = {
         name: re.findall(r"--mdm-bell-fade (\S+ \S+)", " ".join(run.flags))
-        for name, run in zip(ending.ENDINGS, runs, strict=False)
+        for name, run in zip(list(ending.ENDINGS)[1:], runs, strict=True)
     }
     assert fades == {
-        "uniform": [],
+        "uniform, at its own": [],
         "bell throughout": [],
         "fade from 40% to 70%": ["0.4 0.7"],
         "hard switch at 50%": ["0.5 0.5"],
     }
+
+
+def test_uniform_has_the_learning_rate_of_the_bell_and_its_own():
+    results = Results(SCALES["laptop"])
+    while missing := [run for run in tune.runs(results) if run not in results]:
+        for run in missing:
+            best = 3e-3 if run.contender == "uniform" else 1.5e-3
+            results.add(record(run, 2.0 + abs(run.lr - best)))
+    runs = [x for x in ending.runs(results) if x.seed == 1]
+    assert len(ending.runs(results)) == 5 * 4
+    assert [x.lr for x in runs if x.contender == "uniform"] == [1.5e-3, 3e-3]
+    assert {x.lr for x in runs if x.contender != "uniform"} == {1.5e-3}
 
 
 def test_tables_of_the_ending():
@@ -97,10 +111,11 @@ def test_tables_of_the_explanations(tuned):
         "bell, uniform": {"2.0000"},
         "bell, bell": {"2.0000"},
     }
-    assert cells(effects)["objective: bound minus bell"] == ["+0.1000"] * 2
-    assert cells(effects)["sampling: uniform minus bell"] == ["+0.0000"] * 2
+    assert cells(effects)["objective: bell minus bound"] == ["-0.1000"] * 2
+    assert cells(effects)["sampling: bell minus uniform"] == ["+0.0000"] * 2
     assert {cell for row in cells(own).values() for cell in row} == {"2.0000"}
-    assert effects.notes == ["by the rule: none is told from chance"]  # of one seed
+    assert effects.notes[0] == "by the rule: none is told from chance"  # of one seed
+    assert "batches of 8 rows have seen 4 times the rows" in effects.notes[1]
 
 
 def test_a_run_that_diverged_is_told(tuned):
@@ -124,20 +139,36 @@ def test_gaps_are_to_the_best_loss():
 
 
 @pytest.mark.parametrize(
-    "bell, in_confirm, expected",
+    "uniform, bell, expected",
     [
-        ([0.1, 0.1, 0.1], -0.2, "the bell's gain remains where nothing is local"),
-        ([0.21, 0.19, 0.2], -0.2, "the bell's gain vanishes where nothing is local"),
-        ([0.21, 0.19, 0.2], -0.04, "undecided"),  # the interval is wider than 0.01
-        ([0.21, 0.19, 0.2], math.nan, "undecided"),
-        ([0.199, 0.199, 0.199], -0.2, "undecided"),  # below 0, and nearly 0
-        ([0.3, 0.3, 0.3], -0.2, "undecided"),
-        ([0.1], -0.2, "undecided"),
+        (0.2, [0.1, 0.1, 0.1], "the bell's gain remains where nothing is local"),
+        (0.2, [0.201, 0.199, 0.2], "the bell's gain vanishes where nothing is local"),
+        (0.2, [0.25, 0.251, 0.252], "the bell loses where nothing is local"),
+        (0.2, [0.23, 0.17, 0.2], "undecided"),  # the interval is wider than a tenth
+        (0.2, [0.17, 0.19, 0.16], "undecided"),
+        (0.2, [0.1, 0.1, -0.01], "undecided"),
+        (0.2, [0.1, 0.1, math.inf], "undecided"),
+        (0.2, [0.1], "undecided"),
+        (0.01, [0.001, 0.001, 0.001], "undecided"),  # there is hardly a gap to close
     ],
 )
-def test_the_rule_of_locality(bell, in_confirm, expected):
-    by_name = {"uniform": dict(enumerate([0.2] * 3)), "bell": dict(enumerate(bell))}
-    assert local.reading(dict.fromkeys(local.HEADINGS, by_name), in_confirm) == expected
+def test_the_rule_of_locality(uniform, bell, expected):
+    by_name = {"uniform": dict(enumerate([uniform] * 3)), "bell": dict(enumerate(bell))}
+    assert local.reading(dict.fromkeys(local.HEADINGS, by_name)).startswith(expected)
+
+
+def test_a_share_of_a_gap_is_a_geometric_mean():
+    found = local.share({1: 0.1, 2: 0.4, 3: 0.7}, {1: 0.2, 2: 0.2})
+    assert found.value == pytest.approx(1.0) and found.low * found.high == pytest.approx(1.0)
+
+
+def test_a_table_of_gaps_where_each_contender_has_diverged_once(tuned):
+    for run in local.runs(tuned):
+        has_diverged = (run.contender, run.seed) in (("bell", 1), ("uniform", 2))
+        tuned.add(record(run, math.inf) if has_diverged else record(run, 4.0))
+    (table,) = local.summary(tuned)
+    assert cells(table)["bell"][:2] == ["diverged", "-"]
+    assert "by the rule: undecided" in table.notes
 
 
 @pytest.fixture(scope="module")

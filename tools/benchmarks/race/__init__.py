@@ -4,8 +4,8 @@ Small byte-level models are trained on the source of Python's standard library. 
 rules that were written down before (RULES.md): learning rates are tuned on one seed, contenders are
 compared on fresh ones, the winner goes on to other lengths, a larger model and more steps.
 Finished runs are kept in --directory, so that an interrupted race goes on where it was; those of
-another program or of other data are trained anew. Stages that are not asked for are read from
---json.
+another program or of other data are trained anew, and stay in --json until then. Stages that are
+not asked for are read from --json. One race at a time works on a --directory and a --json.
 """
 
 import argparse
@@ -14,10 +14,13 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.race.results import Record, Results
 from megatron_mdm.errors import UserError, check_numbers
+from megatron_mdm.file_locks import locked
 from megatron_mdm.files import (
     check_output,
     check_picture,
@@ -88,33 +91,56 @@ def run(args: argparse.Namespace) -> None:
         _report(_read(args.report), args)
         return
     check_output(path, "--json")
-    kept = _kept(path, args.scale)
     stages = {name: STAGES[name] for name in asked}
     if args.plan:
-        _print_plan(Results(SCALES[args.scale], kept), stages)
+        _print_plan(Results(SCALES[args.scale], _kept(path, args.scale)), stages)
         return
-    earlier = (record for record in kept if record.run.stage not in stages)
-    results = Results(SCALES[args.scale], earlier)
-    with termination_raises():
-        _train(list(stages.values()), results, args, path)
-    _report(results, args)
-
-
-def _train(stages: "list[Stage]", results: Results, args: argparse.Namespace, path: str) -> None:
-    """Does the runs of the stages, and writes all results after each."""
-    from benchmarks.race.driver import drive
-    from benchmarks.race.training import Trainer
-
     directory = pathlib.Path(args.directory)
     with write_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
+    with termination_raises(), _alone(str(directory / "race")), _alone(path):
+        results = _train(stages, directory, args, path)
+    _report(results, args)
+
+
+@contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Keeps other races away from what this one writes.
+
+    Raises:
+        UserError: another one is at work.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(f"{path}.lock", wait=False))
+        except OSError as error:
+            raise UserError(
+                f"{path}.lock cannot be locked ({error}): another race is at work there. Wait for "
+                "it, or give another --directory and --json"
+            ) from error
+        yield
+
+
+def _train(
+    stages: "dict[str, Stage]", directory: pathlib.Path, args: argparse.Namespace, path: str
+) -> Results:
+    """Does the runs of the stages, and writes all results after each."""
+    from benchmarks.race.driver import drive
+    from benchmarks.race.scales import SCALES
+    from benchmarks.race.training import Trainer
+
+    kept = _kept(path, args.scale)
+    # What follows from the stages that are asked for follows from runs of this program.
+    earlier = (record for record in kept if record.run.stage not in stages)
+    results = Results(SCALES[args.scale], earlier)
     train = Trainer(results.scale, directory, args.device)
 
     def finished(record: Record) -> None:
-        write_json(path, _as_json(args, results))
+        write_json(path, _as_json(args, Results(results.scale, [*kept, *results.records])))
         print(f"{record.run.text()}: {record.final:.4f}", file=sys.stderr, flush=True)
 
-    drive(stages, results, train, args.jobs, finished)
+    drive(list(stages.values()), results, train, args.jobs, finished)
+    return results
 
 
 def _report(results: Results, args: argparse.Namespace) -> None:

@@ -56,16 +56,17 @@ def drive(
                     return
                 begun.add(run)
                 going += 1
-            record = None
+            is_kept = False
             try:
                 record = train(run)
+                with changed:
+                    results.add(record)
+                    finished(record)
+                is_kept = True
             finally:
                 with changed:
                     going -= 1
-                    failed = failed or record is None
-                    if record is not None:
-                        results.add(record)
-                        finished(record)
+                    failed = failed or not is_kept
                     changed.notify_all()
 
     run_parallel(jobs, work, range(jobs))

@@ -57,7 +57,7 @@ class Run:
         more = f", {' '.join(self.flags)}" if self.flags else ""
         return (
             f"{self.stage}: {self.contender}, {self.length} x {self.rows}, {self.model}, "
-            f"{self.steps} steps, rate {self.lr:g}, seed {self.seed}{more}"
+            f"{self.steps} steps, learning rate {self.lr:g}, seed {self.seed}{more}"
         )
 
 

@@ -91,6 +91,17 @@ class Results:
                 found.setdefault(run.contender, {})[run.seed] = self[run].final
         return found
 
+    def origins(self, runs: Iterable[Run]) -> list[str]:
+        """A note for a table of these runs if they are not of one program and of one machine."""
+        records = [self[run] for run in runs if run in self]
+        programs, machines = ({getattr(x, of) for x in records} for of in ("program", "machine"))
+        if max(len(programs), len(machines)) <= 1:
+            return []
+        return [
+            f"of {len(programs)} programs and {len(machines)} machines, which may differ by more "
+            f"than the contenders do: {'; '.join(sorted(programs))}; {'; '.join(sorted(machines))}"
+        ]
+
 
 def differences(of: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
     """By seed, of the seeds that both have."""

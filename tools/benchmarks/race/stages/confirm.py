@@ -47,14 +47,15 @@ def summary(results: Results) -> list[Table]:
     """Differences from `standard`; of those that may win from the two that do not end exact."""
     found = finals(results)
     title = f"{NAME}: {results.scale.main.name()}"
-    exact = [name for name in challengers(results) if name in found]
+    exact = challengers(results)
     families = {
-        "standard": [name for name in found if name != "standard"],
+        "standard": [name for name in results.scale.contenders if name != "standard"],
         "clipped": exact,
         "bell": exact,
     }
+    notes = results.origins(runs(results))
     return [
-        against(title, found, baseline, names)
+        against(title, found, baseline, names, is_family=True, notes=notes)
         for baseline, names in families.items()
-        if baseline in found and names
+        if baseline in found and any(name in found for name in names)
     ]

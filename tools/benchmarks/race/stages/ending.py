@@ -1,8 +1,9 @@
 """Ending exact: what a bell leaves out at the ends of the rates, and what schedules make good.
 
-The learning rate warms up, stays, and decays over the last fifth of the steps, so that what comes
-after the bell has most of a constant rate. All contenders have the bell's tuned rate. judge.py
-judges the trained models.
+The learning rate warms up, stays, and decays over the last fifth of the steps, so that most of the
+steps after the bell have a constant learning rate. All contenders have the tuned learning rate of
+the bell. `uniform` runs at its own as well, since that of another is a handicap. judge.py judges
+the trained models.
 """
 
 import statistics
@@ -17,13 +18,29 @@ from benchmarks.race.tables import Table, interval, number
 from megatron_mdm.experiments.statistics import mean_interval
 
 NAME = "ending"
-BELL, UNIFORM = "bell throughout", "uniform"
-# Name -> contender, and flags that win over its own.
-ENDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
-    UNIFORM: ("uniform", ()),
-    BELL: ("bell", ()),
-    "fade from 40% to 70%": ("bell-fade", ("--mdm-bell-fade", "0.4", "0.7")),
-    "hard switch at 50%": ("bell-fade", ("--mdm-bell-fade", "0.5", "0.5")),
+BELL = "bell throughout"
+
+
+class Ending(NamedTuple):
+    """A line of the tables.
+
+    Attributes:
+        contender: key of CONTENDERS.
+        flags: win over its own.
+        rate_of: the contender whose tuned learning rate it has.
+    """
+
+    contender: str
+    flags: tuple[str, ...] = ()
+    rate_of: str = "bell"
+
+
+ENDINGS = {
+    "uniform, at the bell's learning rate": Ending("uniform"),
+    "uniform, at its own": Ending("uniform", rate_of="uniform"),
+    BELL: Ending("bell"),
+    "fade from 40% to 70%": Ending("bell-fade", ("--mdm-bell-fade", "0.4", "0.7")),
+    "hard switch at 50%": Ending("bell-fade", ("--mdm-bell-fade", "0.5", "0.5")),
 }
 
 
@@ -59,14 +76,15 @@ Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # what judge.py says, 
 
 
 def runs(results: Results) -> list[Run]:
-    """Seed by seed, once the bell's rate is known."""
-    of_names = [_of_ending(results, name) for name in ENDINGS]
-    return [run for of_seed in zip(*of_names, strict=True) for run in of_seed]
+    """Seed by seed, once the learning rates are known."""
+    found = [run for name in ENDINGS for run in _of_ending(results, name)]
+    # Two lines have the same runs where both learning rates are the same.
+    return sorted(dict.fromkeys(found), key=lambda run: run.seed)
 
 
 def _of_ending(results: Results, name: str) -> list[Run]:
-    contender, flags = ENDINGS[name]
-    lr, shape = tune.rate(results, "bell"), results.scale.main
+    contender, flags, rate_of = ENDINGS[name]
+    lr, shape = tune.rate(results, rate_of), results.scale.main
     if lr is None:
         return []
     decay = f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {shape.steps // 5}"
@@ -93,10 +111,18 @@ def summary(results: Results) -> list[Table]:
         "random remasking samples from the model, low-confidence keeps likely tokens first"
     )
     title = f"{NAME}: {results.scale.main.name()}, warm-up, stable, decay"
+    below = f"minus {BELL}: by seed; below 0 is better"
+    origins = results.origins(runs(results))
     held_out = [known[0]["held out"][column.part] for column in TEXTS]
     return [
-        _table(f"{title}; nats per token", judged, LOSSES, losses),
-        _table(f"{title}; what the models write", judged, TEXTS, texts, held_out),
+        _table(f"{title}; nats per token", judged, LOSSES, [losses, below, *origins]),
+        _table(
+            f"{title}; texts that the models write",
+            judged,
+            TEXTS,
+            [texts, f"{below}, unless a text repeats itself", *origins],
+            held_out,
+        ),
     ]
 
 
@@ -109,7 +135,7 @@ def _table(
     title: str,
     judged: Mapping[str, Judged],
     columns: Sequence[Column],
-    note: str,
+    notes: Sequence[str],
     held_out: Sequence[float] = (),
 ) -> Table:
     """A line for each contender, and one for held-out text."""
@@ -130,4 +156,4 @@ def _table(
                 row.append(interval(mean_interval(less)) if is_known else "")
         if held_out:
             rows[-1] += [number(held_out[place])] + [""] * column.compared
-    return Table(title, header, rows, [note])
+    return Table(title, header, rows, notes)

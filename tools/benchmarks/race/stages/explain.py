@@ -2,24 +2,27 @@
 
 Four cells: the objective is the bound or the bell's, masking rates are drawn uniformly or from the
 bell, and importance weights make up for the difference. Both bells have a uniform share of 0.1.
-Runs of both batches have equally many steps. Two learning rates are tried: the bell's tuned one r
-and r / 2 in small batches, r and 2 r in large ones.
+Runs of both batches have equally many steps, so that large batches have seen more rows. Two
+learning rates are tried: half of the bell's tuned one and all of it in small batches, all of it and
+twice as much in large ones.
 
-The rule of reading, each effect a mean over seeds with a 95% Student interval, of the NELBO at the
-end, each cell at the better of its learning rates unless another is named:
+The rule of reading is about effects: differences of the NELBO at the end, below 0 where the bell is
+better, each a mean over seeds with a 95% Student interval. Each cell has the better of its learning
+rates unless another is named.
 
-    variance     the effect of sampling is above 0 in the small batch, and so is what it has there
-                 more than in the large one
-    curriculum   the effect of the objective is above 0 in the small batch
-    step size    bell and bell beat bound and uniform in the small batch at one learning rate for
-                 both, and not when each has its better one
+    variance     the effect of sampling is below 0 in the small batch, and it is lower there than in
+                 the large one: their difference is below 0
+    curriculum   the effect of the objective is below 0 in the small batch
+    step size    in the small batch the effect of both at one learning rate for both cells is below
+                 0, and less than half of it is left where each has its better learning rate: the
+                 low end of that interval is above half of the first mean
 
 Several may hold. The loss under the bell's own objective is shown beside it and decides nothing.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.race.plan import Run, Shape
@@ -60,12 +63,12 @@ Finals = Mapping[Case, Mapping[int, float]]  # a loss at the end, by seed
 
 
 class Effects(NamedTuple):
-    """What one batch size shows, nats per token by seed; above 0 where the bell is better.
+    """What one batch size shows, nats per token by seed; below 0 where the bell is better.
 
     Attributes:
-        sampling: uniform minus bell sampling, the mean over both objectives.
-        objective: bound minus bell objective, the mean over both samplings.
-        tuned: bound and uniform minus bell and bell, each at its better learning rate.
+        sampling: bell minus uniform sampling, the mean over both objectives.
+        objective: bell minus bound objective, the mean over both samplings.
+        tuned: bell and bell minus bound and uniform, each at its better learning rate.
         common: the same where both have this learning rate.
     """
 
@@ -76,7 +79,7 @@ class Effects(NamedTuple):
 
 
 def runs(results: Results) -> list[Run]:
-    """Small batches first, seed by seed, once the bell's rate is known."""
+    """Small batches first, seed by seed, once the bell's learning rate is known."""
     small, large = results.scale.explain
     return [*_of_shape(results, small, (0.5, 1.0)), *_of_shape(results, large, (1.0, 2.0))]
 
@@ -114,9 +117,10 @@ def summary(results: Results) -> list[Table]:
         finals: dict[Case, dict[int, float]] = {}
         for record in records:
             finals.setdefault(case_of(record.run), {})[record.run.seed] = measure(record)
-        tables.append(_losses(f"{NAME}: {name} at the end, mean over seeds", finals))
+        notes = results.origins(planned)
+        tables.append(_losses(f"{NAME}: {name} at the end, mean over seeds", finals, notes))
         if len(records) == len(planned):
-            tables.append(_effects(name, finals))
+            tables.append(_effects(name, finals, notes))
     return tables
 
 
@@ -124,35 +128,40 @@ def _bell_loss(record: Record) -> float:
     return record.final if math.isinf(record.final) else bell_loss(list(record.bins.values()))
 
 
-def _losses(title: str, finals: Finals) -> Table:
+def _losses(title: str, finals: Finals, notes: Sequence[str]) -> Table:
     columns = sorted({(case.batch, case.lr) for case in finals})
     rows = []
     for objective, sampling in CELLS:
         found = [finals.get(Case(objective, sampling, *column), {}) for column in columns]
         cells = [number(statistics.fmean(x.values())) if x else "" for x in found]
         rows.append([f"{objective}, {sampling}", *cells])
-    header = ["objective, sampling", *(f"{batch} rows, rate {lr:g}" for batch, lr in columns)]
-    return Table(title, header, rows)
+    of_columns = (f"{batch} rows, learning rate {lr:g}" for batch, lr in columns)
+    return Table(title, ["objective, sampling", *of_columns], rows, notes)
 
 
-def _effects(name: str, finals: Finals) -> Table:
+def _effects(name: str, finals: Finals, notes: Sequence[str]) -> Table:
     found = {batch: effects(finals, batch) for batch in sorted({x.batch for x in finals})}
     lines: dict[str, Callable[[Effects], list[float]]] = {
-        "sampling: uniform minus bell": lambda x: x.sampling,
-        "objective: bound minus bell": lambda x: x.objective,
-        "bound, uniform minus bell, bell": lambda x: x.tuned,
-        "the same, lower rate for both": lambda x: x.common[min(x.common)],
-        "the same, higher rate for both": lambda x: x.common[max(x.common)],
+        "sampling: bell minus uniform": lambda x: x.sampling,
+        "objective: bell minus bound": lambda x: x.objective,
+        "both: bell, bell minus bound, uniform": lambda x: x.tuned,
+        "both, the lower learning rate for both": lambda x: x.common[min(x.common)],
+        "both, the higher learning rate for both": lambda x: x.common[max(x.common)],
     }
     rows = [
         [line, *(interval(mean_interval(values(x))) for x in found.values())]
         for line, values in lines.items()
     ]
-    notes = []
+    small, large = found
+    said = [
+        f"after equally many steps batches of {large} rows have seen {large / small:g} times the "
+        f"rows: what differs from {small} rows may come of the batch or of the longer training"
+    ]
     if name == "NELBO":
-        notes = [f"by the rule: {', '.join(reading(finals)) or 'none is told from chance'}"]
+        said.insert(0, f"by the rule: {', '.join(reading(finals)) or 'none is told from chance'}")
     header = [f"{name} [95%]", *(f"{batch} rows" for batch in found)]
-    return Table(f"{NAME}: effects, above 0 where the bell is better", header, rows, notes)
+    title = f"{NAME}: effects, below 0 where the bell is better"
+    return Table(title, header, rows, [*said, *notes])
 
 
 def bell_masses(bins: int) -> Floats:
@@ -181,13 +190,13 @@ def effects(finals: Finals, batch: int) -> Effects:
 
     def gap(lr: float) -> list[float]:
         one, other = (finals[Case(x, y, batch, lr)] for x, y in (BOUND, BELL))
-        return [one[seed] - other[seed] for seed in one]
+        return [other[seed] - one[seed] for seed in one]
 
     exact, proposal, weighted, bell = (better(*cell) for cell in CELLS)
     return Effects(
-        sampling=[(exact[s] - proposal[s] + weighted[s] - bell[s]) / 2 for s in exact],
-        objective=[(exact[s] - weighted[s] + proposal[s] - bell[s]) / 2 for s in exact],
-        tuned=[exact[s] - bell[s] for s in exact],
+        sampling=[(proposal[s] - exact[s] + bell[s] - weighted[s]) / 2 for s in exact],
+        objective=[(weighted[s] - exact[s] + bell[s] - proposal[s]) / 2 for s in exact],
+        tuned=[bell[s] - exact[s] for s in exact],
         common={lr: gap(lr) for lr in lrs},
     )
 
@@ -196,14 +205,15 @@ def reading(finals: Finals) -> list[str]:
     """The explanations that hold by the rule: of `variance`, `curriculum` and `step size`."""
     of_small, of_large = (effects(finals, n) for n in sorted({case.batch for case in finals}))
     shrinks = [a - b for a, b in zip(of_small.sampling, of_large.sampling, strict=True)]
+    tuned = mean_interval(of_small.tuned)
+    common = [mean_interval(values) for values in of_small.common.values()]
     held = {
-        "variance": _is_above_0(of_small.sampling) and _is_above_0(shrinks),
-        "curriculum": _is_above_0(of_small.objective),
-        "step size": not _is_above_0(of_small.tuned)
-        and any(map(_is_above_0, of_small.common.values())),
+        "variance": _is_below_0(of_small.sampling) and _is_below_0(shrinks),
+        "curriculum": _is_below_0(of_small.objective),
+        "step size": any(x.high < 0 and tuned.low > x.value / 2 for x in common),
     }
     return [name for name, holds in held.items() if holds]
 
 
-def _is_above_0(values: list[float]) -> bool:
-    return mean_interval(values).low > 0
+def _is_below_0(values: list[float]) -> bool:
+    return mean_interval(values).high < 0

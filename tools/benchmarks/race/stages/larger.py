@@ -32,8 +32,6 @@ def summary(results: Results) -> list[Table]:
         table
         for shape in results.scale.larger
         for table in transfer.compared(
-            f"{NAME}: {shape.name()}",
-            results.finals(_of_shape(results, shape)),
-            "uniform",
+            f"{NAME}: {shape.name()}", results, _of_shape(results, shape), "uniform"
         )
     ]

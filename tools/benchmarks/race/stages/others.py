@@ -31,5 +31,8 @@ def summary(results: Results) -> list[Table]:
             found[run.contender] = {seed: results[run].final}
     names = [name for name in found if name != "standard"]
     title = f"{NAME}: {results.scale.main.name()}"
-    shown = any(name in OTHERS for name in names)
-    return [against(title, found, "standard", names)] if shown else []
+    if not any(name in OTHERS for name in names):
+        return []
+    beside = [run for run in confirm.runs(results) if run.seed == seed]
+    notes = results.origins([*beside, *runs(results)])
+    return [against(title, found, "standard", names, notes=notes)]

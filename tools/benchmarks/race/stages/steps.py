@@ -108,10 +108,22 @@ def summary(results: Results) -> list[Table]:
         ]
         mean = share_text(mean_interval(shares))
         rows.append(["mean [95%]", *[""] * (len(columns) + 1), mean])
-        header = ["final NELBO", "standard", *(f"{share:.2f}" for share in columns), "equal at"]
+        header = [
+            "final NELBO",
+            "standard",
+            *(f"{share:.2f}" for share in columns),
+            "equals standard at",
+        ]
         title = f"{NAME}: {confirm.winner(results)}, shares of the steps, {shape.name()}"
-        notes = []
+        notes = [
+            "equals standard at: the share of the steps at which the winner has the final NELBO "
+            "that standard has after all of them, linear between the shares that were run"
+        ]
         if columns[0] in shares:
-            notes = [f"A share of {columns[0]:.2f} is an upper bound: no shorter one was run."]
+            notes.append(
+                f"a share of {columns[0]:.2f} is an upper bound, since no shorter one was run: the "
+                "mean is one too, and the interval is narrower than that of the shares themselves"
+            )
+        notes += results.origins([*_of_shape(results, shape), *_whole(results, shape)])
         tables.append(Table(title, header, rows, notes))
     return tables

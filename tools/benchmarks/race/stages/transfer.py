@@ -38,7 +38,9 @@ def summary(results: Results) -> list[Table]:
     return [
         table
         for shape in results.scale.transfer
-        for table in compared(f"{NAME}: {shape.name()}", finals(results, shape), "standard")
+        for table in compared(
+            f"{NAME}: {shape.name()}", results, of_shape(results, shape), "standard"
+        )
     ]
 
 
@@ -47,7 +49,10 @@ def finals(results: Results, shape: Shape) -> Finals:
     return results.finals(of_shape(results, shape))
 
 
-def compared(title: str, finals: Finals, baseline: str) -> list[Table]:
-    """Differences from a baseline, as soon as there is one."""
-    names = [name for name in finals if name != baseline]
-    return [against(title, finals, baseline, names)] if baseline in finals and names else []
+def compared(title: str, results: Results, runs: list[Run], baseline: str) -> list[Table]:
+    """Differences of these runs from those of a baseline, as soon as there is one."""
+    found = results.finals(runs)
+    names = [name for name in found if name != baseline]
+    if baseline not in found or not names:
+        return []
+    return [against(title, found, baseline, names, notes=results.origins(runs))]

@@ -1,5 +1,7 @@
 """The learning rate of each contender, on a seed that nothing else is measured on."""
 
+from collections.abc import Mapping
+
 from benchmarks.race.contenders import CONTENDERS
 from benchmarks.race.plan import Run
 from benchmarks.race.results import Results
@@ -10,50 +12,63 @@ NAME = "tune"
 
 def runs(results: Results) -> list[Run]:
     """The grid of every contender, and what is added to it."""
-    return [run for name in results.scale.contenders for run in _grid(results, name)]
+    return [run for name in results.scale.contenders for run in grid(results, name)]
 
 
 def summary(results: Results) -> list[Table]:
-    """Final NELBO by rate."""
+    """Final NELBO by learning rate."""
+    return table(results, {name: grid(results, name) for name in results.scale.contenders}, NAME)
+
+
+def table(results: Results, grids: Mapping[str, list[Run]], title: str) -> list[Table]:
+    """Final NELBO by contender and learning rate, as soon as a run is finished."""
     finals = {
-        name: {run.lr: results[run].final for run in _grid(results, name) if run in results}
-        for name in results.scale.contenders
+        name: {run.lr: results[run].final for run in runs if run in results}
+        for name, runs in grids.items()
     }
     rates = sorted({lr for found in finals.values() for lr in found})
     rows = []
     for name, found in finals.items():
         cells = [number(found[lr]) if lr in found else "" for lr in rates]
-        lr = rate(results, name)
+        lr = best(results, grids[name])
         rows.append([name, *cells, "" if lr is None else f"{lr:g}"])
     shape, seed = results.scale.main, results.scale.tune_seed
-    header = ["final NELBO at a rate of", *(f"{lr:g}" for lr in rates), "chosen"]
-    return [Table(f"tune: {shape.name()}, seed {seed}", header, rows)] if rates else []
+    header = ["final NELBO at a learning rate of", *(f"{lr:g}" for lr in rates), "chosen"]
+    notes = results.origins(run for runs in grids.values() for run in runs)
+    text = f"{title}: {shape.name()}, seed {seed}"
+    return [Table(text, header, rows, notes)] if rates else []
 
 
 def rate(results: Results, name: str) -> float | None:
-    """The rate of a contender, None as long as it is not known.
+    """The learning rate of a contender, None as long as it is not known.
 
-    Of the grid that with the least final NELBO, of equal ones the smaller one. A contender outside
-    the claims has that of the one that it is a variant of.
+    A contender outside the claims has that of the one that it is a variant of.
     """
     name = CONTENDERS[name].rate_of or name
-    grid = _grid(results, name)
-    if name not in results.scale.contenders or not all(run in results for run in grid):
+    return best(results, grid(results, name)) if name in results.scale.contenders else None
+
+
+def best(results: Results, grid: list[Run]) -> float | None:
+    """The learning rate with the least final NELBO, of equal ones the smaller one.
+
+    None as long as a run of the grid is missing.
+    """
+    if not all(run in results for run in grid):
         return None
     return min(grid, key=lambda run: (results[run].final, run.lr)).lr
 
 
-def _grid(results: Results, name: str) -> list[Run]:
-    """The grid of rates, longer by a factor of 2 while the best one lies at its edge."""
+def grid(results: Results, name: str, stage: str = NAME) -> list[Run]:
+    """The grid of learning rates, longer by a factor of 2 while the best one lies at its edge."""
     scale = results.scale
-    grid = [scale.main.run(NAME, name, lr, scale.tune_seed) for lr in scale.rates]
+    runs = [scale.main.run(stage, name, lr, scale.tune_seed) for lr in scale.rates]
     least, most = scale.rates[0] / 2**scale.extensions, scale.rates[-1] * 2**scale.extensions
-    while all(run in results for run in grid):
-        best = min(grid, key=lambda run: (results[run].final, run.lr))
-        if best is grid[-1] and best.lr < most:
-            grid.append(scale.main.run(NAME, name, 2 * best.lr, scale.tune_seed))
-        elif best is grid[0] and best.lr > least:
-            grid.insert(0, scale.main.run(NAME, name, best.lr / 2, scale.tune_seed))
+    while all(run in results for run in runs):
+        found = min(runs, key=lambda run: (results[run].final, run.lr))
+        if found is runs[-1] and found.lr < most:
+            runs.append(scale.main.run(stage, name, 2 * found.lr, scale.tune_seed))
+        elif found is runs[0] and found.lr > least:
+            runs.insert(0, scale.main.run(stage, name, found.lr / 2, scale.tune_seed))
         else:
             break
-    return grid
+    return runs
