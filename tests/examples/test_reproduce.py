@@ -104,26 +104,22 @@ def test_every_answer_of_a_table_is_right():
     asked = set()
     for problem in distinct(table, 1000, 0):
         *lines, question = problem.prompt.removesuffix(" ?").split(" . ")
-        cells = {
-            (words[0], words[i]): (words[i + 1], int(words[i + 2]))
+        cells = [
+            (words[i], words[i + 1], int(words[i + 2]))
             for words in map(str.split, lines)
             for i in range(1, len(words), 3)
-        }
-        thing, of, names = question.rpartition(" of ")
-        first, *more = names.split()
-        at = {place: (place, number) for place, number in cells.values()}
-        place, number = cells[first, thing] if of else at[first]
-        expected, value = f"{place} {number}", number
-        if more:
-            sign, second = more
-            other, change = cells[second, thing] if of else at[second]
-            value += change if sign == "+" else -change
-            expected += f" {sign} {other} {change} = {value}"
-        assert problem.response == expected and 0 <= value <= max(SIZES)
-        assert answer(problem.response) == str(value)
-        assert {place for place, _ in cells.values()} <= set(CELLS)
-        asked.add((bool(of), len(more)))
-    assert asked == {(of, more) for of in (False, True) for more in (0, 2)}
+        ]
+        assert [place for _, place, _ in cells] == CELLS[: len(cells)]
+        column = [(place, n) for thing, place, n in cells if question in (thing, place[1])]
+        (first, total), *more = column
+        expected = f"{first} {total}"
+        for place, number in more:
+            total += number
+            expected += f" + {place} {number} = {total}"
+        assert problem.response == expected and total <= max(SIZES)
+        assert answer(problem.response) == str(total)
+        asked.add((len(column), question in "xy"))
+    assert asked == {(rows, letter) for rows in (2, 3) for letter in (False, True)}
 
 
 @pytest.mark.parametrize("task", TASKS)
