@@ -7,7 +7,7 @@ Ann pens ax 7 cups ay 31 . Sam pens bx 4 cups by 9 . cups ?
 ay 31 + by 9 = 40                        (or ... . y ?)
 
 The answer is the last number. No two steps of a story have the same result. The answer can equal
-another number of the response, as it does in 22% of stories and 28% of tables.
+another number of the response, as it does in 20% of stories and 28% of tables.
 """
 
 from collections.abc import Callable, Set
