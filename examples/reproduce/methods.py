@@ -68,6 +68,11 @@ class Method:
         return int(self.settings.get("views", 1))
 
     @property
+    def has_own_loss(self) -> bool:
+        """Whether its loss is of another scale than that of `standard`, and so its gradients."""
+        return self.name in ("clipped", "syrm")
+
+    @property
     def is_steady(self) -> bool:
         """Whether batches are drawn alike all along, so that their noise is known at a moment."""
         return not self.causal and "bell_fade" not in self.settings
@@ -154,7 +159,8 @@ class Scale:
     Attributes:
         layers, hidden, heads: of the network.
         texts: problems to pretrain on.
-        pretraining, causal_pretraining: optimizer steps of the bases.
+        pretraining: optimizer steps of a base.
+        causal_pretraining: those of the autoregressive network's base.
         pairs: problems to fine-tune on, in each regime.
         steps: optimizer steps of a fine-tuning, for each task.
         batch: rows in a step.
@@ -165,6 +171,8 @@ class Scale:
         calibration: seeds of the runs that say where the autoregressive network is stopped.
         entries: methods of each setting, and the number of seeds of each.
         cost: of its runs, where it has been measured.
+        accepts: between which shares of right answers the first run of `standard` must end, or
+            the other runs of its setting are not done; None does them all.
     """
 
     layers: int
@@ -184,6 +192,7 @@ class Scale:
     calibration: int
     entries: Mapping[Setting, Mapping[str, int]]
     cost: Cost | None = None
+    accepts: tuple[float, float] | None = None
 
 
 STORIES = (
@@ -237,6 +246,7 @@ SCALES = {
             ),
         },
         cost=Cost(start=3.0, token=27e-6, problem=3.5e-3, measurement=160.0),
+        accepts=(0.4, 0.8),
     ),
     # One question, that of an H100 for 150 seconds: is MIRROR's second view worth more than a
     # second epoch of `standard` to a network of 25 times the size?
@@ -278,14 +288,23 @@ def stopped_in(scale: Scale) -> list[Setting]:
 
 
 def calibration_runs(scale: Scale, setting: Setting) -> list[tuple[Run, int]]:
-    """The runs, and their steps, that say where the autoregressive network is stopped."""
+    """The runs, and their steps, that say where the autoregressive network is stopped.
+
+    Those of `standard` come first, with 25% more steps after those with its own.
+    """
     seeds = CALIBRATION_SEEDS[: scale.calibration]
     whole = scale.steps[setting.task]
+    more = max(whole + 1, whole * 5 // 4)
     lengths = sorted({max(1, whole // part) for part in PARTS})
     return [
-        *((Run(setting, "standard", seed), whole) for seed in seeds),
+        *((Run(setting, "standard", seed), n) for n in (whole, more) for seed in seeds),
         *((Run(setting, "autoregressive", seed), n) for n in lengths for seed in seeds),
     ]
+
+
+def gate(setting: Setting) -> Run:
+    """The run that decides whether the others of its setting are done; see `Scale.accepts`."""
+    return Run(setting, "standard", SEEDS[0])
 
 
 def is_measured(scale: Scale, run: Run) -> bool:

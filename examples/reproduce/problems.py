@@ -6,8 +6,8 @@ Sam has 5 apples . buys 7 . eats 4 . ?
 Ann pens ax 7 cups ay 31 . Sam pens bx 4 cups by 9 . cups ?
 ay 31 + by 9 = 40                        (or ... . y ?)
 
-The answer is the last number. No result stands twice in a response, so that none can be copied
-from a place that happens to be visible: each has to be computed.
+The answer is the last number. No two steps of a story have the same result. The answer can equal
+another number of the response, as it does in 20% of stories and 28% of tables.
 """
 
 from collections.abc import Callable, Set
@@ -65,11 +65,11 @@ def distinct(
 
 
 def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
-    """Somebody gets and loses things, one step after the other."""
+    """Somebody gets and loses things, one step after the other: no two have the same result."""
     largest = random_.choice(SIZES)
     value = random_.randint(1, largest)
     told = [f"{random_.choice(NAMES)} has {value} {random_.choice(THINGS)} ."]
-    work = [str(value)]
+    work, results = [str(value)], []
     for _ in range(random_.choice(steps)):
         sign = random_.choice("+-")
         if not 1 <= value < largest:
@@ -78,6 +78,9 @@ def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
         value = value + number if sign == "+" else value - number
         told.append(f"{random_.choice(VERBS[sign])} {number} .")
         work.append(f"{sign} {number} = {value}")
+        results.append(value)
+    if len(set(results)) < len(results):
+        return story(random_, steps)
     return Problem(" ".join([*told, "?"]), " ".join(work))
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -32,25 +33,29 @@ from methods import (
     Setting,
     calibration_runs,
     core_hours,
+    gate,
     runs,
     stopped_in,
 )
 from study import Study
-from tables import as_text, claims, insert
+from tables import as_text, claims, closed, insert
 
 from megatron_mdm.errors import UserError, check_numbers, run_tool
 from megatron_mdm.experiments.program import program
 from megatron_mdm.experiments.runs import run_parallel
 from megatron_mdm.files import check_picture, termination_raises, write_errors, write_json
 
+# What the results are, each of its place. `closed` are the settings of which no more is run.
+LISTS = ("stopped", "closed", "diverged", "runs")
 # What the tables need of a result.
 RESULTS = {
     **{"scale": str, "machine": str, "date": str, "program": str, "jobs": int},
-    **{"stopped": list, "runs": list},
+    **dict.fromkeys(LISTS, list),
 }
 RUN = {
     **{"task": str, "regime": str, "base": int, "method": str, "seed": int},
-    **{"answers": float, "solutions": float, "nelbo": float},
+    **{"answers": float, "solutions": float, "nelbo": float, "right": str},
+    **{"unseen": int, "unseen_right": int},
     **{"steps": int, "rows": int, "texts": int, "problems": int, "seconds": float},
 }
 
@@ -161,7 +166,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     Raises:
         UserError: they are of different scales, or have a run in common.
     """
-    for name in ("stopped", "runs"):
+    for name in LISTS:
         places = [
             tuple(one.get(key) for key in ("task", "regime", "base", "method", "seed"))
             for part in parts
@@ -178,7 +183,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **parts[0],
         **words,
-        **{name: [one for part in parts for one in part[name]] for name in ("stopped", "runs")},
+        **{name: [one for part in parts for one in part[name]] for name in LISTS},
     }
 
 
@@ -214,8 +219,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "program": program(),
         "jobs": options.jobs,
-        "stopped": [],
-        "runs": [],
+        **{name: [] for name in LISTS},
     }
     done: dict[Run, dict[str, Any]] = {}
     lock = threading.Lock()
@@ -224,27 +228,47 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         if options.json:
             write_json(options.json, results)
 
+    def look(setting: Setting) -> None:
+        if not study.accepts(setting):
+            answers = study.fine_tune(gate(setting)).get("answers", 0.0)
+            found = {**setting._asdict(), "answers": answers, "accepts": scale.accepts}
+            print(closed(found), file=sys.stderr, flush=True)
+            with lock:
+                results["closed"].append(found)
+                write()
+
+    def calibrate(run: Run, count: int) -> None:
+        if study.accepts(run.setting):
+            study.fine_tune(run, count)
+
     def find_steps(setting: Setting) -> None:
+        if not study.accepts(setting):
+            return
         found = study.stopped(setting)
         with lock:
             results["stopped"].append({**setting._asdict(), **found})
             write()
 
     def work(run: Run) -> None:
+        if run != gate(run.setting) and not study.accepts(run.setting):
+            return
         result = study.fine_tune(run)
         if run.seed != SEEDS[0]:
-            del result["flags"]  # nothing new but the seed
+            result.pop("flags", None)  # nothing new but the seed
         named = {**run.setting._asdict(), "method": run.method, "seed": run.seed}
         with lock:
             done[run] = {**named, **result}
-            results["runs"] = [done[run] for run in todo if run in done]
+            found = [done[run] for run in todo if run in done]
+            results["diverged"] = [one for one in found if "diverged" in one]
+            results["runs"] = [one for one in found if "diverged" not in one]
             write()
 
     bases = dict.fromkeys((r.setting.task, r.setting.base, METHODS[r.method].causal) for r in todo)
     steps: list[Callable[[], object]] = [
         *(functools.partial(study.pretrain, *base) for base in bases),
+        *(functools.partial(look, setting) for setting in scale.entries),
         *(
-            functools.partial(study.fine_tune, run, count)
+            functools.partial(calibrate, run, count)
             for setting in stopped
             for run, count in calibration_runs(scale, setting)
         ),

@@ -4,14 +4,16 @@
 
 A call of masked diffusion keeps the likeliest of all predictions, and with --threshold all of at
 least this probability; an autoregressive model (--causal) writes from left to right. `answers`
-counts problems whose answer is right, `solutions` those of which every step is right as well.
+counts problems whose answer is right, `solutions` those of which every step is right as well, and
+`right` says of each problem, in their order, whether its answer is: bits as hexadecimal digits.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import numpy as np
 from problems import answer
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
@@ -68,9 +70,12 @@ def main() -> None:
             end = response.index(tokenizer.eod) if tokenizer.eod in response else len(response)
             texts.append(tokenizer.detokenize(response[:end]).strip())
     right = [pair["response"].strip() for pair in pairs]
+    correct = matches(map(answer, texts), map(answer, right))
+    solved = matches(texts, right)
     result = {
-        "answers": share(map(answer, texts), map(answer, right)),
-        "solutions": share(texts, right),
+        "answers": sum(correct) / len(pairs),
+        "solutions": sum(solved) / len(pairs),
+        "right": as_hex(correct),
         "problems": len(pairs),
         "examples": texts[:3],
     }
@@ -97,10 +102,23 @@ def read_pairs(path: str) -> list[dict[str, str]]:
     return pairs
 
 
-def share(found: Iterable[str | None], right: Iterable[str | None]) -> float:
-    """How many of the found ones are the right ones; None is none."""
-    equal = [a is not None and a == b for a, b in zip(found, right, strict=True)]
-    return sum(equal) / len(equal)
+def matches(found: Iterable[str | None], right: Iterable[str | None]) -> list[bool]:
+    """Which of the found ones are the right ones; None is none."""
+    return [a is not None and a == b for a, b in zip(found, right, strict=True)]
+
+
+def as_hex(bits: Sequence[bool]) -> str:
+    """Bits as hexadecimal digits, four a digit; the last digit is filled with zeros."""
+    return np.packbits(bits).tobytes().hex()[: -(-len(bits) // 4)]
+
+
+def from_hex(digits: str, count: int) -> list[bool]:
+    """The first bits of what `as_hex` wrote."""
+    values = bytes.fromhex(digits + "0" * (len(digits) % 2))
+    bits: list[bool] = (
+        np.unpackbits(np.frombuffer(values, np.uint8), count=count).astype(bool).tolist()
+    )
+    return bits
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from methods import METHODS, TASKS, Run, Scale, Setting, calibration_runs, is_measured
+from methods import METHODS, TASKS, Run, Scale, Setting, calibration_runs, gate, is_measured
 from problems import Problem, distinct
+from score import from_hex
 
 from megatron_mdm.config import flag_of
 from megatron_mdm.errors import UserError
@@ -54,6 +55,7 @@ class Study:
     def __post_init__(self) -> None:
         self._locks: dict[Any, threading.RLock] = collections.defaultdict(threading.RLock)
         self._data: dict[str, pathlib.Path] = {}
+        self._unseen: dict[tuple[str, str], list[bool]] = {}
         self._first_lock = threading.Lock()
 
     def data(self, task: str) -> pathlib.Path:
@@ -70,9 +72,14 @@ class Study:
         found["valid"] = distinct(kind.pair, scale.held_out, 4, out)
         out |= {problem.prompt for problem in found["valid"]}
         found["text"] = distinct(kind.text, scale.texts, 1, out)
+        out |= {problem.prompt for problem in found["text"]}
         pairs = distinct(kind.pair, max(scale.pairs.values()), 2, out)
         found |= {regime: pairs[:count] for regime, count in scale.pairs.items()}
         texts = {name: as_json(name, some) for name, some in found.items()}
+        self._unseen |= {
+            (task, regime): unseen(found["test"], found["text"], found[regime])
+            for regime in scale.pairs
+        }
         directory = self.directory / f"{task}-{digest(json.dumps(texts))}"
         for name, text in texts.items():
             path = directory / f"{name}.jsonl"
@@ -108,7 +115,10 @@ class Study:
         name = f"{'autoregressive ' if causal else ''}base {base} of {task}"
 
         def work(path: pathlib.Path) -> dict[str, Any]:
-            return self._train(path, flags, steps, causal, name)
+            result = self._train(path, flags, steps, causal, name)
+            if "diverged" in result:
+                raise UserError(f"{name}: {result['diverged']}")
+            return result
 
         with self._lock(path):
             if not (checkpoint / LATEST).exists():
@@ -143,6 +153,9 @@ class Study:
         Args:
             run: which one.
             steps: optimizer steps, if they are others than the run's own.
+
+        Returns:
+            What was found; of a run that diverged, only `diverged`: one line that says so.
         """
         (task, _, base), causal = run.setting, METHODS[run.method].causal
         steps = self.steps(run) if steps is None else steps
@@ -156,6 +169,9 @@ class Study:
         def work(path: pathlib.Path) -> dict[str, Any]:
             start = time.monotonic()
             result = self._train(path, flags, steps, causal, name, saves=2 if measured else 1)
+            if "diverged" in result:
+                print(f"{name}: {result['diverged']}", file=sys.stderr, flush=True)
+                return result
             checkpoint = path.with_suffix(".checkpoint")
             result |= self._tool(path, score, checkpoint, f"score: {name}")
             if measured:
@@ -188,26 +204,55 @@ class Study:
         identity = [*flags, *score[1:], *(noise[1:] + report[1:] if measured else [])]
         with self._lock(run_path(self.directory, identity)):
             result = run_cached(self.directory, identity, work)
-        return result | {"flags": " ".join(flags)}
+        if "diverged" in result:
+            return result
+        return result | self._unseen_answers(run.setting, result) | {"flags": " ".join(flags)}
+
+    def _unseen_answers(self, setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
+        """Of the problems whose response is in no text that was trained on: all, those solved."""
+        self.data(setting.task)
+        kept = self._unseen[setting.task, setting.regime]
+        right = list(itertools.compress(from_hex(result["right"], len(kept)), kept))
+        return {"unseen": len(right), "unseen_right": sum(right)}
 
     def stopped(self, setting: Setting) -> dict[str, Any]:
         """How many steps of the autoregressive network solve as much as `standard`.
 
         Returns:
-            `steps`; `target`, the mean share of answers of `standard`; `lengths`, pairs of steps
-            and that of the autoregressive network.
+            `steps`; `target`, the mean share of answers of `standard`; `reached`, that of the
+            autoregressive network after these steps, interpolated; `slopes` of both there, shares
+            per 25% more steps; `lengths`, pairs of steps and the autoregressive network's share.
         """
         found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
         for run, steps in calibration_runs(self.scale, setting):
-            found[run.method, steps].append(self.fine_tune(run, steps)["answers"])
+            result = self.fine_tune(run, steps)
+            if "diverged" not in result:
+                found[run.method, steps].append(result["answers"])
         means = {key: statistics.fmean(answers) for key, answers in found.items()}
-        target = means.pop(("standard", self.scale.steps[setting.task]))
-        lengths = {steps: mean for (_, steps), mean in means.items()}
+        standard, lengths = (
+            {steps: mean for (name, steps), mean in means.items() if name == method}
+            for method in ("standard", "autoregressive")
+        )
+        target, more = standard.values()
+        steps, reached, slope = where_reached(target, lengths)
         return {
-            "steps": steps_for(target, lengths),
+            "steps": steps,
             "target": target,
+            "reached": reached,
+            "slopes": {"standard": more - target, "autoregressive": slope},
             "lengths": list(lengths.items()),
         }
+
+    def accepts(self, setting: Setting) -> bool:
+        """Whether a setting's first run of `standard` solves neither too little nor too much.
+
+        It is trained if it is missing.
+        """
+        if self.scale.accepts is None:
+            return True
+        least, most = self.scale.accepts
+        answers: float = self.fine_tune(gate(setting)).get("answers", 0.0)
+        return least <= answers <= most
 
     def _noise(self, setting: Setting) -> list[str]:
         """The command that measures the gradients of all methods at one checkpoint."""
@@ -265,7 +310,14 @@ class Study:
         places = f"--save {checkpoint} --save-interval {max(1, steps // saves)} "
         places += f"--tensorboard-dir {board}"
         log = path.with_suffix(".log")
-        output = run_python([*program, *flags, *places.split()], log, name)
+        try:
+            output = run_python([*program, *flags, *places.split()], log, name)
+        except UserError:
+            # The same run would end there again: that is its result.
+            if not NOT_FINITE.search(log.read_text(encoding="utf-8")):
+                raise
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            return {"diverged": "its loss or gradient was NaN or infinite"}
         values = re.findall(r"validation NELBO: ([\d.]+)|lm loss value: ([\dE.+-]+)", output)
         if not values:
             raise UserError(f"{name} ended without a validation: its output is in {log}")
@@ -328,6 +380,8 @@ class Study:
 
 
 LATEST = "latest_checkpointed_iteration.txt"
+# What a run that diverged ends with, the program's words and Megatron's.
+NOT_FINITE = re.compile(r"NaN or infinite|found (NaN|Inf)")
 PAIR_KEYS = "--prompt-key prompt"
 # A run of one step that leaves the weights as they are: a base with the settings of its runs.
 STANDSTILL = "--train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --eval-interval 1".split()
@@ -343,24 +397,34 @@ def at_iteration(checkpoint: pathlib.Path, iteration: int, view: pathlib.Path) -
     (view / LATEST).write_text(str(iteration))
 
 
-def steps_for(target: float, shares: Mapping[int, float]) -> int:
-    """Steps at which a share first reaches a target, interpolated over the logarithm of steps.
+def where_reached(target: float, shares: Mapping[int, float]) -> tuple[int, float, float]:
+    """Where a share first reaches a target, interpolated over the logarithm of steps.
 
     Args:
         target: the share.
         shares: of runs, by their steps in ascending order.
 
     Returns:
-        The least number where that one reaches it already, the greatest where none does.
+        The steps, the share there, and how much it rises with 25% more steps. The least number of
+        steps where that one reaches the target already, the greatest where none does.
     """
     points = list(shares.items())
-    if points[0][1] >= target:
-        return points[0][0]
-    for (fewer, below), (more, above) in itertools.pairwise(points):
-        if above >= target:
-            part = (target - below) / (above - below)
-            return round(fewer * math.exp(part * math.log(more / fewer)))
-    return points[-1][0]
+    pairs = list(itertools.pairwise(points))
+    (fewer, below), (more, above) = next(
+        (pair for pair in pairs if max(pair[0][1], pair[1][1]) >= target), pairs[-1]
+    )
+    slope = (above - below) / math.log(more / fewer)
+    part = 0.0 if below >= target else 1.0
+    if below < target < above:
+        part = (target - below) / (above - below)
+    steps = round(fewer * (more / fewer) ** part)
+    return steps, below + part * (above - below), slope * math.log(1.25)
+
+
+def unseen(tests: list[Problem], *trained: list[Problem]) -> list[bool]:
+    """Which tests have a response that none of the problems to train on has."""
+    seen = {problem.response for problems in trained for problem in problems}
+    return [problem.response not in seen for problem in tests]
 
 
 def as_json(name: str, found: list[Problem]) -> str:

@@ -2,9 +2,10 @@
 
 Runs are compared where base and texts are the same (a `Setting`), on the same seeds: the mean of
 the differences has Student's interval, and a method *gains* or *loses* where the p value, adjusted
-by Holm over all methods of the setting, is below 5%; elsewhere there is no clear difference.
-Deviations have the interval of chi-square, ratios of deviations that of F. All intervals are those
-of 95%.
+by Holm over all methods of the setting, is below 5%; elsewhere there is no clear difference. The
+autoregressive network is no method of masked diffusion and has no verdict. Deviations have the
+interval of chi-square, ratios of deviations that of F, as if the two groups were independent. All
+intervals are those of 95%.
 """
 
 import math
@@ -14,21 +15,25 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from methods import (
     BOTH,
     BOTH_EPOCHS,
     DOUBLED,
+    METHODS,
     SCALES,
     SCARCE,
     STOPPED,
     Setting,
 )
+from score import from_hex
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.statistics import (
     Interval,
     deviation_interval,
     deviation_ratio,
+    deviation_test,
     holm,
     mean_interval,
     t_test,
@@ -39,6 +44,7 @@ Result = dict[str, Any]
 Entries = dict[str, list[Result]]
 MOMENTS = ("start", "middle", "end")
 LEVEL = 0.05
+NEAR = 2.0  # points that mean answers may be apart where deviations are compared
 WIDTH = 42  # of the first column
 
 
@@ -73,11 +79,11 @@ def differences(
 
 
 def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
-    """What the answers say of each method but the baseline."""
+    """What the answers say of each method of masked diffusion but the baseline."""
     values = {
         name: differences(runs, entries.get(baseline, []))
         for name, runs in entries.items()
-        if name != baseline
+        if name != baseline and not METHODS[name].causal
     }
     adjusted = holm({name: t_test(found) for name, found in values.items() if found})
     words = {}
@@ -91,9 +97,14 @@ def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
 def as_text(results: Result) -> str:
     """All tables."""
     blocks = []
-    for setting, entries in by_setting(results).items():
+    found = by_setting(results)
+    for setting in SCALES[results["scale"]].entries:
+        entries = found.get(setting)
+        if entries is None:
+            blocks.append([f"== {setting.title} ==", *_notes(results, setting)])
+            continue
         blocks += [
-            _means(results, setting, entries),
+            [*_means(results, setting, entries), *_notes(results, setting)],
             _less(entries, "standard"),
             _less(entries, DOUBLED),
             _deviations(entries),
@@ -109,40 +120,86 @@ def _means(results: Result, setting: Setting, entries: Entries) -> list[str]:
     head = f"== {setting.title}, {texts} texts =="
     lines = [
         head,
-        f"{'':{WIDTH}s}{'answers':>9s}{'all steps':>11s}{'NELBO':>9s}{'steps':>7s}{'rows':>8s}"
+        f"{'':{WIDTH}s}{'answers':>9s}{'all right':>11s}{'unseen':>9s}{'NELBO':>9s}{'steps':>7s}"
+        f"{'rows':>8s}"
         f"{'epochs':>8s}{'seeds':>7s}",
     ]
     for name, runs in entries.items():
         means = (statistics.fmean(run[key] for run in runs) for key in ("answers", "solutions"))
         shares = "".join(f"{mean:>{width}.1%}" for mean, width in zip(means, (9, 11), strict=True))
         lines.append(
-            f"{name:{WIDTH}s}{shares}{statistics.fmean(run['nelbo'] for run in runs):9.4f}"
+            f"{name:{WIDTH}s}{shares}{_unseen(runs):>9s}"
+            f"{statistics.fmean(run['nelbo'] for run in runs):9.4f}"
             f"{runs[0]['steps']:7d}{runs[0]['rows']:8d}{runs[0]['texts'] / texts:8.2f}"
             f"{len(runs):7d}"
         )
     return lines
 
 
+def _unseen(runs: Sequence[Result]) -> str:
+    """The answers on problems whose response is in no text that was trained on."""
+    count = sum(run["unseen"] for run in runs)
+    return f"{sum(run['unseen_right'] for run in runs) / count:.1%}" if count else "none"
+
+
+def _notes(results: Result, setting: Setting) -> list[str]:
+    """What has to be known of a setting's runs: which are missing, and where one was stopped."""
+
+    def own(name: str) -> list[Result]:
+        return [one for one in results[name] if setting_of(one) == setting]
+
+    return [
+        *map(closed, own("closed")),
+        *(f"{one['method']}, seed {one['seed']}: {one['diverged']}" for one in own("diverged")),
+        *(f"{STOPPED}: {stop(one)}" for one in own("stopped")),
+    ]
+
+
+def closed(one: Result) -> str:
+    """Why no more runs of a setting are done."""
+    least, most = one["accepts"]
+    return (
+        f"{setting_of(one).title}: the first run of `standard` solves {one['answers']:.1%}, which "
+        f"is not within {least:.0%} to {most:.0%}, and the other runs are not begun"
+    )
+
+
+def stop(one: Result) -> str:
+    """Where the autoregressive network was stopped, and how steep both networks are there."""
+    miss = 100 * (one["reached"] - one["target"])
+    slopes = one["slopes"]
+    return (
+        f"after {one['steps']} steps, where it solves {one['reached']:.1%} and `standard` "
+        f"{one['target']:.1%} in calibration ({miss:+.1f} points"
+        f"{': the target is missed' if abs(miss) > NEAR else ''}); 25% more steps change it by "
+        f"{100 * slopes['autoregressive']:+.1f} points and `standard` by "
+        f"{100 * slopes['standard']:+.1f}"
+    )
+
+
 def _less(entries: Entries, baseline: str) -> list[str]:
     words, base = verdicts(entries, baseline), entries.get(baseline, [])
     lines = [
-        f"{'minus ' + baseline:{WIDTH}s}{'answers':>22s}{'all steps':>22s}{'NELBO':>27s}"
+        f"{'minus ' + baseline:{WIDTH}s}{'answers':>22s}{'all right':>22s}{'NELBO':>27s}"
         "  verdict on answers"
     ]
-    for name, word in words.items():
+    for name, runs in entries.items():
+        if name == baseline or not differences(runs, base):
+            continue
         cells = [
-            points(differences(entries[name], base)),
-            points(differences(entries[name], base, "solutions")),
-            with_ends(mean_interval(differences(entries[name], base, "nelbo")), "+.4f"),
+            points(differences(runs, base)),
+            points(differences(runs, base, "solutions")),
+            with_ends(mean_interval(differences(runs, base, "nelbo")), "+.4f"),
         ]
-        lines.append(f"{name:{WIDTH}s}{cells[0]:>22s}{cells[1]:>22s}{cells[2]:>27s}  {word}")
+        line = f"{name:{WIDTH}s}{cells[0]:>22s}{cells[1]:>22s}{cells[2]:>27s}  "
+        lines.append((line + words.get(name, "")).rstrip())
     return lines
 
 
 def _deviations(entries: Entries) -> list[str]:
     lines = [
-        f"{'spread of the answers, points':{WIDTH}s}{'deviation':>20s}{'max - min':>11s}"
-        f"{'/ that of standard':>22s}{'seeds':>7s}"
+        f"{'spread of the answers, points':{WIDTH}s}{'deviation':>20s}{'of the runs':>13s}"
+        f"{'max - min':>11s}{'/ that of standard':>22s}{'seeds':>7s}"
     ]
     for name, runs in entries.items():
         if len(runs) < 2:
@@ -150,10 +207,25 @@ def _deviations(entries: Entries) -> list[str]:
         deviation = with_ends(deviation_interval(answers(runs)), ".2f")
         ratio = ratio_of(entries, name, "standard") if name != "standard" else None
         lines.append(
-            f"{name:{WIDTH}s}{deviation:>20s}{max(answers(runs)) - min(answers(runs)):11.1f}"
+            f"{name:{WIDTH}s}{deviation:>20s}{deviation_of_runs(runs):13.2f}"
+            f"{max(answers(runs)) - min(answers(runs)):11.1f}"
             f"{with_ends(ratio, '.2f') if ratio else '':>22s}{len(runs):7d}"
         )
     return lines
+
+
+def deviation_of_runs(runs: Sequence[Result]) -> float:
+    """The deviation of answers, in points, that other problems would show as well.
+
+    Accuracies over two halves of the problems have only this in common: their covariance over the
+    seeds is its square. The mean over all ways to halve is the mean covariance of two problems. 0
+    where that is negative.
+    """
+    right = np.array([from_hex(run["right"], run["problems"]) for run in runs], dtype=float)
+    count = right.shape[1]
+    own = right.var(axis=0, ddof=1).sum()
+    covariance = (right.sum(axis=1).var(ddof=1) - own) / (count * (count - 1))
+    return 100 * math.sqrt(max(0.0, covariance))
 
 
 def ratio_of(entries: Entries, name: str, baseline: str) -> Interval | None:
@@ -207,7 +279,9 @@ def noise(entries: Entries, moment: str) -> dict[str, Interval]:
     found = [moments[moment]["noise"] for moments in measured(entries)]
     names = found[0] if found else ()
     return {
-        name: _exponential(mean_interval([math.log(one[name] / one["standard"]) for one in found]))
+        f"{name}{' (another loss)' if METHODS[name].has_own_loss else ''}": _exponential(
+            mean_interval([math.log(one[name] / one["standard"]) for one in found])
+        )
         for name in names
     }
 
@@ -245,59 +319,57 @@ def claims(results: Result) -> str:
     found = by_setting(results)
     lines = ["Does P-POTS + MIRROR gain accuracy? Points of right answers, with 95% intervals:", ""]
     for setting, entries in found.items():
-        at_epochs = _gain(entries, BOTH_EPOCHS, "standard")
-        at_rows = _gain(entries, BOTH, "standard")
-        to_doubled = _gain(entries, BOTH_EPOCHS, DOUBLED)
         said = [
-            at_epochs and f"{at_epochs} at equal epochs",
-            at_rows and f"{at_rows} at equal compute",
-            to_doubled and f"{to_doubled} at equal epochs against `{DOUBLED}`",
-        ]
-        if any(said):
-            lines.append(f"- {setting.title}: {', '.join(filter(None, said))}.")
-    lines += [
-        "",
-        f"Is its spread near the autoregressive network's and below `standard`'s? {SPREAD}",
-    ]
-    entries = found.get(SCARCE, {})
-    lines.append("")
-    for name in (BOTH_EPOCHS, BOTH):
-        to_standard, to_stopped = (ratio_of(entries, name, x) for x in ("standard", STOPPED))
-        if to_standard and to_stopped:
-            lines.append(
-                f"- {name}: its deviation is {with_ends(to_standard, '.2f')} times `standard`'s"
-                f"{_side(to_standard)}, and {with_ends(to_stopped, '.2f')} times that of the "
-                f"autoregressive network{_side(to_stopped)}."
+            gain and f"{gain} {how}"
+            for name, baseline, how in (
+                (BOTH_EPOCHS, "standard", "at equal epochs, of twice the rows"),
+                (BOTH, "standard", "at equal compute, of half of the epochs"),
+                (BOTH_EPOCHS, DOUBLED, f"at equal compute to `{DOUBLED}`, of twice the epochs"),
             )
-    ratio = ratio_of(entries, STOPPED, "standard")
-    if ratio:
-        lines.append(
-            f"- The autoregressive network's is {with_ends(ratio, '.2f')} times `standard`'s"
-            f"{_side(ratio)}; it solves {statistics.fmean(answers(entries[STOPPED])):.1f}%, "
-            f"`standard` {statistics.fmean(answers(entries['standard'])):.1f}%."
-        )
+            if (gain := _gain(entries, name, baseline))
+        ]
+        if said:
+            lines.append(f"- {setting.title}: {'; '.join(said)}.")
+    lines += ["", SPREAD, "", *(_spread(found.get(SCARCE, {})) or ["- not run."])]
+    lines += [
+        f"- {STOPPED}: {stop(one)}." for one in results["stopped"] if setting_of(one) == SCARCE
+    ]
     return "\n".join(lines)
 
 
 SPREAD = (
-    "Ratios of deviations over seeds from one base, the autoregressive network stopped where it "
-    "solves as much as `standard`:"
+    "Is its spread near the autoregressive network's and below `standard`'s? Ratios of deviations "
+    "over seeds from one base, the autoregressive network stopped where it solves as much as "
+    "`standard`:"
 )
+SPREADS = (
+    *((name, baseline) for name in (BOTH_EPOCHS, BOTH) for baseline in ("standard", STOPPED)),
+    (STOPPED, "standard"),
+)
+
+
+def _spread(entries: Entries) -> list[str]:
+    """A sentence on each ratio of deviations; their tests are one family of Holm's."""
+    ratios = {pair: ratio for pair in SPREADS if (ratio := ratio_of(entries, *pair)) is not None}
+    means = {name: statistics.fmean(answers(runs)) for name, runs in entries.items()}
+    near = [(a, b) for a, b in ratios if abs(means[a] - means[b]) <= NEAR]
+    values = {pair: [answers(entries[name]) for name in pair] for pair in near}
+    adjusted = holm({" / ".join(pair): deviation_test(*values[pair]) for pair in near})
+    lines = []
+    for (name, baseline), ratio in ratios.items():
+        p = adjusted.get(f"{name} / {baseline}")
+        if p is None:
+            said = f"not compared: they solve {means[name]:.1f}% and {means[baseline]:.1f}%"
+        else:
+            unclear = f"cannot be told apart within a factor of {ratio.value / ratio.low:.2f}"
+            said = f"{with_ends(ratio, '.2f')}: {'they differ' if p < LEVEL else unclear}"
+        lines.append(f"- {name} / {baseline}: {said}.")
+    return lines
 
 
 def _gain(entries: Entries, name: str, baseline: str) -> str:
     values = differences(entries.get(name, []), entries.get(baseline, []))
-    if not values:
-        return ""
-    p = t_test(values)
-    word = "unclear" if not p < LEVEL else "gain" if statistics.fmean(values) > 0 else "loss"
-    return f"{points(values)} ({word})"
-
-
-def _side(ratio: Interval) -> str:
-    if ratio.low <= 1 <= ratio.high:
-        return " (not clearly different)"
-    return " (smaller)" if ratio.high < 1 else " (larger)"
+    return f"{points(values)} ({verdicts(entries, baseline)[name]})" if values else ""
 
 
 def as_markdown(results: Result) -> str:
@@ -307,7 +379,8 @@ def as_markdown(results: Result) -> str:
         lines.append(f"| **{setting.title}** | | | |")
         words = verdicts(entries)
         for name, runs in entries.items():
-            less = points(differences(runs, entries.get("standard", []))) if name in words else ""
+            values = [] if name == "standard" else differences(runs, entries.get("standard", []))
+            less = points(values) if values else ""
             less += f": {words[name]}" if name in words else ""
             spread = "-"
             if len(runs) > 1:
@@ -326,7 +399,8 @@ def caption(results: Result) -> str:
     return (
         f"`--scale {results['scale']}`, {done[0]['problems']} problems, {results['machine']}, "
         f"{results['date']}, {results['program']}; {len(done)} fine-tunings{missing} of "
-        f"{hours:.1f} hours in all, {results['jobs']} at a time."
+        f"{hours:.1f} hours in all, {results['jobs']} at a time; bases and calibration are not "
+        "counted."
     )
 
 

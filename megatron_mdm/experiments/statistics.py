@@ -87,5 +87,19 @@ def deviation_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95)
     return Interval(ratio, low, high)
 
 
+def deviation_test(a: Sequence[float], b: Sequence[float]) -> float:
+    """The two-sided p value of the F test that two standard deviations are the same.
+
+    Args:
+        a: at least two values.
+        b: at least two values that differ.
+    """
+    from scipy.stats import f
+
+    ratio = statistics.variance(a) / statistics.variance(b)
+    freedom = len(a) - 1, len(b) - 1
+    return 2 * min(float(f.cdf(ratio, *freedom)), float(f.sf(ratio, *freedom)))
+
+
 def _standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))

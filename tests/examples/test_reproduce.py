@@ -1,7 +1,10 @@
 """The reproduction in small: its problems, its accounting, and the whole of it at --scale ci."""
 
+import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -18,6 +22,7 @@ from megatron_mdm import recipes
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
+from megatron_mdm.experiments.statistics import deviation_test
 from tests import ROOT, ranks, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -28,6 +33,7 @@ import reproduce  # noqa: E402
 import score  # noqa: E402
 import tables  # noqa: E402
 from methods import (  # noqa: E402
+    BOTH,
     BOTH_EPOCHS,
     CALIBRATION_SEEDS,
     DOUBLED,
@@ -42,14 +48,15 @@ from methods import (  # noqa: E402
     TASKS,
     Run,
 )
-from problems import CELLS, SIZES, answer, distinct, story, table  # noqa: E402
-from study import Study, steps_for  # noqa: E402
+from problems import CELLS, SIZES, Problem, answer, distinct, story, table  # noqa: E402
+from study import Study, unseen, where_reached  # noqa: E402
 
 COMMITTED = EXAMPLE / "results/laptop.json"
 
 
 def result(setting, method, seed, answers, nelbo=1.0, **more):
     numbers = {"answers": answers, "solutions": answers / 2, "nelbo": nelbo}
+    numbers |= {"right": f"{0x00FFF << seed % 4:05x}", "unseen": 4, "unseen_right": 1}
     rest = {"steps": 2, "rows": 64, "texts": 32, "problems": 20, "seconds": 1800.0}
     named = {**setting._asdict(), "method": method, "seed": seed}
     return {**named, **numbers, **rest, **more}
@@ -72,7 +79,13 @@ SCARCE_RUNS = {
 OTHER_RUNS = {FRESH: {"standard": (0, 0)}, SECOND_BASE: {"standard": (90, 90)}}
 RESULTS = {
     **{"scale": "laptop", "machine": "a machine", "date": "2026-01-01", "jobs": 2},
-    **{"program": "commit abc", "stopped": []},
+    **{"program": "commit abc", "closed": [], "diverged": []},
+    "stopped": [
+        {
+            **{**SCARCE._asdict(), "steps": 70, "target": 0.55, "reached": 0.522},
+            **{"slopes": {"standard": 0.02, "autoregressive": 0.11}, "lengths": [[70, 0.522]]},
+        }
+    ],
     "runs": [
         result(setting, method, seed, share / 100, moments=moments(**{BOTH_EPOCHS: 1.0}))
         if (setting, method) == (SCARCE, "standard")
@@ -98,6 +111,8 @@ def test_every_step_and_every_answer_of_a_story_is_right():
         assert len(expected) - 1 in (1, 2, 3) and largest <= max(SIZES)
         assert problem.response == " ".join(expected)
         assert answer(problem.response) == str(value)
+        results = re.findall(r"= (\d+)", problem.response)
+        assert len(set(results)) == len(results)
 
 
 def test_every_answer_of_a_table_is_right():
@@ -136,13 +151,49 @@ def test_problems_follow_from_the_seed_and_fit_into_rows(task):
 
 def test_a_problem_without_an_answer_is_not_answered():
     assert answer("12 + 3 =") is None and answer("") is None and answer("1 + 2 = 3") == "3"
-    assert score.share([None, "1", "2", None], [None, "1", "3", "4"]) == 0.25
+    found, right = [None, "1", "2", None], [None, "1", "3", "4"]
+    assert score.matches(found, right) == [False, True, False, False]
+
+
+def test_every_problem_is_kept():
+    assert score.as_hex([True, False, False, True, True]) == "98"
+    for count in range(1, 18):
+        bits = [number % 3 == 0 for number in range(count)]
+        digits = score.as_hex(bits)
+        assert len(digits) == -(-count // 4) and score.from_hex(digits, count) == bits
+
+
+def test_a_deviation_without_what_few_problems_add():
+    """Against every way to halve the problems; seeds may differ by these alone."""
+    right = np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1]])
+    halves = [list(half) for half in itertools.combinations(range(6), 3)]
+    covariances = [
+        np.cov(right[:, half].mean(1), np.delete(right, half, 1).mean(1))[0, 1] for half in halves
+    ]
+    runs = [{"right": score.as_hex(row == 1), "problems": 6} for row in right]
+    expected = 100 * np.mean(covariances) ** 0.5
+    assert tables.deviation_of_runs(runs) == pytest.approx(expected) and expected > 0
+    same = [{"right": digit, "problems": 4} for digit in "8421"]
+    assert tables.deviation_of_runs(same) == 0.0
+
+
+def test_a_response_that_was_trained_on_is_not_unseen():
+    tests = [Problem("a", "1"), Problem("b", "2"), Problem("c", "3")]
+    found = unseen(tests, [Problem("x", "1")], [Problem("y", "3"), Problem("b", "4")])
+    assert found == [False, True, False]
 
 
 def test_the_autoregressive_network_is_stopped_where_it_solves_as_much():
     shares = {10: 0.2, 20: 0.4, 40: 0.8, 80: 0.7}
-    assert steps_for(0.1, shares) == 10 and steps_for(0.9, shares) == 80
-    assert steps_for(0.4, shares) == 20 and steps_for(0.6, shares) == round(20 * 2**0.5)
+    slope = 0.2 / math.log(2) * math.log(1.25)
+    found = {target: where_reached(target, shares) for target in (0.1, 0.4, 0.6, 0.9)}
+    assert [steps for steps, _, _ in found.values()] == [10, 20, round(20 * 2**0.5), 80]
+    # Missed at both ends.
+    assert [reached for _, reached, _ in found.values()] == pytest.approx([0.2, 0.4, 0.6, 0.7])
+    assert [rise for *_, rise in found.values()] == pytest.approx(
+        [slope, slope, 2 * slope, -slope / 2]
+    )
+    assert where_reached(0.1, {1: 0.3, 2: 0.05, 4: 0.9})[:2] == (1, 0.3)
     assert not set(CALIBRATION_SEEDS) & set(SEEDS)
 
 
@@ -157,16 +208,22 @@ def test_tables_compare_what_is_comparable():
     fresh, scarce, other = tables.as_text(RESULTS).split("== arithmetic")[1:]
     assert "minus" not in fresh + other
     means, less, less_doubled, spread, seeds, parts, noise = columns(scarce.strip())
-    assert means["standard"] == ["55.0%", "27.5%", "1.0000", "2", "64", "0.02", "4"]
+    assert means["standard"] == ["55.0%", "27.5%", "25.0%", "1.0000", "2", "64", "0.02", "4"]
+    assert (
+        f"{STOPPED}: after 70 steps, where it solves 52.2% and `standard` 55.0% in calibration "
+        "(-2.8 points: the target is missed); 25% more steps change it by +11.0 points and "
+        "`standard` by +2.0\n" in scarce
+    )
+    assert less[STOPPED][-1].endswith("]")  # no method, no verdict
     assert less[BOTH_EPOCHS][0] == "+10.0 [+10.0, +10.0]" and less[BOTH_EPOCHS][-1] == "gains"
     # Student's with 3 degrees of freedom: 3.182 x 0.25 / 2 around the mean 1.125.
     assert less["clipped"][0] == "+1.1 [+0.7, +1.5]" and less["clipped"][-1] == "gains"
     assert less[DOUBLED][-1] == "no clear difference"
     assert less_doubled["standard"][0] == "-3.0 [-15.3, +9.3]"
     # chi-square with 3 degrees of freedom: 9.348 and 0.2158.
-    assert spread["standard"] == ["12.91 [7.31, 48.14]", "30.0", "4"]
+    assert spread["standard"] == ["12.91 [7.31, 48.14]", "0.00", "30.0", "4"]
     # F with 3 and 3 degrees of freedom: 15.44.
-    assert spread[DOUBLED] == ["5.16 [2.93, 19.25]", "12.0", "0.40 [0.10, 1.57]", "4"]
+    assert spread[DOUBLED] == [*("5.16 [2.93, 19.25]", "0.00", "12.0", "0.40 [0.10, 1.57]", "4")]
     assert seeds[STOPPED] == ["54.0", "55.0", "56.0", "57.0"]
     assert parts["gradient, end"] == ["0.60 [0.60, 0.60]", *["0.20 [0.20, 0.20]"] * 2]
     assert noise[BOTH_EPOCHS] == ["0.50 [0.50, 0.50]"] * 3
@@ -175,15 +232,61 @@ def test_tables_compare_what_is_comparable():
 def test_the_claims_have_their_numbers():
     said = tables.claims(RESULTS)
     assert (
-        "- arithmetic stories, scarce: +10.0 [+10.0, +10.0] (gain) at equal epochs, +7.0 "
-        "[-5.3, +19.3] (unclear) at equal epochs against `standard, rows x 2`." in said
+        "- arithmetic stories, scarce: +10.0 [+10.0, +10.0] (gains) at equal epochs, of twice the "
+        "rows; +7.0 [-5.3, +19.3] (no clear difference) at equal compute to `standard, rows x 2`, "
+        "of twice the epochs.\n" in said
     )
     assert "fresh" not in said  # where nothing of it was run
+    assert f"- {BOTH_EPOCHS} / standard: not compared: they solve 65.0% and 55.0%.\n" in said
+    # Clear: F with 3 and 3 degrees of freedom is 100, p = 0.0033.
+    assert f"- {STOPPED} / standard: 0.10 [0.03, 0.39]: they differ.\n" in said
+    assert f"- {STOPPED}: after 70 steps, " in said
+    other = RESULTS | {"runs": [r for r in RESULTS["runs"] if r["regime"] == "fresh"]}
+    assert tables.claims(other | {"stopped": []}).endswith("`standard`:\n\n- not run.")
+
+
+def test_the_tests_of_the_spread_are_one_family():
+    """A p value of 0.03 is clear alone, and not among five; methods of one mean are compared."""
+    wide, narrow = (-10, -5, 5, 10), (-2, -1, 1, 2)
+    shares = {"standard": wide, BOTH: wide, BOTH_EPOCHS: narrow, STOPPED: wide}
+    entries = {
+        name: [result(SCARCE, name, 0, (50 + x) / 100) for x in spread]
+        for name, spread in shares.items()
+    }
+    p = deviation_test(narrow, wide)
+    assert 0.02 < p < 0.05 and p == pytest.approx(deviation_test(wide, narrow))
+    assert deviation_test(wide, wide) == pytest.approx(1)
+    said = tables._spread(entries)
+    assert len(said) == 5 and "differ" not in " ".join(said)
+    # F with 3 and 3 degrees of freedom: 15.44.
+    unclear = "0.20 [0.05, 0.79]: cannot be told apart within a factor of 3.93."
+    assert said[0] == f"- {BOTH_EPOCHS} / standard: {unclear}"
+    alone = {name: entries[name] for name in ("standard", BOTH_EPOCHS)}
+    assert tables._spread(alone) == [f"- {BOTH_EPOCHS} / standard: 0.20 [0.05, 0.79]: they differ."]
+
+
+def test_what_was_not_run_is_said():
+    closed = {**TABLES._asdict(), "answers": 0.1, "accepts": [0.4, 0.8]}
+    diverged = {**SCARCE._asdict(), "method": "MIRROR", "seed": 7, "diverged": "was NaN"}
+    standard = result(TABLES, "standard", 42, 0.1)
+    more = {"closed": [closed], "diverged": [diverged], "runs": [*RESULTS["runs"], standard]}
+    said = tables.as_text(RESULTS | more)
     assert (
-        f"- {BOTH_EPOCHS}: its deviation is 1.00 [0.25, 3.93] times `standard`'s (not clearly "
-        "different), and 10.00 [2.55, 39.29] times that of the autoregressive network (larger)."
-        in said
+        "table lookup, scarce: the first run of `standard` solves 10.0%, which is not within 40% "
+        "to 80%, and the other runs are not begun" in said
     )
+    assert "\nMIRROR, seed 7: was NaN\n" in said
+    first = {**FRESH._asdict(), "method": "standard", "seed": 42, "diverged": "was NaN"}
+    alone = RESULTS | {"diverged": [first], "runs": [standard], "stopped": []}
+    assert tables.as_text(alone).startswith(
+        "== arithmetic stories, fresh ==\nstandard, seed 42: was NaN\n\n== table lookup"
+    )
+
+
+def test_variances_of_another_loss_are_marked():
+    runs = [result(SCARCE, "standard", 42, 0.5, moments=moments(clipped=1.0, MIRROR=1.0))]
+    found = tables.noise({"standard": runs}, "end")
+    assert list(found) == ["standard", "clipped (another loss)", "MIRROR"]
 
 
 def test_a_verdict_is_adjusted_for_all_methods():
@@ -194,6 +297,8 @@ def test_a_verdict_is_adjusted_for_all_methods():
         for method, shares in found.items()
     }
     assert tables.verdicts(alone) == {"MIRROR": "gains"}
+    # The autoregressive network is no method: its test is not one of theirs.
+    assert tables.verdicts(alone | {STOPPED: alone["MIRROR"]}) == {"MIRROR": "gains"}
     both = alone | {"clipped": alone["MIRROR"]}
     assert set(tables.verdicts(both).values()) == {"no clear difference"}
     assert tables.verdicts({"standard": alone["standard"][:1], "MIRROR": alone["MIRROR"][:1]}) == {
@@ -310,9 +415,13 @@ def test_the_whole_study_makes_its_table(finished):
     for result in results["runs"]:
         assert 0 < result["nelbo"] < 6.2 and len(result["examples"]) == 3
         assert 0 <= result["solutions"] <= result["answers"] <= 1
+        right = score.from_hex(result["right"], result["problems"])
+        assert sum(right) / len(right) == result["answers"]
+        assert 0 <= result["unseen_right"] <= result["unseen"] < result["problems"]
         assert "--exit-on-missing-checkpoint" in result["flags"]
         assert result["program"] == results["program"]
     assert [steps for steps, _ in results["stopped"][0]["lengths"]] == [1, 2, 5, 10, 20]
+    assert results["stopped"][0]["slopes"].keys() == {"standard", "autoregressive"}
     found = results["runs"][0]["moments"]
     assert found.keys() == {"start", "middle", "end"}
     for moment in found.values():
@@ -334,12 +443,39 @@ def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished)
     assert not [*(directory / "ci").glob("*.middle")]
     shutil.rmtree(bases[0])
     before = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
-    assert len(before) == 3 + 4 + 6  # bases, runs and those of the calibration
+    assert len(before) == 3 + 4 + 7  # bases, runs and those of the calibration
     again = study(*flags)
     assert again.stdout == ended.stdout
     after = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
     changed = {path for path in after if after[path] != before[path]}
     assert changed == {bases[0].with_suffix(".json")} and bases[0].exists()
+
+
+@pytest.mark.timeout(tiers.LONG)
+@pytest.mark.parametrize(("accepts", "kept"), [((0.4, 0.8), 1), ((0.0, 1.0), 3)])
+def test_a_setting_that_cannot_tell_runs_apart_is_closed(finished, monkeypatch, accepts, kept):
+    """A base of 20 steps solves nothing: the first run stays alone, at every start."""
+    directory = finished[0]
+    monkeypatch.setitem(SCALES, "ci", dataclasses.replace(SCALES["ci"], accepts=accepts))
+    files = {*(directory / "ci").glob("*.json")}
+    options = {"scale": "ci", "tasks": ["stories"], "directory": str(directory), "jobs": 2}
+    results = reproduce.run_all(argparse.Namespace(**options, device="cpu", json=None))
+    assert len(results["runs"]) == kept and results["runs"][0]["method"] == "standard"
+    assert len(results["closed"]) == (kept == 1) and len(results["stopped"]) == (kept > 1)
+    assert {*(directory / "ci").glob("*.json")} == files
+
+
+@pytest.mark.timeout(tiers.LONG)
+@pytest.mark.parametrize("method", ["standard", "autoregressive"])
+def test_a_run_that_diverges_has_a_result(finished, tmp_path, method):
+    some = Study(SCALES["ci"], finished[0] / "ci", "cpu")
+    causal = METHODS[method].causal
+    flags = some.fine_tuning(Run(SCARCE, method, 42), 20, some.pretrain("stories", 1, causal))
+    flags += "--lr 1e30 --min-lr 1e30 --lr-warmup-iters 0 --clip-grad 0".split()
+    found = some._train(tmp_path / "run", flags, 20, causal, method)
+    assert found == {"diverged": "its loss or gradient was NaN or infinite"}
+    with pytest.raises(UserError, match="failed: its output is in"):
+        some._train(tmp_path / "run", [*flags, "--no-such-flag"], 20, causal, method)
 
 
 @pytest.mark.timeout(tiers.LONG)
@@ -349,6 +485,10 @@ def test_another_scale_has_other_data_and_so_other_runs(finished):
     same = Study(SCALES["ci"], directory, "cpu")
     run = Run(SCARCE, "standard", 42)
     assert same.data("stories") in set(directory.iterdir())
+    text, pairs = (
+        (same.data("stories") / f"{name}.jsonl").read_text() for name in ("text", "fresh")
+    )
+    assert not any(json.loads(line)["prompt"] in text for line in pairs.splitlines())
     assert same.fine_tuning(run, 20, Path("base")) != other.fine_tuning(run, 20, Path("base"))
     assert len((other.data("stories") / "test.jsonl").read_text().splitlines()) == 5
 
