@@ -26,6 +26,7 @@ from megatron_mdm.mcore.data.text_dataset import (
     EpochDataset,
     MockCleanTokensDataset,
 )
+from megatron_mdm.mcore.data.validation_sets import ValidationSets
 from megatron_mdm.mcore.flags.identities import cache_keys, share_identities
 from megatron_mdm.objective.masks import syrm
 from megatron_mdm.objective.quantiles import Quantiles
@@ -40,6 +41,9 @@ from megatron_mdm.objective.randomness import (
 from megatron_mdm.objective.views import view_uniforms
 
 TEXT_BITS = 40  # of the number of a text within its file
+
+# Rows of training, validation and test; None where this rank or this run has none.
+Datasets = tuple["RowDataset | None", "RowDataset | ValidationSets | None", "RowDataset | None"]
 
 
 def row_columns(mdm: MDMConfig, training: bool) -> dict[str, bool]:
@@ -64,7 +68,8 @@ class RowDataset(torch.utils.data.Dataset):
         num_tokens []: positions from here on are padding.
         length []: positions from here on are not of the row, which ends early
             (--mdm-random-length-fraction); at least num_tokens.
-        split [], row []: part of the data (objective's Split), and position in the run.
+        split [], row []: part of the data (objective's Split, or a named validation set's number,
+            see `part_of_set`), and position in the run or the set.
         uniforms [L], quantile []: grid integers (objective/randomness.py). With --mdm-rate-per
             document quantile [L], number d for document d of the row; evaluations have one rate a
             row.
@@ -210,7 +215,7 @@ class RowDataset(torch.utils.data.Dataset):
 
 def datasets_provider(
     args: Namespace, mdm: MDMConfig
-) -> Callable[[list[int], int | None], list[RowDataset | None]]:
+) -> Callable[[list[int], int | None], Datasets]:
     """Megatron's `train_valid_test_dataset_provider`, which builds the three datasets.
 
     It takes the numbers of rows of training, all evaluations and the test, and the virtual pipeline
@@ -221,9 +226,10 @@ def datasets_provider(
         mdm: settings of the objective.
     """
 
-    def provide(num_samples: list[int], vp_stage: int | None = None) -> list[RowDataset | None]:
+    def provide(num_samples: list[int], vp_stage: int | None = None) -> Datasets:
         eval_rows = args.eval_iters * args.eval_global_batch_size
-        return build_datasets(args, mdm, [num_samples[0], eval_rows, eval_rows], vp_stage)
+        of_set = eval_rows // len(args.mdm_validation_sets or [None])
+        return build_datasets(args, mdm, [num_samples[0], of_set, eval_rows], vp_stage)
 
     # Megatron then calls it on every rank, and `loads_rows` decides where rows are needed.
     provide.is_distributed = True  # type: ignore[attr-defined]
@@ -236,13 +242,13 @@ def build_datasets(
     num_rows: list[int],
     vp_stage: int | None = None,
     on_all_ranks: bool = False,
-) -> list[RowDataset | None]:
+) -> Datasets:
     """Builds the training, validation and test datasets of so many rows each.
 
     Args:
         args: of the run.
         mdm: settings of the objective.
-        num_rows: of the three.
+        num_rows: of the three; where validation sets have names, of each of these.
         vp_stage: virtual pipeline stage.
         on_all_ranks: build them on every rank, and not only where training loads rows.
 
@@ -264,7 +270,9 @@ def build_datasets(
             "without weights are passed over once; give a weight before each file, or train for "
             "fewer iterations"
         )
-    for name, dataset, rows in zip(("training", "validation"), datasets, num_rows, strict=False):
+    sets = datasets[1] if isinstance(datasets[1], list) else [datasets[1]]
+    parts = ("training", datasets[0], train), *(("validation", part, valid) for part in sets)
+    for name, dataset, rows in parts:
         if is_built and dataset is None and rows:
             raise UserError(
                 f"the {name} data have no rows: --split {args.split} leaves them no document. Give "
@@ -274,16 +282,18 @@ def build_datasets(
         _print_epochs(datasets[0], texts, mdm.views)
     # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if mdm.sft else pad_id(dataset_config.tokenizer)
-    return [
+
+    def rows_of(dataset: Any, period: int | None, first: int = 0) -> RowDataset | None:
         # Megatron makes no loader of a mixture without rows. Several files without weights have
         # each text once, which may be fewer than an evaluation takes.
-        None
-        if dataset is None or period == 0
-        else _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
-        for dataset, period, first in zip(
-            datasets, [None, valid, test], [offset, 0, 0], strict=True
-        )
-    ]
+        if dataset is None or period == 0:
+            return None
+        return _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
+
+    evaluated: RowDataset | ValidationSets | None = rows_of(sets[0], valid)
+    if evaluated is not None and getattr(args, "mdm_validation_sets", None):
+        evaluated = ValidationSets([rows_of(dataset, valid) for dataset in sets], valid)
+    return rows_of(datasets[0], None, offset), evaluated, rows_of(datasets[2], test)
 
 
 def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:
@@ -369,6 +379,7 @@ def _dataset_config(args: Namespace, mdm: MDMConfig) -> PairDatasetConfig:
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
+        multiple_validation_sets=bool(getattr(args, "mdm_validation_sets", None)),
         split=args.split,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,

@@ -33,6 +33,7 @@ from megatron_mdm.mcore.flags.data_files import (
     check_single_texts,
     check_split,
     check_validation,
+    check_validation_sets,
 )
 from megatron_mdm.mcore.flags.fp8 import check_fp8, check_scales
 from megatron_mdm.mcore.flags.hybrid_pattern import check_pattern
@@ -70,7 +71,7 @@ REFUSED = {
     "hybrid_context_parallel": "it packs rows by length, which would renumber them",
     "experimental_attention_variant": "these variants are causal; leave it out",
     "full_validation": "validation uses fixed rows; set --eval-iters",
-    "multiple_validation_sets": "blend the sets with weights in --valid-data-path",
+    "multiple_validation_sets": "name the files of --valid-data-path with --validation-set-names",
     "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
     "rampup_batch_size": "use --step-batch-size-schedule",
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
@@ -84,6 +85,14 @@ REFUSED = {
     "verify_integrity": "all ranks share the work of hashing and checking files without it; leave "
     "it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
+}
+
+# Help for flags of Megatron's that mean something else here.
+HELP = {
+    "validation_set_names": "Names of the files of --valid-data-path, each of which is then a set "
+    "of its own, in place of a mixture. Every set is evaluated on --eval-iters global batches. The "
+    "logs show the NELBO of each and of all: the mean over the sets, whose standard error is that "
+    "of fixed sets. A test is one set, of as many rows as all of these.",
 }
 
 # The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
@@ -127,6 +136,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for name, libraries in FUSED_BY.items():
         if not any(map(importlib.util.find_spec, libraries)):
             parser.set_defaults(**{name: False})
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
     _escape_help(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)
@@ -231,6 +242,10 @@ def finalize_args(args: Namespace) -> Namespace:
         UserError: no mask token or end of document, or objective flags that differ from the
             checkpoint's.
     """
+    # Megatron asserts --multiple-validation-sets beside the names, under which it evaluates set
+    # after set. Here one evaluation goes through all sets.
+    args.mdm_validation_sets, args.validation_set_names = args.validation_set_names, None
+    args.eval_iters *= len(args.mdm_validation_sets or [None])
     validate_flags(args)
     if args.mdm_recipe:
         notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
@@ -290,10 +305,13 @@ def check_data(args: Namespace) -> Identities:
 
     Raises:
         UserError: one is missing or damaged, was made with another tokenizer, holds pairs without
-            --mdm-sft, or its documents have no end that a flag needs.
+            --mdm-sft, or its documents have no end that a flag needs; or the names of validation
+            sets do not fit.
     """
     _check_end_of_document(args)
+    names = getattr(args, "mdm_validation_sets", None)
     if args.mock_data:
+        check_validation_sets(names, None)
         if args.mdm_sft:
             raise UserError("--mdm-sft has no --mock-data: give pairs with --data-path")
         return identities(args, None, None, get_tokenizer())
@@ -302,6 +320,7 @@ def check_data(args: Namespace) -> Identities:
         blend, parts = get_blend_and_blend_per_split(args)
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"Megatron rejects the data flags or their files: {error}") from error
+    check_validation_sets(names, parts)
     check_data_files(blend, parts)
     if not args.mdm_sft:
         check_single_texts(blend, parts)

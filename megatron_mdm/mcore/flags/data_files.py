@@ -86,6 +86,44 @@ def check_validation(eval_iters: int, split: str | None, blend_per_split: list[A
         )
 
 
+def check_validation_sets(names: list[str] | None, blend_per_split: list[Any] | None) -> None:
+    """Checks --validation-set-names against the files of the sets.
+
+    Args:
+        names: of the sets; None: they have none.
+        blend_per_split: see `check_data_files`.
+
+    Raises:
+        UserError: a set has no name of its own that TensorBoard can show, or no file.
+    """
+    if names is None:
+        return
+    files, weights = (blend_per_split and blend_per_split[Split.valid.value]) or ([], None)
+    if not files:
+        raise UserError(
+            "--validation-set-names needs a file for each set: give --valid-data-path, with "
+            "--train-data-path instead of --data-path"
+        )
+    if weights is not None:
+        raise UserError(
+            "--validation-set-names makes a set of each file of --valid-data-path: leave out the "
+            "weights, or the names for one mixture"
+        )
+    if len(names) != len(files):
+        raise UserError(
+            f"--validation-set-names gives {len(names)} names, and --valid-data-path has "
+            f"{len(files)} files: give one name for each file"
+        )
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(
+                f"--validation-set-names {name!r}: a name is part of TensorBoard's; use letters, "
+                "digits, and . _ -"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"--validation-set-names gives {name} twice: each set needs its own")
+
+
 def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod_id: int) -> None:
     """Checks that documents end with their token, without which rows cannot be divided.
 

@@ -47,11 +47,17 @@ def identities(
     if known is not None and not isinstance(known, Fingerprint):
         own = fingerprint(known)
     named = [("all", blend)] if parts is None else list(zip(PARTS, parts, strict=True))
+    sets = getattr(args, "mdm_validation_sets", None)
     data = [
-        {"part": part, "prefix": prefix, "weight": weight, **_identity(prefix)}
+        {
+            "part": f"{part} {sets[i]}" if sets and part == "valid" else part,
+            "prefix": prefix,
+            "weight": weight,
+            **_identity(prefix),
+        }
         for part, files in named
         if files is not None
-        for prefix, weight in zip(files[0], _shares(*files), strict=True)
+        for i, (prefix, weight) in enumerate(zip(files[0], _shares(*files), strict=True))
     ]
     compared: list[dict[str, Any] | None] = []
     for entry in data:

@@ -45,6 +45,6 @@ def after_evaluation(state: TrainingState, model: list) -> None:
     recorder.iteration = -1  # evaluations never repeat, and two may follow one iteration
     recorder.commit(state.iteration)
     by_text = recorder.by_text()
-    for split, summary in recorder.reduce().items():
+    for part, summary in recorder.reduce().items():
         if is_last_rank():
-            log_evaluation(split, summary, by_text[split], state.iteration)
+            log_evaluation(state.evaluated[part], summary, by_text[part], state.iteration)

@@ -13,7 +13,6 @@ from megatron_mdm.bound import why_no_bound
 from megatron_mdm.mcore.training.metrics import Summary
 from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit
-from megatron_mdm.objective.randomness import Split
 
 
 def log_training(state: TrainingState, summary: Summary, iteration: int, seconds: float) -> None:
@@ -94,18 +93,17 @@ def log_refit(result: PpotsFit | FitError, skipped: int, iteration: int) -> None
 
 
 def log_evaluation(
-    split: Split, summary: Summary, error_by_text: tuple[float, int], iteration: int
+    name: str, summary: Summary, error_by_text: tuple[float, int], iteration: int
 ) -> None:
     """One line of an evaluation.
 
     Args:
-        split: part of the data.
+        name: of what was evaluated: `validation`, `validation NAME` for a named set of it, `test`.
         summary: of its rows.
         error_by_text: standard error of the mean and number of texts; see `Recorder.by_text`.
         iteration: after which it was.
     """
     stderr, texts = error_by_text
-    name = {Split.VALID: "validation", Split.TEST: "test"}[split]
     of = f"{summary.rows} rows"
     of += f" of {texts} texts" if texts < summary.rows else ""
     print(

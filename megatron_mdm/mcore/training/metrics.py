@@ -12,6 +12,7 @@ import torch
 from megatron.core import mpu
 from megatron.training import get_timers
 
+from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.objective.randomness import Split
 
 
@@ -22,14 +23,17 @@ class Recorder:
     for each split of the data and these columns: weighted loss per rate bin, importance weight per
     rate bin, weighted loss per eligible token, the numbers of masked and of eligible tokens, of
     draws, of rows, and the sum over draws of the uniform share of their density. Evaluations also
-    keep each row's text and loss.
+    keep each row's text and loss. Named validation sets have lines of their own, after the others.
 
     Args:
         num_bins: number of equal bins of the masking rate.
+        num_sets: named validation sets.
     """
 
-    def __init__(self, num_bins: int) -> None:
+    def __init__(self, num_bins: int, num_sets: int = 0) -> None:
         self.num_bins = num_bins
+        self.sets = [part_of_set(number) for number in range(num_sets)]
+        self.parts: list[int] = [*Split, *self.sets]
         self.pending: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.texts: list[torch.Tensor] = []
@@ -51,7 +55,7 @@ class Recorder:
         """Adds b rows; no synchronisation with the device.
 
         Args:
-            split: part of the data, int64 [b].
+            split: part of the data, int64 [b]; see `RowDataset`.
             t: masking rates of rows, float64 [b], or documents [b, s], as all that follows.
             rate_weight: importance weights 1/q(t), float64.
             max_token_weight: largest weight of a masked token in each row, 1/q(t) times the mask's,
@@ -75,7 +79,7 @@ class Recorder:
         loss_in_bin = torch.where(in_bin > 0, loss, 0.0)  # a NaN stays in its bin
         columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
-        sums = rows.new_zeros(len(Split), rows.shape[1]).index_add_(0, split, rows)
+        sums = rows.new_zeros(len(self.parts), rows.shape[1]).index_add_(0, split, rows)
         self.pending = sums if self.pending is None else self.pending + sums
         self.pending_largest = _larger(self.pending_largest, max_token_weight.max())
 
@@ -97,14 +101,14 @@ class Recorder:
         self.iteration = iteration
         self.pending = self.pending_largest = None
 
-    def by_text(self) -> dict[Split, tuple[float, int]]:
+    def by_text(self) -> dict[int, tuple[float, int]]:
         """The standard error of the mean loss of rows and the number of texts; a collective call.
 
         Rows of one text are no independent witnesses: the error is that of the texts' sums. All
         data-parallel ranks have equally many rows. Starts over.
 
         Returns:
-            For each split that has rows; the error of a single text is NaN.
+            For each part that has rows, as `reduce`; the error of a single text is NaN.
         """
         own = torch.cat(self.texts, dim=1)
         self.texts = []
@@ -113,19 +117,22 @@ class Recorder:
         torch.distributed.all_gather(parts, own, group=group)
         splits, texts, bits = torch.cat(parts, dim=1).cpu()
         loss = bits.view(torch.float64).numpy()
-        return {
-            split: error_by_text(loss[is_of], texts.numpy()[is_of])
-            for split in Split
-            if (is_of := splits.numpy() == int(split)).any()
+        found = {
+            part: error_by_text(loss[is_of], texts.numpy()[is_of])
+            for part in self.parts
+            if (is_of := splits.numpy() == int(part)).any()
         }
+        sets = [found[part] for part in self.sets if part in found]
+        return {Split.VALID: error_over_sets(sets), **found} if sets else found
 
-    def reduce(self) -> dict[Split, "Summary"]:
+    def reduce(self) -> dict[int, "Summary"]:
         """Sums over the data-parallel ranks and starts over; a collective call.
 
         Context-parallel ranks have the same rows, and so the same sums.
 
         Returns:
-            A summary for each split that has rows.
+            A summary for each split that has rows, and for each named validation set. That of the
+            validation is then over all sets, which have equally many rows.
         """
         total, largest = self.total, self.largest
         assert total is not None and largest is not None  # the caller looks before
@@ -133,9 +140,11 @@ class Recorder:
         group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-        lines = zip(Split, total.tolist(), strict=True)
+        if self.sets:
+            total[Split.VALID] = total[len(Split) :].sum(dim=0)
+        lines = zip(self.parts, total.tolist(), strict=True)
         weight = float(largest)
-        return {split: Summary(line, self.num_bins, weight) for split, line in lines if line[-2]}
+        return {part: Summary(line, self.num_bins, weight) for part, line in lines if line[-2]}
 
 
 def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
@@ -165,6 +174,18 @@ def error_by_text(loss: np.ndarray, text: np.ndarray) -> tuple[float, int]:
     if texts == 1:
         return math.nan, texts
     return math.sqrt((residuals**2).sum() * texts / (texts - 1)) / len(loss), texts
+
+
+def error_over_sets(sets: list[tuple[float, int]]) -> tuple[float, int]:
+    """The standard error of the mean over sets of equally many rows, and the number of texts.
+
+    The sets are fixed: the differences between them are no noise.
+
+    Args:
+        sets: of each, see `error_by_text`.
+    """
+    error = math.sqrt(sum(error**2 for error, _ in sets)) / len(sets)
+    return error, sum(texts for _, texts in sets)
 
 
 class Summary:

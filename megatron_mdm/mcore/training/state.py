@@ -8,12 +8,14 @@ from argparse import Namespace
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.densities import fixed_sampler
+from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.mcore.training.corrupters import evaluation_corrupter, training_corrupter
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
 from megatron_mdm.objective.bells import Bell, faded_share
 from megatron_mdm.objective.control_variate import ControlVariate, bin_masses
 from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.randomness import Split
 from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.types import Floats
 
@@ -30,6 +32,7 @@ class TrainingState:
         mdm: settings of the objective.
         eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
+        evaluated: names of what is evaluated, by its number among the parts of the data.
         checks_finite: whether a loss that is not finite ends the run.
         log_interval: iterations between lines of the log.
         text_offset: what is added to the number of a text, row // views.
@@ -58,7 +61,10 @@ class TrainingState:
         self._bell_fade_at: list | None = args.mdm_bell_fade_at
         corrupter = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
         self._corrupters = evaluation_corrupter(self.mdm), corrupter
-        self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
+        sets: list[str] = args.mdm_validation_sets or []
+        self.evaluated: dict[int, str] = {Split.VALID: "validation", Split.TEST: "test"}
+        self.evaluated |= {part_of_set(i): f"validation {name}" for i, name in enumerate(sets)}
+        self._recorders = Recorder(self.mdm.rate_bins, len(sets)), Recorder(self.mdm.rate_bins)
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
 

@@ -343,6 +343,7 @@ def test_help_shows_every_flag(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "--mdm-mask-token-id" in text
     assert "--tensor-model-parallel-size" in text
+    assert "Names of the files of --valid-data-path" in " ".join(text.split())
 
 
 def test_experts_under_tensor_parallel_need_sequence_parallel(monkeypatch):
