@@ -125,7 +125,7 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.data_path, args.mock_data = options.data_path, False
         args.split = args.split or "100,0,0"
         args.train_data_path = args.valid_data_path = args.test_data_path = None
-        args.data_args_path = args.per_split_data_args_path = None
+        args.data_args_path = args.per_split_data_args_path = args.mdm_validation_sets = None
         if args.data_cache_path and not os.path.isdir(args.data_cache_path):
             args.data_cache_path = None  # of another machine
     for name in map(destination, OBJECTIVE):

@@ -184,7 +184,7 @@ def test_pairs_and_a_single_name(flags, pairs, tmp_path):
     assert set(rows_of(runs["more"], Split.TEST)) == set(range(16))
 
 
-def test_a_resume_goes_on_and_other_sets_are_refused(flags, files, tmp_path):
+def test_a_resume_and_tools_go_on_and_other_sets_are_refused(flags, files, tmp_path):
     named = [files["web"], files["code"], "--validation-set-names", "web", "code"]
     steps = "--train-iters 4 --eval-interval 1 --eval-iters 1 --save-interval 2".split()
     save = ["--save", str(tmp_path / "checkpoint")]
@@ -219,6 +219,11 @@ def test_a_resume_goes_on_and_other_sets_are_refused(flags, files, tmp_path):
     run = ranks.launch(tmp_path / "allowed", 1, *allowed, **options)
     assert "the run resumes on other data: " in run.output[0]
     assert len(numbers(run, "validation web")["NELBO"]) == 2
+    fit = f"--load {save[1]} --device cpu --rows 4 --masks 8 --rates 2".split()
+    for data in ([], ["--data-path", files["code"]]):  # the run's, and others without names
+        output = ["--output", str(tmp_path / f"{len(data)}.json")]
+        tool = ranks.run_forked("tools/fit_ppots.py", *fit, *output, *data)
+        assert tool.returncode == 0, tool.stderr[-2000:]
 
 
 PARTS = [(["train"], None), (["a", "b"], None), None]
