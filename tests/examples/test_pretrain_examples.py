@@ -127,6 +127,8 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
         changes += "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2".split()
         changes += ["--expert-model-parallel-size", "2"]
         words.remove("--moe-grouped-gemm")  # needs a GPU
+        # README: the other one depends on the size of micro-batches.
+        assert values_of(words, "--moe-router-load-balancing-type") == ["seq_aux_loss"]
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]
     changes += ["--save", str(tmp_path / "checkpoint"), "--load", str(tmp_path / "checkpoint")]
