@@ -81,7 +81,7 @@ def check_data_flags(args: Namespace) -> None:
     parts = [flag(name) for name in names if getattr(args, name)]
     if len(whole) > 1 or (whole and parts):
         first, second = (whole + parts)[:2]
-        raise UserError(f"{first} and {second} each name all data: leave one of them out")
+        raise UserError(f"{first} and {second} name the data in two ways: leave one out")
     if args.data_args_path and args.split is None:
         raise UserError(
             "--data-args-path needs --split, the shares for training, validation and test: for "

@@ -243,7 +243,7 @@ def test_a_validation_with_rows(split, parts):
 @pytest.mark.parametrize(
     ("flags", "split", "message"),
     [
-        ("--data-path a --data-args-path b", "9,1,0", "--data-path and --data-args-path each name"),
+        ("--data-path a --data-args-path b", "9,1,0", "--data-path and --data-args-path name the"),
         ("--data-args-path a --valid-data-path b", None, "--data-args-path and --valid-data-path "),
         ("--data-args-path a", None, "--data-args-path needs --split, the shares for training"),
         ("--train-data-path a", "9,1,0", "--split 9,1,0 does not go with --train-data-path, which"),
