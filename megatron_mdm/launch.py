@@ -4,8 +4,12 @@ torchrun kills the ranks 30 s after it was told to stop, dies of SIGUSR1, ends w
 whatever the ranks' was, and takes a run that was asked to stop for a failed one, which
 --max-restarts starts again. This hands the signals on, waits for as long as the ranks save, starts
 none of them again, and ends with their status. SIGQUIT still ends all at once.
+
+--max-restarts starts the ranks again when one has failed. torchrun would have them meet in a store
+that still holds the addresses of those before (pytorch issue 135712), and no restart would work.
 """
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -25,10 +29,14 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
     from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args
 
     api.LocalElasticAgent = launcher.agent(api.LocalElasticAgent)  # type: ignore[misc]
+    words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
+    if parse_args(words).max_restarts:
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a new one each time
     try:
-        torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]])
+        torchrun(words)
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         if status != INTERRUPTED:

@@ -11,7 +11,7 @@
 # local layers. The learning rate warms up again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-RUN=${RUNS:-runs}/ar_to_mdm
+RUN=${RUNS:-runs}/${RUN:-ar_to_mdm}
 FAMILY=qwen2
 source examples/finetune/common.sh
 

@@ -9,7 +9,7 @@
 # LLaDA was trained with row lengths of 4096 and learning rates down to 1e-5: warm up again from there.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-RUN=${RUNS:-runs}/continue_llada
+RUN=${RUNS:-runs}/${RUN:-continue_llada}
 FAMILY=llada
 source examples/finetune/common.sh
 

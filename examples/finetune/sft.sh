@@ -13,7 +13,7 @@
 # tokens (64), which generation then takes as --block-length.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-RUN=${RUNS:-runs}/sft
+RUN=${RUNS:-runs}/${RUN:-sft}
 FAMILY=llada
 [ "${PACK:-no}" = no ] || RUN=$RUN-packed
 source examples/finetune/common.sh

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-#SBATCH --ntasks-per-node=1 --gpus-per-node=8 --exclusive --signal=USR1@600
+#SBATCH --job-name=mdm --ntasks-per-node=1 --gpus-per-node=8 --exclusive --output=slurm-%j.out
+#SBATCH --time=24:00:00 --signal=USR1@600 --requeue --open-mode=append
 # Pretrains a masked-diffusion model of one of the sizes beside this file, on one node or many:
 #   bash examples/pretrain/launch.sh MODEL DATA TOKENIZER [FLAGS...]
-# MODEL: 170m, 1b, 8b or moe: the file of flags. DATA: prefix of a .bin/.idx pair. TOKENIZER: a sentencepiece
-# .model, or a Hugging Face directory. FLAGS win over those of the file. The same command resumes.
+# MODEL: 170m, 1b, 8b or moe: the file of flags. DATA: prefix of a .bin/.idx pair, or "0.7 A 0.3 B" for a blend; with -
+# the FLAGS name the data, as --train-data-path A --valid-data-path B, or --data-args-path FILE --split 999,1,0.
+# TOKENIZER: a sentencepiece .model, or a Hugging Face directory. FLAGS win over those of the file.
 #   one node:     bash examples/pretrain/launch.sh 1b my_text my.model
 #   four nodes:   on each, NODES=4 MASTER=node0 bash examples/pretrain/launch.sh 8b my_text my.model
 #   under Slurm:  sbatch --nodes 4 examples/pretrain/launch.sh 8b my_text my.model   (from the checkout)
+# The run's checkpoints, index cache and logs are in runs/RUN, which all nodes have to see. RUN is the name of the run
+# (default: MODEL). The same command resumes, and another RUN begins anew.
 # GPUS: of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
 # Transformer Engine, as FP8=tensorwise or blockwise on H100 and mxfp8 on Blackwell; with delayed comes the margin that
-# README recommends. PORT: of the rendezvous (default 29500). DRY_RUN=1 prints the command.
-# Slurm asks the run to save and end 600 s before the time limit: examples/scale/README.md.
+# README recommends. PORT: of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, as
+# TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
+# Options of sbatch win over those above. examples/scale/README.md says how Slurm has a run save before its time is up.
 # Environment: one with Transformer Engine, as README installs it, is taken to be active.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
@@ -38,26 +43,45 @@ done
 [ "${FP8:-}" != delayed ] || flags+=(--fp8-margin 4)
 type=HuggingFaceTokenizer
 [ "${TOKENIZER%.model}" = "$TOKENIZER" ] || type=SentencePieceTokenizer
-flags+=(--tokenizer-type "$type" --tokenizer-model "$TOKENIZER" --data-path "$DATA")
-flags+=(--save "runs/$MODEL/checkpoint" --load "runs/$MODEL/checkpoint" --tensorboard-dir "runs/$MODEL/tb")
+flags+=(--tokenizer-type "$type" --tokenizer-model "$TOKENIZER")
+if [ "$DATA" != - ]; then
+    prefixes=("$DATA")
+    [ -e "$DATA.idx" ] || read -r -d '' -a prefixes <<<"$DATA" || true
+    flags+=(--data-path "${prefixes[@]}" --split 999,1,0)
+fi
+directory=runs/${RUN:-$MODEL}
+flags+=(--save "$directory/checkpoint" --load "$directory/checkpoint" --tensorboard-dir "$directory/tb")
+flags+=(--data-cache-path "$directory/cache")
 
-launch=(python -m megatron_mdm.launch --nproc-per-node "${GPUS:-8}")
+gpus=${GPUS:-8}
+nodes=${NODES:-1}
+launch=(python -m megatron_mdm.launch --nproc-per-node "$gpus")
 rendezvous=(--rdzv-backend c10d --rdzv-endpoint)
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    nodes=$SLURM_JOB_NUM_NODES
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    host=${hosts%%$'\n'*} # head would end before scontrol has written the names of many nodes
     # One task a node, with all its cores: Slurm would bind it to one, on which all ranks would run.
     srun=(srun --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" --cpu-bind=none)
-    launch=("${srun[@]}" "${launch[@]}" --nnodes "$SLURM_JOB_NUM_NODES"
+    launch=("${srun[@]}" "${launch[@]}" --nnodes "$nodes"
         --rdzv-id "$SLURM_JOB_ID" "${rendezvous[@]}" "$host:${PORT:-29500}")
-elif [ "${NODES:-1}" -gt 1 ]; then
-    [ -n "${MASTER:-}" ] || stop "NODES=$NODES needs MASTER, the name of one of the nodes"
-    launch+=(--nnodes "$NODES" --rdzv-id mdm "${rendezvous[@]}" "$MASTER:${PORT:-29500}")
+elif [ "$nodes" -gt 1 ]; then
+    [ -n "${MASTER:-}" ] || stop "NODES=$nodes needs MASTER, the name of one of the nodes"
+    launch+=(--nnodes "$nodes" --rdzv-id mdm "${rendezvous[@]}" "$MASTER:${PORT:-29500}")
 else
     # With an address, since not all machines know that of their own name.
     launch+=(--standalone --local-addr 127.0.0.1)
 fi
+python -m megatron_mdm.sizing.nodes "$nodes" "$gpus" "${flags[@]}" "$@"
 
-command=("${launch[@]}" -m megatron_mdm.pretrain "${flags[@]}" "$@")
+# The masked head makes logits of another size in each micro-batch, which would leave gaps between blocks of memory.
+# Megatron looks for the setting under the older of its two names, which torch reads first.
+if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+fi
+
+read -r -d '' -a torchrun <<<"${TORCHRUN:-}" || true
+command=("${launch[@]}" "${torchrun[@]}" -m megatron_mdm.pretrain "${flags[@]}" "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     echo "${command[@]@Q}"
 else

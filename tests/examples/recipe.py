@@ -3,14 +3,27 @@
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import training_device
+from megatron_mdm.mcore.flags.layout_checks import check_sizes
+
+
+def fits(args: Namespace, nodes: int) -> bool:
+    """Whether the flags can be divided over so many nodes of 8 GPUs, as every rank checks them."""
+    os.environ["WORLD_SIZE"] = str(8 * nodes)
+    try:
+        check_sizes(args)
+    except UserError:
+        return False
+    return True
 
 
 def recipe() -> None:
-    """Sizes and expected memory of the flags after `--` on 8 ranks, of which this is the first."""
+    """Sizes, memory and nodes of the flags after `--` on 8 ranks, of which this is the first."""
     from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.flags.arguments import parse
     from megatron_mdm.mcore.model.builder import model_config
@@ -25,4 +38,5 @@ def recipe() -> None:
         model_config(args, MDMConfig.from_args(args))  # checks the layers against the layout
     found = {"shape": vars(ModelShape.from_args(args)), "bytes": expected_bytes(args)}
     found["rotary_base"] = args.rotary_base
+    found["nodes"] = [nodes for nodes in range(1, 2 * args.global_batch_size) if fits(args, nodes)]
     Path(os.environ["TRACE_DIR"], "recipe.json").write_text(json.dumps(found))

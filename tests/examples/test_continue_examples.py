@@ -205,6 +205,9 @@ def test_the_same_command_goes_on_and_another_model_starts_anew(example):
     assert again[2:] == first[2:]
     assert "--replace" in first[0] and "--replace" in first[3]
 
+    named = example.run("continue_llada.sh", models[0], str(texts), RUN="second")[1]
+    assert Path(value(named[2], "--save")).parent == example.here / "runs" / "second" / run.name
+
     directories = {run}
     for model, text in ((models[1], texts), (models[0], others)):
         calls = example.run("continue_llada.sh", model, str(text))[1]

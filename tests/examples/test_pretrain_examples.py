@@ -1,14 +1,19 @@
 """The recipes of examples/pretrain: the launch lines, their flags at full size, and tiny models."""
 
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_mdm.errors import UserError
 from megatron_mdm.sizing.flops import ModelShape
+from megatron_mdm.sizing.nodes import Layout, check_nodes
 from tests import ROOT, ranks
 from tests.examples.recipe import recipe
 from tests.ranks import entries
@@ -22,11 +27,13 @@ MODELS = {
     "8b": (8.02e9, 126_464, 500_000),
     "moe": (7.4e9, 157_184, 10_000),
 }
+# Of the python that runs the tests, whether its environment is active or not.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 TINY = [
     *"--mdm-device cpu --num-layers 2 --hidden-size 32 --num-attention-heads 4".split(),
     *"--ffn-hidden-size 32 --seq-length 32 --max-position-embeddings 32".split(),
     *"--micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr-warmup-iters 1".split(),
-    *"--eval-iters 0 --log-interval 1 --num-workers 0 --split 90,10,0".split(),
+    *"--eval-iters 0 --log-interval 1 --num-workers 0".split(),
 ]
 
 
@@ -34,12 +41,18 @@ def launch_line(model, *flags, data="text", **environment):
     """The words that the launcher would run."""
     result = subprocess.run(
         ["bash", str(FILES / "launch.sh"), model, str(data), "my.model", *flags],
-        env={**os.environ, "DRY_RUN": "1", **environment},
+        env={**os.environ, "PATH": PATH, "DRY_RUN": "1", **environment},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
+
+
+def values_of(words, flag):
+    """The values of a flag where it stands last."""
+    start = len(words) - words[::-1].index(flag)
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), words[start:]))
 
 
 def flags_of(words):
@@ -51,9 +64,8 @@ def test_every_model_is_tested():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
-    tmp_path, data, model
-):
+def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, data, model):
+    """Of memory, of disk, and of nodes."""
     parameters, vocabulary, rotary_base = MODELS[model]
     argv = [
         *flags_of(launch_line(model, data=data)),
@@ -65,11 +77,31 @@ def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
     assert found["shape"]["vocab_size"] == vocabulary
     assert found["rotary_base"] == rotary_base
     assert ModelShape(**found["shape"]).num_parameters == pytest.approx(parameters, rel=0.01)
-    said = re.search(
-        r"# Memory of a rank of 8, GiB: (.*)\n", (FILES / f"{model}.flags").read_text()
-    )
+    file = (FILES / f"{model}.flags").read_text()
+    said = re.search(r"# Memory of a rank of 8, GiB: (.*)\n", file)
     expected = [f"{name} {value / 2**30:.1f}" for name, value in found["bytes"].items()]
     assert said[1] == ", ".join([*expected, f"in all {sum(found['bytes'].values()) / 2**30:.0f}"])
+
+    *others, last = found["nodes"]
+    nodes = f"{', '.join(map(str, others))} or {last}"
+    assert f"# Nodes of 8 GPUs that share a step evenly: {nodes}\n" in file
+    assert Layout.from_flags(argv).nodes(8) == found["nodes"]
+
+    train, save, retain = (
+        int(values_of(argv, flag)[0])
+        for flag in ("--train-iters", "--save-interval", "--save-retain-interval")
+    )
+    assert retain % save == 0
+    kept = len({*range(retain, train + 1, retain), train})
+    # bfloat16 weights, float32 master weights and moments
+    size = (2 + 12) * ModelShape(**found["shape"]).num_parameters
+    total = f"{kept * size / 1e12:.1g}" if kept * size < 1e12 else f"{kept * size / 1e12:.1f}"
+    assert f"# Checkpoints that stay: {kept} of {size / 1e9:.0f} GB, {total} TB\n" in file
+    if model == "8b":
+        page = " ".join((ROOT / "examples/scale/README.md").read_text().split())
+        every = -(-train // save)
+        assert f"would be {every} of them, or {every * size / 1e12:.0f} TB" in page
+        assert f"and the last one: {kept}, or {total} TB" in page
     if model in ("1b", "8b"):  # what README says of the masked head
         shape = ModelShape(**found["shape"])
         masked, causal = shape.training_flops(0.5), shape.training_flops(causal=True)
@@ -80,23 +112,38 @@ def test_flags_are_accepted_at_full_size_and_need_the_memory_that_the_file_says(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
-    """On 2 ranks, with the recipe's own parallelism as far as 2 ranks hold it."""
-    words = flags_of(launch_line(model, data=data))
-    changes = [*TINY, *ranks.TOKENIZER, "--save-interval", "4"]
+    """On 2 ranks, with the recipe's own parallelism as far as 2 ranks hold it; stopped once.
+
+    The data are a prefix, a blend, and a blend that a flag names.
+    """
+    if model == "1b":
+        own, source = ["--train-data-path", "0.7", str(data), "0.3", str(data)], "-"
+    else:
+        own, source = ["--split", "90,10,0"], f"0.7 {data} 0.3 {data}" if model == "8b" else data
+    words = flags_of(launch_line(model, *own, data=source))
+    assert "--ckpt-fully-parallel-load" in words
+    changes = [*TINY, *ranks.TOKENIZER, *"--save-interval 1 --save-retain-interval 2".split()]
     if model == "moe":
         changes += "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2".split()
         changes += ["--expert-model-parallel-size", "2"]
         words.remove("--moe-grouped-gemm")  # needs a GPU
+        # README: the other one depends on the size of micro-batches.
+        assert values_of(words, "--moe-router-load-balancing-type") == ["seq_aux_loss"]
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]
     changes += ["--save", str(tmp_path / "checkpoint"), "--load", str(tmp_path / "checkpoint")]
     changes += ["--data-cache-path", str(tmp_path / "cache")]
-    ranks.launch(tmp_path, 2, "--", *words, *changes, entry=entries.only_these_flags)
-    output = (tmp_path / "rank1.log").read_text()
-    assert output.count(" mdm iteration ") == 4 and "--mdm-recipe recommended" in "".join(
-        (tmp_path / f"rank{i}.log").read_text() for i in range(2)
-    )
+    output = ""
+    for part in (["--exit-interval", "3"], []):
+        ranks.launch(tmp_path, 2, "--", *words, *changes, *part, entry=entries.only_these_flags)
+        output += (tmp_path / "rank1.log").read_text()
+        assert "--mdm-recipe recommended" in "".join(
+            (tmp_path / f"rank{i}.log").read_text() for i in range(2)
+        )
+    assert re.findall(r" mdm iteration +(\d+)", output) == ["1", "2", "3", "4"]
     assert (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").read_text().strip() == "4"
+    kept = sorted(path.name for path in (tmp_path / "checkpoint").glob("iter_*"))
+    assert kept == ["iter_0000002", "iter_0000004"]
 
 
 def test_launch_lines(tmp_path):
@@ -123,7 +170,7 @@ def test_launch_lines(tmp_path):
         "SLURM_JOB_NODELIST": "n[7-8]",
         "SLURM_CPUS_ON_NODE": "96",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{PATH}",
     }
     text = " ".join(launch_line("moe", **slurm))
     srun = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
@@ -138,12 +185,127 @@ def test_mistakes_end_in_one_line():
         (["1b", "x", "y"], {"NODES": "abc"}, "error: NODES=abc: give a number from 1 on"),
         (["1b", "x", "y"], {"GPUS": "0"}, "error: GPUS=0: give a number from 1 on"),
         (["1b", "x", "y"], {"NODES": "2"}, "error: NODES=2 needs MASTER"),
+        (
+            ["1b", "x", "y"],
+            {"NODES": "3", "MASTER": "node0"},
+            "error: 3 nodes of 8 GPUs cannot share the run evenly (--global-batch-size 1280, "
+            "--micro-batch-size 4): take 1, 2, 4, 5, 8, 10, 20 or 40 nodes, or change these flags",
+        ),
+        (
+            ["170m", "x", "y", "--micro-batch-size", "six"],
+            {},
+            "error: --micro-batch-size: six is no number from 1 on",
+        ),
     ):
         result = subprocess.run(
             ["bash", str(FILES / "launch.sh"), *words],
-            env={**os.environ, **environment},
+            env={**os.environ, "PATH": PATH, **environment},
             capture_output=True,
             text=True,
         )
         assert result.returncode == 2 and result.stderr.startswith(message)
         assert result.stderr.count("\n") == 1
+
+
+def test_numbers_of_nodes():
+    experts = "--expert-model-parallel-size 8 --global-batch-size 64 --micro-batch-size 1".split()
+    assert Layout.from_flags(experts).nodes(4) == [2, 4, 8, 16]  # one node cannot hold the experts
+    pipeline = "--pipeline-model-parallel-size=3 --global-batch-size=8 --micro-batch-size=2"
+    layout = Layout.from_flags(["--lr", "1", *pipeline.split(), "--micro-batch-size", "1"])
+    assert [ranks for ranks in range(1, 100) if layout.fits(ranks)] == [3, 6, 12, 24]
+    with pytest.raises(UserError) as caught:
+        check_nodes(layout, 1, 8)
+    assert str(caught.value) == (
+        "1 node of 8 GPUs cannot share the run evenly (--global-batch-size 8, --micro-batch-size "
+        "1, --pipeline-model-parallel-size 3): take 3 nodes, or change these flags"
+    )
+    with pytest.raises(UserError, match="take another number of GPUs a node, or change these"):
+        check_nodes(layout, 1, 5)
+    check_nodes(Layout(), 1, 5)  # without a batch, which is Megatron's to refuse
+    evaluated = Layout.from_flags([*experts, "--eval-global-batch-size", "16"])
+    assert evaluated.nodes(4) == [2, 4]
+
+
+def test_data_are_a_prefix_a_blend_or_flags_of_their_own(data):
+    def paths(words):
+        return values_of(words, "--data-path")
+
+    assert paths(launch_line("1b", data="text")) == ["text"]
+    assert paths(launch_line("1b", data="0.7 a  0.3 b")) == ["0.7", "a", "0.3", "b"]
+    spaced = data.parent / "a name"
+    spaced.with_suffix(".idx").touch()
+    assert paths(launch_line("1b", data=spaced)) == [str(spaced)]
+    own = "--train-data-path 0.7 a 0.3 b --valid-data-path c".split()
+    words = launch_line("1b", *own, data="-")
+    assert words[-len(own) :] == own and "--data-path" not in words and "--split" not in words
+
+
+def test_runs_have_names():
+    for environment, name in (({}, "1b"), ({"RUN": "second"}, "second")):
+        words = launch_line("1b", **environment)
+        for flag, part in (
+            *(("--save", "checkpoint"), ("--load", "checkpoint")),
+            *(("--tensorboard-dir", "tb"), ("--data-cache-path", "cache")),
+        ):
+            assert values_of(words, flag) == [f"runs/{name}/{part}"]
+
+
+def test_flags_for_torchrun_come_before_the_program():
+    words = launch_line("1b", TORCHRUN="--max-restarts 3  --log-dir logs")
+    place = words.index("--max-restarts")
+    rest = ["--max-restarts", "3", "--log-dir", "logs", "-m", "megatron_mdm.pretrain"]
+    assert words[place : place + 6] == rest
+
+
+def test_the_first_of_many_nodes_is_found_each_time(tmp_path):
+    """scontrol may still be writing names when the first one has been read."""
+    names = [f"node{i:04d}-{'x' * 200}" for i in range(600)]
+    (tmp_path / "names").write_text("".join(f"{name}\n" for name in names))
+    scontrol = tmp_path / "scontrol"
+    # Line by line, as a slow writer does.
+    scontrol.write_text(f"#!/bin/bash\nwhile read -r n; do echo $n; done <{tmp_path}/names\n")
+    scontrol.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "99",
+        "SLURM_JOB_NUM_NODES": "160",
+        "SLURM_JOB_NODELIST": "node[0000-0599]",
+        "SLURM_CPUS_ON_NODE": "96",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PATH": f"{tmp_path}:{PATH}",
+    }
+    for _ in range(40):
+        words = launch_line("8b", **slurm)
+        assert values_of(words, "--rdzv-endpoint")[0] == f"{names[0]}:29500"
+
+
+def test_what_slurm_is_asked_for():
+    lines = (FILES / "launch.sh").read_text().splitlines()
+    words = " ".join(line for line in lines if line.startswith("#SBATCH ")).split()
+    assert {"--requeue", "--open-mode=append", "--signal=USR1@600"} <= set(words)
+    assert {"--time=24:00:00", "--output=slurm-%j.out"} <= set(words)
+
+
+STANDS_IN = """#!/bin/bash
+[ "$2" = megatron_mdm.sizing.nodes ] || env | grep "^PYTORCH.*ALLOC_CONF" || true
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "PYTORCH_CUDA_ALLOC_CONF="),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "PYTORCH_ALLOC_CONF=backend:native"),
+    ],
+)
+def test_memory_grows_in_place_unless_the_user_says_otherwise(given, seen, tmp_path):
+    (tmp_path / "python").write_text(STANDS_IN)
+    (tmp_path / "python").chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    result = subprocess.run(
+        ["bash", str(FILES / "launch.sh"), "1b", "text", "my.model"],
+        env={**kept, "PATH": f"{tmp_path}:{PATH}", **given},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and result.stdout.strip() == seen, result.stderr

@@ -29,6 +29,7 @@ from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.flags.architecture import check_model
 from megatron_mdm.mcore.flags.data_files import (
     check_data_files,
+    check_data_flags,
     check_ends_of_documents,
     check_single_texts,
     check_split,
@@ -428,6 +429,7 @@ def _validate_flags(args: Namespace) -> None:
             "measured: use torch_dist"
         )
     _check_transformer_engine(args, mdm)
+    check_data_flags(args)
     check_schedule(args)
     check_sizes(args)
 

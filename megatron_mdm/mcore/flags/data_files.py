@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import (
 )
 from megatron.core.datasets.utils import Split
 
+from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import is_remote
 from megatron_mdm.mcore.ranks import is_first_rank
@@ -60,6 +62,35 @@ def check_split(split: str | None) -> None:
         raise UserError(
             f"--split {split} is not three shares of the data, for training, validation and test: "
             "give plain numbers as in 95,5,0"
+        )
+
+
+def check_data_flags(args: Namespace) -> None:
+    """Checks that the flags name the data once, and say how they are split.
+
+    Megatron reads one kind and ignores the other, or fails once the model has been built.
+
+    Args:
+        args: parsed arguments, before Megatron validates them or after.
+
+    Raises:
+        UserError: names the flags.
+    """
+    whole = [flag(name) for name in ("data_path", "data_args_path") if getattr(args, name)]
+    names = ("train_data_path", "valid_data_path", "test_data_path", "per_split_data_args_path")
+    parts = [flag(name) for name in names if getattr(args, name)]
+    if len(whole) > 1 or (whole and parts):
+        first, second = (whole + parts)[:2]
+        raise UserError(f"{first} and {second} name the data in two ways: leave one out")
+    if args.data_args_path and args.split is None:
+        raise UserError(
+            "--data-args-path needs --split, the shares for training, validation and test: for "
+            "example --split 999,1,0"
+        )
+    if parts and args.split is not None:
+        raise UserError(
+            f"--split {args.split} does not go with {parts[0]}, which names the data of one part: "
+            "leave it out"
         )
 
 

@@ -240,6 +240,44 @@ def test_a_validation_with_rows(split, parts):
     data_files.check_validation(3, split, parts)
 
 
+@pytest.mark.parametrize(
+    ("flags", "split", "message"),
+    [
+        ("--data-path a --data-args-path b", "9,1,0", "--data-path and --data-args-path name the"),
+        ("--data-args-path a --valid-data-path b", None, "--data-args-path and --valid-data-path "),
+        ("--data-args-path a", None, "--data-args-path needs --split, the shares for training"),
+        ("--train-data-path a", "9,1,0", "--split 9,1,0 does not go with --train-data-path, which"),
+        (
+            "--per-split-data-args-path a",
+            "1",
+            "--split 1 does not go with --per-split-data-args-pa",
+        ),
+    ],
+)
+def test_flags_that_name_no_data_or_too_many(flags, split, message, monkeypatch):
+    args = parsed(monkeypatch, data=flags.split())
+    args.split = split
+    with pytest.raises(UserError) as caught:
+        arguments.validate_flags(args)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "split"),
+    [
+        ("--data-path a", None),  # Megatron has a default
+        ("--data-path 0.7 a 0.3 b", "9,1,0"),
+        ("--data-args-path a", "9,1,0"),
+        ("--train-data-path a --valid-data-path b", None),
+        ("--per-split-data-args-path a", None),
+    ],
+)
+def test_flags_that_name_data(flags, split, monkeypatch):
+    args = parsed(monkeypatch, data=flags.split())
+    args.split = split
+    arguments.validate_flags(args)
+
+
 def test_batches_and_sizes_count_the_ranks(monkeypatch):
     arguments.validate_flags(parsed(monkeypatch, world=4))  # 2 x 4 = 8
     with pytest.raises(UserError, match="--global-batch-size 8 is not .* 2 x 8 data-parallel"):

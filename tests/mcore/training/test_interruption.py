@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -184,6 +186,27 @@ def test_what_a_rank_shares_with_the_writer_is_copied():
     assert buckets[0][2][1][0][1].tolist() == [1.0] * 3
 
 
+@contextmanager
+def launched(launcher, data, directory, *flags):
+    """Two ranks that save after each iteration, as (process of their launcher, log)."""
+    save = str(directory / "checkpoint")
+    command = [
+        *[sys.executable, "-m", *launcher.split(), "--standalone", "--nproc-per-node", "2"],
+        *["-m", "megatron_mdm.pretrain", *ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING],
+        *["--data-path", str(data), "--data-cache-path", str(directory / "cache")],
+        *["--num-workers", "1", "--save", save, "--load", save, "--save-interval", "1", *flags],
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    log = directory / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        yield process, log
+    finally:
+        for pid in left(log):
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("launcher", "number", "status"),
     [
@@ -197,28 +220,27 @@ def test_a_signal_to_the_launcher(launcher, number, status, data, tmp_path):
     None is started again: that run would not end.
     """
     save = tmp_path / "checkpoint"
-    command = [
-        *[sys.executable, "-m", *launcher.split(), "--standalone", "--nproc-per-node", "2"],
-        *["-m", "megatron_mdm.pretrain", *ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING],
-        *["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache")],
-        *["--num-workers", "1", "--save", str(save), "--save-interval", "1"],
-        *["--train-iters", "1000000"],
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
+    with launched(launcher, data, tmp_path, "--train-iters", "1000000") as (process, log):
         wait_for((save / TRACKER).exists)
         process.send_signal(number)
         assert process.wait(PATIENCE) == status
         wait_for(lambda: not left(log))
-    finally:
-        for pid in left(log):
-            os.kill(pid, signal.SIGKILL)
     output = log.read_text()
     assert "Traceback" not in output, output[-3000:]
     assert "rank 0: " in output and "exiting program after" in output
     last = find_checkpoint(str(save)).iteration
     assert f"successfully saved checkpoint from iteration {last:7d}" in output
     assert f"iteration {last + 1:8d}/" not in output
+
+
+def test_ranks_are_started_again_when_one_has_died(data, tmp_path):
+    """And go on from the last checkpoint, with --max-restarts."""
+    save = tmp_path / "checkpoint"
+    flags = ["--train-iters", "40", "--save-retain-interval", "40"]
+    with launched("megatron_mdm.launch --max-restarts 1", data, tmp_path, *flags) as (process, log):
+        wait_for((save / TRACKER).exists)
+        psutil.Process(process.pid).children()[-1].kill()
+        assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    found = re.findall(r"successfully loaded checkpoint .* at iteration (\d+)", log.read_text())
+    assert len(found) == 1 and 1 <= int(found[0]) < 40
+    assert find_checkpoint(str(save)).iteration == 40

@@ -1,0 +1,120 @@
+"""`python -m megatron_mdm.sizing.nodes NODES GPUS FLAGS...`: whether a run's flags fit its nodes.
+
+Ends with status 2 and one line where they do not, which names the numbers of nodes that fit. It
+imports neither torch nor Megatron, so that a launcher can ask before it starts anything.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NoReturn
+
+from megatron_mdm.errors import UserError, run_tool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The flags that say how a run is divided among its ranks, under Megatron's names."""
+
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+    eval_global_batch_size: int | None = None
+    eval_micro_batch_size: int | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+
+    @classmethod
+    def from_flags(cls, flags: Sequence[str]) -> "Layout":
+        """Takes the sizes out of a run's flags, of which the last one of a name counts.
+
+        Raises:
+            UserError: one of them is no number from 1 on.
+        """
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        for field in fields(cls):
+            name = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(name, type=_size, default=field.default)
+        return cls(**vars(parser.parse_known_args(list(flags))[0]))
+
+    def fits(self, ranks: int) -> bool:
+        """Whether so many ranks can share model, experts and batch: the rule of Megatron."""
+        if ranks % self._model or ranks % self._experts:
+            return False
+        replicas = ranks // self._model
+        return all(rows % (micro * replicas) == 0 for rows, micro in self._batches())
+
+    def nodes(self, gpus: int) -> list[int]:
+        """Numbers of nodes of so many GPUs that fit; none without a batch, which bounds them."""
+        replicas = min((rows // micro for rows, micro in self._batches()), default=0)
+        most = replicas * self._model // gpus
+        return [nodes for nodes in range(1, most + 1) if self.fits(nodes * gpus)]
+
+    def __str__(self) -> str:
+        """The flags that were given."""
+        flags = [
+            (f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.default)
+            for f in fields(self)
+        ]
+        return ", ".join(f"{flag} {value}" for flag, value, default in flags if value != default)
+
+    @property
+    def _model(self) -> int:
+        """Ranks of a model replica."""
+        ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return ranks * self.context_parallel_size
+
+    @property
+    def _experts(self) -> int:
+        """Ranks of a replica of the experts."""
+        tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        """(rows of a step, rows of a micro-batch), of the training and of the validation."""
+        rows, micro = self.global_batch_size, self.micro_batch_size
+        if rows is not None and micro is not None:
+            yield rows, micro
+            yield self.eval_global_batch_size or rows, self.eval_micro_batch_size or micro
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
+
+
+def check_nodes(layout: Layout, nodes: int, gpus: int) -> None:
+    """Checks that a run fits so many nodes of so many GPUs.
+
+    Raises:
+        UserError: it does not; names the numbers of nodes that do.
+    """
+    if layout.fits(nodes * gpus):
+        return
+    fitting = [str(number) for number in layout.nodes(gpus)]
+    *others, last = fitting or ["another number of GPUs a node"]
+    numbers = f"{', '.join(others)} or {last}" if others else last
+    unit = "" if not fitting else " node" if fitting == ["1"] else " nodes"
+    raise UserError(
+        f"{nodes} {'node' if nodes == 1 else 'nodes'} of {gpus} GPUs cannot share the run evenly "
+        f"({layout}): take {numbers}{unit}, or change these flags"
+    )
+
+
+def main() -> None:
+    """Checks the words of the command line."""
+    nodes, gpus, *flags = sys.argv[1:]
+    check_nodes(Layout.from_flags(flags), int(nodes), int(gpus))
+
+
+if __name__ == "__main__":
+    run_tool(main)
