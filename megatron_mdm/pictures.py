@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", "#000000")
+YELLOW, SKY = "#e69f00", "#56b4e9"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PALE, GREY = "#c4c4c4", "#777777"
 STYLE = {
@@ -176,4 +177,5 @@ def point_out(axes: Any, value: float, y: float, color: str, form: str = ".1f") 
         va="center",
         size=7,
         color=color,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )
