@@ -150,32 +150,35 @@ def limits(values: Sequence[float], reach: float = 3.0) -> tuple[float, float]:
     return float(inner.min() - margin), float(inner.max() + margin)
 
 
-def point_out(axes: Any, value: float, y: float, color: str, form: str = ".1f") -> None:
-    """Marks a value beyond the ends of the x axis by an arrow at the edge, and writes it there.
+def point_out(axes: Any, values: Sequence[float], y: float, color: str, form: str = ".1f") -> None:
+    """Marks values beyond the ends of the x axis by an arrow at the edge, and writes them there.
 
     Args:
         axes: the panel, whose ends of x are set.
-        value: of x. One within the ends is left alone.
+        values: of x. Those within the ends and NaN are left alone; of several the first and the
+            last in order are written.
         y: where.
-        color: of both.
-        form: format of the number.
+        color: of the arrow and the number.
+        form: format of a number.
     """
     low, high = axes.get_xlim()
-    if low <= value <= high:
-        return
-    right = value > high
-    edge = (1.0 if right else 0.0, y)
     across = axes.get_yaxis_transform()
-    axes.plot(*edge, ">" if right else "<", color=color, ms=5, transform=across, clip_on=False)
-    axes.annotate(
-        f"{value:{form}}",
-        edge,
-        xycoords=across,
-        xytext=(-5 if right else 5, 0),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="center",
-        size=7,
-        color=color,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-    )
+    for right in (False, True):
+        outside = sorted(x for x in values if (x > high if right else x < low))
+        beyond = list(dict.fromkeys(f"{x:{form}}" for x in outside))
+        if not beyond:
+            continue
+        edge = (1.0 if right else 0.0, y)
+        axes.plot(*edge, ">" if right else "<", color=color, ms=5, transform=across, clip_on=False)
+        axes.annotate(
+            beyond[0] if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}",
+            edge,
+            xycoords=across,
+            xytext=(-6 if right else 6, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            size=7,
+            color=color,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )

@@ -37,9 +37,11 @@ def _tick_boxes(axis, renderer):
     low, high = sorted(axis.get_view_interval())
     edge = 1e-9 * (high - low)
     return [
-        label.get_window_extent(renderer)
-        for place, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)
-        if label.get_text() and low - edge <= place <= high + edge
+        tick.label1.get_window_extent(renderer)
+        for tick in axis.get_major_ticks()
+        if tick.label1.get_visible()
+        and tick.label1.get_text()
+        and low - edge <= tick.get_loc() <= high + edge
     ]
 
 

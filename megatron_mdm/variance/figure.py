@@ -168,7 +168,7 @@ def _draw_methods(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.barh(places, values, 0.34, xerr=errors, label=name, color=color)
         axes.set(xlim=(0.0, most), ylim=(-len(rows) + 0.4, 0.6))
         for value, place in zip(values, places, strict=True):
-            point_out(axes, value, place, "black", ".3g")
+            point_out(axes, [value], place, "black", ".3g")
     labels = [row["method"] + ("" if row["unbiased"] else " *") for row in rows]
     axes.set_yticks([-y for y in range(len(rows))], labels)
     axes.set(title="Methods (*: another objective)", xlabel="variance relative to standard")
