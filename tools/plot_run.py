@@ -7,6 +7,7 @@ the rate, rows per second, masked fraction, learning rate.
 """
 
 import argparse
+import itertools
 import os
 import re
 from typing import Any
@@ -128,7 +129,7 @@ def draw(figure: Any, series: dict[str, Series]) -> None:
         unused.remove()
     _draw_loss(panels[0], series)
     _draw_bins(panels[1], series)
-    _draw_training(panels[2], series["grad-norm"], "gradient before clipping", BLUE)
+    _draw_training(panels[2], series["grad-norm"], "gradient before clipping")
     panels[2].set(ylabel="norm of the gradient", title="Gradient")
     use_log_scale(panels[2].yaxis)
     legend_below(panels[2])
@@ -148,10 +149,10 @@ def _draw_loss(axes: Any, series: dict[str, Series]) -> None:
     bound = series.get("mdm/is bound")
     always = bound is None or np.nanmin(bound[1]) == 1.0
     label = "training" if always else "training (not always a bound)"
-    _draw_training(axes, series["mdm loss"], label, BLUE)
+    _draw_training(axes, series["mdm loss"], label)
     sets = sorted((match[1], name) for name in series if (match := SET.fullmatch(name)))
-    looks = zip(sets, (ORANGE, *COLORS[2:]), MARKERS, strict=False)
-    for (label, name), color, marker in looks:
+    looks = zip(itertools.cycle((ORANGE, *COLORS[2:])), itertools.cycle(MARKERS), strict=False)
+    for (label, name), (color, marker) in zip(sets, looks, strict=False):
         steps, values = series[name]
         axes.errorbar(
             *(steps, values, at(series[f"{name} stderr"], steps)),
@@ -182,16 +183,16 @@ def _draw_bins(axes: Any, series: dict[str, Series]) -> None:
     legend_below(axes)
 
 
-def _draw_training(axes: Any, series: Series, label: str, color: str) -> None:
+def _draw_training(axes: Any, series: Series, label: str) -> None:
     """A value of every step, pale, and its mean over many steps."""
     steps, values = series
     window = len(values) // 16 | 1
     axes.plot(steps, values, _style(values), color=PALE, lw=0.7, label=f"{label}, each logged step")
     if window > 1:
         middle = window // 2
-        name = f"mean of {window} logged steps, at the middle one"
-        axes.plot(steps[middle : len(steps) - middle], centred_mean(values, window), label=name)
-        axes.lines[-1].set_color(color)
+        label = f"mean of {window} logged steps, at the middle one"
+        inner, means = steps[middle : len(steps) - middle], centred_mean(values, window)
+        axes.plot(inner, means, color=BLUE, label=label)
     use_steps(axes)
 
 

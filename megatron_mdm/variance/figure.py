@@ -121,7 +121,13 @@ def _draw_shares(axes: Any, report: dict[str, Any]) -> None:
             [source[n][part][k] / report[n]["total"][0] for n in NAMES] for k in (0, 1)
         )
         places = [x + 0.21 * (i - 1.5) for x in range(2)]
+        if source is not report:
+            axes.set_ylim(axes.get_ylim())  # A, B and C fill the panel, however tall this is
         axes.bar(places, values, 0.19, yerr=errors, label=label, color=color)
+        top = axes.get_ylim()[1]
+        for place, value in zip(places, values, strict=True):
+            if value > top:
+                axes.annotate(f"↑\n{value:.3g}", (place, top), size=7, ha="center", va="top")
     axes.set(xticks=range(2), xticklabels=NAMES, ylabel="share of the variance of one row")
     axes.set(title="Where the variance comes from")
     legend_beside(axes)

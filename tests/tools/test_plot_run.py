@@ -186,6 +186,21 @@ def test_every_named_set_has_its_points_and_error_bars(panels):
     assert overall[0].get_marker() != code[0].get_marker()
 
 
+def test_many_named_sets_look_different(panels):
+    many = {
+        f"mdm/validation {x} NELBO{end}": [(50, 2.0)] for x in range(12) for end in ("", " stderr")
+    }
+    loss = panels(scalars(range(1, 101), [50], **many))["Loss"]
+    looks = {(bar[0].get_color(), bar[0].get_marker()) for bar in loss.containers}
+    assert len(looks) == len(loss.containers) == 13
+
+
+@pytest.mark.parametrize("norms", [[0.0], [0.0, 2.0], [math.nan], [1e-12, 3e9]])
+def test_gradients_of_any_size_are_drawn(panels, norms):
+    values = [(step, norms[step % len(norms)]) for step in range(1, 61)]
+    panels(scalars(range(1, 61), [60], **{"grad-norm": values}))
+
+
 def test_a_resumed_run_has_each_step_once(panels, tmp_path):
     """In two files; the second run begins at the checkpoint before the first one's end."""
     for start, end, name in ((1, 30, "a"), (21, 50, "b")):

@@ -228,6 +228,11 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
         ]
         values = [bar.get_height() for bar in shares.patches]
         assert values[0] == found["loss"]["A"][0] / found["loss"]["total"][0]
+        top = shares.get_ylim()[1]
+        assert max(values[:6]) < top
+        assert [text.get_text() for text in shares.texts] == [
+            f"↑\n{value:.3g}" for value in values[6:] if value > top
+        ]
         assert [x.get_label() for x in curves.containers] == [
             *("A(t), loss", "B(t), loss", "A(t), gradient", "B(t), gradient")
         ]
