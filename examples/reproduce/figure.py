@@ -133,21 +133,23 @@ def _deviations(axes: Any, entries: Entries) -> None:
 
 
 def _parts(axes: Any, entries: Entries) -> None:
+    """A, B and C side by side: an estimate of a small one can be negative."""
     for place, what in enumerate(("loss", "gradient")):
         for x, moment in enumerate(MOMENTS):
-            bottom = 0.0
             for number, (part, share) in enumerate(parts(entries, what, moment).items()):
                 label = f"{part}: {('mask pattern', 'rate', 'data')[number]}"
-                axes.bar(
-                    x + 4 * place,
+                axes.errorbar(
+                    x + 4 * place + 0.22 * (number - 1),
                     share.value,
-                    bottom=bottom,
+                    [[share.value - share.low], [share.high - share.value]],
+                    fmt=MARKERS[number],
                     color=COLORS[number],
                     label=None if x or place else label,
                 )
-                bottom += share.value
+    axes.axhline(0.0, color=GREY, lw=0.8, zorder=0)
     axes.set_xticks([*range(3), *range(4, 7)], MOMENTS * 2, rotation=90)
-    axes.set(title="Variance of one row", ylabel="share", xlabel="of the loss, of the gradient")
+    axes.set(title="Variance of one row", xlabel="of the loss, of the gradient")
+    axes.set_ylabel("share, 95%")
     legend_below(axes, inches=0.75)
 
 
