@@ -85,9 +85,9 @@ def legend_below(axes: Any, columns: int = 1, inches: float = 0.45) -> None:
     )
 
 
-def legend_beside(axes: Any, title: str | None = None) -> None:
+def legend_beside(axes: Any) -> None:
     """Puts the legend to the right of a panel."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, alignment="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def use_log_scale(axis: Any) -> None:

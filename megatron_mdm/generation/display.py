@@ -138,7 +138,7 @@ def _grid(
 ) -> tuple["Image", list[tuple[int, int, int, int]]]:
     """The picture of all tokens, blank where the call is None, and the pixels of each cell.
 
-    The scale shows so many calls.
+    `calls` is the end of the scale.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
