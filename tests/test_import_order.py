@@ -16,7 +16,7 @@ ORDER = [
     ["errors", "file_locks", "hub_files", "interruption"],
     ["objective"],
     ["environment", "files", "config"],
-    ["recipes", "bound", "densities", "data"],
+    ["recipes", "bound", "densities", "data", "pictures"],
     ["sizing", "evaluation", "generation"],
     ["variance"],
     ["mcore.ranks", "mcore.device", "mcore.argument_groups", "mcore.tokenizer"],

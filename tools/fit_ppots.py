@@ -4,9 +4,9 @@
 
 measures the checkpoint on its training data and writes ppots.json, for --mdm-ppots-file, and
 ppots.png: the measured points with error bars (twice the standard error, of the choice of rows and
-masks), the fit and the density. The JSON file has the standard errors too. Under torchrun the ranks
-share the model as tensor-parallel ranks. The paper measures the loss of the data to come before
-fine-tuning:
+masks), the means of the fit over the same bins, and the density. The JSON file has the standard
+errors too. Under torchrun the ranks share the model as tensor-parallel ranks. The paper measures
+the loss of the data to come before fine-tuning:
 
     python tools/fit_ppots.py --load checkpoints --data-path pairs --mdm-sft --output ppots.json
 
@@ -26,11 +26,14 @@ from typing import TYPE_CHECKING, Any
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MDMConfig, destination, flag_of
 from megatron_mdm.errors import UserError, escaped, run_tool
-from megatron_mdm.files import check_picture, complete_or_absent, write_errors, write_text
+from megatron_mdm.files import check_picture, write_text
 from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
+from megatron_mdm.pictures import BLUE, ORANGE, blank_figure, legend_below, save, use_log_scale
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_mdm.objective.ppots.fit import PpotsFit
 
 # Fields of MDMConfig that say which values are measured.
@@ -201,38 +204,75 @@ def errors_in_words(result: "PpotsFit") -> str:
 
 
 def draw(result: "PpotsFit", picture: Path) -> None:
-    """Measured root mean squares with error bars, fit and density against t."""
-    import matplotlib
+    """Writes the picture of a fit; see `fill`."""
+    with blank_figure() as figure:
+        fill(figure, result)
+        save(figure, str(picture))
 
-    matplotlib.use("Agg")
+
+def fill(figure: Any, result: "PpotsFit") -> None:
+    """Measured bins with error bars, the same means of the fit, and the density against t.
+
+    What was measured in a bin is a root mean square over it. So is what is drawn of the fit: a
+    steep density differs from its value at the middle of the bin.
+    """
     import numpy as np
-    import torch
-    from matplotlib import pyplot as plt
 
     square = result.moments.second_moment()
-    measured, n = np.sqrt(square), len(square)
-    t = np.linspace(1e-3, 1.0, 500)
-    density = result.sampler().density(torch.from_numpy(t)).numpy()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    bars, label = None, "measured"
+    n, scale = len(square), np.sqrt(square).mean()
+    measured, label = np.sqrt(square) / scale, "measured in bins"
+    low = high = measured
     if result.errors is not None:
         twice = 2 * np.array(result.errors)
-        ends = [np.sqrt((square + sign * twice).clip(min=0.0)) - measured for sign in (-1, 1)]
-        bars, label = np.abs(ends) / measured.mean(), "measured, twice the standard error"
-    centers = (np.arange(n) + 0.5) / n
-    axes.errorbar(centers, measured / measured.mean(), bars, fmt="ko", capsize=2, label=label)
+        low, high = (np.sqrt((square + x).clip(min=0.0)) / scale for x in (-twice, twice))
+        label = "measured in bins, twice the standard error"
+    figure.set_size_inches(6.5, 4.8)
+    axes = figure.add_subplot()
+    centers, edges = (np.arange(n) + 0.5) / n, np.arange(n + 1) / n
+    edges[0] = centers[0] / 2  # where the logarithmic axis begins
+    bars = None if result.errors is None else (measured - low, high - measured)
+    axes.errorbar(centers, measured, bars, fmt="o", color="black", label=label, lw=1.0)
     if result.uniform_share < 1.0:  # the density without the uniform's share
-        axes.plot(
-            t,
-            (density - result.uniform_share) / (1 - result.uniform_share),
-            "C0",
-            label=f"fit: {result.family}",
-        )
-    axes.plot(t, density, "C3", label=f"density, uniform share {result.uniform_share:g}")
-    axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(0, 1), ylim=(0, None))
-    axes.legend()
-    with complete_or_absent(str(picture)) as (temporary,), write_errors(str(picture)):
-        figure.savefig(temporary, dpi=120, format="png")
+        means = fitted_bins(result)
+        label = f"fit in bins: {result.family}"
+        axes.stairs(means / means.mean(), edges, baseline=None, color=BLUE, label=label)
+    t = np.geomspace(edges[0], 1.0, 500)
+    drawn = density(result, t)
+    label = f"density of t, uniform share {result.uniform_share:g}"
+    axes.plot(t, drawn, "--", color=ORANGE, label=label)
+    axes.set(xlabel="masking rate t", ylabel="relative to the mean", xlim=(edges[0], 1.05))
+    # An error bar that reaches 0 goes to the end of the axis.
+    floor = measured[measured > 0.0].min() / 5
+    least = min(*low[low > floor], *measured[measured > 0.0], drawn.min())
+    axes.set_ylim(0.8 * least, 1.2 * max(high.max(), drawn.max()))
+    use_log_scale(axes.xaxis)
+    use_log_scale(axes.yaxis)
+    legend_below(axes)
+
+
+def density(result: "PpotsFit", t: "np.ndarray") -> "np.ndarray":
+    """The density that rates are drawn from, at rates t [n]."""
+    import torch
+
+    values: np.ndarray = result.sampler().density(torch.from_numpy(t)).numpy()
+    return values
+
+
+def fitted_bins(result: "PpotsFit", points: int = 200) -> "np.ndarray":
+    """Root mean squares of the fitted density over the measured bins, without the uniform's share.
+
+    Args:
+        result: its share is below 1.
+        points: of each bin that the mean is taken over.
+    """
+    import numpy as np
+
+    n = result.moments.num_bins
+    t = (np.arange(n * points) + 0.5) / (n * points)
+    share = result.uniform_share
+    fitted = ((density(result, t) - share) / (1 - share)).reshape(n, points)
+    means: np.ndarray = np.sqrt(np.square(fitted).mean(axis=1))
+    return means
 
 
 if __name__ == "__main__":

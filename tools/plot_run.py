@@ -1,17 +1,51 @@
-"""Shows a run: validation loss before and after, and a picture of loss, loss against t, gradient.
+"""Shows a run: validation loss before and after, and a picture of what it logged.
 
-python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
+    python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
+
+draws loss, loss against the masking rate t and gradient norm, and what else was logged: density of
+the rate, rows per second, masked fraction, learning rate.
 """
 
 import argparse
+import itertools
 import os
 import re
+from typing import Any
+
+import numpy as np
 
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.experiments.runs import read_scalars
-from megatron_mdm.files import check_picture, complete_or_absent, write_errors
+from megatron_mdm.files import check_picture
+from megatron_mdm.pictures import (
+    BLUE,
+    COLORS,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PALE,
+    blank_figure,
+    legend_below,
+    save,
+    use_log_scale,
+    use_plain_numbers,
+    use_steps,
+)
 
+# Steps and what was logged there, float64 [n] each.
+Series = tuple[np.ndarray, np.ndarray]
+NELBO = "mdm/validation NELBO"
+SET = re.compile(r"mdm/(validation(?: .+)?) NELBO")  # overall, or of a named set
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
+DENSITY = re.compile(r"mdm/density at t ([\d.]+)")
+# Panels of one curve: what it is logged as, title, name of the y axis.
+SINGLE = (
+    ("mdm/uniform share", "Density of the rate", "share of the uniform density"),
+    ("mdm/rows per s", "Throughput", "rows per second"),
+    ("mdm/masked fraction", "Masking", "masked fraction of the tokens"),
+    ("learning-rate", "Learning rate", "learning rate"),
+)
+MOST_DENSITIES = 5  # that are drawn of all refits
 
 
 def parse() -> argparse.Namespace:
@@ -31,78 +65,174 @@ def main() -> None:
     if not os.path.isdir(options.tensorboard_dir):
         raise UserError(f"--tensorboard-dir {options.tensorboard_dir}: no such directory")
     scalars = read_scalars(options.tensorboard_dir)
-    nelbo = scalars.get("mdm/validation NELBO", [])
+    nelbo = scalars.get(NELBO, [])
     if not nelbo or "mdm loss" not in scalars:
         raise UserError(
             f"{options.tensorboard_dir} has no run of megatron_mdm with a validation: "
             "give the directory that the run named as --tensorboard-dir"
         )
-    errors = dict(scalars["mdm/validation NELBO stderr"])
-    for index, when in ends(nelbo):
-        step, value = nelbo[index]
+    series = {name: in_order(values) for name, values in scalars.items()}
+    steps, values = series[NELBO]
+    errors = at(series[f"{NELBO} stderr"], steps)
+    for step in shown_validations(steps):
+        value, error = values[steps == step][0], errors[steps == step][0]
+        when = "before" if step == 0 else "after" if step == steps[-1] else "first"
         print(
-            f"validation NELBO {when:6s} ({step} steps): {value:.3f} +- {errors[step]:.3f} "
-            "nats/token"
+            f"validation NELBO {when:6s} ({step:.0f} steps): {value:.3f} +- {error:.3f} nats/token"
         )
-    draw(scalars, options.output)
+    with blank_figure() as figure:
+        draw(figure, series)
+        save(figure, options.output)
     print(f"picture: {escaped(options.output)}")
 
 
-def draw(scalars: dict[str, list[tuple[int, float]]], output: str) -> None:
-    """Loss against steps, validation loss against the masking rate, gradient norm against steps."""
-    import matplotlib
+def in_order(values: list[tuple[int, float]]) -> Series:
+    """Each step once, in order: of what was logged twice for a step, the later one.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Megatron logs the last validation twice, and a resumed run logs the steps after its checkpoint
+    again. NaN and infinity are NaN, a gap in the curve.
+    """
+    steps, found = np.array(sorted(dict(values).items()), dtype=np.float64).T
+    return steps, np.where(np.isfinite(found), found, np.nan)
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    steps, losses = zip(*scalars["mdm loss"], strict=True)
-    is_bound = all(value for _, value in scalars.get("mdm/is bound", []))
-    training = "training" if is_bound else "training (not always a bound)"
-    left.plot(steps, losses, color="0.8", linewidth=0.7, label=f"{training}, each step")
-    left.plot(steps, smooth(losses), color="C0", label=f"{training}, mean of 50 steps")
-    left.plot(*zip(*scalars["mdm/validation NELBO"], strict=True), "C3o", label="validation")
-    left.set(xlabel="step", ylabel="loss (nats/token)", title="Loss")
-    left.legend()
 
+def at(series: Series, steps: np.ndarray) -> np.ndarray:
+    """The values at given steps, NaN where nothing was logged."""
+    known = dict(zip(*(x.tolist() for x in series), strict=True))
+    return np.array([known.get(step, np.nan) for step in steps.tolist()])
+
+
+def shown_validations(steps: np.ndarray) -> list[float]:
+    """The steps of the first and of the last validation."""
+    return sorted({float(steps[0]), float(steps[-1])})
+
+
+def when(step: float) -> str:
+    """A name for what was measured at a step: only that at 0 was measured before training."""
+    return f"after {step:.0f} steps" if step else "before training"
+
+
+def draw(figure: Any, series: dict[str, Series]) -> None:
+    """Fills a figure with a panel for each thing that was logged."""
+    densities = sorted(
+        (float(match[1]), values)
+        for name, values in series.items()
+        if (match := DENSITY.fullmatch(name))
+    )
+    singles = [panel for panel in SINGLE if panel[0] in series]
+    count = 3 + bool(densities) + len(singles)
+    columns = 3 if count % 3 == 0 or count < 7 else 4
+    rows = -(-count // columns)
+    figure.set_size_inches(4.3 * columns, 3.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in panels[count:]:
+        unused.remove()
+    _draw_loss(panels[0], series)
+    _draw_bins(panels[1], series)
+    _draw_training(panels[2], series["grad-norm"], "gradient before clipping")
+    panels[2].set(ylabel="norm of the gradient", title="Gradient")
+    use_log_scale(panels[2].yaxis)
+    legend_below(panels[2])
+    rest = iter(panels[3:])
+    if densities:
+        _draw_densities(next(rest), densities)
+    for axes, (name, title, what) in zip(rest, singles, strict=False):
+        steps, values = series[name]
+        axes.plot(steps, values, _style(values), lw=1.4 if len(values) < 200 else 0.8)
+        axes.set(ylabel=what, title=title)
+        use_plain_numbers(axes.yaxis)
+        use_steps(axes)
+
+
+def _draw_loss(axes: Any, series: dict[str, Series]) -> None:
+    """The training loss and every validation with its error bar, each set by its name."""
+    bound = series.get("mdm/is bound")
+    always = bound is None or np.nanmin(bound[1]) == 1.0
+    label = "training" if always else "training (not always a bound)"
+    _draw_training(axes, series["mdm loss"], label)
+    sets = sorted((match[1], name) for name in series if (match := SET.fullmatch(name)))
+    looks = zip(itertools.cycle((ORANGE, *COLORS[2:])), itertools.cycle(MARKERS), strict=False)
+    for (label, name), (color, marker) in zip(sets, looks, strict=False):
+        steps, values = series[name]
+        axes.errorbar(
+            *(steps, values, at(series[f"{name} stderr"], steps)),
+            fmt=marker,
+            color=color,
+            label=f"{label} +- standard error",
+            lw=1.0,
+            zorder=3,
+        )
+    axes.set(ylabel="loss (nats/token)", title="Loss")
+    legend_below(axes)
+
+
+def _draw_bins(axes: Any, series: dict[str, Series]) -> None:
+    """The loss of the first and of the last validation against t."""
     bins = sorted(
-        (float(match[1]), float(match[2]), values)
-        for name, values in scalars.items()
+        ((float(match[1]) + float(match[2])) / 2, values)
+        for name, values in series.items()
         if (match := BIN.fullmatch(name))
     )
-    colors = {"before": "0.6", "after": "C3"}
-    for index, when in ends(scalars["mdm/validation NELBO"]):
-        middle.plot(
-            [(low + high) / 2 for low, high, _ in bins],
-            [values[index][1] for *_, values in bins],
-            "o-",
-            color=colors[when],
-            label=f"{when} training",
-        )
-    middle.set(
-        xlabel="masking rate t", ylabel="validation loss (nats/token)", title="Loss against t"
+    steps = shown_validations(series[NELBO][0])
+    looks = [(GREY, "s"), (ORANGE, "o")][-len(steps) :]
+    for step, (color, marker) in zip(steps, looks, strict=True):
+        losses = [at(values, np.array([step]))[0] for _, values in bins]
+        axes.plot([t for t, _ in bins], losses, f"{marker}-", color=color, label=when(step))
+    axes.set(xlabel="masking rate t", ylabel="validation loss (nats/token)", title="Loss against t")
+    axes.set(xlim=(0, 1))
+    legend_below(axes)
+
+
+def _draw_training(axes: Any, series: Series, label: str) -> None:
+    """A value of every step, pale, and its mean over many steps."""
+    steps, values = series
+    window = len(values) // 16 | 1
+    axes.plot(steps, values, _style(values), color=PALE, lw=0.7, label=f"{label}, each logged step")
+    if window > 1:
+        middle = window // 2
+        label = f"mean of {window} logged steps, at the middle one"
+        inner, means = steps[middle : len(steps) - middle], centred_mean(values, window)
+        axes.plot(inner, means, color=BLUE, label=label)
+    use_steps(axes)
+
+
+def _style(values: np.ndarray) -> str:
+    """A line, on which single points are seen where there are few."""
+    return "o-" if len(values) < 30 else "-"
+
+
+def _draw_densities(axes: Any, densities: list[tuple[float, Series]]) -> None:
+    """The density of the rate after some refits, the earlier the paler."""
+    from matplotlib import colormaps
+
+    steps = densities[0][1][0]
+    places = np.unique(np.linspace(0, len(steps) - 1, MOST_DENSITIES).round().astype(int))
+    shades = colormaps["viridis_r"](np.linspace(0.15, 1.0, len(places)))
+    for place, color, marker in zip(places, shades, MARKERS, strict=False):
+        values = [at(values, steps[place : place + 1])[0] for _, values in densities]
+        label = when(steps[place])
+        axes.plot([t for t, _ in densities], values, f"{marker}-", color=color, label=label)
+    axes.set(xlabel="masking rate t", ylabel="density of t", title="Density of the rate")
+    axes.set(xlim=(0, 1))
+    legend_below(axes, columns=2)
+
+
+def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of each window of an odd number of values, NaN left out, for its middle value.
+
+    Args:
+        values: [n], n at least the window.
+        window: number of values.
+
+    Returns:
+        [n - window + 1]; NaN where a window holds nothing else.
+    """
+    known = ~np.isnan(values)
+    sums, counts = (
+        np.convolve(x, np.ones(window), "valid") for x in (np.where(known, values, 0.0), known)
     )
-    middle.set(xlim=(0, 1), ylim=(0, None))
-    middle.legend()
-    steps, norms = zip(*scalars["grad-norm"], strict=True)
-    right.plot(steps, norms, color="0.8", linewidth=0.7, label="each step, before clipping")
-    right.plot(steps, smooth(norms), color="C0", label="mean of 50 steps")
-    right.set(xlabel="step", ylabel="norm of the gradient", title="Gradient", yscale="log")
-    right.legend()
-    with complete_or_absent(output) as (temporary,), write_errors(output):
-        figure.savefig(temporary, dpi=90, format=output.rpartition(".")[2])
-
-
-def ends(validations: list[tuple[int, float]]) -> list[tuple[int, str]]:
-    """Index and name of the validations that are shown: the last one, and an earlier first one."""
-    earlier = validations[0][0] < validations[-1][0]  # Megatron repeats the last one
-    return [(0, "before"), (-1, "after")] if earlier else [(-1, "after")]
-
-
-def smooth(values: tuple[float, ...], window: int = 50) -> list[float]:
-    """Mean of the last `window` values at each place."""
-    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    means: np.ndarray = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0.5)
+    return means
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The results as a picture: answers of every seed, deviations, and where the noise comes from."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -14,41 +15,61 @@ from tables import (
     measured,
     noise,
     parts,
+    smoke_test,
 )
 
 from megatron_mdm.experiments.statistics import Interval, deviation_interval
-from megatron_mdm.files import complete_or_absent, write_errors
+from megatron_mdm.pictures import (
+    BLUE,
+    COLORS,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PALE,
+    blank_figure,
+    legend_below,
+    limits,
+    point_out,
+    save,
+    use_log_scale,
+)
+
+ROW = 0.55  # inches, of a method
+SPREAD = 0.8  # of a row, over which its seeds are spread
 
 
 def draw(results: Result, path: str) -> None:
     """Draws to a .png or .svg file."""
-    import matplotlib
+    with blank_figure() as figure:
+        fill(figure, results)
+        save(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def fill(figure: Any, results: Result) -> None:
+    """Draws results into an empty figure."""
     found = by_setting(results)
     ran = {name for entries in found.values() for name in entries}
     names = [name for name in METHODS if name in ran]
-    columns = max(3, len(found))
-    figure = plt.figure(figsize=(3.2 * columns + 3, 0.52 * len(names) + 5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.2, 1])
+    heights = (ROW * len(names) + 1.6, ROW * max(4, len(names)) + 2.0)
+    figure.set_size_inches(3.2 * max(3, len(found)) + 3, sum(heights))
+    figure.suptitle(smoke_test(results), color=ORANGE)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
     upper = above.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, (setting, entries) in zip(upper, found.items(), strict=True):
         _answers(axes, entries, names)
         axes.set(title=setting.title, xlabel="right answers (%)")
     label_rows(upper[0], names)
-    spread, shares, variances = below.subplots(1, 3, width_ratios=[1, 0.8, 1.2])
+    legend_below(upper[0])
     # The setting with most seeds, and that with the paper's two claims, unless it was not run.
     setting = SCARCE if SCARCE in found else next(iter(found))
-    _deviations(spread, found[setting])
-    if measured(found[setting]):
-        _parts(shares, found[setting])
-        _noise(variances, found[setting])
     below.suptitle(setting.title)
-    with complete_or_absent(path) as (temporary,), write_errors(path):
-        figure.savefig(temporary, dpi=100, format=path.rpartition(".")[2])
-    plt.close(figure)
+    if not measured(found[setting]):
+        _deviations(below.subplots(), found[setting])
+        return
+    spread, shares, variances = below.subplots(1, 3, width_ratios=[1, 0.8, 1.2])
+    _deviations(spread, found[setting])
+    _parts(shares, found[setting])
+    _noise(variances, found[setting])
 
 
 def label_rows(axes: Any, names: list[str]) -> None:
@@ -58,55 +79,90 @@ def label_rows(axes: Any, names: list[str]) -> None:
 
 
 def _answers(axes: Any, entries: Entries, names: list[str]) -> None:
+    """Every seed by itself, one below the other, joined to the same seed of `standard`."""
+    base = {run["seed"]: 100 * run["answers"] for run in entries.get("standard", [])}
+    seeds = dict.fromkeys(run["seed"] for runs in entries.values() for run in runs)
+    order = sorted(seeds, key=lambda seed: -base.get(seed, math.inf))
+    axes.set_xlim(limits([x for runs in entries.values() for x in answers(runs)]))
     for place, name in enumerate(names):
-        values = answers(entries.get(name, []))
-        if values:
-            axes.plot(values, [-place] * len(values), "o", color="C0", ms=3.5, alpha=0.6)
-            axes.plot([statistics.fmean(values)], [-place], "|", color="C3", ms=14, mew=2)
-    if "standard" in entries:
-        axes.axvline(statistics.fmean(answers(entries["standard"])), color="0.7", lw=0.8, zorder=0)
+        values = {run["seed"]: 100 * run["answers"] for run in entries.get(name, [])}
+        own = [seed for seed in order if seed in values]
+        ys = [SPREAD * (0.5 - (i + 0.5) / len(own)) - place for i in range(len(own))]
+        for seed, y in zip(own, ys, strict=True):
+            if name != "standard" and seed in base:
+                axes.plot([base[seed], values[seed]], [y, y], "-", color=GREY, lw=0.7)
+                axes.plot(base[seed], y, "|", color=GREY, ms=3)
+        axes.plot([values[seed] for seed in own], ys, "o", color=BLUE, ms=2.6, zorder=3)
+        if own:
+            mean = statistics.fmean(values.values())
+            axes.plot([mean, mean], [-place - 0.45, -place + 0.45], color=ORANGE, lw=2.0)
+            point_out(axes, list(values.values()), -place, BLUE)
+    if base:
+        axes.axvline(statistics.fmean(base.values()), color=PALE, lw=0.8, zorder=0)
+    axes.plot([], [], "o", color=BLUE, ms=2.6, label="a seed")
+    axes.plot([], [], "|-", color=GREY, lw=0.7, ms=5, label="to the same seed of `standard`")
+    axes.plot([], [], color=ORANGE, lw=2.0, label="mean")
 
 
-def _intervals(axes: Any, found: Mapping[str, Interval], color: str, shift: float = 0.0) -> None:
+def _intervals(
+    axes: Any, found: Mapping[str, Interval], number: int = 0, shift: float = 0.0
+) -> None:
+    """Intervals one below the other; the ends of the x axis are set."""
+    color = COLORS[number]
     for place, interval in enumerate(found.values()):
-        axes.plot([interval.low, interval.high], [shift - place] * 2, "-", color=color)
-        axes.plot([interval.value], [shift - place], "o", color=color, ms=4)
+        y = shift - place
+        axes.plot([interval.low, interval.high], [y, y], "-", color=color)
+        axes.plot([interval.value], [y], MARKERS[number], color=color)
+        point_out(axes, interval, y, color, ".2g")
+
+
+def _ends(found: list[Interval]) -> list[float]:
+    """All numbers of intervals that are known."""
+    return [x for interval in found for x in interval if math.isfinite(x)]
 
 
 def _deviations(axes: Any, entries: Entries) -> None:
     found = {
         name: deviation_interval(answers(runs)) for name, runs in entries.items() if len(runs) > 1
     }
-    _intervals(axes, found, "C0")
+    if found:
+        axes.set_xlim(limits(_ends(list(found.values()))))
+    _intervals(axes, found)
     label_rows(axes, list(found) or ["no method has two seeds"])
-    axes.set(title="deviation between seeds", xlabel="points of right answers, 95%")
+    axes.set(title="Deviation between seeds", xlabel="points of right answers, 95%")
 
 
 def _parts(axes: Any, entries: Entries) -> None:
+    """A, B and C side by side: an estimate of a small one can be negative."""
     for place, what in enumerate(("loss", "gradient")):
         for x, moment in enumerate(MOMENTS):
-            bottom = 0.0
             for number, (part, share) in enumerate(parts(entries, what, moment).items()):
                 label = f"{part}: {('mask pattern', 'rate', 'data')[number]}"
-                axes.bar(
-                    x + 4 * place,
+                axes.errorbar(
+                    x + 4 * place + 0.22 * (number - 1),
                     share.value,
-                    bottom=bottom,
-                    color=f"C{number}",
+                    [[share.value - share.low], [share.high - share.value]],
+                    fmt=MARKERS[number],
+                    color=COLORS[number],
                     label=None if x or place else label,
                 )
-                bottom += share.value
-    axes.set_xticks([*range(3), *range(4, 7)], MOMENTS * 2, rotation=60)
-    axes.set(title="variance of one row: loss, gradient", ylabel="share")
-    axes.legend(fontsize="small", loc="lower center")
+    axes.axhline(0.0, color=GREY, lw=0.8, zorder=0)
+    axes.set_xticks([*range(3), *range(4, 7)], MOMENTS * 2, rotation=90)
+    axes.set(title="Variance of one row", xlabel="of the loss, of the gradient")
+    axes.set_ylabel("share, 95%")
+    legend_below(axes, inches=0.75)
 
 
 def _noise(axes: Any, entries: Entries) -> None:
-    for number, moment in enumerate(MOMENTS):
-        found = noise(entries, moment)
-        _intervals(axes, found, f"C{number}", 0.25 * (1 - number))
-        axes.plot([], [], "o-", color=f"C{number}", label=moment)
+    by_moment = [noise(entries, moment) for moment in MOMENTS]
+    ends = _ends([interval for found in by_moment for interval in found.values()])
+    low, high = limits([math.log(x) for x in ends])
+    axes.set_xlim(math.exp(low), math.exp(high))
+    use_log_scale(axes.xaxis)
+    for number, (moment, found) in enumerate(zip(MOMENTS, by_moment, strict=True)):
+        _intervals(axes, found, number, 0.25 * (1 - number))
+        axes.plot([], [], f"{MARKERS[number]}-", color=COLORS[number], label=moment)
         label_rows(axes, list(found))
-    axes.axvline(1.0, color="0.7", lw=0.8, zorder=0)
-    axes.set(title="variance of a batch's gradient", xlabel="relative to standard", xscale="log")
-    axes.legend(fontsize="small")
+    axes.axvline(1.0, color=GREY, lw=0.8, zorder=0)
+    axes.set(title="Variance of a batch's gradient", xlabel="relative to standard")
+    legend_below(axes, columns=3)

@@ -173,6 +173,7 @@ class Scale:
         cost: of its runs, where it has been measured.
         accepts: between which shares of right answers the first run of `standard` must end, or
             the other runs of its setting are not done; None does them all.
+        is_smoke_test: whether it shows only that everything runs.
     """
 
     layers: int
@@ -193,6 +194,7 @@ class Scale:
     entries: Mapping[Setting, Mapping[str, int]]
     cost: Cost | None = None
     accepts: tuple[float, float] | None = None
+    is_smoke_test: bool = False
 
 
 STORIES = (
@@ -219,6 +221,7 @@ SCALES = {
         measured=1,
         calibration=1,
         entries={SCARCE: {"standard": 1, BOTH_EPOCHS: 1, STOPPED: 1}, TABLES: {"SyRM": 1}},
+        is_smoke_test=True,
     ),
     "laptop": Scale(
         layers=2,

@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument(
         "--scale",
         choices=SCALES,
-        help="ci: a minute, laptop: hours on two cores, gpu: minutes on one",
+        help="ci: a smoke test of a minute, which says nothing about methods; laptop: hours on two "
+        "cores; gpu: minutes on one",
     )
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, help="do these alone (default: all of the scale)"

@@ -94,6 +94,17 @@ def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
     return words
 
 
+def smoke_test(results: Result) -> str:
+    """What has to be known of results that say nothing about methods; empty for others."""
+    scale = results["scale"]
+    if not SCALES[scale].is_smoke_test:
+        return ""
+    return (
+        f"--scale {scale} is a smoke test: it shows that everything runs, and says nothing about "
+        "methods"
+    )
+
+
 def as_text(results: Result) -> str:
     """All tables."""
     blocks = []
@@ -112,7 +123,8 @@ def as_text(results: Result) -> str:
             _parts(entries),
             _noise(entries),
         ]
-    return "\n\n".join("\n".join(lines) for lines in blocks if len(lines) > 1)
+    text = "\n\n".join("\n".join(lines) for lines in blocks if len(lines) > 1)
+    return "\n\n".join(filter(None, (smoke_test(results), text)))
 
 
 def _means(results: Result, setting: Setting, entries: Entries) -> list[str]:
@@ -316,6 +328,8 @@ def points(shares: Sequence[float]) -> str:
 
 def claims(results: Result) -> str:
     """The paper's two claims, each answered in sentences with numbers and intervals."""
+    if smoke_test(results):
+        return f"The paper's claims are not judged: {smoke_test(results)}."
     found = by_setting(results)
     lines = ["Does P-POTS + MIRROR gain accuracy? Points of right answers, with 95% intervals:", ""]
     for setting, entries in found.items():
@@ -374,7 +388,8 @@ def _gain(entries: Entries, name: str, baseline: str) -> str:
 
 def as_markdown(results: Result) -> str:
     """One table, for a page that says no more."""
-    lines = ["| | answers | minus `standard`'s | deviation, max - min |", "|---|---|---|---|"]
+    lines = [f"**{warning}.**", ""] if (warning := smoke_test(results)) else []
+    lines += ["| | answers | minus `standard`'s | deviation, max - min |", "|---|---|---|---|"]
     for setting, entries in by_setting(results).items():
         lines.append(f"| **{setting.title}** | | | |")
         words = verdicts(entries)
@@ -400,7 +415,7 @@ def caption(results: Result) -> str:
         f"`--scale {results['scale']}`, {done[0]['problems']} problems, {results['machine']}, "
         f"{results['date']}, {results['program']}; {len(done)} fine-tunings{missing} of "
         f"{hours:.1f} hours in all, {results['jobs']} at a time; bases and calibration are not "
-        "counted."
+        "counted." + (f" {warning}." if (warning := smoke_test(results)) else "")
     )
 
 

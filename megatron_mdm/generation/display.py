@@ -5,10 +5,13 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 from megatron_mdm.errors import escaped
 from megatron_mdm.files import complete_or_absent, write_errors
+from megatron_mdm.pictures import blank_figure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".gif")
 COLUMNS = 12  # tokens in a line of the picture
 DPI = 80
+LINE, HEAD = 0.4, 0.8  # inches: of a line of tokens, and of the scale above with the margins
+GIVEN, BORDER = "0.93", "0.75"  # greys
 LETTERS = 11  # of a token that fit into its cell
 FRAMES = 100  # of an animation, at most: more calls than that are shown several at a time
 
@@ -114,8 +119,8 @@ def draw_order(path: str, texts: Sequence[str], order: Sequence[int]) -> None:
 def order_frames(texts: Sequence[str], order: Sequence[int]) -> Iterator["Image"]:
     """The pictures of `draw_order`: the given tokens, then what each call added."""
     calls = max(order, default=0)
-    empty, _ = _grid(texts, [call if call == 0 else None for call in order])
-    full, boxes = _grid(texts, order)
+    empty, _ = _grid(texts, [call if call == 0 else None for call in order], calls)
+    full, boxes = _grid(texts, order, calls)
     shown = min(calls, FRAMES - 1)
     done = 0
     yield empty.copy()
@@ -129,53 +134,86 @@ def order_frames(texts: Sequence[str], order: Sequence[int]) -> Iterator["Image"
 
 
 def _grid(
-    texts: Sequence[str], order: Sequence[int | None]
+    texts: Sequence[str], order: Sequence[int | None], calls: int
 ) -> tuple["Image", list[tuple[int, int, int, int]]]:
-    """The picture of all tokens, blank where the call is None, and the pixels of each cell."""
+    """The picture of all tokens, blank where the call is None, and the pixels of each cell.
+
+    `calls` is the end of the scale.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from PIL.Image import frombuffer
 
     lines = max(1, -(-len(texts) // COLUMNS))
-    last = max((call for call in order if call), default=2)
-    figure = Figure(figsize=(COLUMNS, 0.4 * lines + 0.8), dpi=DPI)
-    canvas = FigureCanvasAgg(figure)
-    # In inches: a line of explanation above, and cells of 1 x 0.4 in a narrow margin.
-    height = figure.get_figheight()
-    axes = figure.add_axes((0.02, 0.1 / height, 0.96, 0.4 * lines / height))
-    axes.set(xlim=(0, COLUMNS), ylim=(lines, 0))
-    axes.set_axis_off()
-    axes.set_title("given: grey; filled from the first call (dark) to the last (light)", size=10)
-    colours = ScalarMappable(Normalize(1, max(last, 2)), colormaps["viridis"])
-    corners = []
-    for index, (text, call) in enumerate(zip(texts, order, strict=True)):
-        y, x = divmod(index, COLUMNS)
-        corners += [(x, y), (x + 1, y + 1)]
-        face = "white" if call is None else "0.93" if call == 0 else colours.to_rgba(call)
-        axes.add_patch(Rectangle((x, y), 1, 1, facecolor=face, edgecolor="0.8"))
-        if call is None:
-            continue
-        shown = one_line(text)
-        shown = shown if len(shown) <= LETTERS else shown[: LETTERS - 1] + "…"
-        color = "black" if call == 0 or call > 0.6 * last else "white"
-        axes.text(
-            *(x + 0.5, y + 0.5, shown),
-            ha="center",
-            va="center",
-            size=8,
-            color=color,
-            parse_math=False,
-            clip_on=True,
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        canvas.draw()
+    colours = ScalarMappable(Normalize(1, max(calls, 2)), colormaps["viridis"])
+    with blank_figure() as figure:
+        figure.set(layout_engine="none", dpi=DPI, figwidth=COLUMNS, figheight=LINE * lines + HEAD)
+        canvas = FigureCanvasAgg(figure)
+        # In inches: the scale above, and cells of 1 x 0.4 in a narrow margin.
+        height = figure.get_figheight()
+        axes = figure.add_axes((0.02, 0.1 / height, 0.96, LINE * lines / height))
+        axes.set(xlim=(0, COLUMNS), ylim=(lines, 0))
+        axes.set_axis_off()
+        _draw_scale(figure, colours, calls)
+        corners = []
+        for index, (text, call) in enumerate(zip(texts, order, strict=True)):
+            y, x = divmod(index, COLUMNS)
+            corners += [(x, y), (x + 1, y + 1)]
+            face = "white" if call is None else GIVEN if call == 0 else colours.to_rgba(call)
+            # Borders of the outer cells lie half outside the axes.
+            cell = Rectangle((x, y), 1, 1, facecolor=face, edgecolor=BORDER, clip_on=False)
+            axes.add_patch(cell)
+            if call is None:
+                continue
+            shown = in_cell(text)
+            is_light = call == 0 or sum(face[:3]) > 1.4
+            label = axes.text(
+                *(x + 0.5, y + 0.5, shown),
+                ha="center",
+                va="center",
+                size=8,
+                color="black" if is_light else "white",
+                parse_math=False,
+                clip_on=True,
+            )
+            label.set_clip_path(cell)  # no word runs into the next cell
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            canvas.draw()
     image = frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
     # Pixels count from the bottom in matplotlib, and from the top in the picture.
     pixels = axes.transData.transform(corners or [(0, 0), (0, 0)]).round().astype(int)
     pixels[:, 1] = image.height - pixels[:, 1]
     return image.convert("RGB"), [(*a, *b) for a, b in pixels.reshape(-1, 2, 2).tolist()]
+
+
+def in_cell(text: str) -> str:
+    """A token as its cell shows it: spaces are middle dots, and a long one is cut."""
+    shown = one_line(text).replace(" ", "·")
+    return shown if len(shown) <= LETTERS else shown[: LETTERS - 1] + "…"
+
+
+def _draw_scale(figure: Any, colours: Any, calls: int) -> None:
+    """Above the cells: the grey of given tokens, and the colour of each model call."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    width, height = figure.get_size_inches()
+    middle = 1 - 0.28 / height
+    axes = figure.add_axes((0.02, middle - 0.1 / height, 0.2 / width, 0.2 / height))
+    axes.set_axis_off()
+    axes.add_patch(Rectangle((0, 0), 1, 1, facecolor=GIVEN, edgecolor=BORDER, clip_on=False))
+    figure.text(0.02 + 0.3 / width, middle, "given (· is a space)", va="center")
+    if not calls:
+        return
+    figure.text(0.49, middle, "filled by model call", va="center", ha="right")
+    bar = figure.add_axes((0.5, middle - 0.1 / height, 0.48, 0.2 / height))
+    numbers = np.arange(1, calls + 1)
+    bar.pcolormesh(np.append(numbers, calls + 1) - 0.5, [0, 1], [numbers], cmap=colours.cmap)
+    bar.collections[0].set_norm(colours.norm)
+    bar.grid(visible=False)
+    bar.set_yticks([])
+    bar.xaxis.set_major_locator(MaxNLocator(10, integer=True))

@@ -2,9 +2,23 @@
 
 from typing import Any
 
-from megatron_mdm.files import complete_or_absent, write_errors
+from megatron_mdm.pictures import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PALE,
+    SKY,
+    blank_figure,
+    legend_beside,
+    limits,
+    point_out,
+    save,
+    use_plain_numbers,
+)
 
 NAMES = ("loss", "gradient")
+COLUMNS = ("gradient", "loss")  # of the table of methods
+PARTS = {"A": BLUE, "B": ORANGE, "C": GREEN}  # and their colours
 NOTES = (
     "* another objective, whose loss and gradient are not those of standard",
     "ppots-gradient: the norm of the gradient at the final hidden states, as in training",
@@ -59,7 +73,7 @@ def _method_lines(rows: list[dict[str, Any]]) -> list[str]:
         f"{'rows':>6s}{'texts':>6s}{'masked':>7s}{'head tokens':>12s}"
     ]
     for row in rows:
-        cells = "".join("{:8.3f} +- {:.3f}".format(*row[name]) for name in ("gradient", "loss"))
+        cells = "".join("{:8.3f} +- {:.3f}".format(*row[name]) for name in COLUMNS)
         name = row["method"] + ("" if row["unbiased"] else " *")
         lines.append(
             f"{name:{width}s}{row['per']:5s}{cells}{row['rows']:6d}{row['texts']:6d}"
@@ -70,60 +84,100 @@ def _method_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def draw_figure(report: dict[str, Any], path: str) -> None:
     """Bars of A, B and C, their curves over t, and the methods; PNG or SVG by the suffix."""
-    import matplotlib
+    with blank_figure() as figure:
+        fill(figure, report)
+        save(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    colors = {"A": "C0", "B": "C1", "C": "C2"}
-    height = max(4.0, 0.26 * len(report["methods"]))
-    figure, (shares, curves, methods) = plt.subplots(
-        1, 3, figsize=(13, height), layout="constrained", width_ratios=[1, 1.6, 1.6]
+def fill(figure: Any, report: dict[str, Any]) -> None:
+    """Draws a report into an empty figure, the methods in the order of the table."""
+    methods = report["methods"]
+    # In inches: the panels on the left do not grow with the number of methods.
+    left, line = 3.6, 0.28
+    height = max(2 * left, line * len(methods) + 1.0)
+    figure.set_size_inches(13.0 if methods else 6.5, height)
+    grid = figure.add_gridspec(
+        3 if height > 2 * left else 2,
+        2 if methods else 1,
+        height_ratios=[left, left, height - 2 * left][: 3 if height > 2 * left else 2],
     )
+    _draw_shares(figure.add_subplot(grid[0, 0]), report)
+    _draw_curves(figure.add_subplot(grid[1, 0]), report)
+    if methods:
+        _draw_methods(figure.add_subplot(grid[:, 1]), methods)
+
+
+def _draw_shares(axes: Any, report: dict[str, Any]) -> None:
     bars = [
-        ("A: mask pattern", "A", report),
-        ("B: rate", "B", report),
-        ("C: data", "C", report),
-        ("C, autoregressive", "C", report.get("autoregressive")),
+        ("A: mask pattern", "A", report, PARTS["A"]),
+        ("B: rate", "B", report, PARTS["B"]),
+        ("C: data", "C", report, PARTS["C"]),
+        ("C, autoregressive", "C", report.get("autoregressive"), PALE),
     ]
-    for i, (label, part, source) in enumerate(bars):
+    for i, (label, part, source, color) in enumerate(bars):
         if source is None:
             continue
         values, errors = (
             [source[n][part][k] / report[n]["total"][0] for n in NAMES] for k in (0, 1)
         )
         places = [x + 0.21 * (i - 1.5) for x in range(2)]
-        color = colors[part] if source is report else "0.6"
-        shares.bar(places, values, 0.19, yerr=errors, capsize=3, label=label, color=color)
-    shares.set(xticks=range(2), xticklabels=NAMES, ylabel="share of the variance of one row")
-    shares.legend()
+        if source is not report:
+            axes.set_ylim(axes.get_ylim())  # A, B and C fill the panel, however tall this is
+        axes.bar(places, values, 0.19, yerr=errors, label=label, color=color)
+        top = axes.get_ylim()[1]
+        for place, value in zip(places, values, strict=True):
+            if value > top:
+                axes.annotate(f"↑\n{value:.3g}", (place, top), size=7, ha="center", va="top")
+    axes.set(xticks=range(2), xticklabels=NAMES, ylabel="share of the variance of one row")
+    axes.set(title="Where the variance comes from")
+    legend_beside(axes)
+
+
+def _draw_curves(axes: Any, report: dict[str, Any]) -> None:
+    from matplotlib.ticker import SymmetricalLogLocator
+
     bins = report["settings"]["bins"]
-    for name, style in zip(NAMES, ("--", "-"), strict=True):
+    for name, style, fill in zip(NAMES, ("--", "-"), ("none", "full"), strict=True):
         total = report[name]["total"][0]
-        for part in ("A", "B"):
+        for part, marker in (("A", "o"), ("B", "s")):
             points = [
                 ((i + 0.5) / bins, point[0] / total, point[1] / total)
                 for i, point in enumerate(report["curves"][f"{name} {part}"])
                 if point is not None
             ]
             if points:
-                x, y, e = zip(*points, strict=True)
-                label = f"{part}(t), {name}"
-                curves.errorbar(x, y, e, fmt=f"o{style}", ms=3, label=label, color=colors[part])
-    curves.set(xlabel="masking rate t", ylabel="relative to the total", xlim=(0, 1))
-    curves.set_yscale("symlog", linthresh=0.1)
-    curves.legend()
-    rows = report["methods"][::-1]
-    for i, name in enumerate(NAMES[::-1]):
+                axes.errorbar(
+                    *zip(*points, strict=True),
+                    fmt=f"{marker}{style}",
+                    fillstyle=fill,
+                    label=f"{part}(t), {name}",
+                    color=PARTS[part],
+                )
+    axes.set(xlabel="masking rate t", ylabel="relative to the total", xlim=(0, 1))
+    axes.set(title="At each masking rate")
+    # Estimates of what is 0 can be negative: linear there, logarithmic beyond.
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.margins(y=0.08)
+    axes.yaxis.set_major_locator(
+        SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1.0, 2.0, 5.0))
+    )
+    use_plain_numbers(axes.yaxis)
+    legend_beside(axes)
+
+
+def _draw_methods(axes: Any, rows: list[dict[str, Any]]) -> None:
+    ends = [value + error for row in rows for value, error in (row[name] for name in COLUMNS)]
+    most = max(1.05, limits([*ends, 1.0])[1])
+    for i, (name, color) in enumerate(zip(COLUMNS, (BLUE, SKY), strict=True)):
         values, errors = ([row[name][k] for row in rows] for k in (0, 1))
-        places = [y + 0.36 * (i - 0.5) for y in range(len(rows))]
-        methods.barh(places, values, 0.34, xerr=errors, label=name, color=f"C{4 - i}")
+        places = [-y - 0.36 * (i - 0.5) for y in range(len(rows))]
+        axes.barh(places, values, 0.34, xerr=errors, label=name, color=color)
+        axes.set(xlim=(0.0, most), ylim=(-len(rows) + 0.4, 0.6))
+        for value, place in zip(values, places, strict=True):
+            point_out(axes, [value], place, "black", ".3g")
     labels = [row["method"] + ("" if row["unbiased"] else " *") for row in rows]
-    methods.set(yticks=range(len(rows)), yticklabels=labels)
-    methods.set(xlabel="variance relative to standard (*: another objective)")
-    methods.axvline(1.0, color="k", lw=0.8)
-    if rows:
-        methods.legend(loc="lower right")
-    with complete_or_absent(path) as (temporary,), write_errors(path):
-        figure.savefig(temporary, dpi=150, format=path.rpartition(".")[2])
-    plt.close(figure)
+    axes.set_yticks([-y for y in range(len(rows))], labels)
+    axes.set(title="Methods (*: another objective)", xlabel="variance relative to standard")
+    axes.axvline(1.0, color="black", lw=0.8)
+    axes.grid(axis="y", visible=False)
+    legend_beside(axes)

@@ -23,11 +23,13 @@ from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
 from megatron_mdm.experiments.statistics import deviation_test
-from tests import ROOT, ranks, tiers
+from megatron_mdm.pictures import GREY, blank_figure
+from tests import ROOT, ranks, shown, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
 sys.path.insert(0, str(EXAMPLE))
 
+import figure  # noqa: E402
 import methods  # noqa: E402
 import reproduce  # noqa: E402
 import score  # noqa: E402
@@ -306,6 +308,73 @@ def test_a_verdict_is_adjusted_for_all_methods():
     }
 
 
+@pytest.fixture
+def panels():
+    """A function that draws results, checks that nothing is hidden, and gives the panels."""
+    with blank_figure() as drawing:
+
+        def drawn(results):
+            figure.fill(drawing, results)
+            shown.check_panels(drawing)
+            return {axes.get_title(): axes for axes in drawing.axes}
+
+        yield drawn
+
+
+def test_every_seed_is_joined_to_the_same_one_of_standard(panels):
+    found = panels(RESULTS)
+    assert list(found) == [
+        *(setting.title for setting in (FRESH, SCARCE, SECOND_BASE)),
+        *("Deviation between seeds", "Variance of one row", "Variance of a batch's gradient"),
+    ]
+    axes = found[SCARCE.title]
+    rows = dict(zip(SCARCE_RUNS, range(len(SCARCE_RUNS)), strict=True))
+    pairs = {name: [] for name in rows}
+    for line in axes.lines:
+        if line.get_color() == GREY and line.get_linestyle() == "-" and len(line.get_xdata()) == 2:
+            (x, y), (other, same) = line.get_xydata()
+            assert y == same
+            pairs[list(rows)[round(-y)]].append((round(x, 6), round(other, 6)))
+    standard = SCARCE_RUNS["standard"]
+    assert pairs.pop("standard") == []
+    assert {name: sorted(found) for name, found in pairs.items()} == {
+        name: sorted(zip(standard, SCARCE_RUNS[name], strict=True)) for name in pairs
+    }
+
+
+def test_an_outlier_does_not_squeeze_a_panel(panels):
+    """A seed that solves nothing, and methods that solve all, are written at the edges."""
+    shares = {"standard": [60, 61, 62, 63, 64], "MIRROR": [61, 62, 2, 64, 65]}
+    shares |= {"clipped": [60, 62, 63, 62, 64], "autoregressive": [99.25]}
+    runs = [
+        result(SCARCE, name, seed, share / 100)
+        for name, values in shares.items()
+        for seed, share in zip(SEEDS, values, strict=False)
+    ]
+    found = panels(RESULTS | {"runs": runs})
+    assert found.keys() == {SCARCE.title, "Deviation between seeds"}  # no noise was measured
+    axes = found[SCARCE.title]
+    low, high = axes.get_xlim()
+    assert 55 < low < 60 and 65 < high < 70
+    assert {text.get_text() for text in axes.texts} == {"2.0", "99.2"}
+
+
+def test_a_smoke_test_says_that_it_is_one(panels):
+    """In the tables, the claims, the Markdown, the caption and the picture."""
+    runs = [result(SCARCE, "standard", 42, 0.1), result(SCARCE, BOTH_EPOCHS, 42, 0.2)]
+    small = RESULTS | {"scale": "ci", "runs": runs}
+    said = "--scale ci is a smoke test: it shows that everything runs, and says nothing about "
+    said += "methods"
+    assert tables.as_text(small).startswith(f"{said}\n\n== arithmetic")
+    assert tables.claims(small) == f"The paper's claims are not judged: {said}."
+    assert tables.as_markdown(small).startswith(f"**{said}.**\n\n| |")
+    assert tables.caption(small).endswith(f" {said}.")
+    assert panels(small)[SCARCE.title].get_figure(root=True).get_suptitle() == said
+    blocks = (tables.as_text, tables.claims, tables.as_markdown, tables.caption)
+    assert not any("smoke" in block(RESULTS) for block in blocks)
+    assert [name for name, scale in SCALES.items() if scale.is_smoke_test] == ["ci"]
+
+
 def test_files_get_the_results_in_their_places():
     text = "a\n<!-- reproduce: caption -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = tables.inserted(RESULTS, text, "file")
@@ -432,6 +501,7 @@ def test_the_whole_study_makes_its_table(finished):
     noise = [moment["noise"]["standard"] for moment in found.values()]
     assert min(noise) > 0 and len(set(noise)) == 3
     assert (directory / "table.png").stat().st_size > 5000
+    assert ended.stdout.startswith("--scale ci is a smoke test: ")
     assert study("--report", f"{directory}/all.json").stdout == ended.stdout
 
 

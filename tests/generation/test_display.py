@@ -14,9 +14,12 @@ from megatron_mdm.files import check_picture
 from megatron_mdm.generation import display
 from megatron_mdm.generation.display import (
     COLUMNS,
+    DPI,
+    LETTERS,
     Screen,
     _grid,
     draw_order,
+    in_cell,
     order_frames,
     shown_on,
     wrapped,
@@ -150,7 +153,7 @@ def test_each_frame_adds_the_tokens_of_one_call():
         assert set(places[inner].astype(int)) == {
             i for i, filled in enumerate(order) if filled == call
         }
-    assert np.array_equal(frames[-1], np.asarray(_grid([f"${i}" for i in range(6)], order)[0]))
+    assert np.array_equal(frames[-1], np.asarray(_grid([f"${i}" for i in range(6)], order, 3)[0]))
 
 
 def test_pictures_are_written(tmp_path, monkeypatch):
@@ -176,3 +179,25 @@ def test_pictures_that_cannot_be_drawn(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         draw_order(str(tmp_path / "file" / "order.png"), ["a"], [1])
+
+
+def test_borders_are_whole_and_spaces_are_seen():
+    assert in_cell(" a  b\n") == "·a··b⏎" and in_cell(" " * 20) == "·" * (LETTERS - 1) + "…"
+    image, boxes = _grid(["a"] * (COLUMNS + 2), [0] * (COLUMNS + 2), 0)
+    pixels = np.asarray(image).astype(int).sum(axis=2)
+    for left, bottom, right, top in boxes:
+        low, high = sorted((bottom, top))
+        x, y = left + 5, low + 5  # off the letter
+        # At each side something darker than the cells: inner and outer borders alike.
+        sides = [pixels[y, left - 1 : left + 2], pixels[y, right - 1 : right + 2]]
+        sides += [pixels[low - 1 : low + 2, x], pixels[high - 1 : high + 2, x]]
+        assert max(side.min() for side in sides) < 0.87 * pixels[y, x]
+
+
+def test_every_frame_has_the_scale_of_all_calls():
+    order = [0, 1, 2, 3]
+    heads = [np.asarray(frame)[: int(0.6 * DPI)] for frame in order_frames(list("abcd"), order)]
+    assert all(np.array_equal(head, heads[0]) for head in heads)
+    colours = {tuple(pixel) for pixel in heads[0].reshape(-1, 3)}
+    image, boxes = _grid(list("abcd"), order, 3)
+    assert {image.getpixel((box[0] + 6, min(box[1], box[3]) + 6)) for box in boxes[1:]} <= colours

@@ -1,15 +1,20 @@
 """tools/fit_ppots.py: its fit to a checkpoint, its flags, and the data that it takes."""
 
 import json
+import math
 import runpy
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from tests import ROOT, ranks
+from megatron_mdm.objective.ppots.fit import fit
+from megatron_mdm.objective.ppots.moments import RateMoments
+from megatron_mdm.pictures import blank_figure
+from tests import ROOT, ranks, shown
 from tests.ranks import entries
 
 
@@ -84,3 +89,38 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
     tool["take_over"](tool["parse"](), args)
     assert (args.mdm_sft, args.mdm_syrm_fraction, args.mdm_mask) == (False, 0.0, "exact-count")
+
+
+@pytest.mark.parametrize("errors", [None, 0.02, 2.0])
+@pytest.mark.parametrize("uniform_share", [0.1, 1.0])
+def test_the_picture_compares_means_over_bins_on_logarithmic_axes(errors, uniform_share):
+    """The square is 1/t^1.6: its mean over the first of five bins is far from its middle."""
+    tool = runpy.run_path(str(ROOT / "tools/fit_ppots.py"))
+    t = (np.arange(5000) + 0.5) / 5000
+    moments = RateMoments(5)
+    moments.update(t, (t + 0.001) ** -0.8, np.ones_like(t))
+    square = moments.second_moment()
+    found = None if errors is None else errors * square
+    result = fit(moments, family="power", uniform_share=uniform_share, errors=found)
+    with blank_figure() as figure:
+        tool["fill"](figure, result)
+        shown.check_panels(figure)
+        (axes,) = figure.axes
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        (points,) = axes.containers
+        measured = points[0].get_xydata()
+        root = np.sqrt(square) / np.sqrt(square).mean()
+        assert measured == pytest.approx(np.stack([(np.arange(5) + 0.5) / 5, root], axis=1))
+        assert shown.inside(axes, measured).all()
+        if errors is None:
+            assert len(points[2]) == 0
+        else:
+            low, high = np.array([bar[:, 1] for bar in points[2][0].get_segments()]).T
+            assert high == pytest.approx(root * math.sqrt(1 + 2 * errors))
+            assert low == pytest.approx(root * math.sqrt(max(0.0, 1 - 2 * errors)))
+        if uniform_share < 1.0:
+            # The fit, which knows the form of the square, meets the measured means of bins.
+            (stairs,) = axes.patches
+            assert stairs.get_data().values == pytest.approx(root, rel=0.02)
+        else:
+            assert not axes.patches

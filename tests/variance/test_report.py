@@ -10,11 +10,13 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.variance.figure import as_text, draw_figure
+from megatron_mdm.pictures import blank_figure
+from megatron_mdm.variance.figure import as_text, draw_figure, fill
 from megatron_mdm.variance.methods import IMPORTANT, METHODS, batches, choose
 from megatron_mdm.variance.report import Settings, densities, entropy, measure, report
 from megatron_mdm.variance.sketch import Sketch
 from megatron_mdm.variance.state import State
+from tests import shown
 
 VOCABULARY, MASK, LENGTH, EPS, BATCH, ROWS = 12, 11, 8, 0.1, 4, 200
 
@@ -202,6 +204,38 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
     assert rows["standard"]["head_tokens"] == pytest.approx(tokens)
     assert "mirror (texts)" in as_text(found)
     json.dumps(found)
+    with blank_figure() as figure:
+        fill(figure, found)
+        shown.check_panels(figure)
+        shares, curves, methods = figure.axes
+        # From above, as in the table: methods, and of each the gradient before the loss.
+        by_height = sorted(methods.get_yticks(), reverse=True)
+        labels = dict(zip(methods.get_yticks(), methods.get_yticklabels(), strict=True))
+        biased = {name for name, row in rows.items() if not row["unbiased"]}
+        assert [labels[y].get_text() for y in by_height] == [
+            name + (" *" if name in biased else "") for name in rows
+        ]
+        bars = sorted(methods.patches, key=lambda bar: -bar.get_y())
+        assert [bar.get_width() for bar in bars] == [
+            row[what][0] for row in rows.values() for what in ("gradient", "loss")
+        ]
+        # What is beyond the end of the axis is written there.
+        end = methods.get_xlim()[1]
+        written = {text.get_text() for text in methods.texts}
+        assert written == {f"{x:.3g}" for x in (bar.get_width() for bar in bars) if x > end}
+        assert [text.get_text() for text in shares.get_legend().get_texts()] == [
+            *("A: mask pattern", "B: rate", "C: data", "C, autoregressive")
+        ]
+        values = [bar.get_height() for bar in shares.patches]
+        assert values[0] == found["loss"]["A"][0] / found["loss"]["total"][0]
+        top = shares.get_ylim()[1]
+        assert max(values[:6]) < top
+        assert [text.get_text() for text in shares.texts] == [
+            f"↑\n{value:.3g}" for value in values[6:] if value > top
+        ]
+        assert [x.get_label() for x in curves.containers] == [
+            *("A(t), loss", "B(t), loss", "A(t), gradient", "B(t), gradient")
+        ]
     for name in ("figure.png", "figure.svg"):
         draw_figure(found, str(tmp_path / name))
         assert (tmp_path / name).stat().st_size > 5000

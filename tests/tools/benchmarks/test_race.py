@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import race
 from benchmarks.python_text import write_documents
-from benchmarks.race import data, decide, training
+from benchmarks.race import data, decide, figure, training
 from benchmarks.race.compare import adjusted
 from benchmarks.race.contenders import CONTENDERS, INCUMBENT, MAIN, OTHERS, write_density
 from benchmarks.race.driver import all_runs, drive, seconds_of
@@ -29,7 +29,8 @@ from megatron_mdm.experiments.program import program
 from megatron_mdm.experiments.statistics import mean_interval
 from megatron_mdm.file_locks import locked
 from megatron_mdm.mcore.flags import arguments
-from tests import ROOT
+from megatron_mdm.pictures import blank_figure
+from tests import ROOT, shown
 
 # Without those that explain it, which have tests of their own.
 RACE = {
@@ -449,6 +450,27 @@ def test_options_that_cannot_work_are_refused(words, message, tmp_path, monkeypa
     with pytest.raises(UserError, match=message):
         race.run(options(*words.split()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_picture_has_every_contender_and_hides_nothing(results):
+    """A run that would squeeze the others is written at the edge."""
+    (last, *_) = (run for run in runs_of(results, "confirm") if run.contender == "bell-late")
+    off = dataclasses.replace(results[last], nelbo=(*results[last].nelbo[:-1], 99.0))
+    with blank_figure() as drawing:
+        figure.fill(drawing, Results(LAPTOP, [*results.records, off]))
+        shown.check_panels(drawing)
+        curves, main, *others = drawing.axes
+        lines = {line.get_label(): line for line in curves.lines}
+        assert [*lines] == list(LAPTOP.contenders)
+        assert len({(x.get_color(), x.get_marker()) for x in lines.values()}) == len(lines)
+        assert main.get_xlim()[1] < 1.0
+        difference = 99.0 - next(
+            results[run].final
+            for run in runs_of(results, "confirm")
+            if (run.contender, run.seed) == ("standard", last.seed)
+        )
+        assert [text.get_text() for text in main.texts] == [f"{difference:.3g}"]
+        assert not any(axes.texts for axes in others)
 
 
 def test_a_report_is_printed_drawn_and_inserted(results, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A picture of results: curves of the contenders, and differences from `standard`."""
 
+import math
 import statistics
 from typing import Any
 
@@ -7,7 +8,17 @@ from benchmarks.race.contenders import MAIN
 from benchmarks.race.results import Finals, Results, differences
 from benchmarks.race.stages import confirm, transfer
 from megatron_mdm.experiments.statistics import mean_interval
-from megatron_mdm.files import complete_or_absent, write_errors
+from megatron_mdm.pictures import (
+    COLORS,
+    GREY,
+    MARKERS,
+    blank_figure,
+    legend_below,
+    limits,
+    point_out,
+    save,
+    use_steps,
+)
 
 _BASELINE = "standard"
 
@@ -19,24 +30,22 @@ def draw(results: Results, path: str) -> None:
         results: of any stages; what is missing is left out.
         path: a .png or .svg file.
     """
-    import matplotlib
+    with blank_figure() as figure:
+        fill(figure, results)
+        save(figure, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def fill(figure: Any, results: Results) -> None:
+    """Draws results into an empty figure; see `draw`."""
     scale = results.scale
     shapes = {scale.main.name(): confirm.finals(results)}
     shapes |= {shape.name(): transfer.finals(results, shape) for shape in scale.transfer}
-    figure, axes = plt.subplots(
-        1, 1 + len(shapes), figsize=(4 + 3 * len(shapes), 4), layout="constrained"
-    )
+    figure.set_size_inches(5 + 3 * len(shapes), 5)
+    axes = figure.subplots(1, 1 + len(shapes), width_ratios=[1.5] + [1] * len(shapes))
     _draw_curves(axes[0], results)
     for place, (title, finals) in zip(axes[1:], shapes.items(), strict=True):
-        place.set_title(title, fontsize="medium")
+        place.set_title(title)
         _draw_differences(place, finals)
-    with complete_or_absent(path) as (temporary,), write_errors(path):
-        figure.savefig(temporary, dpi=100, format=path.rpartition(".")[2])
-    plt.close(figure)
 
 
 def _draw_curves(axes: Any, results: Results) -> None:
@@ -48,25 +57,34 @@ def _draw_curves(axes: Any, results: Results) -> None:
         ]
         if curves:
             means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-            axes.plot(runs[0].evaluated[1:], means[1:], "o-", ms=3, color=_color(name), label=name)
-    axes.set(xlabel="steps", ylabel="NELBO (nats per token), mean over seeds")
-    axes.set_title(results.scale.main.name(), fontsize="medium")
+            axes.plot(runs[0].evaluated[1:], means[1:], **_look(name), label=name)
+    axes.set(ylabel="NELBO (nats per token), mean over seeds", title=results.scale.main.name())
+    use_steps(axes)
     if axes.lines:
-        axes.legend()
+        legend_below(axes, columns=3)
 
 
 def _draw_differences(axes: Any, finals: Finals) -> None:
-    names = [name for name in finals if name != _BASELINE]
-    for place, name in enumerate(names):
-        values = differences(finals[name], finals.get(_BASELINE, {}))
+    found = {
+        name: differences(values, finals.get(_BASELINE, {}))
+        for name, values in finals.items()
+        if name != _BASELINE
+    }
+    finite = [x for values in found.values() for x in values if math.isfinite(x)]
+    axes.set_xlim(limits([*finite, 0.0]))
+    for place, (name, values) in enumerate(found.items()):
+        look = _look(name)
         mean = mean_interval(values)
-        axes.plot(values, [-place] * len(values), "o", color=_color(name), ms=4, alpha=0.5)
-        axes.plot([mean.low, mean.high], [-place] * 2, color=_color(name), lw=2)
-        axes.plot([mean.value], [-place], "|", color=_color(name), ms=16, mew=2)
-    axes.axvline(0.0, color="0.6", lw=0.8)
-    axes.set(xlabel=f"final NELBO minus {_BASELINE}", yticks=[-i for i in range(len(names))])
-    axes.set_yticklabels(names)
+        ys = [0.3 * (0.5 - (i + 0.5) / len(values)) - place for i in range(len(values))]
+        axes.plot(values, ys, look["marker"], color=look["color"], alpha=0.6)
+        axes.plot([mean.low, mean.high], [-place - 0.3] * 2, color=look["color"], lw=2)
+        axes.plot([mean.value], [-place - 0.3], "|", color=look["color"], ms=10, mew=2)
+        point_out(axes, values, -place, look["color"], ".3g")
+    axes.axvline(0.0, color=GREY, lw=0.8)
+    axes.set(xlabel=f"final NELBO minus {_BASELINE}", ylim=(0.5 - max(1, len(found)), 0.5))
+    axes.set_yticks([-place for place in range(len(found))], list(found))
 
 
-def _color(name: str) -> str:
-    return f"C{list(MAIN).index(name)}"
+def _look(name: str) -> dict[str, str]:
+    place = list(MAIN).index(name)
+    return {"color": COLORS[place], "marker": MARKERS[place]}

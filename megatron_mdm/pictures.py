@@ -1,0 +1,184 @@
+"""The common style of pictures, and what several of them need.
+
+White ground, colours that are told apart without red and green (those of Okabe and Ito), and plain
+numbers at the ticks. matplotlib is optional (`files.check_picture`) and is imported when a picture
+is drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_mdm.files import complete_or_absent, write_errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+YELLOW, SKY = "#e69f00", "#56b4e9"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY, "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+PALE, GREY = "#c4c4c4", "#777777"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-9, 9),
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.prop_cycle": f"cycler('color', {list(COLORS)})",
+    "axes.titlesize": 11,
+    "errorbar.capsize": 2.0,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.color": "#ebebeb",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.0,
+    "savefig.dpi": 110,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+@contextmanager
+def blank_figure() -> Iterator["Figure"]:
+    """An empty figure in the common style; fill and save it within the block."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    # A user's own style, such as a dark one, has no part in it.
+    with style.context(["default", STYLE]):
+        yield Figure(layout="constrained")
+
+
+def save(figure: "Figure", path: str) -> None:
+    """Writes a figure in the format that the path's suffix names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with complete_or_absent(path) as (temporary,), write_errors(path):
+        figure.savefig(temporary, format=path.rpartition(".")[2].lower())
+
+
+def legend_below(axes: Any, columns: int = 1, inches: float = 0.45) -> None:
+    """Puts the legend under a panel, where it hides nothing; the layout makes room for it.
+
+    Args:
+        axes: the panel.
+        columns: of the legend.
+        inches: from the lower edge of the panel, over which its ticks and their name stand.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    down = ScaledTranslation(0, -inches, axes.get_figure(root=True).dpi_scale_trans)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=axes.transAxes + down,
+        borderaxespad=0.0,
+        ncols=columns,
+    )
+
+
+def legend_beside(axes: Any) -> None:
+    """Puts the legend to the right of a panel."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def use_log_scale(axis: Any) -> None:
+    """Makes an axis logarithmic, with plain numbers at 1, 2 and 5; call it after drawing.
+
+    Args:
+        axis: `axes.xaxis` or `axes.yaxis`, which shows positive numbers alone.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    if high / low < 5:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    use_plain_numbers(axis)
+
+
+def use_plain_numbers(axis: Any) -> None:
+    """Writes every tick of an axis in full, without a factor or an offset beside the axis."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def use_steps(axes: Any) -> None:
+    """Makes the x axis one of training steps: a few whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
+    axes.set_xlabel("step")
+
+
+def plain(value: float) -> str:
+    """A number as people write it: 20000, 0.0003, 2e-6."""
+    if value and abs(value) < 1e-4:
+        digits, _, exponent = f"{value:.4g}".partition("e")
+        return f"{digits}e{int(exponent)}"
+    return np.format_float_positional(value, precision=6, fractional=False, trim="-")
+
+
+def limits(values: Sequence[float], reach: float = 3.0) -> tuple[float, float]:
+    """Ends of an axis that shows most values well: outliers do not squeeze the others.
+
+    Args:
+        values: finite ones, at least one.
+        reach: a value is an outlier that lies so many times the distance of the quartiles beyond
+            them. Where they coincide there are no outliers.
+
+    Returns:
+        The ends, a little beyond the values that are no outliers.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    low, high = np.quantile(found, (0.25, 0.75))
+    far = reach * (high - low) if high > low else np.inf
+    inner = found[(found >= low - far) & (found <= high + far)]
+    margin = 0.06 * (inner.max() - inner.min()) or max(0.05 * abs(inner.max()), 0.5)
+    return float(inner.min() - margin), float(inner.max() + margin)
+
+
+def point_out(axes: Any, values: Sequence[float], y: float, color: str, form: str = ".1f") -> None:
+    """Marks values beyond the ends of the x axis by an arrow at the edge, and writes them there.
+
+    Args:
+        axes: the panel, whose ends of x are set.
+        values: of x. Those within the ends and NaN are left alone; of several the first and the
+            last in order are written.
+        y: where.
+        color: of the arrow and the number.
+        form: format of a number.
+    """
+    low, high = axes.get_xlim()
+    across = axes.get_yaxis_transform()
+    for right in (False, True):
+        outside = sorted(x for x in values if (x > high if right else x < low))
+        beyond = list(dict.fromkeys(f"{x:{form}}" for x in outside))
+        if not beyond:
+            continue
+        edge = (1.0 if right else 0.0, y)
+        axes.plot(*edge, ">" if right else "<", color=color, ms=5, transform=across, clip_on=False)
+        axes.annotate(
+            beyond[0] if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}",
+            edge,
+            xycoords=across,
+            xytext=(-6 if right else 6, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            size=7,
+            color=color,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
