@@ -30,11 +30,18 @@ def main() -> None:
     check_picture(options.output, "--output", (".png", ".svg", ".pdf"))
     if not os.path.isdir(options.tensorboard_dir):
         raise UserError(f"--tensorboard-dir {options.tensorboard_dir}: no such directory")
-    scalars = read_scalars(options.tensorboard_dir)
+    try:
+        scalars = read_scalars(options.tensorboard_dir)
+    except OSError as error:
+        raise UserError(
+            f"--tensorboard-dir {options.tensorboard_dir} cannot be read: {error.strerror} "
+            f"({os.fsdecode(error.filename or '')})"
+        ) from error
     nelbo = scalars.get("mdm/validation NELBO", [])
     if not nelbo or "mdm loss" not in scalars:
         raise UserError(
-            f"{options.tensorboard_dir} has no run of megatron_mdm with a validation: "
+            f"--tensorboard-dir {options.tensorboard_dir} has no run of megatron_mdm with a "
+            "validation: "
             "give the directory that the run named as --tensorboard-dir"
         )
     errors = dict(scalars["mdm/validation NELBO stderr"])
