@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -90,11 +91,15 @@ def exit_rank_after(error: Exception) -> None:
     """
     lines = str(error).strip().splitlines() or [""]
     line = escaped(_of_this_rank(f"{type(error).__name__}: {lines[0]}"))
-    is_consequence = _another_rank_has_failed()
-    _report(line, is_consequence or _has_lost_a_rank(error))
-    if is_consequence:
-        print(f"{line} (after the failure of another rank)", file=sys.stderr, flush=True)
+    if _another_rank_has_failed():
+        line += " (after the failure of another rank)"
+        _report(line, is_consequence=True)
+        print(line, file=sys.stderr, flush=True)
         sys.exit(1)
+    if _has_lost_a_rank(error):
+        _report(f"{line} (another rank may have failed first)", is_consequence=True)
+    else:
+        _report(line)
 
 
 def _of_this_rank(line: str) -> str:
@@ -134,7 +139,8 @@ def _report(line: str, is_consequence: bool = False) -> None:
     seconds = int(time.time()) + SECONDS_AFTER_THE_CAUSE * is_consequence
     # Under torchrun's own name for a traceback, its report would show that and not the message.
     more = {"timestamp": str(seconds), "traceback": traceback.format_exc()}
-    with open(file, "w", encoding="utf-8") as report:
+    # A copy of what is printed: where it cannot be written, the error is to be seen all the same.
+    with suppress(OSError), open(file, "w", encoding="utf-8") as report:
         json.dump({"message": {"message": line, "extraInfo": more}}, report)
 
 
