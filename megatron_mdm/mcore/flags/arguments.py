@@ -271,7 +271,7 @@ def finalize_args(args: Namespace) -> Namespace:
             )
         if args.mdm_strata > args.mdm_strata_window // args.mdm_views:
             raise UserError(
-                f"--mdm-strata {args.mdm_strata} exceeds the texts in a window of "
+                f"--mdm-strata {args.mdm_strata} exceeds the data rows in a window of "
                 f"{args.mdm_strata_window} rows with --mdm-views {args.mdm_views}"
             )
     for name in ("mdm_isad_token_ids", "mdm_syrm_token_ids"):
