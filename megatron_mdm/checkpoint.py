@@ -101,7 +101,7 @@ def open_checkpoint(
             from megatron_mdm.mcore.device import training_device
             from megatron_mdm.mcore.inference.loaded_model import loaded_model
 
-            stack.enter_context(training_device(device))
+            stack.enter_context(training_device(device, "--device"))
             loaded = stack.enter_context(
                 loaded_model(checkpoint, device, pipeline_parallel, edit_args, hashes, trust)
             )

@@ -3,6 +3,7 @@
 Megatron's ArgumentGroupFactory turns every field into a flag and the text under it into the flag's
 help, which is why annotations here must stay real types (no `from __future__ import annotations`).
 A field that is on by default has a flag that turns it off, whose help is its own (`_turned_off`).
+The help ends with the default; the text under a field that is None by default says it in words.
 """
 
 import sys
@@ -35,7 +36,8 @@ class MDMConfig:
     """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
     MIRROR; `clipped` rates from 0.3 to 0.8, whose loss is no bound; `recommended` what trained
     best, of those that are bounds, at equal compute: P-POTS on the gradient, lattice quantiles and
-    exact-count masks. Flags given by hand win."""
+    exact-count masks. Flags given by hand win. Default: none of them; every flag has its own
+    default."""
 
     mask_token_id: int | None = None
     """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
@@ -52,13 +54,16 @@ class MDMConfig:
     are bells (--mdm-logit-normal, --mdm-beta), unless --mdm-bell-role says `proposal`."""
 
     clip: list[float] | None = None
-    """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1."""
+    """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1. Default: none; that
+    sampler needs them."""
 
     logit_normal: list[float] | None = None
-    """MEAN and STD of log(t / (1 - t)), for the sampler of this name."""
+    """MEAN and STD of log(t / (1 - t)), for the sampler of this name. Default: none; that sampler
+    needs them."""
 
     beta: list[float] | None = None
-    """A and B of the Beta density of t, for the sampler of this name."""
+    """A and B of the Beta density of t, for the sampler of this name. Default: none; that sampler
+    needs them."""
 
     bell_uniform_share: float = 0.1
     """Share a of the uniform in the density of a bell, w(t) = (1 - a) bell(t) + a, in (0, 1]."""
@@ -73,11 +78,13 @@ class MDMConfig:
     """START and END, fractions of the run, 0 <= START <= END <= 1, between which the uniform share
     of a bell rises to 1, linearly: from END on rates are uniform, and the objective is exact. A run
     that goes on for longer than planned keeps the iterations, or samples, that these were. With
-    --mdm-ppots-refit-interval P-POTS begins at END. --mdm-bell-role objective only."""
+    --mdm-ppots-refit-interval P-POTS begins at END. --mdm-bell-role objective only. Default: the
+    share stays as it is."""
 
     ppots_file: str | None = None
     """A density of t made by tools/fit_ppots.py (arXiv 2511.18159); with
-    --mdm-ppots-refit-interval the one to start from."""
+    --mdm-ppots-refit-interval the one to start from. Default: none; the run then starts from the
+    uniform density."""
 
     ppots_refit_interval: int = 0
     """Iterations between fits of the density of t to the rows of the run itself; 0: never."""
@@ -130,7 +137,7 @@ class MDMConfig:
     equal rows: K views see a K-th of the texts."""
 
     isad_token_ids: list[int] | None = None
-    """Tokens that ISAD of the paper masks more often. Bernoulli masks only."""
+    """Tokens that ISAD of the paper masks more often. Bernoulli masks only. Default: none."""
 
     isad_delta: float = 0.1
     """What ISAD adds to the masking probability of its tokens, in [0, 1]."""
@@ -163,9 +170,7 @@ class MDMConfig:
     pad_eligible: bool = False
     """Let padding take part in masking and in the loss (LLaDA's fine-tuning pads with EOS so)."""
 
-    pad_attended: bool = _turned_off(
-        "Hide padding from the attention of all positions. Visible by default, as in LLaDA."
-    )
+    pad_attended: bool = _turned_off("Hide padding from the attention of all positions.")
     """All positions attend to padding, as in LLaDA."""
 
     isolate_documents: bool = False
@@ -188,7 +193,7 @@ class MDMConfig:
 
     syrm_token_ids: list[int] | None = None
     """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
-    objective."""
+    objective. Default: none."""
 
     syrm_fraction: float = 0.0
     """Fraction of the prompt's other tokens that SyRM masks too, in [0, 1]."""

@@ -1,15 +1,27 @@
-"""Mistakes that a user can mend: one line that names the flag or file and says what to do."""
+"""Mistakes that a user can mend: one line that names the flag or file and says what to do.
+
+Also how a rank fails. torchrun names a file to each rank (TORCHELASTIC_ERROR_FILE), and its report
+shows the message that is there. The files of a node's ranks are RANK/error.json in one directory,
+so that a rank sees whether another one has failed before it.
+"""
 
 import argparse
+import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 # Seconds that a rank waits for local rank 0 to print the mistake they share.
 PATIENCE = 20.0
+# torchrun takes the earliest failure for the cause of the others. It dates a rank that was killed
+# by the time at which it has noticed, when other ranks may have lost their connection already.
+SECONDS_AFTER_THE_CAUSE = 2
 
 
 def escaped(text: str, kept: str = "") -> str:
@@ -41,6 +53,7 @@ class SharedError(UserError):
 
 def exit_with(error: UserError) -> NoReturn:
     """Prints the one line of `error` to stderr and ends the process with status 2."""
+    _report(str(error))
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -64,9 +77,71 @@ def exit_rank_with(error: UserError) -> NoReturn:
         if is_shared:
             sys.exit(2)
         is_of_this_rank = True
-    if is_of_this_rank and os.environ.get("WORLD_SIZE", "1") != "1":
-        error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
-    exit_with(error)
+    exit_with(UserError(_of_this_rank(str(error))) if is_of_this_rank else error)
+
+
+def exit_rank_after(error: Exception) -> None:
+    """Ends one rank of a training run with status 1 and a line, if another one has failed before.
+
+    The traceback is then in the file of this rank alone. Otherwise this returns, and the caller
+    lets Python print it.
+
+    Args:
+        error: any but a `UserError`.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    line = escaped(_of_this_rank(f"{type(error).__name__}: {lines[0]}"))
+    if _another_rank_has_failed():
+        line += " (after the failure of another rank)"
+        _report(line, is_consequence=True)
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(1)
+    if _has_lost_a_rank(error):
+        _report(f"{line} (another rank may have failed first)", is_consequence=True)
+    else:
+        _report(line)
+
+
+def _of_this_rank(line: str) -> str:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return line
+    return f"rank {os.environ.get('RANK', '0')}: {line}"
+
+
+def _has_lost_a_rank(error: Exception) -> bool:
+    """Whether a connection has failed, as it does when another rank has gone."""
+    distributed = sys.modules.get("torch.distributed")
+    # The errors of gloo have no type of their own.
+    return "/gloo/" in str(error) or (
+        distributed is not None and isinstance(error, distributed.DistError)
+    )
+
+
+def _another_rank_has_failed() -> bool:
+    """Whether another rank of this node has written down why it fails."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return False
+    own = Path(file)
+    return any(path != own for path in own.parent.parent.glob(f"*/{own.name}"))
+
+
+def _report(line: str, is_consequence: bool = False) -> None:
+    """Writes down for torchrun why this rank fails; outside torchrun it does nothing.
+
+    Args:
+        line: the message.
+        is_consequence: of the failure of another rank.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    seconds = int(time.time()) + SECONDS_AFTER_THE_CAUSE * is_consequence
+    # Under torchrun's own name for a traceback, its report would show that and not the message.
+    more = {"timestamp": str(seconds), "traceback": traceback.format_exc()}
+    # A copy of what is printed: where it cannot be written, the error is to be seen all the same.
+    with suppress(OSError), open(file, "w", encoding="utf-8") as report:
+        json.dump({"message": {"message": line, "extraInfo": more}}, report)
 
 
 def run_tool(main: Callable[[], None]) -> None:

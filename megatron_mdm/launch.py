@@ -7,8 +7,11 @@ none of them again, and ends with their status. SIGQUIT still ends all at once.
 
 --max-restarts starts the ranks again when one has failed. torchrun would have them meet in a store
 that still holds the addresses of those before (pytorch issue 135712), and no restart would work.
+
+When a rank has failed, the last line is its error, in place of torchrun's report of all ranks.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -18,7 +21,14 @@ from typing import Any
 
 import psutil
 
+from megatron_mdm.errors import escaped
 from megatron_mdm.interruption import INTERRUPTED, SIGNALS, die_of
+
+# Loggers of torchrun that tell of ranks that were stopped, and of the files of their errors.
+REPORTERS = (
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.elastic.multiprocessing.errors.error_handler",
+)
 
 
 def main() -> None:
@@ -31,6 +41,9 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
     from torch.distributed.run import parse_args
 
+    if "LOGLEVEL" not in os.environ:  # torchrun's own variable
+        for name in REPORTERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     api.LocalElasticAgent = launcher.agent(api.LocalElasticAgent)  # type: ignore[misc]
     words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
     if parse_args(words).max_restarts:
@@ -38,10 +51,29 @@ def main() -> None:
     try:
         torchrun(words)
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode
         if status != INTERRUPTED:
-            print(error, file=sys.stderr, flush=True)
+            line = f"error: {reason(rank, failure)}{launcher.log_of(failure.local_rank)}"
+            print(escaped(line), file=sys.stderr, flush=True)
         sys.exit(status if status > 0 else 128 - status)
+
+
+def reason(rank: int, failure: Any) -> str:
+    """Why a rank has failed, in one line.
+
+    Args:
+        rank: of all ranks.
+        failure: torchrun's `ProcessFailure`.
+    """
+    message = failure.message
+    if isinstance(message, dict):  # the rank has written it down
+        return str(message["message"]).strip().partition("\n")[0]
+    if failure.exitcode < 0:
+        name = failure.signal_name()
+        memory = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+        return f"rank {rank} (process {failure.pid}) was ended by {name}{memory}"
+    return f"rank {rank} (process {failure.pid}) ended with status {failure.exitcode}"
 
 
 class _Launcher:
@@ -49,6 +81,12 @@ class _Launcher:
 
     def __init__(self) -> None:
         self._is_stopping = False
+        self._logs: dict[int, str] = {}
+
+    def log_of(self, local_rank: int) -> str:
+        """Where the output of a rank of this node is, in words, if torchrun keeps it in a file."""
+        log = self._logs.get(local_rank)
+        return f" (its output: {log})" if log else ""
 
     def hand_on(self, number: int, _frame: FrameType | None) -> None:
         """A signal handler: sends the ranks the same signal."""
@@ -67,6 +105,7 @@ class _Launcher:
         class Agent(base):  # type: ignore[misc]  # known at run time only
             def _monitor_workers(self, worker_group: Any) -> Any:
                 result = super()._monitor_workers(worker_group)
+                launcher._logs = self._pcontext.stderrs
                 # The signal may have come to another node: all ranks agree to stop.
                 statuses = [failure.exitcode for failure in result.failures.values()]
                 if launcher._is_stopping or INTERRUPTED in statuses:

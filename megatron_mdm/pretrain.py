@@ -3,13 +3,14 @@
 Without torchrun it is a run of one rank.
 """
 
+import faulthandler
 import time
 from collections.abc import Callable
 from typing import Any
 
 from megatron_mdm.config import requested_device
 from megatron_mdm.environment import check_megatron_version, join_ranks, prepare_environment
-from megatron_mdm.errors import UserError, exit_rank_with
+from megatron_mdm.errors import UserError, exit_rank_after, exit_rank_with
 from megatron_mdm.interruption import Interruption
 
 PROGRAM_START = time.time()
@@ -25,14 +26,14 @@ def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
     """
     with Interruption() as interruption:
         prepare_environment(requested_device())
-        # Records the exception for torchrun, whose report then ends with the message of the rank
-        # that failed first, whatever the others print when their connections break.
-        from torch.distributed.elastic.multiprocessing.errors import record
-
+        faulthandler.enable()  # a crash in C prints where Python was
         try:
-            record(_run)(interruption, other_step)
+            _run(interruption, other_step)
         except UserError as error:
             exit_rank_with(error)
+        except Exception as error:
+            exit_rank_after(error)
+            raise
 
 
 def _run(

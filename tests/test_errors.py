@@ -9,12 +9,15 @@ import time
 
 import pytest
 from megatron.core import parallel_state
+from torch.distributed import DistBackendError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_mdm import errors
 from megatron_mdm.conversion.to_megatron import bash_quoted
 from megatron_mdm.data.preprocess import PreprocessSummary
 from megatron_mdm.data.tokenizer import TokenizerSummary
 from megatron_mdm.errors import UserError, escaped, exit_with
+from megatron_mdm.launch import reason
 
 EVIL = "a\x1b]0;title\x07\x1b[31mred\nerror: forged\r\t\x85\u2028\u202e\udcff"
 SHOWN = r"a\x1b]0;title\x07\x1b[31mred\nerror: forged\r\t\x85\u2028\u202e\udcff"
@@ -117,3 +120,76 @@ def test_the_message_of_a_loader_worker_is_one_line():
         'last):\n  File "x.py", line 1\nmegatron_mdm.errors.UserError: row 3 contains it\n'
     )
     assert str(UserError(text)) == "row 3 contains it"
+
+
+def fail_after(error, directory, monkeypatch):
+    """What rank 1 of 2 reports to torchrun, and its status; None: Python shows the traceback."""
+    file = directory / "1" / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(errors.time, "time", lambda: 100.5)
+    try:
+        raise error
+    except type(error):
+        try:
+            errors.exit_rank_after(error)
+            status = None
+        except SystemExit as end:
+            status = end.code
+    return ProcessFailure(1, 7, 1, str(file)), status
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "timestamp"),
+    [
+        (RuntimeError("a bug\nof two lines"), "RuntimeError: a bug", 100),
+        (KeyError(), "KeyError: ", 100),
+        # A rank that was killed writes nothing, and is noticed later.
+        (RuntimeError("[/x/gloo/pair.cc:5] Connection closed"), "RuntimeError: [/x/gloo/", 102),
+        (DistBackendError("NCCL error"), "DistBackendError: NCCL error", 102),
+    ],
+)
+def test_the_first_rank_that_fails_shows_its_traceback(
+    error, line, timestamp, tmp_path, monkeypatch, capsys
+):
+    failure, status = fail_after(error, tmp_path, monkeypatch)
+    assert status is None and capsys.readouterr().err == ""
+    assert failure.timestamp == timestamp
+    assert failure.message["message"].startswith(f"rank 1: {line}")
+    report = ChildFailedError("program", {1: failure}).format_msg()
+    assert (timestamp > 100) == ("(another rank may have failed first)" in report)
+    assert f"traceback : rank 1: {line}" in report and "Traceback" not in report
+    assert "in fail_after" in failure.message["extraInfo"]["traceback"]
+
+
+def test_a_rank_that_fails_after_another_one_shows_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "error.json").touch()
+    failure, status = fail_after(RuntimeError("gone\x1b[2J\nx"), tmp_path, monkeypatch)
+    line = r"rank 1: RuntimeError: gone\x1b[2J (after the failure of another rank)"
+    assert status == 1 and failure.timestamp == 102
+    assert capsys.readouterr().err == f"{line}\n"
+    assert failure.message["message"] == line
+
+
+def test_torchrun_reports_the_line_of_a_mistake(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit):
+        exit_with(UserError("oh"))
+    assert capsys.readouterr().err == "error: oh\n"
+    assert ProcessFailure(0, 7, 2, str(file)).message["message"] == "oh"
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (-9, "rank 3 (process 7) was ended by SIGKILL, as the kernel does when memory runs out"),
+        (-11, "rank 3 (process 7) was ended by SIGSEGV"),
+        (3, "rank 3 (process 7) ended with status 3"),
+    ],
+)
+def test_a_rank_that_left_no_word(status, line):
+    assert reason(3, ProcessFailure(1, 7, status, "none")) == line

@@ -321,10 +321,9 @@ def report(
         factor = tokens_per_byte / math.log(2)
         lines.append(f"NELBO {_text(result.nelbo, factor)} bits/byte")
         figures["bits_per_byte"] = _figures(result.nelbo, factor)
-    width = 1 / len(result.bins)
-    bins = []
+    bins, n = [], len(result.bins)
     for i, estimate in enumerate(result.bins):
-        low, high = i * width, (i + 1) * width
+        low, high = i / n, (i + 1) / n
         if estimate is not None:
             stderr = "unknown" if estimate.stderr is None else f"{estimate.stderr:.4f}"
             lines.append(f"t in ({low:.2f}, {high:.2f}]  {estimate.value:.4f} +- {stderr}")

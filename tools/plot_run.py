@@ -64,12 +64,18 @@ def main() -> None:
     check_picture(options.output, "--output", (".png", ".svg", ".pdf"))
     if not os.path.isdir(options.tensorboard_dir):
         raise UserError(f"--tensorboard-dir {options.tensorboard_dir}: no such directory")
-    scalars = read_scalars(options.tensorboard_dir)
+    try:
+        scalars = read_scalars(options.tensorboard_dir)
+    except OSError as error:
+        raise UserError(
+            f"--tensorboard-dir {options.tensorboard_dir} cannot be read: {error.strerror} "
+            f"({os.fsdecode(error.filename or '')})"
+        ) from error
     nelbo = scalars.get(NELBO, [])
     if not nelbo or "mdm loss" not in scalars:
         raise UserError(
-            f"{options.tensorboard_dir} has no run of megatron_mdm with a validation: "
-            "give the directory that the run named as --tensorboard-dir"
+            f"--tensorboard-dir {options.tensorboard_dir} has no run of megatron_mdm with a "
+            "validation: give the directory that the run named as --tensorboard-dir"
         )
     series = {name: in_order(values) for name, values in scalars.items()}
     steps, values = series[NELBO]

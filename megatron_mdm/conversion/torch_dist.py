@@ -274,7 +274,7 @@ class DistCheckpoint:
     """
 
     def __init__(self, directory: Path, iteration: int | None = None, hashes: bool = True) -> None:
-        found = find_checkpoint(str(directory), iteration)
+        found = find_checkpoint(str(directory), iteration, step_flag="--iteration")
         if found is None:
             raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
         self.name = str(found)

@@ -44,8 +44,12 @@ CPU_DEFAULTS = {
 
 
 @contextlib.contextmanager
-def training_device(device: str) -> Iterator[None]:
+def training_device(device: str, flag: str = "--mdm-device") -> Iterator[None]:
     """Context in which Megatron trains on `device`, `cuda` or `cpu`.
+
+    Args:
+        device: of the two.
+        flag: by which the user of the program chooses it.
 
     Raises:
         UserError: `cuda` is asked for and there is none.
@@ -55,7 +59,7 @@ def training_device(device: str) -> Iterator[None]:
             yield
         return
     if not torch.cuda.is_available():
-        raise UserError("no CUDA device was found: add --mdm-device cpu to train on the CPU")
+        raise UserError(f"no CUDA device was found: add {flag} cpu to run on the CPU")
     yield
 
 

@@ -18,6 +18,7 @@ from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
 from megatron_mdm.mcore.checkpoint.workers import checkpoint_workers
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
+from megatron_mdm.mcore.training.megatron_log import readable_log
 from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
 from megatron_mdm.mcore.training.objective import Objective, build_objective
 from megatron_mdm.mcore.training.stopping import no_workers_left, stops_together
@@ -52,6 +53,7 @@ def run(
             safe_checkpoints(args.mdm_checkpoint_hashes, tokenizer_files(args)),
             checkpoint_workers(args.async_save),
             failures_in_a_line(),
+            readable_log(args.mdm_device),
             settings_may_differ(args),
             stops_when_not_finite(),
             stops_together(args, interruption) as stop,

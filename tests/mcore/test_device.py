@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.batch import side_by_side
 from megatron_mdm.mcore.device import CPU, cpu_mode, training_device
@@ -75,8 +76,12 @@ def test_rows_that_are_pinned_stay_pinned(pinned, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_the_flag_is_named():
-    with pytest.raises(UserError, match="--mdm-device cpu"), training_device("cuda"):
+def test_without_a_gpu_the_flag_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["generate.py"])
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # what a tool sets is undone
+    with pytest.raises(UserError, match="add --mdm-device cpu"), training_device("cuda"):
+        pass
+    with pytest.raises(UserError, match="add --device cpu"), open_checkpoint("nowhere", "cuda"):
         pass
 
 

@@ -52,6 +52,8 @@ def test_files_indexed_data_and_layouts_give_one_number(base, documents, tmp_pat
         assert [int(n) for n in start.groups()] == [results[0][n] for n in COUNTS]
         assert [results[-1][n] for n in COUNTS] == [results[0][n] for n in COUNTS]
     for result in results:
+        edges = [(one["low"], one["high"]) for one in result["bins"]]
+        assert edges == [(i / 10, (i + 1) / 10) for i in range(10)]
         assert result["nelbo"] == pytest.approx(results[0]["nelbo"], rel=1e-5)
         assert result["bins"][9]["value"] == pytest.approx(results[0]["bins"][9]["value"], rel=1e-5)
     assert 19 * 32 < results[0]["num_tokens"] <= 20 * 32

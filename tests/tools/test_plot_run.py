@@ -67,6 +67,12 @@ def test_a_directory_without_a_run_is_one_line(tmp_path):
         run = plot(path, tmp_path / "run.png")
         assert run.returncode == 2
         assert run.stderr == f"error: --tensorboard-dir {path}: no such directory\n"
+    events = tmp_path / "odd" / "events.out.tfevents.1"
+    events.mkdir(parents=True)
+    run = plot(events.parent, tmp_path / "run.png")
+    assert run.returncode == 2
+    line = f"error: --tensorboard-dir {events.parent} cannot be read: Is a directory ({events})"
+    assert run.stderr.splitlines()[-1] == line and "Traceback" not in run.stderr
     assert not (tmp_path / "run.png").exists()
 
 

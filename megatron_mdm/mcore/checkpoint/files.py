@@ -50,7 +50,10 @@ def is_remote(directory: str) -> bool:
 
 
 def find_checkpoint(
-    directory: str, iteration: int | None = None, ckpt_format: str = "torch_dist"
+    directory: str,
+    iteration: int | None = None,
+    ckpt_format: str = "torch_dist",
+    step_flag: str | None = "--ckpt-step",
 ) -> SavedCheckpoint | None:
     """The checkpoint that Megatron would load from a directory, if its files are whole.
 
@@ -59,8 +62,10 @@ def find_checkpoint(
 
     Args:
         directory: that --save named; it need not exist.
-        iteration: of the checkpoint (--ckpt-step); None: the one that the tracker names.
+        iteration: of the checkpoint; None: the one that the tracker names.
         ckpt_format: Megatron's name of the format that the run reads and writes.
+        step_flag: by which the user of the program chooses the iteration; None: the program takes
+            the one of the tracker.
 
     Returns:
         None where there is no complete checkpoint at all.
@@ -72,7 +77,7 @@ def find_checkpoint(
     root = Path(directory)
     if _holds_shards(root):
         name = re.fullmatch(r"iter_0*(\d+)", root.name)
-        step = f" with --ckpt-step {name[1]}" if name else ""
+        step = f" with {step_flag} {name[1]}" if name and step_flag else ""
         raise UserError(
             f"{directory} is one checkpoint of a run: give the directory above it, {root.parent}"
             f"{step}"
@@ -86,10 +91,10 @@ def find_checkpoint(
             )
         if _read_tracker(root) == RELEASE:
             raise UserError(
-                f"{root / TRACKER} says {RELEASE}, which Megatron loads whatever --ckpt-step says: "
-                "leave --ckpt-step out, or write the iteration into that file"
+                f"{root / TRACKER} says {RELEASE}, which Megatron loads whatever {step_flag} says: "
+                f"leave {step_flag} out, or write the iteration into that file"
             )
-        return _whole(SavedCheckpoint(directory, iteration), there, ckpt_format, is_named=True)
+        return _whole(SavedCheckpoint(directory, iteration), there, ckpt_format, step_flag)
     text = _read_tracker(root)
     if text is None:
         newest = _newest_complete(root, there, ckpt_format)
@@ -110,7 +115,7 @@ def _whole(
     checkpoint: SavedCheckpoint,
     there: list[int | None],
     ckpt_format: str,
-    is_named: bool = False,
+    step_flag: str | None = None,
 ) -> SavedCheckpoint:
     """The checkpoint itself.
 
@@ -118,7 +123,7 @@ def _whole(
         checkpoint: that is to be loaded.
         there: iterations in its directory.
         ckpt_format: see `find_checkpoint`.
-        is_named: by --ckpt-step, and not by the tracker.
+        step_flag: that names it; None: the tracker does.
 
     Raises:
         UserError: it is not complete.
@@ -133,8 +138,8 @@ def _whole(
         step = None if newest is None else newest.iteration
         is_before = newest is not None and step in before
         remedy = _remedy(root, newest, " before it" if is_before else "")
-        if is_named and is_before and step is not None:
-            remedy = f"take the newest complete one before it, --ckpt-step {step}"
+        if step_flag and is_before and step is not None:
+            remedy = f"take the newest complete one before it, {step_flag} {step}"
         raise UserError(f"{checkpoint.path} {wrong}: {remedy}")
     return checkpoint
 

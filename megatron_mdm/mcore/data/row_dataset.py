@@ -324,15 +324,15 @@ def _rows(
 
 
 def _print_epochs(dataset: Any, texts: int, views: int) -> None:
-    """Says how often training will pass over its data: rows are `views` times the texts."""
+    """Says how often training will pass over its data, whose rows are taken in `views` each."""
     parts = getattr(dataset, "datasets", [dataset])
     weights = dataset.weights if len(parts) > 1 else [1.0]
     for part, weight in zip(parts, weights, strict=True):
         share = texts * weight / sum(weights)
+        of_each = f", {views} views of each of {share:.0f}," if views > 1 else ""
         print_rank_0(
-            f" > training takes {share * views:.0f} rows of {share:.0f} texts from "
-            f"{part.dataset_path}: {share / part.texts_per_epoch:.2f} epochs of "
-            f"{part.texts_per_epoch} texts"
+            f" > training takes {share * views:.0f} rows{of_each} from {part.dataset_path}: "
+            f"{share / part.texts_per_epoch:.2f} epochs of {part.texts_per_epoch} rows"
         )
 
 

@@ -111,15 +111,27 @@ FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_comp
 
 
 class _FlagFactory(ArgumentGroupFactory):
-    """Megatron's factory of flags, with our prefix before the names of `MDMConfig`'s fields."""
+    """Megatron's factory of flags, with our prefix before the names of `MDMConfig`'s fields.
+
+    The help of every flag ends with its default.
+    """
 
     def _format_arg_name(self, config_attr_name: str, prefix: str | None = None) -> str:
         return super()._format_arg_name(destination(config_attr_name), prefix)
 
     def _build_argparse_kwargs_from_field(self, attribute: Field) -> dict[str, Any]:
+        kwargs = super()._build_argparse_kwargs_from_field(attribute)
+        if attribute.default is True:
+            text = self.field_docstrings[attribute.name]
+            default = f" Default: {text[0].lower()}{text[1:]}"
+        elif attribute.default is False:
+            default = " Default: off."
+        else:  # the text of a field that is None says it in words
+            default = "" if attribute.default is None else " Default: %(default)s."
         return {
-            **super()._build_argparse_kwargs_from_field(attribute),
+            **kwargs,
             "dest": destination(attribute.name),
+            "help": kwargs["help"] + default,
         }
 
 
@@ -275,7 +287,7 @@ def finalize_args(args: Namespace) -> Namespace:
             )
         if args.mdm_strata > args.mdm_strata_window // args.mdm_views:
             raise UserError(
-                f"--mdm-strata {args.mdm_strata} exceeds the texts in a window of "
+                f"--mdm-strata {args.mdm_strata} exceeds the data rows in a window of "
                 f"{args.mdm_strata_window} rows with --mdm-views {args.mdm_views}"
             )
     for name in ("mdm_isad_token_ids", "mdm_syrm_token_ids"):

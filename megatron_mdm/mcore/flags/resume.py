@@ -156,7 +156,7 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
     """What is added to the number of a text, row // views, so that texts go on where they were.
 
     Raises:
-        UserError: the next row would not begin a text.
+        UserError: the next row would not be the first view of a data row.
     """
     before, views = saved.get("mdm_views", 1), args.mdm_views
     offset, rows = saved.get("mdm_text_offset", 0), saved.get("consumed_train_samples", 0)
@@ -165,7 +165,8 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
     if rows % views:
         raise UserError(
             f"--mdm-views {views} (checkpoint: {before}): the {rows} rows that the run has trained "
-            f"on are not a multiple of it, so that its next row would not begin a text"
+            "on are not a multiple of it, so that its next row would not be the first view of a "
+            "data row"
         )
     return int(offset + rows // before - rows // views)
 

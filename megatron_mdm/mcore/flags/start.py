@@ -249,6 +249,6 @@ def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, A
     ) as error:
         raise UserError(
             f"the checkpoint in {directory} is damaged, its arguments cannot be read: take an "
-            "earlier one with --ckpt-step, or a copy"
+            "earlier one, or a copy"
         ) from error
     return vars(state["args"]) if state and state.get("args") else {}

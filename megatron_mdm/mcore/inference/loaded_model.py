@@ -383,7 +383,7 @@ def _named(directory: str) -> SavedCheckpoint:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    found = find_checkpoint(directory)
+    found = find_checkpoint(directory, step_flag=None)
     if found is None:
         raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
     return found

@@ -28,7 +28,7 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
     tokens_per_s = rows_per_s * state.seq_length
     # Megatron counts this iteration's rows after it.
     rows = state.consumed_rows + get_current_global_batch_size()
-    texts = rows // state.mdm.views + state.text_offset
+    data_rows = rows // state.mdm.views + state.text_offset
     controlled = math.nan
     if summary.draws:
         masses = state.objective_masses(summary.uniform_share)
@@ -39,7 +39,7 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
     reason = why_no_bound(state.mdm, summary.uniform_share)
     bound = "yes" if reason is None else f"no ({reason})"
     print(
-        f" mdm iteration {iteration:8d} | texts: {texts} | loss: {summary.loss:.4f} |"
+        f" mdm iteration {iteration:8d} | data rows: {data_rows} | loss: {summary.loss:.4f} |"
         f" controlled loss: {controlled:.4f} | bound: {bound} |"
         f" largest weight: {summary.largest_weight:.1f} |"
         f" masked fraction: {summary.masked_fraction:.4f} |"
@@ -48,7 +48,7 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
         flush=True,
     )
     scalars = {
-        "mdm/texts": texts,
+        "mdm/data rows": data_rows,
         "mdm/loss": summary.loss,
         "mdm/controlled loss": controlled,
         "mdm/is bound": float(reason is None),
@@ -100,12 +100,13 @@ def log_evaluation(
     Args:
         name: of what was evaluated: `validation`, `validation NAME` for a named set of it, `test`.
         summary: of its rows.
-        error_by_text: standard error of the mean and number of texts; see `Recorder.by_text`.
+        error_by_text: standard error of the mean, and how many rows of the data these are; see
+            `Recorder.by_text`.
         iteration: after which it was.
     """
     stderr, texts = error_by_text
     of = f"{summary.rows} rows"
-    of += f" of {texts} texts" if texts < summary.rows else ""
+    of += f", {texts} of them different" if texts < summary.rows else ""
     print(
         f" {name} NELBO: {summary.loss:.4f} +- {stderr:.4f} nats/token (mean over {of}) | "
         f"per rate (t: nats/token) | {summary.text()}",

@@ -99,6 +99,10 @@ def test_an_iteration_that_is_asked_for(run):
         find_checkpoint(str(run), 4)
     with pytest.raises(UserError, match=f"is one checkpoint .* above it, {run} with --ckpt-step 3"):
         find_checkpoint(str(run / "iter_0000003"))
+    with pytest.raises(UserError, match=f"above it, {run} with --iteration 3$"):
+        find_checkpoint(str(run / "iter_0000003"), step_flag="--iteration")
+    with pytest.raises(UserError, match=f"above it, {run}$"):  # the program has no such flag
+        find_checkpoint(str(run / "iter_0000003"), step_flag=None)
     (run / TRACKER).write_text("release")  # Megatron then takes no notice of --ckpt-step
     with pytest.raises(UserError, match="says release, which Megatron loads whatever --ckpt-step"):
         find_checkpoint(str(run), 3)

@@ -2,12 +2,14 @@
 
 import re
 import sys
+from argparse import ArgumentParser
+from dataclasses import fields
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mdm.config import flag
+from megatron_mdm.config import MDMConfig, destination, flag
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments, data_files
 from tests.mcore.flags.parsing import FITTED, parsed
@@ -382,6 +384,22 @@ def test_help_shows_every_flag(monkeypatch, capsys):
     assert "--mdm-mask-token-id" in text
     assert "--tensor-model-parallel-size" in text
     assert "Names of the files of --valid-data-path" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("field", fields(MDMConfig), ids=lambda field: field.name)
+def test_help_shows_the_default_of_every_flag_of_ours(field):
+    parser = arguments.add_arguments(ArgumentParser())
+    (action,) = (a for a in parser._actions if a.dest == destination(field.name))
+    text = parser._get_formatter()._expand_help(action)
+    about, *default = text.split(" Default: ")
+    assert about.endswith((".", ")")) and len(default) == 1 and default[0].endswith(".")
+    if field.default is False:
+        assert default == ["off."]
+    elif field.default is True:
+        assert action.option_strings[0] == f"--no-mdm-{field.name.replace('_', '-')}"
+        assert default[0] != f"{field.default}."
+    elif field.default is not None:
+        assert default == [f"{field.default}."]
 
 
 def test_experts_under_tensor_parallel_need_sequence_parallel(monkeypatch):

@@ -3,9 +3,12 @@
 import re
 
 import pytest
+from megatron.training import training
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.training.megatron_log import readable_log
 from tests import ranks
+from tests.mcore.flags.parsing import parsed
 
 
 def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
@@ -26,6 +29,32 @@ def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
     nelbo = run.scalars["mdm/validation NELBO"][-1]
     assert f"mdm loss value: {nelbo:.3E}"[:20] in "\n".join(run.output)
     assert run.scalars["mdm/validation NELBO stderr"][-1] > 0
+    # Nothing of Megatron's that says nothing on a CPU, or the same at every evaluation.
+    text = "\n".join(run.output)
+    assert "RerunStateMachine initialized" in text and "Setting RerunStateMachine" not in text
+    assert "in billions" not in text
+    assert "memory (MB)" not in text and "memory footprint" not in text
+
+
+def test_expected_memory_on_a_gpu_has_no_billions_of_parameters(monkeypatch, capsys):
+    args = parsed(monkeypatch)
+    vars(args).update(  # what Megatron fills in
+        ffn_hidden_size=64,
+        kv_channels=8,
+        num_query_groups=2,
+        data_parallel_size=1,
+        padded_vocab_size=128,
+        expert_tensor_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+    )
+    before = training.report_theoretical_memory
+    before(args, num_microbatches=1, verbose=True)
+    assert "in billions: 0.00" in capsys.readouterr().out
+    with readable_log("cuda"):
+        training.report_theoretical_memory(args, num_microbatches=1, verbose=True)
+    printed = capsys.readouterr().out
+    assert "Theoretical memory footprints: weight" in printed and "billions" not in printed
+    assert training.report_theoretical_memory is before
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +83,13 @@ def test_the_control_variate_changes_the_report_and_nothing_else(runs):
         assert value.equal(weights[1][name]), name
 
 
-def test_the_log_shows_the_recipe_texts_and_largest_weight(runs):
+def test_the_log_shows_the_recipe_data_rows_and_largest_weight(runs):
     run, _ = runs[0].values()
     output = "\n".join(run.output)
     line = "--mdm-recipe paper: --mdm-rate-sampler ppots, --mdm-ppots-refit-interval 2 (by hand), "
     assert output.count(line) == 1
-    assert run.scalars["mdm/texts"] == [4, 8, 12, 16, 20]  # of 8 rows each, two views of a text
-    assert "texts: 20 |" in run.output[1]
+    assert run.scalars["mdm/data rows"] == [4, 8, 12, 16, 20]  # of 8 rows, two views of each
+    assert "data rows: 20 |" in run.output[1]
     masks = run.masks()
     eps = MDMConfig().eps
     for step in range(2):  # the density is uniform until the first fit

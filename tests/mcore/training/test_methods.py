@@ -148,7 +148,7 @@ def test_texts_go_on_where_they_were_with_another_number_of_views(four_steps, ba
     two = ranks.launch(tmp_path / "two", 1, *flags, *save, *allow, "--mdm-views", "2")
     last = flags[: flags.index("--load")]
     one = ranks.launch(tmp_path / "one", 2, *last, "--load", second, *allow)
-    assert [x for run in (first, two, one) for x in run.scalars["mdm/texts"]] == [
+    assert [x for run in (first, two, one) for x in run.scalars["mdm/data rows"]] == [
         *(8, 16, 24, 32),
         *(36, 40),
         *(48, 56),

@@ -62,7 +62,7 @@ def test_a_small_validation_split_says_how_many_texts_it_has(base, tmp_path):
     for iters in (1, 2):
         run = runs[str(iters)]
         line[iters] = next(x for x in run.output[1].splitlines() if "validation NELBO" in x)
-        assert f"(mean over {8 * iters} rows of 2 texts)" in line[iters]
+        assert f"(mean over {8 * iters} rows, 2 of them different)" in line[iters]
         seen = {row: value for (split, row), value in run.masks().items() if split == Split.VALID}
         assert set(seen) == set(range(8 * iters))
         first = {row: seen[row] for row in range(8)}

@@ -87,14 +87,14 @@ def test_validation_never_masks_prompts(runs):
 
 
 def test_an_epoch_has_every_pair_once(runs, pairs):
-    """90% of 120 pairs are for training, and 8 steps take 4 texts in two views each."""
+    """90% of 120 pairs are for training, and 8 steps take 4 of them in two views each."""
     rows = texts(runs["plain"], 0)
     assert len(rows) == 64
     assert all(len(row) == 32 for row in rows)
     output = runs["plain"].output[0]
     assert "108 pairs, 0 left out" in output
     # The default number of rows is 8 steps of 8.
-    assert f"takes 64 rows of 32 texts from {pairs}: 0.30 epochs of 108 texts" in output
+    assert f"takes 64 rows, 2 views of each of 32, from {pairs}: 0.30 epochs of 108 rows" in output
 
 
 def test_data_that_does_not_fit_is_named(base, data, pairs, tmp_path):
