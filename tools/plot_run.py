@@ -81,10 +81,10 @@ def main() -> None:
     steps, values = series[NELBO]
     errors = at(series[f"{NELBO} stderr"], steps)
     for step in shown_validations(steps):
-        value, error = values[steps == step][0], errors[steps == step][0]
+        value, stderr = values[steps == step][0], errors[steps == step][0]
         when = "before" if step == 0 else "after" if step == steps[-1] else "first"
         print(
-            f"validation NELBO {when:6s} ({step:.0f} steps): {value:.3f} +- {error:.3f} nats/token"
+            f"validation NELBO {when:6s} ({step:.0f} steps): {value:.3f} +- {stderr:.3f} nats/token"
         )
     with blank_figure() as figure:
         draw(figure, series)
