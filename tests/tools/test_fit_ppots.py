@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -84,3 +85,36 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words])
     tool["take_over"](tool["parse"](), args)
     assert (args.mdm_sft, args.mdm_syrm_fraction, args.mdm_mask) == (False, 0.0, "exact-count")
+
+
+MEMORY = """
+import resource, runpy, sys
+from megatron_mdm.environment import prepare_environment
+prepare_environment("cpu")
+import matplotlib.pyplot, megatron_mdm.mcore.inference.measure
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("bytes:", peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_draws(tmp_path):
+    """In 94 calls the logits take up to 16 MiB, of another size in each.
+
+    Freed into the heap of glibc they made 1.6 GB of it.
+    """
+    rows = "--seq-length 256 --max-position-embeddings 256 --mock-data --train-iters 1"
+    sizes = "--num-layers 1 --vocab-size 1000 --mdm-mask-token-id 1001"
+    saved = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"]
+    ranks.launch(tmp_path, 1, *rows.split(), *sizes.split(), *saved)
+    flags = ["--load", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "x.json")]
+    flags += "--device cpu --target gradient --rates 30 --rows 5 --masks 10".split()
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, "tools/fit_ppots.py", *flags],
+        cwd=ROOT, env=ranks.users_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split("bytes:")[1]) < 400e6
