@@ -135,8 +135,9 @@ class ChatTemplate:
         ends = self._ends(filled)
         turns = [self._turn(document, filled[:end], variables) for end in ends]
         if has_marks:
-            for turn in turns:
-                self._check_unmarked(document, turn.messages, variables, turn.prompt, turn.whole)
+            for messages_of_turn, prompt, whole, _ in turns:
+                self._check_unmarked(document, messages_of_turn[:-1], variables, prompt, asked=True)
+                self._check_unmarked(document, messages_of_turn, variables, whole)
         self._check_contents(document, messages, filled, variables, turns[-1].whole)
         rendered = [(turn.messages, turn.whole) for turn in reversed(turns)]
         self._check_effects(document, variables, rendered)
@@ -150,6 +151,30 @@ class ChatTemplate:
                 for turn in turns
             )
         return pairs
+
+    def prompt(self, document: Document) -> tuple[str, bool]:
+        """The prompt of a row whose last message is to be answered, as `pairs` would make it.
+
+        Returns:
+            The prompt; and whether it has marks, see `Pair`.
+
+        Raises:
+            BadDocumentError: As in `pairs`, or the last message is an answer.
+        """
+        messages, variables, has_marks = self._opened(document)
+        if messages[-1]["role"] == "assistant":
+            raise bad_document(
+                document, f'the last message of "{self._key}" is the assistant\'s: leave it out'
+            )
+        filled = self._without_none(messages, variables)
+        with _refusal(document):
+            prompt = self._render(filled, variables, add_generation_prompt=True)
+            whole = self._render(filled, variables)
+        if has_marks:
+            self._check_unmarked(document, filled, variables, prompt, asked=True)
+        self._check_contents(document, messages, filled, variables, whole)
+        self._check_effects(document, variables, [(filled, whole)])
+        return prompt, has_marks
 
     def _opened(self, document: Document) -> tuple[list[Message], dict[str, Any], bool]:
         """The messages and other keys of a row, with marks, and whether there are any marks."""
@@ -252,18 +277,15 @@ class ChatTemplate:
         document: Document,
         messages: list[Message],
         variables: dict[str, Any],
-        prompt: str,
-        whole: str,
+        text: str,
+        asked: bool = False,
     ) -> None:
-        """Checks that the template renders a row as it would without the marks, but for these."""
+        """Checks that a template renders messages as it would without the marks, but for these."""
         messages, variables = change_strings(
             [messages, variables], lambda text: text.replace(MARK, "")
         )
-        rendered = (
-            self._rendered(messages[:-1], variables, add_generation_prompt=True),
-            self._rendered(messages, variables),
-        )
-        if rendered != (prompt.replace(MARK, ""), whole.replace(MARK, "")):
+        rendered = self._rendered(messages, variables, add_generation_prompt=asked)
+        if rendered != text.replace(MARK, ""):
             raise bad_document(
                 document,
                 "it spells a special token of the tokenizer, and that cannot stay text: the chat "

@@ -83,6 +83,18 @@ class PairEncoder(ChunkEncoder):
         is_dated = self._template is not None and self._template.is_dated
         return chunk._replace(is_dated=is_dated, spelling=self._spelling)
 
+    def prompt(self, document: Document) -> list[int]:
+        """The ids of the prompt of a conversation whose last message is to be answered.
+
+        Raises:
+            BadDocumentError: See `ChatTemplate.prompt`.
+        """
+        assert self._template is not None
+        text, has_marks = self._template.prompt(document)
+        encode = self._special.encode if has_marks else self._encode
+        (ids,) = self._ids(document, [text], encode)
+        return ids
+
     def _encoded(self, document: Document) -> list[tuple[Sequence[str], list[list[int]]]]:
         if self._template is None:
             return super()._encoded(document)
