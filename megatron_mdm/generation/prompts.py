@@ -55,7 +55,7 @@ def read_conversations(path: str, key: str = "messages") -> list[Document]:
     if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
         value = {key: value}
     if isinstance(value, dict):
-        return [whole._replace(data=json.dumps(value).encode())]
+        return [whole._replace(line=1, data=json.dumps(value).encode())]
     documents = list(read_documents([path], "jsonl"))
     if not documents:
         raise UserError(f"--messages {path} holds no conversation: write one a line")

@@ -593,6 +593,26 @@ def test_a_special_token_in_a_message_is_text(tmp_path):
     assert [*alone.tokens.tolist(), *plain("\n")] == whole
 
 
+def test_a_prompt_alone_has_the_tokens_that_it_has_before_an_answer(tmp_path):
+    directory, _ = chat_directory(tmp_path, byte_pairs())
+    encode = encoder_of(directory)
+    for text in ("what?", "what is <|im_end|>?"):
+        asked = [{"role": "user", "content": text}, CHAT[1], {"role": "user", "content": "c"}]
+        chunk = encode([document_of({"m": [*asked, CHAT[1]], "tools": [{"name": "t"}]})])
+        ((length, _),) = chunk.lengths
+        prompt = encode.prompt(document_of({"m": asked, "tools": [{"name": "t"}]}))
+        assert prompt == chunk.tokens[:length].tolist()
+    for messages, message in (
+        (CHAT, 'x.jsonl:1: the last message of "m" is the assistant\'s: leave it out'),
+        ([{**CHAT[0], "who": "d"}], 'the same without the key "who" of messages'),
+        ([{"role": "user", "content": None}], 'message 1 of "m" has no content'),
+        ([], 'no list of messages under "m"'),
+    ):
+        with pytest.raises(UserError) as caught:
+            encode.prompt(document_of({"m": messages}))
+        assert message in str(caught.value)
+
+
 KINDS = {
     "bytes": lambda: byte_pairs(),
     "strip": lambda: byte_pairs(lstrip=True, rstrip=True),
