@@ -154,15 +154,21 @@ def main() -> None:
                 "--cfg-scale masks whole prompts, and a shifted model (--mdm-shift) cannot predict "
                 "the first token of a text: leave it out"
             )
-        fill = partial(prompt_tokens, tokenize, length=options.length, suffix=options.suffix)
-        rows = [fill(text, marker=options.mask_marker, mask_token_id=mask) for text in prompts]
+        row_of = partial(
+            prompt_tokens,
+            tokenize,
+            length=options.length,
+            suffix=options.suffix,
+            marker=options.mask_marker,
+            mask_token_id=mask,
+        )
+        rows = [row_of(text) for text in prompts]
         unprinted = [0] * len(prompts)
         if chats:
             chat = chat_encoder(loaded, options.messages_key, options.ignore_keys or ())
             for document in chats:
                 asked = chat.prompt(document)
-                answer = fill("", marker=options.mask_marker, mask_token_id=mask)
-                rows.append([*asked, *answer])
+                rows.append([*asked, *row_of("")])
                 unprinted.append(len(asked))
         openings = [opening(loaded, row, f"prompt {i}") for i, row in enumerate(rows, 1)]
         rows = [[*first, *row] for first, row in zip(openings, rows, strict=True)]

@@ -282,7 +282,7 @@ class ChatTemplate:
     ) -> None:
         """Checks that a template renders messages as it would without the marks, but for these."""
         messages, variables = change_strings(
-            [messages, variables], lambda text: text.replace(MARK, "")
+            [messages, variables], lambda string: string.replace(MARK, "")
         )
         rendered = self._rendered(messages, variables, add_generation_prompt=asked)
         if rendered != text.replace(MARK, ""):
