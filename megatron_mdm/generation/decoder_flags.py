@@ -76,8 +76,8 @@ def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
         default=1.0,
         metavar="P",
         help="with a --temperature: take one of the likeliest tokens that have the probability P "
-        "together, after temperature and --top-k (default: 1, of all). What --remasking and "
-        "--threshold go by are probabilities without these three",
+        "together, after temperature and --top-k (default: 1, of all). --remasking and --threshold "
+        "go by the probabilities without temperature, --top-k and --top-p",
     )
     group.add_argument(
         "--cfg-scale",
