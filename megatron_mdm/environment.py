@@ -43,7 +43,7 @@ def return_freed_memory() -> None:
     It raises the size from which a block gets a mapping of its own, up to 32 MiB, and keeps smaller
     ones in its heap. PyTorch asks for aligned blocks, which seldom fit into a hole that an equally
     large one has left, so that the heap grows with every call of a model. Here the size is fixed.
-    This costs time (about a tenth with a small model), since the system clears what it hands out.
+    This costs time (a fifth of a fit to a small model), since the system clears what it hands out.
     Without glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
