@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from megatron_mdm.environment import prepare_environment
+from megatron_mdm.environment import prepare_environment, return_freed_memory
 
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
@@ -96,6 +96,8 @@ def open_checkpoint(
     """
     sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
     prepare_environment(device)
+    if device == "cpu":
+        return_freed_memory()
     with contextlib.ExitStack() as stack:
         with contextlib.redirect_stdout(sys.stderr):
             from megatron_mdm.mcore.device import training_device

@@ -2,12 +2,14 @@
 
     python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def "
     python tools/generate.py ... --prompt "def f(<mask><mask>):" --suffix "    return a" --length 8
+    python tools/generate.py ... --messages chat.json --length 128 --block-length 32
 
 Under torchrun the ranks share the model: as pipeline stages, and tensor-parallel ranks in each.
 """
 
 import argparse
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +20,16 @@ from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture
 from megatron_mdm.generation.decoder_flags import (
     DECODER_FLAGS,
+    SAMPLING_FLAGS,
     add_decoder_arguments,
+    add_sampling_arguments,
     add_token_arguments,
 )
 from megatron_mdm.generation.display import PICTURES, Screen, draw_order, shown_on
 from megatron_mdm.generation.prompts import (
     Spelling,
     prompt_tokens,
+    read_conversations,
     read_prompts,
     same_lengths,
     until_end,
@@ -52,6 +57,22 @@ def parse() -> argparse.Namespace:
     add_format_argument(text, "of --prompts-file (text there: a prompt a line)")
     text.add_argument("--json-key", default="prompt", help="of the prompts in JSONL (prompt)")
     text.add_argument(
+        "--messages",
+        metavar="FILE",
+        help="conversations whose next answers are written, after their prompts were rendered and "
+        "encoded as preprocess_data.py --messages-key does: JSONL with the messages of one a line, "
+        "or JSON with those of one. The answers alone are printed",
+    )
+    text.add_argument(
+        "--messages-key",
+        default="messages",
+        metavar="KEY",
+        help="of the list of messages in an object of --messages (default: messages)",
+    )
+    text.add_argument(
+        "--ignore-keys", nargs="+", metavar="KEY", help="of --messages: see preprocess_data.py"
+    )
+    text.add_argument(
         "--length", type=int, default=64, help="tokens to write after the prompt (default: 64)"
     )
     text.add_argument("--suffix", default="", help="text that follows what is written")
@@ -67,7 +88,7 @@ def parse() -> argparse.Namespace:
     )
     decoder = parser.add_argument_group("decoder")
     add_decoder_arguments(decoder)
-    decoder.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
+    add_sampling_arguments(decoder)
     decoder.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     decoder.add_argument(
         "--batch-size", type=int, default=8, help="prompts of one length in a call (default: 8)"
@@ -87,6 +108,11 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     if not options.mask_marker:
         raise UserError("--mask-marker must not be empty")
+    if options.messages and options.special_tokens is False:
+        raise UserError(
+            "--no-special-tokens: a chat template writes special tokens, so leave it out with "
+            "--messages"
+        )
     return options
 
 
@@ -96,17 +122,20 @@ def main() -> None:
     prompts = options.prompt or []
     if options.prompts_file:
         prompts = prompts + read_prompts(options.prompts_file, options.json_key, options.format)
-    prompts = prompts or [""]
+    chats = read_conversations(options.messages, options.messages_key) if options.messages else []
+    prompts = prompts if prompts or chats else [""]
+    number = len(prompts) + len(chats)
     if options.picture:
         check_picture(options.picture, "--picture", PICTURES)
-        if len(prompts) > 1:
-            raise UserError(f"--picture draws one prompt, and there are {len(prompts)}")
+        if number > 1:
+            raise UserError(f"--picture draws one prompt, and there are {number}")
 
     with open_asked_for(options) as loaded:
         import torch
 
         from megatron_mdm.generation.decoder import filling_order
         from megatron_mdm.mcore.inference.eval_data import (
+            chat_encoder,
             decoder_of,
             encoder,
             spells_special_tokens,
@@ -118,17 +147,33 @@ def main() -> None:
         decoder = decoder_of(
             loaded,
             () if options.no_stop_at_eos else options.eos_token_ids,
-            temperature=options.temperature,
-            **{name: getattr(options, name) for name in DECODER_FLAGS},
+            **{name: getattr(options, name) for name in (*DECODER_FLAGS, *SAMPLING_FLAGS)},
         )
-        rows = [
-            prompt_tokens(tokenize, text, options.length, options.suffix, options.mask_marker, mask)
-            for text in prompts
-        ]
+        if options.cfg_scale and loaded.args.mdm_shift:
+            raise UserError(
+                "--cfg-scale masks whole prompts, and a shifted model (--mdm-shift) cannot predict "
+                "the first token of a text: leave it out"
+            )
+        row_of = partial(
+            prompt_tokens,
+            tokenize,
+            length=options.length,
+            suffix=options.suffix,
+            marker=options.mask_marker,
+            mask_token_id=mask,
+        )
+        rows = [row_of(text) for text in prompts]
+        unprinted = [0] * len(prompts)
+        if chats:
+            chat = chat_encoder(loaded, options.messages_key, options.ignore_keys or ())
+            for document in chats:
+                asked = chat.prompt(document)
+                rows.append([*asked, *row_of("")])
+                unprinted.append(len(asked))
         openings = [opening(loaded, row, f"prompt {i}") for i, row in enumerate(rows, 1)]
         rows = [[*first, *row] for first, row in zip(openings, rows, strict=True)]
-        for number, row in enumerate(rows, 1):
-            check_row(row, f"prompt {number}", mask, loaded.max_length)
+        for i, row in enumerate(rows, 1):
+            check_row(row, f"prompt {i}", mask, loaded.max_length)
         spelling = Spelling(tokenize, detokenize, mask)
         device = torch.cuda.current_device()
         screen = Screen(sys.stdout) if options.show and loaded.args.rank == 0 else None
@@ -155,10 +200,11 @@ def main() -> None:
                 draw_order(options.picture, pieces, order)
             for i, row in zip(batch, written, strict=True):
                 given = [token != mask for token in rows[i][len(openings[i]) :]]
-                texts[i] = detokenize(until_end(row, given, decoder.end_token_ids))
+                whole = until_end(row, given, decoder.end_token_ids)
+                texts[i] = detokenize(whole[unprinted[i] :])
         if loaded.args.rank == 0:
-            for i in range(len(prompts)):
-                if len(prompts) > 1:
+            for i in range(number):
+                if number > 1:
                     print(f"== prompt {i + 1}")
                 print(shown_on(sys.stdout, texts[i]))
             if options.picture:

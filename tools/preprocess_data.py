@@ -99,6 +99,13 @@ def main() -> None:
         "--hf-tokenizer renders; the last message, the assistant's, is the response",
     )
     parser.add_argument(
+        "--turns",
+        choices=["last", "every"],
+        help="for --messages-key: which answers of the assistant become pairs: that of the last "
+        "message (default), or every one that answers a message, as if the conversation ended "
+        "with it. What comes before an answer is written again for each",
+    )
+    parser.add_argument(
         "--ignore-keys",
         nargs="+",
         metavar="KEY",
@@ -186,8 +193,9 @@ def _pairs(args: argparse.Namespace) -> PairKeys | None:
             template=args.hf_tokenizer,
             ignored=ignored,
             date=date,
+            turns=args.turns or "last",
         )
-    for name in ("ignore_keys", "template_date"):
+    for name in ("turns", "ignore_keys", "template_date"):
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)} is for --messages-key: leave it out")
     if args.prompt_key or args.response_key:

@@ -14,7 +14,8 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 from megatron_mdm.data.documents import (
     Document,
@@ -28,6 +29,7 @@ from megatron_mdm.data.record import digest
 from megatron_mdm.data.special_tokens import MARK, SpecialTokens, change_strings, strings_of
 
 Message = dict[str, Any]
+Turns = Literal["last", "every"]
 # What Llama 3.1's template writes where it cannot ask for today's date.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 ASKS_FOR_DATE = "strftime_now"
@@ -37,15 +39,17 @@ EMPTY: tuple[Any, ...] = ("", [], {})
 GIVEN_BY_ROWS = {"tools", "documents"}
 # Roles that every template renders.
 SPEAKERS = {"user", "assistant"}
+# Roles that an assistant does not answer.
+INSTRUCTIONS = {"system", "developer"}
 _IGNORE_KEYS = "--ignore-keys leaves out the keys that it names"
 
 
 class Pair(NamedTuple):
-    """A conversation as a template renders it.
+    """A turn of the assistant's as a template renders it.
 
     Attributes:
-        prompt: All but the last message, and the header of an answer.
-        response: What the last message adds to it.
+        prompt: All messages before it, and the header of an answer.
+        response: What its message adds to it.
         has_marks: Whether special tokens that the row spells have marks in both texts, see
             `megatron_mdm.data.special_tokens`.
     """
@@ -55,18 +59,36 @@ class Pair(NamedTuple):
     has_marks: bool = False
 
 
+class Turn(NamedTuple):
+    """A conversation up to an answer of the assistant's.
+
+    Attributes:
+        messages: All of them, the answer last.
+        prompt: As in `Pair`.
+        whole: What the template renders the conversation as.
+        tail: What the template appends to every conversation; None if it cannot be found.
+    """
+
+    messages: list[Message]
+    prompt: str
+    whole: str
+    tail: str | None
+
+
 class ChatTemplate:
-    """Splits conversations before their last message, the assistant's.
+    """Splits conversations before answers of the assistant's.
 
     A row is an object with a list of messages, each with `role` and `content`. Its other keys are
     variables of the template.
 
     Args:
-        directory: Of a Hugging Face tokenizer with a chat template.
+        tokenizer: Of Hugging Face, with a chat template.
         key: Where a row holds its messages.
         special: The special tokens of this tokenizer.
         ignored: Keys of rows, messages and their parts that are left out.
         date: What the template gets for today's date.
+        turns: Which answers become pairs: the last message, or every answer to a message, as if the
+            conversation ended with it.
 
     Attributes:
         is_dated: Whether the date stands in a pair that was rendered.
@@ -74,15 +96,16 @@ class ChatTemplate:
 
     def __init__(
         self,
-        directory: str,
+        tokenizer: Any,
         key: str,
         special: SpecialTokens,
         ignored: Collection[str] = (),
         date: datetime.date = TEMPLATE_DATE,
+        turns: Turns = "last",
     ) -> None:
-        tokenizer = open_hugging_face(directory)
         self.is_dated = False
         self._date = date
+        self._turns = turns
         self._template = tokenizer.get_chat_template
         self._apply = tokenizer.apply_chat_template
         self._end = tokenizer.eos_token
@@ -92,68 +115,150 @@ class ChatTemplate:
         arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._unavailable = {"messages", *arguments} - GIVEN_BY_ROWS
 
-    def pair(self, document: Document) -> Pair:
-        """The prompt and the response of a row.
+    def pairs(self, document: Document) -> list[Pair]:
+        """The prompt and the response of each turn of a row that is to be learnt.
 
-        What the last message adds to the rendered others, with the header of an answer after them,
-        is the response.
+        What an answer adds to the messages before it, rendered with the header of an answer after
+        them, is its response.
 
         Raises:
             BadDocumentError: The row is no conversation, the template refuses it or leaves out a
-                part of it, the response cannot be told from the prompt, or a special token that the
+                part of it, a response cannot be told from its prompt, or a special token that the
                 row spells cannot stay text.
         """
+        messages, variables, has_marks = self._opened(document)
+        if messages[-1]["role"] != "assistant":
+            raise bad_document(
+                document, f'the last message of "{self._key}" is not the assistant\'s'
+            )
+        filled = self._without_none(messages, variables)
+        ends = self._ends(filled)
+        turns = [self._turn(document, filled[:end], variables) for end in ends]
+        if has_marks:
+            for messages_of_turn, prompt, whole, _ in turns:
+                self._check_unmarked(document, messages_of_turn[:-1], variables, prompt, asked=True)
+                self._check_unmarked(document, messages_of_turn, variables, whole)
+        self._check_contents(document, messages, filled, variables, turns[-1].whole)
+        rendered = [(turn.messages, turn.whole) for turn in reversed(turns)]
+        self._check_effects(document, variables, rendered)
+        pairs = [
+            Pair(turn.prompt, self._response(document, turn, end), has_marks)
+            for turn, end in zip(turns, ends, strict=True)
+        ]
+        if not self.is_dated and ASKS_FOR_DATE in self._template(tools=variables.get("tools")):
+            self.is_dated = any(
+                self._rendered(turn.messages, variables, write_date=_no_date) != turn.whole
+                for turn in turns
+            )
+        return pairs
+
+    def prompt(self, document: Document) -> tuple[str, bool]:
+        """The prompt of a row whose last message is to be answered, as `pairs` would make it.
+
+        Returns:
+            The prompt; and whether it has marks, see `Pair`.
+
+        Raises:
+            BadDocumentError: As in `pairs`, or the last message is an answer.
+        """
+        messages, variables, has_marks = self._opened(document)
+        if messages[-1]["role"] == "assistant":
+            raise bad_document(
+                document, f'the last message of "{self._key}" is the assistant\'s: leave it out'
+            )
+        filled = self._without_none(messages, variables)
+        with _refusal(document):
+            prompt = self._render(filled, variables, add_generation_prompt=True)
+            whole = self._render(filled, variables)
+        if has_marks:
+            self._check_unmarked(document, filled, variables, prompt, asked=True)
+        self._check_contents(document, messages, filled, variables, whole)
+        self._check_effects(document, variables, [(filled, whole)])
+        return prompt, has_marks
+
+    def _opened(self, document: Document) -> tuple[list[Message], dict[str, Any], bool]:
+        """The messages and other keys of a row, with marks, and whether there are any marks."""
         messages, variables = self._read(document)
         has_marks = any(map(self._special.spelled_in, strings_of([messages, variables])))
         if has_marks:
             messages, variables = self._marked(document, messages, variables)
-        silent = [n for n, message in enumerate(messages) if message["content"] is None]
-        try:
-            messages = self._without_none(messages, variables)
+        return messages, variables, has_marks
+
+    def _ends(self, messages: list[Message]) -> list[int]:
+        """Where the turns end that are to be learnt, each as a number of messages."""
+        if self._turns == "last":
+            return [len(messages)]
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        # A greeting answers nothing: it is context alone, as what the assistant is told before is.
+        spoken = INSTRUCTIONS | {"assistant"}
+        asked = [n for n in answers if any(m["role"] not in spoken for m in messages[:n])]
+        return [n + 1 for n in asked or answers[-1:]]
+
+    def _turn(self, document: Document, messages: list[Message], variables: dict[str, Any]) -> Turn:
+        """Renders a conversation that ends with an answer."""
+        with _refusal(document):
             prompt = self._render(messages[:-1], variables, add_generation_prompt=True)
             whole = self._render(messages, variables)
             tail: str | None = ""
             if self._render(messages[:-1], variables) == prompt:
                 tail = self._tail(messages, variables, whole)
-        except Exception as error:  # whatever a template raises, in a language of its own
-            reason = " ".join(str(error).split())
-            raise bad_document(document, f"the chat template refuses it: {reason}") from error
-        if has_marks:
-            self._check_unmarked(document, messages, variables, prompt, whole)
-        for n in silent:
-            bare = {"role": messages[n]["role"], "content": messages[n]["content"]}
-            if self._rendered([*messages[:n], bare, *messages[n + 1 :]], variables) == whole:
-                raise bad_document(
-                    document,
-                    f'message {n + 1} of "{self._key}" has no content, and no other key that the '
-                    "chat template renders",
-                )
-        if idle := dict(self._without_effect(messages, variables, whole)):
-            raise bad_document(
-                document,
-                f"the chat template renders the same without {', '.join(idle)}: "
-                f"{', and '.join(dict.fromkeys(idle.values()))}",
-            )
-        if tail is None:
+        return Turn(messages, prompt, whole, tail)
+
+    def _response(self, document: Document, turn: Turn, end: int) -> str:
+        """What an answer, message `end` of its row, adds to its prompt."""
+        if turn.tail is None:
             raise bad_document(
                 document,
                 "the chat template ignores add_generation_prompt, and what it appends to the last "
                 "answer cannot be told from it: give prompt and response as texts instead",
             )
-        rendered, whole = whole, whole.removesuffix(tail)
-        if not whole.startswith(prompt):
+        whole = turn.whole.removesuffix(turn.tail)
+        if not whole.startswith(turn.prompt):
+            last = self._turns == "last"
+            message = "its last message" if last else f"message {end}, an answer"
             raise bad_document(
                 document,
-                "the chat template renders the conversation differently without its last message: "
-                "give prompt and response as texts instead",
+                f"the chat template renders the conversation differently without {message}: give "
+                f"prompt and response as texts instead{'' if last else ', or take --turns last'}",
             )
-        response = whole[len(prompt) :]
+        response = whole[len(turn.prompt) :]
         # Some templates go on to the next line after the end of every message (Qwen's).
         if self._end and response.rstrip().endswith(self._end):
             response = response.rstrip()
-        if not self.is_dated and ASKS_FOR_DATE in self._template(tools=variables.get("tools")):
-            self.is_dated = self._rendered(messages, variables, write_date=_no_date) != rendered
-        return Pair(prompt, response, has_marks)
+        return response
+
+    def _check_contents(
+        self,
+        document: Document,
+        messages: list[Message],
+        filled: list[Message],
+        variables: dict[str, Any],
+        whole: str,
+    ) -> None:
+        """Checks that every message without content has another key that is rendered."""
+        for n in (n for n, message in enumerate(messages) if message["content"] is None):
+            bare = {"role": filled[n]["role"], "content": filled[n]["content"]}
+            if self._rendered([*filled[:n], bare, *filled[n + 1 :]], variables) == whole:
+                raise bad_document(
+                    document,
+                    f'message {n + 1} of "{self._key}" has no content, and no other key that the '
+                    "chat template renders",
+                )
+
+    def _check_effects(
+        self,
+        document: Document,
+        variables: dict[str, Any],
+        conversations: list[tuple[list[Message], str]],
+    ) -> None:
+        """Checks that each key and role has an effect on one of the rendered conversations."""
+        idle = dict(self._without_effect(variables, conversations))
+        if idle:
+            raise bad_document(
+                document,
+                f"the chat template renders the same without {', '.join(idle)}: "
+                f"{', and '.join(dict.fromkeys(idle.values()))}",
+            )
 
     def _marked(
         self, document: Document, messages: list[Message], variables: dict[str, Any]
@@ -172,18 +277,15 @@ class ChatTemplate:
         document: Document,
         messages: list[Message],
         variables: dict[str, Any],
-        prompt: str,
-        whole: str,
+        text: str,
+        asked: bool = False,
     ) -> None:
-        """Checks that the template renders a row as it would without the marks, but for these."""
+        """Checks that a template renders messages as it would without the marks, but for these."""
         messages, variables = change_strings(
-            [messages, variables], lambda text: text.replace(MARK, "")
+            [messages, variables], lambda string: string.replace(MARK, "")
         )
-        rendered = (
-            self._rendered(messages[:-1], variables, add_generation_prompt=True),
-            self._rendered(messages, variables),
-        )
-        if rendered != (prompt.replace(MARK, ""), whole.replace(MARK, "")):
+        rendered = self._rendered(messages, variables, add_generation_prompt=asked)
+        if rendered != text.replace(MARK, ""):
             raise bad_document(
                 document,
                 "it spells a special token of the tokenizer, and that cannot stay text: the chat "
@@ -207,10 +309,6 @@ class ChatTemplate:
             if content is not None:
                 content = self._text(document, name, content)
             read.append({**self._kept(message), "content": content})
-        if read[-1]["role"] != "assistant":
-            raise bad_document(
-                document, f'the last message of "{self._key}" is not the assistant\'s'
-            )
         variables = {k: v for k, v in self._kept(row).items() if k != self._key}
         check_surrogates(document, json.dumps([read, variables], ensure_ascii=False))
         return read, variables
@@ -279,7 +377,7 @@ class ChatTemplate:
         return messages
 
     def _without_effect(
-        self, messages: list[Message], variables: dict[str, Any], whole: str
+        self, variables: dict[str, Any], conversations: list[tuple[list[Message], str]]
     ) -> Iterator[tuple[str, str]]:
         """Names what a row says and the template does not render, and how to leave it out.
 
@@ -288,33 +386,52 @@ class ChatTemplate:
         effect in some of them: templates leave out the reasoning of earlier answers.
 
         Args:
-            messages: Of the row.
-            variables: Its other keys.
-            whole: What the template renders it as.
+            variables: Keys of the row beside its messages.
+            conversations: Messages of the row, the first ones or all, and what the template renders
+                them as; the longest first.
         """
+        messages, _ = conversations[0]
 
-        def is_idle(*conversations: tuple[list[Message], dict[str, Any]]) -> bool:
-            return all(self._rendered(*conversation) == whole for conversation in conversations)
+        def is_idle(*changes: Callable[[list[Message]], tuple[list[Message], Any]]) -> bool:
+            return all(
+                self._rendered(*change(part)) == rendered
+                for part, rendered in conversations
+                for change in changes
+            )
+
+        def with_others(values: Any) -> Callable[[list[Message]], tuple[list[Message], Any]]:
+            return lambda part: (part, values)
 
         for key in [key for key, value in variables.items() if value not in EMPTY]:
             others = {k: v for k, v in variables.items() if k != key}
             changed = {**variables, key: _another(variables[key])}
-            if is_idle((messages, others), (messages, changed)):
+            if is_idle(with_others(others), with_others(changed)):
                 yield f'the key "{key}"', _IGNORE_KEYS
         used = {k: None for m in messages for k, value in m.items() if value not in EMPTY}
         for key in [key for key in used if key not in ("role", "content")]:
-            shorter = [{k: v for k, v in m.items() if k != key} for m in messages]
-            other = [{k: _another(v) if k == key else v for k, v in m.items()} for m in messages]
-            if is_idle((shorter, variables), (other, variables)):
+
+            def shorter(part: list[Message], key: str = key) -> tuple[list[Message], Any]:
+                return [{k: v for k, v in m.items() if k != key} for m in part], variables
+
+            def other(part: list[Message], key: str = key) -> tuple[list[Message], Any]:
+                changed = [{k: _another(v) if k == key else v for k, v in m.items()} for m in part]
+                return changed, variables
+
+            if is_idle(shorter, other):
                 yield f'the key "{key}" of messages', _IGNORE_KEYS
         roles = {message["role"]: None for message in messages if message["content"]}
         for role in [role for role in roles if role not in SPEAKERS]:
-            fewer = [m for m in messages if m["role"] != role]
-            other = [
-                {**m, "content": _another(m["content"])} if m["role"] == role else m
-                for m in messages
-            ]
-            if is_idle((fewer, variables), (other, variables)):
+
+            def fewer(part: list[Message], role: str = role) -> tuple[list[Message], Any]:
+                return [m for m in part if m["role"] != role], variables
+
+            def says_more(part: list[Message], role: str = role) -> tuple[list[Message], Any]:
+                return [
+                    {**m, "content": _another(m["content"])} if m["role"] == role else m
+                    for m in part
+                ], variables
+
+            if is_idle(fewer, says_more):
                 yield f'the messages of the role "{role}"', "take these messages out of the file"
 
     def _tail(self, messages: list[Message], variables: dict[str, Any], whole: str) -> str | None:
@@ -342,6 +459,16 @@ class ChatTemplate:
         (tail,) = texts
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
         return tail if is_tail else None
+
+
+@contextmanager
+def _refusal(document: Document) -> Iterator[None]:
+    """Turns what a template raises, of any kind and in a language of its own, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise bad_document(document, f"the chat template refuses it: {reason}") from error
 
 
 def template_digest(directory: str) -> str:

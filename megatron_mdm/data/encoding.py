@@ -215,7 +215,7 @@ class ChunkEncoder:
         text_bytes = empty = 0
         for document in documents:
             try:
-                texts, sequences = self._encoded(document)
+                encoded = self._encoded(document)
             except BadDocumentError as error:
                 bad.append(str(error))
                 continue
@@ -225,21 +225,22 @@ class ChunkEncoder:
             except Exception as error:  # a mistake of ours, whose traceback goes to the user
                 error.add_note(str(bad_document(document, "while this was encoded")))
                 raise
-            if not sequences[-1]:
-                empty += 1
-                continue
-            text_bytes += sum(len(text.encode()) for text in texts)
-            if sequences[-1][-1:] != self._ending:
-                sequences[-1] = sequences[-1] + self._ending
-            arrays += [np.array(ids, dtype=self._dtype) for ids in sequences]
-            lengths.append([len(ids) for ids in sequences])
+            for texts, sequences in encoded:
+                if not sequences[-1]:
+                    empty += 1
+                    continue
+                text_bytes += sum(len(text.encode()) for text in texts)
+                if sequences[-1][-1:] != self._ending:
+                    sequences[-1] = sequences[-1] + self._ending
+                arrays += [np.array(ids, dtype=self._dtype) for ids in sequences]
+                lengths.append([len(ids) for ids in sequences])
         tokens = np.concatenate(arrays) if arrays else np.empty(0, self._dtype)
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
 
-    def _encoded(self, document: Document) -> tuple[Sequence[str], list[list[int]]]:
-        """The texts of a document and their ids, which may be empty."""
+    def _encoded(self, document: Document) -> list[tuple[Sequence[str], list[list[int]]]]:
+        """The texts of what is written for a document, and their ids, which may be empty."""
         texts = self._texts(document)
-        return texts, self._ids(document, texts, self._encode)
+        return [(texts, self._ids(document, texts, self._encode))]
 
     def _ids(
         self, document: Document, texts: Sequence[str], encode: Callable[[str], list[int]]

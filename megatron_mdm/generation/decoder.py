@@ -35,7 +35,15 @@ class Decoder:
             `random` any.
         temperature: 0 takes the likeliest token; else the token of the greatest logit after adding
             temperature times Gumbel noise, in float64 (arXiv 2409.02908 on why), which samples from
-            the softmax of logits / temperature. Confidence ignores it.
+            the softmax of logits / temperature. Confidence ignores it, and the two that follow.
+        top_k: take one of the `top_k` likeliest tokens; of equally likely ones the lower ids.
+            Needs a temperature, as `top_p` does.
+        top_p: take one of the likeliest tokens that together have at least this probability, in
+            (0, 1], after temperature and `top_k`; 1: all of them.
+        cfg_scale: 0, or how far to go beyond the logits, away from those of the same row with every
+            given token masked (classifier-free guidance, arXiv 2502.09992): `masked + (cfg_scale +
+            1) * (logits - masked)`. Twice as many model calls. Tokens and confidences are those of
+            the guided logits.
         threshold: also keep all predictions of at least this probability, in (0, 1], so that a row
             may need fewer calls (parallel decoding by confidence, arXiv 2505.22618). A block that
             is filled early gives way to the next one at once.
@@ -53,18 +61,30 @@ class Decoder:
     block_length: int | None = None
     remasking: Remasking = "low-confidence"
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    cfg_scale: float = 0.0
     threshold: float | None = None
     end_token_ids: tuple[int, ...] = ()
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every value; see Raises of the class."""
-        for name in ("steps", "block_length"):
+        for name in ("steps", "block_length", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"--top-p must lie in (0, 1], got {self.top_p}")
+        if self.temperature == 0.0 and (self.top_k is not None or self.top_p < 1.0):
+            name = "--top-p" if self.top_k is None else "--top-k"
+            raise UserError(
+                f"{name} needs a --temperature above 0: without one the likeliest token is taken"
+            )
         if self.remasking not in ("low-confidence", "random"):
             raise UserError(f"--remasking is low-confidence or random, not {self.remasking}")
         if self.threshold is not None:
@@ -137,6 +157,7 @@ class Decoder:
         self.check_calls(max(wanted.tolist(), default=0))
         ordinal = masked.cumsum(dim=1) - 1  # of a masked position among those of its row
         block_of = ordinal // length[:, None]
+        given = ~masked
         after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()
         block = torch.full_like(wanted, -1)
         call = torch.zeros_like(wanted)
@@ -146,7 +167,8 @@ class Decoder:
             previous, block = block, block_of.gather(1, leftmost[:, None])[:, 0]
             call = torch.where(block == previous, call + 1, 0)  # within the block
             candidates = masked & (block_of == block[:, None])
-            prediction, confidence = self._predict(logits(tokens), candidates, generators)
+            scores = self._scores(logits, tokens, candidates, given)
+            prediction, confidence = self._predict(scores, candidates, generators)
 
             size = torch.minimum(wanted - block * length, length)
             calls = size
@@ -165,14 +187,29 @@ class Decoder:
             masked = tokens == self.mask_token_id
             yield tokens
 
+    def _scores(
+        self,
+        logits: LogitsFunction,
+        tokens: torch.Tensor,
+        candidates: torch.Tensor,
+        given: torch.Tensor,
+    ) -> torch.Tensor:
+        """The guided logits of the N candidates, float64 [N, V], rows one after the other."""
+        scores = logits(tokens)[candidates].double()
+        if self.cfg_scale == 0.0:
+            return scores
+        hidden = tokens.masked_fill(given, self.mask_token_id)
+        masked = logits(hidden)[candidates].double()
+        guided = masked + (self.cfg_scale + 1.0) * (scores - masked)
+        return torch.where(scores == masked, scores, guided)  # -inf, where both are, stays
+
     def _predict(
         self,
-        logits: torch.Tensor,
+        scores: torch.Tensor,
         candidates: torch.Tensor,
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions (int64 [B, L]) and what they are ranked by (float64 [B, L]) at candidates."""
-        scores = logits[candidates].double()  # [N, V], rows one after the other
         probabilities = scores.softmax(dim=-1)
         scores[:, self.mask_token_id] = -torch.inf
         if self.vocab_size is not None:
@@ -187,6 +224,8 @@ class Decoder:
             ]
             return torch.cat(parts)
 
+        if self.top_k is not None or self.top_p < 1.0:
+            scores = self._likeliest(scores)
         if self.temperature > 0:
             # LLaDA maximises exp(logit) / (-log u)^temperature; this is its logarithm.
             scores -= self.temperature * uniforms(scores.shape[1]).log_().neg_().log_()
@@ -200,6 +239,17 @@ class Decoder:
         confidence = torch.full_like(candidates, -torch.inf, dtype=scores.dtype)
         prediction[candidates], confidence[candidates] = picks, order
         return prediction, confidence
+
+    def _likeliest(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [N, V] with -inf for what `top_k` and `top_p` leave out."""
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            ordered[:, self.top_k :] = -torch.inf
+        if self.top_p < 1.0:
+            probabilities = (ordered / self.temperature).softmax(dim=-1)
+            likelier = probabilities.cumsum(dim=-1) - probabilities
+            ordered = ordered.masked_fill(likelier >= self.top_p, -torch.inf)
+        return torch.empty_like(scores).scatter_(-1, order, ordered)
 
     def _end(self, tokens: torch.Tensor, after_given: torch.Tensor) -> torch.Tensor:
         """Fills what is masked behind an end token that everything before is known of."""

@@ -2,9 +2,10 @@
 
 import argparse
 
-# The flags of `add_token_arguments` and `add_decoder_arguments`.
+# The flags of `add_token_arguments`, `add_decoder_arguments` and `add_sampling_arguments`.
 TOKEN_FLAGS = ("special_tokens", "eos_token_ids")
 DECODER_FLAGS = ("steps", "block_length", "remasking", "threshold")
+SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "cfg_scale")
 
 
 def add_token_arguments(group: argparse._ActionsContainer) -> None:
@@ -53,4 +54,36 @@ def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
         type=float,
         metavar="P",
         help="keep all predictions of at least this probability: fewer calls",
+    )
+
+
+def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of `generation.Decoder` about single tokens, of the same names.
+
+    Args:
+        group: of a tool's flags.
+    """
+    group.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
+    group.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="with a --temperature: take one of the K likeliest tokens (default: of all)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="with a --temperature: take one of the likeliest tokens that have the probability P "
+        "together, after temperature and --top-k (default: 1, of all). --remasking and --threshold "
+        "go by the probabilities without temperature, --top-k and --top-p",
+    )
+    group.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="classifier-free guidance: logits go X times beyond those with the prompt masked, "
+        "which takes two forward passes instead of one (default: 0, none)",
     )

@@ -1,8 +1,9 @@
 """Prompts: from text with marked gaps to rows of tokens, and back."""
 
+import json
 from collections.abc import Callable, Sequence
 
-from megatron_mdm.data.documents import document_text, read_documents, split_lines
+from megatron_mdm.data.documents import Document, document_text, read_documents, split_lines
 from megatron_mdm.errors import UserError
 
 Tokenize = Callable[[str], list[int]]
@@ -30,6 +31,35 @@ def read_prompts(path: str, json_key: str = "prompt", file_format: str = "auto")
     if not prompts:
         raise UserError(f"--prompts-file {path} holds no prompt: write one a line")
     return prompts
+
+
+def read_conversations(path: str, key: str = "messages") -> list[Document]:
+    """Reads conversations: a JSON object a line, as preprocessing takes them, or a single one.
+
+    Args:
+        path: of the file. A single conversation may be an object or a list of messages, over any
+            number of lines.
+        key: where an object holds its messages.
+
+    Returns:
+        Documents of one JSON object each.
+
+    Raises:
+        UserError: the file cannot be read, or holds no conversation.
+    """
+    (whole,) = read_documents([path], "text")
+    try:
+        value = json.loads(whole.data)
+    except ValueError:
+        value = None
+    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value):
+        value = {key: value}
+    if isinstance(value, dict):
+        return [whole._replace(line=1, data=json.dumps(value).encode())]
+    documents = list(read_documents([path], "jsonl"))
+    if not documents:
+        raise UserError(f"--messages {path} holds no conversation: write one a line")
+    return documents
 
 
 def prompt_tokens(

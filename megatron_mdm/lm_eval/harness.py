@@ -49,8 +49,10 @@ DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "remasking": str,
     "threshold": float,
     "temperature": float,
+    "top_k": _whole,
+    "top_p": float,
 }
-# Those that the decoder lacks, and the values with which they change nothing.
+# Values with which a setting changes nothing. The decoder lacks the two last ones.
 NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
 SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
 logger = logging.getLogger(__name__)
@@ -327,6 +329,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
             raise UserError(f"the generation_kwargs {settings} cannot be read: {error}") from error
         length, until, _ = (given.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
         greedy = own.get("temperature", self._decoder.temperature) == 0.0
+        for name in ("top_k", "top_p"):
+            if name in own and (greedy or own[name] in NEUTRAL[name]):
+                del own[name]
         for name, value in given.items():
             if greedy and name in SAMPLING:
                 continue

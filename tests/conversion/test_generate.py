@@ -1,11 +1,14 @@
 """tools/generate.py on converted models: tokens as in training, positions, a moved directory."""
 
+import datetime
+import json
 import shutil
 from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
@@ -14,8 +17,12 @@ from megatron_mdm.conversion import family
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.data.fingerprint import fingerprint
 from megatron_mdm.data.load_tokenizer import load_hugging_face
+from megatron_mdm.data.pairs import PairKeys
+from megatron_mdm.data.preprocess import preprocess
 from megatron_mdm.generation.decoder import Decoder
+from megatron_mdm.generation.prompts import read_conversations
 from megatron_mdm.mcore.inference.eval_data import (
+    chat_encoder,
     encoder,
     read_tokens,
     spells_special_tokens,
@@ -110,6 +117,93 @@ def test_special_tokens_in_prompts_are_those_of_the_data(moved, tmp_path):
     assert generate(tmp_path / "a", moved, *prompt).split()[:3] == ["w1", "<s>", "w2"]
     flags = [*prompt, "--no-special-tokens"]
     assert generate(tmp_path / "b", moved, *flags).split()[0] == "<unk>"
+
+
+# Users speak after <s>, and the assistant after w7; on a day, if one is asked for.
+TEMPLATE = "{% if messages[0].role == 'system' %}{{ strftime_now('w%-d ') }}{% endif %}"
+TEMPLATE += "{% for m in messages %}{{ {'user': '<s> ', 'assistant': 'w7 '}[m.role] if m.role in "
+TEMPLATE += "['user', 'assistant'] }}{{ m.content }} {% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}{{ 'w7 ' }}{% endif %}"
+
+
+def conversation(*contents, system=None):
+    """Messages of a user and the assistant in turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """A converted model whose tokenizer has a chat template."""
+    root = tmp_path_factory.mktemp("chatting")
+    source = models.make("llada", root / "hf", mask_token_id=MASK)
+    models.write_tokenizer(source, WORDS, **SPECIAL, chat_template=TEMPLATE)
+    to_megatron(str(source), str(root / "mg"), log=lambda line: None)
+    return root / "mg"
+
+
+def test_prompts_of_conversations_are_those_of_training(chatting, monkeypatch, tmp_path):
+    """Token for token: several turns, dates, keys left out."""
+    asked = [
+        conversation("w1 w2"),
+        conversation("w1 w2", "w3", "w4"),
+        conversation("w5", system="w6"),
+    ]
+    directory = str(chatting / "huggingface")
+    rows = [{"messages": [*m, {"role": "assistant", "content": "w9"}], "n": 1} for m in asked]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    date = datetime.date(2020, 2, 3)
+    keys = PairKeys(messages="messages", template=directory, ignored=("n",), date=date)
+    preprocess(
+        [str(tmp_path / "x.jsonl")], str(tmp_path / "x"), load_hugging_face(directory),
+        pairs=keys, append_eod=False, workers=1, progress=False,
+    )  # fmt: skip
+    dataset = IndexedDataset(str(tmp_path / "x"))
+    trained = [dataset[2 * n].tolist() for n in range(len(asked))]
+    assert trained == [[BOS, 1, 2, 7], [BOS, 1, 2, 7, 3, BOS, 4, 7], [3, 6, BOS, 5, 7]]
+    monkeypatch.setattr("sys.argv", ["", "--tokenizer-type", "HuggingFaceTokenizer"])
+    args = parse_args(ignore_unknown_args=True)
+    args.tokenizer_model, args.rank = directory, 0
+    args.mdm_data = [{"template_date": None}, {"template_date": date.isoformat()}]
+    chat = chat_encoder(LoadedModel(None, args, None), "messages", ["n"])
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"messages": m, "n": 1}) + "\n" for m in asked))
+    assert [chat.prompt(document) for document in read_conversations(str(file))] == trained
+    # One conversation, over several lines: an object, or its messages.
+    for value in ({"messages": asked[1], "n": 2}, asked[1]):
+        file.write_text(json.dumps(value, indent=2))
+        assert [chat.prompt(d) for d in read_conversations(str(file))] == trained[1:2]
+
+
+def test_answers_to_conversations(chatting, tmp_path):
+    asked = [conversation("w1 w2"), conversation("w1 w2", "w3", "w4")]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in asked))
+    flags = ["--length", "5", "--no-stop-at-eos"]
+    lines = generate(tmp_path / "a", chatting, *flags, "--messages", str(file)).splitlines()
+    assert lines[::2] == ["== prompt 1", "== prompt 2"]
+    for line, prompt in ((lines[1], "<s> w1 w2 w7"), (lines[3], "<s> w1 w2 w7 w3 <s> w4 w7")):
+        whole = generate(tmp_path / prompt, chatting, *flags, "--prompt", prompt)
+        assert whole.split() == [*prompt.split(), *line.split()] and line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]\n", "asked.json:1: no list of messages"),
+        ("", "holds no conversation"),
+        ('[{"messages": []}]', "asked.json holds a JSON array"),
+        (json.dumps({"messages": conversation("w1", "w2")}), "is the assistant's: leave it out"),
+        (json.dumps({"messages": conversation("w1"), "id": 1}), 'the same without the key "id"'),
+    ],
+)
+def test_conversations_that_cannot_be_asked(chatting, tmp_path, text, message):
+    file = tmp_path / "asked.json"
+    file.write_text(text)
+    log = generate(tmp_path, chatting, "--messages", str(file), check=False)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in log
 
 
 @pytest.mark.parametrize(

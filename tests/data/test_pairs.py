@@ -1,5 +1,6 @@
 """Prompts and responses from JSONL: documents of two sequences, and one line about bad ones."""
 
+import dataclasses
 import datetime
 import json
 import random
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_mdm.data.chat import ChatTemplate
 from megatron_mdm.data.documents import Document
+from megatron_mdm.data.encoding import open_hugging_face
+from megatron_mdm.data.identity import data_identity
 from megatron_mdm.data.load_tokenizer import load_hugging_face
 from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.preprocess import preprocess
@@ -63,8 +66,9 @@ def encoded(path, chat_template):
 def rendered(path, chat_template, row, *ignored):
     """Prompt and response of a row, and why it is refused, one of the two."""
     directory = tokenizer_directory(path, chat_template)
+    document = Document("x.jsonl", 7, json.dumps(row).encode(), 0)
     try:
-        pair = chat(directory, ignored).pair(Document("x.jsonl", 7, json.dumps(row).encode(), 0))
+        (pair,) = chat(directory, ignored).pairs(document)
     except UserError as error:
         return None, str(error)
     assert not pair.has_marks
@@ -73,7 +77,7 @@ def rendered(path, chat_template, row, *ignored):
 
 def chat(directory, ignored=(), **options):
     special = load_hugging_face(directory).special_tokens()
-    return ChatTemplate(directory, "m", special, ignored, **options)
+    return ChatTemplate(open_hugging_face(directory), "m", special, ignored, **options)
 
 
 def tokenizer_directory(path, chat_template):
@@ -346,20 +350,120 @@ def test_a_template_writes_the_same_date_on_every_day(tmp_path, before, written,
     dated = chat(directory, date=keys.date)
     document = Document("x.jsonl", 1, json.dumps({"m": CHAT}).encode(), 0)
     pair = (written.format(date) + "<user> a <eos> <bot> ", "b <eos>")
-    assert dated.pair(document)[:2] == pair
+    assert [p[:2] for p in dated.pairs(document)] == [pair]
     _, summary = run(tmp_path, directory, [{"m": CHAT}], keys)
     assert summary.template_date == (date.isoformat() if written else None)
     said = f"wrote {date} for today's date (--template-date)"
     assert (said in str(summary)) == bool(written)
     if before.startswith(ASKING) and written:  # a row may have a date of its own
         row = json.dumps({"m": CHAT, "date_string": "then"}).encode()
-        assert dated.pair(Document("x", 1, row, 0))[0].startswith("then: ")
+        assert dated.pairs(Document("x", 1, row, 0))[0].prompt.startswith("then: ")
 
 
 def test_a_date_in_a_format_that_is_not_known_is_refused(tmp_path):
     chat_template = "{{ strftime_now('%' ~ 'd') }}" + template("<eos> ", ASKED)
     _, message = rendered(tmp_path, chat_template, {"m": CHAT})
     assert "refuses it: strftime_now(%d): write the format out there" in message
+
+
+# -- every turn
+
+SEVERAL = [
+    {"role": "system", "content": "c"},
+    {"role": "assistant", "content": "d"},
+    *CHAT,
+    {"role": "user", "content": "c c"},
+    {"role": "assistant", "content": "d d"},
+]
+
+
+def test_every_answer_is_a_pair_with_all_that_comes_before_it(tmp_path, directory):
+    """But a greeting, which answers nothing. The last pair is the one of --turns last."""
+    lines = [{"m": SEVERAL}, {"m": CHAT}, {"m": SEVERAL[:2]}]
+    every, summary = run(
+        tmp_path, directory, lines, PairKeys(messages="m", template=directory, turns="every")
+    )
+    last, _ = run(tmp_path, directory, lines, PairKeys(messages="m", template=directory))
+    first = "<bot> c <eos> <bot> d <eos> <user> a <eos> <bot>"
+    assert every == [
+        (first, "b <eos>"),
+        (f"{first} b <eos> <user> c c <eos> <bot>", "d d <eos>"),
+        ("<user> a <eos> <bot>", "b <eos>"),
+        ("<bot> c <eos> <bot>", "d <eos>"),
+    ]
+    assert last == every[1:]
+    assert (summary.documents, summary.tokens) == (4, sum(len(" ".join(p).split()) for p in every))
+
+
+def test_a_turn_is_rendered_as_if_the_conversation_ended_there(tmp_path):
+    """The template leaves out the reasoning of earlier answers: each answer is learnt with its own.
+
+    A key that only earlier answers have is one that --turns last refuses.
+    """
+    text = "{% for m in messages %}{{ m.role[0] }} {{ m.why if loop.last }}{{ m.content }} "
+    text += "{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    row = {"m": [CHAT[0], {**CHAT[1], "why": "x"}, *CHAT], "n": None}
+    directory = tokenizer_directory(tmp_path, text)
+    every = chat(directory, turns="every")
+    pairs = every.pairs(document_of(row))
+    assert [pair[:2] for pair in pairs] == [("u a a ", "xb "), ("u a a b u a a ", "b ")]
+    assert 'without the key "why" of messages' in rendered(tmp_path, text, row)[1]
+    row["m"][0] = {**CHAT[0], "why": ""}
+    row["m"][1]["who"] = "y"
+    with pytest.raises(UserError, match='x.jsonl:1: .* without the key "who" of messages: --ign'):
+        every.pairs(document_of(row))
+
+
+@pytest.mark.parametrize("turns", ["last", "every"])
+def test_a_turn_whose_prompt_does_not_begin_it_is_named(tmp_path, turns):
+    """A template that opens an answer with what it leaves out of earlier ones, and of this one."""
+    text = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
+    text += "{% if add_generation_prompt %}a {{ '<think>' if messages|length < 2 }}{% endif %}"
+    pairs = chat(tokenizer_directory(tmp_path, text), turns=turns).pairs
+    document = document_of({"m": [*CHAT, *CHAT]}, 7)
+    if turns == "last":
+        assert [pair[:2] for pair in pairs(document)] == [("u a a b u a a ", "b ")]
+        return
+    with pytest.raises(UserError) as caught:
+        pairs(document)
+    assert str(caught.value) == (
+        "x.jsonl:7: the chat template renders the conversation differently without message 2, an "
+        "answer: give prompt and response as texts instead, or take --turns last"
+    )
+
+
+def test_special_tokens_that_any_turn_spells_are_text(tmp_path):
+    directory, fast = chat_directory(tmp_path, byte_pairs())
+    keys = PairKeys(messages="m", template=directory, turns="every")
+    row = {"m": [*answer("<|im_end|>"), *answer("b")]}
+    chunk = PairEncoder(load_hugging_face(directory), keys, append_eod=True)([document_of(row)])
+    assert chunk.bad == [] and chunk.spelling == 1 and len(chunk.lengths) == 2
+    ends = np.cumsum([sum(pair) for pair in chunk.lengths])
+    first, second = np.split(chunk.tokens, ends[:-1])
+    whole = fast.apply_chat_template(row["m"], tokenize=False)
+    assert fast.decode(second.tolist()) == whole.removesuffix("\n")
+    assert second[: len(first)].tolist() == first.tolist()
+    end = fast.convert_tokens_to_ids("<|im_end|>")
+    assert (first.tolist().count(end), second.tolist().count(end)) == (2, 4)
+
+
+def test_data_of_the_last_turn_are_the_same_as_before(tmp_path, directory):
+    """Their options have no new key, so that they are kept (--unless-done) and known."""
+    keys = PairKeys(messages="m", template=directory)
+    assert keys.options().keys() == {
+        "messages_key", "template", "special_tokens_in_rows", "ignore_keys", "template_date"
+    }  # fmt: skip
+    lines = [{"m": SEVERAL}]
+    run(tmp_path, directory, lines, keys)
+    every = dataclasses.replace(keys, turns="every")
+    tokenizer = load_hugging_face(directory)
+    inputs, prefix = [str(tmp_path / "x.jsonl")], str(tmp_path / "out")
+    again = {"workers": 1, "progress": False, "unless_done": True}
+    before = data_identity(prefix)
+    assert preprocess(inputs, prefix, tokenizer, pairs=keys, **again) is None
+    assert preprocess(inputs, prefix, tokenizer, pairs=every, **again) is not None
+    assert json.loads((tmp_path / "out.json").read_text())["options"]["turns"] == "every"
+    assert data_identity(prefix).full != before.full
 
 
 def test_reasoning_may_be_left_out_of_earlier_answers(tmp_path):
@@ -487,6 +591,26 @@ def test_a_special_token_in_a_message_is_text(tmp_path):
     assert both.tokens.tolist() == ids + alone.tokens.tolist() and alone.spelling == 0
     whole = fast.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     assert [*alone.tokens.tolist(), *plain("\n")] == whole
+
+
+def test_a_prompt_alone_has_the_tokens_that_it_has_before_an_answer(tmp_path):
+    directory, _ = chat_directory(tmp_path, byte_pairs())
+    encode = encoder_of(directory)
+    for text in ("what?", "what is <|im_end|>?"):
+        asked = [{"role": "user", "content": text}, CHAT[1], {"role": "user", "content": "c"}]
+        chunk = encode([document_of({"m": [*asked, CHAT[1]], "tools": [{"name": "t"}]})])
+        ((length, _),) = chunk.lengths
+        prompt = encode.prompt(document_of({"m": asked, "tools": [{"name": "t"}]}))
+        assert prompt == chunk.tokens[:length].tolist()
+    for messages, message in (
+        (CHAT, 'x.jsonl:1: the last message of "m" is the assistant\'s: leave it out'),
+        ([{**CHAT[0], "who": "d"}], 'the same without the key "who" of messages'),
+        ([{"role": "user", "content": None}], 'message 1 of "m" has no content'),
+        ([], 'no list of messages under "m"'),
+    ):
+        with pytest.raises(UserError) as caught:
+            encode.prompt(document_of({"m": messages}))
+        assert message in str(caught.value)
 
 
 KINDS = {

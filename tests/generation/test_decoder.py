@@ -149,6 +149,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
         Decoder(MASK, block_length=5, temperature=1.0),
         Decoder(MASK, remasking="random", steps=5),
         Decoder(MASK, threshold=0.4, temperature=0.5),
+        Decoder(MASK, temperature=1.0, top_k=5, top_p=0.8, cfg_scale=0.5),
     ):
         seeded = [torch.Generator().manual_seed(i) for i in range(4)]
         together = decoder(logits, rows, seeded)
@@ -190,6 +191,128 @@ def test_temperature_samples_from_the_tempered_softmax(temperature):
     assert ((counts[:9] - expected) ** 2 / expected).sum() < 29.6  # 8 degrees, p = 2.5e-4
     other = decoder(lambda x: scores.expand(1, n, V), torch.full((1, n), MASK), [generator])
     assert not torch.equal(drawn, other)
+
+
+def guided(logits, tokens, gen_length, block_length, steps, scale):
+    """`published` with its classifier-free guidance: two rows in a call, one without its prompt."""
+    prompt = tokens[: len(tokens) - gen_length]
+
+    def both(batch):
+        (x,) = batch.tolist()
+        hidden = [MASK] * len(prompt) + x[len(prompt) :]
+        conditional, unconditional = logits(torch.tensor([x, hidden]))
+        return (unconditional + (scale + 1) * (conditional - unconditional))[None]
+
+    return published(both, tokens, gen_length, block_length, steps)
+
+
+@pytest.mark.parametrize("block_length, steps", [(24, 24), (24, 7), (8, 9)])
+def test_guidance_is_the_published_one(block_length, steps):
+    changed = 0
+    for seed in range(4):
+        plain = random_model(seed, scale=0.5)
+
+        def logits(tokens, plain=plain):
+            scores = plain(tokens)
+            scores[..., V - 1] = -torch.inf  # as padding of the vocabulary is
+            return scores
+
+        prompts = torch.randint(0, 8, (3, 5), generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([prompts, torch.full((3, 24), MASK)], dim=1)
+        settings = {"steps": steps, "block_length": block_length}
+        ours = Decoder(MASK, cfg_scale=1.5, **settings)(logits, rows).tolist()
+        finite = lambda tokens, plain=plain: plain(tokens)[..., : V - 1]  # noqa: E731
+        wanted = [guided(finite, row, 24, block_length, steps, 1.5) for row in rows.tolist()]
+        assert ours == wanted
+        changed += ours != Decoder(MASK, **settings)(logits, rows).tolist()
+    assert changed > 1
+
+
+def test_guidance_hides_every_given_token_and_takes_two_calls():
+    """What was written before is shown in both; 0 is no guidance, and takes one."""
+    row = torch.tensor([[5, MASK, 6, MASK, 7]])
+    calls = []
+
+    def recording(tokens):
+        calls.append(tokens[0].tolist())
+        return model(tokens)
+
+    Decoder(MASK, cfg_scale=0.5)(recording, row)
+    assert calls == [
+        [5, MASK, 6, MASK, 7], [MASK] * 5, [5, 1, 6, MASK, 7], [MASK, 1, MASK, MASK, MASK]
+    ]  # fmt: skip
+    calls.clear()
+    Decoder(MASK, cfg_scale=0.0)(recording, row)
+    assert len(calls) == 2
+
+
+def test_the_likeliest_alone_is_greedy_and_all_of_them_no_filter():
+    """Ties too, of which greedy decoding takes the first."""
+    logits = random_model(5, scale=1.0)
+
+    def tied(tokens):
+        return logits(tokens).round()
+
+    row = torch.tensor([[1, 2, 3, *[MASK] * 20]])
+
+    def drawn(source, **settings):
+        decoder = Decoder(MASK, block_length=5, vocab_size=11, **settings)
+        return decoder(source, row, [torch.Generator().manual_seed(3)])
+
+    for source in (logits, tied):
+        greedy = drawn(source)
+        assert torch.equal(drawn(source, temperature=2.0, top_k=1), greedy)
+        assert torch.equal(drawn(source, temperature=2.0, top_p=1e-9), greedy)
+        free = drawn(source, temperature=2.0)
+        assert not torch.equal(free, greedy)
+        for off in ({"top_k": V}, {"top_k": 10}, {"top_k": 99, "top_p": 1.0}):
+            assert torch.equal(drawn(source, temperature=2.0, **off), free)
+
+
+def test_filtered_scores_are_bitwise_those_that_were_given():
+    scores = torch.randn(50, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores[:, MASK] = -torch.inf
+    for top_k, top_p in ((V, 1.0), (4, 1.0), (None, 0.7), (6, 0.5)):
+        kept = Decoder(MASK, temperature=0.7, top_k=top_k, top_p=top_p)._likeliest(scores)
+        assert torch.equal(torch.where(kept == -torch.inf, scores, kept), scores)
+        if top_p == 1.0:
+            assert (kept > -torch.inf).sum(dim=1).tolist() == [min(top_k, V - 1)] * 50
+
+
+def enumerated(scores, temperature, top_k, top_p):
+    """Probabilities of tokens, one by one: warped by temperature, cut to k, then to the mass p."""
+    allowed = [v for v in range(10) if v != MASK]
+    weights = {v: math.exp(scores[v] / temperature) for v in allowed}
+    ranked = sorted(allowed, key=lambda v: -weights[v])[:top_k]
+    mass, kept = sum(weights[v] for v in ranked), []
+    for v in ranked:
+        if sum(weights[u] for u in kept) / mass >= top_p:
+            break
+        kept.append(v)
+    total = sum(weights[v] for v in kept)
+    return {v: weights[v] / total for v in kept}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "count"),
+    [(1.0, 4, 1.0, 4), (0.5, None, 0.9, 3), (2.0, None, 0.6, 4), (2.0, 5, 0.6, 3)],
+)
+def test_draws_among_the_likeliest(temperature, top_k, top_p, count):
+    """Chi-squared over 20,000 draws, against an enumeration. Confidences know of no filter."""
+    n = 20_000
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.3, 0.0, -0.5, 1.5, 9.0, 9.0, 9.0])
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "vocab_size": 10}
+    decoder = Decoder(MASK, steps=1, **settings)
+    generator = torch.Generator().manual_seed(1)
+    drawn = decoder(lambda x: scores.expand(1, n, V), torch.full((1, n), MASK), [generator])
+    wanted = enumerated(scores.tolist(), temperature, top_k, top_p)
+    counts = Counter(drawn[0].tolist())
+    assert counts.keys() == wanted.keys() and len(wanted) == count
+    statistic = sum((counts[v] - n * p) ** 2 / (n * p) for v, p in wanted.items())
+    assert statistic < 20.5  # at most 4 degrees, p = 4e-4
+    candidates = torch.ones(1, 50, dtype=torch.bool)
+    picks, confidence = decoder._predict(scores.double().expand(50, V).clone(), candidates, None)
+    assert torch.equal(confidence, scores.double().softmax(dim=0)[picks])
 
 
 def test_random_remasking_fills_in_any_order_with_the_likeliest_tokens():
@@ -249,6 +372,12 @@ def test_an_end_token_before_given_text_ends_nothing():
         ({"temperature": -0.1}, "--temperature must be 0 or more, got -0.1"),
         ({"temperature": math.nan}, "--temperature"),
         ({"temperature": math.inf}, "--temperature"),
+        ({"cfg_scale": -1.0}, "--cfg-scale must be 0 or more, got -1.0"),
+        ({"top_k": 0, "temperature": 1.0}, "--top-k must be at least 1, got 0"),
+        ({"top_p": 0.0, "temperature": 1.0}, r"--top-p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": math.nan, "temperature": 1.0}, "--top-p must lie in"),
+        ({"top_k": 5}, "--top-k needs a --temperature above 0"),
+        ({"top_p": 0.5}, "--top-p needs a --temperature above 0"),
         ({"remasking": "best"}, "--remasking is low-confidence or random, not best"),
         ({"threshold": 0.0}, "--threshold must lie in"),
         ({"threshold": 1.1}, "--threshold must lie in"),

@@ -226,7 +226,9 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_p": 0.95, "temperature": 0.2}, "has top_p 0.95.* add --gen-kwargs top_p=1"),
+        ({"min_p": 0.05, "temperature": 0.2}, "has min_p 0.05.* add --gen-kwargs min_p=0"),
+        ({"top_p": 1.5, "temperature": 0.2}, r"cannot be had: top_p must lie in \(0, 1\], got 1.5"),
+        ({"top_k": 0.5, "temperature": 0.2}, "cannot be read: 0.5 is no whole number"),
         ({"num_beams": 4}, "generation_kwargs has num_beams 4, .*: choose a task without"),
         ({"max_gen_toks": 12}, "max_gen_toks 12 must be 1 to 11"),
         ({"max_gen_toks": 0}, "max_gen_toks 0 must be 1 to 11"),
@@ -237,7 +239,7 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
         ({"steps": 1, "block_length": 2}, "steps 1 is less than one a block: 2 blocks of block_l"),
         ({"steps": 2.9}, "cannot be read: 2.9 is no whole number"),
         ({"max_gen_toks": 3.5}, "cannot be read: 3.5 is no whole number"),
-        ({"do_sample": True, "top_p": 0.9}, "has top_p 0.9, which the decoder lacks"),
+        ({"do_sample": True, "min_p": 0.9}, "has min_p 0.9, which the decoder lacks"),
         ({"do_sample": "maybe"}, "do_sample maybe is neither true nor false"),
     ],
 )
@@ -251,6 +253,15 @@ def test_settings_that_change_nothing_are_taken():
     greedy = {"do_sample": False, "top_p": 0.9, "top_k": 50, "max_gen_toks": 3}
     asked = [request("ab", neutral), request("ab", greedy)]
     assert writer().generate_until(asked) == ["cde", "cde"]
+
+
+def test_the_likeliest_tokens_may_be_asked_for():
+    sampled = {"do_sample": True, "temperature": 0.5, "top_k": 7, "top_p": 0.5}
+    decoder, _, _ = writer()._generation({**sampled, "max_gen_toks": 3})
+    assert (decoder.temperature, decoder.top_k, decoder.top_p) == (0.5, 7, 0.5)
+    for off in ({"top_k": 0, "top_p": 1}, {"top_k": -1, "top_p": 1.0}, {"do_sample": False}):
+        decoder, _, _ = writer()._generation({**sampled, "max_gen_toks": 3, **off})
+        assert (decoder.top_k, decoder.top_p) == (None, 1.0)
 
 
 def test_null_ends_no_text():

@@ -275,7 +275,7 @@ class Refusing(HarnessModel):
 def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager):
     """Of a task too whose turn comes last."""
     for settings, message in (
-        ({"gen_kwargs": {"top_k": 5, "temperature": 1.0}}, "has top_k 5, which the decoder lacks"),
+        ({"gen_kwargs": {"min_p": 0.1, "temperature": 1.0}}, "has min_p 0.1, which the decoder"),
         ({"gen_kwargs": {"max_gen_toks": 64}}, "max_gen_toks 64 must be 1 to 63"),
         ({"num_fewshot": 9}, r"words_choices cannot be asked with 9 examples \(--num-fewshot\): V"),
         ({"num_fewshot": 5}, "words_texts cannot be asked with 5 examples"),

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -124,3 +125,36 @@ def test_the_picture_compares_means_over_bins_on_logarithmic_axes(errors, unifor
             assert stairs.get_data().values == pytest.approx(root, rel=0.02)
         else:
             assert not axes.patches
+
+
+MEMORY = """
+import resource, runpy, sys
+from megatron_mdm.environment import prepare_environment
+prepare_environment("cpu")
+import matplotlib.pyplot, megatron_mdm.mcore.inference.measure
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("bytes:", peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_draws(tmp_path):
+    """In 94 calls the logits take up to 16 MiB, of another size in each.
+
+    Freed into the heap of glibc they made 1.6 GB of it.
+    """
+    rows = "--seq-length 256 --max-position-embeddings 256 --mock-data --train-iters 1"
+    sizes = "--num-layers 1 --vocab-size 1000 --mdm-mask-token-id 1001"
+    saved = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"]
+    ranks.launch(tmp_path, 1, *rows.split(), *sizes.split(), *saved)
+    flags = ["--load", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "x.json")]
+    flags += "--device cpu --target gradient --rates 30 --rows 5 --masks 10".split()
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, "tools/fit_ppots.py", *flags],
+        cwd=ROOT, env=ranks.users_environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split("bytes:")[1]) < 400e6

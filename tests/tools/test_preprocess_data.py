@@ -48,6 +48,7 @@ def test_tool_with_hugging_face(tmp_path, monkeypatch, capfd):
     [
         (["--ignore-keys", "id"], "error: --ignore-keys is for --messages-key: leave it out\n"),
         (["--messages-key", "m", "--ignore-keys", "id", "role"], "--ignore-keys role: a convers"),
+        (["--turns", "every"], "error: --turns is for --messages-key: leave it out\n"),
         (["--template-date", "2024-01-01"], "error: --template-date is for --messages-key: leave"),
         (["--messages-key", "m", "--template-date", "today"], "--template-date today: give YYYY"),
         (["--messages-key", "m", "--ignore-keys", "m"], "--ignore-keys m: a conversation cannot"),

@@ -1,5 +1,6 @@
 """Texts to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
 
+import datetime
 import functools
 import os
 from argparse import Namespace
@@ -11,9 +12,12 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_mdm.data.chat import TEMPLATE_DATE
 from megatron_mdm.data.documents import Document, document_text, read_documents
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.identity import data_identity
+from megatron_mdm.data.load_tokenizer import has_chat_template, load_hugging_face
+from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.sampling import Reservoir, drawn
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, cut_rows
@@ -133,6 +137,31 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
     """
     data = tokenizer_data(loaded.tokenizer)
     return data.load(special) if isinstance(data, TokenizerData) else loaded.tokenizer.tokenize
+
+
+def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairEncoder:
+    """Encodes conversations as preprocessing does for training.
+
+    A template that asks for today's date gets the one that it wrote in the checkpoint's data, if
+    that is known.
+
+    Args:
+        loaded: the checkpoint.
+        key: where an object holds its messages.
+        ignored: keys that are left out.
+
+    Raises:
+        UserError: the checkpoint's tokenizer has no chat template.
+    """
+    directory = loaded.args.tokenizer_model
+    is_chat = loaded.args.tokenizer_type == "HuggingFaceTokenizer" and has_chat_template(directory)
+    if not is_chat:
+        raise UserError("--messages needs a checkpoint whose tokenizer has a chat template")
+    data = getattr(loaded.args, "mdm_data", None) or ()
+    dates = {part.get("template_date") for part in data} - {None}
+    date = datetime.date.fromisoformat(dates.pop()) if len(dates) == 1 else TEMPLATE_DATE
+    keys = PairKeys(messages=key, template=directory, ignored=tuple(ignored), date=date)
+    return PairEncoder(load_hugging_face(directory), keys, append_eod=False)
 
 
 def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:

@@ -105,6 +105,20 @@ def test_texts_do_not_depend_on_layout_and_company(base, tmp_path):
     assert generate(base, tmp_path / "seed", *common, "--seed", "1").split() != lines[1].split()
 
 
+def test_guided_and_filtered_texts_are_those_of_one_rank(base, tmp_path):
+    """Ranks have parts of the vocabulary, and sort all of it."""
+    common = ["--length", "12", "--block-length", "4", "--prompt", "50 51 52", "--no-stop-at-eos"]
+    sampled = [*common, "--temperature", "2", "--top-k", "60", "--top-p", "0.9"]
+    texts = []
+    for number, flags in enumerate((sampled, [*sampled, "--cfg-scale", "20"])):
+        texts.append(generate(base, tmp_path / f"{number}", *flags))
+        assert generate(base, tmp_path / f"{number} on 2", *flags, world=2) == texts[-1]
+    greedy = generate(base, tmp_path / "greedy", *common)
+    nearly = [*common, "--temperature", "1", "--top-k", "1"]
+    assert generate(base, tmp_path / "nearly", *nearly) == greedy
+    assert len({*texts, greedy}) == 3
+
+
 def test_show_and_picture(base, tmp_path):
     flags = ["--prompt", "5 6", "--length", "6", "--steps", "3", "--no-stop-at-eos"]
     flags += ["--show", "--picture", str(tmp_path / "order.gif")]
@@ -128,6 +142,10 @@ def test_show_and_picture(base, tmp_path):
         ("--picture a.png --prompt 1 --prompt 2", "--picture draws one prompt, and there are 2"),
         ("--prompts-file nowhere.txt", "nowhere.txt: cannot be read"),
         ("--mask-marker=", "--mask-marker must not be empty"),
+        ("--top-k 5", "--top-k needs a --temperature above 0"),
+        ("--messages nowhere.json", "nowhere.json: cannot be read"),
+        ("--messages x --no-special-tokens", "--no-special-tokens: a chat template writes special"),
+        ("--messages setup.py", "--messages needs a checkpoint whose tokenizer has a chat"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
