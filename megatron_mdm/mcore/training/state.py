@@ -11,11 +11,13 @@ from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.mcore.training.corrupters import evaluation_corrupter, training_corrupter
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
+from megatron_mdm.mcore.training.throughput import WorkRecorder
 from megatron_mdm.objective.bells import Bell, faded_share
 from megatron_mdm.objective.control_variate import ControlVariate, bin_masses
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.types import Floats
+from megatron_mdm.sizing.flops import ModelShape
 
 
 class TrainingState:
@@ -30,6 +32,7 @@ class TrainingState:
         mdm: settings of the objective.
         eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
+        world_size: ranks of the run, each of which has a GPU where there are some.
         checks_finite: whether a loss that is not finite ends the run.
         log_interval: iterations between lines of the log.
         text_offset: what is added to the number of a text, row // views.
@@ -38,6 +41,7 @@ class TrainingState:
         sampler: P-POTS that is refitted while the run trains; None if no flag asks for it.
         control_variate: of the reported training loss.
         clock: seconds of training.
+        work: operations of training, with --log-throughput.
     """
 
     def __init__(self, args: Namespace, eod_id: int) -> None:
@@ -45,6 +49,7 @@ class TrainingState:
         self.mdm = MDMConfig.from_args(args)
         self.eod_id = eod_id
         self.seq_length: int = args.seq_length
+        self.world_size: int = args.world_size
         self._micro_batch_sizes = args.eval_micro_batch_size, args.micro_batch_size
         self.checks_finite: bool = args.check_for_nan_in_loss_and_grad
         self.log_interval: int = args.log_interval
@@ -61,6 +66,9 @@ class TrainingState:
         self._recorders = Recorder(self.mdm.rate_bins), Recorder(self.mdm.rate_bins)
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
+        self.work: WorkRecorder | None = None
+        if args.log_throughput:
+            self.work = WorkRecorder(ModelShape.from_args(args))
 
     @property
     def uniform_share(self) -> float:
