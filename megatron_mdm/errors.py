@@ -35,6 +35,10 @@ class UserError(ValueError):
         super().__init__(escaped(message.rpartition(f"{__name__}.UserError: ")[2].strip()))
 
 
+class LostRankError(RuntimeError):
+    """Another rank is gone, for which it has a reason of its own. The message is one line."""
+
+
 class SharedError(UserError):
     """Bad input that all ranks have found alike, after they were connected."""
 
@@ -67,6 +71,15 @@ def exit_rank_with(error: UserError) -> NoReturn:
     if is_of_this_rank and os.environ.get("WORLD_SIZE", "1") != "1":
         error = UserError(f"rank {os.environ.get('RANK', '0')}: {error}")
     exit_with(error)
+
+
+def exit_without_another(error: LostRankError) -> NoReturn:
+    """Ends one rank with the one line of `error` and status 1.
+
+    Without `error:`, which stands before the reason that the other rank has, if it could say one.
+    """
+    print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def run_tool(main: Callable[[], None]) -> None:

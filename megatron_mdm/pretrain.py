@@ -9,7 +9,12 @@ from typing import Any
 
 from megatron_mdm.config import requested_device
 from megatron_mdm.environment import check_megatron_version, join_ranks, prepare_environment
-from megatron_mdm.errors import UserError, exit_rank_with
+from megatron_mdm.errors import (
+    LostRankError,
+    UserError,
+    exit_rank_with,
+    exit_without_another,
+)
 from megatron_mdm.interruption import Interruption
 
 PROGRAM_START = time.time()
@@ -17,6 +22,8 @@ PROGRAM_START = time.time()
 
 def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
     """Runs the program; a `UserError` ends it with one line and status 2.
+
+    So does the loss of another rank, with status 1.
 
     A signal that asks it to stop ends it with status 75 (interruption.py).
 
@@ -33,6 +40,8 @@ def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
             record(_run)(interruption, other_step)
         except UserError as error:
             exit_rank_with(error)
+        except LostRankError as error:
+            exit_without_another(error)
 
 
 def _run(
