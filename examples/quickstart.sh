@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup.sh plot
+source examples/progress.sh
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore # one thread a process: the processes share the cores
 
 run=runs/quickstart
@@ -32,8 +33,8 @@ pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summa
     local log=$run/$1.log
     shift
     # Without an address torchrun would ask for that of the machine's name, which not all machines know.
-    if ! torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_mdm.pretrain --mdm-device cpu \
-        --tensor-model-parallel-size 2 \
+    run_logged "$log" torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_mdm.pretrain \
+        --mdm-device cpu --tensor-model-parallel-size 2 \
         --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 \
         --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope \
         --normalization RMSNorm --swiglu --disable-bias-linear \
@@ -44,11 +45,7 @@ pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summa
         --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 50 --lr-decay-style cosine \
         --weight-decay 0.1 --clip-grad 1.0 \
         --log-interval 20 --eval-interval 500 --eval-iters 16 \
-        --tensorboard-dir $run/tensorboard "$@" >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        echo "error: training failed; all of its output is in $log" >&2
-        exit 1
-    fi
+        --tensorboard-dir $run/tensorboard "$@"
 }
 
 # The record of the data stands beside the checkpoint that was trained on them.
@@ -65,4 +62,4 @@ echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png
 echo "== a sample"
 python tools/generate.py --load $run/checkpoint --device cpu --prompt "def " --length 96 \
-    --temperature 0.7 2>$run/generate.log || { tail -n 3 $run/generate.log >&2; exit 1; }
+    --temperature 0.7 2>$run/generate.log || { say_failed $run/generate.log; exit 1; }

@@ -47,6 +47,10 @@ class UserError(ValueError):
         super().__init__(escaped(message.rpartition(f"{__name__}.UserError: ")[2].strip()))
 
 
+class LostRankError(RuntimeError):
+    """Another rank is gone, for which it has a reason of its own. The message is one line."""
+
+
 class SharedError(UserError):
     """Bad input that all ranks have found alike, after they were connected."""
 
@@ -89,32 +93,23 @@ def exit_rank_after(error: Exception) -> None:
     Args:
         error: any but a `UserError`.
     """
-    lines = str(error).strip().splitlines() or [""]
-    line = escaped(_of_this_rank(f"{type(error).__name__}: {lines[0]}"))
-    if _another_rank_has_failed():
-        line += " (after the failure of another rank)"
-        _report(line, is_consequence=True)
+    if isinstance(error, LostRankError):
+        line = str(error)
+    else:
+        first = (str(error).strip().splitlines() or [""])[0]
+        line = f"{type(error).__name__}: {first}"
+    line = escaped(_of_this_rank(line))
+    is_consequence = isinstance(error, LostRankError) or _another_rank_has_failed()
+    _report(line, is_consequence)
+    if is_consequence:
         print(line, file=sys.stderr, flush=True)
         sys.exit(1)
-    if _has_lost_a_rank(error):
-        _report(f"{line} (another rank may have failed first)", is_consequence=True)
-    else:
-        _report(line)
 
 
 def _of_this_rank(line: str) -> str:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return line
     return f"rank {os.environ.get('RANK', '0')}: {line}"
-
-
-def _has_lost_a_rank(error: Exception) -> bool:
-    """Whether a connection has failed, as it does when another rank has gone."""
-    distributed = sys.modules.get("torch.distributed")
-    # The errors of gloo have no type of their own.
-    return "/gloo/" in str(error) or (
-        distributed is not None and isinstance(error, distributed.DistError)
-    )
 
 
 def _another_rank_has_failed() -> bool:

@@ -19,6 +19,8 @@ PROGRAM_START = time.time()
 def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
     """Runs the program; a `UserError` ends it with one line and status 2.
 
+    So does the loss of another rank, with status 1.
+
     A signal that asks it to stop ends it with status 75 (interruption.py).
 
     Args:

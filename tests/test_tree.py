@@ -73,4 +73,4 @@ def test_the_index_of_the_examples_has_every_script_and_folder():
     assert all(any(link.startswith(f"{path.name}/") for link in links) for path in folders)
     scripts = {path.relative_to(examples).as_posix() for path in examples.rglob("*.sh")}
     # What a script sources, and the kit that the README of gpu/ is about.
-    assert scripts - set(links) == {"finetune/common.sh", "gpu/kit/device.sh"}
+    assert scripts - set(links) == {"finetune/common.sh", "gpu/kit/device.sh", "progress.sh"}

@@ -9,6 +9,8 @@
 # where to write (runs); RUN, the name of the run there (that of the example), with which another experiment begins
 # anew; SETUP=no takes the active environment instead of .venv.
 
+source examples/progress.sh
+
 stop() {
     echo "error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
@@ -73,7 +75,8 @@ train() { # FLAGS: runs the launch line of the conversion, with these flags afte
         set -- --seq-length 64 --micro-batch-size 8 --global-batch-size 16 --train-iters "$iters" --lr 1e-3 \
             --lr-warmup-iters $((iters / 6)) --log-interval 10 --save-interval "$iters" \
             --eval-interval "$iters" --eval-iters 4 "$@"
-        eval "$command" >"$RUN/train.log" 2>&1 || { tail -n 20 "$RUN/train.log" >&2; exit 1; }
+        run_command() { eval "$command"; } # which refers to "$@"
+        run_logged "$RUN/train.log" run_command "$@"
         grep -E "validation NELBO" "$RUN/train.log" | tail -n 1
     fi
 }

@@ -56,6 +56,6 @@ else
     echo "== an answer"
     python tools/generate.py --load "$RUN/checkpoint" --device cpu "${CANVAS[@]}" \
         --prompt $'user: Write name 3 times.\nassistant: ' 2>"$RUN/generate.log" \
-        || { tail -n 3 "$RUN/generate.log" >&2; exit 1; }
+        || { say_failed "$RUN/generate.log"; exit 1; }
 fi
 convert_back

@@ -9,6 +9,7 @@ in --directory: the same command goes on after an interruption. --plan says what
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -19,7 +20,7 @@ import platform
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from figure import draw
@@ -45,6 +46,7 @@ from megatron_mdm.experiments.program import program
 from megatron_mdm.experiments.runs import run_parallel
 from megatron_mdm.files import check_picture, termination_raises, write_errors, write_json
 
+PAUSE = 60.0  # seconds between lines that say how far the runs are
 # What the results are, each of its place. `closed` are the settings of which no more is run.
 LISTS = ("stopped", "closed", "diverged", "runs")
 # What the tables need of a result.
@@ -276,8 +278,29 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
         *(functools.partial(find_steps, setting) for setting in stopped),
         *(functools.partial(work, run) for run in todo),
     ]
-    run_parallel(options.jobs, lambda step: step(), steps)
+    with shown(study):
+        run_parallel(options.jobs, lambda step: step(), steps)
     return results
+
+
+@contextlib.contextmanager
+def shown(study: Study) -> Iterator[None]:
+    """Context in which stderr shows every minute what runs, and how far it is."""
+    over = threading.Event()
+
+    def show() -> None:
+        while not over.wait(PAUSE):
+            print(
+                "".join(f"{line}\n" for line in study.progress(PAUSE / 2)), end="", file=sys.stderr
+            )
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def plan(scale: Scale) -> str:

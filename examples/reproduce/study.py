@@ -27,6 +27,7 @@ from megatron_mdm.experiments.runs import (
     PROGRAM,
     as_flags,
     digest,
+    iteration_in,
     run_cached,
     run_path,
     run_python,
@@ -57,6 +58,8 @@ class Study:
         self._data: dict[str, pathlib.Path] = {}
         self._unseen: dict[tuple[str, str], list[bool]] = {}
         self._first_lock = threading.Lock()
+        # Processes that run: their logs, the names of the runs and when they began.
+        self._running: dict[pathlib.Path, tuple[str, float]] = {}
 
     def data(self, task: str) -> pathlib.Path:
         """Where problems, tokenizer and datasets of a task are; makes what is missing."""
@@ -97,7 +100,7 @@ class Study:
         ]
         for command in commands:
             tool, *flags = command.split()
-            run_python([str(TOOLS / tool), *flags, "--unless-done"], directory / "data.log", tool)
+            self._run([str(TOOLS / tool), *flags, "--unless-done"], directory / "data.log", tool)
         return directory
 
     def pretrain(self, task: str, base: int, causal: bool) -> pathlib.Path:
@@ -285,13 +288,34 @@ class Study:
         places += ["--figure", str(figure)] if tool == "variance_report" else []
         # Of a checkpoint that was there before an interruption, which the report would refuse.
         found.with_name(f"{found.name}.partial").unlink(missing_ok=True)
-        run_python([*command, *places], found.with_suffix(".log"), name)
+        self._run([*command, *places], found.with_suffix(".log"), name)
         result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
         found.unlink()
         figure.unlink(missing_ok=True)
         if tool == "variance_report":
             return {what: result[what] for what in ("loss", "gradient")}
         return result
+
+    def _run(self, command: list[str], log: pathlib.Path, name: str) -> str:
+        """`run_python`, which `progress` shows meanwhile."""
+        self._running[log] = name, time.monotonic()
+        try:
+            return run_python(command, log, name)
+        finally:
+            del self._running[log]
+
+    def progress(self, least: float) -> list[str]:
+        """A line of each process that has run for a while: whose it is, how far, where its log is.
+
+        Args:
+            least: seconds.
+        """
+        now = time.monotonic()
+        return [
+            f"   {name}: {now - start:.0f} s, {iteration_in(log) or 'running'} (log: {log})"
+            for log, (name, start) in list(self._running.items())
+            if now - start >= least
+        ]
 
     def _train(
         self,
@@ -311,7 +335,7 @@ class Study:
         places += f"--tensorboard-dir {board}"
         log = path.with_suffix(".log")
         try:
-            output = run_python([*program, *flags, *places.split()], log, name)
+            output = self._run([*program, *flags, *places.split()], log, name)
         except UserError:
             # The same run would end there again: that is its result.
             if not NOT_FINITE.search(log.read_text(encoding="utf-8")):

@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import re
 import runpy
 import sys
 import threading
@@ -177,8 +178,28 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
             process.kill()
             process.join()
     if process.exitcode:
-        raise UserError(f"{name} failed: its output is in {log}")
+        raise UserError(f"{name} failed: its output is in {log}{_last_error(log)}")
     return log.read_text(encoding="utf-8")
+
+
+def _last_error(log: pathlib.Path) -> str:
+    """The last line of a log that says what is wrong, after a comma; empty if there is none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    for pattern in (r"error: (.*)", r"((?:\[rank\d+\]: )?[\w.]*(?:Error|Exception)(?:: .*)?)"):
+        for line in reversed(lines):
+            if found := re.fullmatch(pattern, line):
+                return f", whose last error is: {found[1]}"
+    return ""
+
+
+def iteration_in(log: pathlib.Path) -> str:
+    """The last iteration in the log of a training, such as "iteration 20 of 500"; empty if none."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    found = re.findall(r" iteration +(\d+)/ *(\d+)", text)
+    return "iteration {} of {}".format(*found[-1]) if found else ""
 
 
 def _execute(command: list[str], log: str) -> None:

@@ -18,6 +18,7 @@ from megatron_mdm.mcore.checkpoint.saving import safe_checkpoints
 from megatron_mdm.mcore.checkpoint.workers import checkpoint_workers
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
+from megatron_mdm.mcore.training.lost_ranks import lost_ranks_in_a_line
 from megatron_mdm.mcore.training.megatron_log import readable_log
 from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
 from megatron_mdm.mcore.training.objective import Objective, build_objective
@@ -56,6 +57,7 @@ def run(
             readable_log(args.mdm_device),
             settings_may_differ(args),
             stops_when_not_finite(),
+            lost_ranks_in_a_line(args),
             stops_together(args, interruption) as stop,
         ):
             try:
@@ -70,7 +72,8 @@ def run(
                 if end.code:
                     raise
         interruption.end()
-        _disconnect()
+        with lost_ranks_in_a_line(args):
+            _disconnect()
         if stop.has_agreed:
             raise SystemExit(INTERRUPTED)
 

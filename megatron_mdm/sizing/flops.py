@@ -10,6 +10,9 @@ not masked, and, under causal attention, scores of what lies ahead.
 from argparse import Namespace
 from dataclasses import dataclass
 
+# Arguments of Megatron's that change the sizes of layers in ways that are not counted here.
+UNKNOWN = ("moe_latent_size", "attention_output_gate", "multi_latent_attention")
+
 BACKWARD = 2  # products of the backward pass per product of the forward pass
 
 
@@ -33,6 +36,7 @@ class ModelShape:
         moe_ffn_hidden_size: width of an expert; None: ffn_hidden_size.
         moe_shared_expert_size: width of the expert that every token goes through; 0: none.
         num_moe_layers: layers with experts; None: all, if there are experts.
+        num_dense_layers: feed-forward layers without experts; None: all layers but those with.
     """
 
     num_layers: int
@@ -50,16 +54,22 @@ class ModelShape:
     moe_ffn_hidden_size: int | None = None
     moe_shared_expert_size: int = 0
     num_moe_layers: int | None = None
+    num_dense_layers: int | None = None
 
     @classmethod
     def from_args(cls, args: Namespace) -> "ModelShape":
-        """Takes the sizes out of Megatron's validated arguments."""
+        """Takes the sizes out of Megatron's validated arguments.
+
+        What `UNKNOWN` lists it does not know.
+        """
         experts = args.num_experts or 0
+        pattern = args.hybrid_layer_pattern
         frequency = args.moe_layer_freq
         if isinstance(frequency, int):
             frequency = [int(i % frequency == 0) for i in range(args.num_layers)]
+        moe_layers = pattern.count("E") if pattern else sum(frequency)
         return cls(
-            num_layers=args.num_layers,
+            num_layers=pattern.count("*") if pattern else args.num_layers,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             num_attention_heads=args.num_attention_heads,
@@ -75,7 +85,8 @@ class ModelShape:
             moe_shared_expert_size=(args.moe_shared_expert_intermediate_size or 0)
             if experts
             else 0,
-            num_moe_layers=sum(frequency) if experts else None,
+            num_moe_layers=moe_layers if experts else None,
+            num_dense_layers=pattern.count("-") if pattern else None,
         )
 
     @property
@@ -98,7 +109,8 @@ class ModelShape:
         """Weights of the matrices of all feed-forward layers, `experts` of each MoE layer's."""
         matrices = 3 if self.gated else 2
         moe = self._moe_layers
-        dense = (self.num_layers - moe) * self.ffn_hidden_size
+        others = self.num_layers - moe if self.num_dense_layers is None else self.num_dense_layers
+        dense = others * self.ffn_hidden_size
         width = experts * (self.moe_ffn_hidden_size or self.ffn_hidden_size)
         shared = moe * (width + self.moe_shared_expert_size)
         router = moe * self.hidden_size * self.num_experts
@@ -121,15 +133,28 @@ class ModelShape:
                 else all of them.
         """
         seen = (self.seq_length + 1) / 2 if causal else self.seq_length
-        scores = 2 * self.num_layers * self.num_attention_heads * self._head_width * seen
+        return self._forward(1, seen, head_fraction)
+
+    def _forward(self, positions: float, pairs: float, logits: float) -> float:
         weights = self.num_layers * self._attention_weights
         weights += self._feed_forward_weights(self.moe_router_topk)
-        head = head_fraction * self.hidden_size * self.vocab_size
-        return 2 * (weights + scores + head)
+        scores = 2 * self.num_layers * self.num_attention_heads * self._head_width
+        head = self.hidden_size * self.vocab_size
+        return 2 * (weights * positions + scores * pairs + head * logits)
 
     def training_flops(self, head_fraction: float = 1.0, causal: bool = False) -> float:
         """Operations of a forward and a backward pass, per token; see `forward_flops`."""
         return (1 + BACKWARD) * self.forward_flops(head_fraction, causal)
+
+    def training_flops_of(self, positions: int, pairs: int, logits: int) -> float:
+        """Operations of a forward and a backward pass of rows of any lengths.
+
+        Args:
+            positions: tokens that go through the layers.
+            pairs: pairs of positions of which the first attends to the second; each with itself.
+            logits: positions whose logits are needed.
+        """
+        return (1 + BACKWARD) * self._forward(positions, pairs, logits)
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float) -> float:

@@ -1,4 +1,5 @@
 import dataclasses
+from argparse import Namespace
 
 import pytest
 import torch
@@ -129,3 +130,27 @@ def test_mfu_of_a_known_model():
     by_hand = 6 * (6.98e9 + 4096 * 126464) + 12 * 32 * 4096 * 4096
     assert llada.training_flops() == pytest.approx(by_hand, rel=1e-3)
     assert mfu(llada.training_flops(), 1e4, 1e15) == pytest.approx(by_hand * 1e-11, rel=1e-3)
+
+
+def test_layers_of_a_pattern_are_counted_one_by_one():
+    sizes = dict(
+        moe_layer_freq=1,
+        num_layers=7,
+        hidden_size=32,
+        ffn_hidden_size=88,
+        num_attention_heads=4,
+        padded_vocab_size=128,
+        seq_length=64,
+        group_query_attention=False,
+        kv_channels=8,
+        swiglu=True,
+        untie_embeddings_and_output_weights=True,
+        num_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=24,
+        moe_shared_expert_intermediate_size=None,
+    )
+    shape = ModelShape.from_args(Namespace(**sizes, hybrid_layer_pattern="*-*E|*--"))
+    attention, dense, experts = 4 * 32 * 32, 3 * 32 * 88, 32 * 4 + 2 * 3 * 32 * 24
+    weights = 3 * attention + 3 * dense + experts + 32 * 128
+    assert shape.forward_flops() == 2 * (weights + 3 * 2 * 32 * 64)

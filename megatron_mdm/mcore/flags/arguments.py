@@ -53,6 +53,7 @@ from megatron_mdm.mcore.flags.vocabulary import vocabulary_size
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
+from megatron_mdm.sizing.flops import UNKNOWN
 
 # Megatron flags that make no sense here, or are not supported, and what to do instead.
 REFUSED = {
@@ -411,6 +412,12 @@ def _validate_flags(args: Namespace) -> None:
                 raise UserError(
                     f"{flag(name)} needs logits of one shape, and those at masked positions change "
                     "theirs with every micro-batch: add --mdm-head full"
+                )
+    if args.log_throughput:
+        for name in UNKNOWN:
+            if getattr(args, name):
+                raise UserError(
+                    f"--log-throughput does not count {flag(name)}: leave one of them out"
                 )
     # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
     for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):

@@ -100,6 +100,8 @@ def loss_func(
         num_eligible=micro_batch.num_eligible,
         text=batch.text,
     )
+    if batch.training and state.work is not None:
+        state.work.add(micro_batch)
     if batch.training and state.fitting_sampler is not None:
         state.fitting_sampler.record_losses(micro_batch, per_row)
     report = torch.stack([losses.numerator.detach(), denominator.float()])

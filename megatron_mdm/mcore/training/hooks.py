@@ -30,11 +30,14 @@ def after_gradients(
         return
     recorder = state.recorder(training=True)
     recorder.commit(iteration, state.uniform_share)
+    if state.work is not None:
+        state.work.commit(iteration)
     if iteration % state.log_interval == 0 and recorder.total is not None:
         summary = recorder.reduce()[Split.TRAIN]
+        flops = None if state.work is None else state.work.reduce()
         seconds = state.clock.lap()
         if is_last_rank():
-            log_training(state, summary, iteration, seconds)
+            log_training(state, summary, iteration, seconds, flops)
 
 
 def after_evaluation(state: TrainingState, model: list) -> None:

@@ -15,7 +15,13 @@ from megatron_mdm.mcore.training.state import TrainingState
 from megatron_mdm.objective.ppots.fit import FitError, PpotsFit
 
 
-def log_training(state: TrainingState, summary: Summary, iteration: int, seconds: float) -> None:
+def log_training(
+    state: TrainingState,
+    summary: Summary,
+    iteration: int,
+    seconds: float,
+    flops: float | None = None,
+) -> None:
     """One line of a log interval.
 
     Args:
@@ -23,12 +29,19 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
         summary: of the rows of the interval.
         iteration: the last one.
         seconds: that it took.
+        flops: useful operations of all ranks in it; None without --log-throughput.
     """
     rows_per_s = summary.rows / seconds
     tokens_per_s = rows_per_s * state.seq_length
     # Megatron counts this iteration's rows after it.
     rows = state.consumed_rows + get_current_global_batch_size()
     data_rows = rows // state.mdm.views + state.text_offset
+    per_gpu = {}
+    if flops is not None:
+        per_gpu = {
+            "tokens/s per GPU": tokens_per_s / state.world_size,
+            "useful TFLOP/s per GPU": flops / seconds / state.world_size / 1e12,
+        }
     controlled = math.nan
     if summary.draws:
         masses = state.objective_masses(summary.uniform_share)
@@ -44,7 +57,8 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
         f" largest weight: {summary.largest_weight:.1f} |"
         f" masked fraction: {summary.masked_fraction:.4f} |"
         f" rows/s: {rows_per_s:.2f} | tokens/s: {tokens_per_s:.1f} |"
-        f" loss per rate (t: nats/token) | {summary.text()}",
+        + "".join(f" {name}: {value:.5g} |" for name, value in per_gpu.items())
+        + f" loss per rate (t: nats/token) | {summary.text()}",
         flush=True,
     )
     scalars = {
@@ -57,6 +71,7 @@ def log_training(state: TrainingState, summary: Summary, iteration: int, seconds
         "mdm/rows per s": rows_per_s,
         "mdm/tokens per s": tokens_per_s,
     }
+    scalars |= {f"mdm/{name.replace('/s', ' per s')}": value for name, value in per_gpu.items()}
     if state.mdm.bell is not None:
         scalars["mdm/uniform share"] = summary.uniform_share
     _write(scalars | {f"mdm/{k}": v for k, v in _bins(summary).items()}, iteration)

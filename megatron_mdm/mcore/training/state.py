@@ -12,12 +12,14 @@ from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.mcore.training.corrupters import evaluation_corrupter, training_corrupter
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
+from megatron_mdm.mcore.training.throughput import WorkRecorder
 from megatron_mdm.objective.bells import Bell, faded_share
 from megatron_mdm.objective.control_variate import ControlVariate, bin_masses
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.randomness import Split
 from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.types import Floats
+from megatron_mdm.sizing.flops import ModelShape
 
 
 class TrainingState:
@@ -33,6 +35,7 @@ class TrainingState:
         eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
         evaluated: names of what is evaluated, by its number among the parts of the data.
+        world_size: ranks of the run, each of which has a GPU where there are some.
         checks_finite: whether a loss that is not finite ends the run.
         log_interval: iterations between lines of the log.
         text_offset: what is added to the number of a text, row // views.
@@ -41,6 +44,7 @@ class TrainingState:
         sampler: P-POTS that is refitted while the run trains; None if no flag asks for it.
         control_variate: of the reported training loss.
         clock: seconds of training.
+        work: operations of training, with --log-throughput.
     """
 
     def __init__(self, args: Namespace, eod_id: int) -> None:
@@ -48,6 +52,7 @@ class TrainingState:
         self.mdm = MDMConfig.from_args(args)
         self.eod_id = eod_id
         self.seq_length: int = args.seq_length
+        self.world_size: int = args.world_size
         self._micro_batch_sizes = args.eval_micro_batch_size, args.micro_batch_size
         self.checks_finite: bool = args.check_for_nan_in_loss_and_grad
         self.log_interval: int = args.log_interval
@@ -67,6 +72,9 @@ class TrainingState:
         self._recorders = Recorder(self.mdm.rate_bins, len(sets)), Recorder(self.mdm.rate_bins)
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
+        self.work: WorkRecorder | None = None
+        if args.log_throughput:
+            self.work = WorkRecorder(ModelShape.from_args(args))
 
     @property
     def uniform_share(self) -> float:

@@ -125,6 +125,10 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--hybrid-layer-pattern *x", "*x: x is not a layer of Megatron's"),
         ("--hybrid-layer-pattern *E", "needs --num-experts for its E layers"),
         ("--hybrid-layer-pattern *- --use-rope-scaling", "--use-rope-scaling does not reach"),
+        (
+            "--log-throughput --attention-output-gate",
+            "--log-throughput does not count --attention-output-gate",
+        ),
         ("--multi-latent-attention", "--multi-latent-attention needs --transformer-impl transf"),
         ("--num-experts 4 --moe-router-topk 8", "--moe-router-topk 8 exceeds --num-experts 4"),
         (

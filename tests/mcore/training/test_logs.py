@@ -1,5 +1,6 @@
 """What a run logs: losses by rate, speed, its recipe, and the loss with a control variate."""
 
+import itertools
 import re
 
 import pytest
@@ -130,3 +131,56 @@ def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
     ]
     assert runs["fades"].scalars["mdm/uniform share"] == pytest.approx([0.1, 0.325, 1, 1])
     assert "mdm/uniform share" not in runs["clipped"].scalars
+
+
+def useful_operations(rows, experts):
+    """Of a training step with these rows, by hand: tokens with masks, whose documents end with EOD.
+
+    The model of `ranks.MODEL`, with 2 key and value heads of width 8 and, maybe, the router of 4
+    experts of width 16, of which a token goes through 2.
+    """
+    found = 0
+    for tokens in rows:
+        ends = [i + 1 for i, token in enumerate(tokens) if token == ranks.EOD_ID]
+        bounds = sorted({0, *ends, len(tokens)})
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        attention = len(tokens) * (32 * (32 + 16 + 16) + 32 * 32)
+        scores = 2 * 32 * sum(length**2 for length in lengths)  # queries times keys, times values
+        feed_forward = len(tokens) * (32 * 4 + 2 * 3 * 32 * 16 if experts else 3 * 32 * 64)
+        head = 32 * 128 * tokens.count(ranks.MASK_ID)
+        found += 2 * (4 * (attention + scores + feed_forward) + head)
+    return 3 * found  # a forward pass, and a backward pass of twice as much
+
+
+def test_throughput_counts_what_is_of_use(data, tmp_path):
+    """Documents, grouped queries, masked positions; under every parallelism, and with experts."""
+    flags = ["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache")]
+    flags += "--mdm-isolate-documents --no-mdm-eod-eligible --ffn-hidden-size 64".split()
+    flags += "--group-query-attention --num-query-groups 2 --log-throughput".split()
+    flags += "--train-iters 4 --log-interval 2".split()
+    layouts = {
+        "TP 2": "--tensor-model-parallel-size 2",
+        "PP 2": "--pipeline-model-parallel-size 2",
+        "DP 2, experts": "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16",
+    }
+    runs = ranks.launch_all(
+        tmp_path, 2, {name: [*flags, *words.split()] for name, words in layouts.items()}
+    )
+    for name, run in runs.items():
+        rows = [tokens for _, (_, tokens) in sorted(run.masks().items())]
+        assert len(rows) == 32 and any(row.count(ranks.EOD_ID) > 1 for row in rows)
+        rows_per_s = run.scalars["mdm/rows per s"]
+        for interval in range(2):
+            seconds = 16 / rows_per_s[interval]
+            flops = useful_operations(rows[16 * interval : 16 * interval + 16], "experts" in name)
+            tflops = run.scalars["mdm/useful TFLOP per s per GPU"][interval]
+            assert tflops == pytest.approx(flops / seconds / 2 / 1e12, rel=1e-6), name
+            tokens = run.scalars["mdm/tokens per s per GPU"][interval]
+            assert tokens == pytest.approx(32 * rows_per_s[interval] / 2, rel=1e-6)
+        output = "".join(run.output)
+        assert "throughput per GPU" not in output  # Megatron's, of causal attention
+        line = next(line for line in output.splitlines() if "mdm iteration        2" in line)
+        assert (
+            f"| useful TFLOP/s per GPU: {run.scalars['mdm/useful TFLOP per s per GPU'][0]:.5g} |"
+            in line
+        )

@@ -1,0 +1,43 @@
+# Sourced by the examples: runs a command whose output goes to a log, and shows how far it is.
+
+run_logged() { # LOG COMMAND...: after some seconds the terminal shows the iteration and the log's name; a failure, its
+    # last error line
+    local log=$1 watch status=0
+    shift
+    : >"$log"
+    watch_log "$log" >&2 &
+    watch=$!
+    "$@" >"$log" 2>&1 || status=$?
+    kill "$watch" 2>/dev/null || true
+    wait "$watch" 2>/dev/null || true
+    [ "$status" -eq 0 ] || say_failed "$log"
+    return "$status"
+}
+
+watch_log() { # LOG: a line every 30 s; on a terminal one that changes every 5 s. Ends with the script.
+    local log=$1 every=30 start=$SECONDS clear='' end=$'\n'
+    [ ! -t 2 ] || every=5 clear=$'\r\033[K' end=''
+    trap 'printf %s "$clear"; exit' TERM
+    while true; do
+        # In the background, so that a signal need not wait; without the pipes of the script.
+        sleep "$every" </dev/null >/dev/null 2>&1 &
+        wait $!
+        kill -0 $$ 2>/dev/null || exit 0
+        printf '%s   %d s%s (log: %s)%s' "$clear" $((SECONDS - start)) "$(iteration_in "$log")" "$log" "$end"
+    done
+}
+
+iteration_in() { # LOG: the last iteration in it, after a comma
+    local words
+    read -r -a words < <(grep -aoE ' iteration +[0-9]+/ *[0-9]+' "$1" | tail -n 1 | tr / ' ') || true
+    [ "${#words[@]}" -lt 3 ] || printf ', iteration %d of %d' "${words[@]:1}"
+}
+
+say_failed() { # LOG: its last line that says what is wrong, and where the rest is
+    local line
+    line=$(grep -a '^error: ' "$1" | tail -n 1 || true)
+    [ -n "$line" ] || line=$(grep -aE '^(\[rank[0-9]+\]: )?[A-Za-z_.]*(Error|Exception)(:|$)' "$1" | tail -n 1 || true)
+    [ -n "$line" ] || line=$(tail -n 1 "$1")
+    line=${line#error: }
+    echo "error: ${line//[[:cntrl:]]/?} (all of the output is in $1)" >&2
+}
