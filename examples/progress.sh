@@ -17,7 +17,7 @@ run_logged() { # LOG COMMAND...: after some seconds the terminal shows the itera
 watch_log() { # LOG: a line every 30 s; on a terminal one that changes every 5 s. Ends with the script.
     local log=$1 every=30 start=$SECONDS clear='' end=$'\n'
     [ ! -t 2 ] || every=5 clear=$'\r\033[K' end=''
-    trap 'printf %s "$clear"; exit' TERM
+    trap 'kill $! 2>/dev/null; printf %s "$clear"; exit' TERM
     while true; do
         # In the background, so that a signal need not wait; without the pipes of the script.
         sleep "$every" </dev/null >/dev/null 2>&1 &

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+BAD_INPUT = 2  # the status of a process that a `UserError` ends
 # Seconds that a rank waits for local rank 0 to print the mistake they share.
 PATIENCE = 20.0
 # torchrun takes the earliest failure for the cause of the others. It dates a rank that was killed
@@ -59,7 +60,7 @@ def exit_with(error: UserError) -> NoReturn:
     """Prints the one line of `error` to stderr and ends the process with status 2."""
     _report(str(error))
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(BAD_INPUT)
 
 
 def exit_rank_with(error: UserError) -> NoReturn:
@@ -79,7 +80,7 @@ def exit_rank_with(error: UserError) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE)
         if is_shared:
-            sys.exit(2)
+            sys.exit(BAD_INPUT)
         is_of_this_rank = True
     exit_with(UserError(_of_this_rank(str(error))) if is_of_this_rank else error)
 
@@ -99,7 +100,9 @@ def exit_rank_after(error: Exception) -> None:
         first = (str(error).strip().splitlines() or [""])[0]
         line = f"{type(error).__name__}: {first}"
     line = escaped(_of_this_rank(line))
-    is_consequence = isinstance(error, LostRankError) or _another_rank_has_failed()
+    is_consequence = isinstance(error, LostRankError) or another_rank_has_failed(
+        os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    )
     _report(line, is_consequence)
     if is_consequence:
         print(line, file=sys.stderr, flush=True)
@@ -112,13 +115,14 @@ def _of_this_rank(line: str) -> str:
     return f"rank {os.environ.get('RANK', '0')}: {line}"
 
 
-def _another_rank_has_failed() -> bool:
-    """Whether another rank of this node has written down why it fails."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
-        return False
+def another_rank_has_failed(file: str) -> bool:
+    """Whether another rank of this node has written down why it fails.
+
+    Args:
+        file: that torchrun names to a rank; empty: none.
+    """
     own = Path(file)
-    return any(path != own for path in own.parent.parent.glob(f"*/{own.name}"))
+    return bool(file) and any(path != own for path in own.parent.parent.glob(f"*/{own.name}"))
 
 
 def _report(line: str, is_consequence: bool = False) -> None:
@@ -129,14 +133,17 @@ def _report(line: str, is_consequence: bool = False) -> None:
         is_consequence: of the failure of another rank.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
+    if not file:
         return
     seconds = int(time.time()) + SECONDS_AFTER_THE_CAUSE * is_consequence
     # Under torchrun's own name for a traceback, its report would show that and not the message.
     more = {"timestamp": str(seconds), "traceback": traceback.format_exc()}
     # A copy of what is printed: where it cannot be written, the error is to be seen all the same.
-    with suppress(OSError), open(file, "w", encoding="utf-8") as report:
-        json.dump({"message": {"message": line, "extraInfo": more}}, report)
+    # torchrun fails at a file that is cut short.
+    with suppress(OSError):
+        with open(f"{file}.part", "w", encoding="utf-8") as report:
+            json.dump({"message": {"message": line, "extraInfo": more}}, report)
+        os.replace(f"{file}.part", file)
 
 
 def run_tool(main: Callable[[], None]) -> None:

@@ -8,7 +8,8 @@ none of them again, and ends with their status. SIGQUIT still ends all at once.
 --max-restarts starts the ranks again when one has failed. torchrun would have them meet in a store
 that still holds the addresses of those before (pytorch issue 135712), and no restart would work.
 
-When a rank has failed, the last line is its error, in place of torchrun's report of all ranks.
+When a rank has failed, the last line is its error, in place of torchrun's report of all ranks. Bad
+input is not tried again.
 """
 
 import logging
@@ -21,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from megatron_mdm.errors import escaped
+from megatron_mdm.errors import BAD_INPUT, another_rank_has_failed, escaped
 from megatron_mdm.interruption import INTERRUPTED, SIGNALS, die_of
 
 # Loggers of torchrun that tell of ranks that were stopped, and of the files of their errors.
@@ -53,9 +54,8 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode
-        if status != INTERRUPTED:
-            line = f"error: {reason(rank, failure)}{launcher.log_of(failure.local_rank)}"
-            print(escaped(line), file=sys.stderr, flush=True)
+        if status != INTERRUPTED and not launcher.has_shown(failure):
+            launcher.say(f"error: {reason(rank, failure)}", failure)
         sys.exit(status if status > 0 else 128 - status)
 
 
@@ -83,10 +83,26 @@ class _Launcher:
         self._is_stopping = False
         self._logs: dict[int, str] = {}
 
-    def log_of(self, local_rank: int) -> str:
-        """Where the output of a rank of this node is, in words, if torchrun keeps it in a file."""
-        log = self._logs.get(local_rank)
-        return f" (its output: {log})" if log else ""
+    def has_shown(self, failure: Any) -> bool:
+        """Whether the last line already is that of a rank of this node.
+
+        Args:
+            failure: torchrun's `ProcessFailure` of it.
+        """
+        is_told = failure.exitcode == BAD_INPUT and isinstance(failure.message, dict)
+        if not is_told or self._logs.get(failure.local_rank):
+            return False
+        return not another_rank_has_failed(failure.error_file)
+
+    def say(self, line: str, failure: Any) -> None:
+        """Prints a line, and where the output of the rank is, if torchrun keeps it in a file.
+
+        Args:
+            line: why a rank of this node has failed.
+            failure: torchrun's `ProcessFailure` of it.
+        """
+        log = self._logs.get(failure.local_rank)
+        print(escaped(line + (f" (its output: {log})" if log else "")), file=sys.stderr, flush=True)
 
     def hand_on(self, number: int, _frame: FrameType | None) -> None:
         """A signal handler: sends the ranks the same signal."""
@@ -108,8 +124,11 @@ class _Launcher:
                 launcher._logs = self._pcontext.stderrs
                 # The signal may have come to another node: all ranks agree to stop.
                 statuses = [failure.exitcode for failure in result.failures.values()]
-                if launcher._is_stopping or INTERRUPTED in statuses:
+                if launcher._is_stopping or {INTERRUPTED, BAD_INPUT} & set(statuses):
                     self._remaining_restarts = 0
+                if result.is_failed() and self._remaining_restarts > 0:
+                    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+                    launcher.say(f"{reason(rank, failure)}; the ranks start again", failure)
                 return result
 
         return Agent

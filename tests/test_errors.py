@@ -176,6 +176,28 @@ def test_a_rank_that_fails_after_another_one_shows_a_line(tmp_path, monkeypatch,
     assert failure.message["message"] == line
 
 
+def test_a_rank_without_a_file_of_its_own_has_no_neighbours(tmp_path, monkeypatch, capsys):
+    """Torchrun names no file with `--log-dir /dev/null`."""
+    (tmp_path / "0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")
+    assert errors.exit_rank_after(RuntimeError("a bug")) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_is_whole_or_absent(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(errors.json, "dump", full)
+    with pytest.raises(SystemExit):
+        exit_with(UserError("oh"))
+    assert capsys.readouterr().err == "error: oh\n"
+    assert not file.exists()
+
+
 def test_torchrun_reports_the_line_of_a_mistake(tmp_path, monkeypatch, capsys):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))

@@ -7,7 +7,7 @@
 # Environment: GPUS of the machine (8); TP, over how many each copy of the model is spread (4: it has to divide
 # the attention heads and the query groups, of which Qwen2.5-7B has 28 and 4); ITERS, of a new training; RUNS,
 # where to write (runs); RUN, the name of the run there (that of the example), with which another experiment begins
-# anew; SETUP=no takes the active environment instead of .venv.
+# anew, and which belongs to one example alone; SETUP=no takes the active environment instead of .venv.
 
 source examples/progress.sh
 

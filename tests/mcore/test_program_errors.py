@@ -142,6 +142,20 @@ def test_a_mistake_of_all_ranks_is_printed_once(tmp_path):
     assert "nothing.bin does not exist" in ranks.the_error_line(run.output)
 
 
+def test_a_launcher_does_not_repeat_bad_input(tmp_path):
+    """Neither its line nor the run: no restart mends it."""
+    torchrun = ["megatron_mdm.launch" if "torch" in word else word for word in ranks.TORCHRUN]
+    command = [
+        *[sys.executable, *torchrun, "--max-restarts", "2", "-m", "megatron_mdm.pretrain"],
+        *[*COMMON, "--data-path", str(tmp_path / "nothing")],
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 2
+    assert run.stderr.count("error: ") == 1, run.stderr[-3000:]
+    assert "nothing.bin does not exist" in run.stderr.splitlines()[-1]
+
+
 # Documents of one row each, of which this one comes to rank 1 in the first step, in Megatron's
 # order of rows.
 ROW_OF_RANK_1 = 8
@@ -169,7 +183,8 @@ def test_one_rank_fails_while_the_other_waits(launcher, workers, tmp_path):
     message = f"of the train data contains the mask token {ranks.MASK_ID} at position 9"
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     is_ours = launcher == "megatron_mdm.launch"
-    assert lines == lines[:1] * (2 if is_ours else 1), run.stderr[-3000:]
+    # Ours repeats it if rank 0 has a line of its own, so that it is the last one.
+    assert lines in [lines[:1]] + [lines[:1] * 2] * is_ours, run.stderr[-3000:]
     assert lines[0].startswith("error: rank 1: row ") and message in lines[0]
     # Rank 0 has lost its connection by then, or is stopped before it notices. No rank of ours
     # shows a traceback, nor has torchrun one of theirs to show.

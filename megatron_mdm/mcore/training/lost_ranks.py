@@ -57,6 +57,8 @@ def lost_ranks_in_a_line(args: Namespace) -> Iterator[None]:
 def lost_rank(error: RuntimeError) -> str | None:
     """The reason by which gloo, NCCL or the store of the ranks says so; None: another error."""
     text = " ".join(str(error).split())
+    if "failed to listen" in text:  # the port of this rank is taken
+        return None
     if isinstance(error, torch.distributed.DistNetworkError):
         return text
     found = _GLOO.search(text) or _NCCL.search(text)

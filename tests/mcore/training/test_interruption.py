@@ -241,6 +241,11 @@ def test_ranks_are_started_again_when_one_has_died(data, tmp_path):
         wait_for((save / TRACKER).exists)
         psutil.Process(process.pid).children()[-1].kill()
         assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    assert re.search(
+        r"^rank \d \(process \d+\) was ended by SIGKILL.*; the ranks start again$",
+        log.read_text(),
+        re.MULTILINE,
+    )
     found = re.findall(r"successfully loaded checkpoint .* at iteration (\d+)", log.read_text())
     assert len(found) == 1 and 1 <= int(found[0]) < 40
     assert find_checkpoint(str(save)).iteration == 40

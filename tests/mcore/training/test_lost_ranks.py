@@ -39,6 +39,8 @@ PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
         # Tensors of two sizes: a fault of the program.
         (f"[enforce fail at {PLACE[1:]}pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", None),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", None),
+        # A port that another program has.
+        ("The server socket has failed to listen on any local network address. port: 29500", None),
     ],
 )
 def test_what_says_that_a_rank_is_gone(message, reason):
