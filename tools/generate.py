@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
+from megatron_mdm.config import flag
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.errors import UserError, escaped, run_tool
 from megatron_mdm.files import check_picture
@@ -65,7 +66,6 @@ def parse() -> argparse.Namespace:
     )
     text.add_argument(
         "--messages-key",
-        default="messages",
         metavar="KEY",
         help="of the list of messages in an object of --messages (default: messages)",
     )
@@ -108,6 +108,11 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}")
     if not options.mask_marker:
         raise UserError("--mask-marker must not be empty")
+    if not options.messages:
+        for name in ("messages_key", "ignore_keys"):
+            if getattr(options, name) is not None:
+                raise UserError(f"{flag(name)} is for --messages: leave it out")
+    options.messages_key = options.messages_key or "messages"
     if options.messages and options.special_tokens is False:
         raise UserError(
             "--no-special-tokens: a chat template writes special tokens, so leave it out with "

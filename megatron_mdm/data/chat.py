@@ -75,6 +75,20 @@ class Turn(NamedTuple):
     tail: str | None
 
 
+class Rendering(NamedTuple):
+    """What a template makes of the first messages of a row, or all.
+
+    Attributes:
+        messages: These.
+        text: What they become.
+        asked: Whether the header of an answer follows them.
+    """
+
+    messages: list[Message]
+    text: str
+    asked: bool = False
+
+
 class ChatTemplate:
     """Splits conversations before answers of the assistant's.
 
@@ -139,7 +153,8 @@ class ChatTemplate:
                 self._check_unmarked(document, messages_of_turn[:-1], variables, prompt, asked=True)
                 self._check_unmarked(document, messages_of_turn, variables, whole)
         self._check_contents(document, messages, filled, variables, turns[-1].whole)
-        rendered = [(turn.messages, turn.whole) for turn in reversed(turns)]
+        rendered = [Rendering(turn.messages, turn.whole) for turn in reversed(turns)]
+        rendered += [Rendering(turn.messages[:-1], turn.prompt, asked=True) for turn in turns]
         self._check_effects(document, variables, rendered)
         pairs = [
             Pair(turn.prompt, self._response(document, turn, end), has_marks)
@@ -173,7 +188,7 @@ class ChatTemplate:
         if has_marks:
             self._check_unmarked(document, filled, variables, prompt, asked=True)
         self._check_contents(document, messages, filled, variables, whole)
-        self._check_effects(document, variables, [(filled, whole)])
+        self._check_effects(document, variables, [Rendering(filled, prompt, asked=True)])
         return prompt, has_marks
 
     def _opened(self, document: Document) -> tuple[list[Message], dict[str, Any], bool]:
@@ -249,7 +264,7 @@ class ChatTemplate:
         self,
         document: Document,
         variables: dict[str, Any],
-        conversations: list[tuple[list[Message], str]],
+        conversations: list[Rendering],
     ) -> None:
         """Checks that each key and role has an effect on one of the rendered conversations."""
         idle = dict(self._without_effect(variables, conversations))
@@ -377,7 +392,7 @@ class ChatTemplate:
         return messages
 
     def _without_effect(
-        self, variables: dict[str, Any], conversations: list[tuple[list[Message], str]]
+        self, variables: dict[str, Any], conversations: list[Rendering]
     ) -> Iterator[tuple[str, str]]:
         """Names what a row says and the template does not render, and how to leave it out.
 
@@ -387,15 +402,14 @@ class ChatTemplate:
 
         Args:
             variables: Keys of the row beside its messages.
-            conversations: Messages of the row, the first ones or all, and what the template renders
-                them as; the longest first.
+            conversations: What the template renders of the row; the longest first.
         """
-        messages, _ = conversations[0]
+        messages = conversations[0].messages
 
         def is_idle(*changes: Callable[[list[Message]], tuple[list[Message], Any]]) -> bool:
             return all(
-                self._rendered(*change(part)) == rendered
-                for part, rendered in conversations
+                self._rendered(*change(part), add_generation_prompt=asked) == text
+                for part, text, asked in conversations
                 for change in changes
             )
 

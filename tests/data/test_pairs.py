@@ -257,6 +257,22 @@ def test_keys_of_a_row_reach_the_template_or_are_refused(tmp_path):
     assert rendered(tmp_path, calling("m.content"), row, *ignored) == (pair, None)
 
 
+def test_a_key_may_be_for_the_header_of_an_answer_alone(tmp_path):
+    """As Qwen3's enable_thinking, which stands in the prompt."""
+    thinks = "{% if add_generation_prompt and mood %}{{ '<bot> ' + mood }}{% endif %}"
+    directory = tokenizer_directory(tmp_path, template("<eos> ", thinks))
+    row = {"m": CHAT[:1], "mood": "c "}
+    prompt, _ = chat(directory).prompt(Document("x", 1, json.dumps(row).encode(), 0))
+    assert prompt == "<user> a <eos> <bot> c "
+    row = {"m": [CHAT[0], {"role": "assistant", "content": "c b"}], "mood": "c "}
+    pair = ("<user> a <eos> <bot> c ", "b <eos>")
+    assert rendered(tmp_path, template("<eos> ", thinks), row) == (pair, None)
+    with pytest.raises(UserError, match='without the key "id"'):
+        chat(directory).prompt(
+            Document("x", 1, json.dumps({**row, "m": CHAT[:1], "id": 1}).encode(), 0)
+        )
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -145,6 +145,7 @@ def test_show_and_picture(base, tmp_path):
         ("--top-k 5", "--top-k needs a --temperature above 0"),
         ("--messages nowhere.json", "nowhere.json: cannot be read"),
         ("--messages x --no-special-tokens", "--no-special-tokens: a chat template writes special"),
+        ("--ignore-keys a", "--ignore-keys is for --messages: leave it out"),
         ("--messages setup.py", "--messages needs a checkpoint whose tokenizer has a chat"),
     ],
 )
