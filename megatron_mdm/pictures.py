@@ -116,17 +116,21 @@ def use_plain_numbers(axis: Any) -> None:
 
 
 def use_steps(axes: Any) -> None:
-    """Makes the x axis one of training steps: a few whole numbers."""
+    """Makes the x axis one of training steps: a few whole numbers; call it after drawing."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
+    first, last = axes.dataLim.intervalx
+    if first == last:
+        axes.set_xlim(first - 0.5, last + 0.5)
+    locator = MaxNLocator(5, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_locator(locator)
     axes.set_xlabel("step")
 
 
 def plain(value: float) -> str:
     """A number as people write it: 20000, 0.0003, 2e-6."""
-    if value and abs(value) < 1e-4:
-        digits, _, exponent = f"{value:.4g}".partition("e")
+    digits, _, exponent = f"{value:.4g}".partition("e")
+    if exponent and abs(value) < 1:
         return f"{digits}e{int(exponent)}"
     return np.format_float_positional(value, precision=6, fractional=False, trim="-")
 

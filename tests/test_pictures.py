@@ -13,6 +13,14 @@ def test_numbers_are_written_in_full_where_that_is_short():
     assert found == ["0", "100000", "1", "0.5", "0.3", "-0.25", "0.0003", "2e-6", "1.75e-6"]
 
 
+def test_a_number_that_rounds_to_the_least_decimal_one_is_written_like_it():
+    assert [plain(x) for x in (1e-4 - 1e-17, -1e-4 + 1e-17, 9.9e-5)] == [
+        "0.0001",
+        "-0.0001",
+        "9.9e-5",
+    ]
+
+
 def test_an_axis_leaves_outliers_out_and_nothing_else():
     low, high = limits([1.0, 2.0, 3.0, 4.0, 5.0])
     assert 0 < low < 1 and 5 < high < 6

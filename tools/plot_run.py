@@ -2,14 +2,15 @@
 
     python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
 
-draws loss, loss against the masking rate t and gradient norm, and what else was logged: density of
-the rate, rows per second, masked fraction, learning rate.
+draws loss and loss against the masking rate t, and what else was logged: NELBO of named validation
+sets, gradient norm, density of the rate, rows per second, masked fraction, learning rate.
 """
 
 import argparse
 import itertools
 import os
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,8 @@ from megatron_mdm.pictures import (
 
 # Steps and what was logged there, float64 [n] each.
 Series = tuple[np.ndarray, np.ndarray]
-NELBO = "mdm/validation NELBO"
-SET = re.compile(r"mdm/(validation(?: .+)?) NELBO")  # overall, or of a named set
+LOSS, GRADIENT, NELBO = "mdm loss", "grad-norm", "mdm/validation NELBO"
+SET = re.compile(r"mdm/validation (.+) NELBO")  # of a named set
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
 DENSITY = re.compile(r"mdm/density at t ([\d.]+)")
 # Panels of one curve: what it is logged as, title, name of the y axis.
@@ -71,8 +72,7 @@ def main() -> None:
             f"--tensorboard-dir {options.tensorboard_dir} cannot be read: {error.strerror} "
             f"({os.fsdecode(error.filename or '')})"
         ) from error
-    nelbo = scalars.get(NELBO, [])
-    if not nelbo or "mdm loss" not in scalars:
+    if NELBO not in scalars:
         raise UserError(
             f"--tensorboard-dir {options.tensorboard_dir} has no run of megatron_mdm with a "
             "validation: give the directory that the run named as --tensorboard-dir"
@@ -84,7 +84,12 @@ def main() -> None:
         value, stderr = values[steps == step][0], errors[steps == step][0]
         when = "before" if step == 0 else "after" if step == steps[-1] else "first"
         print(
-            f"validation NELBO {when:6s} ({step:.0f} steps): {value:.3f} +- {stderr:.3f} nats/token"
+            f"validation NELBO {when:6s} ({counted(step)}): {value:.3f} +- {stderr:.3f} nats/token"
+        )
+    if LOSS not in series:
+        raise UserError(
+            f"--tensorboard-dir {options.tensorboard_dir} holds a validation and no training: "
+            "there is nothing to draw yet"
         )
     with blank_figure() as figure:
         draw(figure, series)
@@ -115,7 +120,12 @@ def shown_validations(steps: np.ndarray) -> list[float]:
 
 def when(step: float) -> str:
     """A name for what was measured at a step: only that at 0 was measured before training."""
-    return f"after {step:.0f} steps" if step else "before training"
+    return f"after {counted(step)}" if step else "before training"
+
+
+def counted(steps: float) -> str:
+    """A number of steps in words."""
+    return f"{steps:.0f} step" + ("" if steps == 1 else "s")
 
 
 def draw(figure: Any, series: dict[str, Series]) -> None:
@@ -125,51 +135,65 @@ def draw(figure: Any, series: dict[str, Series]) -> None:
         for name, values in series.items()
         if (match := DENSITY.fullmatch(name))
     )
-    singles = [panel for panel in SINGLE if panel[0] in series]
-    count = 3 + bool(densities) + len(singles)
+    sets = sorted(match[1] for name in series if (match := SET.fullmatch(name)))
+    fillers = [partial(_draw_loss, series=series, sets=sets)]
+    if sets:
+        fillers.append(partial(_draw_sets, series=series, sets=sets))
+    fillers.append(partial(_draw_bins, series=series))
+    if GRADIENT in series and (series[GRADIENT][1] > 0).any():  # its axis is logarithmic
+        fillers.append(partial(_draw_gradient, series=series))
+    if densities:
+        fillers.append(partial(_draw_densities, densities=densities))
+    fillers += [
+        partial(_draw_single, series=series[name], title=title, what=what)
+        for name, title, what in SINGLE
+        if name in series
+    ]
+    count = len(fillers)
     columns = 3 if count % 3 == 0 or count < 7 else 4
     rows = -(-count // columns)
-    figure.set_size_inches(4.3 * columns, 3.8 * rows)
+    figure.set_size_inches(4.3 * columns, 3.8 * rows + 0.15 * len(sets))  # for their legend
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in panels[count:]:
         unused.remove()
-    _draw_loss(panels[0], series)
-    _draw_bins(panels[1], series)
-    _draw_training(panels[2], series["grad-norm"], "gradient before clipping")
-    panels[2].set(ylabel="norm of the gradient", title="Gradient")
-    use_log_scale(panels[2].yaxis)
-    legend_below(panels[2])
-    rest = iter(panels[3:])
-    if densities:
-        _draw_densities(next(rest), densities)
-    for axes, (name, title, what) in zip(rest, singles, strict=False):
-        steps, values = series[name]
-        axes.plot(steps, values, _style(values), lw=1.4 if len(values) < 200 else 0.8)
-        axes.set(ylabel=what, title=title)
-        use_plain_numbers(axes.yaxis)
-        use_steps(axes)
+    for fill, axes in zip(fillers, panels, strict=False):
+        fill(axes)
 
 
-def _draw_loss(axes: Any, series: dict[str, Series]) -> None:
-    """The training loss and every validation with its error bar, each set by its name."""
+def _draw_loss(axes: Any, series: dict[str, Series], sets: list[str]) -> None:
+    """The training loss, and every validation with its error bar."""
     bound = series.get("mdm/is bound")
     always = bound is None or np.nanmin(bound[1]) == 1.0
     label = "training" if always else "training (not always a bound)"
-    _draw_training(axes, series["mdm loss"], label)
-    sets = sorted((match[1], name) for name in series if (match := SET.fullmatch(name)))
-    looks = zip(itertools.cycle((ORANGE, *COLORS[2:])), itertools.cycle(MARKERS), strict=False)
-    for (label, name), (color, marker) in zip(sets, looks, strict=False):
-        steps, values = series[name]
-        axes.errorbar(
-            *(steps, values, at(series[f"{name} stderr"], steps)),
-            fmt=marker,
-            color=color,
-            label=f"{label} +- standard error",
-            lw=1.0,
-            zorder=3,
-        )
+    _draw_training(axes, series[LOSS], label)
+    label = "validation, mean of its sets" if sets else "validation"
+    _draw_validation(axes, series, NELBO, "o", color=ORANGE, label=f"{label} +- standard error")
     axes.set(ylabel="loss (nats/token)", title="Loss")
+    use_steps(axes)
     legend_below(axes)
+
+
+def _draw_sets(axes: Any, series: dict[str, Series], sets: list[str]) -> None:
+    """Every validation of each named set, and the mean over the sets."""
+    _draw_validation(axes, series, NELBO, "o-", color=ORANGE, label="mean of the sets")
+    looks = zip(itertools.cycle(COLORS[2:]), itertools.cycle(MARKERS[1:]), strict=False)
+    for name, (color, marker) in zip(sets, looks, strict=False):
+        # matplotlib leaves a label out that begins with "_", as the name of a set may.
+        look = {"color": color, "label": f"set {name}", "lw": 0.8}
+        _draw_validation(axes, series, f"mdm/validation {name} NELBO", f"{marker}-", **look)
+    axes.set(ylabel="NELBO (nats/token)", title="Validation sets +- standard error")
+    use_steps(axes)
+    short = max(map(len, sets)) <= 16  # two columns of longer names are wider than the panel
+    legend_below(axes, columns=2 if short and len(sets) > 2 else 1)
+
+
+def _draw_validation(
+    axes: Any, series: dict[str, Series], name: str, form: str, **look: Any
+) -> None:
+    """The NELBO of each validation with its error bar."""
+    steps, values = series[name]
+    errors = at(series[f"{name} stderr"], steps)
+    axes.errorbar(steps, values, errors, fmt=form, elinewidth=1.0, zorder=3, **look)
 
 
 def _draw_bins(axes: Any, series: dict[str, Series]) -> None:
@@ -199,6 +223,23 @@ def _draw_training(axes: Any, series: Series, label: str) -> None:
         label = f"mean of {window} logged steps, at the middle one"
         inner, means = steps[middle : len(steps) - middle], centred_mean(values, window)
         axes.plot(inner, means, color=BLUE, label=label)
+
+
+def _draw_gradient(axes: Any, series: dict[str, Series]) -> None:
+    """The norm of the gradient."""
+    _draw_training(axes, series[GRADIENT], "gradient before clipping")
+    axes.set(ylabel="norm of the gradient", title="Gradient")
+    use_log_scale(axes.yaxis)
+    use_steps(axes)
+    legend_below(axes)
+
+
+def _draw_single(axes: Any, series: Series, title: str, what: str) -> None:
+    """One curve."""
+    steps, values = series
+    axes.plot(steps, values, _style(values), lw=1.4 if len(values) < 200 else 0.8)
+    axes.set(ylabel=what, title=title)
+    use_plain_numbers(axes.yaxis)
     use_steps(axes)
 
 

@@ -83,7 +83,8 @@ def _answers(axes: Any, entries: Entries, names: list[str]) -> None:
     base = {run["seed"]: 100 * run["answers"] for run in entries.get("standard", [])}
     seeds = dict.fromkeys(run["seed"] for runs in entries.values() for run in runs)
     order = sorted(seeds, key=lambda seed: -base.get(seed, math.inf))
-    axes.set_xlim(limits([x for runs in entries.values() for x in answers(runs)]))
+    low, high = limits([x for runs in entries.values() for x in answers(runs)])
+    axes.set_xlim(max(0.0, low), min(100.0, high))
     for place, name in enumerate(names):
         values = {run["seed"]: 100 * run["answers"] for run in entries.get(name, [])}
         own = [seed for seed in order if seed in values]
@@ -92,16 +93,23 @@ def _answers(axes: Any, entries: Entries, names: list[str]) -> None:
             if name != "standard" and seed in base:
                 axes.plot([base[seed], values[seed]], [y, y], "-", color=GREY, lw=0.7)
                 axes.plot(base[seed], y, "|", color=GREY, ms=3)
-        axes.plot([values[seed] for seed in own], ys, "o", color=BLUE, ms=2.6, zorder=3)
+            axes.plot(values[seed], y, "o", color=BLUE, ms=2.6, **_whole(axes, values[seed]))
         if own:
             mean = statistics.fmean(values.values())
-            axes.plot([mean, mean], [-place - 0.45, -place + 0.45], color=ORANGE, lw=2.0)
+            reach = [-place - 0.45, -place + 0.45]
+            axes.plot([mean, mean], reach, color=ORANGE, lw=2.0, **_whole(axes, mean, 2.8))
             point_out(axes, list(values.values()), -place, BLUE)
     if base:
         axes.axvline(statistics.fmean(base.values()), color=PALE, lw=0.8, zorder=0)
     axes.plot([], [], "o", color=BLUE, ms=2.6, label="a seed")
     axes.plot([], [], "|-", color=GREY, lw=0.7, ms=5, label="to the same seed of `standard`")
     axes.plot([], [], color=ORANGE, lw=2.0, label="mean")
+
+
+def _whole(axes: Any, x: float, zorder: float = 3.0) -> dict[str, Any]:
+    """How a mark at x is drawn: over the frame, which does not cut it where it is at the edge."""
+    low, high = axes.get_xlim()
+    return {"clip_on": not low <= x <= high, "zorder": zorder}
 
 
 def _intervals(
@@ -112,7 +120,8 @@ def _intervals(
     for place, interval in enumerate(found.values()):
         y = shift - place
         axes.plot([interval.low, interval.high], [y, y], "-", color=color)
-        axes.plot([interval.value], [y], MARKERS[number], color=color)
+        look = _whole(axes, interval.value)
+        axes.plot([interval.value], [y], MARKERS[number], color=color, **look)
         point_out(axes, interval, y, color, ".2g")
 
 
@@ -126,7 +135,8 @@ def _deviations(axes: Any, entries: Entries) -> None:
         name: deviation_interval(answers(runs)) for name, runs in entries.items() if len(runs) > 1
     }
     if found:
-        axes.set_xlim(limits(_ends(list(found.values()))))
+        low, high = limits(_ends(list(found.values())))
+        axes.set_xlim(max(0.0, low), high)
     _intervals(axes, found)
     label_rows(axes, list(found) or ["no method has two seeds"])
     axes.set(title="Deviation between seeds", xlabel="points of right answers, 95%")

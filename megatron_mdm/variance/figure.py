@@ -1,5 +1,6 @@
 """A report of the variance (report.py) as a table and as a picture."""
 
+import math
 from typing import Any
 
 from megatron_mdm.pictures import (
@@ -123,8 +124,10 @@ def _draw_shares(axes: Any, report: dict[str, Any]) -> None:
         places = [x + 0.21 * (i - 1.5) for x in range(2)]
         if source is not report:
             axes.set_ylim(axes.get_ylim())  # A, B and C fill the panel, however tall this is
+        top = axes.get_ylim()[1] if source is not report else math.inf
+        # The number at the end of a cut bar stands where its error bar would.
+        errors = [math.nan if v > top else e for v, e in zip(values, errors, strict=True)]
         axes.bar(places, values, 0.19, yerr=errors, label=label, color=color)
-        top = axes.get_ylim()[1]
         for place, value in zip(places, values, strict=True):
             if value > top:
                 axes.annotate(f"↑\n{value:.3g}", (place, top), size=7, ha="center", va="top")

@@ -23,7 +23,7 @@ from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
 from megatron_mdm.experiments.statistics import deviation_test
-from megatron_mdm.pictures import GREY, blank_figure
+from megatron_mdm.pictures import BLUE, GREY, blank_figure
 from tests import ROOT, ranks, shown, tiers
 
 EXAMPLE = ROOT / "examples/reproduce"
@@ -340,6 +340,22 @@ def test_every_seed_is_joined_to_the_same_one_of_standard(panels):
     assert {name: sorted(found) for name, found in pairs.items()} == {
         name: sorted(zip(standard, SCARCE_RUNS[name], strict=True)) for name in pairs
     }
+
+
+@pytest.mark.parametrize(("shares", "ends"), [((0, 0, 0), (0, 0.5)), ((100, 100, 100), (95, 100))])
+def test_the_axis_of_answers_ends_at_0_and_at_100(panels, shares, ends):
+    runs = [
+        result(SCARCE, name, seed, share / 100)
+        for name in ("standard", "MIRROR")
+        for seed, share in zip(SEEDS, shares, strict=False)
+    ]
+    found = panels(RESULTS | {"runs": runs})
+    assert found["Deviation between seeds"].get_xlim() == (0, 0.5)
+    axes = found[SCARCE.title]
+    assert axes.get_xlim() == ends
+    points = [x for x in axes.lines if x.get_color() == BLUE and len(x.get_xdata())]
+    assert [x.get_xdata()[0] for x in points] == 2 * [*shares]
+    assert not any(x.get_clip_on() for x in points)
 
 
 def test_an_outlier_does_not_squeeze_a_panel(panels):

@@ -13,6 +13,7 @@ from megatron_mdm.pictures import BLUE, ORANGE, PALE, blank_figure
 from tests import ROOT, ranks, shown
 
 PLOT = runpy.run_path(str(ROOT / "tools/plot_run.py"))
+SETS = "Validation sets +- standard error"
 
 
 def write_run(directory, validations):
@@ -74,6 +75,22 @@ def test_a_directory_without_a_run_is_one_line(tmp_path):
     line = f"error: --tensorboard-dir {events.parent} cannot be read: Is a directory ({events})"
     assert run.stderr.splitlines()[-1] == line and "Traceback" not in run.stderr
     assert not (tmp_path / "run.png").exists()
+
+
+def test_a_validation_without_training_is_printed_and_not_drawn(tmp_path):
+    """A run of --skip-train."""
+    writer = SummaryWriter(str(tmp_path / "run"))
+    writer.add_scalar("mdm/validation NELBO", 2.0, 1)
+    writer.add_scalar("mdm/validation NELBO stderr", 0.125, 1)
+    writer.close()
+    run = plot(tmp_path / "run", tmp_path / "run.png")
+    assert run.returncode == 2
+    assert run.stdout == "validation NELBO after  (1 step): 2.000 +- 0.125 nats/token\n"
+    assert run.stderr.splitlines()[-1] == (
+        f"error: --tensorboard-dir {tmp_path / 'run'} holds a validation and no training: "
+        "there is nothing to draw yet"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def scalars(steps, validations=(0,), **more):
@@ -155,7 +172,7 @@ def test_only_a_validation_at_step_0_is_called_one_before_training(panels):
         "before training",
         "after 2 steps",
     ]
-    assert PLOT["when"](1) == "after 1 steps"
+    assert (PLOT["when"](1), PLOT["when"](2)) == ("after 1 step", "after 2 steps")
 
 
 def test_the_mean_does_not_lag_and_skips_what_is_not_a_number(panels):
@@ -176,35 +193,53 @@ def test_the_mean_does_not_lag_and_skips_what_is_not_a_number(panels):
 
 
 def test_every_named_set_has_its_points_and_error_bars(panels):
-    sets = {"mdm/validation code NELBO": [(50, 2.0)], "mdm/validation code NELBO stderr": [(50, 1)]}
-    loss = panels(scalars(range(1, 101), [0, 50], **sets))["Loss"]
-    assert legend(loss)[2:] == [
-        "validation +- standard error",
-        "validation code +- standard error",
-    ]
-    bars = {bar.get_label(): bar for bar in loss.containers}
-    overall, code = (bars[label] for label in legend(loss)[2:])
-    assert overall[0].get_xydata().tolist() == [[0, 4], [50, 4]]
-    segments = [segment.tolist() for segment in overall[2][0].get_segments()]
-    assert segments == [[[0, 3.75], [0, 4.25]], [[50, 3.75], [50, 4.25]]]
-    assert code[0].get_xydata().tolist() == [[50, 2]]
-    assert overall[0].get_color() == ORANGE != code[0].get_color()
-    assert overall[0].get_marker() != code[0].get_marker()
-
-
-def test_many_named_sets_look_different(panels):
-    many = {
-        f"mdm/validation {x} NELBO{end}": [(50, 2.0)] for x in range(12) for end in ("", " stderr")
+    """In a panel of their own, where training does not squeeze them."""
+    steps, names = (0, 50, 100), ("_web", "code")
+    sets = {
+        f"mdm/validation {name} NELBO{end}": [(step, i + value) for step in steps]
+        for i, name in enumerate(names)
+        for end, value in (("", 2.0), (" stderr", 1.0))
     }
-    loss = panels(scalars(range(1, 101), [50], **many))["Loss"]
-    looks = {(bar[0].get_color(), bar[0].get_marker()) for bar in loss.containers}
-    assert len(looks) == len(loss.containers) == 13
+    found = panels(scalars(range(1, 101), steps, **sets))
+    assert legend(found["Loss"])[2:] == ["validation, mean of its sets +- standard error"]
+    bars = {bar.get_label(): bar for bar in found[SETS].containers}
+    assert [*bars] == legend(found[SETS]) == ["mean of the sets", "set _web", "set code"]
+    for bar, (value, error) in zip(bars.values(), ((4, 0.25), (2, 1), (3, 2)), strict=True):
+        assert bar[0].get_xydata().tolist() == [[step, value] for step in steps]
+        assert bar[0].get_linestyle() == "-"
+        segments = [segment.tolist() for segment in bar[2][0].get_segments()]
+        assert segments == [[[step, value - error], [step, value + error]] for step in steps]
+    (whole,) = found["Loss"].containers
+    assert whole[0].get_xydata().tolist() == [[step, 4] for step in steps]
+    segments = [segment.tolist() for segment in whole[2][0].get_segments()]
+    assert segments == [[[step, 3.75], [step, 4.25]] for step in steps]
+    assert whole[0].get_color() == bars["mean of the sets"][0].get_color() == ORANGE
 
 
-@pytest.mark.parametrize("norms", [[0.0], [0.0, 2.0], [math.nan], [1e-12, 3e9]])
+def test_without_named_sets_there_is_one_validation(panels):
+    found = panels(scalars(range(1, 101), [0, 50]))
+    assert SETS not in found
+    assert legend(found["Loss"])[2:] == ["validation +- standard error"]
+
+
+@pytest.mark.parametrize("length", [1, 16, 40])
+def test_many_named_sets_look_different(panels, length):
+    many = {
+        f"mdm/validation {'x' * length}{x} NELBO{end}": [(50, 2.0)]
+        for x in range(12)
+        for end in ("", " stderr")
+    }
+    sets = panels(scalars(range(1, 101), [50], **many))[SETS]
+    looks = {(bar[0].get_color(), bar[0].get_marker()) for bar in sets.containers}
+    assert len(looks) == len(sets.containers) == 13
+
+
+@pytest.mark.parametrize("norms", [[0.0, 2.0], [1e-12, 3e9], [0.0], [math.nan], []])
 def test_gradients_of_any_size_are_drawn(panels, norms):
-    values = [(step, norms[step % len(norms)]) for step in range(1, 61)]
-    panels(scalars(range(1, 61), [60], **{"grad-norm": values}))
+    """None is drawn where none was logged, or none that a logarithmic axis can show."""
+    values = [(step, norms[step % len(norms)]) for step in range(1, 61) if norms]
+    found = panels(scalars(range(1, 61), [60], **{"grad-norm": values}))
+    assert ("Gradient" in found) == (max(norms, default=0.0) > 0)
 
 
 def test_a_resumed_run_has_each_step_once(panels, tmp_path):
@@ -228,6 +263,12 @@ def test_a_resumed_run_has_each_step_once(panels, tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 100_000])
 def test_very_short_and_very_long_runs(panels, steps):
     found = panels(scalars(range(1, steps + 1), [steps]))
-    assert legend(found["Loss against t"]) == [f"after {steps} steps"]
+    assert legend(found["Loss against t"]) == [
+        "after 1 step" if steps == 1 else f"after {steps} steps"
+    ]
+    for title in ("Loss", "Gradient", "Learning rate"):
+        ticks, (first, last) = found[title].get_xticks(), found[title].get_xlim()
+        assert [x for x in ticks if first <= x <= last and x != round(x)] == []
+        assert steps > 1 or (first, last) == (0.5, 1.5)
     pale = [x for x in found["Loss"].lines if x.get_color() == PALE]
     assert (pale[0].get_marker() == "o") == (steps < 30)

@@ -233,6 +233,10 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
         assert [text.get_text() for text in shares.texts] == [
             f"↑\n{value:.3g}" for value in values[6:] if value > top
         ]
+        # No error bar crosses the number at the end of a cut bar.
+        *whole, other = (bars.errorbar[2][0].get_segments() for bars in shares.containers[1::2])
+        assert all(np.isfinite(segments).all() for segments in whole)
+        assert [bool(np.isfinite(x).all()) for x in other] == [x <= top for x in values[6:]]
         assert [x.get_label() for x in curves.containers] == [
             *("A(t), loss", "B(t), loss", "A(t), gradient", "B(t), gradient")
         ]

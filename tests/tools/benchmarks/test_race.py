@@ -473,6 +473,30 @@ def test_the_picture_has_every_contender_and_hides_nothing(results):
         assert not any(axes.texts for axes in others)
 
 
+def test_the_picture_leaves_out_shapes_without_differences(results):
+    """What has no runs, and what has runs of `standard` alone."""
+    stages = ("tune", "confirm", "transfer")
+    tuned, confirmed, transferred = (
+        [x for x in results.records if x.run.stage == stage] for stage in stages
+    )
+    alone, base = (
+        [x for x in records if x.run.contender == "standard"]
+        for records in (transferred, confirmed)
+    )
+    assert alone and base and len(LAPTOP.transfer) > 1
+    main, last = LAPTOP.main.name(), LAPTOP.transfer[-1]
+    of_last = [x for x in transferred if x.run in transfer.of_shape(results, last)]
+    for records, titles in (
+        ([*confirmed, *of_last], [main, main, last.name()]),
+        ([*confirmed, *alone], [main, main]),
+        (base, [main]),
+    ):
+        with blank_figure() as drawing:
+            figure.fill(drawing, Results(LAPTOP, [*tuned, *records]))
+            shown.check_panels(drawing)
+            assert [axes.get_title() for axes in drawing.axes] == titles
+
+
 def test_a_report_is_printed_drawn_and_inserted(results, tmp_path, capsys):
     path, page, picture = (tmp_path / name for name in ("race.json", "page.md", "race.svg"))
     value = {"scale": "laptop", "runs": [x.as_json() for x in results.records]}

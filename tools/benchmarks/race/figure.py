@@ -38,14 +38,16 @@ def draw(results: Results, path: str) -> None:
 def fill(figure: Any, results: Results) -> None:
     """Draws results into an empty figure; see `draw`."""
     scale = results.scale
-    shapes = {scale.main.name(): confirm.finals(results)}
-    shapes |= {shape.name(): transfer.finals(results, shape) for shape in scale.transfer}
+    finals = {scale.main.name(): confirm.finals(results)}
+    finals |= {shape.name(): transfer.finals(results, shape) for shape in scale.transfer}
+    shapes = {title: found for title, x in finals.items() if (found := _differences(x))}
     figure.set_size_inches(5 + 3 * len(shapes), 5)
-    axes = figure.subplots(1, 1 + len(shapes), width_ratios=[1.5] + [1] * len(shapes))
+    ratios = [1.5] + [1] * len(shapes)
+    axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
     _draw_curves(axes[0], results)
-    for place, (title, finals) in zip(axes[1:], shapes.items(), strict=True):
+    for place, (title, found) in zip(axes[1:], shapes.items(), strict=True):
         place.set_title(title)
-        _draw_differences(place, finals)
+        _draw_differences(place, found)
 
 
 def _draw_curves(axes: Any, results: Results) -> None:
@@ -64,12 +66,17 @@ def _draw_curves(axes: Any, results: Results) -> None:
         legend_below(axes, columns=3)
 
 
-def _draw_differences(axes: Any, finals: Finals) -> None:
-    found = {
-        name: differences(values, finals.get(_BASELINE, {}))
+def _differences(finals: Finals) -> dict[str, list[float]]:
+    """Of each contender from `standard`, by seed; of those that have any."""
+    base = finals.get(_BASELINE, {})
+    return {
+        name: found
         for name, values in finals.items()
-        if name != _BASELINE
+        if name != _BASELINE and (found := differences(values, base))
     }
+
+
+def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
     finite = [x for values in found.values() for x in values if math.isfinite(x)]
     axes.set_xlim(limits([*finite, 0.0]))
     for place, (name, values) in enumerate(found.items()):
@@ -81,7 +88,7 @@ def _draw_differences(axes: Any, finals: Finals) -> None:
         axes.plot([mean.value], [-place - 0.3], "|", color=look["color"], ms=10, mew=2)
         point_out(axes, values, -place, look["color"], ".3g")
     axes.axvline(0.0, color=GREY, lw=0.8)
-    axes.set(xlabel=f"final NELBO minus {_BASELINE}", ylim=(0.5 - max(1, len(found)), 0.5))
+    axes.set(xlabel=f"final NELBO minus {_BASELINE}", ylim=(0.5 - len(found), 0.5))
     axes.set_yticks([-place for place in range(len(found))], list(found))
 
 
