@@ -9,10 +9,9 @@ intervals are those of 95%.
 """
 
 import math
-import pathlib
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from methods import (
 )
 from score import from_hex
 
-from megatron_mdm.errors import UserError
+from megatron_mdm.experiments import pages
 from megatron_mdm.experiments.statistics import (
     Interval,
     deviation_interval,
@@ -38,7 +37,6 @@ from megatron_mdm.experiments.statistics import (
     mean_interval,
     t_test,
 )
-from megatron_mdm.files import write_text
 
 Result = dict[str, Any]
 Entries = dict[str, list[Result]]
@@ -425,33 +423,13 @@ BLOCKS: Mapping[str, Callable[[Result], str]] = {
     "summary": as_markdown,
     "tables": lambda results: f"```text\n{as_text(results)}\n```",
 }
-PLACE = re.compile(r"(<!-- reproduce: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def insert(results: Result, path: str) -> None:
-    """Replaces what stands between `<!-- reproduce: NAME -->` and `<!-- end -->` in a file.
-
-    Raises:
-        UserError: the file cannot be read or written, or has no such place.
-    """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--insert {path}: cannot be read ({error})") from error
-    write_text(path, inserted(results, text, path))
+    """Puts results into the places `reproduce` of a file; see `experiments.pages.insert`."""
+    pages.insert(path, "reproduce", blocks(results))
 
 
-def inserted(results: Result, text: str, path: str) -> str:
-    """The text of a file with the results in their places; see `insert`."""
-    if not {name for _, name, _ in PLACE.findall(text)} & set(BLOCKS):
-        raise UserError(
-            f"--insert {path}: has no <!-- reproduce: NAME --> with an <!-- end -->, and NAME of "
-            f"{', '.join(BLOCKS)}"
-        )
-
-    def replacement(match: re.Match[str]) -> str:
-        if match[2] not in BLOCKS:
-            return match[0]
-        return f"{match[1]}{BLOCKS[match[2]](results)}\n{match[3]}"
-
-    return PLACE.sub(replacement, text)
+def blocks(results: Result) -> dict[str, Callable[[], str]]:
+    """What makes the Markdown of each place."""
+    return {name: partial(make, results) for name, make in BLOCKS.items()}

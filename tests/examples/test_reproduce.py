@@ -21,6 +21,7 @@ import torch
 from megatron_mdm import recipes
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError
+from megatron_mdm.experiments.pages import inserted
 from megatron_mdm.experiments.runs import as_flags, run_cached, run_parallel, run_python
 from megatron_mdm.experiments.statistics import deviation_test
 from megatron_mdm.pictures import BLUE, GREY, blank_figure
@@ -393,17 +394,16 @@ def test_a_smoke_test_says_that_it_is_one(panels):
 
 def test_files_get_the_results_in_their_places():
     text = "a\n<!-- reproduce: caption -->\nold\n<!-- end -->\nb <!-- end -->\n"
-    new = tables.inserted(RESULTS, text, "file")
+    new = inserted(text, "file", "reproduce", tables.blocks(RESULTS))
     assert re.fullmatch(
         r"a\n<.*>\n`--scale laptop`.* 24 fine-tunings \(.* more have not been run\) of 12.0 hours "
         r".*\n<!-- end -->\nb <!-- end -->\n",
         new,
     )
-    assert tables.inserted(RESULTS, new, "file") == new
-    inserted = tables.inserted(RESULTS, text.replace("caption", "summary"), "file")
-    assert f"| {DOUBLED} | 58.0% | +3.0 [-9.3, +15.3]: no clear difference |" in inserted
-    with pytest.raises(UserError, match="--insert file: has no <!-- reproduce: NAME"):
-        tables.inserted(RESULTS, "text", "file")
+    assert inserted(new, "file", "reproduce", tables.blocks(RESULTS)) == new
+    text = text.replace("caption", "summary")
+    new = inserted(text, "file", "reproduce", tables.blocks(RESULTS))
+    assert f"| {DOUBLED} | 58.0% | +3.0 [-9.3, +15.3]: no clear difference |" in new
 
 
 @pytest.mark.skipif(not COMMITTED.exists(), reason="the scale `laptop` has not been run")
@@ -411,7 +411,7 @@ def test_files_get_the_results_in_their_places():
 def test_the_readme_has_the_committed_results(path):
     text = path.read_text()
     results = reproduce.read_results(str(COMMITTED))
-    assert tables.inserted(results, text, str(path)) == text
+    assert inserted(text, str(path), "reproduce", tables.blocks(results)) == text
 
 
 def test_every_seed_starts_from_the_same_base():

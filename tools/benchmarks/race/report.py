@@ -1,21 +1,18 @@
 """What is printed of results, and put into Markdown files."""
 
-import pathlib
-import re
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks.race import decide
 from benchmarks.race.results import Results
 from benchmarks.race.stages import STAGES
 from benchmarks.race.tables import Table
-from megatron_mdm.errors import UserError
-from megatron_mdm.files import write_text
+from megatron_mdm.experiments import pages
 
 _SUMMARIES: dict[str, Callable[[Results], list[Table]]] = {
     **{name: stage.summary for name, stage in STAGES.items()},
     "claims": decide.summary,
 }
-_PLACE = re.compile(r"(<!-- race: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def as_text(results: Results) -> str:
@@ -34,29 +31,13 @@ def caption(results: Results) -> str:
 
 
 def insert(results: Results, path: str) -> None:
-    """Replaces what stands between `<!-- race: NAME -->` and `<!-- end -->` in a Markdown file.
+    """Puts results into the places `race` of a Markdown file; see `experiments.pages.insert`.
 
     A name is that of a stage, `claims`, or `caption`.
-
-    Raises:
-        UserError: the file cannot be read or written, or has no such place.
     """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--insert {path}: cannot be read ({error})") from error
-    names = [*_SUMMARIES, "caption"]
-    places = [name for _, name, _ in _PLACE.findall(text)]
-    if not places or not set(places) <= set(names):
-        raise UserError(
-            f"--insert {path}: needs <!-- race: NAME --> with an <!-- end -->, and NAME of "
-            f"{', '.join(names)}"
-        )
 
-    def replacement(match: re.Match[str]) -> str:
-        if match[2] == "caption":
-            return f"{match[1]}{caption(results)}\n{match[3]}"
-        tables = [table.as_markdown() for table in _SUMMARIES[match[2]](results)]
-        return "\n\n".join([match[1].rstrip("\n"), *tables, match[3]])
+    def tables(name: str) -> str:
+        return "".join(f"\n{table.as_markdown()}\n" for table in _SUMMARIES[name](results))
 
-    write_text(path, _PLACE.sub(replacement, text))
+    blocks: dict[str, Callable[[], str]] = {name: partial(tables, name) for name in _SUMMARIES}
+    pages.insert(path, "race", {**blocks, "caption": partial(caption, results)})
