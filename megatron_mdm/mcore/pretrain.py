@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.training import pretrain, set_startup_timestamps
+from megatron.training import get_tensorboard_writer, pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_mdm.config import requested_save
@@ -71,11 +71,20 @@ def run(
             except SystemExit as end:  # how Megatron ends at --exit-interval and the like
                 if end.code:
                     raise
+            finally:
+                _write_scalars()
         interruption.end()
         with lost_ranks_in_a_line(args):
             _disconnect()
         if stop.has_agreed:
             raise SystemExit(INTERRUPTED)
+
+
+def _write_scalars() -> None:
+    """Writes the rest of the scalars: a thread does so, which ends with the process."""
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
 
 
 def _disconnect() -> None:

@@ -2,10 +2,13 @@
 
 import itertools
 import re
+import time
 
 import pytest
 from megatron.training import training
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_mdm import pretrain
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.training.megatron_log import readable_log
 from tests import ranks
@@ -35,6 +38,24 @@ def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
     assert "RerunStateMachine initialized" in text and "Setting RerunStateMachine" not in text
     assert "in billions" not in text
     assert "memory (MB)" not in text and "memory footprint" not in text
+
+
+def on_a_slow_disk() -> None:
+    """Trains where TensorBoard's thread takes its time for each scalar."""
+    write = RecordWriter.write
+
+    def slowly(writer, data):
+        time.sleep(0.02)
+        write(writer, data)
+
+    RecordWriter.write = slowly
+    pretrain.main()
+
+
+def test_the_scalars_of_the_last_validation_are_written_before_the_end(base, tmp_path):
+    flags = ["--train-iters", "1", "--eval-interval", "1", "--eval-iters", "1"]
+    run = ranks.launch(tmp_path, 1, *base, *flags, entry=on_a_slow_disk)
+    assert len(run.scalars["mdm/validation NELBO"]) == 2  # after the step, and at the end
 
 
 def test_expected_memory_on_a_gpu_has_no_billions_of_parameters(monkeypatch, capsys):
