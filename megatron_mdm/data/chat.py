@@ -148,14 +148,9 @@ class ChatTemplate:
         filled = self._without_none(messages, variables)
         ends = self._ends(filled)
         turns = [self._turn(document, filled[:end], variables) for end in ends]
-        if has_marks:
-            for messages_of_turn, prompt, whole, _ in turns:
-                self._check_unmarked(document, messages_of_turn[:-1], variables, prompt, asked=True)
-                self._check_unmarked(document, messages_of_turn, variables, whole)
-        self._check_contents(document, messages, filled, variables, turns[-1].whole)
         rendered = [Rendering(turn.messages, turn.whole) for turn in reversed(turns)]
         rendered += [Rendering(turn.messages[:-1], turn.prompt, asked=True) for turn in turns]
-        self._check_effects(document, variables, rendered)
+        self._check(document, messages, variables, rendered, has_marks)
         pairs = [
             Pair(turn.prompt, self._response(document, turn, end), has_marks)
             for turn, end in zip(turns, ends, strict=True)
@@ -184,11 +179,8 @@ class ChatTemplate:
         filled = self._without_none(messages, variables)
         with _refusal(document):
             prompt = self._render(filled, variables, add_generation_prompt=True)
-            whole = self._render(filled, variables)
-        if has_marks:
-            self._check_unmarked(document, filled, variables, prompt, asked=True)
-        self._check_contents(document, messages, filled, variables, whole)
-        self._check_effects(document, variables, [Rendering(filled, prompt, asked=True)])
+        rendered = [Rendering(filled, prompt, asked=True)]
+        self._check(document, messages, variables, rendered, has_marks)
         return prompt, has_marks
 
     def _opened(self, document: Document) -> tuple[list[Message], dict[str, Any], bool]:
@@ -242,18 +234,42 @@ class ChatTemplate:
             response = response.rstrip()
         return response
 
+    def _check(
+        self,
+        document: Document,
+        messages: list[Message],
+        variables: dict[str, Any],
+        rendered: list[Rendering],
+        has_marks: bool,
+    ) -> None:
+        """Checks that the template renders what a row says, and special tokens in it as text.
+
+        Args:
+            document: The row.
+            messages: Of the row, None where one has no content.
+            variables: Keys of the row beside its messages.
+            rendered: What the template renders of the row; all messages first.
+            has_marks: Whether special tokens that the row spells have marks.
+        """
+        if has_marks:
+            for rendering in rendered:
+                self._check_unmarked(document, variables, rendering)
+        self._check_contents(document, messages, variables, rendered[0])
+        self._check_effects(document, variables, rendered)
+
     def _check_contents(
         self,
         document: Document,
         messages: list[Message],
-        filled: list[Message],
         variables: dict[str, Any],
-        whole: str,
+        rendering: Rendering,
     ) -> None:
         """Checks that every message without content has another key that is rendered."""
+        filled, text, asked = rendering
         for n in (n for n, message in enumerate(messages) if message["content"] is None):
             bare = {"role": filled[n]["role"], "content": filled[n]["content"]}
-            if self._rendered([*filled[:n], bare, *filled[n + 1 :]], variables) == whole:
+            others = [*filled[:n], bare, *filled[n + 1 :]]
+            if self._rendered(others, variables, add_generation_prompt=asked) == text:
                 raise bad_document(
                     document,
                     f'message {n + 1} of "{self._key}" has no content, and no other key that the '
@@ -290,17 +306,14 @@ class ChatTemplate:
     def _check_unmarked(
         self,
         document: Document,
-        messages: list[Message],
         variables: dict[str, Any],
-        text: str,
-        asked: bool = False,
+        rendering: Rendering,
     ) -> None:
         """Checks that a template renders messages as it would without the marks, but for these."""
-        messages, variables = change_strings(
-            [messages, variables], lambda string: string.replace(MARK, "")
+        messages, variables, text = change_strings(
+            [rendering.messages, variables, rendering.text], lambda string: string.replace(MARK, "")
         )
-        rendered = self._rendered(messages, variables, add_generation_prompt=asked)
-        if rendered != text.replace(MARK, ""):
+        if self._rendered(messages, variables, add_generation_prompt=rendering.asked) != text:
             raise bad_document(
                 document,
                 "it spells a special token of the tokenizer, and that cannot stay text: the chat "

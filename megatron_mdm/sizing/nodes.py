@@ -40,17 +40,22 @@ class Layout:
             parser.add_argument(name, type=_size, default=field.default)
         return cls(**vars(parser.parse_known_args(list(flags))[0]))
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Layout":
+        """Takes the sizes out of Megatron's arguments."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
     def fits(self, ranks: int) -> bool:
         """Whether so many ranks can share model, experts and batch: the rule of Megatron."""
-        if ranks % self._model or ranks % self._experts:
+        if ranks % self.replica or ranks % self.expert_replica:
             return False
-        replicas = ranks // self._model
+        replicas = ranks // self.replica
         return all(rows % (micro * replicas) == 0 for rows, micro in self._batches())
 
     def nodes(self, gpus: int) -> list[int]:
         """Numbers of nodes of so many GPUs that fit; none without a batch, which bounds them."""
         replicas = min((rows // micro for rows, micro in self._batches()), default=0)
-        most = replicas * self._model // gpus
+        most = replicas * self.replica // gpus
         return [nodes for nodes in range(1, most + 1) if self.fits(nodes * gpus)]
 
     def __str__(self) -> str:
@@ -62,13 +67,13 @@ class Layout:
         return ", ".join(f"{flag} {value}" for flag, value, default in flags if value != default)
 
     @property
-    def _model(self) -> int:
+    def replica(self) -> int:
         """Ranks of a model replica."""
         ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return ranks * self.context_parallel_size
 
     @property
-    def _experts(self) -> int:
+    def expert_replica(self) -> int:
         """Ranks of a replica of the experts."""
         tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size

@@ -95,13 +95,11 @@ def fill(figure: Any, report: dict[str, Any]) -> None:
     methods = report["methods"]
     # In inches: the panels on the left do not grow with the number of methods.
     left, line = 3.6, 0.28
-    height = max(2 * left, line * len(methods) + 1.0)
-    figure.set_size_inches(13.0 if methods else 6.5, height)
-    grid = figure.add_gridspec(
-        3 if height > 2 * left else 2,
-        2 if methods else 1,
-        height_ratios=[left, left, height - 2 * left][: 3 if height > 2 * left else 2],
-    )
+    heights = [left, left]
+    if (rest := line * len(methods) + 1.0 - 2 * left) > 0:
+        heights.append(rest)
+    figure.set_size_inches(13.0 if methods else 6.5, sum(heights))
+    grid = figure.add_gridspec(len(heights), 2 if methods else 1, height_ratios=heights)
     _draw_shares(figure.add_subplot(grid[0, 0]), report)
     _draw_curves(figure.add_subplot(grid[1, 0]), report)
     if methods:
@@ -122,9 +120,10 @@ def _draw_shares(axes: Any, report: dict[str, Any]) -> None:
             [source[n][part][k] / report[n]["total"][0] for n in NAMES] for k in (0, 1)
         )
         places = [x + 0.21 * (i - 1.5) for x in range(2)]
-        if source is not report:
-            axes.set_ylim(axes.get_ylim())  # A, B and C fill the panel, however tall this is
-        top = axes.get_ylim()[1] if source is not report else math.inf
+        top = math.inf
+        if source is not report:  # A, B and C fill the panel, however tall this is
+            top = axes.get_ylim()[1]
+            axes.set_ylim(top=top)
         # The number at the end of a cut bar stands where its error bar would.
         errors = [math.nan if v > top else e for v, e in zip(values, errors, strict=True)]
         axes.bar(places, values, 0.19, yerr=errors, label=label, color=color)

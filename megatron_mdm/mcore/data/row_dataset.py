@@ -291,7 +291,7 @@ def build_datasets(
         return _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
 
     evaluated: RowDataset | ValidationSets | None = rows_of(sets[0], valid)
-    if evaluated is not None and getattr(args, "mdm_validation_sets", None):
+    if evaluated is not None and dataset_config.multiple_validation_sets:
         evaluated = ValidationSets([rows_of(dataset, valid) for dataset in sets], valid)
     return rows_of(datasets[0], None, offset), evaluated, rows_of(datasets[2], test)
 

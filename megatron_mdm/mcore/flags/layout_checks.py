@@ -8,6 +8,7 @@ from argparse import Namespace
 
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
+from megatron_mdm.sizing.nodes import Layout
 
 
 def check_sizes(args: Namespace) -> None:
@@ -29,11 +30,8 @@ def check_sizes(args: Namespace) -> None:
     ):
         if getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
-    model = (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
+    layout = Layout.from_args(args)
+    model, experts = layout.replica, layout.expert_replica
     if world % model:
         raise UserError(
             f"{world} ranks cannot be divided into model replicas of {model} "
@@ -42,11 +40,6 @@ def check_sizes(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}): change "
             "--nproc-per-node or the sizes"
         )
-    experts = (
-        (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
-        * args.expert_model_parallel_size
-        * args.pipeline_model_parallel_size
-    )
     if world % experts:
         raise UserError(
             f"{world} ranks cannot be divided into replicas of the experts of {experts}: change "

@@ -45,8 +45,7 @@ def after_evaluation(state: TrainingState, model: list) -> None:
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     recorder = state.recorder(training=False)
-    recorder.iteration = -1  # evaluations never repeat, and two may follow one iteration
-    recorder.commit(state.iteration)
+    recorder.commit(None)  # two evaluations may follow one iteration
     by_text = recorder.by_text()
     for part, summary in recorder.reduce().items():
         if is_last_rank():

@@ -6,6 +6,7 @@ Recording costs no synchronisation with the device; once per interval it costs t
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +15,50 @@ from megatron.training import get_timers
 
 from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.objective.randomness import Split
+
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Finish = Callable[[torch.Tensor], torch.Tensor]
+
+
+class OverInterval:
+    """What the iterations of a log interval come to, on the device.
+
+    Megatron's rerun machine may repeat an iteration to validate its result: that is dropped.
+
+    Args:
+        combine: makes one of two values.
+    """
+
+    def __init__(self, combine: Combine = torch.add) -> None:
+        self.total: torch.Tensor | None = None
+        self._combine = combine
+        self._pending: torch.Tensor | None = None
+        self._iteration: int | None = None
+
+    def add(self, value: torch.Tensor) -> None:
+        """Adds what a micro-batch gives; no synchronisation with the device."""
+        self._pending = self._with(self._pending, value)
+
+    def commit(self, iteration: int | None, finish: Finish = lambda value: value) -> None:
+        """Takes what an iteration has added.
+
+        Args:
+            iteration: its number; None where it is no repetition in any case.
+            finish: makes of that what is taken.
+        """
+        is_new = iteration is None or iteration != self._iteration
+        if self._pending is not None and is_new:
+            self.total = self._with(self.total, finish(self._pending))
+        self._iteration, self._pending = iteration, None
+
+    def take(self) -> torch.Tensor:
+        """The total, with which it starts over; there is one."""
+        total, self.total = self.total, None
+        assert total is not None  # the caller looks before
+        return total
+
+    def _with(self, before: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+        return value if before is None else self._combine(before, value)
 
 
 class Recorder:
@@ -34,12 +79,14 @@ class Recorder:
         self.num_bins = num_bins
         self.sets = [part_of_set(number) for number in range(num_sets)]
         self.parts: list[int] = [*Split, *self.sets]
-        self.pending: torch.Tensor | None = None
-        self.total: torch.Tensor | None = None
         self.texts: list[torch.Tensor] = []
-        self.pending_largest: torch.Tensor | None = None
-        self.largest: torch.Tensor | None = None
-        self.iteration = -1
+        self._sums = OverInterval()
+        self._largest = OverInterval(torch.maximum)
+
+    @property
+    def total(self) -> torch.Tensor | None:
+        """The sums of the iterations since the last `reduce`; None: there was none."""
+        return self._sums.total
 
     def add(
         self,
@@ -80,26 +127,23 @@ class Recorder:
         columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(self.parts), rows.shape[1]).index_add_(0, split, rows)
-        self.pending = sums if self.pending is None else self.pending + sums
-        self.pending_largest = _larger(self.pending_largest, max_token_weight.max())
+        self._sums.add(sums)
+        self._largest.add(max_token_weight.max())
 
-    def commit(self, iteration: int, uniform_share: float = 1.0) -> None:
+    def commit(self, iteration: int | None, uniform_share: float = 1.0) -> None:
         """Takes what an iteration has added; a repetition of the iteration is dropped.
 
-        Megatron's rerun machine may repeat an iteration to validate its result.
-
         Args:
-            iteration: its number.
+            iteration: its number; None: that was an evaluation, which is never repeated.
             uniform_share: of the density that its rates came from; 1 where that is no bell.
         """
-        if self.pending is not None and iteration != self.iteration:
-            assert self.pending_largest is not None  # it comes with the sums
-            draws = self.pending[:, -2:-1]
-            sums = torch.cat([self.pending, draws * uniform_share], dim=1)
-            self.total = sums if self.total is None else self.total + sums
-            self.largest = _larger(self.largest, self.pending_largest)
-        self.iteration = iteration
-        self.pending = self.pending_largest = None
+
+        def with_share(sums: torch.Tensor) -> torch.Tensor:
+            draws = sums[:, -2:-1]
+            return torch.cat([sums, draws * uniform_share], dim=1)
+
+        self._sums.commit(iteration, with_share)
+        self._largest.commit(iteration)
 
     def by_text(self) -> dict[int, tuple[float, int]]:
         """The standard error of the mean loss of rows and the number of texts; a collective call.
@@ -134,9 +178,7 @@ class Recorder:
             A summary for each split that has rows, and for each named validation set. That of the
             validation is then over all sets, which have equally many rows.
         """
-        total, largest = self.total, self.largest
-        assert total is not None and largest is not None  # the caller looks before
-        self.total = self.largest = None
+        total, largest = self._sums.take(), self._largest.take()
         group = mpu.get_data_parallel_group()
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -145,10 +187,6 @@ class Recorder:
         lines = zip(self.parts, total.tolist(), strict=True)
         weight = float(largest)
         return {part: Summary(line, self.num_bins, weight) for part, line in lines if line[-2]}
-
-
-def _larger(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
-    return b if a is None else torch.maximum(a, b)
 
 
 def _as_bits(values: torch.Tensor) -> torch.Tensor:

@@ -52,9 +52,8 @@ def build_objective(args: Namespace) -> Objective:
         args: Megatron's arguments.
     """
     state = TrainingState(args, get_tokenizer().eod)
-    args.log_throughput = (
-        False  # the state's own count takes the place of Megatron's (throughput.py)
-    )
+    # The state's own count takes the place of Megatron's (throughput.py).
+    args.log_throughput = False
 
     def step(iterator: Iterator | None, model: Any) -> Any:
         return forward_step(state, iterator, model)

@@ -8,6 +8,7 @@ masked positions. `ModelShape` says what each of them costs.
 import torch
 from megatron.core import mpu
 
+from megatron_mdm.mcore.training.metrics import OverInterval
 from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.objective.segments import counts
 from megatron_mdm.sizing.flops import ModelShape
@@ -22,9 +23,7 @@ class WorkRecorder:
 
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
-        self._pending: torch.Tensor | None = None
-        self._total: torch.Tensor | None = None
-        self._iteration = -1
+        self._sums = OverInterval()
 
     def add(self, micro_batch: MicroBatch) -> None:
         """Adds a micro-batch of training; no synchronisation with the device.
@@ -38,8 +37,7 @@ class WorkRecorder:
             useful = useful & ~batch.padding
         pairs = counts(useful, batch.attention_segments).square().sum()
         masked = micro_batch.num_masked.sum()
-        found = torch.stack([useful.sum(), pairs, masked])
-        self._pending = found if self._pending is None else self._pending + found
+        self._sums.add(torch.stack([useful.sum(), pairs, masked]))
 
     def commit(self, iteration: int) -> None:
         """Takes what an iteration has added; a repetition of the iteration is dropped.
@@ -47,13 +45,10 @@ class WorkRecorder:
         Args:
             iteration: its number.
         """
-        if self._pending is not None and iteration != self._iteration:
-            self._total = self._pending if self._total is None else self._total + self._pending
-        self._iteration, self._pending = iteration, None
+        self._sums.commit(iteration)
 
     def reduce(self) -> float:
         """Operations of all ranks since the last call; a collective call."""
-        total, self._total = self._total, None
-        assert total is not None  # an iteration has come before
+        total = self._sums.take()
         torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
         return self._shape.training_flops_of(*total.tolist())
