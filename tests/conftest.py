@@ -2,14 +2,15 @@ import os
 
 import pytest
 
-# The fork server below inherits it: one thread a rank, since the ranks share the cores.
+# The fork server below inherits this: one thread per rank, because the ranks share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from tests import ranks, tiers
 from tests.tiers import pytest_runtest_protocol  # noqa: F401
 
-# Megatron's models write here how they attend, fixtures' too, and refuse what others wrote.
+# Megatron's models write their choice of attention into these variables, also in fixtures, and
+# refuse a value that they did not write. They are therefore not restored.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What a test leaves in the environment no later one inherits."""
+    """Restores the environment after each test, so that no test inherits what another one set."""
     before = {name: value for name, value in os.environ.items() if name not in ATTENTION}
     yield
     os.environ.clear()
@@ -28,7 +29,7 @@ def environment():
 
 @pytest.fixture(scope="session", autouse=True)
 def docstrings_read_once():
-    """Megatron parses its own files for the help of its flags, each time that flags are parsed."""
+    """Keeps the help texts that Megatron otherwise parses from its own files at each call."""
     read, known = ArgumentGroupFactory._get_field_docstrings, {}
 
     def read_once(factory, config):
@@ -59,7 +60,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, data):
-    """A checkpoint that all layouts start from: PP changes Megatron's initial weights by design."""
+    """A checkpoint for runs under all layouts, because initial weights depend on the PP layout."""
     directory = tmp_path_factory.mktemp("base")
     flags = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")]
     ranks.launch(

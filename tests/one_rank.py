@@ -1,4 +1,4 @@
-"""Megatron inside one process, for tests that need a layer or a model and no run."""
+"""Megatron in a single process, for tests that need a layer or a model but no whole run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ with silent_import():
 
 @contextlib.contextmanager
 def on_one_cpu_rank() -> Iterator[None]:
-    """Megatron's process groups over this process alone, in its CPU mode."""
+    """Forms Megatron's process groups of this process alone, in Megatron's CPU mode."""
     with training_device("cpu"), one_rank():
         yield
 
 
 def output_layer(vocabulary: int, hidden: int) -> Any:
-    """Megatron's output layer with random weights; to be made inside `on_one_cpu_rank`."""
+    """Megatron's output layer with random weights. Call it inside `on_one_cpu_rank`."""
     config = ModelParallelConfig(
         params_dtype=torch.float32,
         use_cpu_initialization=True,

@@ -1,56 +1,60 @@
 """The oracle: the objective of one global batch and its gradients, in plain torch.
 
-Tests of both normalizations, of documents, fine-tuning and experts train one step under data
-parallelism and gradient accumulation, and compare the loss and every gradient with what this file
-computes. It computes them from the definition, in loops over rows and tokens, and it shares with
-the program only the model's layers and the integers that the loader gives. It uses none of our
-code for rates, masks, weights, normalization, documents, shift or the head, and none of Megatron's
-sums over micro-batches and ranks.
+Tests of both normalizations, of documents, of fine-tuning and of experts train one step under data
+parallelism and gradient accumulation. They compare the loss and every gradient with the results of
+this file. This file computes them from the definition, in loops over rows and tokens. It shares
+only two things with the program: the model's layers, and the integers that the data loader gives.
+It uses none of our code for rates, masks, weights, normalization, documents, shift or the head, and
+none of Megatron's sums over micro-batches and ranks.
 
-One row. It has L = `length` tokens x_1 ... x_L, of which the first n = `num_tokens` are no padding.
-The loader gives one integer k_i for each token (`uniforms`) and one for each rate (`quantile`), in
-52 bits. An integer k stands for the number (k + 1/2) / 2^52, in (0, 1).
+One row. It has L = `length` tokens x_1 ... x_L. The first n = `num_tokens` of them are not padding.
+The loader gives one integer k_i for each token (`uniforms`) and one for each rate (`quantile`),
+each of 52 bits. An integer k stands for the number (k + 1/2) / 2^52, in (0, 1).
 
 - Documents. A document ends after each end-of-document token, or where the column `document`
-  changes if there is one. The padding after the last one counts as a document.
-- Parts. A part is a stretch of the row that has a rate of its own: a document with --mdm-rate-per
-  document, the row otherwise. Independent of that, the model sees one document at a time with
-  --mdm-isolate-documents, the row otherwise: it is called once for each, on these tokens alone, so
-  that nothing depends on an attention mask, on positions or on what lies beyond the length.
+  changes if the row has that column. The padding after the last document counts as a document.
+- Parts. A part is a stretch of the row that has its own rate. It is a document with --mdm-rate-per
+  document, and the whole row otherwise. Independently of that, the model sees one document at a
+  time with --mdm-isolate-documents, and the whole row otherwise. The oracle calls the model once
+  for each document, on its tokens alone. The result thus depends on no attention mask, on no
+  positions and on no token beyond the length.
 - Eligible tokens. e_i = 1 for each of the first n tokens that does not end a document; in
-  fine-tuning for the tokens of responses. With --mdm-pad-eligible this reaches to L. With
+  fine-tuning, for the tokens of responses. With --mdm-pad-eligible, tokens up to L count too. With
   --mdm-shift the first token that the model sees has no prediction: e_i = 0 there.
-- Rate. t is the number of the part's `quantile`, and p = (1 - eps) t + eps. Tokens of
-  --mdm-isad-token-ids have p_i = min(p + delta, 1), all others p_i = p.
-- Mask. m_i = e_i [u_i < p_i], where u_i is the number of k_i. The model sees the mask token where
-  m_i = 1, and x_i elsewhere.
-- Loss. With log-probabilities from the logits at i, or at i - 1 with --mdm-shift, part d has
+- Rate. t is the number that the part's `quantile` stands for, and p = (1 - eps) t + eps. Tokens of
+  --mdm-isad-token-ids have p_i = min(p + delta, 1), all others have p_i = p.
+- Mask. m_i = e_i [u_i < p_i], where u_i is the number that k_i stands for. The model sees the mask
+  token where m_i = 1, and x_i elsewhere.
+- Loss. The log-probabilities come from the logits at i, or at i - 1 with --mdm-shift. Part d has
 
-      S_d = sum over i in d of m_i * -log P(x_i | the masked tokens) / p_i,    N_d = sum of e_i.
+    S_d = sum over i in d of m_i * -log P(x_i | the masked tokens) / p_i,    N_d = sum of e_i.
 
-  The weight 1 / p_i makes the mean of S_d over masks that of all eligible tokens' losses. So N_d
-  counts eligible tokens, never masked ones, and a part without a masked token counts with S_d = 0.
+  The weight 1 / p_i makes the mean of S_d over masks equal to the sum of the losses of all
+  eligible tokens. N_d therefore counts eligible tokens, never masked ones, and a part without a
+  masked token counts with S_d = 0.
 
 The batch, over the parts d of all its rows:
 
     --mdm-normalization tokens    J = sum S_d / sum N_d
     --mdm-normalization rows      J = mean of S_d / N_d over the parts with N_d > 0
 
-Neither depends on how the batch is cut into micro-batches and ranks, which is what the tests show.
-Means of micro-batches' means would be wrong when the N_d differ, and they have to differ here.
+Neither J depends on how the batch is cut into micro-batches and ranks, and the tests show this. A
+mean of micro-batch means would be wrong when the N_d differ, and the oracle asserts that they
+differ.
 
-Routers of experts add to the gradients, and not to the reported loss. A call of the model on s
-tokens gives a router E probabilities P_ie for token i, of which it chooses k experts. With c_ie = 1
-where token i chooses expert e, z_i the logarithm of the sum of the exponentials of its logits, and
-bars for means over the s tokens:
+The routers of experts add to the gradients, but not to the reported loss. In a call of the model on
+s tokens, a router computes E probabilities P_ie for token i and chooses k experts. Let c_ie = 1
+where token i chooses expert e, let z_i be the log-sum-exp of the router's logits of token i, and
+let bars be means over the s tokens:
 
     R = s / (--seq-length) * (aux_coeff * E / k * sum_e c_e bar * P_e bar  +  z_coeff * mean z_i^2)
 
-The sum of R over calls and routers, divided by the number of rows, is added to J as it is when J is
-a mean over rows. It has the same weight for each term of J otherwise: times tokens of the batch /
-sum N_d under `tokens`, and times rows / parts with N_d > 0 under `rows` with rates of documents.
+The sum of R over calls and routers, divided by the number of rows, is added to J. Where J is a mean
+over rows, it is added unchanged. Otherwise it is scaled so that its weight relative to each term of
+J stays the same: by (tokens of the batch) / (sum N_d) under `tokens`, and by rows / (parts with N_d
+> 0) under `rows` with rates per document.
 
-Rates that are not uniform, exact counts and views have oracles of their own in tests/objective.
+Non-uniform rates, exact counts and views have oracles of their own in tests/objective.
 """
 
 import os
@@ -67,10 +71,10 @@ from megatron_mdm.pretrain import main
 
 
 def whole_batch() -> None:
-    """The objective of one global batch in plain torch, without our loss and Megatron's sums.
+    """Computes the objective of one global batch in plain torch.
 
-    Saves the loss and every gradient; to be started on one rank with the whole batch as
-    micro-batch.
+    It uses neither our loss nor Megatron's sums, and saves the loss and every gradient. Launch it
+    on one rank, with the whole batch as one micro-batch.
     """
 
     def forward_step(state, iterator, model):
@@ -94,7 +98,7 @@ def whole_batch() -> None:
             routed = routed * batch["tokens"].numel() / sum(counts)
         elif args.mdm_rate_per == "document":
             routed = routed * len(rows) / sum(n > 0 for n in counts)
-        MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own stay out
+        MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own router losses are off
         gradients = torch.autograd.grad(loss + routed, parameters)
         torch.save(
             (loss.item(), dict(zip(names, gradients, strict=True))),
@@ -107,7 +111,7 @@ def whole_batch() -> None:
 
 
 def _router_inputs(model):
-    """A list that a call of the model fills with (router, its input [s, b, h])."""
+    """A list to which each call of the model appends (router, its input [s, b, h]) per router."""
     seen = []
     for module in model.modules():
         if isinstance(module, TopKRouter):
@@ -116,9 +120,10 @@ def _router_inputs(model):
 
 
 def _router_losses(args, router, x):
-    """Balance of a row (Switch Transformer's) and z-loss of its tokens: means, weighted.
+    """Weighted sum of a row's load-balancing loss (Switch Transformer) and its mean z-loss.
 
-    A row that ends early, x [s, 1, h] with s below --seq-length, counts for as much less.
+    A row that ends early, x [s, 1, h] with s below --seq-length, has a weight smaller by s /
+    --seq-length.
     """
     logits = x.double() @ router.weight.double().t()
     num_experts = logits.shape[-1]
@@ -131,10 +136,10 @@ def _router_losses(args, router, x):
 
 
 def _draws(row, model, args):
-    """(weighted loss, eligible tokens) of each part of a row that has a rate of its own.
+    """(weighted loss, eligible tokens) of each part of a row that has its own rate.
 
-    The model sees one document at a time with --mdm-isolate-documents, and never what lies beyond
-    the length of a row.
+    The model sees one document at a time with --mdm-isolate-documents, and never a token beyond the
+    length of the row.
     """
     tokens = row["tokens"]
     n, length = int(row["num_tokens"]), int(row["length"])
@@ -148,7 +153,7 @@ def _draws(row, model, args):
 
     eligible = torch.zeros(len(tokens), dtype=torch.bool)
     for i in range(length if args.mdm_pad_eligible else n):
-        # In `ranks.write_pairs` the tokens of a prompt, and no others, are below 50.
+        # `ranks.write_pairs` writes data whose prompts, and nothing else, have tokens below 50.
         eligible[i] = tokens[i] >= 50 if args.mdm_sft else tokens[i] != 119
     if args.mdm_shift:
         eligible[[low for low, _ in seen]] = False

@@ -1,4 +1,4 @@
-"""Nothing in a picture is cut off or hidden: what tests check of a figure, but its pixels."""
+"""Checks that no text or data in a figure is cut off or hidden, without comparing pixels."""
 
 import itertools
 
@@ -7,7 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 def check_panels(figure):
-    """Lays a figure out. All texts are whole, no legend covers data, no tick labels overlap."""
+    """Draws a figure and checks its texts.
+
+    All texts are whole, no legend covers data or another text, and no tick labels overlap.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
@@ -33,7 +36,7 @@ def check_panels(figure):
 
 
 def _tick_boxes(axis, renderer):
-    """The boxes of an axis' tick labels that are shown."""
+    """The boxes of those tick labels of an axis that are shown."""
     low, high = sorted(axis.get_view_interval())
     edge = 1e-9 * (high - low)
     return [
@@ -46,7 +49,7 @@ def _tick_boxes(axis, renderer):
 
 
 def inside(axes, points):
-    """Whether points [n, 2] lie within the ends of the axes."""
+    """Whether each of the points [n, 2] lies within the limits of the axes."""
     points = np.asarray(points, dtype=float)
     ends = np.array([sorted(axes.get_xlim()), sorted(axes.get_ylim())])
     return ((points >= ends[:, 0]) & (points <= ends[:, 1])).all(axis=1)

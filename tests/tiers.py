@@ -1,11 +1,12 @@
-"""Which tests start processes: the mark `ranks`, found before they run and held while they run.
+"""Finds the tests that start processes, gives them the mark `ranks`, and holds them to it.
 
-A test has the mark when its code, its fixtures' or that of a helper in tests/ refers to
-a start of ranks or to `subprocess`. Code that hides it from this, such as a function in a table, is
-found when the test runs: without the mark no test can start ranks, tools or scripts.
+A test gets the mark if its code, the code of its fixtures or that of a helper in tests/ refers to a
+function that starts ranks, or to `subprocess`. This search does not see a reference that is hidden,
+for example in a table of functions. Such a test fails when it runs, because no test without the
+mark can start ranks, tools or scripts.
 
-Tests that refer to a start of several runs in one group have more time than others, as those on a
-GPU have: the groups that they wait for end themselves before.
+Tests that refer to `launch_all`, which starts several runs in one group of ranks, get a longer
+timeout, as tests on a GPU do. The groups that they wait for have shorter timeouts of their own.
 """
 
 import inspect
@@ -22,20 +23,22 @@ from megatron_mdm.experiments.runs import run_python
 from tests.ranks import server
 from tests.ranks.launcher import launch_all
 
-# What starts processes; workers of the data tools, which take a fraction of a second, are none.
+# The functions that start processes. Workers of the data tools take a fraction of a second and do
+# not count.
 STARTS = (subprocess, server.context, run_python)
 HINT = "a test that starts ranks, tools or scripts needs the mark `ranks`: add @pytest.mark.ranks"
-# Others, such as git, end within milliseconds.
+# Programs that count. Others, such as git, end within milliseconds.
 STARTED = ("python", "bash", "sh", "torchrun")
 
-# Seconds for a test with its fixtures: three groups of several runs, and one more run, that hang.
+# Timeout in seconds of a test with its fixtures. It covers three groups of several runs, and one
+# more run, that all hang.
 LONG = 1800
 
 _running: list[pytest.Item] = []
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Marks those of the tests that start processes, and those that may take long."""
+    """Marks the tests that start processes, and gives more time to those that may take long."""
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs.values()
         functions = [item.obj, *(fixture.func for found in fixtures for fixture in found)]
@@ -46,12 +49,12 @@ def mark(items: list[pytest.Item]) -> None:
 
 
 def starts_processes(*functions: Callable) -> bool:
-    """Whether tests, fixtures or helpers, or functions of tests/ that they refer to, do so."""
+    """Whether functions, or functions of tests/ that they refer to, start processes."""
     return refer_to(STARTS, *functions)
 
 
 def refer_to(values: Iterable[object], *functions: Callable) -> bool:
-    """Whether one of the values is in functions, or in functions of tests/ that they refer to."""
+    """Whether functions, or functions of tests/ that they refer to, refer to one of the values."""
     found, seen = list(functions), set()
     while found:
         value = found.pop()
@@ -68,7 +71,10 @@ def refer_to(values: Iterable[object], *functions: Callable) -> bool:
 
 
 def _referred(function: FunctionType) -> Iterator[object]:
-    """Values of the names in a function: globals, those of its closure, attributes of modules."""
+    """Yields the values of all names in a function.
+
+    They are globals, variables of its closure, attributes of test modules, and members of classes.
+    """
     names = set(_names(function.__code__))
     values = [function.__globals__[name] for name in names if name in function.__globals__]
     for cell in function.__closure__ or ():
@@ -90,7 +96,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Notes which test runs, its fixtures too."""
+    """Notes which test runs, including its fixtures."""
     _running.append(item)
     try:
         return (yield)
@@ -99,7 +105,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def _refuse(event: str, args: tuple) -> None:
-    """Fails a test without the mark that starts ranks, tools or scripts."""
+    """Fails a test that starts ranks, tools or scripts without having the mark."""
     if event not in (server.EVENT, "subprocess.Popen") or not _running:
         return
     if event == "subprocess.Popen" and not Path(os.fsdecode(args[0])).name.startswith(STARTED):

@@ -1,4 +1,4 @@
-"""Bells: sampled exactly at every share, in every role; near the densities that they stand for."""
+"""Bell-shaped densities: exact sampling for every share and role, close to the analytic density."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ SHARES = [1e-3, 0.01, 0.1, 0.5, 1 - 1e-9]
 
 
 def quadrature(breaks):
-    """Gauss-Legendre nodes and weights over (0, 1), between breaks that are close."""
+    """Gauss-Legendre nodes and weights over (0, 1), between breaks that are close together."""
     x, w = np.polynomial.legendre.leggauss(10)
     half = np.diff(breaks)[:, None] / 2
     nodes = np.array(breaks)[:-1, None] + half * (1 + x)
@@ -59,7 +59,7 @@ def test_the_mean_under_each_role_is_its_objectives(bell, share):
         assert got == pytest.approx(expected, rel=0, abs=1e-9)
         drawn = moments(sampler.density, edges(sampler))
         assert [float((weights * t**k).sum()) for k in range(7)] == pytest.approx(drawn, abs=1e-9)
-        inner = t < 1 - 1e-6  # where t says how far it is from 1
+        inner = t < 1 - 1e-6  # where t still resolves its distance from 1
         torch.testing.assert_close(weight[inner], sampler.weight(t)[inner], rtol=1e-9, atol=0)
 
 

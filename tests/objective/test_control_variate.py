@@ -41,7 +41,7 @@ def test_the_control_variate_has_mean_zero_under_the_sampler(name):
 
 
 def test_it_has_mean_zero_while_a_bell_fades():
-    """Intervals of iterations with shares, and numbers of rows, of their own."""
+    """The iterations of one interval have different shares and different numbers of rows."""
     bell, rows = SAMPLERS["bell"], [100_000, 300_000, 200_000]
     control = ControlVariate(BINS, 0.9)
     control.baseline = np.array([5.0, 1.0, -2.0, 0.5, 3.0])
@@ -53,7 +53,7 @@ def test_it_has_mean_zero_while_a_bell_fades():
     masses = bin_masses(bell.with_share(np.average(shares, weights=rows)), BINS)
     plain = (w * loss).mean()
     assert control(*sums(t, w, loss), len(t), masses) == pytest.approx(plain, abs=2e-5)
-    # The share at the end of the interval, or at its start, would not do.
+    # Masses with the share at the start or at the end of the interval would give a wrong loss.
     for share in (shares[0], shares[-1]):
         wrong = ControlVariate(BINS, 1.0)
         wrong.baseline = np.array([5.0, 1.0, -2.0, 0.5, 3.0])
@@ -97,6 +97,7 @@ def test_the_first_interval_and_a_decay_of_one_are_plain():
     second = np.array([3.0, 2.0, 1.0, 0.0, 0.0]), np.array([2.0, 1.0, 1.0, 0.0, 0.0])
     assert on(*first, 4, masses) == off(*first, 4, masses) == 2.0
     assert off(*second, 4, masses) == 1.5
-    # b = (1, 2, 2, 4, 1), the middle one from the mean of all; weights per row (.5 .25 .25 0 0).
+    # The baseline b is (1, 2, 2, 4, 1); its middle bin is empty and takes the mean of all. The
+    # weights per row are (.5 .25 .25 0 0).
     assert on(*second, 4, masses) == pytest.approx(1.5 + 0.2 * 10 - (0.5 + 0.5 + 0.5))
     assert on.baseline == pytest.approx([1.25, 2.0, 1.5, 4.0, 1.0])

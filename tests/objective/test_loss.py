@@ -1,4 +1,4 @@
-"""Losses of rows and their normalization."""
+"""Losses of rows, and their normalization."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Masks stay inside the eligible tokens, and have the rate and the weight of theory."""
+"""Masks stay inside the eligible tokens, and have the theoretical rate and weight."""
 
 import numpy as np
 import pytest

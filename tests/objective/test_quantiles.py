@@ -1,4 +1,7 @@
-"""Quantiles of rows: uniform each, and stratified together (fixed seeds, corrected for number)."""
+"""Quantiles of rows: each is uniform, and together they are stratified.
+
+Seeds are fixed, and error probabilities are corrected for the number of tests.
+"""
 
 from itertools import permutations, product
 from math import factorial
@@ -30,7 +33,7 @@ def test_iid_quantiles_are_uniform_and_independent():
 @pytest.mark.parametrize("start", [0, 17, 10**9, 2**40])
 @pytest.mark.parametrize("size", [8, 100, 256])
 def test_every_window_of_the_lattice_is_nearly_stratified(start, size):
-    """Any rows [start, start + size): at most 3 distinct gaps, the largest below 3/size."""
+    """Any rows [start, start + size) have at most 3 distinct gaps, the largest below 3/size."""
     quantiles = Quantiles("lattice", 11, Split.TRAIN)
     q = np.sort(unit([quantiles(start + i) for i in range(size)]))
     gaps = np.diff(np.concatenate([q, [q[0] + 1.0]]))
@@ -62,7 +65,7 @@ def test_strata_are_shuffled():
 
 @pytest.mark.parametrize("row", [0, 1, 12_345, 10**12])
 def test_the_quantile_of_a_row_is_uniform_over_offsets_of_the_lattice(monkeypatch, row):
-    """Equally spaced offsets, 16 and then of 2^64, give equally spaced quantiles."""
+    """Sixteen equally spaced offsets, in place of all 2^64, give equally spaced quantiles."""
     lattice = Quantiles("lattice", 1, Split.TRAIN)
     found = []
     for i in range(16):
@@ -74,7 +77,7 @@ def test_the_quantile_of_a_row_is_uniform_over_offsets_of_the_lattice(monkeypatc
 
 @pytest.mark.parametrize(("window", "strata"), [(4, 2), (4, 4), (3, 2), (4, 3), (2, 1)])
 def test_the_quantile_of_a_row_is_uniform_over_the_draws_of_strata(monkeypatch, window, strata):
-    """Every order of the rows, angles and places in a stratum on grids: each cell equally often."""
+    """Over all orders of rows and grids of angles and places, each cell is equally frequent."""
     quantiles = Quantiles("strata", 1, Split.TRAIN, window, strata)
     shift, places, angles = 64 - GRID_BITS, 4, window * strata
     counts = np.zeros((window, strata * places), dtype=int)

@@ -1,4 +1,7 @@
-"""Golden values, uniformity and independence of the draws (fixed seeds, corrected for number)."""
+"""Golden values, uniformity and independence of the random draws.
+
+Seeds are fixed, and error probabilities are corrected for the number of tests.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from tests.objective.draws import ALPHA, NUM_TESTS, unit
 
 
 def test_golden_values():
-    """A change of the random stream would silently change every run that is resumed."""
+    """A change of the random stream would silently change every resumed run."""
     assert row_uniforms(1234, Split.TRAIN, 0, 4).tolist() == GOLDEN["train row 0"]
     assert row_uniforms(1234, Split.TRAIN, 10**12, 2).tolist() == GOLDEN["train row 10^12"]
     assert row_uniforms(1234, Split.VALID, 0, 2).tolist() == GOLDEN["valid row 0"]
@@ -35,7 +38,7 @@ def test_unit_is_open_exact_and_symmetric():
     ends = torch.tensor([0, 2**GRID_BITS - 1])
     u = to_unit(ends)
     assert u[0] > 0.0 and u[1] < 1.0
-    # The mirror image 1 - u is on the grid too: MIRROR's second member has the same law.
+    # The mirror image 1 - u is on the grid too, so MIRROR's second view has the same distribution.
     k = torch.from_numpy(row_uniforms(0, Split.TRAIN, 0, 1000))
     assert torch.equal(1.0 - to_unit(k), to_unit(2**GRID_BITS - 1 - k))
 
@@ -62,7 +65,7 @@ def test_rows_positions_splits_and_seeds_are_independent():
         "seeds": (base, draw(8, Split.TRAIN)),
     }
     for name, (a, b) in pairs.items():
-        # Chi-squared over a 10 x 10 table: sees any dependence, not only correlation.
+        # A chi-squared test of a 10 x 10 table detects any dependence, not only correlation.
         table = np.histogram2d(a.ravel(), b.ravel(), bins=10, range=[[0, 1], [0, 1]])[0]
         assert stats.chi2_contingency(table).pvalue > ALPHA / NUM_TESTS, name
 
@@ -70,7 +73,7 @@ def test_rows_positions_splits_and_seeds_are_independent():
 def test_a_fraction_of_the_rows_ends_early_after_any_length():
     lengths = [row_length(5, Split.TRAIN, row, 8, 0.25) for row in range(8000)]
     early = [n for row, n in enumerate(lengths) if n < 8]
-    # Of the short rows an eighth has the full length.
+    # A row chosen to end early has a uniform length from 1 to 8, so an eighth of them are full.
     assert stats.binomtest(len(early), 8000, 0.25 * 7 / 8).pvalue > 0.001
     assert stats.chisquare(np.bincount(early, minlength=8)[1:8]).pvalue > 0.001
     assert min(early) == 1

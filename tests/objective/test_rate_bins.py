@@ -1,4 +1,4 @@
-"""Second moments of a value per bin of t, drawn by the number of masked tokens."""
+"""Second moments of a value per bin of t, from draws of the number of masked tokens."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def masked(length, bins, places, target="gradient", kind="bernoulli", num_bins=3
 
 
 def second_moment(F, num_eligible, bin_, num_bins, kind):
-    """E[value^2 | bin] by enumeration of the masks and quadrature over t; F(m) for each mask."""
+    """E[value^2 | bin] by enumerating masks and quadrature over t. `F` holds a value per mask."""
     total, low, high = 0.0, bin_ / num_bins, (bin_ + 1) / num_bins
     for mask, value in zip(patterns(num_eligible), F, strict=True):
         k, L = sum(mask), num_eligible
@@ -59,7 +59,7 @@ def second_moment(F, num_eligible, bin_, num_bins, kind):
 @pytest.mark.parametrize("kind", ["bernoulli", "exact-count"])
 @pytest.mark.parametrize("num_bins", [1, 3, pytest.param(30, marks=pytest.mark.slow)])
 def test_weights_of_counts_give_the_second_moment_of_any_value(kind, num_bins):
-    """Against an enumeration of every mask, for a value that is another number for each."""
+    """Compares with an enumeration of all masks, for a value that differs from mask to mask."""
     L = 6
     F = np.random.default_rng(0).random(2**L)
     exact_count = {}
@@ -76,7 +76,7 @@ def test_weights_of_counts_give_the_second_moment_of_any_value(kind, num_bins):
 @pytest.mark.parametrize("kind", ["bernoulli", "exact-count"])
 @pytest.mark.parametrize("target", ["loss", "gradient"])
 def test_draws_have_the_weights_of_their_counts(kind, target):
-    """A fine grid of places is the whole distribution: the mean square over it is E[value^2]."""
+    """A fine grid of places covers the whole distribution, so its mean square is E[value^2]."""
     L, n = 6, 4000
     g = np.random.default_rng(1).random(L)
     F = np.array([np.dot(mask, g) for mask in patterns(L)])
@@ -88,7 +88,7 @@ def test_draws_have_the_weights_of_their_counts(kind, target):
         assert torch.equal(rows.tokens == MASK_ID, rows.mask)
         k = rows.mask.sum(dim=1).numpy()
         assert k.min() > 0
-        # The mean over masks of k tokens, exactly, in place of the mask that was drawn.
+        # The exact mean over all masks of k tokens replaces the mask that was drawn.
         counts = np.array([sum(mask) for mask in patterns(L)])
         squares = np.array([(F[counts == number] ** 2).mean() for number in range(L + 1)])
         got = (rows.weight[:, 0].numpy() ** 2 * squares[k]).mean()
@@ -111,10 +111,13 @@ def test_segments_are_masked_by_themselves_and_what_is_not_eligible_is_not():
 
 
 def measure(L, target, seed, kind="bernoulli", num_rows=10, masks=10):
-    """100 draws of the first of 30 bins, of a model whose moments are known.
+    """Measures the first of 30 bins with 100 draws from a model whose moments are known.
 
-    A masked token has a gradient of squared norm of mean 1, or a cross entropy of mean 3, that
-    varies from token to token and from row to row; gradients of tokens are orthogonal.
+    A masked token has a gradient whose squared norm has mean 1, or a cross entropy with mean 3.
+    Both vary from token to token and from row to row. Gradients of different tokens are orthogonal.
+
+    Returns:
+        The estimate and its standard error, both divided by the true second moment.
     """
     rng = np.random.default_rng(seed)
     places = (rng.random() + np.arange(num_rows * masks) * (5**0.5 - 1) / 2) % 1
@@ -134,7 +137,7 @@ def measure(L, target, seed, kind="bernoulli", num_rows=10, masks=10):
     measured = TextMoments(tuple(texts))
     k, omega = count_weights(kind, L, 0, 30, EPS)
     if target == "gradient":
-        truth = (omega / k).sum()  # E[sum of k] (1/k)^2
+        truth = (omega / k).sum()  # E[sum over the k masked tokens] (1/k)^2
     else:
         truth = (omega * 9 * 1.01 * (1 + 1 / 9 / k)).sum()
     return measured.total.second_moment()[0] / truth, measured.errors()[0] / truth
@@ -144,13 +147,13 @@ def measure(L, target, seed, kind="bernoulli", num_rows=10, masks=10):
 @pytest.mark.parametrize("target", ["loss", "gradient"])
 @pytest.mark.parametrize("kind", ["bernoulli", "exact-count"])
 def test_100_draws_of_the_first_bin_are_within_a_fifth_at_twice_the_error(L, target, kind):
-    """Of gradients at L = 32, draws of t were off by 0.7, and often by a factor above 2."""
+    """At L = 32, draws of t gave gradient moments off by 0.7, and often by a factor above 2."""
     got = [measure(L, target, seed, kind) for seed in range(100)]
     estimate, error = np.array(got).T
     assert np.median(error) < 0.1 and np.abs(estimate - 1).max() < 0.35
     assert (np.abs(estimate - 1) < 0.2).mean() > 0.95
     assert estimate.mean() == pytest.approx(1, abs=4 * estimate.std() / 100**0.5)
-    # The error bars are true: ten rows give 9 degrees of freedom, of which 93% lie within two.
+    # The error bars are honest: ten rows give 9 degrees of freedom, for which 93% lie within two.
     assert np.sqrt((error**2).mean()) == pytest.approx(estimate.std(), rel=0.25)
     assert 0.85 < (np.abs(estimate - 1) < 2 * error).mean() < 0.99
 
@@ -161,6 +164,6 @@ def test_errors_need_two_texts():
     two.update([0.2, 0.3], [2.0, 4.0], np.ones(2))
     np.testing.assert_array_equal(TextMoments((one,)).errors(), [np.nan, np.nan])
     errors = TextMoments((one, two)).errors()
-    # Means 5 and 10 of two texts: the standard error is half their difference.
+    # The two texts have means 5 and 10; the standard error is half of their difference.
     np.testing.assert_allclose(errors, [2.5, np.nan])
     assert TextMoments((one, two)).total.second_moment()[0] == pytest.approx(7.5)

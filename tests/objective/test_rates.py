@@ -1,4 +1,4 @@
-"""From rates to masking probabilities and numbers of masked tokens."""
+"""Masking probabilities and numbers of masked tokens as functions of the rate."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The table of objective/README.md names things that exist."""
+"""The table of objective/README.md names functions, flags and tests that exist."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES]
 
 
 def definitions(path):
-    """Names that a module defines, `Class.method` for methods."""
+    """Names that a module defines, with methods as `Class.method`."""
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign):

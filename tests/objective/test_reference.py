@@ -1,4 +1,4 @@
-"""The slow objective by enumeration agrees with its own definition."""
+"""The slow reference objective agrees with its definition."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ EPS = 0.05
 
 
 def test_the_oracle_agrees_with_its_own_definition():
-    """The oracle's closed form against direct enumeration of masks and quadrature over t."""
+    """Compares its closed form with a direct enumeration of masks and quadrature over t."""
     eligible = [True, False, True, True]
     direct = np.zeros((16, 4))
     for n, mask in enumerate(patterns(4)):

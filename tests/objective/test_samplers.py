@@ -1,4 +1,4 @@
-"""Every sampler: the density in the weight is exactly the density that is sampled."""
+"""For every sampler, the density in the weight is exactly the density that is sampled."""
 
 import decimal
 import itertools
@@ -31,7 +31,7 @@ def random_sampler(seed, cells=40, spread=1.0):
 
 
 def steep_sampler():
-    """Proportional to (t + 1e-4)^-0.9: three decades above its value at 1."""
+    """A density proportional to (t + 1e-4)^-0.9, which falls by more than three decades."""
     return mixture(*tabulate(lambda t: (t + 1e-4) ** -0.9), 1e-3)
 
 
@@ -53,7 +53,7 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_weighted_mean_of_polynomials_is_their_integral(name):
-    """E_q[f/q] = integral of f, for degree 0 (E[weight] = 1) to 6: sampling and weights agree."""
+    """E_q[f/q] is the integral of f for degrees 0 (E[weight] = 1) to 6: draws and weights agree."""
     sampler = SAMPLERS[name]()
     quantile, w = quadrature(sampler.breaks)
     t, weight = sampler(quantile)
@@ -82,7 +82,7 @@ def test_rates_increase_and_stay_in_range(name):
     ends = torch.tensor([2.0**-53, 1e-12, 1e-9, 1e-6], dtype=torch.float64)
     quantile = torch.cat([ends, inner, 1 - ends[1:].flip(0), torch.tensor([1 - 2.0**-53])])
     quantile = torch.cat([quantile, torch.tensor(sampler.breaks[1:-1])]).unique()
-    # Breaks closer to another quantile than rounding can tell apart are left out.
+    # Leaves out breaks that are too close to another quantile to be resolved after rounding.
     quantile = quantile[torch.cat([torch.tensor([True]), quantile.diff() > 1e-13])]
     t, weight = sampler(quantile)
     assert t.dtype == weight.dtype == torch.float64
@@ -94,7 +94,7 @@ def test_rates_increase_and_stay_in_range(name):
 
 @pytest.mark.parametrize("name", ["falling line", "random", "steep", "epr", "power", "piecewise"])
 def test_draws_follow_the_density(name):
-    """Kolmogorov-Smirnov against the distribution function, by a fine rule on `density`."""
+    """A Kolmogorov-Smirnov test against the distribution function, integrated from `density`."""
     sampler = SAMPLERS[name]()
     quantile = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     t, _ = sampler(quantile)
@@ -108,7 +108,7 @@ def test_draws_follow_the_density(name):
 @pytest.mark.parametrize("uniform_share", [1e-3, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("fitted", [[1e6, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1e-300]])
 def test_mixture_bounds_the_weight(uniform_share, fitted):
-    """Even where the fitted density is 0, and at the ends of every cell."""
+    """The bound holds even where the fitted density is 0, and at the ends of every cell."""
     sampler = mixture([0.0, 0.01, 1.0], fitted, uniform_share)
     ends = torch.tensor([2.0**-53, *sampler.breaks[1:-1], 1 - 2.0**-53])
     _, weight = sampler(torch.cat([ends, quadrature(sampler.breaks)[0]]))
@@ -199,7 +199,7 @@ def test_shape_is_kept():
 
 def test_equality_digest_and_pickle():
     sampler, same, other = random_sampler(0), random_sampler(0), random_sampler(3)
-    sampler(torch.tensor([0.5], dtype=torch.float64))  # fills what it keeps for a device
+    sampler(torch.tensor([0.5], dtype=torch.float64))  # fills its cache of tables per device
     copy = pickle.loads(pickle.dumps(sampler))
     for a, b in itertools.combinations([sampler, same, copy], 2):
         assert a == b and hash(a) == hash(b) and a.digest() == b.digest()

@@ -1,4 +1,4 @@
-"""Documents of a packed row, each with its own rate, against the same documents alone."""
+"""Documents of a packed row, each with its own rate, give the same as the documents alone."""
 
 import itertools
 
@@ -39,7 +39,7 @@ SEGMENTS = numbers(LENGTHS)
 
 
 def rows(seed=0):
-    """Three packed rows of 12 positions with everything that a draw of them needs."""
+    """Three packed rows of 12 positions, with all numbers that masking them needs."""
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.from_numpy(np.stack([row_uniforms(1, Split.TRAIN, i, 12) for i in range(3)]))
     quantiles = Quantiles("lattice", seed, Split.TRAIN)
@@ -50,7 +50,7 @@ def rows(seed=0):
 
 
 def documents():
-    """(row, slice, number) of every document."""
+    """Yields (row, slice, number) of every document."""
     for row, lengths in enumerate(LENGTHS):
         ends = list(itertools.accumulate(lengths))
         for d, (n, end) in enumerate(zip(lengths, ends, strict=True)):
@@ -86,7 +86,7 @@ def test_a_document_is_masked_as_it_would_be_alone(name, view):
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
 def test_the_loss_of_a_packed_row_is_that_of_its_documents(normalization):
     tokens, eligible, uniforms, quantile = rows()
-    eligible[0, 5] = False  # a document with nothing eligible counts nowhere
+    eligible[0, 5] = False  # a document without eligible tokens must not count
     corrupter = Corrupter(FITTED, "exact-count", MASK_ID, EPS)
     ce = torch.rand(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ce.requires_grad_()
@@ -122,7 +122,7 @@ def test_a_row_of_one_document_is_a_row():
 
 
 class At(Quantiles):
-    """The quantile of a row is its number."""
+    """Quantiles that equal the row number."""
 
     def __call__(self, row):
         return row
@@ -131,7 +131,7 @@ class At(Quantiles):
 @pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
 @pytest.mark.parametrize("sampler", [Uniform(), FITTED], ids=["uniform", "ppots"])
 def test_two_documents_are_unbiased(sampler, name):
-    """Exact mean over all uniforms and the row's quantile: the objective of each document."""
+    """The exact mean over all uniforms and the row's quantile is the objective of each document."""
     lengths = [2, 2]
     segments = numbers([lengths])
     eligible = torch.ones(1, 4, dtype=torch.bool)
@@ -155,7 +155,7 @@ def test_two_documents_are_unbiased(sampler, name):
         t = sampler(to_unit(grid(quantile)))[0][0]
         return [np.array([float((1 - EPS) * t[d] + EPS)]) for d in (0, 0, 1, 1)]
 
-    # Where a rate of either document passes a kink of the density or half of its tokens.
+    # Quantiles where the rate of either document passes a kink of the density, or one half.
     kinks = [*sampler.breaks, quantile_of_half(sampler)]
     root = np.sqrt(2) - 1
     breaks = sorted({0.0, 1.0, *kinks, *((k - root) % 1 for k in kinks)})
@@ -218,7 +218,7 @@ def test_sums_products_and_ranks_of_segments():
         order = values[row, part].argsort(stable=True)
         assert places[row, part][order].tolist() == list(range(len(order)))
     assert sums[1, 1:].tolist() == [0.0] * 11
-    # A number that is left out is a segment without positions.
+    # A number that does not occur is a segment without positions.
     gap = totals(values[:1], torch.tensor([[0] * 5 + [3] * 7]))
     assert gap[0, 1:3].tolist() == [0.0, 0.0]
     assert float(gap[0, 3]) == pytest.approx(float(values[0, 5:].sum()), rel=1e-14)
@@ -239,4 +239,4 @@ def test_absent_documents_count_nowhere():
     value = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]], dtype=torch.float64)
     present = torch.tensor([[True, True], [True, False]])
     sums = from_limbs(accumulate(t, value, torch.ones_like(t), 2, present))
-    assert sums.tolist() == [1, 1, 1, 2, 1, 4, 1, 1, 1]  # one row is skipped, one is none
+    assert sums.tolist() == [1, 1, 1, 2, 1, 4, 1, 1, 1]  # one document is skipped, one is absent

@@ -1,4 +1,4 @@
-"""Every sampler x mask combination against the exact objective, by enumeration and quadrature."""
+"""Every combination of sampler and mask has the exact objective, by enumeration and quadrature."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ ROWS = [[True, True, True, True], [True, False, True, True], [False, False, True
 FITTED = PiecewiseSampler([0.0, 0.1, 0.4, 1.0], np.array([4.0, 1.5, 0.8, 0.4]) / 0.98)
 SAMPLERS = {"uniform": Uniform(), "ppots": FITTED}
 ISAD = {"isad_token_ids": (0, 2), "isad_delta": 0.3}
-# Mask settings, the extra share of the masking probability of chosen tokens, and views.
+# Settings of the masks. ISAD raises the masking probability of the chosen tokens.
 MASKS = {
     "bernoulli": {"mask_kind": "bernoulli"},
     "exact-count": {"mask_kind": "exact-count"},
@@ -42,7 +42,7 @@ MASKS = {
 
 
 def estimator(eligible, sampler, view, **settings):
-    """One draw of the code under test: from (u, quantile) to a mask and the weight of each CE."""
+    """A draw with the code under test: a function of (u, quantile) to (mask, weight of each CE)."""
     tokens = torch.arange(len(eligible))[None]
     eligible = torch.tensor([eligible])
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
@@ -67,17 +67,17 @@ def estimator(eligible, sampler, view, **settings):
 
 
 def expectation(eligible, sampler, view, name):
-    """Mean coefficients of a combination, and those of the objective that it should have."""
+    """Mean coefficients of a combination, and the coefficients of the objective it should have."""
     L, num_eligible = len(eligible), sum(eligible)
     settings = MASKS[name]
     if settings["mask_kind"] == "exact-count":
-        # The order of frac(u + j/K) also depends on which u wrap around.
+        # The order of frac(u + j/K) also depends on which of the u wrap around.
         cuts = [np.array([1 - view[0] / view[1]] if view[1] > 2 else [])] * L
         rates = [k / num_eligible for k in range(num_eligible + 1)]
         target = objective_coefficients(eligible, eps=0.0)
     else:
         cuts = None
-        # Where p + delta reaches (1 + p)/2, the cap of exact ISAD.
+        # The rate at which p + delta reaches (1 + p)/2, the cap of exact ISAD.
         kink = (1 - 2 * 0.3 - EPS) / (1 - EPS)
         rates = [0.0, kink, 1.0] if "isad" in name else [0.0, 1.0]
         target = objective_coefficients(eligible, EPS)
@@ -96,17 +96,17 @@ def expectation(eligible, sampler, view, name):
 
 
 def cut_points(p, view):
-    """Where [view(u) < p] changes as u goes from 0 to 1."""
+    """The values of u in (0, 1) at which [view(u) < p] changes."""
     j, views = view
     if views == 2:
         return np.array([1 - p if j else p])
-    start = (1 - j / views) % 1.0  # the view's 0
+    start = (1 - j / views) % 1.0  # the u that this view maps to 0
     cuts = {start, (start + p) % 1.0} if j else {p}
     return np.array(sorted(c for c in cuts if 0 < c < 1))
 
 
 def quantile_of(sampler, t):
-    """Q(t), by bisection."""
+    """The quantile of rate t, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -122,7 +122,7 @@ def quantile_of(sampler, t):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
-    """Equal coefficients of every CE_i(m): unbiased loss and unbiased gradient for any model."""
+    """Equal coefficients of every CE_i(m) mean an unbiased loss and gradient for any model."""
     if name == "exact-count" and view[1] == 3:
         eligible = eligible[:3]  # six cells a position, each with its orders: three will do
     mean, target = expectation(eligible, SAMPLERS[sampler], view, name)
@@ -133,9 +133,10 @@ EDGES, BELL = [0.0, 0.2, 0.5, 0.8, 1.0], np.array([0.3, 1.0, 2.0, 0.8, 0.3]) / 1
 
 
 def small_bell(role, share):
-    """A bell of four cells: its real table has thousands, each with its nodes and its masks.
+    """A bell of four cells.
 
-    A small share would need more nodes than these.
+    The real table has thousands of cells, each with its own nodes and masks. A small share would
+    need more nodes than this test uses.
     """
     edges = np.array(EDGES)
     return Bell(Tables(edges, BELL, cumulated(edges, BELL)), role, share)
@@ -155,7 +156,7 @@ DENSITIES = {
 @pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
 @pytest.mark.parametrize("density", DENSITIES)
 def test_mean_coefficients_under_another_density_are_its_objectives(density, name, eligible):
-    """The oracle integrates over t, and knows nothing of how a density is sampled or weighted."""
+    """The oracle integrates over t and does not know how a density is sampled or weighted."""
     sampler = DENSITIES[density]
     objective = {
         "flat": lambda t: 2 * t,
@@ -174,13 +175,13 @@ def test_mean_coefficients_under_another_density_are_its_objectives(density, nam
 
 
 class Network(torch.nn.Module):
-    """Any function of the visible tokens will do: cross entropies [L] of the clean ones."""
+    """Any function of the visible tokens: it gives the cross entropies [L] of the clean tokens."""
 
     def __init__(self, length):
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-        self.tokens = torch.nn.Parameter(draw(length + 1, 6))  # the last is the mask
+        self.tokens = torch.nn.Parameter(draw(length + 1, 6))  # the last one is the mask token
         self.positions = torch.nn.Parameter(draw(length, 6))
         self.head = torch.nn.Parameter(draw(6, length))
 
@@ -194,7 +195,7 @@ class Network(torch.nn.Module):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_loss_and_gradient_of_a_network_are_the_objectives(sampler, name):
-    """What equal coefficients mean, by the definition: all masks at 40 rates, and a network."""
+    """Checks equal coefficients against the definition: all masks of a network at 40 rates."""
     eligible = [True, False, True, True]
     mean, _ = expectation(eligible, SAMPLERS[sampler], (1, 2), name)
     eps = 0.0 if name == "exact-count" else EPS
@@ -217,7 +218,7 @@ def test_loss_and_gradient_of_a_network_are_the_objectives(sampler, name):
 
 
 def test_isad_with_inclusion_weights_shifts_the_objective():
-    """How often each token is predicted is right, and what it is predicted from is not."""
+    """Each token is predicted equally often as in the objective, but not from the same contexts."""
     eligible = [True, True, True]
     settings = {"mask_kind": "bernoulli", **ISAD, "isad_weight": "inclusion"}
     draw = estimator(eligible, Uniform(), (0, 1), **settings)
@@ -234,12 +235,12 @@ def test_isad_with_inclusion_weights_shifts_the_objective():
 
 
 def moved(mean, target):
-    """Share of the objective's weight, 1 in all, that stands at other (mask, position) than it."""
+    """The fraction of the objective's weight, 1 in all, that is at another (mask, position)."""
     return np.abs(mean - target).sum() / 2
 
 
 def isad_shift(delta):
-    """One of four tokens chosen."""
+    """How far ISAD with inclusion weights moves the objective when one of four tokens is chosen."""
     settings = {"mask_kind": "bernoulli", "isad_token_ids": (0,), "isad_delta": delta}
     draw = estimator([True] * 4, Uniform(), (0, 1), **settings, isad_weight="inclusion")
 
@@ -265,7 +266,7 @@ def density_shift(sampler):
 
 
 def syrm_shift(fraction):
-    """One token of the prompt, three of the response."""
+    """How far SyRM moves the objective of one prompt token and three response tokens."""
     without, with_prompt = (
         objective_coefficients([eligible, True, True, True], EPS) for eligible in (False, True)
     )
@@ -276,7 +277,7 @@ def syrm_shift(fraction):
 
 
 def test_how_far_the_biased_methods_move_the_objective():
-    """The figures of the README, exactly."""
+    """Computes the numbers of the documentation exactly."""
     assert isad_shift(0.1) == pytest.approx(0.0711, abs=1e-4)
     assert isad_shift(0.3) == pytest.approx(0.1895, abs=1e-4)
     assert density_shift(Clipped(0.3, 0.8)) == pytest.approx(0.1553, abs=1e-4)
@@ -297,6 +298,6 @@ def test_exact_count_is_the_limit_of_bernoulli():
 
 
 def test_context_free_model_costs_its_entropy():
-    """A model with CE_i = h whatever is masked has J = h: sum_i,m c[m, i] = 1."""
+    """If CE_i = h for every mask, then J = h: the sum of c[m, i] over m and i is 1."""
     for eps in (0.0, EPS):
         assert objective_coefficients([True, True, False], eps).sum() == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""Views of one mask: MIRROR's pairs are as different as two masks can be."""
+"""Views of one mask: the two masks of a MIRROR pair are as different as masks can be."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from megatron_mdm.objective.views import view_uniforms
 
 
 def test_mirror_pairs_have_exactly_the_correlation_of_theory():
-    """Counted over an even grid of u, with no sampling: -min(p/(1-p), (1-p)/p) at a position."""
+    """An even grid of u, without sampling, gives -min(p/(1-p), (1-p)/p) at a position."""
     n = 1000
     k = (np.arange(n, dtype=np.int64) << 52) // n + (1 << 51) // n
     u, mirrored = (to_unit(torch.from_numpy(view_uniforms(k, j, 2)))[:, None] for j in (0, 1))

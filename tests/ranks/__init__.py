@@ -1,11 +1,13 @@
-"""Real ranks for tests: the program itself, over gloo, in processes forked from a warm one.
+"""Real ranks for tests: the program itself, over gloo, in processes forked from a warm server.
 
-A fork server imports torch and Megatron once (6 s); every rank of every run is then a fork of it,
-with fresh Megatron globals, as torchrun would start it. It has no Transformer Engine: ranks that
-want it start from nothing. `launch_all` gives several runs to one group of ranks.
+A fork server imports torch and Megatron once (6 s). Every rank of every run is a fork of this
+server with fresh Megatron globals, as if torchrun had started it. The server has no Transformer
+Engine; ranks that need it are started as new processes. `launch_all` gives several runs to one
+group of ranks.
 
-`launch` calls an entry on every rank: `train`, the program with a record of its rows, or a function
-that stands beside the test that launches it. Entries that several files use are in entries.py.
+`launch` calls an entry function on every rank. The default entry is `train`, the program with a
+record of its rows. Other entries stand beside the test that launches them, or in entries.py if
+several test files use them.
 """
 
 from tests.ranks.datasets import random_documents, random_pairs, write_documents, write_pairs

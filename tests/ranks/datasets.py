@@ -1,4 +1,4 @@
-"""Small data sets that a model can learn from, and how tests write them."""
+"""Small data sets that a model can learn from, and functions that write them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.ranks.flags import EOD_ID
 
 
 def write_documents(prefix: Path, documents: list[list[int]]) -> None:
-    """A .bin/.idx pair of these documents."""
+    """Writes a .bin/.idx pair of these documents."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
     for document in documents:
         builder.add_document(document, [len(document)])
@@ -17,7 +17,7 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def write_pairs(prefix: Path, pairs: list[tuple[list[int], list[int]]]) -> None:
-    """A .bin/.idx pair of prompts and responses, as tools/preprocess_data.py writes them."""
+    """Writes a .bin/.idx pair of prompts and responses, as tools/preprocess_data.py does."""
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=np.int32)
     for prompt, response in pairs:
         builder.add_document([*prompt, *response], [len(prompt), len(response)])
@@ -25,7 +25,7 @@ def write_pairs(prefix: Path, pairs: list[tuple[list[int], list[int]]]) -> None:
 
 
 def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Prompts of tokens below 50, and responses of others with an end of document."""
+    """Prompts of tokens below 50; responses of larger tokens that end with an end of document."""
     rng = np.random.default_rng(seed)
     pairs = []
     for _ in range(count):
@@ -36,7 +36,7 @@ def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]
 
 
 def random_documents(count: int, seed: int = 0) -> list[list[int]]:
-    """Documents of 5 to 60 tokens that a model can learn from, each with its end of document."""
+    """Documents of 5 to 60 tokens that a model can learn, each ending with an end of document."""
     rng = np.random.default_rng(seed)
     documents = []
     for _ in range(count):

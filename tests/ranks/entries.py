@@ -1,4 +1,4 @@
-"""Entries that several files launch: command-line tools, and the program without common flags."""
+"""Entries that several test files launch: tools, logits, and the program without common flags."""
 
 import argparse
 import contextlib
@@ -16,9 +16,9 @@ from tests import ROOT
 
 
 def tool() -> None:
-    """A command-line tool: the arguments after `--` are its file and its flags.
+    """Runs a command-line tool. The arguments after `--` are its file and its flags.
 
-    What it prints goes to `stdout<rank>` of its own, beside the log.
+    The tool's stdout goes to a file `stdout<rank>` beside the log.
     """
     file, *sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     path = Path(os.environ["TRACE_DIR"], f"stdout{os.environ['RANK']}")
@@ -27,7 +27,7 @@ def tool() -> None:
 
 
 def tool_in_its_directory() -> None:
-    """`tool`, among whose flags paths are relative to the directory of this run's log."""
+    """Runs `tool` in the directory of the run's log, to which paths in its flags are relative."""
     root = os.getcwd()
     os.chdir(os.environ["TRACE_DIR"])
     place = sys.argv.index("--") + 1
@@ -36,13 +36,13 @@ def tool_in_its_directory() -> None:
 
 
 def only_these_flags() -> None:
-    """The program with the flags after `--` alone."""
+    """Runs the program with only the flags after `--`."""
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     main()
 
 
 def logits() -> None:
-    """Logits of a checkpoint on random rows, of two lengths, saved by every rank."""
+    """Every rank saves the logits of a checkpoint on random rows of two lengths."""
     load, stages = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu", int(stages)) as loaded:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Flags that all runs of `launch` begin with: a tiny model, its tokenizer, a few steps."""
+"""Flags that every run of `launch` starts with: a tiny model, its tokenizer, a few steps."""
 
 VOCAB, MASK_ID, EOD_ID = 120, 127, 119
 
@@ -8,7 +8,7 @@ MODEL = [
     *"--position-embedding-type rope --attention-dropout 0 --hidden-dropout 0".split(),
     *"--untie-embeddings-and-output-weights".split(),
 ]
-# 64 x 2 = 128: the same padded vocabulary, and so the same softmax, at tensor parallel 1 and 2.
+# 64 x 2 = 128: the padded vocabulary, and so the softmax, is the same at tensor parallel 1 and 2.
 TOKENIZER = [
     *f"--tokenizer-type NullTokenizer --vocab-size {VOCAB}".split(),
     *f"--null-tokenizer-eod-id {EOD_ID}".split(),

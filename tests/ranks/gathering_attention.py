@@ -1,4 +1,4 @@
-"""Context parallelism on the CPU: attention that gathers what Transformer Engine passes on."""
+"""Context parallelism on the CPU: attention that gathers keys and values from all ranks."""
 
 import torch
 from megatron.core import mpu
@@ -7,21 +7,21 @@ from tests.ranks.recording import train
 
 
 def context_parallel() -> None:
-    """The program under context parallelism, see `gather_for_attention`."""
+    """Runs the program under context parallelism, with the attention of `gather_for_attention`."""
     gather_for_attention()
     train()
 
 
 def gather_for_attention() -> None:
-    """Lets attention gather all keys and values of a row.
+    """Replaces attention by one that gathers all keys and values of a row.
 
-    It stands in for Transformer Engine's, which needs a GPU.
+    It stands in for Transformer Engine's ring attention, which needs a GPU.
     """
     from megatron_mdm.mcore.flags import arguments
     from megatron_mdm.mcore.model import builder
 
     class GatheringAttention(torch.nn.Module):
-        """Full attention; q, k, v [s / ranks, b, heads or groups, h]."""
+        """Full attention. q, k, v have shape [s / ranks, b, heads or groups, h]."""
 
         def __init__(self, *_, **__):
             super().__init__()
@@ -48,7 +48,7 @@ def gather_for_attention() -> None:
 
 
 class _Gathered(torch.autograd.Function):
-    """Parts of the context-parallel ranks, one after the other along the first dimension."""
+    """Concatenates the parts of the context-parallel ranks along the first dimension."""
 
     @staticmethod
     def forward(ctx, part):

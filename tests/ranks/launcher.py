@@ -1,7 +1,8 @@
-"""Starts ranks of a run in forks of a warm process, and reads what they left behind.
+"""Starts the ranks of a run in forks of a warm process, and reads the results that they leave.
 
-A run's ranks meet at a store that `launch` holds, as they meet at torchrun's own: it listens on a
-port that the system chose, and so no other process can take the port between.
+The ranks of a run meet at a store that `launch` holds, just as they meet at torchrun's store. The
+store listens on a port that the system chose, so no other process can take the port before the
+ranks use it.
 """
 
 import gc
@@ -31,16 +32,16 @@ from tests.ranks.flags import MODEL, TOKENIZER, TRAINING
 from tests.ranks.recording import train
 from tests.ranks.tools import users_environment
 
-TIMEOUT = 180  # seconds of a group with one run; a run takes about 5
-TIMEOUT_OF_SEVERAL = 540  # of a group with several
-TAIL = 8000  # characters that a failure shows: tracebacks of ranks go through Megatron and torchrun
+TIMEOUT = 180  # seconds for a group with one run; a run takes about 5
+TIMEOUT_OF_SEVERAL = 540  # seconds for a group with several runs
+TAIL = 8000  # characters of output shown on failure: tracebacks pass through Megatron and torchrun
 
-_stores: list[TCPStore] = []  # of `meet_again`: they end with the process
+_stores: list[TCPStore] = []  # stores of `meet_again`, kept until the process ends
 
 
 @dataclass
 class Run:
-    """What a finished run left behind."""
+    """The results that a finished run left."""
 
     status: list[int]
     output: list[str]
@@ -56,7 +57,7 @@ class Run:
         return self.scalars["grad-norm"]
 
     def masks(self) -> dict:
-        """(split, row) -> (t, masked tokens) over all ranks; the ranks must agree."""
+        """(split, row) -> (t, masked tokens), merged over all ranks, which must agree."""
         merged: dict = {}
         for trace in self.traces:
             for key, value in trace.items():
@@ -73,18 +74,18 @@ def launch(
     drop: Iterable[str] = (),
     transformer_engine: bool = False,
 ) -> Run:
-    """Calls `entry` on `ranks` processes with these flags after the common ones.
+    """Calls `entry` in `ranks` processes, with the common flags followed by `flags`.
 
     Args:
-        directory: where its logs and records go.
+        directory: where logs and records go.
         ranks: number of processes.
         flags: as on the command line.
-        entry: function of a module. A rank finds it by the names of both, as pickle does, and it
-            finds the flags in `sys.argv`, its rank in RANK and `directory` in TRACE_DIR.
+        entry: function of a module. A rank imports it by module and name, as pickle does. It reads
+            the flags from `sys.argv`, its rank from RANK and `directory` from TRACE_DIR.
         check: fail unless every rank ends with status 0.
-        drop: common flags to leave out, with their values if they have any.
-        transformer_engine: let them have it if it is installed, and CUDA, which a process that was
-            forked may not be able to use.
+        drop: common flags to leave out, together with their values.
+        transformer_engine: start the ranks as new processes, in which Transformer Engine is used if
+            it is installed. They can also use CUDA, which a forked process may not be able to.
     """
     argv, store = _argv(directory, flags, drop), _store()
     start = server.context(transformer_engine)
@@ -110,20 +111,20 @@ def launch_all(
     entry: Callable[[], None] = train,
     drop: Iterable[str] = (),
 ) -> dict[str, Run]:
-    """Runs several configurations one after the other in one group of ranks, and checks them.
+    """Runs several configurations one after the other in one group of ranks, and checks each.
 
-    Each is a run as `launch` makes it, in processes that have forgotten the one before. A failure
-    ends all that would follow.
+    Each run is like a run of `launch`; the processes forget Megatron's state of the run before it.
+    A failure ends all runs that would follow.
 
     Args:
-        directory: where the runs' own directories go.
+        directory: each run gets a subdirectory of it.
         ranks: number of processes.
-        runs: the flags of each, by a name that is a file's.
-        entry: function of a module, which leaves no function replaced behind.
-        drop: common flags to leave out of all, with their values if they have any.
+        runs: run name -> flags. The name must be a valid file name.
+        entry: function of a module. It must undo all replacements of functions that it makes.
+        drop: common flags to leave out of all runs, together with their values.
 
     Returns:
-        What each left behind, by its name.
+        run name -> the results of the run.
     """
     stores = [_store() for _ in runs]
     jobs = [
@@ -138,7 +139,7 @@ def launch_all(
         process.start()
     _wait(processes, TIMEOUT_OF_SEVERAL)
     begun = [name for name in runs if (directory / name / "rank0.log").exists()]
-    _left_by(processes, directory / begun[-1], check=True)  # where a failure was
+    _left_by(processes, directory / begun[-1], check=True)  # the run that failed, if one did
     return {name: _left_by(processes, directory / name, check=True) for name in runs}
 
 
@@ -149,16 +150,16 @@ def launch_layouts(
     entry: Callable[[], None] = train,
     drop: Iterable[str] = (),
 ) -> dict[str, Run]:
-    """`launch_all` for runs of any number of ranks: a group for each number.
+    """`launch_all` for runs with different numbers of ranks, in one group for each number.
 
     Args:
-        directory: where the runs' own directories go.
-        runs: number of processes and flags, by a name that is a file's.
+        directory: each run gets a subdirectory of it.
+        runs: run name -> (number of processes, flags). The name must be a valid file name.
         entry: as of `launch_all`.
         drop: as of `launch_all`.
 
     Returns:
-        What each left behind, by its name, in the order of `runs`.
+        run name -> the results of the run, in the order of `runs`.
     """
     found: dict[str, Run] = {}
     for count in {count: None for count, _ in runs.values()}:
@@ -168,7 +169,7 @@ def launch_layouts(
 
 
 def forget_megatron() -> None:
-    """Makes this process one that has not run Megatron yet: the run is over, another may begin."""
+    """Resets Megatron's global state after a run, so that this process can begin another run."""
     writer = global_vars.get_tensorboard_writer()
     if writer is not None:
         writer.close()
@@ -201,7 +202,7 @@ def _name(entry: Callable[[], None]) -> str:
 
 
 def _wait(processes: Sequence[BaseProcess], seconds: float) -> None:
-    """Until all have ended. As torchrun does: when one rank fails, the others are stopped."""
+    """Waits until all processes have ended. If one fails, it stops the others, as torchrun does."""
     deadline = time.monotonic() + seconds
     while any(p.is_alive() for p in processes):
         failed = any(p.exitcode not in (None, 0) for p in processes)
@@ -220,7 +221,7 @@ def _wait(processes: Sequence[BaseProcess], seconds: float) -> None:
 
 
 def _left_by(processes: Sequence[BaseProcess], directory: Path, check: bool) -> Run:
-    """What a run of processes that have ended left in its directory."""
+    """Reads the results that processes, which have ended, left in the directory of their run."""
     output = [(directory / f"rank{rank}.log").read_text() for rank in range(len(processes))]
     run = Run([p.exitcode for p in processes], output)
     if check:
@@ -235,7 +236,7 @@ def _rank_of_all(jobs: list[tuple[str, list[str], int, str]], rank: int, ranks: 
     for entry, argv, port, directory in jobs:
         _rank(entry, argv, rank, ranks, port, directory)
         forget_megatron()
-        os.environ.clear()  # of what Megatron chose for a model
+        os.environ.clear()  # removes variables that Megatron set for a model
         os.environ.update(environment)
 
 
@@ -258,10 +259,10 @@ def _rank(name: str, argv: list[str], rank: int, ranks: int, port: int, director
 
 
 def meet_again() -> None:
-    """Lets the ranks of a run form a process group after they destroyed their first one.
+    """Lets the ranks of a run form a process group again after they destroyed their first one.
 
-    Every rank calls it. They meet at a new store, which the first rank holds, since the old one
-    keeps the addresses of the old group.
+    Every rank calls it. The ranks meet at a new store that the first rank holds, because the old
+    store keeps the addresses of the old group.
     """
     host = os.environ["MASTER_ADDR"]
     old = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
@@ -272,7 +273,7 @@ def meet_again() -> None:
 
 
 def read_scalars(directory: Path) -> dict[str, list[float]]:
-    """TensorBoard's scalars, float32, in the order of iterations."""
+    """TensorBoard's scalars, float32, per tag and in the order of iterations."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
@@ -281,7 +282,7 @@ def read_scalars(directory: Path) -> dict[str, list[float]]:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's whole tensors of a checkpoint, whatever layout wrote it."""
+    """The model's tensors in a checkpoint, each whole, whatever layout saved the checkpoint."""
     iteration = (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
     reader = dcp.FileSystemReader(checkpoint / f"iter_{int(iteration):07d}")
     state = {
@@ -294,7 +295,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def the_error_line(output: Iterable[str]) -> str:
-    """The only line of these logs that says what is wrong; nothing else looks like a failure."""
+    """The only error line of these logs. Fails if there is another one or a traceback."""
     text = "".join(output)
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, text[-3000:]

@@ -1,4 +1,4 @@
-"""The program with a record of the rows that each rank saw, which `launch` runs by default."""
+"""The default entry of `launch`: the program, with a record of the rows that each rank saw."""
 
 import os
 
@@ -11,7 +11,7 @@ from megatron_mdm.pretrain import main
 
 
 def train() -> None:
-    """The program as a user starts it, recording (split, row) -> (t, masked tokens)."""
+    """Runs the program as a user starts it, and records (split, row) -> (t, masked tokens)."""
     trace: dict = {}
     load_batch, corrupter = step.load_batch, TrainingState.corrupter
     seen: dict = {}

@@ -1,21 +1,21 @@
-"""The warm process that ranks and tools are forks of, in place of imports that take seconds."""
+"""The warm server process. Ranks and tools are forks of it, which saves seconds of imports."""
 
 import multiprocessing
 import os
 import sys
 from multiprocessing.context import BaseContext
 
-# Told to audit hooks at each start, as subprocess.Popen is: see tests/tiers.py.
+# Event of `sys.audit` at each start, which tests/tiers.py hears as it hears subprocess.Popen.
 EVENT = "tests.ranks.start"
 
-# torch and Megatron; the tokenizers with Hugging Face's libraries, which alone take more than a
-# second; pytest, for entries in test files.
+# The server imports torch, Megatron, the tokenizers with Hugging Face's libraries (which alone take
+# more than a second), and pytest, because entries may stand in test files.
 multiprocessing.set_forkserver_preload(["tests.ranks", "megatron.core.tokenizers.text", "pytest"])
 
 
 def context(transformer_engine: bool = False) -> BaseContext:
-    """What starts processes: as forks, or with Transformer Engine from nothing."""
+    """The context that starts processes: forks, or new processes for Transformer Engine."""
     sys.audit(EVENT)
-    # For tests/__init__.py, in the processes that this starts.
+    # tests/__init__.py reads this in the processes that this context starts.
     os.environ["MDM_TEST_RANKS"] = "with Transformer Engine" if transformer_engine else "on the CPU"
     return multiprocessing.get_context("spawn" if transformer_engine else "forkserver")

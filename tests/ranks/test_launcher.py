@@ -1,4 +1,4 @@
-"""What ranks of the tests are like."""
+"""The processes that tests start as ranks: their libraries, their errors, their process groups."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests import ranks
 
 
 def libraries() -> None:
-    """Whether Transformer Engine was hidden before Megatron could import it, and compiling off."""
+    """Saves whether the rank hides Transformer Engine, uses it, and disables torch.compile."""
     hidden = sys.modules.get("transformer_engine", "not hidden") is None
     found = {"hidden": hidden, "used": layers.HAVE_TE}
     found["compile disabled"] = os.environ.get("TORCH_COMPILE_DISABLE")
@@ -27,13 +27,13 @@ def found_libraries(directory, **options):
 
 
 def test_ranks_on_the_cpu_do_without_transformer_engine(tmp_path):
-    """With it installed, Megatron would take its optimizer, which needs a GPU."""
+    """If Transformer Engine is installed, Megatron would use its optimizer, which needs a GPU."""
     expected = {"hidden": True, "used": False, "compile disabled": "1"}
     assert found_libraries(tmp_path) == expected
 
 
 def test_ranks_with_it_compile_as_users_do(tmp_path, monkeypatch):
-    """Unless torch.compile was switched off by who started the tests."""
+    """Ranks with Transformer Engine use torch.compile, unless the user has disabled it."""
     monkeypatch.setenv("MDM_TEST_COMPILE_DISABLE", "")
     found = found_libraries(tmp_path, transformer_engine=True)
     assert (found["hidden"], found["compile disabled"]) == (False, None)
@@ -49,7 +49,7 @@ def test_a_tool_that_fails_says_why(tmp_path):
 
 
 def three_groups() -> None:
-    """Saves the sums of all ranks' numbers, one for each process group after another."""
+    """Forms three process groups one after the other, and saves the sum over the ranks in each."""
     sums = []
     for number in range(3):
         if number:

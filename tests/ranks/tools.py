@@ -1,4 +1,4 @@
-"""Tools that tests start, as users do or in forks, and how they start several ranks of one."""
+"""Functions that start tools, as users do or in forks, and the start of a tool on several ranks."""
 
 import logging
 import os
@@ -14,19 +14,19 @@ from tests.ranks import server
 
 TIMEOUT = 180  # seconds; most tools here take about 2
 TAIL = 4000  # characters of output that a failure shows
-# Two ranks on any free port, also where the machine's own name cannot be resolved.
+# Two ranks on any free port. It also works where the machine's own name cannot be resolved.
 TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
 
 
 def users_environment() -> dict[str, str]:
-    """The environment in which the tests were started, where torch.compile is not switched off."""
+    """The environment in which the tests were started, before torch.compile was switched off."""
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_COMPILE_DISABLE"}
     given = environment.get("MDM_TEST_COMPILE_DISABLE")
     return environment | ({"TORCH_COMPILE_DISABLE": given} if given else {})
 
 
 def run_tool(name: str, *flags: str) -> str:
-    """What one of tools/ prints, started as users do, on one rank."""
+    """Starts a tool of tools/ on one rank, as users do, and returns its stdout."""
     result = subprocess.run(
         [sys.executable, f"tools/{name}.py", *flags],
         cwd=ROOT,
@@ -39,15 +39,15 @@ def run_tool(name: str, *flags: str) -> str:
 
 
 def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subprocess.CompletedProcess:
-    """How a program of the project ends on one rank, in a fork of the warm process.
+    """Runs a program of the project on one rank, in a fork of the warm process.
 
-    It has what the tests have imported and the environment of the test. `run_tool` and
-    subprocess start it as users do, which takes seconds longer.
+    The fork has the imports of the tests and the environment of the calling test. `run_tool` and
+    subprocess start a program as users do, which takes seconds longer.
 
     Args:
-        file: its path in the project.
-        flags: what follows on its command line.
-        without: packages that it finds not installed.
+        file: path of the program in the project.
+        flags: its command line after the file.
+        without: packages that the program finds not installed.
     """
     with tempfile.TemporaryDirectory() as directory:
         words, environment = [file, *flags], dict(os.environ)
@@ -67,8 +67,9 @@ def _run_file(
 ) -> None:
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
-    # Megatron logs to what is stdout while it is imported. In a tool's own process that is stderr:
-    # `open_checkpoint` imports it, and keeps stdout for the tool.
+    # While it is imported, Megatron sets up a log handler on the current stdout. In a tool's own
+    # process that is stderr, because `open_checkpoint` imports Megatron and keeps stdout for the
+    # tool.
     for handler in logging.root.handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
@@ -81,7 +82,7 @@ def _run_file(
 
 
 def fit_ppots(load: str | Path, output: Path, *flags: str) -> str:
-    """What tools/fit_ppots.py prints about its fit to a checkpoint, which it writes to `output`."""
+    """Runs tools/fit_ppots.py on a checkpoint, which writes `output`, and returns its stdout."""
     where = ["--device", "cpu", "--load", str(load), "--output", str(output)]
     run = run_forked("tools/fit_ppots.py", *where, *flags)
     assert run.returncode == 0, run.stderr[-TAIL:]

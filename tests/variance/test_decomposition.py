@@ -1,4 +1,4 @@
-"""A, B and C against toy models in which they are known in closed form."""
+"""Estimates of A, B and C for toy models whose values are known in closed form."""
 
 from typing import ClassVar
 
@@ -24,9 +24,9 @@ EPS = 1e-3
 class Gaussian:
     """Draws c_d x_d + b_d (1 + x_d/2) t + a_d t z_d, with x, z standard normal and t uniform.
 
-    All are independent. Then, summed over the coordinates d,
-      A = sum a^2 E[t^2] = sum a^2 / 3,  B = sum b^2 E[(1 + x/2)^2] / 12 = sum b^2 (5/4) / 12,
-      C = sum (c + b/4)^2.
+    All are independent. Summed over the coordinates d, this gives
+        A = sum a^2 E[t^2] = sum a^2 / 3,  B = sum b^2 E[(1 + x/2)^2] / 12 = sum b^2 (5/4) / 12,
+        C = sum (c + b/4)^2.
     """
 
     a, b, c = np.array([[0.9, 0.5, 0.4, 0.7], [1.6, 0.7, 0.9, 1.2], [0.5, 0.4, 0.6, 0.3]])
@@ -108,7 +108,7 @@ def test_nested_rates_pay_where_the_weight_has_its_tail():
 
 
 def test_naive_variances_would_be_biased_by_more_than_the_test_can_tell():
-    """The corrections matter: without them B would hold A / nm, and C both."""
+    """The corrections matter: without them B would contain A / nm, and C would contain both."""
     rng, toy = np.random.default_rng(0), TOYS["gaussian"]
     cells = toy.draws(rng, rng.random((20000, RATES)), MASKS).mean(axis=2)
     naive = cells.var(axis=1, ddof=1).sum(axis=1).mean()
@@ -126,7 +126,7 @@ def test_a_constant_changes_nothing():
 
 
 def test_curves_over_the_rate():
-    """A(t) = sum a^2 t^2, and the parts of B average (b (1 + x/2) (t - 1/2))^2."""
+    """A(t) = sum a^2 t^2, and the curve of B is the mean of (b (1 + x/2) (t - 1/2))^2 in a bin."""
     toy = TOYS["gaussian"]
     cells = nested(toy, 1, rows=1000)
     edges = np.linspace(0, 1, 6)

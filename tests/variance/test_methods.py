@@ -1,4 +1,4 @@
-"""The variance that each method leaves, from nested draws, against what is known of a toy."""
+"""The variance that each method leaves, from nested draws, against the known values of a toy."""
 
 import itertools
 import re
@@ -26,9 +26,9 @@ from megatron_mdm.variance.methods import (
 from tests import ROOT
 
 EPS, L, BATCH = 1e-3, 16, 32
-# Coordinate d of X is c_d (1 + SLOPES_d t) k / (p L), with c_d ~ N(mean, spread^2) of the row and k
-# masked tokens of L: Bernoulli masks have the tail of 1/p, which few of a hundred batches see. The
-# loss, of one coordinate, is far from 0, the gradient is mostly noise.
+# Coordinate d of X is c_d (1 + SLOPES_d t) k / (p L). Each row has its own c_d ~ N(mean, spread^2),
+# and k of its L tokens are masked. Bernoulli masks have the heavy tail of 1/p, which few of a
+# hundred batches show. The loss has one coordinate, far from 0; the gradient is mostly noise.
 SLOPES = np.array([2.0, -1.0, 0.5])
 MEAN_AND_SPREAD = {False: (1.0, 0.3), True: (0.4, 1.0)}
 FITTED = mixture(*tabulate(lambda t: ((1 - EPS) * t + EPS) ** -0.5), 0.1)
@@ -50,7 +50,7 @@ NAMES = [
 
 
 def shape_of(t):
-    """g_d(t), [..., 3]."""
+    """The curves g_d(t), [..., 3]."""
     return 1 + SLOPES * t[..., None]
 
 
@@ -59,7 +59,7 @@ def sampler_of(method):
 
 
 def counts_of(rng, t, mask, views, masks):
-    """k / (p L), its mean over views, [..., masks]."""
+    """k / (p L), averaged over the views, [..., masks]."""
     if mask == "exact-count":
         return np.ones((*t.shape, masks))
     p = ((1 - EPS) * t + EPS)[..., None, None]
@@ -68,7 +68,7 @@ def counts_of(rng, t, mask, views, masks):
 
 
 def nested(seed, rows, vector):
-    """Draws of the toy, under both kinds of masks and one or two views."""
+    """Draws of the toy under both kinds of masks, with one and two views."""
     rng = np.random.default_rng(seed)
     t, w = (x.numpy() for x in nested_sampler(EPS)(torch.from_numpy(rng.random((rows, 4)))))
     mean, spread = MEAN_AND_SPREAD[vector]
@@ -122,7 +122,7 @@ def found(drawn, method, counts):
 @pytest.mark.slow  # many repetitions
 @pytest.mark.parametrize("vector", [False, True], ids=["loss", "gradient"])
 def test_ratios_are_right_and_their_error_bars_honest(vector):
-    """80 repetitions with 200 rows each, in spite of the tail of 1/p."""
+    """Checks 80 repetitions with 200 rows each, in spite of the tail of 1/p."""
     rows, repetitions = 200, 80
     standard = truth(METHODS["standard"], vector)
     runs = {name: [] for name in NAMES}
@@ -138,7 +138,7 @@ def test_ratios_are_right_and_their_error_bars_honest(vector):
         assert abs(ratio.mean() - exact) < 0.02 * exact + 4 * spread / repetitions**0.5, name
         inside = int((abs(ratio - exact) < 1.96 * error).sum())
         assert stats.binomtest(inside, repetitions, 0.95).pvalue > 1e-3, (name, inside)
-        # Where a method changes next to nothing, a bootstrap of pairs says up to 2% too much.
+        # For a method that changes almost nothing, a paired bootstrap gives up to 2% too much.
         assert 0.75 * spread < error.mean() < 1.25 * spread + 0.02, name
         assert spread < 0.2 * exact, name
 
@@ -149,8 +149,8 @@ def test_quantiles_fall_into_bins_as_they_do_in_batches():
         np.testing.assert_allclose(covariance.sum(axis=1), 0, atol=1e-9)
     counts = np.random.default_rng(0).multinomial(32, [1 / len(iid)] * len(iid), size=200000)
     np.testing.assert_allclose(iid, np.cov(counts.T, ddof=0), atol=0.05)
-    # A smooth function of the quantile: its mean over batches of other seeds varies as much, and
-    # both strata and lattice take nine tenths of that.
+    # A batch mean of a smooth function of the quantile, over batches of other seeds, has the
+    # variance that the covariance predicts. Strata and lattice both remove nine tenths of it.
     middles = (np.arange(len(iid)) + 0.5) / len(iid)
     for kind, covariance, tolerance in (("strata", strata, 0.15), ("lattice", lattice, 0.03)):
         quantiles = quantiles_of(kind, 32, seed=5)
@@ -176,7 +176,7 @@ def test_names_say_what_methods_are():
     assert {Method(*parts) for parts in product} <= set(METHODS.values())
     names = {method: name for name, method in METHODS.items()}
     assert len(names) == len(METHODS)
-    # Whatever has several views stands at equal rows and at equal texts.
+    # Every method with several views is listed at equal rows and at equal texts.
     for name, method in METHODS.items():
         assert method.per == ("text" if name.endswith(" (texts)") else "row")
         if method.views > 1:
@@ -202,7 +202,7 @@ def test_densities_are_those_that_the_recipes_name():
                 assert sampler.density(t).max() > 1.5 and sampler.density(t).min() > 0.1
             torch.testing.assert_close(sampler.density(t) * sampler.weight(t), objective)
     assert Method.of("recommended") == METHODS["ppots-gradient+lattice+exact-count"]
-    for name in ("bell-fade", "lattice+bell"):  # of one that fades the first
+    for name in ("bell-fade", "lattice+bell"):  # for a density that fades, the first one
         assert Method.of(name).density == name.split("+")[-1] and not Method.of(name).unbiased
 
 
@@ -215,7 +215,7 @@ def test_methods_are_chosen_by_name_or_together():
 
 
 def test_methods_of_every_example_exist():
-    """Of the commands in README.md and in the help of the tools."""
+    """Checks the commands in README.md, in CHANGELOG.md and in the help of the tools."""
     files = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "tools").rglob("*.py")]
     found = [
         (path.name, shlex.split(words.split(" --")[0]))

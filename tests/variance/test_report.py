@@ -1,4 +1,4 @@
-"""The report over a small torch model: two routes to one variance, and what happens on Ctrl-C."""
+"""The report of a small torch model: two ways to the same variance, and interruption by Ctrl-C."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def model():
 
 
 def loss_of(model, tokens, eligible, corruption):
-    """Mean loss of masked rows, and their final hidden states."""
+    """The mean loss of masked rows, and their final hidden states."""
     embedding, head, _ = model
     hidden = embedding(corruption.tokens)
     hidden = hidden + hidden.mean(dim=1, keepdim=True)
@@ -56,7 +56,7 @@ def step(model):
 @pytest.fixture(scope="module")
 def texts():
     generator = torch.Generator().manual_seed(1)
-    # Zipf's law, so that there is data noise.
+    # Tokens follow Zipf's law, so that there is data noise.
     rows = torch.multinomial(
         1 / torch.arange(1.0, MASK + 1), 400 * LENGTH, True, generator=generator
     )
@@ -66,7 +66,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def causal():
-    """Next-token losses that the tests can compute on their own: each token by itself."""
+    """Next-token losses that tests can compute themselves: the logits depend on no other token."""
     torch.manual_seed(0)
     logits = torch.nn.Parameter(torch.randn(VOCABULARY))
     parameters = Sketch([logits], None)
@@ -93,7 +93,7 @@ def measured(step, causal, texts):
 
 
 def batch_variances(model, texts, name, sampler, draws=2000):
-    """Variance of whole batches drawn as in training, (loss, gradient), with its error."""
+    """The variance of whole batches drawn as in training, with its error: loss, then gradient."""
     rows = torch.stack([text.tokens for text in texts])
     eligible = torch.stack([text.eligible for text in texts])
     source = batches(rows, eligible, METHODS[name], sampler, MASK, EPS, BATCH, seed=1)
@@ -136,7 +136,7 @@ def test_what_changes_the_objective_or_the_log_alone_says_so(measured):
     biased = [name for name, row in rows.items() if not row["unbiased"]]
     assert biased == ["isad", "clipped", "flat", "bell"]
     assert rows["ema"]["gradient"] == rows["standard"]["gradient"] == (1.0, 0.0)
-    # What the rate explains of the loss, the control variate takes.
+    # The control variate removes the part of the loss that the rate explains.
     expected = 1 - found["loss"]["B"][0] / found["loss"]["total"][0]
     assert rows["ema"]["loss"][0] == pytest.approx(expected, abs=0.1)
     assert rows["isad"]["masked_fraction"] > rows["standard"]["masked_fraction"]
@@ -148,7 +148,7 @@ def test_what_changes_the_objective_or_the_log_alone_says_so(measured):
 
 
 def test_densities_are_fitted_with_the_weights_of_the_draws(measured):
-    """Against moments of uniform rates: what is drawn more often must not count more."""
+    """Compares with weighted moments: rates that are drawn more often must not count more."""
     state, _ = measured
     t = state.column("t")
     assert (t < 0.2).mean() > 0.3  # many small rates were drawn
@@ -169,7 +169,7 @@ def test_an_autoregressive_model_has_data_noise_only(measured, causal, texts):
     losses, gradients = zip(*(causal(text) for text in texts[:ROWS]), strict=True)
     for name, values in (("loss", torch.tensor(losses)[:, None]), ("gradient", gradients)):
         value, error = found["autoregressive"][name]["C"]
-        rows = torch.stack(list(values)).double()  # a trace is a sum over columns
+        rows = torch.stack(list(values)).double()  # the trace is a sum over columns
         assert value == pytest.approx(float(rows.var(dim=0).sum()), rel=1e-5)
         assert 0 < error < 0.2 * value
     mean, error = found["autoregressive"]["mean loss"]
@@ -208,7 +208,7 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
         fill(figure, found)
         shown.check_panels(figure)
         shares, curves, methods = figure.axes
-        # From above, as in the table: methods, and of each the gradient before the loss.
+        # From top to bottom, methods stand as in the table, each with the gradient above the loss.
         by_height = sorted(methods.get_yticks(), reverse=True)
         labels = dict(zip(methods.get_yticks(), methods.get_yticklabels(), strict=True))
         biased = {name for name, row in rows.items() if not row["unbiased"]}
@@ -219,7 +219,7 @@ def test_the_report_has_every_method_its_cost_and_its_figure(measured, tmp_path)
         assert [bar.get_width() for bar in bars] == [
             row[what][0] for row in rows.values() for what in ("gradient", "loss")
         ]
-        # What is beyond the end of the axis is written there.
+        # A value beyond the end of the axis is written there.
         end = methods.get_xlim()[1]
         written = {text.get_text() for text in methods.texts}
         assert written == {f"{x:.3g}" for x in (bar.get_width() for bar in bars) if x > end}
@@ -267,7 +267,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(step, causal, texts, tm
     assert len(state.rows) == 4
     measure(interrupted, texts, few, state, done.append, causal)
     assert report(state, few, texts) == whole
-    # Rows of 12 calls; the 60th was the second one to break a row, which is the fifth.
+    # A row takes 12 calls. Call 20 broke off the second row, and call 60 the fifth.
     assert len(calls) == 60 + 2 * 12
     assert sum(done) == 6 * few.work_per_row == 6 * 3 * 2 * 3
     with pytest.raises(UserError, match="other settings"):
@@ -278,7 +278,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(step, causal, texts, tm
 
 
 def test_what_is_kept_is_small(step, texts):
-    """Gradients are kept once for each rate and kind of mask, in four bytes a number."""
+    """Gradients are kept once for each rate and kind of mask, in four bytes per number."""
     few = settings(rows=2)
     state = State(few)
     measure(step, texts, few, state)

@@ -7,7 +7,7 @@ from megatron_mdm.objective.ppots.moments import RateMoments
 
 
 def measured(rows, num_bins, sampler, value, seed=0):
-    """Moments of `rows` rows whose rates `sampler` draws."""
+    """Moments of `rows` rows whose rates `sampler` draws and whose values `value(t, rng)` gives."""
     rng = np.random.default_rng(seed)
     t, weight = sampler(torch.from_numpy(rng.random(rows)))
     moments = RateMoments(num_bins)
@@ -16,7 +16,7 @@ def measured(rows, num_bins, sampler, value, seed=0):
 
 
 def moments_of(second_moment, num_bins=30, rows=1000.0, eps=1e-3):
-    """Noiseless moments of m2(t, p): means over bins by a fine midpoint rule in log p."""
+    """Noiseless moments of m2(t, p): means over the bins by a fine midpoint rule in log p."""
     edges = np.log((1 - eps) * np.arange(num_bins + 1) / num_bins + eps)
     x = (np.arange(4000) + 0.5) / 4000
     p = np.exp(edges[:-1, None] + np.diff(edges)[:, None] * x)
@@ -39,7 +39,8 @@ def power_moment(t, p):
 def quadrature(breaks, order=16):
     """Gauss-Legendre nodes and weights over (0, 1), between breaks.
 
-    Graded to both ends of a cell: the weight of a steep cell is nearly singular at one of them.
+    Each cell is divided more finely towards both ends, because the weight of a steep cell is nearly
+    singular at one of them.
     """
     x, w = np.polynomial.legendre.leggauss(order)
     half = np.concatenate([[0.0], 0.5 ** np.arange(16, 0, -1)])

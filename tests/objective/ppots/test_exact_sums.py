@@ -1,4 +1,4 @@
-"""Sums of moments in integers: the same in every order, and refused where no rows can have them."""
+"""Integer sums of moments: equal in every order, and refused if no rows can have such sums."""
 
 import re
 from fractions import Fraction
@@ -23,7 +23,7 @@ def test_sums_do_not_depend_on_how_they_are_taken():
     sums = [limbs.sum(1), limbs.flip(1).cumsum(1)[:, -1], limbs[:, ::3].sum(1)]
     sums[2] += limbs[:, 1::3].sum(1) + limbs[:, 2::3].sum(1)
     assert {float(from_limbs(total[:, None])[0]) for total in sums} == {exact}
-    assert x.sum() != exact  # as floating-point numbers they round
+    assert x.sum() != exact  # sums of floating-point numbers are rounded
     ends = torch.tensor([2.0**50 - 2.0**-3, -(2.0**-70), 2.0**-71, 0.0], dtype=torch.float64)
     assert from_limbs(to_limbs(ends)).tolist() == [*ends[:2].tolist(), 0.0, 0.0]
 
@@ -53,6 +53,6 @@ def test_exact_sums_of_more_rows_than_there_were():
     state = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 4)
     state.pending += accumulate(torch.tensor([0.3]), torch.tensor([1.0]), torch.ones(1), 4).numpy()
     PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
-    state.pending[:, 13] *= 5  # the rows of the second bin
+    state.pending[:, 13] *= 5  # the number of rows in the second bin
     with pytest.raises(UserError, match="it counts 5 rows, of 1 at most"):
         PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)

@@ -22,7 +22,7 @@ T = torch.linspace(0.0, 1.0, 20_001, dtype=torch.float64)
 
 
 def optimum(second_moment):
-    """sqrt(m2) at T, of integral 1."""
+    """The optimal density, proportional to sqrt(m2) with integral 1, at T."""
     t = np.expm1(np.linspace(0, np.log1p(1e6), 400_001)) / 1e6
     root = np.sqrt(second_moment(t, (1 - EPS) * t + EPS))
     at = T.numpy()
@@ -30,7 +30,7 @@ def optimum(second_moment):
 
 
 def fitted_density(result):
-    """The fitted density without the uniform share, at T."""
+    """The fitted density at T, without its uniform share."""
     return (result.sampler().density(T).numpy() - result.uniform_share) / (1 - result.uniform_share)
 
 
@@ -45,7 +45,7 @@ def fitted_density(result):
     ],
 )
 def test_a_family_recovers_a_truth_that_it_holds(family, second_moment):
-    """The density itself within 1e-3 everywhere, though bins are wide where it is steep."""
+    """The density is within 1e-3 everywhere, although bins are wide where it is steep."""
     result = fit(moments_of(second_moment), family=family)
     assert result.family == family and result.kl < 1e-9
     np.testing.assert_allclose(fitted_density(result), optimum(second_moment), rtol=1e-3)
@@ -58,7 +58,7 @@ def test_power_names_the_exponent_and_the_factors():
 
 
 def epr_divergence(x, measured_square):
-    """KL of the paper's family with independent code: a midpoint rule over each of the bins."""
+    """KL divergence of the paper's family in independent code: a midpoint rule over each bin."""
     k, m, log_a, r, log_b, s = x
     n = len(measured_square)
     t = ((np.arange(40 * n) + 0.5) / (40 * n)).reshape(n, 40)
@@ -73,8 +73,8 @@ def epr_divergence(x, measured_square):
     "second_moment",
     [
         epr_moment,
-        power_moment,  # outside the family
-        lambda t, p: 1.2 + np.sin(9 * t),  # outside the family
+        power_moment,  # not in the family
+        lambda t, p: 1.2 + np.sin(9 * t),  # not in the family
         lambda t, p: (7 * t**0.7) ** 2 + 0.6 * (1 - p) / p,  # rising mean, Horvitz-Thompson noise
     ],
 )
@@ -93,7 +93,7 @@ def test_epr_reaches_the_optimum_found_by_brute_force(second_moment):
         polish=True,
     )
     assert result.kl < brute.fun + 1e-4
-    # And the reported divergence is the one that the independent code sees.
+    # The independent code finds the same divergence as the fit reports.
     c, parameters = result.parameters["A"] ** 2, result.parameters
     x = [parameters["k"], parameters["m"], np.log(parameters["a"] / c), parameters["r"]]
     x += [np.log(parameters["b"] / c), parameters["s"]]
@@ -117,7 +117,7 @@ def test_parameters_are_in_the_units_of_the_value(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_derivatives_of_the_families(family):
-    """Against central differences, at t = 0 and 1 too."""
+    """Compares them with central differences, also at t = 0 and 1."""
     members = FAMILIES[family]
     low, high = np.array(members.bounds).T
     x = low + (high - low) * np.linspace(0.1, 0.5, len(low))
@@ -176,15 +176,15 @@ def test_auto_takes_the_family_that_fits(second_moment, family):
 
 
 def test_auto_takes_few_parameters_where_rows_are_few():
-    """The same moments from ten rows a bin do not justify 29 free numbers."""
+    """The same moments from ten rows per bin do not justify 29 free numbers."""
     result = fit(moments_of(lambda t, p: 1.5 + 0.3 * np.sin(9 * t), rows=10))
     assert result.family == "power"
 
 
 def test_variance_is_near_the_optimum_from_noisy_rows():
-    """E[(l/q)^2] from 3000 rows: within 8% of the least possible, 35% below uniform's."""
+    """E[(l/q)^2] from 3000 rows is within 8% of the least possible, and 35% below the uniform's."""
 
-    def value(t, rng):  # sqrt(m2) proportional to 1/sqrt(p), relative variance of l^2 is 5
+    def value(t, rng):  # sqrt(m2) is proportional to 1/sqrt(p), the relative variance of l^2 is 5
         return rng.exponential(size=len(t)) / np.sqrt(2 * ((1 - EPS) * t + EPS))
 
     p = (1 - EPS) * T.numpy() + EPS
@@ -200,7 +200,7 @@ def test_bins_with_few_rows_count_less():
     outlier = clean.copy()
     outlier[2 * 30 + 5] *= 9.0  # the second moment of bin 5
     few = outlier.copy()
-    few[3 * 30 + 5] = 2.0  # of two rows instead of a thousand
+    few[3 * 30 + 5] = 2.0  # measured on two rows instead of a thousand
     density = [
         fitted_density(fit(RateMoments.from_vector(v), family="epr")) for v in (clean, outlier, few)
     ]
@@ -260,7 +260,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_zero_in_some_bins_is_no_hole():
-    """Bins where every value is 0 keep the uniform share."""
+    """Bins in which every value is 0 keep the uniform share."""
     vector = moments_of(epr_moment).vector()
     vector[60:70] = 0.0
     for family in ("epr", "power", "piecewise"):
@@ -269,7 +269,7 @@ def test_zero_in_some_bins_is_no_hole():
 
 
 def noisy_moments(rows, num_bins, target, seed):
-    """Moments of rows of 64 tokens with Bernoulli masks, as a run measures them."""
+    """Moments of rows of 64 tokens with Bernoulli masks, with noise as in a run."""
     rng = np.random.default_rng(seed)
     t = (np.arange(rows) + rng.random()) / rows
     p = (1 - EPS) * t + EPS
@@ -285,7 +285,7 @@ def noisy_moments(rows, num_bins, target, seed):
 
 
 def rounded_otherwise(moments, seed):
-    """The same moments, the sums of each bin off by up to 1e-7."""
+    """The same moments with each bin's sums changed by up to 1e-7."""
     vector, n = moments.vector(), moments.num_bins
     vector[: 3 * n] *= 1 + 1e-7 * np.random.default_rng(seed).uniform(-1, 1, 3 * n)
     return RateMoments.from_vector(vector)
@@ -297,7 +297,7 @@ def rounded_otherwise(moments, seed):
 @pytest.mark.parametrize("num_bins", [8, 12, 30])
 @pytest.mark.parametrize("rows", [64, 800])
 def test_rounding_moves_a_density_by_no_more_than_40_times_as_much(rows, num_bins, target, family):
-    """Layouts round their sums differently. Without a prior a density moved by up to 19%."""
+    """Layouts round their sums differently. Without a prior, that moved a density by up to 19%."""
     for seed in range(5):
         moments = noisy_moments(rows, num_bins, target, seed)
         q = fitted_density(fit(moments, family=family))
@@ -308,8 +308,8 @@ def test_rounding_moves_a_density_by_no_more_than_40_times_as_much(rows, num_bin
 @pytest.mark.parametrize(
     ("family", "target", "num_bins", "rows", "seed"),
     [
-        ("epr", "loss", 8, 64, 17),  # 59%
-        ("power", "gradient", 8, 64, 28),  # 3%
+        ("epr", "loss", 8, 64, 17),  # moved by 59% without a prior
+        ("power", "gradient", 8, 64, 28),  # moved by 3% without a prior
         ("epr", "loss", 8, 64, 9),
         ("epr", "loss", 12, 800, 5),
         ("power", "gradient", 12, 800, 12),
@@ -319,7 +319,7 @@ def test_rounding_moves_a_density_by_no_more_than_40_times_as_much(rows, num_bin
 def test_rounding_moves_no_density_that_it_moved_without_a_prior(
     family, target, num_bins, rows, seed
 ):
-    """Rounding of 1e-7 moved each of these by more than 2e-5."""
+    """Without a prior, rounding of 1e-7 moved each of these densities by more than 2e-5."""
     moments = noisy_moments(rows, num_bins, target, seed)
     q = fitted_density(fit(moments, family=family))
     other = fitted_density(fit(rounded_otherwise(moments, seed), family=family))
@@ -328,7 +328,7 @@ def test_rounding_moves_no_density_that_it_moved_without_a_prior(
 
 @pytest.mark.parametrize("num_bins", [8, 12, 30])
 def test_no_spike_inside_the_last_bin(num_bins):
-    """A high last bin has many explanations: the fit takes none that is narrower than the bin."""
+    """A high last bin has many explanations; the fit takes none that is narrower than the bin."""
     vector = moments_of(lambda t, p: 1 + 0 * t, num_bins, rows=800 / num_bins).vector()
     vector[3 * num_bins - 1] *= 4.0
     for family in FAMILIES:
@@ -337,7 +337,8 @@ def test_no_spike_inside_the_last_bin(num_bins):
         assert 0.3 < slope.max() / num_bins < 4.0
         p = result.parameters
         assert p["k"] * p["m"] < 4 * num_bins and p["m"] <= num_bins
-    # The derivatives that L-BFGS-B goes by, in coordinates in which k and m depend on each other.
+    # Checks the derivatives that L-BFGS-B uses, in coordinates in which k and m depend on each
+    # other.
     box = _Box(FAMILIES["epr"], num_bins)
     y = np.array(box.bounds).mean(axis=1)
     _, chain = box.parameters(y)
@@ -361,7 +362,7 @@ for family in ("auto", "epr", "power", "piecewise"):
 
 
 def test_equal_numbers_give_bitwise_equal_fits():
-    """Within a process, and on ranks that differ in their number of threads."""
+    """Fits are equal within a process, and on ranks with different numbers of threads."""
     moments = moments_of(power_moment)
     assert fit(moments, seed=5) == fit(moments, seed=5)
     outputs = [

@@ -1,4 +1,4 @@
-"""Files of fits: read back bit for bit, and named where they are damaged."""
+"""Files of fits: they are read back bit for bit, and a damaged file is named in the error."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
 
 
 def test_paths_that_cannot_be_are_named(tmp_path, saved):
-    save_sampler(tmp_path / "new" / "rates.json", saved[1])  # whose folder is made
+    save_sampler(tmp_path / "new" / "rates.json", saved[1])  # its folder is created
     with pytest.raises(UserError, match="cannot write .*new/rates.json"):
         save_sampler(tmp_path / "new" / "rates.json" / "rates.json", saved[1])
     with pytest.raises(UserError, match=r"cannot read .*absent.json \(No such file"):

@@ -1,4 +1,4 @@
-"""Measured second moments of the loss or its gradient by the rate."""
+"""Measured second moments of the loss or its gradient as a function of the rate."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.objective.ppots.measurements import measured, quadrature
 
 
 def skewed(num_bins=10):
-    """A density with an edge at every bin, 30 times as high at 0 as at 1."""
+    """A density with an edge at each bin, 30 times as high at 0 as at 1."""
     edges = np.arange(2 * num_bins + 1) / (2 * num_bins)
     return mixture(edges, np.exp(-5 * edges), 0.03)
 
@@ -35,7 +35,7 @@ def test_bins_without_rows_are_nan():
 
 @pytest.mark.parametrize("sampler", [Uniform(), skewed()], ids=["uniform", "skewed"])
 def test_importance_weights_give_the_moments_under_the_uniform_exactly(sampler):
-    """Quadrature over quantiles in place of draws: the mean over each bin of t^4 to rounding."""
+    """With quadrature over quantiles instead of draws, the mean of t^4 in each bin is exact."""
     edges = np.arange(11) / 10
     breaks = edges.tolist() if isinstance(sampler, Uniform) else sampler.breaks
     quantile, w = quadrature(breaks)
@@ -46,7 +46,7 @@ def test_importance_weights_give_the_moments_under_the_uniform_exactly(sampler):
 
 
 def test_skewed_rows_measure_what_uniform_rows_do():
-    """Two samples that differ by noise: chi-squared over the bins, by batches."""
+    """The two samples differ only by noise: a chi-squared test over the bins, from batches."""
 
     def value(t, rng):
         return (1 + t) * rng.exponential(size=len(t))
@@ -60,7 +60,7 @@ def test_skewed_rows_measure_what_uniform_rows_do():
     a, b = batches["uniform"], batches["skewed"]
     z = (a.mean(0) - b.mean(0)) / np.sqrt(a.var(0, ddof=1) / 40 + b.var(0, ddof=1) / 40)
     assert (z**2).sum() < 29.6  # the 0.1% tail of chi-squared with 10 degrees
-    # Without the weights a steep density in a bin would show: the test has the power to see it.
+    # The test has power: without the weights, a steep density inside a bin would be visible.
     steep = mixture([0, 1], [50.0, 1.0], 0.01)
     quantile, w = quadrature(steep.breaks)
     t, weight = steep(quantile)
@@ -72,7 +72,7 @@ def test_skewed_rows_measure_what_uniform_rows_do():
 
 
 def test_second_moment_holds_the_variance_between_rows():
-    """g^2 + v with v over rows AND masks, not over masks only (method of arXiv 2511.18159)."""
+    """The moment is g^2 + v, with v over rows AND masks, not only masks (arXiv 2511.18159)."""
     g, between, masks = 3.0, 2.0, 0.5
 
     def value(t, rng):
@@ -145,7 +145,7 @@ def test_accumulate_sums_low_precision_in_float64_and_without_gradient():
 
 
 def test_nothing_waits_for_the_device():
-    """Meta tensors hold no data: whatever reads one back on the host raises."""
+    """Meta tensors hold no data, so any code that reads a value back to the host raises."""
     x = torch.empty(8, dtype=torch.float64, device="meta")
     assert accumulate(x, x, x, 10).shape == (LIMBS, 41)
     t, weight = skewed()(x)
