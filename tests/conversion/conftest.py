@@ -9,13 +9,13 @@ from megatron_mdm.mcore.device import training_device
 from tests import ranks
 from tests.conversion import models
 
-# Nothing is changed by a step at rate 0: what is saved is what was loaded.
+# A step at rate 0 changes nothing, so the saved weights are the loaded ones.
 STILL = "--lr 0 --min-lr 0 --optimizer sgd --weight-decay 0 --train-iters 2".split()
 
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """kind -> (Hugging Face directory, Megatron directory, what was said), made once."""
+    """A function of a kind: (Hugging Face directory, Megatron directory, log lines), made once."""
     from megatron_mdm.conversion.to_megatron import to_megatron
 
     made = {}
@@ -33,7 +33,7 @@ def converted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(request, model, data):
-    """Flags of a run that loads a test file's own fixture `model`, whose flags are its `MODEL`."""
+    """Flags of a run that loads the test file's fixture `model`, described by its `MODEL` flags."""
     return [
         *["--data-path", str(data), "--data-cache-path", str(data.parent / "cache")],
         *[*request.module.MODEL, "--load", str(model / "megatron"), "--finetune", *STILL],
@@ -42,7 +42,7 @@ def flags(request, model, data):
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory, flags):
-    """Such a run, and the checkpoint that it saves, under each of a test file's `LAYOUTS`."""
+    """Such a run, with the checkpoint that it saves, under each of the test file's `LAYOUTS`."""
     directory = tmp_path_factory.mktemp("runs")
 
     def words(name, layout):
@@ -59,9 +59,9 @@ def runs(request, tmp_path_factory, flags):
 
 
 def checkpoint_logits() -> None:
-    """Logits of a checkpoint: request.pt holds (checkpoint, tokens), logits.pt gets them.
+    """Computes logits of a checkpoint. request.pt holds (checkpoint, tokens).
 
-    A dictionary by attention, "full" and "causal".
+    It saves a dictionary by attention, "full" and "causal", in logits.pt.
     """
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -84,7 +84,7 @@ def checkpoint_logits() -> None:
 
 @pytest.fixture
 def megatron_logits(tmp_path):
-    """(checkpoint, tokens, ranks) -> logits by attention, through Megatron's own loading."""
+    """A function of (checkpoint, tokens, ranks): logits by attention, loaded by Megatron."""
 
     def logits(checkpoint, tokens, count=1):
         directory = tmp_path / f"logits{count}"

@@ -1,8 +1,8 @@
-"""Modeling code as released models carry it, for those that are written down in models.py.
+"""Modeling code as released models carry it, for the architectures in models.py.
 
-What transformers 5 stumbles over in the released code is here too: LLaDA's class does not call
-`post_init`, and asks its settings for `use_cache`; those of LLaDA-MoE and Dream look their rotary
-frequencies up under `default`.
+It also has the parts of the released code on which transformers 5 stumbles. LLaDA's class does not
+call `post_init`, and reads `use_cache` from its settings. The classes of LLaDA-MoE and Dream look
+up their rotary frequencies under `default`.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Tiny random models of every family, as Hugging Face directories, and what they compute.
+"""Tiny random models of every family, as Hugging Face directories, and the logits they compute.
 
-Llama and Qwen come from transformers. LLaDA, LLaDA-MoE and Dream are written down here from their
-published architecture, functionally and on the published tensor names, without anything of ours.
+Llama and Qwen come from transformers. LLaDA, LLaDA-MoE and Dream are written here from their
+published architecture, as functions of tensors with the published names, without any of our code.
 """
 
 import json
@@ -101,7 +101,7 @@ LLADA_MOE = {
     "torch_dtype": "float32",
 }
 
-# Kinds whose reference is the one below: their configurations, by name.
+# Configurations of the kinds whose reference is in this file, by name.
 PUBLISHED = {
     "llada": LLADA,
     "dream": DREAM,
@@ -131,7 +131,7 @@ LLAMA3_SCALING = {
 
 
 def make(kind: str, directory: Path, **changes) -> Path:
-    """Writes the model `kind` with changes to its config.json."""
+    """Writes the model `kind`, with these changes to its config.json."""
     torch.manual_seed(len(kind))
     directory.mkdir(parents=True)
     if kind in PUBLISHED:
@@ -157,7 +157,8 @@ def make(kind: str, directory: Path, **changes) -> Path:
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms and biases too: a model at initialization hides where they go.
+            # Norms and biases get random values too, because initial values would hide a wrong
+            # place.
             scale = 0.5 if "norm" in name else 0.2
             parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
     model.save_pretrained(directory)
@@ -165,12 +166,12 @@ def make(kind: str, directory: Path, **changes) -> Path:
 
 
 def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> None:
-    """A tokenizer of words and their ids, `<unk>` among them.
+    """Writes a tokenizer of words and their ids. `<unk>` must be among the words.
 
     Args:
         directory: of a model.
         words: word -> id.
-        special: bos_token, which is then put before every text, eos_token and the like.
+        special: eos_token and the like. A bos_token is put before every text.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -189,7 +190,7 @@ def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> N
 
 
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Tensors of a LLaDA, LLaDA-MoE or Dream model by their published names."""
+    """Random tensors of a LLaDA, LLaDA-MoE or Dream model, by their published names."""
     if "d_model" in config:
         h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
         kv = h // config["n_heads"] * config["n_kv_heads"]
@@ -260,7 +261,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
 
 
 def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
-    """What the model in a directory computes, fp32: tokens [b, s] -> [b, s, V]."""
+    """Logits of the model in a directory, fp32: tokens [b, s] -> [b, s, V]."""
     config = json.loads((directory / "config.json").read_text())
     if config["model_type"] in ("llada", "Dream"):
         return published_logits(config, load_file(directory / "model.safetensors"), tokens)
@@ -272,13 +273,13 @@ def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
     mask = None
     if not causal:
         s = tokens.shape[1]
-        mask = torch.zeros(tokens.shape[0], 1, s, s)  # added to the scores: nothing is hidden
+        mask = torch.zeros(tokens.shape[0], 1, s, s)  # added to the scores, hides nothing
     with torch.no_grad():
         return model(tokens, attention_mask=mask).logits
 
 
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """LLaDA's, LLaDA-MoE's or Dream's network with attention in both directions."""
+    """Logits of LLaDA's, LLaDA-MoE's or Dream's network, with bidirectional attention."""
     llada = "d_model" in config
     heads = config["n_heads" if llada else "num_attention_heads"]
     groups = config["n_kv_heads" if llada else "num_key_value_heads"]
@@ -318,7 +319,7 @@ def _mlp(y: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tens
 
 
 def _experts(y: torch.Tensor, w: dict, prefix: str, chosen: int) -> torch.Tensor:
-    """The largest probabilities of a softmax over all experts weigh theirs, and are not scaled."""
+    """Weights the chosen experts by their softmax probabilities over all experts, unscaled."""
     probabilities = (y @ w[prefix + "gate.weight"].T).softmax(dim=-1)
     least = probabilities.sort(dim=-1, descending=True).values[..., chosen - 1 : chosen]
     weights = probabilities * (probabilities >= least)
@@ -334,7 +335,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding over halves: dimension i turns with i + d/2."""
+    """Rotary embedding over halves: dimension i is rotated together with i + d/2."""
     s, d = x.shape[-2:]
     angle = torch.arange(s)[:, None] * theta ** (-torch.arange(0, d, 2) / d)
     first, second = x[..., : d // 2], x[..., d // 2 :]

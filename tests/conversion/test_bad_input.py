@@ -1,4 +1,4 @@
-"""One clear line, nothing half-written, and what was there before is untouched."""
+"""Bad input gives one clear line, writes nothing, and leaves existing files untouched."""
 
 import json
 import os
@@ -45,14 +45,14 @@ def cut(path, keep=0.5):
 
 
 def not_finite(directory, tensor, value):
-    """Puts a number at the start of a tensor in the files of a checkpoint."""
+    """Puts a value at the start of a tensor in the files of a checkpoint."""
     path = directory / "release" / "__0_0.distcp"
     data = bytearray(path.read_bytes())
     place = data.find(tensor.numpy().tobytes())
     assert place > 0
     data[place : place + 4] = torch.tensor(value).numpy().tobytes()
     path.write_bytes(data)
-    (path.parent / "integrity.json").unlink()  # a run that diverged has sums that agree
+    (path.parent / "integrity.json").unlink()  # a run that diverged would have matching sums
 
 
 def index(directory):
@@ -191,7 +191,7 @@ def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
 
 
 def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
-    """Half of the input in bfloat16, twice of that in float32."""
+    """Half of the input's size in bfloat16, and twice its size in float32."""
     size = (source / SINGLE).stat().st_size
 
     def convert(given, output, dtype, free):
@@ -297,7 +297,7 @@ def test_verify_sees_a_flipped_bit(source, tmp_path, monkeypatch):
         path.write_bytes(data)
 
     monkeypatch.setattr(torch_dist, "write", write_and_flip)
-    # The container's checksum may see it before the comparison does.
+    # The container's checksum may find the damage before the comparison does.
     with pytest.raises(UserError, match="--verify: .*ff_out.weight|is damaged"):
         to_megatron(str(source), str(tmp_path / "out"), verify=True)
     assert not (tmp_path / "out").exists()
@@ -305,7 +305,7 @@ def test_verify_sees_a_flipped_bit(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("to", ["megatron", "huggingface"])
 def test_a_full_disk(to, source, converted, tmp_path):
-    """The tool in a process that may not write files of more than 20 kB."""
+    """Runs the tool in a process that may not write files of more than 20 kB."""
     code = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

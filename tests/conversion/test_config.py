@@ -1,4 +1,4 @@
-"""What config.json may say: kinds of values, and every key that changes the computation."""
+"""Values of config.json: their kinds, and every key that changes the computation."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def without(config, *keys):
 @pytest.mark.parametrize(
     "config, change, message",
     [
-        # Kinds.
+        # Kinds of values.
         (LLAMA, {"architectures": "LlamaForCausalLM"}, "'architectures' should be a list of texts"),
         (LLAMA, {"architectures": [1]}, "'architectures' should be a list of texts, got [1]"),
         (LLAMA, {"model_type": 3}, "'model_type' should be a text, got 3"),
@@ -125,7 +125,7 @@ def test_what_means_the_same_passes():
 
 
 def test_transformers_takes_the_base_that_we_would_not_have():
-    """Why two bases are refused: of 5000 and 777 its versions take either."""
+    """Two bases are refused because versions of transformers differ in the one that they take."""
     import transformers
 
     config = transformers.LlamaConfig(**LLAMA, rope_parameters=DEFAULT)

@@ -1,4 +1,4 @@
-"""LLaDA-MoE in the program: experts over ranks, the flags that describe them, and the way back."""
+"""LLaDA-MoE in the program: experts over ranks, flags that describe them, and the way back."""
 
 import json
 
@@ -85,12 +85,12 @@ def test_the_launch_line_describes_the_experts(converted):
             "  ", " "
         )
         assert "--moe-router-pre-softmax" in words[kind] and "--qk-layernorm" in words[kind]
-    assert "--moe-layer-freq" not in words["llada-moe"]  # layers all alike share their keys
+    assert "--moe-layer-freq" not in words["llada-moe"]  # equal layers share their keys
     assert "'[0,1,1]'" in words["llada-moe-dense"]
 
 
 def test_other_routing_is_far_outside_the_tolerance(converted, monkeypatch):
-    """Weights that add up to 1, as without --moe-router-pre-softmax: the parity can fail."""
+    """Without --moe-router-pre-softmax the weights add up to 1, which the parity test detects."""
     source, _, _ = converted("llada-moe")
     tokens = torch.arange(32)[None]
     right, experts = models.logits(source, tokens, causal=False), models._experts
@@ -105,7 +105,7 @@ def test_other_routing_is_far_outside_the_tolerance(converted, monkeypatch):
 
 
 def test_both_layer_specifications_find_their_norm(converted):
-    """Local layers keep it with the experts, Transformer Engine's by itself."""
+    """Local layers keep the norm with the experts, Transformer Engine keeps it by itself."""
     for kind, first in (("llada-moe", 0), ("llada-moe-dense", 1)):
         source, checkpoint, _ = converted(kind)
         opened, tensors = DistCheckpoint(checkpoint), load_file(source / SINGLE)

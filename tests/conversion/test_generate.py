@@ -34,7 +34,7 @@ from tests import ranks
 from tests.conversion import models
 from tests.ranks import entries
 
-# A tokenizer that puts <s> before every text, has holes in its ids and no end of document.
+# This tokenizer puts <s> before every text, has holes in its ids, and has no end of document.
 BOS, MASK = 80, 90
 WORDS = {f"w{i}": i for i in range(80)}
 WORDS |= {"<s>": BOS, "<unk>": 81, "<|mdm_mask|>": MASK, "last": 95}
@@ -43,7 +43,7 @@ SPECIAL = {"bos_token": "<s>", "mask_token": "<|mdm_mask|>"}
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """A converted model for rows of 8 tokens, which has 64 positions, not where it was written."""
+    """A converted model for rows of 8 tokens, with 64 positions, moved after the conversion."""
     root = tmp_path_factory.mktemp("moved")
     source = models.make("llada", root / "hf", mask_token_id=MASK)
     models.write_tokenizer(source, WORDS, **SPECIAL)
@@ -64,14 +64,14 @@ def test_given_tokens_stand_where_they_stand_in_training(moved, tmp_path):
     flags = ["--prompt", "w1 w2<mask>w3", "--prompt", "<s> w1 <unk>", "--suffix", "w4"]
     lines = generate(tmp_path, moved, *flags, "--length", "30", "--steps", "3").splitlines()
     first, second = lines[1].split(), lines[3].split()
-    # Longer than the rows of the training, as rotary positions allow.
+    # The texts are longer than the training rows, which rotary positions allow.
     assert len(first) == 4 + 30 + 1 and len(second) == 3 + 30 + 1
     assert (first[:2], first[3], first[-1]) == (["w1", "w2"], "w3", "w4")
     assert (second[:3], second[-1]) == (["<s>", "w1", "<unk>"], "w4")
 
 
 def test_a_shifted_model_begins_a_text_after_the_end_of_another(tmp_path):
-    """Its first position has logits of its own only, which training never used."""
+    """The logits of its first position, which predict no token in training, are not used."""
     source = models.make("dream", tmp_path / "hf")
     to_megatron(str(source), str(tmp_path / "mg"), log=str)
     flags = ["--length", "5", "--no-stop-at-eos", "--prompt", "", "--prompt", "<mask>7"]
@@ -86,7 +86,7 @@ def test_a_shifted_model_begins_a_text_after_the_end_of_another(tmp_path):
         expected = decoder(logits, torch.tensor([[end, *row]]))[0, 1:]
         assert line.split() == [str(token) for token in expected.tolist()]
         alone = decoder(logits, torch.tensor([row]))[0]
-        assert not torch.equal(alone, expected)  # what the first position says by itself
+        assert not torch.equal(alone, expected)  # the first position alone says another text
     flags = ["--length", "3", "--show", "--no-stop-at-eos"]
     assert generate(tmp_path / "show", tmp_path / "mg", *flags).startswith("step 0: ▒▒▒\n")
 
@@ -119,7 +119,7 @@ def test_special_tokens_in_prompts_are_those_of_the_data(moved, tmp_path):
     assert generate(tmp_path / "b", moved, *flags).split()[0] == "<unk>"
 
 
-# Users speak after <s>, and the assistant after w7; on a day, if one is asked for.
+# Users speak after <s>, the assistant after w7. The date is written if there is a system message.
 TEMPLATE = "{% if messages[0].role == 'system' %}{{ strftime_now('w%-d ') }}{% endif %}"
 TEMPLATE += "{% for m in messages %}{{ {'user': '<s> ', 'assistant': 'w7 '}[m.role] if m.role in "
 TEMPLATE += "['user', 'assistant'] }}{{ m.content }} {% endfor %}"
@@ -127,7 +127,7 @@ TEMPLATE += "{% if add_generation_prompt %}{{ 'w7 ' }}{% endif %}"
 
 
 def conversation(*contents, system=None):
-    """Messages of a user and the assistant in turns."""
+    """Messages of a user and the assistant by turns."""
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]
     return [{"role": "system", "content": system}, *messages] if system else messages
@@ -144,7 +144,7 @@ def chatting(tmp_path_factory):
 
 
 def test_prompts_of_conversations_are_those_of_training(chatting, monkeypatch, tmp_path):
-    """Token for token: several turns, dates, keys left out."""
+    """Every token is equal: with several turns, with dates, and with keys left out."""
     asked = [
         conversation("w1 w2"),
         conversation("w1 w2", "w3", "w4"),
@@ -170,7 +170,7 @@ def test_prompts_of_conversations_are_those_of_training(chatting, monkeypatch, t
     file = tmp_path / "asked.jsonl"
     file.write_text("".join(json.dumps({"messages": m, "n": 1}) + "\n" for m in asked))
     assert [chat.prompt(document) for document in read_conversations(str(file))] == trained
-    # One conversation, over several lines: an object, or its messages.
+    # A single conversation over several lines: an object, or its messages.
     for value in ({"messages": asked[1], "n": 2}, asked[1]):
         file.write_text(json.dumps(value, indent=2))
         assert [chat.prompt(d) for d in read_conversations(str(file))] == trained[1:2]
@@ -230,13 +230,13 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     args.mdm_vocab_size = 96
     loaded = LoadedModel(None, args, build_tokenizer(args))
     text = "w1 <s> w2 last"
-    assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # what training never saw
+    assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # a text that training never saw
     assert encoder(loaded)(text) == load_hugging_face(directory).load()(text)
     assert encoder(loaded, special=True)(text) == [1, BOS, 2, 95]
     assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)
     recorded = load_common_state_dict(str(moved / "release"))["args"].mdm_tokenizer
     assert recorded == asdict(fingerprint(tokenizer_data(loaded.tokenizer)))
-    # Without a token for the end, nothing ends a text.
+    # If no token ends documents, texts have no end.
     (tmp_path / "text.jsonl").write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
     read = read_tokens(loaded, str(tmp_path / "text.jsonl"), "text", 9, seed=0)
     assert [ids.tolist() for ids in read.ids] == [[1, 2], [3]] and read.num_bytes == 7

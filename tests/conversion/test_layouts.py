@@ -75,13 +75,13 @@ def test_flags_of_another_model_are_named(change, named, flags, tmp_path):
 
 
 def test_the_saved_arguments_restore_the_model(flags, runs, tmp_path):
-    """--use-checkpoint-args, and by hand what Megatron does not restore."""
+    """Uses --use-checkpoint-args, and sets by hand the arguments that Megatron does not restore."""
     by_hand = "--norm-epsilon", "1e-5", "--max-position-embeddings", "64", "--seq-length", "32"
     i = flags.index(MODEL[0])
     given = [*flags[:i], *by_hand, *flags[i + len(MODEL) :], "--use-checkpoint-args"]
     ours = ["--tensorboard-dir", str(tmp_path / "tb")]
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    launcher["MASTER_PORT"] = "0"  # the one rank listens wherever it can
+    launcher["MASTER_PORT"] = "0"  # the only rank listens on any free port
     words = [*ranks.TOKENIZER, *ranks.TRAINING, *given, *ours]
     run = subprocess.run(
         [sys.executable, "-m", "megatron_mdm.pretrain", *words],

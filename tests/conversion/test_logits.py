@@ -1,4 +1,4 @@
-"""--verify's comparison of the two models, and what it says when it cannot be made."""
+"""--verify compares the logits of both models, and says why if it cannot."""
 
 import re
 import subprocess
@@ -22,13 +22,13 @@ AUTO = {"AutoConfig": "modeling_tiny.TinyConfig", "AutoModel": "modeling_tiny.Ti
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
-    """Where transformers copies modeling code to."""
+    """The directory to which transformers copies modeling code."""
     return tmp_path_factory.mktemp("modules")
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch, modules):
-    """A file that is there once modeling code has run."""
+    """A file that exists once modeling code has run."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     monkeypatch.setenv("MODELING_CODE_RAN", str(tmp_path / "ran"))
     return tmp_path / "ran"
@@ -36,7 +36,7 @@ def ran(tmp_path, monkeypatch, modules):
 
 def with_code(kind, directory, **changes):
     source = models.make(kind, directory, auto_map=AUTO, **changes)
-    # Code of its own, which transformers has not imported yet.
+    # Different code for each model, so that transformers has not imported it yet.
     (source / CODE.name).write_text(CODE.read_text() + f"# {directory}\n")
     return source
 
@@ -50,7 +50,7 @@ def about_logits(said):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["qwen2", "llama3.1"])
 def test_classes_of_transformers(kind, dtype, tmp_path):
-    """With a mask token in an unused row of the vocabulary, as released models have some."""
+    """The mask token is in an unused row of the vocabulary, as in some released models."""
     source, there, back = models.make(kind, tmp_path / "hf"), [], []
     models.write_tokenizer(source, {f"w{i}": i for i in range(89)} | {"<unk>": 89})
     settings = {"verify": True, "dtype": dtype}
@@ -93,7 +93,7 @@ def test_a_model_whose_files_have_its_output_layer_once(ran, tmp_path):
 
 
 def test_code_that_has_more_tensors_than_the_files(ran, tmp_path):
-    """It would compute with numbers that it drew."""
+    """The code would compute with random numbers for the missing tensors."""
     source, said = with_code("dream", tmp_path / "hf"), []
     path = source / "modeling_tiny.py"
     path.write_text(
@@ -136,7 +136,7 @@ def test_why_logits_were_not_compared(ran, tmp_path, monkeypatch):
 
 
 def test_trust_goes_with_verify():
-    """On the way back; on the way there it is for the tokenizer too."""
+    """This is checked on the way back only. On the way there, trust is also for the tokenizer."""
     argv = "--to", "huggingface", "--input", "a", "--output", "b", "--trust-remote-code"
     run = subprocess.run([sys.executable, str(TOOL), *argv], capture_output=True, text=True)
     assert (

@@ -1,4 +1,4 @@
-"""One tensor at a time: the peak of memory does not grow with the number of layers."""
+"""Conversion takes one tensor at a time: peak memory does not grow with the number of layers."""
 
 import json
 import os
@@ -14,9 +14,10 @@ LAYERS = 33
 
 
 def conversion_memory() -> None:
-    """Peaks of this process in bytes, in peaks.json, as it converts the models `one` and `many`.
+    """Converts the models `one` and `many`, and saves this process' memory peaks in bytes.
 
-    After each of them, there, back and verified, and at last with all tensors of `many` in memory.
+    peaks.json has the peaks after each model, converted there and back and verified, and the peak
+    with all tensors of `many` in memory.
     """
     from megatron_mdm.conversion import safetensors_model, to_hugging_face, to_megatron
     from megatron_mdm.environment import prepare_environment
@@ -49,5 +50,5 @@ def test_the_peak_does_not_grow_with_the_layers(tmp_path):
     assert added > 120e6
     ranks.launch(tmp_path, 1, "--", entry=conversion_memory)
     one, many, whole = json.loads((tmp_path / "peaks.json").read_text())
-    assert many - one < added / 4  # what the allocator keeps is less than a tenth
-    assert whole - many > added / 2  # it would be seen
+    assert many - one < added / 4  # the allocator keeps less than a tenth
+    assert whole - many > added / 2  # holding all tensors would be seen

@@ -1,4 +1,4 @@
-"""A converted model trains with the line that it comes with; what it saves moves to anywhere."""
+"""A converted model trains with its launch line, and its checkpoints can be moved anywhere."""
 
 import json
 import os
@@ -34,7 +34,7 @@ OWN = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 def write_data(directory):
-    """text.jsonl, and text.bin and text.idx of it, by the tokenizer that lies in `directory`."""
+    """Writes text.jsonl, and text.bin and text.idx of it, with the tokenizer in `directory`."""
     lines = [" ".join(f"w{(7 * i + j * j) % 80}" for j in range(40)) for i in range(300)]
     file = directory / "text.jsonl"
     file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -44,10 +44,10 @@ def write_data(directory):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    """A run by the line of a conversion, and its data, where neither was written.
+    """A run by a conversion's launch line, moved with its data to another place.
 
-    Another tokenizer of as many tokens has taken the place of the original, and a file that of the
-    directory in which the run had its index cache.
+    At the old place, another tokenizer with as many tokens replaces the original, and a file
+    replaces the directory of the run's index cache.
     """
     old = tmp_path_factory.mktemp("old")
     source = models.make("llada", old / "hf")
@@ -81,14 +81,14 @@ def write_hub(directory, tokenizer):
 
 
 def tool(moved, directory, name, *flags):
-    """What a tool prints that starts in a directory of its own."""
+    """The stdout of a tool that starts in a directory of its own."""
     words = [f"tools/{name}.py", "--device", "cpu", "--load", str(moved.run), *flags]
     ranks.launch(directory / name, 1, "--", *words, entry=entries.tool_in_its_directory)
     return (directory / name / "stdout0").read_text()
 
 
 def test_the_line_of_a_conversion_trains_as_it_stands(moved):
-    """With its schedule, validation and saving; batch, device, loaders and end are not its own."""
+    """Schedule, validation and saving come from the line; batch, device, loaders and end do not."""
     assert "lr_decay_style .................................. cosine" in moved.log.output[0]
     tracker = moved.run / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "2"
@@ -119,9 +119,10 @@ def test_it_converts_back(moved, tmp_path, monkeypatch):
 
 
 def only_these_flags_with_a_hub() -> None:
-    """`entries.only_these_flags`; the directory below which the logs go holds what the hub has.
+    """Runs `entries.only_these_flags` with a cache of the hub beside the run's log directory.
 
-    The fork server has imported the hub's library, which reads its variables only then.
+    The variable is replaced in the library, because the fork server has imported it, and the
+    library reads the environment only then.
     """
     constants.HF_HUB_CACHE = str(Path(os.environ["TRACE_DIR"]).parent / "hub")
     constants.HF_HUB_OFFLINE = True
@@ -129,7 +130,7 @@ def only_these_flags_with_a_hub() -> None:
 
 
 def test_it_resumes(moved, tmp_path):
-    """With its path, and with --use-checkpoint-args, which the checkpoint's own goes with."""
+    """It resumes with the copy's path, and with --use-checkpoint-args, which takes the copy."""
     run = shutil.copytree(moved.run, tmp_path / "run")
     flags = [word.replace(f"{moved.old}/run", str(run)) for word in moved.flags]
     flags = [word.replace(f"{moved.old}/text", f"{moved.data}/text") for word in flags]
@@ -157,7 +158,7 @@ def test_it_resumes(moved, tmp_path):
     for number, tokenizer, more in (
         (3, str(run / "huggingface"), []),
         (4, other, ["--use-checkpoint-args"]),
-        (5, "me/tok", []),  # a name on the hub, beside whose checkpoints a copy lies
+        (5, "me/tok", []),  # a name on the hub; a copy is beside the checkpoints
     ):
         resume(tokenizer, "--exit-interval", str(number), *more)
         assert (run / "latest_checkpointed_iteration.txt").read_text() == str(number)
@@ -168,7 +169,7 @@ def test_it_resumes(moved, tmp_path):
 
 @pytest.fixture
 def keeping(tmp_path):
-    """The files of a tokenizer, and a directory of checkpoints for their copy."""
+    """A tokenizer's files, and a directory of checkpoints that gets their copy."""
     source = tmp_path / "source"
     models.write_tokenizer(source, WORDS, **SPECIAL)
     for name in (
@@ -321,7 +322,7 @@ def test_a_file_that_no_run_has_put_there_stays(keeping):
 
 
 def test_the_original_may_lie_at_the_place_of_the_copy(keeping):
-    """A model beside it too, and files that come later."""
+    """A model beside the tokenizer stays too, and so do files that appear later."""
     files, source, run = keeping
     shutil.copytree(source, run / "huggingface")
     found = files(run / "huggingface")
@@ -363,7 +364,7 @@ def test_files_of_other_tokenizers_are_copied(name, keeping):
 
 @pytest.fixture
 def given(keeping):
-    """Arguments of a run beside whose checkpoints a copy lies."""
+    """Arguments of a run that loads from a directory with a copy of the tokenizer."""
     files, source, run = keeping
     files().keep(run)
     shutil.copy(source / "tokenizer.json", run / "tokenizer.model")
@@ -400,7 +401,7 @@ def test_a_file_is_a_path(given, tmp_path, monkeypatch):
 
 
 def test_checkpoints_from_before_a_change_have_the_original(keeping):
-    """The copy is of the tokenizer that came later; without an original there is no other."""
+    """The copy is of the later tokenizer. If the original is gone, the copy is the only choice."""
     files, source, run = keeping
     other = run.parent / "other"
     models.write_tokenizer(other, WORDS | {"w7": 8, "w8": 7}, **SPECIAL)

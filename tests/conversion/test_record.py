@@ -1,4 +1,4 @@
-"""A conversion is repeated where something has changed, and nowhere else."""
+"""A conversion is repeated if something has changed, and only then."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 
 @pytest.fixture
 def convert(tmp_path, monkeypatch, capfd):
-    """Runs the tool: the last line that it printed, an error's too."""
+    """A function that runs the tool and returns the last line that it printed, errors included."""
 
     def run(to, source, output, *flags):
         words = ["--to", to, "--input", source, "--output", output, "--unless-done", *flags]
@@ -56,9 +56,9 @@ def test_both_ways(tmp_path, convert):
     assert (there / "huggingface" / "config.json").exists() and not list(tmp_path.glob("mg.*"))
     assert converted("--pad-vocab-to-multiple-of", "3", "--replace")
     assert converted("--replace")
-    # Without trust no logits were compared.
+    # Without trust, no logits were compared.
     assert "no record says" in again("--trust-remote-code")
-    # A tokenizer that lies beside the weights counts too.
+    # A tokenizer file beside the weights counts too.
     (source / "added_tokens.json").write_text("{}")
     assert "no record says" in again() and converted("--replace")
     tensors = load_file(source / SINGLE)
@@ -73,7 +73,7 @@ def test_both_ways(tmp_path, convert):
     (there / "huggingface/added_tokens.json").unlink()
     assert "no record says" in convert("huggingface", there, back, "--dtype", "bfloat16")
 
-    # Whoever asks for a damaged one gets it.
+    # A damaged checkpoint is converted on request.
     shard = there / "release" / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -85,14 +85,14 @@ def test_both_ways(tmp_path, convert):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
 
-    # What lies in the output is all there, and nothing else is removed.
+    # The output must have all its files, and --replace removes no other files.
     (back / "mine").write_text("")
     message = convert("huggingface", there, back, "--replace")
     assert "--replace: " in message and "is not as tools/convert_checkpoint.py wrote it" in message
     assert (back / "mine").exists()
     (there / "huggingface" / "config.json").unlink()
     assert "no record says" in again()
-    # Another place is another launch line.
+    # The launch line depends on the place.
     shutil.copytree(there, tmp_path / "copy")
     assert "no record says" in convert("megatron", source, tmp_path / "copy")
     told = json.loads((there / record.RECORD).read_text())["command"]

@@ -1,4 +1,4 @@
-"""Python code that lies in a model's directory runs where --trust-remote-code says so."""
+"""Python code in a model's directory runs only with --trust-remote-code."""
 
 import json
 import os
@@ -25,7 +25,7 @@ WORDS = {f"w{i}": i for i in range(80)} | {"<unk>": 80, "end": 81, "<|mdm_mask|>
 
 @pytest.fixture
 def source(tmp_path):
-    """A model whose tokenizer is a class in a file beside it."""
+    """A model whose tokenizer is a class in a Python file beside it."""
     directory = models.make("llada", tmp_path / "hf")
     models.write_tokenizer(directory, WORDS, eos_token="end", mask_token="<|mdm_mask|>")
     name_code(directory, "code.T")
@@ -41,7 +41,7 @@ def name_code(directory, name):
 
 
 def generate(checkpoint, tmp_path, *flags):
-    """(result, whether code of the directory ran)"""
+    """Runs the tool: (result, whether code of the directory ran)."""
     ran = tmp_path / "ran"
     ran.unlink(missing_ok=True)
     own = {"RAN": str(ran), "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face keeps every bit, and the model computes the same."""
+"""Hugging Face -> Megatron -> Hugging Face keeps every bit and the model's logits."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def test_megatron_computes_the_same_logits(kind, converted, megatron_logits):
     published = kind in models.PUBLISHED
     for attention in ("full",) if published else ("full", "causal"):
         reference = models.logits(source, tokens, causal=attention == "causal")
-        if kind == "dream":  # its decoder reads the logits of a token one position before it
+        if kind == "dream":  # its decoder reads a token's logits one position before it
             reference = torch.cat([reference[:, :1], reference[:, :-1]], dim=1)
         assert reference.abs().max() > 1, "too small to show a difference"
         assert (ours[attention] - reference).abs().max() < TOLERANCE
@@ -97,7 +97,7 @@ def test_several_files_and_their_index(converted, tmp_path, monkeypatch):
 
 
 def test_the_tables_fit_their_families(converted):
-    """Wrong arrangements are far outside the tolerance: the parity above can fail."""
+    """A wrong arrangement is far outside the tolerance, so the parity test can fail."""
     source, _, _ = converted("qwen2")
     tokens = torch.arange(32)[None]
     right = models.logits(source, tokens, causal=True)
@@ -112,7 +112,7 @@ def test_the_tables_fit_their_families(converted):
 
 
 def test_no_line_trains_a_model_without_a_mask_token(converted):
-    """Training would refuse it."""
+    """Training would refuse such a model."""
     _, checkpoint, said = converted("qwen2")
     assert any("convert it with --add-mask-token" in line for line in said)
     assert not (checkpoint / "launch.txt").exists()

@@ -1,4 +1,4 @@
-"""Tokenizers: Dream's files become a fast one, ids are kept, and damage is named."""
+"""Tokenizers: Dream's files become a fast tokenizer, ids are kept, and damage is named."""
 
 import json
 
@@ -22,7 +22,7 @@ NOT_RUN = "raise RuntimeError('this code is not to be run')\n"
 
 
 def write_dream(directory, **changes):
-    """The files of Dream's tokenizer, with changes to tokenizer_config.json."""
+    """Writes the files of Dream's tokenizer, with changes to tokenizer_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     vocab = BYTES + [merge.replace(" ", "") for merge in MERGES]
     merges = "\n".join(["#version: 0.2", *MERGES, ""])
@@ -62,14 +62,14 @@ def read(path):
 
 
 def of_bytes(text):
-    """Ids without any merge."""
+    """Ids of the bytes of a text, without any merge."""
     ((pieces, _),) = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
     return [BYTES.index(byte) for byte in pieces]
 
 
 @pytest.fixture(scope="module")
 def dream(tmp_path_factory):
-    """A model with its tokenizer as released, and converted."""
+    """A model with its tokenizer, as released and converted."""
     root = tmp_path_factory.mktemp("dream")
     code = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.Dream"}
     models.make(
@@ -103,7 +103,7 @@ def test_dream_text_can_be_tokenized(dream, monkeypatch):
     assert has_chat_template(directory)
     launch = (dream / "mg" / "launch.txt").read_text()
     assert "HuggingFaceTokenizer" in launch and "--trust-remote-code" not in launch
-    # The files that it was made of stay beside it.
+    # The released files stay beside the new one.
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenization_dream.py"):
         assert (dream / "mg" / "huggingface" / name).read_bytes() == (
             dream / "hf" / name
@@ -111,7 +111,7 @@ def test_dream_text_can_be_tokenized(dream, monkeypatch):
 
 
 def test_added_tokens_without_a_description(tmp_path):
-    """Releases before added_tokens_decoder have added_tokens.json alone."""
+    """Releases from before added_tokens_decoder have only added_tokens.json."""
     write_dream(tmp_path)
     settings = read(tmp_path / "tokenizer_config.json")
     del settings["added_tokens_decoder"]

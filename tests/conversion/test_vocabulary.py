@@ -1,4 +1,4 @@
-"""A mask token for autoregressive models, padding, and the tokenizer that goes along."""
+"""A mask token for autoregressive models, padding of the vocabulary, and the tokenizer."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def test_a_mask_token_enlarges_the_vocabulary(kind, tmp_path):
     assert "position i - 1 are for token i (mdm_shift" in said[-3]
     models.logits(tmp_path / "back", torch.tensor([[96, 1]]), causal=False)  # transformers loads it
 
-    # It is a diffusion model, and stays one that predicts the token after each position.
+    # It is now a diffusion model, and still predicts the token after each position.
     assert config["mdm_shift"] is True
     to_megatron(str(tmp_path / "back"), str(tmp_path / "again"), log=lambda line: None)
     launch = (tmp_path / "again" / "launch.txt").read_text()
@@ -84,7 +84,7 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
     source, said = models.make("llama", tmp_path / "hf"), []
     write_tokenizer(source, 90)
     to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, verify=True, log=said.append)
-    # The logits of that row differ, and those of all others do not.
+    # Only the logits of that row differ.
     assert said[1].startswith("verified: logits of")
     said = said[2:]
     assert "id 90, an unused row" in said[0]
@@ -103,7 +103,7 @@ def test_an_unused_row_and_the_tokenizer(tmp_path):
 
 
 def test_the_row_of_the_mask_token_is_not_lost(tmp_path):
-    """With the config.json of the model from before it had one."""
+    """The config.json is the model's from before it had a mask token."""
     source = models.make("qwen2", tmp_path / "hf")
     to_megatron(str(source), str(tmp_path / "mg"), add_mask=True, log=str)
     with pytest.raises(UserError, match="the checkpoint's mask token 96 lies outside the 96 rows"):
@@ -122,14 +122,14 @@ def test_the_row_of_the_mask_token_is_not_lost(tmp_path):
 
 @pytest.mark.parametrize("tokenizer", [True, False])
 def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
-    """With the config.json of a smaller model, whose tensors would pass for the larger one's."""
+    """The config.json is of a smaller model, whose tensors could pass for the larger model's."""
     source, smaller = models.make("llama", tmp_path / "hf"), tmp_path / "smaller"
     if tokenizer:
         write_tokenizer(source, 90)
     to_megatron(str(source), str(tmp_path / "mg"), multiple=64, log=str)
     smaller.mkdir()
     config = json.loads((source / "config.json").read_text())
-    tokens = 96  # of the model; the tokenizer may have fewer
+    tokens = 96  # of the model; its tokenizer may have fewer
     for size, lost in ((tokens - 1, 1), (tokens, 0), (tokens + 2, 0)):
         (smaller / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
         said = []
@@ -152,7 +152,7 @@ def test_no_token_of_the_run_loses_its_row(tokenizer, tmp_path):
 
 
 def test_rows_that_are_tokens():
-    """By what the checkpoint says, else by the run's tokenizer."""
+    """The checkpoint tells their number; if it does not, the run's tokenizer does."""
 
     def check(rows, tokens=0, padded=128, **args):
         args = Namespace(**{"vocab_size": None, "tokenizer_model": "my.model", **args})
@@ -162,7 +162,7 @@ def test_rows_that_are_tokens():
     check(100, mdm_vocab_size=100)
     check(100, tokens=120, mdm_vocab_size=100)
     check(100, tokens=100)
-    check(128)  # nothing is left out
+    check(128)  # no row is left out
     for rows, settings in ((99, {"mdm_vocab_size": 100}), (100, {"tokens": 101})):
         with pytest.raises(UserError, match=f"has {rows} tokens and the run {rows + 1}"):
             check(rows, **settings)
@@ -195,7 +195,7 @@ def test_the_tokens_that_are_written_are_those_of_the_run(tmp_path):
 
 
 def test_a_tokenizer_that_was_replaced_is_not_written(tmp_path):
-    """The run's own, and thus the one that is written, is another one by now."""
+    """The run's tokenizer, which would be written, was replaced after the training."""
     source = models.make("llama", tmp_path / "hf")
     write_tokenizer(source, 90)
     to_megatron(str(source), str(tmp_path / "mg"), log=str)
@@ -218,13 +218,13 @@ def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
     )
     shutil.copy(model, directory / "tokenizer.model")
     assert list(compare()) == []
-    models.write_tokenizer(directory, {**tokens, "more": 280})  # which transformers prefers
+    models.write_tokenizer(directory, {**tokens, "more": 280})  # transformers prefers this file
     with pytest.raises(UserError, match="'more' has id 280 there and None in the run"):
         list(compare())
 
 
 def test_the_written_model_computes_the_same_as_it_is_told_to_be_used(tmp_path, megatron_logits):
-    """As README and the tool say: attention that hides nothing, and the shift."""
+    """Uses it as README and the tool say: attention that hides nothing, and the shift."""
     import transformers
 
     source = models.make("qwen2", tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""Documents of input files: bad ones are named by their place, or skipped and counted."""
+"""Documents of input files: bad documents are named by their place, or skipped and counted."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def test_resolve_inputs(tmp_path):
     b.write_text("b")
     (tmp_path / "list").write_text(f"{b}\n\n{a}\r\n{b}")
     assert resolve_inputs([str(a)], str(tmp_path / "list")) == [str(p) for p in (a, b, a, b)]
-    odd = tmp_path / "c\x0cd\re\u2028f.txt"  # whose name holds what str.splitlines takes for an end
+    odd = tmp_path / "c\x0cd\re\u2028f.txt"  # str.splitlines splits this name
     odd.write_text("c")
     (tmp_path / "list").write_bytes(f"\ufeff{b}\r\n{odd}\n".encode())
     assert resolve_inputs([], str(tmp_path / "list")) == [str(b), str(odd)]

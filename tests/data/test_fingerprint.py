@@ -1,4 +1,4 @@
-"""Fingerprints: equal for a tokenizer and its extensions, different where texts get other ids."""
+"""Fingerprints are equal for a tokenizer and its extensions, and differ if texts get other ids."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ WORDS = ["a", "b", "c", "</s>"]
 def hugging_face(
     words=WORDS, mask=None, eod=3, normalizer=None, splitter=pre_tokenizers.WhitespaceSplit
 ):
-    """A tokenizer of words; the names that are None have no id."""
+    """A tokenizer of words, numbered in order; a None in the list leaves its id unused."""
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words) if w}, unk_token="a"))
     inner.pre_tokenizer = splitter()
     if normalizer:
@@ -60,7 +60,7 @@ def test_a_mask_token_may_be_added_in_a_hole_or_declared_later():
     named = hugging_face([*WORDS, "<mask>", "d"], mask=None)
     for old in (hole, filled, named):
         for new in (hole, filled, named):
-            # The token is one of all others where no tokenizer says that it is the mask token.
+            # If no tokenizer declares the mask token, it is a token like all others.
             is_other = (old, new) in ((hole, named), (named, hole))
             assert bool(differs(fingerprint(old), new)) == is_other
 
@@ -117,7 +117,7 @@ def test_sentencepiece(tmp_path):
         "it is a HuggingFaceTokenizer and not a SentencePieceTokenizer"
     )
     masked = pieces(tmp_path, vocab_size=13, control_symbols=["<mask>"])
-    assert masked.mask == 3  # in front of others, whose ids it moves
+    assert masked.mask == 3  # before other pieces, whose ids it moves
     assert "below 12 stand for other" in differs(made, masked)
 
 

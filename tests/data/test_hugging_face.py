@@ -1,4 +1,4 @@
-"""Preprocessing with tokenizers of Hugging Face."""
+"""Preprocessing with Hugging Face tokenizers."""
 
 import dataclasses
 import sys
@@ -21,13 +21,13 @@ def test_hugging_face(tmp_path):
     texts = ["a b c a b c", "a <mask> </s> b", "b<mask>", " "]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     summary = run([source], tmp_path / "out", tokenizer, workers=2)
-    # A special token in the text is a word that the tokenizer does not know.
+    # A special token that a text spells is encoded as a word unknown to the tokenizer.
     assert read(tmp_path / "out") == [[1, 2, 3, 1, 2, 3, 5], [1, 0, 0, 2, 5], [0, 5]]
     assert summary.empty_documents == 1
 
 
 def test_special_tokens_in_text_are_asked_for_and_recorded(tmp_path, tokenizer):
-    """Prompts that a template has rendered already, which generation encodes alike."""
+    """For prompts that a template has already rendered. Generation encodes them in the same way."""
     words = save_hugging_face(tmp_path / "hf", WORDS, eos_token="</s>")
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "a </s> b", "prompt": "a </s>", "response": "b </s>"}\n')
@@ -57,9 +57,9 @@ def test_special_tokens_in_text_are_asked_for_and_recorded(tmp_path, tokenizer):
 
 
 def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
-    """A word of the vocabulary, and a piece that text may spell, which stay what they are."""
+    """Such a text spells a vocabulary word or a piece that is the mask token."""
     words = save_hugging_face(tmp_path / "hf", [*WORDS, "[MASK]"], eos_token="</s>")
-    assert words.mask == 5  # the declared one, <mask>, which no text spells
+    assert words.mask == 5  # the declared mask, <mask>, which no text spells
     words = dataclasses.replace(words, mask=4)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some words"] * 9),
@@ -82,7 +82,7 @@ def test_text_that_becomes_the_mask_token_is_refused(tmp_path, expected):
 
 @pytest.mark.parametrize("end", ["eos_token", "sep_token"])
 def test_hugging_face_agrees_with_megatron(tmp_path, end):
-    """BERT's tokenizer has a sep token, and no eos token."""
+    """BERT's tokenizer has a sep token but no eos token."""
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
     tokenizer = save_hugging_face(tmp_path / "hf", WORDS, **{end: "</s>"})

@@ -1,4 +1,4 @@
-"""The record beside a .bin/.idx pair: what it says, when it is trusted, when work is left out."""
+"""The record beside a .bin/.idx pair: its contents, when it is trusted, when work is skipped."""
 
 import dataclasses
 import gzip
@@ -168,7 +168,7 @@ def test_what_is_done_is_kept_and_what_has_changed_is_made_anew(tmp_path, tokeni
 
 
 def test_an_interruption_leaves_no_record_of_other_files(tmp_path, monkeypatch):
-    """Between the removal of the old index and the appearance of the new one."""
+    """The interruption is between the removal of the old index and the creation of the new one."""
     names = [str(tmp_path / f"out{suffix}") for suffix in (".bin", ".json", ".idx")]
     for name in names:
         Path(name).write_text("old")
@@ -201,7 +201,7 @@ def test_the_digest_of_inputs_is_that_of_what_is_read(tmp_path, file_format):
     os.rename(paths[0], tmp_path / "other.jsonl")
     others = [str(tmp_path / "other.jsonl"), *paths[1:]]
     assert InputsDigest().read(others) == digest.hex()
-    os.rename(paths[2], tmp_path / "c.json")  # which makes it another format
+    os.rename(paths[2], tmp_path / "c.json")  # this name means another format
     assert InputsDigest().read([*others[:2], str(tmp_path / "c.json")]) != digest.hex()
 
 

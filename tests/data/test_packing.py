@@ -1,4 +1,4 @@
-"""Texts packed into rows."""
+"""Packing of texts into rows."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from megatron_mdm.data.packing import pack
 
 
 def rooms(lengths, row_length):
-    """Tokens in each row, and the rows' texts."""
+    """The number of tokens in each row, and the texts of each row."""
     order, starts = pack(lengths, row_length)
     rows = [order[a:b].tolist() for a, b in itertools.pairwise(starts)]
     return [sum(lengths[i] for i in row) for row in rows], rows
@@ -22,7 +22,7 @@ def test_every_text_once_and_no_row_too_long(longest):
     assert sorted(i for row in rows for i in row) == list(range(2000))
     assert all(row and row == sorted(row) for row in rows)
     assert max(sizes) <= 100
-    # Best fit: two rows whose texts fit into one would have become one.
+    # Best fit: two rows whose texts fit into one row would have been one row.
     least = sorted(sizes)[:2]
     assert sum(least) > 100
     assert len(rows) <= {5: 1.01, 40: 1.03, 100: 1.2}[longest] * sum(lengths) / 100 + 1

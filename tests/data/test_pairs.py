@@ -1,4 +1,4 @@
-"""Prompts and responses from JSONL: documents of two sequences, and one line about bad ones."""
+"""Prompts and responses from JSONL become documents of two sequences; bad ones give one line."""
 
 import dataclasses
 import datetime
@@ -33,17 +33,17 @@ WORDS = ["<eos>", "<user>", "<bot>", "a", "b", "c", "d", "[UNK]", "<eot>", "\n"]
 
 
 def template(end, tail, before=""):
-    """A chat template: what ends a message, and what follows the last one."""
+    """A chat template with `end` after each message and `tail` after the last one."""
     return (
         f"{before}{{% for m in messages %}}{{{{ '<user> ' if m.role == 'user' else '<bot> ' }}}}"
         f"{{{{ m.content + ' {end}' }}}}{{% endfor %}}{tail}"
     )
 
 
-# What follows the last message when it is asked for, and always.
+# The header of an answer after the last message: if it is asked for, and always.
 ASKED = "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
 ALWAYS = "{{ '<bot> ' }}"
-# Before the messages: a look at the first one, and a stand-in for none.
+# Text before the messages: it depends on the first message, or stands in for no messages.
 FIRST = "{% if messages[0].role == 'system' %}{{ '<user> ' }}{% endif %}"
 DEFAULT = "{% if not messages %}{{ '<user> a <eot> ' }}{% endif %}"
 SKIP = {"skip_bad_lines": True}
@@ -56,7 +56,7 @@ def answer(content, **more):
 
 
 def encoded(path, chat_template):
-    """What a worker makes of CHAT."""
+    """The chunk that a worker makes of CHAT."""
     directory = tokenizer_directory(path, chat_template)
     keys = PairKeys(messages="m", template=directory)
     document = Document("x.jsonl", 1, json.dumps({"m": CHAT}).encode(), 0)
@@ -64,7 +64,7 @@ def encoded(path, chat_template):
 
 
 def rendered(path, chat_template, row, *ignored):
-    """Prompt and response of a row, and why it is refused, one of the two."""
+    """(prompt, response) of a row and None, or None and the reason why the row is refused."""
     directory = tokenizer_directory(path, chat_template)
     document = Document("x.jsonl", 7, json.dumps(row).encode(), 0)
     try:
@@ -135,20 +135,21 @@ def test_a_chat_template_splits_before_the_last_answer(tmp_path, directory):
     ]
     keys = PairKeys(messages="m", template=directory)
     pairs, _ = run(tmp_path, directory, [{"m": messages}], keys)
-    # The template's special tokens are tokens, and its last one ends the document already.
+    # Special tokens of the template are encoded as such, and its last one ends the document
+    # already.
     assert pairs == [("<user> a <eos> <bot> b <eos> <user> c <eos> <bot>", "d d <eos>")]
 
 
 @pytest.mark.parametrize(
     ("chat_template", "prompt", "response"),
     [
-        # Qwen's shape: the end of a message, and of a document, and then a new line.
+        # Qwen's shape: a message ends with the end of document and a newline.
         (template("<eos>\n", ASKED), "<user> a <eos> \n <bot>", "b <eos>"),
-        # Another end than the document's, which follows it.
+        # A message ends with another token, so the end of document follows it.
         (template("<eot>\n", ASKED), "<user> a <eot> \n <bot>", "b <eot> \n <eos>"),
-        # LLaDA's: the header of an answer after every conversation, whether it is asked for or not.
+        # LLaDA's shape: an answer's header follows every conversation, asked for or not.
         (template("<eot> ", ALWAYS), "<user> a <eot> <bot>", "b <eot> <eos>"),
-        # No header for an answer to come.
+        # No header for an answer that is asked for.
         (template("<eos> ", ""), "<user> a <eos>", "<bot> b <eos>"),
         (template("<eos> ", "", FIRST), "<user> a <eos>", "<bot> b <eos>"),
     ],
@@ -226,24 +227,24 @@ def test_parts_of_text_are_joined(tmp_path, directory):
     assert pairs == [("<user> a <eos> <bot>", "c <eos>")]
 
 
-# What a row holds beside role and content of its messages.
+# Keys of a row beside the role and content of its messages.
 TOOLS = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}"
 USES = f"{TOOLS}{{% for d in documents or [] %}}({{{{ d.text }}}}){{% endfor %}}{{{{ mood }}}}"
 CALLS = "{% for c in m.tool_calls or [] %}<{{ c.name }}>{% endfor %}"
 
 
 def calling(content):
-    """A template that writes `content` of each message, and its tool calls."""
+    """A template that writes the expression `content` for each message, and its tool calls."""
     return f"{USES}{{% for m in messages %}}{{{{ {content} }}}}{CALLS};{{% endfor %}}"
 
 
 def test_keys_of_a_row_reach_the_template_or_are_refused(tmp_path):
     row = {"m": CHAT, "tools": [{"name": "t"}], "documents": [{"text": "d"}], "mood": "!"}
-    none = {"id": None, "tools": [], "x": "", "y": {}}  # which says nothing
+    none = {"id": None, "tools": [], "x": "", "y": {}}  # empty values say nothing
     pair = ("[t](d)!a;", "b;")
     assert rendered(tmp_path, calling("m.content"), row) == (pair, None)
     assert rendered(tmp_path, calling("m.content"), {"m": CHAT, **none}) == (("a;", "b;"), None)
-    # The two last ones are apply_chat_template's own, and no row's.
+    # The last two keys are parameters of apply_chat_template, not keys of a row.
     row |= {"id": 1, "chat_template": "{{ 1 }}", "tokenize": True}
     _, message = rendered(tmp_path, calling("m.content"), row)
     assert message == (
@@ -258,7 +259,7 @@ def test_keys_of_a_row_reach_the_template_or_are_refused(tmp_path):
 
 
 def test_a_key_may_be_for_the_header_of_an_answer_alone(tmp_path):
-    """As Qwen3's enable_thinking, which stands in the prompt."""
+    """Qwen3's enable_thinking, which is written into the prompt, is such a key."""
     thinks = "{% if add_generation_prompt and mood %}{{ '<bot> ' + mood }}{% endif %}"
     directory = tokenizer_directory(tmp_path, template("<eos> ", thinks))
     row = {"m": CHAT[:1], "mood": "c "}
@@ -276,8 +277,8 @@ def test_a_key_may_be_for_the_header_of_an_answer_alone(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "m.content",  # which would write None, in older versions of transformers
-        "m.content + ''",  # which cannot be added
+        "m.content",  # it would write None, in older versions of transformers
+        "m.content + ''",  # None cannot be added
         "m['content'] if m.content is string else ''",
         "'' if m.content is none else m.content",
     ],
@@ -288,7 +289,7 @@ def test_an_answer_may_be_a_tool_call_alone(tmp_path, content):
     assert rendered(tmp_path, calling(content), row) == (("[t]a;", "<f>;"), None)
     del messages[1]["content"]
     assert rendered(tmp_path, calling(content), row) == (("[t]a;", "<f>;"), None)
-    # Another message's calls do not stand in for it.
+    # Tool calls of another message do not replace a missing content.
     _, message = rendered(
         tmp_path, calling(content), {"m": [*messages, CHAT[0], *answer(None)[1:]]}
     )
@@ -296,7 +297,7 @@ def test_an_answer_may_be_a_tool_call_alone(tmp_path, content):
 
 
 def test_null_is_left_to_a_template_that_looks_for_it(tmp_path, monkeypatch):
-    """As older versions of transformers hand it on."""
+    """Older versions of transformers pass null on to the template."""
 
     def apply(self, messages, add_generation_prompt=False, **_):
         calls = [
@@ -310,7 +311,7 @@ def test_null_is_left_to_a_template_that_looks_for_it(tmp_path, monkeypatch):
 
 
 def test_values_that_are_the_template_s_own_are_no_idle_ones(tmp_path):
-    """Qwen2's template writes a system prompt by itself, and so renders the same without it."""
+    """Qwen2's template writes a system prompt by itself, so it renders the same without it."""
     system = (
         "{% if messages[0].role != 'system' %}be kind;{% endif %}{{ mood or '!' }}"
         "{% if think %}+{% else %}-{% endif %}"
@@ -350,7 +351,7 @@ ASKING = """{% if date_string is not defined %}
 @pytest.mark.parametrize(
     ("before", "written"),
     [
-        # The spaces before a block, and the end of a line after one, are not written.
+        # Jinja does not write spaces before a block and the newline after one.
         ("\n  {% if 1 %}{{ strftime_now('%Y-%m-%d') }}{% endif %}\n\n", "\n{:%Y-%m-%d}\n"),
         ("  {% if 1 %}{{ strftime_now('%A\\n') }}{% endif %}", "{:%A}\n"),
         (ASKING + "{{ date_string }}: ", "{:%d %b %Y}: "),
@@ -371,7 +372,7 @@ def test_a_template_writes_the_same_date_on_every_day(tmp_path, before, written,
     assert summary.template_date == (date.isoformat() if written else None)
     said = f"wrote {date} for today's date (--template-date)"
     assert (said in str(summary)) == bool(written)
-    if before.startswith(ASKING) and written:  # a row may have a date of its own
+    if before.startswith(ASKING) and written:  # a row may have its own date
         row = json.dumps({"m": CHAT, "date_string": "then"}).encode()
         assert dated.pairs(Document("x", 1, row, 0))[0].prompt.startswith("then: ")
 
@@ -394,7 +395,7 @@ SEVERAL = [
 
 
 def test_every_answer_is_a_pair_with_all_that_comes_before_it(tmp_path, directory):
-    """But a greeting, which answers nothing. The last pair is the one of --turns last."""
+    """A greeting answers nothing and gives no pair. The last pair is that of --turns last."""
     lines = [{"m": SEVERAL}, {"m": CHAT}, {"m": SEVERAL[:2]}]
     every, summary = run(
         tmp_path, directory, lines, PairKeys(messages="m", template=directory, turns="every")
@@ -412,9 +413,9 @@ def test_every_answer_is_a_pair_with_all_that_comes_before_it(tmp_path, director
 
 
 def test_a_turn_is_rendered_as_if_the_conversation_ended_there(tmp_path):
-    """The template leaves out the reasoning of earlier answers: each answer is learnt with its own.
+    """The template drops the reasoning of earlier answers, so each answer is learnt with its own.
 
-    A key that only earlier answers have is one that --turns last refuses.
+    --turns last refuses a key that only earlier answers have.
     """
     text = "{% for m in messages %}{{ m.role[0] }} {{ m.why if loop.last }}{{ m.content }} "
     text += "{% endfor %}{% if add_generation_prompt %}a {% endif %}"
@@ -432,7 +433,7 @@ def test_a_turn_is_rendered_as_if_the_conversation_ended_there(tmp_path):
 
 @pytest.mark.parametrize("turns", ["last", "every"])
 def test_a_turn_whose_prompt_does_not_begin_it_is_named(tmp_path, turns):
-    """A template that opens an answer with what it leaves out of earlier ones, and of this one."""
+    """The template opens a first answer with text that the rendered answer does not have."""
     text = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
     text += "{% if add_generation_prompt %}a {{ '<think>' if messages|length < 2 }}{% endif %}"
     pairs = chat(tokenizer_directory(tmp_path, text), turns=turns).pairs
@@ -464,7 +465,7 @@ def test_special_tokens_that_any_turn_spells_are_text(tmp_path):
 
 
 def test_data_of_the_last_turn_are_the_same_as_before(tmp_path, directory):
-    """Their options have no new key, so that they are kept (--unless-done) and known."""
+    """Their options have no new key, so such data are kept by --unless-done and recognised."""
     keys = PairKeys(messages="m", template=directory)
     assert keys.options().keys() == {
         "messages_key", "template", "special_tokens_in_rows", "ignore_keys", "template_date"
@@ -509,7 +510,7 @@ def test_a_mask_token_that_a_pair_spells_is_text(tmp_path):
         assert summary.spelling == (pair is keys)
     with pytest.raises(UserError, match=r"x.jsonl:1: the text spells .* mask token \(id 10\)"):
         run(tmp_path, str(tmp_path / "hf"), [row], PairKeys(), special_tokens=True)
-    # A template may write it too, whatever for.
+    # A template that writes the mask token is refused too.
     fast.chat_template = template("<mask> ", ASKED)
     fast.save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match=r"x.jsonl:1: the text spells .* mask token \(id 10\)"):
@@ -532,7 +533,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|mask|>", ">>"]
 
 
 def byte_pairs(normalizer=None, pre_tokenizer=None, **options):
-    """A tokenizer of bytes with some merges, and special tokens with these options."""
+    """A tokenizer of bytes with some merges, whose special tokens have these options."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
     inner = Tokenizer(models.BPE())
@@ -548,7 +549,7 @@ def byte_pairs(normalizer=None, pre_tokenizer=None, **options):
 
 
 def pieces_of_unigram():
-    """A tokenizer that has special tokens among its pieces, and so finds them in text."""
+    """A tokenizer with special tokens among its pieces, which it therefore finds in text."""
     letters = [(c, -5.0) for c in map(chr, range(33, 127))] + [("\u2581", -2.0), ("\n", -3.0)]
     inner = Tokenizer(models.Unigram([("<unk>", 0.0), ("<|im_end|>", 0.0), *letters], unk_id=0))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -598,7 +599,7 @@ def test_a_special_token_in_a_message_is_text(tmp_path):
     assert ids[:length] == [
         *plain(before), start, *plain(user), end, *plain("\n"), start, *plain("assistant\n")
     ]  # fmt: skip
-    # What another row spells does not touch this one.
+    # Special tokens that another row spells do not affect this row.
     ordinary = {"m": CHAT}
     alone, both = (
         encoder_of(directory)([document_of(r) for r in rows])
@@ -639,13 +640,13 @@ KINDS = {
     ),
     "pieces": pieces_of_unigram,
 }
-# Which of them refuse rows that spell special tokens, or some of these.
+# The kinds that refuse some or all rows that spell special tokens.
 REFUSING = {"normalized", "first", "pieces"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_the_template_s_or_the_row_is_refused(kind, tmp_path):
-    """For tokenizers that cut texts at special tokens in ways of their own."""
+    """These tokenizers cut texts at special tokens in different ways."""
     directory, fast = chat_directory(tmp_path, KINDS[kind]())
     backend = fast.backend_tokenizer
     special = {fast.convert_tokens_to_ids(token) for token in SPECIAL}
@@ -724,7 +725,7 @@ def test_a_template_that_looks_for_special_tokens_in_messages(tmp_path, chat_tem
     ],
 )
 def test_a_template_may_make_special_tokens_of_strings_that_spell_none(tmp_path, rendered, message):
-    """Some do on purpose, and nothing tells the others from them."""
+    """Some templates do so on purpose, and cannot be told from the others."""
     chat_template = CHATML.replace("m.content", rendered)
     directory, fast = chat_directory(tmp_path, byte_pairs(), chat_template)
     messages = [{"role": "user", **message}, answer("b")[1]]
@@ -758,7 +759,7 @@ def test_texts_that_become_special_tokens_are_refused(tmp_path):
         )
         summary = preprocess(*arguments, **data, **options, **SKIP)
         assert (summary.documents, summary.bad_documents) == (1, 1)
-        dataset = IndexedDataset(str(tmp_path / "out"))  # which the arrays need
+        dataset = IndexedDataset(str(tmp_path / "out"))  # the arrays need it
         tokens = np.concatenate(list(dataset))
         assert mask not in tokens and tokens.tolist().count(end) == 1
     with pytest.raises(UserError, match="x.jsonl:1: the text spells the tokenizer's mask token"):
@@ -769,7 +770,7 @@ def test_texts_that_become_special_tokens_are_refused(tmp_path):
 
 
 def test_what_raises_in_a_worker_names_its_line(tmp_path, monkeypatch):
-    inner = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}))  # which knows no other word
+    inner = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}))  # it knows no other word
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     fast.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"

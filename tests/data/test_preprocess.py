@@ -1,4 +1,4 @@
-"""Preprocessing: exact tokens, the same for every number of workers."""
+"""Preprocessing gives exact tokens, equal for every number of workers."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Preprocessed files are complete or absent, and what was there before stays until then."""
+"""Preprocessed files are complete or absent, and existing files stay until then."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def test_existing_output_is_replaced_by_success_only(tmp_path, tokenizer, expect
 
 
 def test_output_is_kept_where_it_is_not_to_be_replaced(tmp_path, tokenizer, expected):
-    """A training may have begun with it."""
+    """A run may have begun to train on it."""
     once = {"unless_done": True, "replace": False}
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     assert run([source], tmp_path / "out", tokenizer, **once).documents == 1
@@ -114,14 +114,14 @@ def test_interruption_leaves_nothing(tmp_path, model, number, status):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # What starts the tests may ignore the signal, and that is inherited.
+        # The process that starts the tests may ignore the signal, and children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     while not any(path.stat().st_size for path in tmp_path.glob("out.bin.tmp-*")):
         assert process.poll() is None
         time.sleep(0.02)
     if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as the terminal does
+        os.killpg(process.pid, number)  # like a terminal
     else:
         process.send_signal(number)
     _, err = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""Samples: uniform, of the size that is asked for, and a function of the seed."""
+"""Samples are uniform, have the requested size, and are a function of the seed."""
 
 import numpy as np
 from scipy import stats
@@ -28,7 +28,7 @@ def test_every_item_is_as_likely_as_another():
         chosen, _, _ = sample([1] * 50, 10, seed)
         assert len(chosen) == 10
         counts[chosen] += 1
-    # A sample without replacement scatters less than independent draws, by 40 of 49.
+    # A sample without replacement has a variance smaller by 40/49 than independent draws.
     assert stats.chi2.sf(((counts - 120) ** 2 / 120).sum() * 50 / 40, 49) > 1e-3
 
 
@@ -38,9 +38,9 @@ def test_the_sample_reaches_the_size_and_ends_there():
     for enough in (1, 7, 100, 1000):
         chosen, made, reservoir = sample(sizes, enough)
         assert reservoir.size >= enough
-        reservoir.shrink(reservoir.size - 1)  # all but the last one by its key
+        reservoir.shrink(reservoir.size - 1)  # removes only the item with the last key
         assert reservoir.size < enough and len(reservoir.items()) == len(chosen) - 1
-        # What cannot belong to it is not made: n of them and their share of the rest.
+        # Items that cannot be in the sample are not made: n of them are, and a share of the rest.
         assert len(made) < 4 * len(chosen) + 40
     everything, _, _ = sample(sizes, 10**6)
     assert everything == [i for i, size in enumerate(sizes) if size]
@@ -61,7 +61,7 @@ def test_another_seed_is_another_sample():
 
 
 def test_known_sizes_give_the_same_sample(monkeypatch):
-    """A file of texts and its .bin are evaluated on the same documents."""
+    """So a file of texts and its .bin are evaluated on the same documents."""
     sizes = np.random.default_rng(0).integers(1, 9, 400).astype(np.int32)
     for chunk in (7, 400, 2**20):
         monkeypatch.setattr(sampling, "CHUNK", chunk)

@@ -1,4 +1,4 @@
-"""Tokenizer training: what the model promises, and what is left behind when it fails."""
+"""Training of a tokenizer: guarantees of the model, and files that a failure leaves."""
 
 import gzip
 import json
@@ -267,14 +267,14 @@ def test_ctrl_c_leaves_nothing(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # What starts the tests may ignore the signal, and that is inherited.
+        # The process that starts the tests may ignore the signal, and children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     parent = psutil.Process(process.pid)
     while not any("spawn_main" in " ".join(c.cmdline()) for c in parent.children()):
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.5)  # into the reading
+    time.sleep(0.5)  # until it reads
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

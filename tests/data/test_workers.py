@@ -1,4 +1,4 @@
-"""Workers: order, errors and ends of processes."""
+"""Worker processes: their order, their errors and how they end."""
 
 import multiprocessing
 import multiprocessing.connection

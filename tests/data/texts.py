@@ -1,4 +1,4 @@
-"""Texts, their plainest tokens, and how tests write, preprocess and read them."""
+"""Texts, their tokens computed in the plainest way, and functions that preprocess and read them."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from tests import ROOT
 
 TOOL = ROOT / "tools" / "preprocess_data.py"
 SOURCE = (pathlib.Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()
-# Of very different lengths, so that the workers get out of step.
+# Texts of very different lengths, so that workers do not keep in step.
 TEXTS = [SOURCE[i * i : i * i + 7 * (i % 13) ** 3 + 1] for i in range(200)]
 
 
 def train_on_source(directory):
-    """Path of a tokenizer of 500 pieces, which is made in `directory`."""
+    """Trains a tokenizer of 500 pieces in `directory`, and returns its path."""
     (directory / "a.py").write_text(SOURCE)
     train_tokenizer([str(directory / "a.py")], str(directory / "t.model"), vocab_size=500)
     return directory / "t.model"
 
 
 def plain_tokens(model):
-    """A function from texts to their tokens, made in the plainest way."""
+    """A function from texts to their tokens, computed in the plainest way."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     return lambda texts: [[*processor.encode(text), processor.eos_id()] for text in texts]
 
@@ -46,7 +46,7 @@ def run(inputs, prefix, tokenizer, **options):
 
 
 def read(prefix):
-    """Returns the documents, checking that each is one sequence."""
+    """Reads the documents, and checks that each is one sequence."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
@@ -60,7 +60,7 @@ def run_tool_here(monkeypatch, *arguments):
 
 
 def save_hugging_face(directory, words, **options):
-    """Saves a word-level tokenizer; its special tokens have the last two ids, eos the last.
+    """Saves a word-level tokenizer. Its special tokens have the last two ids, eos the very last.
 
     Its file asks for truncation to two tokens, which must have no effect.
     """

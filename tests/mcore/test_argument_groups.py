@@ -1,4 +1,4 @@
-"""Every argument of Megatron's stands in a group, and a resumed run is told of what changes."""
+"""Every Megatron argument has a group, and a resumed run reports the arguments that changed."""
 
 import sys
 from argparse import ArgumentParser
@@ -21,12 +21,12 @@ def parser(monkeypatch):
 
 
 def test_every_argument_stands_in_a_group(parser):
-    """A new version of Megatron that grows one is to be read, and the argument put into a group."""
+    """If a new Megatron version has a new argument, read it and put it into a group."""
     without = {action.dest for action in parser._actions if group(action.dest) is None}
     assert without == {"help"}
     dests = {action.dest for action in parser._actions}
     listed = {name for which in Group for name in names(which)}
-    # Megatron adds these to the arguments by itself.
+    # Megatron itself adds these to the arguments.
     added = {"_is_global_batch_size_explicitly_specified", "rank", "world_size"}
     assert listed - dests <= {*added, "persist_layer_norm"}
 

@@ -1,4 +1,4 @@
-"""The device seam: cuda means the CPU while it is entered, and nothing of it is left afterwards."""
+"""The CPU mode: inside it, cuda means the CPU; after it, torch is as it was before."""
 
 import threading
 
@@ -36,7 +36,7 @@ def test_it_is_left_after_an_exception():
 
 
 def test_stand_ins_are_distinct_functions():
-    """Torch keeps tables keyed by function: one function under two names would mix them up."""
+    """Torch keeps tables keyed by function; one function under two names would confuse them."""
     before = snapshot()
     with cpu_mode():
         changed = [f for name, f in snapshot().items() if f is not before[name] and callable(f)]
@@ -61,7 +61,7 @@ def test_the_mode_covers_this_thread_only():
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_rows_that_are_pinned_stay_pinned(pinned, monkeypatch):
-    """What is not pinned is copied to a GPU while the host waits. Without one nothing can be."""
+    """A copy to a GPU from unpinned memory blocks the host. Without a GPU nothing can be pinned."""
     asked, empty = [], torch.empty
 
     def recording_empty(*args, pin_memory, **kwargs):
@@ -78,7 +78,7 @@ def test_rows_that_are_pinned_stay_pinned(pinned, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_the_flag_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["generate.py"])
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # what a tool sets is undone
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # so that the tool's change is undone
     with pytest.raises(UserError, match="add --mdm-device cpu"), training_device("cuda"):
         pass
     with pytest.raises(UserError, match="add --device cpu"), open_checkpoint("nowhere", "cuda"):

@@ -1,4 +1,4 @@
-"""The program ends with one clear line, a status other than 0, and no rank left waiting."""
+"""The program ends with one clear line and a status other than 0, and leaves no rank waiting."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.mcore.flags.parsing import COMMON, FITTED
 def run_main(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # so that main's setting is undone
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # so that main's change is undone
     with pytest.raises(SystemExit) as caught:
         pretrain.main()
     return caught.value.code
@@ -30,7 +30,7 @@ def test_no_gpu_names_the_flag(monkeypatch, capfd):
 
 @pytest.fixture
 def words(tmp_path):
-    """Flags of a run that saves, with the names of data files in them."""
+    """A function that completes flags of a run that saves, with the paths of data files."""
     names = {name: str(tmp_path / name) for name in ("files", "short", "none")}
     ranks.write_documents(tmp_path / "files", [[5] * 30, [6] * 4, [7] * 40])
     os.truncate(tmp_path / "files.bin", 148)
@@ -57,7 +57,8 @@ def words(tmp_path):
             "--tokenizer-type SentencePieceTokenizer --tokenizer-model missing.model",
             "--tokenizer-model missing.model does not exist: give the path of its file",
         ),
-        # Of 3 documents, 2 are for training, 1 for validation, none is left for the test.
+        # Of 3 documents, 2 are for training and 1 is for validation; none is left for the test
+        # split.
         ("--data-path {short}", "the train split of {short} has 31 tokens, fewer than one row"),
         ("--data-path {none}", "the test split of {none} has 0 tokens, fewer than one row"),
     ],
@@ -72,7 +73,7 @@ def test_mistakes_end_the_program(flags, message, words, tmp_path):
 
 @pytest.fixture
 def forgets_megatron():
-    """A later test finds Megatron's globals as this one did."""
+    """Resets Megatron's globals, so that a later test finds them as this one did."""
     yield
     destroy_global_state()
     if torch.distributed.is_initialized():
@@ -114,7 +115,7 @@ def forgets_megatron():
             "Megatron rejects these flags or their files: DeepEP dispatcher requires TPxEP > 1",
         ),
         ("--data-path {files}", [], "{files}.bin has 148 bytes where its index says 296"),
-        # Of which Megatron's writer of logs complains, on the last rank alone.
+        # Megatron's log writer fails on this, and only on the last rank.
         (
             "--tensorboard-dir /proc/nowhere/logs",
             [],
@@ -126,7 +127,7 @@ def forgets_megatron():
 def test_mistakes_are_seen_before_the_training(
     flags, drop, message, words, tmp_path, monkeypatch, capfd
 ):
-    """In this process: only a group of itself may have been made by then."""
+    """The program runs in this process, where by then at most a group of one rank may exist."""
     flags, message = words(flags, message)
     common = list(COMMON)
     for flag in drop:
@@ -143,7 +144,7 @@ def test_a_mistake_of_all_ranks_is_printed_once(tmp_path):
 
 
 def test_a_launcher_does_not_repeat_bad_input(tmp_path):
-    """Neither its line nor the run: no restart mends it."""
+    """A restart cannot help, so the error line is not repeated and the run is not restarted."""
     torchrun = ["megatron_mdm.launch" if "torch" in word else word for word in ranks.TORCHRUN]
     command = [
         *[sys.executable, *torchrun, "--max-restarts", "2", "-m", "megatron_mdm.pretrain"],
@@ -156,8 +157,7 @@ def test_a_launcher_does_not_repeat_bad_input(tmp_path):
     assert "nothing.bin does not exist" in run.stderr.splitlines()[-1]
 
 
-# Documents of one row each, of which this one comes to rank 1 in the first step, in Megatron's
-# order of rows.
+# Each document is one row. In Megatron's row order, this one is read by rank 1 in the first step.
 ROW_OF_RANK_1 = 8
 
 
@@ -166,7 +166,7 @@ ROW_OF_RANK_1 = 8
     [("torch.distributed.run", 0), ("torch.distributed.run", 1), ("megatron_mdm.launch", 1)],
 )
 def test_one_rank_fails_while_the_other_waits(launcher, workers, tmp_path):
-    """Under a launcher itself: rank 1 reads a mask token, rank 0 waits for its gradients."""
+    """Uses a real launcher: rank 1 reads a mask token while rank 0 waits for its gradients."""
     documents = [[5] * 32 for _ in range(40)]
     documents[ROW_OF_RANK_1][9] = ranks.MASK_ID
     ranks.write_documents(tmp_path / "text", documents)
@@ -183,16 +183,16 @@ def test_one_rank_fails_while_the_other_waits(launcher, workers, tmp_path):
     message = f"of the train data contains the mask token {ranks.MASK_ID} at position 9"
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     is_ours = launcher == "megatron_mdm.launch"
-    # Ours repeats it if rank 0 has a line of its own, so that it is the last one.
+    # Our launcher repeats the line if rank 0 printed another one, so that this line is the last.
     assert lines in [lines[:1]] + [lines[:1] * 2] * is_ours, run.stderr[-3000:]
     assert lines[0].startswith("error: rank 1: row ") and message in lines[0]
-    # Rank 0 has lost its connection by then, or is stopped before it notices. No rank of ours
-    # shows a traceback, nor has torchrun one of theirs to show.
+    # Rank 0 has lost its connection by then, or is stopped before it notices. Our ranks show no
+    # traceback, and torchrun has none of theirs to show.
     assert "megatron_mdm/pretrain.py" not in run.stderr
     if is_ours:
         assert run.returncode == 2 and run.stderr.splitlines()[-1] == lines[0]
         assert "Traceback" not in run.stderr and "closing signal" not in run.stderr
-    else:  # torchrun's report comes last, and shows the message of this rank
+    else:  # torchrun's report is last and shows this rank's message
         report = run.stderr[run.stderr.rindex("Root Cause") :]
         assert "rank      : 1 " in report and f"traceback : {lines[0][7:]}" in report
     assert not list(tmp_path.rglob("checkpoint/iter_*"))

@@ -46,7 +46,7 @@ def w_of(bell):
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("bell", BELLS, ids=str)
 def test_the_mean_under_each_role_is_its_objectives(bell, share):
-    """E[weight t^k] is the integral of w t^k, or of t^k for a proposal, whose weights are right."""
+    """E[weight t^k] is the integral of w t^k, or of t^k for a proposal, which is unbiased."""
     for role in ("objective", "weight", "proposal"):
         sampler = Bell.of(*bell, role, share)
         quantile, weights = quadrature(sampler.breaks)
@@ -94,7 +94,7 @@ def test_rates_increase_and_stay_in_range(bell, share):
 @pytest.mark.parametrize("std", [0.2, 0.35, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("mean", [-3.0, -0.3, 0.0, 2.0])
 def test_a_logit_normal_is_near_the_analytic_one(mean, std):
-    """Within 1e-3 of its maximum, in the tails too; a normal logit of a draw."""
+    """The density is within 1e-3 of its maximum, tails included, and logits of draws are normal."""
     sampler = Bell.of("logit-normal", [mean, std], share=1e-300)
     logit = np.linspace(-35, 30, 200_001)
     density = stats.norm.pdf(logit, mean, std) / (expit(logit) * expit(-logit))

@@ -19,7 +19,7 @@ def test_nothing_eligible_and_nothing_masked_count_with_loss_zero():
 
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
 def test_normalization_over_uneven_splits(normalization):
-    """Sums over any split of a batch give the whole batch's loss: the denominators differ."""
+    """Sums over any split of a batch give the whole batch's loss, with unequal denominators."""
     generator = torch.Generator().manual_seed(0)
     ce = torch.rand(6, 8, generator=generator, dtype=torch.float64)
     num_eligible = torch.tensor([8, 1, 5, 3, 8, 2])

@@ -16,7 +16,7 @@ EPS, MASK_ID = 1e-3, 99
 
 
 def masked(length, bins, places, target="gradient", kind="bernoulli", num_bins=30, seed=0, **more):
-    """Rows of eligible tokens 0, 1, ... masked for the bins at the places, in (0, 1)."""
+    """Rows of eligible tokens 0, 1, ..., masked for the bins at the places, which lie in (0, 1)."""
     rng = np.random.default_rng(seed)
     B = len(bins)
     settings = {"segments": None, "eligible": torch.ones(B, length, dtype=torch.bool), **more}

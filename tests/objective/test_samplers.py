@@ -178,7 +178,7 @@ def test_flat_table_is_the_uniform_bit_for_bit():
 
 @pytest.mark.parametrize("ends", [(2 - 2.0**-24, 2.0**-24), (2.0**-24, 2 - 2.0**-24)])
 def test_nothing_cancels_in_the_steepest_cell(ends):
-    """Thirty million to one within a cell: t and weight against 60-digit arithmetic."""
+    """The density changes by 30 million to one in a cell; t and weight match 60-digit numbers."""
     sampler = PiecewiseSampler([0, 1], ends)
     quantile = torch.tensor([2.0**-k for k in range(1, 54)], dtype=torch.float64)
     quantile = torch.cat([quantile, 1 - quantile])
@@ -211,7 +211,7 @@ def test_equality_digest_and_pickle():
 
 
 def test_digest_is_stable():
-    """A digest names a table in logs and files: the same in another process and version."""
+    """A digest names a table in logs and files, so other processes and versions must agree."""
     code = (
         "from megatron_mdm.objective.samplers import PiecewiseSampler\n"
         "print(PiecewiseSampler([0, 1], [1, 1]).digest())"

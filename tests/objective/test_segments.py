@@ -161,7 +161,7 @@ def test_two_documents_are_unbiased(sampler, name):
     breaks = sorted({0.0, 1.0, *kinks, *((k - root) % 1 for k in kinks)})
     mean = expected_coefficients(draw, 4, thresholds, breaks, 12, ranked=name == "exact-count")
     target = objective_coefficients([True, True], 0.0 if name == "exact-count" else EPS)
-    by_pattern = mean.reshape(4, 4, 4)  # pattern of the second document, of the first; position
+    by_pattern = mean.reshape(4, 4, 4)  # patterns of the second and of the first document, position
     for d, own in enumerate((by_pattern.sum(axis=0)[:, :2], by_pattern.sum(axis=1)[:, 2:])):
         np.testing.assert_allclose(own, target / 2, rtol=0, atol=1e-9, err_msg=f"document {d}")
 

@@ -124,7 +124,7 @@ def quantile_of(sampler, t):
 def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
     """Equal coefficients of every CE_i(m) mean an unbiased loss and gradient for any model."""
     if name == "exact-count" and view[1] == 3:
-        eligible = eligible[:3]  # six cells a position, each with its orders: three will do
+        eligible = eligible[:3]  # six cells per position, each with its orders: three are enough
     mean, target = expectation(eligible, SAMPLERS[sampler], view, name)
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
 
@@ -260,7 +260,7 @@ def density_shift(sampler):
         t = float(sampler(torch.tensor([quantile], dtype=torch.float64))[0])
         return [np.array([(1 - EPS) * t + EPS])] * 4
 
-    breaks = sorted({*sampler.breaks[::128], 1.0})  # a table of thousands is smooth enough
+    breaks = sorted({*sampler.breaks[::128], 1.0})  # tables of thousands of cells are smooth
     mean = expected_coefficients(draw, 4, thresholds, breaks, order=12)
     return moved(mean, objective_coefficients([True] * 4, EPS))
 
@@ -272,7 +272,7 @@ def syrm_shift(fraction):
     )
     uniforms = ((np.arange(100) + 0.5) / 100 * 2**GRID_BITS).astype(np.int64)
     share = syrm(np.full(100, 7), (8,), fraction, uniforms).mean()
-    assert syrm(np.full(100, 8), (8,), fraction, uniforms).all()  # structural: always
+    assert syrm(np.full(100, 8), (8,), fraction, uniforms).all()  # structural tokens always count
     return moved(share * with_prompt + (1 - share) * without, without)
 
 

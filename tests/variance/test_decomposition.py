@@ -43,9 +43,9 @@ class Gaussian:
 
 
 class Binomial:
-    """Losses c k / (p L) of rows of L tokens, k ~ Bin(L, p): cross entropies c that nothing moves.
+    """Losses c k / (p L) of rows of L tokens: k ~ Bin(L, p), and no mask changes the loss c.
 
-    What a row of a real model has under Bernoulli masks, with its heavy tail at small p(t):
+    A row of a real model has such a loss under Bernoulli masks, with its heavy tail at small p(t):
       A = E[c^2] E[(1 - p) / (p L)] = E[c^2] (log(1/eps) / (1 - eps) - 1) / L,  B = 0,  C = Var[c].
     """
 
@@ -87,7 +87,7 @@ def test_one_measurement_is_within_three_standard_errors(name):
 @pytest.mark.slow  # many repetitions
 @pytest.mark.parametrize("name", TOYS)
 def test_estimates_are_unbiased_and_their_error_bars_cover_as_often_as_they_should(name):
-    """200 repetitions of 95% intervals; rates alone from the uniform fail the binomial toy."""
+    """Counts 95% intervals in 200 repetitions. With uniform rates alone the binomial toy fails."""
     runs = [decompose(nested(TOYS[name], seed), 200, seed) for seed in range(200)]
     for part, truth in TOYS[name].truth.items():
         values, errors = np.array([getattr(run, part) for run in runs]).T
@@ -98,7 +98,7 @@ def test_estimates_are_unbiased_and_their_error_bars_cover_as_often_as_they_shou
 
 
 def test_nested_rates_pay_where_the_weight_has_its_tail():
-    """The same number of draws of the binomial toy: A is known four times better, C a bit worse."""
+    """With as many draws of the binomial toy, A is four times as precise, C a bit less precise."""
     toy, spread = TOYS["binomial"], {}
     for name, sampler in (("uniform", Uniform()), ("nested", nested_sampler(EPS))):
         runs = [decompose(nested(toy, s, 100, sampler=sampler), 2, s) for s in range(100)]

@@ -86,10 +86,10 @@ def nested(seed, rows, vector):
 
 
 def truth(method, vector, batches=20000):
-    """The variance over rates that are drawn in batches, that over texts and masks in closed form.
+    """The exact variance of a batch, from drawn batches of rates; texts and masks in closed form.
 
-    Var_m of k / (p L): (1 - p) / (p L); the covariance of two mirrored views is -1 / L up to
-    p = 1/2, and -((1 - p) / p)^2 / L from there.
+    Var_m of k / (p L) is (1 - p) / (p L). The covariance of two mirrored views is -1 / L up to p =
+    1/2, and -((1 - p) / p)^2 / L above.
     """
     texts = BATCH * method.rows // method.views
     quantiles = quantiles_of(method.quantiles, texts, seed=5)

@@ -1,4 +1,4 @@
-"""Which checkpoint a directory holds, and whether it is whole: what a crash or a copy leaves."""
+"""Finds the checkpoint in a directory, and names what a crash or a copy has damaged."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_damage_is_named_with_a_remedy_that_works(case, run):
 
 
 def test_a_branch_that_the_run_has_left_is_no_remedy(run):
-    """As after --ckpt-step 3: the tracker is behind checkpoints of before."""
+    """After --ckpt-step 3 the tracker is behind later checkpoints of an abandoned branch."""
     shutil.copytree(latest(run), run / "iter_0000004")
     (run / TRACKER).write_text("4")
     cut(run / "iter_0000004" / "__0_0.distcp")
@@ -101,9 +101,9 @@ def test_an_iteration_that_is_asked_for(run):
         find_checkpoint(str(run / "iter_0000003"))
     with pytest.raises(UserError, match=f"above it, {run} with --iteration 3$"):
         find_checkpoint(str(run / "iter_0000003"), step_flag="--iteration")
-    with pytest.raises(UserError, match=f"above it, {run}$"):  # the program has no such flag
+    with pytest.raises(UserError, match=f"above it, {run}$"):  # a program without such a flag
         find_checkpoint(str(run / "iter_0000003"), step_flag=None)
-    (run / TRACKER).write_text("release")  # Megatron then takes no notice of --ckpt-step
+    (run / TRACKER).write_text("release")  # Megatron then ignores --ckpt-step
     with pytest.raises(UserError, match="says release, which Megatron loads whatever --ckpt-step"):
         find_checkpoint(str(run), 3)
 
@@ -171,7 +171,7 @@ def test_sums_that_are_missing_or_damaged(run, capfd):
 
 
 def test_every_shard_has_a_sum(run):
-    """Whatever the first rank has been shown of a shared disk."""
+    """A shared disk may show the first rank only some files, but every shard needs a sum."""
     path = latest(run)
     write_sums(path)
     content = json.loads((path / INTEGRITY_FNAME).read_text())
@@ -188,7 +188,7 @@ def test_sums_of_what_was_saved_over_go(run, monkeypatch):
     write_sums(latest(run))
 
     def save(state, path):
-        assert (latest(run) / INTEGRITY_FNAME).exists()  # a kill leaves files of two checkpoints
+        assert (latest(run) / INTEGRITY_FNAME).exists()  # after a kill they reveal mixed files
 
     monkeypatch.setattr(dist_checkpointing, "save", save)
     with safe_checkpoints(hashes=False):
@@ -197,7 +197,7 @@ def test_sums_of_what_was_saved_over_go(run, monkeypatch):
 
 
 def asynchronous_save() -> None:
-    """Names of a checkpoint's files when Megatron would move the tracker, in seen.json."""
+    """Saves the names of a checkpoint's files at the time when Megatron would move the tracker."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -205,7 +205,7 @@ def asynchronous_save() -> None:
 
     directory, seen = Path(os.environ["TRACE_DIR"]), []
     checkpoint = directory / "checkpoint"
-    checkpoint.mkdir(exist_ok=True)  # by another rank
+    checkpoint.mkdir(exist_ok=True)  # another rank may have made it
     with training_device("cpu"), safe_checkpoints(hashes=True):
         torch.distributed.init_process_group("gloo")
         mpu.initialize_model_parallel()
@@ -223,7 +223,7 @@ def asynchronous_save() -> None:
 
 
 def test_sums_are_there_before_the_tracker_moves(tmp_path):
-    """Of a save in the background too, whose last steps run on all ranks."""
+    """This holds for asynchronous saves too, whose last steps run on all ranks."""
     ranks.launch(tmp_path, 2, entry=asynchronous_save)
     files = [".metadata", "__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json"]
     for rank in range(2):

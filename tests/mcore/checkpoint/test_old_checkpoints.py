@@ -1,4 +1,4 @@
-"""Checkpoints of an earlier version resume to the losses that it would have gone on with."""
+"""A resumed checkpoint of an earlier version gives the losses that this version gave."""
 
 import json
 import os
@@ -21,7 +21,7 @@ EXPECTED = json.loads((HERE / "losses.json").read_text())
 
 
 def old_logits() -> None:
-    """Logits of a checkpoint of tests/old_checkpoints, as its make.py has asked for them."""
+    """Saves an old checkpoint's logits for the tokens of tests/old_checkpoints/make.py."""
     os.chdir(os.environ["TRACE_DIR"])
     with open_checkpoint("checkpoint", "cpu") as loaded:
         tokens = torch.tensor([[1, 2, 3, 50, 5, 50, 7, 49]])
@@ -30,7 +30,7 @@ def old_logits() -> None:
 
 
 def in_its_directory() -> None:
-    """`entries.only_these_flags`, with paths that are relative to the directory of this run."""
+    """Runs `entries.only_these_flags` in the run's directory, to which paths are relative."""
     os.chdir(os.environ["TRACE_DIR"])
     entries.only_these_flags()
 
@@ -48,7 +48,7 @@ def test_an_old_checkpoint_goes_on_as_it_would_have(case, tmp_path):
 
 
 def test_tools_open_an_old_checkpoint(tmp_path):
-    """Its logits are the same, those of the padding too, which was in the softmax."""
+    """Logits are equal, also those of padding rows, which took part in the softmax then."""
     unpack("pretraining", tmp_path)
     ranks.launch(tmp_path, 1, entry=old_logits)
     found = json.loads((tmp_path / "logits.json").read_text())

@@ -1,4 +1,4 @@
-"""The optimizer's state goes on under other rates and layouts, or is refused in a line."""
+"""The optimizer's state is usable under other rates and layouts, or refused in one line."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def test_groups_whose_rates_have_changed_are_paired_by_kind():
     ours = [group(1e-4), group(1e-4, 0.0), group(1e-3, decoupled=True)]
     theirs = [group(5e-4, decoupled=True), group(7e-4, 0.0), group(7e-4)]
     assert counterparts(ours, theirs) == theirs[::-1]
-    # Rates that have crossed: by their values each would get the other's.
+    # The rates of the two kinds are swapped; pairing by value would give each the other's state.
     ours, theirs = (
         [group(1.0), group(2.0, decoupled=True)],
         [group(1.0, decoupled=True), group(2.0)],
@@ -37,7 +37,7 @@ def test_groups_whose_rates_have_changed_are_paired_by_kind():
 
 
 def test_groups_of_one_kind_are_paired_by_their_rates():
-    """As those of a script's own overrides are."""
+    """A script's own overrides make such groups."""
     ours = [group(rate, decoupled=True) for rate in (1e-3, 2e-3)]
     assert counterparts(ours, ours[::-1]) == ours
     with pytest.raises(UserError, match="^the checkpoint's optimizer has other groups of param"):
@@ -105,7 +105,7 @@ def state_of(**values):
         ),
         ({"decoupled_lr": 1e-3}, {}, "--decoupled-lr 0.001 (checkpoint: None)"),
         ({"decoupled_lr": 1e-3}, {"decoupled_lr": 2e-3}, None),
-        ({"tensor_model_parallel_size": 1}, {}, None),  # each tensor is whole in the checkpoint
+        ({"tensor_model_parallel_size": 1}, {}, None),  # the checkpoint holds whole tensors
         ({"no_load_optim": True}, {"bf16": True}, None),
         ({"finetune": True}, {"bf16": True}, None),
         ({"load": None}, {"bf16": True}, None),
@@ -141,7 +141,8 @@ def test_what_the_distributed_optimizer_saves(changed):
 
 RATES = "--lr 1e-2 --min-lr 1e-3 --decoupled-lr 5e-3 --weight-decay 0.1 --adam-beta2 0.95".split()
 OTHER = "--lr 2e-3 --min-lr 1e-4 --decoupled-lr 3e-2 --weight-decay 0.3 --adam-beta2 0.8".split()
-# Of a group with the rate of all, with the decoupled rate, and without weight decay.
+# One parameter of each group: with the common rate, with the decoupled rate, and without weight
+# decay.
 HIDDEN = "decoder.layers.mlp.linear_fc2.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 NORM = "decoder.final_layernorm.weight"
@@ -149,7 +150,7 @@ NORM = "decoder.final_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def rates(base, tmp_path_factory):
-    """A run of two steps, and what a third one began from."""
+    """A run of two steps: its directory, and the flags that resume it."""
     directory = tmp_path_factory.mktemp("rates")
     flags = [*base[: base.index("--load")], "--save", str(directory / "checkpoint")]
     flags += ["--save-interval", "1"]
@@ -158,7 +159,7 @@ def rates(base, tmp_path_factory):
 
 
 def state(directory, iteration):
-    """Weights and averages of Adam of three parameters, by (kind, name)."""
+    """Weights and Adam's moving averages of three parameters, by (kind, name)."""
     reader = dcp.FileSystemReader(directory / "checkpoint" / f"iter_{iteration:07d}")
     metadata = reader.read_metadata().state_dict_metadata
     prefixes = {"w": "", "m": "optimizer.state.exp_avg.", "v": "optimizer.state.exp_avg_sq."}
@@ -169,7 +170,7 @@ def state(directory, iteration):
 
 
 def test_a_step_at_other_rates(rates):
-    """The third step is Adam's with the new rates, of every group, from the old averages."""
+    """The third step is Adam's, with the new rates of every group, from the saved averages."""
     directory, flags = rates
     more = ["--override-opt_param-scheduler", "--train-iters", "3"]
     run = ranks.launch(directory / "third", 1, *flags, *OTHER, *more)
@@ -204,7 +205,7 @@ def test_other_rates_without_a_word(rates):
 
 
 def test_the_way_to_another_layout(base, tmp_path):
-    """What the line about a layout says works: one step with the flag, and then any layout."""
+    """The remedy in the error line works: one step with the flag, and then any layout."""
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"]
     flags = [*base, *save, "--use-distributed-optimizer"]
     two = ["--tensor-model-parallel-size", "2"]
@@ -213,7 +214,8 @@ def test_the_way_to_another_layout(base, tmp_path):
     runs = [ranks.launch(tmp_path / "first", 2, *flags, *two, "--exit-interval", "2")]
     refused = ranks.launch(tmp_path / "refused", 2, *flags, check=False)
     assert "--tensor-model-parallel-size 1 (checkpoint: 2)" in ranks.the_error_line(refused.output)
-    # One bucket holds the model, with communication between computations too, unless it is small.
+    # One bucket holds the whole model, also with overlapped communication, unless the bucket size
+    # is small.
     reads = [*base[: base.index("--load")], "--load", save[1], "--use-distributed-optimizer", *two]
     reads += ["--overlap-grad-reduce", "--exit-interval", "3"]
     ranks.launch(tmp_path / "one bucket", 2, *reads)
@@ -229,7 +231,7 @@ def test_the_way_to_another_layout(base, tmp_path):
 
 
 def test_generators_of_ranks_that_did_not_exist(rates, tmp_path):
-    """Megatron looks for a state of each data-parallel rank with --data-parallel-random-init."""
+    """With --data-parallel-random-init, Megatron reads a state for each data-parallel rank."""
     _, flags = rates
     own = [*flags[: flags.index("--save")], "--data-parallel-random-init", "--lr", "1e-2"]
     own += ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1"]

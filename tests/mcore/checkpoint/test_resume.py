@@ -1,6 +1,7 @@
-"""Stop and resume, under another layout each time: the run goes on as if never interrupted.
+"""A run that stops and resumes under another layout each time equals an uninterrupted run.
 
-Every part has the same flags, --pretrained-checkpoint among them, which the first starts from.
+All parts have the same flags. They include --pretrained-checkpoint, from which only the first part
+starts.
 """
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_mdm.objective.randomness import Split
 from tests import ranks
 
 TRAIN = [
-    # A large epsilon, because Adam otherwise turns the rounding of a vanishing gradient into a
+    # Epsilon is large, because Adam otherwise turns the rounding of a vanishing gradient into a
     # step of full size, and weights could not be compared element by element.
     *"--optimizer adam --adam-eps 1e-2 --lr 1e-2 --use-distributed-optimizer".split(),
     *"--dist-ckpt-optim-fully-reshardable --save-interval 2 --eval-interval 2".split(),
@@ -23,8 +24,8 @@ LAYOUTS = [
 ]
 SCHEDULES = {
     "fixed batch": "--global-batch-size 8 --train-iters 6 --lr-warmup-iters 1".split(),
-    # Thresholds are in tokens, 32 a row: 4 rows a step at first, 8 from the 13th row on, which
-    # falls in the middle of the second part. Megatron then counts its schedules in samples.
+    # Thresholds are in tokens, 32 per row. A step has 4 rows at first and 8 from the 13th row on,
+    # which is in the middle of the second part. Megatron then counts its schedules in samples.
     "batch-size schedule": [
         *["--step-batch-size-schedule", "0:4 384:8"],
         *"--train-samples 36 --lr-warmup-samples 4 --eval-global-batch-size 8".split(),

@@ -1,11 +1,11 @@
-"""Checkpoints of which Megatron deletes the most: which stay, and that a run goes on from them."""
+"""--save-retain-interval: which checkpoints Megatron keeps, and that a run resumes from them."""
 
 import pytest
 
 from megatron_mdm.mcore.checkpoint.files import find_checkpoint
 from tests import ranks
 
-# As in examples/pretrain.
+# Flags of examples/pretrain.
 FLAGS = [
     *"--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable".split(),
     *"--ckpt-fully-parallel-load --save-interval 1 --save-retain-interval 3".split(),
@@ -14,13 +14,13 @@ FLAGS = [
 
 
 def iterations(path):
-    """Of the checkpoints that are there, whole or not."""
+    """Iterations of the checkpoints in `path`, complete or not."""
     return sorted(int(directory.name.removeprefix("iter_")) for directory in path.glob("iter_*"))
 
 
 @pytest.mark.parametrize("how", [[], ["--async-save"]], ids=["at once", "asynchronous"])
 def test_checkpoints_stay_at_an_interval_and_the_last_one(how, data, tmp_path):
-    """The run stops at 5 and goes on; the latest one is deleted once the next one is whole."""
+    """The run stops at 5 and resumes. A latest checkpoint goes once the next one is complete."""
     path = tmp_path / "checkpoint"
     flags = ["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache"), *FLAGS, *how]
     kept = ["--save", str(path), "--load", str(path)]
@@ -33,6 +33,6 @@ def test_checkpoints_stay_at_an_interval_and_the_last_one(how, data, tmp_path):
     assert iterations(path) == [3, 6, 8] and find_checkpoint(str(path)).iteration == 8
     assert first.losses + second.losses == whole.losses
 
-    # From one that stayed, on fewer ranks.
+    # Resumes from a retained checkpoint on fewer ranks.
     again = ranks.launch(tmp_path / "again", 1, *flags, "--load", str(path), "--ckpt-step", "6")
     assert again.losses == pytest.approx(whole.losses[6:], rel=1e-5)

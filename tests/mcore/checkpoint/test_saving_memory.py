@@ -1,10 +1,10 @@
-"""Recomputed activations and overlapped communication change nothing but memory and time."""
+"""Recomputed activations and overlapped communication change only memory and time."""
 
 import pytest
 
 from tests import ranks
 
-# Every part that these could disturb: two views, the masked head, the look at its gradient.
+# Everything that they could disturb: two views, the masked head, and the hook on its gradient.
 METHODS = "--mdm-views 2 --mdm-mask exact-count --mdm-rate-sampler ppots --mdm-ppots-bins 4"
 METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient"
 STEPS = "--lr 1e-3 --train-iters 3 --eval-interval 2 --eval-iters 1 --save-interval 3"

@@ -1,4 +1,4 @@
-"""Pickles of a hostile checkpoint run in no tool, and those of Megatron's own pass."""
+"""No tool runs the pickles of a hostile checkpoint; those of Megatron's checkpoints pass."""
 
 import io
 import pickle
@@ -19,7 +19,7 @@ OLD = ROOT / "tests/old_checkpoints"
 
 
 class Hostile:
-    """Writes the file `ran` when it is unpickled."""
+    """An object that writes the file `ran` when it is unpickled."""
 
     def __init__(self, ran):
         self.ran = ran
@@ -34,7 +34,7 @@ def saved(base, tmp_path):
     copy = tmp_path / "checkpoint"
     shutil.copytree(base[base.index("--load") + 1], copy)
     (directory,) = copy.glob("iter_*")
-    (directory / "integrity.json").unlink()  # a hostile one has the sums that it needs
+    (directory / "integrity.json").unlink()  # a hostile checkpoint has matching sums
     return directory, tmp_path / "ran"
 
 
@@ -45,7 +45,7 @@ def hostile_metadata(directory, ran):
 
 
 def hostile_object(directory, ran, key="common_state/shard_0_1"):
-    """In place of the arguments of the run, or another object that is no tensor."""
+    """Puts a hostile pickle in the place of the run's arguments or of another non-tensor."""
     metadata = dcp.FileSystemReader(directory).read_metadata()
     stream = io.BytesIO()
     torch.save([Hostile(ran)], stream)
@@ -57,7 +57,7 @@ def hostile_object(directory, ran, key="common_state/shard_0_1"):
 
 
 def hostile_metadata_of_a_rank(directory, ran):
-    """Which PyTorch reads where the common one cannot be."""
+    """Hides it in a rank's metadata, which PyTorch reads if the common file is unreadable."""
     hostile_metadata(directory, ran)
     (directory / ".metadata").rename(directory / "__0.metadata")
 
@@ -94,12 +94,12 @@ def test_what_could_run_is_named(way, saved):
 
 
 def test_without_the_check_they_run(saved):
-    """PyTorch and Megatron stop none of them."""
+    """PyTorch and Megatron stop none of these pickles."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     directory, ran = saved
     hostile_object(directory, ran)
-    with pytest.raises(TypeError):  # the file that it opened is not the arguments
+    with pytest.raises(TypeError):  # the opened file is not the arguments
         load_common_state_dict(str(directory))["args"]
     assert ran.exists()
     ran.unlink()
@@ -143,7 +143,7 @@ def test_other_contents_are_one_line(content, saved):
     with pytest.raises(UserError, match=".metadata (is damaged|holds dict, which)"):
         check_pickles(directory)
     (directory / ".metadata").unlink()
-    check_pickles(directory)  # what is missing is another's to say
+    check_pickles(directory)  # another check reports missing files
     check_pickles(directory / "nowhere")
 
 

@@ -1,6 +1,6 @@
 """Documents of a packed row: what they see, and their own rates under every layout.
 
-That loss and gradients are those of the documents alone is in test_normalization.py.
+test_normalization.py shows that loss and gradients are those of the documents alone.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def test_without_the_flag_a_row_is_one_document():
 
 
 def test_layouts_are_equal(base, tmp_path):
-    """Middle stages need the documents too; with a shift their first tokens are not masked."""
+    """Middle stages need the documents too. With --mdm-shift, first tokens are not masked."""
     flags = [*base, "--mdm-isolate-documents", "--mdm-shift", "--train-iters", "2"]
     stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     one = ranks.launch(tmp_path / "one", 1, *flags)
@@ -76,7 +76,7 @@ OWN_RATES = [
 
 @pytest.fixture(scope="module")
 def own_rates(base, tmp_path_factory):
-    """Everything at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
+    """All at once: own rates, isolation, MIRROR, P-POTS on the gradient, random lengths."""
     directory = tmp_path_factory.mktemp("own_rates")
     split = "--tensor-model-parallel-size 2 --sequence-parallel".split()
     stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
@@ -93,7 +93,7 @@ def own_rates(base, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", ["DP 2", "TP 2 SP", "PP 2 x VP 2"])
 def test_own_rates_are_equal_under_every_layout(own_rates, layout):
-    """The density is fitted to measurements of documents after two steps, and then used."""
+    """After two steps the density is fitted to measurements of documents, and then used."""
     one, run = own_rates["one"], own_rates[layout]
     assert "P-POTS refit at iteration 2" in one.output[0]
     assert run.losses == pytest.approx(one.losses, rel=1e-4)
@@ -102,7 +102,7 @@ def test_own_rates_are_equal_under_every_layout(own_rates, layout):
     for key, (t, tokens) in one.masks().items():
         assert run.masks()[key][0] == pytest.approx(t, rel=1e-6)
         different = [a != b for a, b in zip(tokens, run.masks()[key][1], strict=True)]
-        assert sum(different) <= 1  # a refit differs by rounding, and a count with it
+        assert sum(different) <= 1  # refits differ by rounding, which can change a count
 
 
 def test_documents_of_a_row_have_their_own_rates(own_rates):
@@ -113,26 +113,26 @@ def test_documents_of_a_row_have_their_own_rates(own_rates):
     assert len(training) == 32
     assert all(len(set(t)) == 32 for t, _ in training.values())  # a rate for every document
     assert all(isinstance(t, float) for t, _ in validation)
-    pairs = [(training[row], training[row + 1]) for row in range(0, 32, 2)]  # views of a text
+    pairs = [(training[row], training[row + 1]) for row in range(0, 32, 2)]  # two views of a text
     assert all(a[0] == b[0] for a, b in pairs)
     assert sum(a[1] != b[1] for a, b in pairs) > 10  # rows of a few tokens may be masked alike
-    # Ends of documents are never masked here, and fill what is beyond the length of a row.
+    # Ends of documents are never masked here. They also fill the positions beyond a row's length.
     ends = [[[x == ranks.EOD_ID for x in row] for _, row in pair] for pair in pairs]
     assert all(a == b for a, b in ends)
     assert sum(all(a[-4:]) for a, _ in ends) >= 2
 
 
 def test_the_fit_counts_documents(own_rates):
-    """Two steps of 8 rows: more documents than rows, and no skipped ones."""
+    """Two steps of 8 rows hold more documents than rows, and none of them is skipped."""
     line = next(x for x in own_rates["one"].output[0].splitlines() if "P-POTS refit" in x)
     assert 16 < float(line.split(" of ")[1].split(" rows")[0]) < 16 * 8
     assert ", 0 skipped" in line
 
 
 def measured_documents() -> None:
-    """What fits to a checkpoint are of, beside the same from documents that the model sees alone.
+    """Measures moments as a fit does, and again from documents that the model sees alone.
 
-    Saves by target (bins of the draws of documents, sums of the moments, and those expected).
+    For each target it saves (bins of the documents' draws, sums of the moments, expected sums).
     """
     (load,) = sys.argv[sys.argv.index("--") + 1 :]
     found: dict = {}
@@ -163,7 +163,7 @@ def measured_documents() -> None:
                     logits = loaded.logits(seen[own][None])[0].double()
                     error = logits.softmax(-1) - functional.one_hot(tokens[own], logits.shape[-1])
                     loss = functional.cross_entropy(logits, tokens[own], reduction="none")
-                    # Under `tokens`, which this checkpoint was trained with, by length.
+                    # This checkpoint was trained under `tokens`, which divides by the row's length.
                     share = (mask * weight)[own] / tokens.numel()
                     value = (share * loss).sum()
                     if target == "gradient":
@@ -175,7 +175,7 @@ def measured_documents() -> None:
 
 
 def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
-    """Whose rates go through all bins, and whose values are those of documents alone."""
+    """Each document's rates go through all bins, and its values are those of the document alone."""
     load = base[base.index("--load") + 1]
     ranks.launch(tmp_path, 1, "--", load, entry=measured_documents)
     for bins, moments, expected in torch.load(
@@ -184,14 +184,14 @@ def test_a_fit_to_a_checkpoint_is_of_its_documents(base, tmp_path):
         documents = {(row, number) for row, number, _ in bins}
         assert len(documents) > 6 and set(Counter(bins).values()) == {2}
         assert len(bins) == 8 * len(documents)
-        assert len({number for row, document, number in bins[:5]}) > 1  # not all alike in a row
+        assert len({number for row, document, number in bins[:5]}) > 1  # bins differ in a row
         torch.testing.assert_close(
             torch.as_tensor(moments), torch.as_tensor(expected), rtol=1e-4, atol=1e-9
         )
 
 
 def batch_of_documents(config, tokens, num_tokens=8, length=8, maskable=None):
-    """A batch as the forward step has it."""
+    """A batch as the forward step builds it."""
     b, s = tokens.shape
     zeros = torch.zeros(b, dtype=torch.int64)
     numbers = {"num_tokens": num_tokens, "length": length}
@@ -206,7 +206,7 @@ def test_what_follows_a_row_that_ends_early_is_a_document_of_nobody():
     batch = batch_of_documents(short, ROW, num_tokens=5, length=5)
     assert batch.attention_segments.tolist() == [[0] * 5 + [1] * 3]
     assert batch.eligible.tolist() == [[True] * 5 + [False] * 3]
-    # Padding that may be predicted ends with the row.
+    # Eligible padding ends at the row's length.
     eligible = MDMConfig(random_length_fraction=0.5, pad_eligible=True)
     batch = batch_of_documents(eligible, ROW, num_tokens=3, length=5)
     assert batch.eligible.tolist() == [[True] * 5 + [False] * 3]
@@ -234,7 +234,7 @@ def test_what_cannot_be_is_refused(settings, words):
 
 
 def test_bounds_of_documents_say_what_the_mask_says():
-    """Attention over parts between bounds, as Transformer Engine computes it, by plain torch."""
+    """Attention between bounds, as Transformer Engine computes it, equals masked attention."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.cat(
         [ROW, torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [EOD, 1, 2, EOD, 3, 4, 5, EOD]])]
@@ -250,7 +250,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
         return attention_mask_argument(rows, padding, EOD, ISOLATED, documents, implementation)
 
     assert torch.equal(argument(rows, documents), bounds)
-    whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each: ordinary kernels
+    whole = rows[[1, 1]], documents[[1, 1]]  # rows of one document each use ordinary kernels
     assert argument(*whole) is None and argument(rows, None) is None
     assert argument(rows[:2], documents[:2]).tolist() == [0, 3, 5, 6, 8, 16]
     query, key, value, weight = (
@@ -259,7 +259,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
     inputs = [x.requires_grad_() for x in (query, key, value)]
 
     def attention(q, k, v, seen=None):
-        """[b, heads, s, head size]"""
+        """Shapes are [b, heads, s, head size]."""
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
 
     def in_parts(q, k, v):
@@ -280,7 +280,7 @@ def test_bounds_of_documents_say_what_the_mask_says():
 
 @pytest.fixture
 def one_rank():
-    """Megatron's groups, of this process alone."""
+    """Megatron's process groups, of this process alone."""
     with on_one_cpu_rank():
         yield
 
@@ -288,7 +288,7 @@ def one_rank():
 @pytest.mark.parametrize("per", ["row", "document"])
 @pytest.mark.parametrize("normalization", ["tokens", "rows"])
 def test_ppots_measures_a_document_as_it_would_be_alone(normalization, per, one_rank):
-    """From gradients of the sum at positions to moments, in plain torch; rows end early, too."""
+    """Compares with moments computed in plain torch from squared gradients at positions."""
     mdm = MDMConfig(
         rate_per=per,
         normalization=normalization,
@@ -315,7 +315,8 @@ def test_ppots_measures_a_document_as_it_would_be_alone(normalization, per, one_
     expected = 0
     for draw, part in parts:
         norm = squares[draw[0], slice(*part)].sum().sqrt() * q[draw]
-        # Under `tokens` the sum has L_e l of each document: its gradient as it stands.
+        # Under `tokens` the sum holds L_e l of each document, so its gradient is not divided by
+        # L_e.
         value = norm / 8 if normalization == "tokens" else norm
         expected = expected + accumulate(t[draw][None], value[None], 1 / q[draw][None], num_bins=4)
     np.testing.assert_allclose(from_limbs(sampler.pending), from_limbs(expected), rtol=1e-6)

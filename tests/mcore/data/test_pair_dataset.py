@@ -1,4 +1,4 @@
-"""Rows of prompts and responses: which pairs they hold, and with what padding."""
+"""Rows of prompts and responses: the pairs that they hold, and their padding."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ PAIRS = ranks.random_pairs(COUNT)
 
 @pytest.fixture
 def rows(pairs):
-    """(class, multiple, split) -> the dataset of all pairs in rows of LENGTH tokens."""
+    """A function of (class, multiple, split): all pairs in rows of LENGTH tokens."""
 
     def build(cls, multiple=1, split=Split.train):
         config = PairDatasetConfig(
@@ -37,7 +37,7 @@ def rows(pairs):
 
 
 def fitting(multiple):
-    """The pairs, with ends up to the multiple, that a row has room for."""
+    """The pairs that fit into a row, with responses filled up by ends to the multiple."""
     padded = [(p, r + [ranks.EOD_ID] * (-len(r) % multiple)) for p, r in PAIRS]
     return [(p, r) for p, r in padded if len(p) + len(r) <= LENGTH]
 
@@ -55,7 +55,7 @@ def pairs_of(row):
 @pytest.mark.parametrize("multiple", [1, 4, 7])
 @pytest.mark.parametrize("cls", [PairDataset, PackedPairDataset])
 def test_an_epoch_has_every_pair_that_fits_once(cls, multiple, rows, capsys):
-    """Longer ones are left out and counted, with their padding, which packed ones alone have."""
+    """Pairs that are too long, with the padding of packed ones, are left out and counted."""
     dataset = rows(cls, multiple)
     is_packed = cls is PackedPairDataset
     multiple = multiple if is_packed else 1

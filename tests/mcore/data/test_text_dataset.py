@@ -1,4 +1,4 @@
-"""Rows of text: each token once an epoch, in an order that does not depend on the run's length."""
+"""Rows of text hold each token once per epoch, in an order independent of the run's length."""
 
 import errno
 import itertools
@@ -18,14 +18,14 @@ LENGTH = 16
 
 
 class Tokenizer(SimpleNamespace):
-    """What Megatron asks of one here."""
+    """The attributes of a tokenizer that Megatron uses here."""
 
     unique_identifiers = {"class": "numbers"}  # noqa: RUF012
 
 
 @pytest.fixture
 def build(tmp_path):
-    """Builds (train, valid, test) of documents, for so many rows of each."""
+    """A function that builds (train, valid, test) datasets of documents, with sizes in rows."""
     use_shipped_dataset_helpers()
 
     def make(documents, sizes, kind=EpochDataset, split="100,0,0", seed=1, blend=None, **settings):
@@ -52,12 +52,12 @@ def build(tmp_path):
 
 
 def numbered(lengths):
-    """Documents of which every token is another number."""
+    """Documents in which every token is a different number."""
     first = np.concatenate([[0], np.cumsum(lengths)])
     return [list(range(a, b)) for a, b in itertools.pairwise(first)]
 
 
-LENGTHS = [5, 40, 3, 1, 17, 16, 33, 2, 64, 9]  # 190 tokens: 11 rows of 16 and 14 more
+LENGTHS = [5, 40, 3, 1, 17, 16, 33, 2, 64, 9]  # 190 tokens: 11 rows of 16, and 14 tokens more
 
 
 def rows(dataset, start, count):
@@ -71,7 +71,7 @@ def test_the_order_does_not_depend_on_the_length_of_the_run(build):
         assert len(long) == max(11, size)
         assert rows(long, 0, 5) == rows(short, 0, 5)
         assert long.texts_per_epoch == 11
-    # Megatron's own order does: this test has the power to see it.
+    # Megatron's own order does depend on it, which this test is able to detect.
     old = [build(None, [size, 0, 0], CleanTokensDataset)[0] for size in (5, 40)]
     assert rows(old[0], 0, 5) != rows(old[1], 0, 5)
 
@@ -83,7 +83,7 @@ def test_every_epoch_has_every_row_once_and_leaves_out_less_than_a_row(build):
         tokens = [token for row in rows(dataset, 11 * epoch, 11) for token in row]
         assert len(set(tokens)) == len(tokens) == 176
         left_out.update(set(range(190)) - set(tokens))
-    assert len(left_out) > 60  # other tokens each time
+    assert len(left_out) > 60  # different tokens each time
     assert max(left_out.values()) <= 5
 
 
@@ -98,7 +98,7 @@ def test_epochs_have_orders_and_cuts_of_their_own(build):
 
 
 def test_tokens_follow_one_another_as_in_the_documents(build):
-    """Within a row: either the next token, or the first one of another document."""
+    """Each token of a row is followed by its successor or by another document's first token."""
     dataset = build(numbered(LENGTHS), [44, 0, 0])[0]
     starts = set(np.concatenate([[0], np.cumsum(LENGTHS)]).tolist())
     ends = {start - 1 for start in starts}
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_no_part_of_an_index(build, tmp_path, monkeypatch):
 
 
 def test_strides_and_shifts_are_spread_evenly(build):
-    """Chi-squared of where rows begin, over 400 epochs, and of the place of the first row."""
+    """Chi-squared tests of shifts, first rows and strides over 400 epochs."""
     dataset = build(numbered(LENGTHS), [10, 0, 0])[0]
     epochs = [dataset._epoch(number) for number in range(400)]
     shifts = np.histogram([e.shift for e in epochs], bins=10, range=(0, 190))[0]
@@ -178,4 +178,4 @@ def test_strides_and_shifts_are_spread_evenly(build):
     assert strides[0] == 0
     for counts in (shifts, starts, strides[1:]):
         expected = counts.sum() / len(counts)
-        assert ((counts - expected) ** 2 / expected).sum() < 30  # of 10 degrees: p < 0.001
+        assert ((counts - expected) ** 2 / expected).sum() < 30  # 10 degrees of freedom: p < 0.001

@@ -1,4 +1,4 @@
-"""How tests parse flags after the common ones."""
+"""Parses the flags of a test, which follow the common ones."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Flags that cannot work end with one clear line; those that can are accepted."""
+"""Flags that cannot work end with one clear line; flags that can work are accepted."""
 
 import re
 import sys
@@ -214,7 +214,7 @@ def test_what_a_run_needs(name, monkeypatch):
     ],
 )
 def test_flags_that_work(flags, monkeypatch):
-    """Megatron takes them: a refusal would stop a run that trains."""
+    """Megatron accepts these flags, so a refusal would stop a run that can train."""
     arguments.validate_flags(parsed(monkeypatch, *flags.split()))
 
 
@@ -320,7 +320,7 @@ def test_sequence_parallel_cuts_rows_evenly(monkeypatch):
 def test_virtual_stages_and_numbers_of_micro_batches(flags, message, monkeypatch):
     words = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     args = parsed(monkeypatch, *words, *flags.split(), world=2)
-    arguments.validate_flags(args)  # the number of stages follows in Megatron's validation
+    arguments.validate_flags(args)  # Megatron's validation sets the number of stages later
     args.virtual_pipeline_model_parallel_size = 2
     if message is None:
         arguments.validate_flags(args)
@@ -331,7 +331,7 @@ def test_virtual_stages_and_numbers_of_micro_batches(flags, message, monkeypatch
 
 
 def test_only_megatrons_own_exceptions_become_a_line():
-    """Whatever else fails while the model is prepared is a bug, and shows its traceback."""
+    """Any other failure while the model is prepared is a bug, and shows its traceback."""
 
     def refuse():
         TransformerConfig(
@@ -371,7 +371,7 @@ REFUSED_VALUES = {
 
 @pytest.mark.parametrize("name", [name for name in arguments.REFUSED if name != "yaml_cfg"])
 def test_refused_flags_are_real_and_refused(name, monkeypatch):
-    """The flag in the message is one of Megatron's, and giving it is what is refused."""
+    """The message names a flag of Megatron's, and giving this flag is refused."""
     words = [flag(name), *REFUSED_VALUES.get(name, "").split()]
     args = parsed(monkeypatch, *words)  # fails if Megatron has no such flag
     with pytest.raises(UserError, match=f"^{flag(name)} cannot be used with masked diffusion: "):
@@ -379,7 +379,7 @@ def test_refused_flags_are_real_and_refused(name, monkeypatch):
 
 
 def test_help_shows_every_flag(monkeypatch, capsys):
-    """Megatron's own texts once made it fail."""
+    """Formatting Megatron's own help texts once failed."""
     monkeypatch.setattr(sys, "argv", ["pretrain", "--help"])
     with pytest.raises(SystemExit) as ended:
         arguments.parse()
@@ -407,7 +407,7 @@ def test_help_shows_the_default_of_every_flag_of_ours(field):
 
 
 def test_experts_under_tensor_parallel_need_sequence_parallel(monkeypatch):
-    """Megatron would fail in the first forward pass."""
+    """Without it, Megatron would fail in the first forward pass."""
     words = ["--num-experts", "4", "--tensor-model-parallel-size", "2"]
     with pytest.raises(UserError, match="^--num-experts .* needs --sequence-parallel$"):
         arguments.validate_flags(parsed(monkeypatch, *words, world=2))

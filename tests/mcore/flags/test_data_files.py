@@ -90,7 +90,7 @@ def test_no_data():
 
 
 def test_documents_without_an_end_cannot_divide_rows(tmp_path):
-    """Of two sequences, as Megatron's preprocessing splits sentences, the last one ends with it."""
+    """A document of two sequences (split sentences, say) needs an end only after the last."""
     ended, cut = tmp_path / "ended", tmp_path / "cut"
     ranks.write_pairs(ended, ranks.random_pairs(20))
     ranks.write_documents(cut, [[5, ranks.EOD_ID, 6], [], [7]])

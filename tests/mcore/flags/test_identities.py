@@ -1,4 +1,4 @@
-"""Data and tokenizer are what they were, whatever their files are called."""
+"""Data and tokenizer are recognised by their content, whatever their files are called."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def the_error(run):
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the program on `text` in the test's directory; its index cache is there too."""
+    """A function that runs the program on `text`, with its index cache beside it."""
     cache = ["--data-cache-path", str(tmp_path / "cache"), "--train-iters", "4"]
 
     def launch(name, *flags, count=1, data=("text",), **settings):
@@ -39,7 +39,7 @@ def run(tmp_path):
 
 
 def tokens(run):
-    """Rows -> masked tokens."""
+    """Row -> its masked tokens."""
     return {row: masked for row, (_, masked) in run.masks().items()}
 
 
@@ -47,7 +47,7 @@ def tokens(run):
 
 
 def test_data_that_were_replaced_are_read_anew(run, tmp_path):
-    """Under the same name, with as many documents; Megatron's cache alone would not notice."""
+    """The new data have the same name and as many documents, so Megatron would not notice."""
     ranks.write_documents(tmp_path / "text", DOCUMENTS)
     before = run("before")
     again = run("again")
@@ -61,7 +61,7 @@ def test_data_that_were_replaced_are_read_anew(run, tmp_path):
 
 @pytest.mark.parametrize("data", [("text",), ("0.5", "text", "0.5", "more")])
 def test_an_index_that_was_cut_short_is_made_anew(data, run, tmp_path):
-    """Every file of it, one at a time, in turns; under two ranks, which wait for the first."""
+    """Cuts every file of the index, in three ways by turns. Two ranks wait for the first."""
     for name in ("text", "more"):
         ranks.write_documents(tmp_path / name, DOCUMENTS)
     expected = tokens(run("before", data=data, count=2))
@@ -79,7 +79,7 @@ def test_an_index_that_was_cut_short_is_made_anew(data, run, tmp_path):
 
 
 def test_files_without_weights_that_do_not_last_are_refused(run, tmp_path):
-    """Megatron's loader would end in the middle of a step."""
+    """Otherwise Megatron's loader would end in the middle of a step."""
     for name in ("text", "more"):
         ranks.write_documents(tmp_path / name, DOCUMENTS)
     flags = ["--train-iters", "1000", "--exit-interval", "1"]
@@ -89,7 +89,7 @@ def test_files_without_weights_that_do_not_last_are_refused(run, tmp_path):
 
 
 def test_evaluations_go_on_with_files_without_weights_that_do_not_last(run, tmp_path):
-    """They take every text once before they take one again."""
+    """Evaluations take every text once before they repeat one."""
     for name in ("text", "more"):
         ranks.write_documents(tmp_path / name, DOCUMENTS)
     flags = ["--eval-interval", "2", "--split", "80,20,0"]
@@ -113,7 +113,7 @@ def saved(run, tmp_path):
 
 
 def test_a_resume_on_other_data_is_refused(saved, run, tmp_path):
-    changed = [*DOCUMENTS[:-1], [d + 1 for d in DOCUMENTS[-1]]]  # in the last document alone
+    changed = [*DOCUMENTS[:-1], [d + 1 for d in DOCUMENTS[-1]]]  # only the last document differs
     ranks.write_documents(tmp_path / "text", changed)
     path = tmp_path / "text"
     line = the_error(run("refused", *saved, check=False))
@@ -136,7 +136,7 @@ def test_a_resume_with_another_mixture_is_refused(saved, run, tmp_path):
 
 @pytest.fixture
 def recorded(tmp_path):
-    """The arguments of a run with such weights of two files, or of one."""
+    """A function that gives the arguments of a run on files with these weights."""
     for name in ("text", "more"):
         ranks.write_documents(tmp_path / name, DOCUMENTS[:3])
 
@@ -163,7 +163,7 @@ def test_weights_are_what_they_mean(recorded):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two sentencepiece models of equally many pieces, and text made with the first."""
+    """Two sentencepiece models with equally many pieces, and text made with the first."""
     directory = tmp_path_factory.mktemp("tokenizers")
     for name, words in (("one", "some words to make pieces of"), ("two", "xylophone quartz jazz")):
         lines = "".join(f"{words} {i * 7919}\n" for i in range(400))
@@ -198,13 +198,13 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
     assert f"{tmp_path / 'text'} was made with another tokenizer than this one: its ids" in line
     allowed = [*with_tokenizer(tokenizers, "two"), "--mdm-allow-flag-change"]
     assert len(run("allowed", *allowed, drop=NULL).losses) == 4
-    # A record that is not of the files says nothing; the checkpoint still does.
+    # Without the record beside the data, the checkpoint still tells its tokenizer.
     (tmp_path / "text.json").unlink()
     resume = [*with_tokenizer(tokenizers, "two"), "--load", str(tmp_path / "save")]
     resume += ["--train-iters", "5"]
     line = the_error(run("resumed", *resume, drop=NULL, check=False))
     assert "was trained with another tokenizer: its ids below 300 stand for other tok" in line
-    # Fits to the checkpoint, evaluations and reports read data in the same way.
+    # Fits to the checkpoint, evaluations and reports check their data in the same way.
     shutil.copy(tokenizers / "text.json", tmp_path)
     record = json.loads((tmp_path / "text.json").read_text())
     record["tokenizer"]["vocabulary"] = "0" * 64
@@ -218,8 +218,8 @@ def test_data_of_another_tokenizer_are_refused(tokenizers, run, tmp_path):
         words = [f"tools/{name}.py", "--load", str(tmp_path / "save"), "--device", "cpu", *flags]
         tool = ranks.launch(tmp_path / name, 1, "--", *words, entry=entries.tool, check=False)
         assert "was made with another tokenizer than this one: its ids" in the_error(tool)
-    # Another one in its place, of as many pieces, would read and write other texts. The run has
-    # kept its own; those of an earlier version have not.
+    # A different tokenizer with as many pieces, under the same name, would read and write other
+    # texts. The run has kept its own tokenizer; runs of earlier versions have not.
     shutil.copy(tokenizers / "two.model", tmp_path / "one.model")
     words = ["tools/generate.py", "--load", str(tmp_path / "save"), "--device", "cpu"]
     words += ["--prompt", "some", "--length", "2", "--no-stop-at-eos"]

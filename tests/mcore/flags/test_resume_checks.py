@@ -1,4 +1,4 @@
-"""What a run needs of its tokenizer, and of the flags of the checkpoint that it goes on from."""
+"""What a run needs of its tokenizer, and which flags must equal those of its checkpoint."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tests.mcore.flags.parsing import parsed
         "--mdm-sft",
     ],
 )
-@pytest.mark.parametrize("eod", [None, -1])  # Hugging Face's and sentencepiece's answers
+@pytest.mark.parametrize("eod", [None, -1])  # as Hugging Face and sentencepiece say "none"
 def test_flags_that_need_an_end_of_document(flags, eod, monkeypatch):
     monkeypatch.setattr(arguments, "get_tokenizer", lambda: SimpleNamespace(eod=eod))
     with pytest.raises(UserError, match=f"^{flags} needs an end-of-document token, and the token"):
@@ -60,7 +60,7 @@ def tokenizer(monkeypatch):
 
 
 def finalize_args(args):
-    # As Megatron's validation sets them.
+    # Megatron's validation sets these.
     args.padded_vocab_size, args.ffn_hidden_size, args.kv_channels = 128, 64, 8
     return arguments.finalize_args(args)
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
 def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
     base, monkeypatch, tmp_path, tokenizer
 ):
-    """Until --load has a checkpoint, which then is what the flags are compared with."""
+    """As soon as --load has a checkpoint, flags are compared with that checkpoint instead."""
     pretrained = base[base.index("--load") + 1]
     new = ["--pretrained-checkpoint", pretrained, "--load", str(tmp_path / "new")]
 
@@ -109,7 +109,7 @@ def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
         resolved(*words, pretrained, "--mdm-mask", "exact-count")
     with pytest.raises(UserError, match="^--pretrained-checkpoint .*gone has no checkpoint: give"):
         resolved(*words, str(tmp_path / "new"))
-    # A first start of a run that can be started again has no checkpoint yet.
+    # The first start of a run that can be restarted has no checkpoint yet.
     gone = ["--load", str(tmp_path / "gone")]
     resolved(*gone, "--save", gone[1], "--save-interval", "1")
     with pytest.raises(UserError, match="^--load .*gone has no checkpoint: give the directory"):
@@ -136,14 +136,14 @@ def resumed(config, **values):
 
 
 def test_a_fade_is_resolved_once(capsys):
-    """Fractions of a run in its own unit; a longer run keeps them, and a new run has its own."""
+    """Fractions become counts in the run's unit. A longer run keeps them; a new run does not."""
     bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5]}
     fades = MDMConfig(**bell, bell_fade=[0.4, 0.7])
     first = resumed(fades, load=None)
     saved = {**vars(first), **plan_resume(first, {}).arguments()}
     assert saved["mdm_bell_fade_at"] == [400, 700, "iters"]
     assert "fades between 400 and 700 iterations of the run" in capsys.readouterr().out
-    # Longer, or counted in samples from now on: as it was.
+    # A longer run, and one that counts in samples from now on, keeps the fade as it was.
     for length in ({"train_iters": 3000}, {"train_iters": None, "train_samples": 5000}):
         plan = plan_resume(resumed(fades, **length), saved)
         assert plan.bell_fade_at == [400, 700, "iters"]
@@ -151,7 +151,8 @@ def test_a_fade_is_resolved_once(capsys):
     samples = {"train_iters": None, "train_samples": 5000}
     plan = plan_resume(resumed(fades, finetune=True, **samples), saved)
     assert plan.bell_fade_at == [2000, 3500, "samples"]
-    # Other fractions are another objective, and of the run as it is now where they are allowed.
+    # Other fractions are another objective. If they are allowed, they refer to the run's new
+    # length.
     other = MDMConfig(**bell, bell_fade=[0.5, 0.5])
     refused = r"--mdm-bell-fade \[0.5, 0.5\] \(checkpoint: \[0.4, 0.7\]\)"
     with pytest.raises(UserError, match=refused):
@@ -162,7 +163,7 @@ def test_a_fade_is_resolved_once(capsys):
     told = capsys.readouterr().out
     assert "the run resumes with another --mdm-bell-fade [0.5, 0.5]" in told
     assert "fades between 1500 and 1500 iterations of the run" in told
-    # P-POTS begins at the end of a fade, and with another fade it does so again.
+    # P-POTS begins at the end of a fade, so under another fade it begins again.
     fitting = {"ppots_refit_interval": 50}
     saved |= MDMConfig(**bell, bell_fade=[0.4, 0.7], **fitting).arguments()
     for fade, goes_on in ([0.4, 0.7], True), ([0.5, 0.5], False):
@@ -170,7 +171,7 @@ def test_a_fade_is_resolved_once(capsys):
         assert plan_resume(args, saved).sampler_state_in_checkpoint == goes_on
         anew = "P-POTS begins to measure anew" in capsys.readouterr().out
         assert anew != goes_on
-    # A checkpoint without a fade, and one that is older than bells.
+    # A checkpoint without a fade, and a checkpoint that is older than bells.
     plain = {**vars(resumed(MDMConfig(**bell))), "mdm_bell_fade_at": None}
     with pytest.raises(UserError, match=r"--mdm-bell-fade \[0.4, 0.7\] \(checkpoint: None\)"):
         plan_resume(resumed(fades), plain)
@@ -204,14 +205,14 @@ def test_the_controlled_loss_starts_over_where_the_objective_has_another_density
             assert plan.log_state_in_checkpoint == (before == after)
             said = "the controlled loss in the logs starts over" in capsys.readouterr().out
             assert said == (before != after)
-    # P-POTS leaves the objective as it is, and these are the settings that older versions kept.
+    # P-POTS does not change the objective; these are the settings that older versions saved.
     fitted = MDMConfig(rate_sampler="ppots", ppots_refit_interval=2, allow_flag_change=True)
     assert plan_resume(resumed(MDMConfig()), {}).log_state == [10, None]
     assert plan_resume(resumed(fitted), {}).log_state == [10, None]
 
 
 def test_a_run_that_fits_its_density_resumes_without_the_file_it_began_with():
-    """Another density is in the checkpoint by then, whatever is in the file, or without one."""
+    """By then the checkpoint has a density of its own, and the file may be gone or not given."""
     fitted = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
     for file in ("gone.json", None):
         config = MDMConfig(**fitted, ppots_file=file)

@@ -1,4 +1,4 @@
-"""Which checkpoint a command starts from, and that no run saves over another."""
+"""Which checkpoint a command starts from, and that no run saves over another run."""
 
 import dataclasses
 import errno
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def start(monkeypatch):
-    """What a command starts from: (directory, its arguments)."""
+    """A function of flags: (the directory that the command starts from, its arguments)."""
 
     def choose(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])
@@ -52,7 +52,7 @@ def another(run, tmp_path, name="other"):
 
 
 def release(run):
-    """The directory as of a converted checkpoint."""
+    """Makes the directory one of a converted checkpoint."""
     for name in ("iter_0000003", "iter_0000006"):
         shutil.move(f"{run}/{name}", f"{run}/release")
         shutil.rmtree(f"{run}/iter_0000006", ignore_errors=True)
@@ -62,11 +62,11 @@ def release(run):
 
 
 def saved_by(args: Namespace, directory) -> None:
-    """Makes the checkpoints in a directory those of a run with these arguments."""
+    """Records these arguments in the checkpoints of a directory, as if their run had saved them."""
     for path in directory.glob("iter_*"):
         state = load_common_state_dict(str(path))
         state["args"] = args
-        # Megatron reads this file, of its earlier versions, before anything else.
+        # Megatron reads this file, which its earlier versions wrote, before anything else.
         torch.save(state, path / "common.pt")
 
 
@@ -76,7 +76,7 @@ def saved_by(args: Namespace, directory) -> None:
 def test_nothing_to_load(start, tmp_path):
     assert start()[0] is None
     assert start("--save", tmp_path / "new")[0] is None
-    # The first start of a command that can be given again.
+    # The first start of a command that can be repeated.
     new = ["--load", tmp_path / "new", "--save", tmp_path / "new"]
     assert start(*new)[0] is None
     assert start("--pretrained-checkpoint", unpack("mirror", tmp_path), *new)[0] == str(
@@ -102,12 +102,12 @@ def test_a_resume_takes_the_latest(start, run):
 
 
 def test_a_new_run_begins_from_a_converted_model(start, run, tmp_path):
-    """Also without --finetune: Megatron loads a release as it does with it."""
+    """--finetune is not needed: Megatron loads a release as if the flag were given."""
     release(run)
     flags = ["--load", run, "--save", tmp_path / "new"]
     directory, args = start(*flags)
     assert directory == run and args.finetune
-    # It goes on from its own checkpoints when the command is given again.
+    # When the command is repeated, the run goes on from its own checkpoints.
     shutil.copytree(unpack("mirror", tmp_path / "mirror"), tmp_path / "new")
     saved_by(args, tmp_path / "new")
     directory, args = start(*flags)
@@ -115,7 +115,7 @@ def test_a_new_run_begins_from_a_converted_model(start, run, tmp_path):
 
 
 def other_start() -> None:
-    """The program; the last rank would begin a new run where the others go on."""
+    """Runs the program, but the last rank would begin a new run where the others resume."""
     choose = arguments_module.choose_start
 
     def chosen(args):
@@ -128,7 +128,7 @@ def other_start() -> None:
 
 
 def test_ranks_that_would_start_from_elsewhere_stop(base, tmp_path):
-    """A shared disk does not show all nodes the same at once."""
+    """A shared disk may not show the same files to all nodes at once."""
     launched = ranks.launch(tmp_path, 2, *base, entry=other_start, check=False)
     assert 2 in launched.status and 0 not in launched.status
     message = "error: the ranks see different checkpoints: this one would start from "
@@ -162,7 +162,7 @@ def test_another_run_is_not_saved_over(start, run, tmp_path):
 def test_fine_tuning_does_not_save_over_what_it_starts_from(start, run):
     with pytest.raises(UserError, match="does not continue: leave out --finetune to go on from"):
         start("--load", run, "--save", run, "--finetune")
-    release(run)  # nothing is numbered, and nothing is lost
+    release(run)  # a release has no numbered iteration to lose
     directory, args = start("--load", run, "--save", run, "--finetune")
     assert directory == run and args.finetune
 
@@ -181,7 +181,7 @@ def test_evaluation_alone_saves_nothing_and_looks_at_no_save_directory(start, ru
     with pytest.raises(UserError, match="is damaged, it holds ''"):
         start(*flags)
     assert start(*flags, "--skip-train")[0] == run
-    assert start(*flags, "--mdm-overwrite-save")[0] == run  # whatever was there
+    assert start(*flags, "--mdm-overwrite-save")[0] == run  # whatever the directory holds
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_evaluation_alone_saves_nothing_and_looks_at_no_save_directory(start, ru
     ],
 )
 def test_the_same_command_given_again_goes_on(flags, start, run, tmp_path, capfd):
-    """As a scheduler gives it: from --load at first, then from its own latest checkpoint."""
+    """A scheduler repeats a command: the run starts from --load, then from its own latest."""
     other = tmp_path / "other"
     command = ["--load", run, "--save", other, *flags]
     directory, args = start(*command)
@@ -205,10 +205,10 @@ def test_the_same_command_given_again_goes_on(flags, start, run, tmp_path, capfd
         directory, args = start(*command)
         assert directory == args.load == str(other)
         assert (args.ckpt_step, args.finetune) == (None, False)
-        assert not args.no_load_optim and not args.no_load_rng  # which are its own now
+        assert not args.no_load_optim and not args.no_load_rng  # the state is its own now
         assert "the run goes on from there" in capfd.readouterr().out
         saved_by(args, other)
-    # Another beginning is another run.
+    # A command with another start is another run.
     other_flags = ["--ckpt-step", 6] if "--ckpt-step" in flags else [*flags, "--ckpt-step", 6]
     with pytest.raises(UserError, match="of a run that this command does not continue"):
         start("--load", run, "--save", other, *other_flags)
@@ -234,7 +234,7 @@ def test_the_same_command_without_the_optimizer_of_before_goes_on_with_its_own(
     _, args = start(*command)
     assert not args.no_load_optim
     assert "the run goes on from there" in capfd.readouterr().out
-    # And without the flag.
+    # The flag may be left out as well.
     assert not start(*command[:-1])[1].no_load_optim
 
 
@@ -250,7 +250,7 @@ def test_the_same_command_with_a_pretrained_checkpoint(start, run, tmp_path):
 
 
 def test_checkpoints_of_be7fed4_say_how_their_run_began(start, run, tmp_path):
-    """Their arguments have no record of it, and name --load and --save themselves."""
+    """Their arguments have no record of the start, but they name --load and --save."""
     saved = load_common_state_dict(f"{run}/iter_0000006")["args"]
     assert not hasattr(saved, "mdm_started_from")
     saved.load, saved.finetune = run, True
@@ -273,7 +273,7 @@ with only_writer(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that has the lock of a directory, until it is told to end."""
+    """A process that holds the lock of a directory until it is told to end."""
     save = tmp_path / "save"
     command = [sys.executable, "-c", HOLDER, str(save)]
     process = subprocess.Popen(
@@ -291,7 +291,7 @@ def test_a_second_run_names_the_first(holder):
     with pytest.raises(UserError, match=line), only_writer(str(save)):
         pass
     process.communicate("\n")
-    assert not save.exists()  # nothing was saved
+    assert not save.exists()  # because nothing was saved
     with only_writer(str(save)):
         assert (save / LOCK).exists()
 
@@ -306,7 +306,7 @@ def test_a_killed_run_holds_nothing(holder):
 
 
 def test_children_of_a_run_hold_nothing(tmp_path):
-    """Loader workers and savers of checkpoints may outlive a rank that was killed."""
+    """Loader workers and checkpoint writers may outlive a rank that was killed."""
     with only_writer(str(tmp_path)):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     forked = os.fork()
@@ -321,7 +321,7 @@ def test_children_of_a_run_hold_nothing(tmp_path):
 
 
 def test_the_line_says_how_to_go_on_after_a_node_that_is_gone(holder):
-    """Whose lock a file server may keep."""
+    """A file server may keep the lock of such a node."""
     save, _ = holder
     line = f"if that run is gone, delete {save / LOCK}"
     with pytest.raises(UserError, match=line) as caught, only_writer(str(save)):
@@ -363,7 +363,7 @@ def test_other_ranks_and_runs_that_save_nothing_need_no_lock(holder, monkeypatch
 
 
 def test_a_command_that_is_given_again_trains_each_row_once(base, tmp_path):
-    """--load of another run and --save, with a stop in between; and the files have their sums."""
+    """The command has --load of another run and --save, and stops once in between."""
     flags = [*base, "--save", str(tmp_path / "save"), "--save-interval", "2", "--train-iters", "4"]
     first = ranks.launch(tmp_path / "first", 1, *flags, "--exit-interval", "2")
     again = ranks.launch(tmp_path / "again", 2, *flags)
@@ -377,7 +377,7 @@ def test_a_command_that_is_given_again_trains_each_row_once(base, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_flipped_bit_ends_a_resume_in_one_line(count, base, tmp_path):
-    """In the moments of Adam, which only a resume reads."""
+    """The bit is in Adam's moments, which only a resume reads."""
     flags = [*base[: base.index("--load")], "--save", str(tmp_path / "save"), "--save-interval"]
     flags += ["2", "--load", str(tmp_path / "save")]
     ranks.launch(tmp_path / "first", 2, *flags, "--exit-interval", "2")

@@ -1,4 +1,4 @@
-"""Padding of the vocabulary takes no part in the softmax, and is no room for other tokens."""
+"""The vocabulary's padding takes no part in the softmax, and has no room for tokens."""
 
 from types import SimpleNamespace
 
@@ -12,16 +12,16 @@ from megatron_mdm.mcore.tokenizer import tokenizer_rows
 from tests import ranks
 from tests.ranks import entries
 
-# 121 tokens, of which the last is the mask token.
+# 121 tokens; the last one is the mask token.
 MASK = ["--vocab-size", "121", "--mdm-mask-token-id", "120"]
 
 
 @pytest.fixture(scope="module")
 def start(data, tmp_path_factory):
-    """Flags that resume a run of two iterations, whose vocabulary is padded to 128 rows."""
+    """Flags that resume a run after two iterations; its vocabulary is padded to 128 rows."""
     directory = tmp_path_factory.mktemp("start")
     flags = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *MASK]
-    # Adam with its usual epsilon turns the rounding of a vanishing gradient into a step.
+    # With its usual epsilon, Adam turns the rounding of a vanishing gradient into a step.
     flags += ["--eval-interval", "5", "--eval-iters", "2", "--adam-eps", "1e-2"]
     save = ["--save", str(directory / "checkpoint"), "--save-interval", "2"]
     ranks.launch(directory / "run", 1, *flags, *save, "--exit-interval", "2")
@@ -30,7 +30,7 @@ def start(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_padding(start, tmp_path_factory):
-    """The run on from there, with 121 rows and no padding at all."""
+    """The resumed run with 121 rows and no padding."""
     flags = ["--make-vocab-size-divisible-by", "1"]
     return ranks.launch(tmp_path_factory.mktemp("whole"), 1, *start, *flags)
 
@@ -40,7 +40,7 @@ def without_padding(start, tmp_path_factory):
     [
         (1, "", 128),
         (2, "--tensor-model-parallel-size 2", 128),
-        # The last two ranks hold nothing but padding.
+        # The last two ranks hold only padding.
         (4, "--tensor-model-parallel-size 4 --sequence-parallel", 256),
         (1, "--make-vocab-size-divisible-by 300 --mdm-head full", 300),
         (2, "--pipeline-model-parallel-size 2", 128),
@@ -55,7 +55,7 @@ def test_one_checkpoint_has_one_loss_whatever_the_padding(
 
 
 def test_the_fused_cross_entropy_leaves_the_padding_out(start, tmp_path):
-    """It rounds gradients to bfloat16, with padding and without."""
+    """The fused loss rounds gradients to bfloat16, so both runs use it."""
     fused = ["--cross-entropy-loss-fusion"]
     without = ["--make-vocab-size-divisible-by", "1"]
     one, other = (
@@ -81,7 +81,7 @@ def test_the_number_of_tokens_is_in_the_checkpoint(start):
 def test_tools_leave_the_padding_out(start, tmp_path):
     ranks.launch(tmp_path, 2, "--", start[-1], "1", entry=entries.logits)
     plain, _ = torch.load(tmp_path / "logits0.pt")
-    assert all((x[..., 121:].softmax(-1).sum() > 0) for x in plain)  # finite
+    assert all((x[..., 121:].softmax(-1).sum() > 0) for x in plain)  # they are finite
     assert all((x.softmax(-1)[..., 121:] == 0).all() for x in plain)
 
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_that_is_too_large_for_the_checkpoint():
 
 
 def test_a_new_run_may_make_tokens_of_the_padding_of_its_checkpoint(start, tmp_path):
-    """Markers of a conversation, say, which a pretrained model does not have."""
+    """Such tokens are, for example, markers of a conversation that a pretrained model lacks."""
     saved = {"mdm_vocab_size": 100, "padded_vocab_size": 128, "mdm_tokenizer": {"size": 100}}
     assert resolved(102, saved, given=102, finetune=True) == 102
     with pytest.raises(UserError, match="trained with, or --mdm-vocab-size 102 for new tokens"):
@@ -153,13 +153,13 @@ def test_a_new_run_may_make_tokens_of_the_padding_of_its_checkpoint(start, tmp_p
 
 
 def test_a_checkpoint_of_be7fed4_under_another_tokenizer():
-    """It has no fingerprint of its tokenizer, but 2048 rows are not those of 320 tokens."""
+    """It has no fingerprint of its tokenizer, but 320 tokens do not have 2048 rows."""
     saved = {"mdm_vocab_size": 2048, "padded_vocab_size": 2048, "tokenizer_model": "their.model"}
     saved |= {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
     saved["tokenizer_type"] = "SentencePieceTokenizer"
     with pytest.raises(UserError, match="vocabulary of 2048 rows, and the tokenizer my.model has"):
         resolved(320, saved, padded=2048)
-    assert resolved(320, saved, padded=2048, given=2048) == 2048  # it may be the same all the same
+    assert resolved(320, saved, padded=2048, given=2048) == 2048  # the user says that it fits
     assert resolved(320, saved, padded=2048, model="their.model") == 2048
     assert resolved(2000, saved, padded=2048) == 2048
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_be7fed4_under_another_tokenizer():
 def test_tokens_beyond_the_vocabulary_are_named_by_file_and_row(blend, tmp_path, data):
     documents = [[5] * 32 for _ in range(40)]
     for document in documents[20:]:
-        document[9] = 125  # in the padding
+        document[9] = 125  # an id of the padding
     ranks.write_documents(tmp_path / "text", documents)
     path = str(tmp_path / "text")
     flags = ["--data-path", *(["0.5", path, "0.5", str(data)] if blend else [path]), *MASK]

@@ -1,4 +1,4 @@
-"""The texts that the tools measure a checkpoint on: rows, documents, pairs, what is scored."""
+"""The texts on which tools measure a checkpoint: rows, documents, pairs, scored tokens."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ DIVIDED = "--mdm-isolate-documents --no-mdm-eod-attended --train-iters 8 --save-
 
 
 def measured_texts() -> None:
-    """What tools measure a checkpoint on, for tests/mcore/inference/test_eval_data.py."""
+    """Saves the texts on which tools measure a checkpoint, with losses and logits."""
     load, text, pairs = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
         from megatron_mdm.mcore.inference.eval_data import (
@@ -52,7 +52,7 @@ def measured_texts() -> None:
 
 
 def _evaluated(loaded, rows) -> torch.Tensor:
-    """Nats of rows of 32 tokens, four draws each."""
+    """Nats of rows of 32 tokens, with four draws each."""
     from megatron_mdm.evaluation.nelbo import draw
 
     drawn = draw(loaded.logits, rows, 127, 2, 2, 0, np.arange(len(rows)), batch_size=3)
@@ -60,14 +60,14 @@ def _evaluated(loaded, rows) -> torch.Tensor:
 
 
 def _validated(loaded, rows) -> torch.Tensor:
-    """The same rows with the same masks, as the run's own validation scores them."""
+    """Nats of the same rows with the same masks, computed by the run's own validation."""
     from megatron_mdm.evaluation.nelbo import lattice_quantiles
     from megatron_mdm.mcore.training.forward_step import forward_step
     from megatron_mdm.mcore.training.state import TrainingState
     from megatron_mdm.objective.randomness import Split, row_uniforms
 
     loaded.args.eval_micro_batch_size = 1
-    loaded.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+    loaded.args.check_for_nan_in_loss_and_grad = False  # it works only inside a step
     loaded.args.mdm_sampler_state_in_checkpoint = loaded.args.mdm_log_state_in_checkpoint = False
     state = TrainingState(loaded.args, loaded.tokenizer.eod)
     sums = []
@@ -85,7 +85,7 @@ def _validated(loaded, rows) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def found(base, data, pairs, tmp_path_factory):
-    """A checkpoint whose attention stays in documents and does not see their ends."""
+    """Results of a checkpoint whose attention stays in documents and does not see their ends."""
     directory = tmp_path_factory.mktemp("divided")
     checkpoint = str(directory / "checkpoint")
     ranks.launch(directory, 1, *base, *DIVIDED, "--save", checkpoint)
@@ -106,7 +106,7 @@ def test_other_weights_of_the_same_network_load_beside_it(found):
 
 
 def test_pairs_are_rows_whose_prompts_are_seen(found):
-    """Responses to the end of the row, as they are trained on without eligible padding."""
+    """The response alone is eligible, as in training without eligible padding."""
     expected = ranks.random_pairs(120)
     assert len(found["pairs"]) == len(expected)
     rows = {tuple(text.tokens.tolist()): text for text in found["pairs"]}
@@ -118,7 +118,7 @@ def test_pairs_are_rows_whose_prompts_are_seen(found):
 
 
 def test_packed_pairs_stay_apart(found):
-    """Fewer rows than pairs, with the same tokens to predict, in documents of their own."""
+    """They fill fewer rows, with the same tokens to predict, and each is a document."""
     texts = found["packed pairs"]
     assert len(texts) < 120
     responses = sum(len(response) for _, response in ranks.random_pairs(120))
@@ -127,13 +127,13 @@ def test_packed_pairs_stay_apart(found):
         parts = [text.tokens[text.documents == d] for d in text.documents.unique()]
         able = [text.eligible[text.documents == d] for d in text.documents.unique()]
         for tokens, eligible in zip(parts, able, strict=True):
-            if eligible.any():  # else the padding
+            if eligible.any():  # otherwise it is the padding
                 assert (tokens >= 50).tolist() == eligible.tolist()
 
 
 @pytest.mark.parametrize(("eod_eligible", "tokens"), [(True, 5), (False, 3)])
 def test_bits_per_byte_count_what_is_scored(eod_eligible, tokens):
-    """Two documents, `ab` + `cde`, as three tokens and two ends, of 5 bytes."""
+    """Two documents of 5 bytes in all, `ab` and `cde`, are three tokens and two ends."""
     loaded = SimpleNamespace(
         mdm=MDMConfig(eod_eligible=eod_eligible),
         args=Namespace(seq_length=2),
@@ -163,7 +163,7 @@ def test_a_shifted_model_scores_every_token_after_another(packed):
     scored = [token for row in rows for token in row.tokens[row.eligible].tolist()]
     assert scored == [1, 2, 3, 9, 4, 9]
     assert scored_per_byte(loaded, rows, documents) == 6 / 5
-    # Without a token to begin after, the first ones have bytes and no score.
+    # Without an opening token, the first tokens have bytes but no score.
     loaded.opening_token_id = None
     rows = rows_from_documents(loaded, documents, packed)
     assert next(row.tokens.tolist() for row in rows) == [1, 2, 3]

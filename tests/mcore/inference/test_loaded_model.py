@@ -25,7 +25,7 @@ def checkpoint(base):
 
 @pytest.fixture(scope="module")
 def logits(base, tmp_path_factory):
-    """Layout -> what each rank has, (plain, shifted), each for rows of two lengths."""
+    """Layout -> per rank, (plain, shifted) logits, each for rows of two lengths."""
     found = {}
     for layout, (world, stages) in LAYOUTS.items():
         directory = tmp_path_factory.mktemp("logits")
@@ -41,7 +41,7 @@ def test_every_layout_gives_the_same_logits_on_all_ranks(logits):
     for layout, per_rank in logits.items():
         for plain, _ in per_rank:
             for x, y, first in zip(plain, one, per_rank[0][0], strict=True):
-                assert torch.equal(x, first), layout  # or ranks would decode different texts
+                assert torch.equal(x, first), layout  # otherwise ranks would decode different texts
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=layout)
 
 
@@ -53,7 +53,7 @@ def test_logits_of_a_shifted_model_stand_where_their_token_is(logits):
 
 
 def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
-    """Neither of a row nor of a document that sees no other."""
+    """This holds for the first token of a row, and of a document that sees no other."""
     recorded.mdm_shift, recorded.mdm_isolate_documents = True, False
     loaded = LoadedModel(
         None,
@@ -71,7 +71,7 @@ def test_a_shifted_model_is_not_asked_for_a_first_token(recorded):
 
 
 def generate(base, directory, *flags, world=1, check=True):
-    """Runs the tool; returns what it printed, or its log if it failed."""
+    """Runs the tool. Returns its stdout, or its log if it fails."""
     command = ["tools/generate.py", "--device", "cpu", "--load", checkpoint(base), *flags]
     run = ranks.launch(directory, world, "--", *command, entry=entries.tool, check=check)
     if not check:
@@ -82,7 +82,7 @@ def generate(base, directory, *flags, world=1, check=True):
 
 
 def test_texts_do_not_depend_on_layout_and_company(base, tmp_path):
-    """Sampled; prompts of different lengths, with gaps, from flags and a file."""
+    """Texts are sampled. Prompts differ in length, have gaps, and come from flags and a file."""
     file = tmp_path / "prompts.txt"
     file.write_text("3 4 5 6\n\n8 9<mask>11\n")
     common = ["--length", "9", "--steps", "6", "--block-length", "4", "--temperature", "1"]
@@ -106,7 +106,7 @@ def test_texts_do_not_depend_on_layout_and_company(base, tmp_path):
 
 
 def test_guided_and_filtered_texts_are_those_of_one_rank(base, tmp_path):
-    """Ranks have parts of the vocabulary, and sort all of it."""
+    """Each rank holds a part of the vocabulary, and the filters sort all of it."""
     common = ["--length", "12", "--block-length", "4", "--prompt", "50 51 52", "--no-stop-at-eos"]
     sampled = [*common, "--temperature", "2", "--top-k", "60", "--top-p", "0.9"]
     texts = []
@@ -160,7 +160,7 @@ def test_what_cannot_work_is_said_in_one_line(flags, message, base, tmp_path):
 
 @pytest.fixture
 def diverged(base, tmp_path):
-    """A copy of the checkpoint with a number that is none in its last layer norm."""
+    """A copy of the checkpoint with a NaN in its last layer norm."""
     copy = Path(shutil.copytree(checkpoint(base), tmp_path / "diverged"))
     norm = ranks.weights(copy)["decoder.final_layernorm.weight"].numpy().tobytes()
     (path,) = (path for path in copy.glob("iter_*/*.distcp") if norm in path.read_bytes())
@@ -171,7 +171,7 @@ def diverged(base, tmp_path):
 
 
 def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, data, tmp_path):
-    """The second stage has them, and the first ends as it does."""
+    """The second stage holds these weights, and the first stage ends with the same line."""
     line = f"error: the checkpoint in {diverged} holds NaN or infinity in the tensor decoder.final"
     prompt = ["--length", "2", "--prompt", "1"]
     text = ["--data", str(data), "--json", str(tmp_path / "x.json")]
@@ -193,7 +193,7 @@ def test_weights_that_are_no_numbers_are_named_on_every_rank(diverged, base, dat
 
 @pytest.fixture
 def recorded(base):
-    """The arguments in the checkpoint."""
+    """The arguments that the checkpoint records."""
     (directory,) = Path(checkpoint(base)).glob("iter_*")
     return load_common_state_dict(str(directory))["args"]
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
 
 
 def test_the_device_of_the_training_does_not_matter(recorded):
-    recorded.fp8, recorded.fp8_param_gather = "hybrid", True  # which no number of rows suits
+    recorded.fp8, recorded.fp8_param_gather = "hybrid", True  # FP8 restricts the number of rows
     for device, backend in (("cuda", "nccl"), ("cpu", "gloo")):
         args = args_for_inference(recorded, SavedCheckpoint("checkpoint", 20), device, 1)
         assert args.distributed_backend == backend
@@ -231,7 +231,7 @@ def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
         recorded.tokenizer_model = gone
         with pytest.raises(UserError, match=f"the tokenizer of {tmp_path} is not at {gone}: start"):
             args_for_inference(recorded, SavedCheckpoint(str(tmp_path), 20), "cpu", 1)
-    own = tmp_path / "huggingface"  # as the conversion writes it
+    own = tmp_path / "huggingface"  # where the conversion writes it
     own.mkdir()
     recorded.tokenizer_model = gone
     assert args_for_inference(
@@ -241,7 +241,7 @@ def test_a_hugging_face_tokenizer_that_moved(recorded, tmp_path):
 
 @pytest.mark.parametrize("name", ["owner/a-name.v2", "a-name", "runs/tokenizer"])
 def test_a_tokenizer_of_a_repository_is_not_fetched(name, recorded, tmp_path, monkeypatch):
-    """It is the one that was fetched before, if there is one."""
+    """A copy that was downloaded before is used, if there is one."""
     from huggingface_hub import constants
 
     connections = []
@@ -263,7 +263,7 @@ def test_a_tokenizer_of_a_repository_is_not_fetched(name, recorded, tmp_path, mo
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_checkpoint_of_a_run_in_fp8_does_not_compute_in_it(device, recorded):
-    """Its products take multiples of 8 rows, and a text may have any length."""
+    """FP8 products take multiples of 8 rows, and a text may have any length."""
     recorded.fp8, recorded.fp8_recipe, recorded.fp8_param_gather = "hybrid", "tensorwise", True
     recorded.moe_router_padding_for_fp8 = True
     args = args_for_inference(recorded, SavedCheckpoint("here", 20), device, 1)

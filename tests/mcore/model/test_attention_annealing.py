@@ -1,4 +1,4 @@
-"""From causal to bidirectional attention: the masks, the layouts, a resume."""
+"""Attention that changes from causal to bidirectional: its masks, layouts and a resume."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_it_starts_causal_and_ends_bidirectional():
     before = visible(0.0)
     for progress in (0.25, 0.5, 0.75):
         now = visible(progress)
-        assert torch.all(now | ~before)  # what is open stays open
+        assert torch.all(now | ~before)  # an open position stays open
         assert torch.all(now[:, causal])
         assert float(now[:, ~causal].double().mean()) == pytest.approx(progress, abs=0.05)
         before = now

@@ -1,4 +1,4 @@
-"""The network of masked diffusion as an autoregressive model."""
+"""The network of masked diffusion, used as an autoregressive model."""
 
 import argparse
 import dataclasses
@@ -26,12 +26,12 @@ BATCH = "--eval-global-batch-size 4 --eval-micro-batch-size 4 --train-iters 1 --
 
 
 def autoregressive() -> None:
-    """The autoregressive program, as a user starts it."""
+    """Runs the autoregressive program, as a user starts it."""
     runpy.run_module("megatron_mdm.experiments.autoregressive", run_name="__main__")
 
 
 def interrupted() -> None:
-    """The program, which gets a signal once it has trained for two iterations."""
+    """Runs the program and sends it a signal once it has trained for two iterations."""
 
     def interrupt():
         while global_vars._GLOBAL_ARGS is None or getattr(get_args(), "curr_iteration", 0) < 2:
@@ -43,7 +43,7 @@ def interrupted() -> None:
 
 
 def causal() -> None:
-    """What a checkpoint gives under a causal mask, for tests/mcore/model/test_causal.py."""
+    """Saves logits, losses and gradients of a checkpoint under a causal mask."""
     (load,) = sys.argv[sys.argv.index("--") + 1 :]
     with open_checkpoint(load, "cpu") as loaded:
         from megatron_mdm.evaluation.nelbo import ScoredRow
@@ -59,7 +59,7 @@ def causal() -> None:
         step = causal_step(loaded, ParallelSketch(parameters, None))
         steps = [step(ScoredRow(row, torch.ones_like(row, dtype=torch.bool))) for row in tokens]
         loss, gradient = (sum(x) / 3 for x in zip(*steps, strict=True))
-        # Each token from its own prefix, where there is nothing later to be seen.
+        # Predicts each token from its own prefix alone, in which no later token can be seen.
         with causal_attention(loaded.model):
             terms = [
                 torch.nn.functional.cross_entropy(
@@ -85,10 +85,11 @@ def causal() -> None:
 
 
 def _with_hidden_ends(loaded, tokens, other):
-    """Rows that begin with an end of document, in a model that hides these from attention.
+    """Results for rows that begin with an end of document, which the model hides from attention.
 
-    Logits of both rows as an autoregressive model's and as they are in training; losses of the
-    first, and without the setting.
+    Returns:
+        Logits of both batches, by whether attention is causal; and the causal losses of the first
+        row, with and without the setting.
     """
     from megatron_mdm.evaluation.nelbo import ScoredRow
     from megatron_mdm.mcore.inference.measure import ParallelSketch, causal_step
@@ -108,7 +109,7 @@ def _with_hidden_ends(loaded, tokens, other):
 
 
 def _response_losses(loaded) -> float:
-    """Mean over the last 12 of `ranks.random_pairs(120)` of the loss of the response's tokens."""
+    """Mean over the last 12 of `ranks.random_pairs(120)` of the response's mean loss."""
     from megatron_mdm.mcore.model.causal import causal_attention
     from tests import ranks
 
@@ -140,11 +141,11 @@ def test_no_position_sees_a_later_one_and_afterwards_all_do(found):
 
 
 def test_the_first_position_sees_none_after_it_where_ends_are_hidden(found):
-    """Itself is all that it may attend to, and the flag would hide it."""
+    """It may attend to itself alone, and the flag would hide even that."""
     logits, losses = found["hidden ends"]
     for causal, equal in ((True, True), (False, False)):
         a, b = logits[causal]
-        # Position i of an autoregressive model is for token i, from the tokens before.
+        # Logits of an autoregressive model at position i predict token i from the tokens before it.
         assert torch.equal(a[:, :21], b[:, :21]) == equal
         assert not torch.allclose(a[:, 21:], b[:, 21:])
     assert losses[0] == losses[1]
@@ -159,7 +160,7 @@ def test_a_causal_mask_hides_no_position_from_itself(hidden, segments):
         rows, padding, 9, MDMConfig(**{hidden: False}), segments, "local", causal=True
     )
     if segments is None:
-        assert mask is None  # Megatron's layers make it
+        assert mask is None  # Megatron's layers make the mask
     else:
         seen = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
         assert torch.equal(~mask[0, 0], torch.tensor(seen).bool())
@@ -172,7 +173,7 @@ def test_loss_and_gradient_are_those_of_prefixes(found):
 
 
 def test_the_program_trains_on_responses_given_all_before(found, base, pairs, tmp_path):
-    """Its validation takes each of the 12 pairs once, padded to the row."""
+    """Validation takes each of the 12 pairs once, padded to the row's length."""
     flags = [*base, "--data-path", str(pairs), *SFT, *BATCH]
     run = ranks.launch(tmp_path, 1, *flags, entry=autoregressive)
     (value,) = set(re.findall(r"validation set \| lm loss value: ([\d.E+-]+)", run.output[0]))

@@ -1,4 +1,4 @@
-"""FP8 without a GPU: what is refused, and that evaluations leave delayed scaling alone."""
+"""FP8 without a GPU: refused flags, and evaluations that leave delayed scaling alone."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check
 
 
 def test_rows_of_the_masked_head_suit_fp8_products():
-    """Multiples of them are what tests/mcore/model/test_masked_head.py finds; MXFP8 takes 32."""
+    """MXFP8 takes multiples of 32; test_masked_head.py shows that rows have this multiple."""
     assert masked_head.ROW_MULTIPLE % 32 == 0
 
 
@@ -104,7 +104,7 @@ def test_what_can_is_not(recipe, capability, check):
 
 
 class Layer(torch.nn.Module):
-    """What Transformer Engine's layers do to their state, with the kernel's part in torch."""
+    """A layer that changes its state as Transformer Engine's do, with the kernel in torch."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ def test_scales_of_a_checkpoint_are_read_with_consent(monkeypatch):
 
 
 class Stateful(torch.nn.Linear):
-    """Refuses a state, as Transformer Engine does one that is a pickle."""
+    """A layer that refuses a state, as Transformer Engine refuses a pickled one."""
 
     def get_extra_state(self):
         return torch.ones(3, dtype=torch.uint8)
@@ -184,7 +184,7 @@ def test_models_without_delayed_scaling_leave_scales_alone():
 
 
 def fp8_flags() -> None:
-    """Parses flags as the program does, and makes Transformer Engine's recipe of them."""
+    """Parses flags as the program does, and saves Transformer Engine's recipe for them."""
     from megatron.core.fp8_utils import get_fp8_recipe
 
     from megatron_mdm.mcore.flags.arguments import parse
@@ -206,9 +206,9 @@ def fp8_flags() -> None:
 
 
 def delayed_scaling() -> None:
-    """Scales of Transformer Engine's own state after steps with evaluations between them.
+    """Saves scales of Transformer Engine's own state after steps with evaluations between them.
 
-    Its layer, state, autocast and update are real; what the GPU's kernel does, to enter the largest
+    Its layer, state, autocast and update are real. The GPU kernel's part, to record the largest
     entry of a tensor, is done here.
     """
     os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # the update in torch
@@ -282,7 +282,7 @@ def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
     assert seen["recipe"] == kinds.get(recipe, "TEDelayedScaling")
-    # Megatron's own layers lack apex here, which Transformer Engine's can do without.
+    # Megatron's own layers need apex for this; Transformer Engine's layers do not.
     apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
     assert seen["accumulates in products"] == [True, apex]
     if recipe == "delayed":

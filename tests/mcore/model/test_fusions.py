@@ -1,4 +1,4 @@
-"""What Megatron fuses by default, where the libraries that can are missing."""
+"""Defaults of Megatron's fusions where the libraries that they need are missing."""
 
 import sys
 
@@ -22,7 +22,7 @@ TE, APEX = "transformer_engine", "fused_weight_gradient_mlp_cuda"
     ],
 )
 def test_defaults_follow_the_libraries(installed, fused, monkeypatch):
-    """On CUDA, where Megatron would stop or fail in the first step; a flag wins as ever."""
+    """On CUDA, Megatron would stop or fail in the first step otherwise. A given flag wins."""
 
     def parsed(*flags):
         argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mdm-device", "cuda", *flags]
@@ -39,7 +39,7 @@ def test_defaults_follow_the_libraries(installed, fused, monkeypatch):
 
 def test_layers_that_can_accumulate_in_their_products_do():
     layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    layers[1].fuse_wgrad_accumulation = False  # as Transformer Engine's layers have it
+    layers[1].fuse_wgrad_accumulation = False  # as in layers of Transformer Engine
     builder.accumulate_in_place(layers)
     assert layers[1].fuse_wgrad_accumulation
     assert not hasattr(layers[0], "fuse_wgrad_accumulation")

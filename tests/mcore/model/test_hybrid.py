@@ -1,4 +1,4 @@
-"""HybridModel with attention and MLP layers is GPTModel, under every layout."""
+"""A HybridModel of attention and MLP layers equals GPTModel, under every layout."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from megatron_mdm.mcore.model.hybrid import bidirectional_stack
 from tests import ranks
 from tests.ranks import entries
 
-# Without the optimizer, of which Megatron's translation of a checkpoint expects Adam's state.
+# Flags without Adam, because Megatron's translation of a checkpoint expects its state.
 STEPS = "--no-load-optim --optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 0.1".split()
 STEPS += "--train-iters 2".split()
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
@@ -51,7 +51,7 @@ def test_documents_stay_apart_in_every_stage(base, tmp_path):
 
 
 def test_tools_open_its_checkpoints(base, tmp_path):
-    """Saved from stages, opened on one rank: the logits of the GPTModel that it began as."""
+    """A checkpoint saved from stages has, on one rank, the logits of the GPTModel it began as."""
     pattern = "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2".split()
     still = ["--no-load-optim", "--lr", "0", "--train-iters", "1", "--save-interval", "1"]
     save = ["--save", str(tmp_path / "checkpoint")]
@@ -67,7 +67,7 @@ def test_tools_open_its_checkpoints(base, tmp_path):
 
 
 def test_transformer_engines_layers_attend_in_both_directions():
-    """The spec; its layers cannot be built here. Megatron's own stays as it was."""
+    """Checks the spec only, because its layers cannot be built here. Megatron's stays causal."""
     config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2)
     assert config.transformer_impl == "transformer_engine"
 

@@ -1,4 +1,4 @@
-"""The head at masked positions gives what the head at all positions gives."""
+"""The head at masked positions gives the same results as the head at all positions."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-p
 METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient"
 SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
-# ranks, flags, whether embeddings are tied to the output layer
+# name -> number of ranks, flags, whether embeddings are tied to the output layer
 RUNS = {
     "1 rank, bernoulli": (1, "", False),
     "TP 2, bernoulli": (2, "--tensor-model-parallel-size 2", False),
@@ -24,14 +24,14 @@ RUNS = {
     "TP 2 + SP, methods, tied": (2, f"{METHODS} {SP}", True),
     "PP 2, methods, tied": (2, f"{METHODS} {PP}", True),
 }
-# One step of plain SGD, so large that the weights after it are the gradient.
+# One step of plain SGD with a learning rate so large that the new weights show the gradient.
 STEP = "--optimizer sgd --sgd-momentum 0 --lr 1e4 --weight-decay 0 --clip-grad 0".split()
 STEP += "--train-iters 1 --save-interval 1 --eval-iters 2 --seed 7".split()
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Runs with either head, from the same initial weights, by name and head."""
+    """Runs with each head from the same initial weights, named by run and head."""
     directory = tmp_path_factory.mktemp("head")
     common = ["--data-path", str(data), "--data-cache-path", str(data.parent / "cache"), *STEP]
     found = {}
@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_those_of_the_full_head(runs, name):
     assert masked.weights.keys() == full.weights.keys()
     for name, value in full.weights.items():
         ours = masked.weights[name]
-        if name == SamplerState.KEY:  # squares of gradient norms as bits of float64, fitted at once
+        if name == SamplerState.KEY:  # squares of norms, bits of float64
             ours, value = ours.view(torch.float64), value.view(torch.float64)
             torch.testing.assert_close(ours, value, rtol=1e-5, atol=0.0)
         assert (ours - value).norm() <= 1e-6 * value.norm(), name
@@ -82,7 +82,7 @@ MASKS = {
 @pytest.mark.parametrize("length", [4, 64])
 @pytest.mark.parametrize("mask", MASKS)
 def test_selection_of_positions(mask, length, parts):
-    """Against a head at all positions in float64; a part is what a rank has under SP."""
+    """Compares with a head at all positions in float64. A part is one rank's rows under SP."""
     generator = torch.Generator().manual_seed(0)
     b, h, vocabulary = 3, 8, 11
     hidden = torch.randn(length, b, h, generator=generator, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_selection_of_positions(mask, length, parts):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_fused_cross_entropy_gives_the_same(mask):
-    """--cross-entropy-loss-fusion, whose gradients are bfloat16, as they are after the other."""
+    """Gradients of --cross-entropy-loss-fusion are bfloat16; so are the others, once rounded."""
 
     def fused(labels, logits):
         group = mpu.get_tensor_model_parallel_group()

@@ -1,4 +1,4 @@
-"""Mixtures of experts: every layout trains alike, and the routers' losses count as they should."""
+"""Mixtures of experts: all layouts train alike, and router losses have the right weight."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.mcore.training.test_normalization import ONE_STEP, RATE, layer_of
 from tests.ranks.gathering_attention import context_parallel
 
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 --num-layers 2".split()
-# The balance of each sequence: Megatron's other kinds depend on the micro-batch size.
+# The load-balancing loss per sequence. Megatron's other kinds depend on the micro-batch size.
 LOSSES = "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.5".split()
 LOSSES += "--moe-z-loss-coeff 0.02".split()
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-normalization rows".split()
@@ -19,7 +19,7 @@ SHORT = "--mdm-random-length-fraction 0.7"
 
 @pytest.fixture(scope="module")
 def moe(base, tmp_path_factory):
-    """Flags that start from a checkpoint with experts: layouts draw their first weights apart."""
+    """Flags that start from a checkpoint with experts: initial weights depend on the layout."""
     directory = tmp_path_factory.mktemp("moe")
     data, save = base[: base.index("--load")], ["--save", str(directory / "checkpoint")]
     few = ["--train-iters", "4", "--save-interval", "4", *save]
@@ -45,15 +45,15 @@ LAYOUTS = {
         "--recompute-granularity selective --recompute-modules moe",
     ),
 }
-# Which cannot cut rows that end early.
+# Context parallelism cannot cut rows that end early.
 CONTEXT = {"CP 2": (2, "--context-parallel-size 2")}
 
 
 @pytest.fixture(scope="module")
 def runs(moe, tmp_path_factory):
-    """One step of plain SGD of all methods at once, so large that it shows the gradient.
+    """One step of plain SGD with all methods at once, so large that it shows the gradient.
 
-    With rows that end early, except under context parallelism.
+    Rows end early, except under context parallelism.
     """
 
     directory = tmp_path_factory.mktemp("runs")
@@ -110,10 +110,11 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
-    """The gradients, against J + coefficient x mean in plain torch on the whole batch.
+    """Compares gradients with those of J + coefficient x mean, in plain torch on the whole batch.
 
-    Under `tokens` their sum over all positions, too, is divided by the eligible tokens, and with
-    rates of documents their sum over all rows by the number of documents.
+    Under `tokens`, the sum of the router losses over all positions is also divided by the number of
+    eligible tokens. With rates per document, their sum over all rows is divided by the number of
+    documents.
     """
     flags = [*moe, *LOSSES, *OBJECTIVES[name].split(), *ONE_STEP]
     flags += ["--data-path", str(pairs)] if name == "rows" else []
@@ -136,7 +137,7 @@ def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
 
 
 def place_of(name):
-    """(key, layer, expert): checkpoints stack the experts of a layer too."""
+    """(key, layer, expert) of a parameter: checkpoints also stack the experts of a layer."""
     key, layer = layer_of(name)
     before, _, rest = key.partition("local_experts.")
     if not rest:

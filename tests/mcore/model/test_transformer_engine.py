@@ -1,6 +1,6 @@
-"""Transformer Engine's spec: builds with bidirectional attention, and shares the local keys.
+"""Transformer Engine's spec builds with bidirectional attention and has the local spec's keys.
 
-Nothing of Transformer Engine computes without a GPU, but its modules can be built where its
+No part of Transformer Engine computes without a GPU, but its modules can be built where its
 libraries load.
 """
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def transformer_engine_spec() -> None:
-    """Builds the model from both specs, compares their checkpoint keys, and asks for FP8."""
+    """Builds the model from both specs, also for FP8, and compares their checkpoint keys."""
 
     import torch.distributed
     from megatron.core import dist_checkpointing as checkpoints
@@ -109,13 +109,13 @@ def transformer_engine_spec() -> None:
 
 
 def _attention_in_documents(attention) -> None:
-    """What Transformer Engine is asked for: full attention inside each document, in plain torch."""
+    """Checks what our layer asks of Transformer Engine: full attention inside each document."""
     from transformer_engine.pytorch import DotProductAttention
 
     asked = []
 
     def forward(self, query, key, value, attention_mask=None, **flags):
-        """[s, b, heads, d] or, with bounds, [t, heads, d]; `groups` heads of key and value."""
+        """Attention in plain torch. Shapes are [s, b, heads, d] or, with bounds, [t, heads, d]."""
         asked.append(flags)
         assert attention_mask is None
         repeat = query.shape[-2] // key.shape[-2]

@@ -1,4 +1,4 @@
-"""An entry with a row that is no number, for tests of what that does to a run."""
+"""An entry with a NaN row, for tests of its effect on a run."""
 
 import torch
 
@@ -7,7 +7,7 @@ from megatron_mdm.pretrain import main
 
 
 def nan_row() -> None:
-    """The program with a first row whose cross entropies, and their gradients, are no numbers."""
+    """Runs the program with NaN cross entropies and gradients in the first row."""
     logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):

@@ -1,7 +1,7 @@
-"""A bell that fades into the uniform, and P-POTS that takes over from it: over stops and layouts.
+"""A bell that fades into the uniform, followed by P-POTS, over stops and layouts.
 
-The run has these phases: the bell as it begins (iterations 1 to 3), the fade (4 and 5), uniform
-rates that P-POTS measures (6), and rates of its fits (after 6, 8 and 10).
+The run has these phases: the initial bell (iterations 1 to 3), the fade (4 and 5), uniform rates
+that P-POTS measures (6), and rates of its fits (after 6, 8 and 10).
 """
 
 import json
@@ -24,22 +24,23 @@ TAKEOVER = [
     *"--train-iters 10 --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
     *"--mdm-ppots-target gradient".split(),
 ]
-# Samples: 4 rows a step at first, 8 from the 13th row on: ends of steps at 4, 8, 12, 20, 28, 36.
+# In samples: a step has 4 rows at first, and 8 from the 13th row on. Steps end at 4, 8, 12, 20, 28,
+# 36.
 SAMPLES = [
     *["--step-batch-size-schedule", "0:4 384:8"],
     *"--train-samples 36 --eval-global-batch-size 8".split(),
 ]
 TP = ["--tensor-model-parallel-size", "2"]
 PP = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
-# The uniform share in each iteration until P-POTS has a fit, and that of each step in samples: the
-# fade goes from 7 to 18 of them.
+# The uniform share of each iteration until P-POTS has a fit, and that of each step of the run in
+# samples, whose fade goes from sample 7 to 18.
 SHARES = [0.01, 0.01, 0.01, 0.01 + 0.99 * (1 / 3), 0.01 + 0.99 * (2 / 3), 1.0]
 STEPS = {0: 0.01, 4: 0.01, 8: 0.01 + 0.99 * (1 / 11), 12: 0.01 + 0.99 * (5 / 11), 20: 1.0, 28: 1.0}
 
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """Whole runs on one rank, and runs from their checkpoints to the end, or to a stop."""
+    """Whole runs on one rank, and runs from their checkpoints to the end or to a stop."""
     directory = tmp_path_factory.mktemp("fade")
     data, load = base[: base.index("--load")], base[base.index("--load") :]
     drop = ["--global-batch-size", "--train-iters"]
@@ -67,12 +68,12 @@ def runs(base, tmp_path_factory):
 
 
 def training(run, rows=range(1000)):
-    """Rates and masks of rows of training."""
+    """Rates and masks of the training rows."""
     return {key: x for key, x in run.masks().items() if key[0] == Split.TRAIN and key[1] in rows}
 
 
 def expected_rate(row, share):
-    """The rate of a row under the bell."""
+    """The rate of a row under the bell with this share."""
     quantile = Quantiles("lattice", 1234, Split.TRAIN)(row)
     bell = Bell.of("logit-normal", [0.0, 0.5], share=share)
     return bell(to_unit(torch.tensor([quantile])))[0].item()
@@ -90,7 +91,7 @@ def test_every_iteration_has_the_share_of_its_own(runs):
 
 
 def test_p_pots_measures_from_the_end_of_the_fade(runs):
-    """The first fit is to the 8 rows of iteration 6 alone."""
+    """The first fit uses only the 8 rows of iteration 6."""
     assert re.search(r"P-POTS refit at iteration 6 \| \w+ of 8 rows", runs["iters"].output[0])
     assert "P-POTS keeps" not in runs["iters"].output[0]
 
@@ -104,12 +105,12 @@ def test_a_stop_in_each_phase_changes_no_bit(runs, step):
     for name in ("mdm/controlled loss", "mdm/is bound", "mdm/uniform share"):
         assert part.scalars[name] == whole.scalars[name][step:], name
     density = "mdm/density at t 0.05"
-    assert len(whole.scalars[density]) == 3  # after 6, 8 and 10: none of the bell's iterations
+    assert len(whole.scalars[density]) == 3  # after 6, 8 and 10, none in the bell's iterations
     assert part.scalars[density] == whole.scalars[density][-len(part.scalars[density]) :]
 
 
 def test_other_layouts_go_on_with_the_same_bell(runs):
-    """Bit for bit until a fit, which sees losses that are rounded differently."""
+    """Rows are equal bit for bit until a fit, because layouts round the losses that it sees."""
     whole = runs["iters"]
     for name, step, last in (("TP from 1", 1, 7), ("PP from 4", 4, 10), ("longer", 2, 7)):
         part = runs[name]
@@ -132,7 +133,7 @@ def test_a_fade_in_samples_goes_on_under_another_layout(runs):
 
 
 def test_the_log_says_when_the_loss_is_a_bound(runs):
-    """In samples by the rows that are finished before an iteration; P-POTS leaves it one."""
+    """In samples, finished rows decide. P-POTS leaves the loss a bound."""
     for name, shares in (("iters", SHARES + [1.0] * 4), ("samples", list(STEPS.values()))):
         assert runs[name].scalars["mdm/uniform share"] == pytest.approx(shares)
         assert runs[name].scalars["mdm/is bound"] == [share == 1.0 for share in shares]
@@ -146,7 +147,7 @@ def test_the_log_says_when_the_bell_fades(runs):
 
 
 def test_tools_take_its_checkpoints(runs, data, tmp_path):
-    """They measure under rates of their own, those of the report's methods included."""
+    """Tools measure with rates of their own; so do the methods of the report."""
     where = ["--device", "cpu", "--load", str(runs["checkpoint"]), "--data", str(data)]
     report = ["--output", str(tmp_path / "report.json"), "--parameters", "output_layer"]
     report += "--rows 20 --batch 4 --methods standard flat bell".split()
@@ -161,4 +162,4 @@ def test_tools_take_its_checkpoints(runs, data, tmp_path):
     assert "NELBO" in printed["evaluate"] and "piecewise" in printed["fit_ppots"]
     rows = {row["method"]: row for row in json.loads(Path(report[1]).read_text())["methods"]}
     assert [row["unbiased"] for row in rows.values()] == [True, False, False]
-    assert rows["bell"]["loss"][0] < 1  # it never draws the rates that disturb most
+    assert rows["bell"]["loss"][0] < 1  # it draws no rates of high variance

@@ -1,6 +1,6 @@
-"""Context parallelism: rows that are cut over ranks train as whole ones do.
+"""Context parallelism: rows that are cut over ranks train as whole rows do.
 
-With attention of the tests' own, since Megatron's local attention refuses it.
+The tests use an attention of their own, because Megatron's local attention refuses cut rows.
 """
 
 import pytest
@@ -15,8 +15,8 @@ CP = "--context-parallel-size 2"
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-bins 4 --mdm-ppots-refit-interval 1"
-# MIRROR and exact counts; gradient norms of whole rows, losses of their documents, each with a rate
-# of its own; a shift; uneven rows.
+# The first covers MIRROR, exact counts and gradient norms of whole rows. The second covers losses
+# of documents with their own rates, a shift, and rows with unequal numbers of eligible tokens.
 METHODS = f"--mdm-views 2 --mdm-mask exact-count {ONLINE} --mdm-ppots-target gradient"
 SHIFTED = f"--mdm-shift --no-mdm-eod-eligible {ONLINE} --mdm-normalization rows"
 SHIFTED += " --mdm-rate-per document"
@@ -58,6 +58,6 @@ def test_everything_is_that_of_whole_rows(runs):
         assert run.weights.keys() == whole.weights.keys()
         for key, value in whole.weights.items():
             ours = run.weights[key]
-            if key == SamplerState.KEY:  # bits of float64, and no sums: every step ends in a fit
+            if key == SamplerState.KEY:  # bits of float64; every step ends in a fit
                 ours, value = ours.view(torch.float64), value.view(torch.float64)
             assert (ours - value).norm() <= 1e-5 * value.norm(), (name, key)

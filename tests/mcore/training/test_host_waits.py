@@ -1,4 +1,4 @@
-"""Nothing in a micro-batch makes the host wait for a GPU, but what says so."""
+"""No operation of a micro-batch makes the host wait for a GPU, except where the code says so."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.mcore.training import waits
 
 
 def host_waits() -> None:
-    """What of a forward step would make the host wait for a GPU; see waits.py."""
+    """Runs the program with a forward step that records what would wait: see waits.py."""
     program.forward_step = waits.forward_step
     main()
 

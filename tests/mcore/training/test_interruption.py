@@ -1,4 +1,4 @@
-"""Runs that a signal or a death ends: what is saved, the status, the words, who is left."""
+"""Runs that end by a signal or a death: the checkpoint, status, messages, leftover processes."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ from megatron_mdm.mcore.training import objective as program
 from megatron_mdm.pretrain import main
 from tests import ranks
 
-PATIENCE = 120.0  # seconds; of waits that take a few
+PATIENCE = 120.0  # seconds; usual waits take a few
 SAVED = ["--async-save", "--save-interval", "2", "--train-iters", "6"]
 
 
@@ -38,7 +38,7 @@ def wait_for(condition, patience=PATIENCE):
 
 
 def left(directory):
-    """Processes that hold a file open under the directory, as all of a run do."""
+    """Processes that hold a file open under the directory, as all processes of a run do."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -51,15 +51,16 @@ def left(directory):
 
 
 def interrupted() -> None:
-    """`ranks.train`, whose last rank and its group get two signals in the third iteration.
+    """Runs `ranks.train`; in the third iteration two signals reach the last rank and its group.
 
-    As from a terminal and from torchrun. The group are its workers for data and checkpoints.
+    A terminal and torchrun send such signals. The group consists of the rank's workers for data and
+    checkpoints.
     """
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked
+    multiprocessing.set_start_method("fork", force=True)  # the default of a fresh process
 
     def interrupt():
-        assert len(multiprocessing.active_children()) == 3  # loader, writer, their queue
+        assert len(multiprocessing.active_children()) == 3  # loader, writer and their queue
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(0, number)
 
@@ -68,9 +69,9 @@ def interrupted() -> None:
 
 
 def loses_its_writer() -> None:
-    """The program; the last rank's writer of checkpoints is killed in the midst of a later one.
+    """Runs the program; the last rank's checkpoint writer is killed during a later save.
 
-    The process is stopped until the rank waits for it.
+    The writer is stopped until the rank waits for it.
     """
 
     def lose():
@@ -83,7 +84,7 @@ def loses_its_writer() -> None:
 
 
 def _at_forward(condition, act) -> None:
-    """Has the last rank act once, before the first forward pass in which the condition holds."""
+    """Makes the last rank act once, before the first forward pass in which the condition holds."""
     forward_step, done = program.forward_step, []
 
     def acting_forward_step(*args):
@@ -96,7 +97,7 @@ def _at_forward(condition, act) -> None:
 
 
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(base, tmp_path):
-    """With checkpoints written in the background, whose process the signals reach as well."""
+    """Checkpoints are written in the background, by a process that the signals reach as well."""
     whole = ranks.launch(tmp_path / "whole", 2, *base, *SAVED, "--save", str(tmp_path / "a"))
     save, directory = str(tmp_path / "b"), tmp_path / "first"
     command, loader = [*base, *SAVED, "--save", save], ["--num-workers", "1"]
@@ -115,7 +116,7 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(base, tmp_path):
 
 
 def test_the_death_of_the_process_that_writes_a_checkpoint_ends_the_run(base, tmp_path):
-    """While its rank waits for it, in the midst of a save."""
+    """It dies during a save, while its rank waits for it."""
     save, directory = str(tmp_path / "checkpoint"), tmp_path / "run"
     command = [*base, *SAVED, "--train-iters", "1000", "--save", save]
     run = ranks.launch(directory, 2, *command, entry=loses_its_writer, check=False)
@@ -130,7 +131,7 @@ def test_the_death_of_the_process_that_writes_a_checkpoint_ends_the_run(base, tm
 
 
 def test_a_signal_while_the_interpreter_exits():
-    """A rank that was told to stop ends with its own status, however late a signal comes."""
+    """A rank that was told to stop ends with its own status, however late a signal arrives."""
     program = """
 import os, signal
 from megatron_mdm.interruption import INTERRUPTED, Interruption
@@ -152,7 +153,7 @@ with Interruption() as interruption:
 
 
 def test_a_rank_that_waits_in_c_for_one_that_has_gone():
-    """As in a collective: torchrun's SIGTERM ends it, though no handler of Python's runs."""
+    """A rank may block in a collective: SIGTERM ends it although no Python handler can run."""
     program = """
 import ctypes
 from megatron_mdm.interruption import Interruption
@@ -164,7 +165,7 @@ with Interruption() as interruption:
     print("ready", flush=True)
     library.pthread_mutex_lock(mutex)
 """
-    torchrun = {"TORCHELASTIC_RUN_ID": "run", "LOCAL_WORLD_SIZE": "1000"}  # most of them gone
+    torchrun = {"TORCHELASTIC_RUN_ID": "run", "LOCAL_WORLD_SIZE": "1000"}  # most of them are gone
     with subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, **torchrun}, stdout=subprocess.PIPE
     ) as process:
@@ -178,7 +179,7 @@ with Interruption() as interruption:
 
 
 def test_what_a_rank_shares_with_the_writer_is_copied():
-    """It goes on to train while the writer writes."""
+    """The rank goes on training while the writer writes."""
     shared = torch.ones(3)
     buckets = [("name", "key", ([], [("item", shared)]))]
     buckets = preload_copies(FileSystemWriterAsync.preload_tensors, buckets, non_blocking=False)
@@ -188,7 +189,7 @@ def test_what_a_rank_shares_with_the_writer_is_copied():
 
 @contextmanager
 def launched(launcher, data, directory, *flags):
-    """Two ranks that save after each iteration, as (process of their launcher, log)."""
+    """Two ranks that save after each iteration: (process of their launcher, log)."""
     save = str(directory / "checkpoint")
     command = [
         *[sys.executable, "-m", *launcher.split(), "--standalone", "--nproc-per-node", "2"],
@@ -211,13 +212,13 @@ def launched(launcher, data, directory, *flags):
     ("launcher", "number", "status"),
     [
         ("megatron_mdm.launch --max-restarts 2", signal.SIGTERM, INTERRUPTED),
-        ("torch.distributed.run", signal.SIGUSR1, -signal.SIGUSR1),  # of which torchrun dies
+        ("torch.distributed.run", signal.SIGUSR1, -signal.SIGUSR1),  # this signal kills torchrun
     ],
 )
 def test_a_signal_to_the_launcher(launcher, number, status, data, tmp_path):
-    """Under torchrun itself, whose ranks are children and groups of their own.
+    """Under torchrun itself, whose ranks are its children and have process groups of their own.
 
-    None is started again: that run would not end.
+    No rank may be started again, because then the run would not end.
     """
     save = tmp_path / "checkpoint"
     with launched(launcher, data, tmp_path, "--train-iters", "1000000") as (process, log):
@@ -234,7 +235,7 @@ def test_a_signal_to_the_launcher(launcher, number, status, data, tmp_path):
 
 
 def test_ranks_are_started_again_when_one_has_died(data, tmp_path):
-    """And go on from the last checkpoint, with --max-restarts."""
+    """With --max-restarts they go on from the last checkpoint."""
     save = tmp_path / "checkpoint"
     flags = ["--train-iters", "40", "--save-retain-interval", "40"]
     with launched("megatron_mdm.launch --max-restarts 1", data, tmp_path, *flags) as (process, log):

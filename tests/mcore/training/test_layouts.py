@@ -1,6 +1,6 @@
-"""One run under every layout: the same rows, masks, losses, gradients and weights.
+"""One run under every layout: equal rows, masks, losses, gradients and weights.
 
-Slow (about a minute), and worth it: this is the claim that the plugin stands on.
+It takes about a minute, because it tests the plugin's central claim.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 
 from tests import ranks
 
-# SGD at a constant rate: the weights after 5 steps are the sum of the gradients.
+# Plain SGD at a constant rate: after 5 steps, the weights show the sum of the gradients.
 SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.1", "--weight-decay", "0"]
 LAYOUTS = {
     "micro-batch 1": (1, "--micro-batch-size 1"),
@@ -23,7 +23,7 @@ LAYOUTS = {
     ),
     "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
 }
-# Splitting the sums differently rounds differently; these layouts add in the same order.
+# Splitting sums differently changes rounding; these layouts add in the same order.
 BITWISE_LOSS = {"PP 2", "PP 2 x VP 2"}
 
 
@@ -63,7 +63,7 @@ def test_losses_and_gradient_norms_are_equal(runs, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_equal(runs, layout):
-    """The weights after SGD, tensor by tensor: every gradient, not only the norm of all."""
+    """Compares the weights after SGD tensor by tensor: every gradient, not only their norm."""
     weights, reference = runs[layout].weights, runs["1 rank"].weights
     assert weights.keys() == reference.keys()
     for name, value in weights.items():
@@ -96,7 +96,7 @@ def test_the_distributed_optimizer_changes_nothing(adam):
 
 
 def test_tied_embeddings_under_virtual_stages(base, tmp_path):
-    """Ranks exchange them while they build their stages, and once waited for each other there."""
+    """Ranks exchange tied embeddings while they build their stages; this once was a deadlock."""
     tied = {"drop": ["--untie-embeddings-and-output-weights"]}
     flags = base[: base.index("--load")]
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]

@@ -1,4 +1,4 @@
-"""What a run logs: losses by rate, speed, its recipe, and the loss with a control variate."""
+"""The logs of a run: losses by rate, speed, recipe, and the loss with a control variate."""
 
 import itertools
 import re
@@ -24,16 +24,16 @@ def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
     assert run.scalars["mdm/tokens per s"][0] == pytest.approx(
         32 * run.scalars["mdm/rows per s"][0], rel=1e-6
     )
-    # Rates of 16 rows from the lattice: masked fraction and rates lie near 1/2.
+    # 16 rates from the lattice: their mean, and so the masked fraction, is near 1/2.
     assert run.scalars["mdm/masked fraction"] == pytest.approx([0.5, 0.5], abs=0.1)
     line = next(x for x in run.output[1].splitlines() if "mdm iteration        2" in x)
     assert "masked fraction" in line
     assert "0.12: " in line and "0.88: " in line
-    # Token-normalised and row-normalised means agree where all rows have equally many tokens.
+    # Means over tokens and means over rows agree where all rows have equally many tokens.
     nelbo = run.scalars["mdm/validation NELBO"][-1]
     assert f"mdm loss value: {nelbo:.3E}"[:20] in "\n".join(run.output)
     assert run.scalars["mdm/validation NELBO stderr"][-1] > 0
-    # Nothing of Megatron's that says nothing on a CPU, or the same at every evaluation.
+    # Lines of Megatron are left out if they say nothing on a CPU, or the same at every evaluation.
     text = "\n".join(run.output)
     assert "RerunStateMachine initialized" in text and "Setting RerunStateMachine" not in text
     assert "in billions" not in text
@@ -41,7 +41,7 @@ def test_logs_show_loss_per_rate_masked_fraction_and_speed(base, tmp_path):
 
 
 def on_a_slow_disk() -> None:
-    """Trains where TensorBoard's thread takes its time for each scalar."""
+    """Trains while TensorBoard's writer thread is slow for each scalar."""
     write = RecordWriter.write
 
     def slowly(writer, data):
@@ -55,12 +55,12 @@ def on_a_slow_disk() -> None:
 def test_the_scalars_of_the_last_validation_are_written_before_the_end(base, tmp_path):
     flags = ["--train-iters", "1", "--eval-interval", "1", "--eval-iters", "1"]
     run = ranks.launch(tmp_path, 1, *base, *flags, entry=on_a_slow_disk)
-    assert len(run.scalars["mdm/validation NELBO"]) == 2  # after the step, and at the end
+    assert len(run.scalars["mdm/validation NELBO"]) == 2  # after the step and at the end
 
 
 def test_expected_memory_on_a_gpu_has_no_billions_of_parameters(monkeypatch, capsys):
     args = parsed(monkeypatch)
-    vars(args).update(  # what Megatron fills in
+    vars(args).update(  # values that Megatron fills in
         ffn_hidden_size=64,
         kv_channels=8,
         num_query_groups=2,
@@ -81,7 +81,7 @@ def test_expected_memory_on_a_gpu_has_no_billions_of_parameters(monkeypatch, cap
 
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
-    """The paper's recipe, with and without the control variate."""
+    """Runs with the paper's recipe, with and without the control variate."""
     directory = tmp_path_factory.mktemp("recipes")
     flags = [*base, "--mdm-recipe", "paper", "--mdm-ppots-refit-interval", "2"]
     flags += "--log-interval 1 --save-interval 5 --mdm-rate-bins 4".split()
@@ -97,7 +97,7 @@ def test_the_control_variate_changes_the_report_and_nothing_else(runs):
     assert plain.scalars["mdm/controlled loss"] == plain.scalars["mdm/loss"]
     assert controlled.scalars["mdm/loss"] == plain.scalars["mdm/loss"]
     assert controlled.scalars["mdm/controlled loss"] != plain.scalars["mdm/loss"]
-    # Bitwise: gradient norms of every step, and the weights that all gradients led to.
+    # Equal bit for bit: the gradient norms of every step, and the final weights.
     assert controlled.grad_norms == plain.grad_norms
     weights = [ranks.weights(directory / decay / "checkpoint") for decay in ("1.0", "0.5")]
     assert weights[0].keys() == weights[1].keys()
@@ -110,11 +110,11 @@ def test_the_log_shows_the_recipe_data_rows_and_largest_weight(runs):
     output = "\n".join(run.output)
     line = "--mdm-recipe paper: --mdm-rate-sampler ppots, --mdm-ppots-refit-interval 2 (by hand), "
     assert output.count(line) == 1
-    assert run.scalars["mdm/data rows"] == [4, 8, 12, 16, 20]  # of 8 rows, two views of each
+    assert run.scalars["mdm/data rows"] == [4, 8, 12, 16, 20]  # 8 rows per step, two views per text
     assert "data rows: 20 |" in run.output[1]
     masks = run.masks()
     eps = MDMConfig().eps
-    for step in range(2):  # the density is uniform until the first fit
+    for step in range(2):  # until the first fit the density is uniform
         rows = [masks[0, row] for row in range(8 * step, 8 * step + 8)]
         least = min(t for t, tokens in rows if ranks.MASK_ID in tokens)
         largest = run.scalars["mdm/largest weight"][step]
@@ -122,7 +122,7 @@ def test_the_log_shows_the_recipe_data_rows_and_largest_weight(runs):
 
 
 def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
-    """A bell that fades within log intervals, under pipeline stages; beside other settings."""
+    """A bell fades within log intervals, under pipeline stages; other settings run beside it."""
     bell = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5 --log-interval 2"
     words = {
         "fades": f"{bell} --mdm-bell-fade 0.25 0.5 --train-iters 8",
@@ -143,7 +143,7 @@ def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
         assert warned == (said[name][0] != "yes"), name
     assert said["defaults"] == ["yes", "yes"] and set(said["proposal"]) == {"yes"}
     assert said["clipped"] == ["no (clipped)"] * 2
-    # The share of an iteration goes by those before it: 0.1, 0.1, 0.1, 0.55, 1 and so on.
+    # Finished iterations decide an iteration's share: 0.1, 0.1, 0.1, 0.55, 1 and so on.
     assert said["fades"] == [
         "no (bell, uniform share 0.10)",
         "no (bell, uniform share 0.33)",
@@ -155,10 +155,10 @@ def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
 
 
 def useful_operations(rows, experts):
-    """Of a training step with these rows, by hand: tokens with masks, whose documents end with EOD.
+    """Counts by hand the operations of a training step on these masked rows of documents.
 
-    The model of `ranks.MODEL`, with 2 key and value heads of width 8 and, maybe, the router of 4
-    experts of width 16, of which a token goes through 2.
+    Documents end with EOD. The model is that of `ranks.MODEL` with 2 key and value heads of width 8
+    and, if `experts`, with a router of 4 experts of width 16, 2 of which are active per token.
     """
     found = 0
     for tokens in rows:
@@ -166,15 +166,15 @@ def useful_operations(rows, experts):
         bounds = sorted({0, *ends, len(tokens)})
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         attention = len(tokens) * (32 * (32 + 16 + 16) + 32 * 32)
-        scores = 2 * 32 * sum(length**2 for length in lengths)  # queries times keys, times values
+        scores = 2 * 32 * sum(length**2 for length in lengths)  # queries by keys, weights by values
         feed_forward = len(tokens) * (32 * 4 + 2 * 3 * 32 * 16 if experts else 3 * 32 * 64)
         head = 32 * 128 * tokens.count(ranks.MASK_ID)
         found += 2 * (4 * (attention + scores + feed_forward) + head)
-    return 3 * found  # a forward pass, and a backward pass of twice as much
+    return 3 * found  # the backward pass takes twice the forward pass
 
 
 def test_throughput_counts_what_is_of_use(data, tmp_path):
-    """Documents, grouped queries, masked positions; under every parallelism, and with experts."""
+    """Documents, grouped queries, masked positions: under each kind of parallelism, and experts."""
     flags = ["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache")]
     flags += "--mdm-isolate-documents --no-mdm-eod-eligible --ffn-hidden-size 64".split()
     flags += "--group-query-attention --num-query-groups 2 --log-throughput".split()
@@ -199,7 +199,7 @@ def test_throughput_counts_what_is_of_use(data, tmp_path):
             tokens = run.scalars["mdm/tokens per s per GPU"][interval]
             assert tokens == pytest.approx(32 * rows_per_s[interval] / 2, rel=1e-6)
         output = "".join(run.output)
-        assert "throughput per GPU" not in output  # Megatron's, of causal attention
+        assert "throughput per GPU" not in output  # Megatron's own, for causal attention
         line = next(line for line in output.splitlines() if "mdm iteration        2" in line)
         assert (
             f"| useful TFLOP/s per GPU: {run.scalars['mdm/useful TFLOP per s per GPU'][0]:.5g} |"

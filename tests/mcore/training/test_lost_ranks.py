@@ -1,6 +1,6 @@
-"""Which errors of collective calls say that another rank is gone.
+"""Which errors of collective calls mean that another rank is gone.
 
-tests/examples/test_two_nodes.py has a run that loses one.
+tests/examples/test_two_nodes.py tests a run that loses a rank.
 """
 
 import argparse
@@ -36,10 +36,10 @@ PLACE = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
             "error, NCCL version 2.27.5\nncclRemoteError: A call failed",
             "remote process exited or there was a network error",
         ),
-        # Tensors of two sizes: a fault of the program.
+        # Tensors of two sizes: a fault of the program, not of a rank.
         (f"[enforce fail at {PLACE[1:]}pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4", None),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)", None),
-        # A port that another program has.
+        # A port that another program uses.
         ("The server socket has failed to listen on any local network address. port: 29500", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Views, a fitted density of t and ISAD through the program: under layouts, and after a resume."""
+"""Views, a fitted density of t and ISAD in the program: under layouts and after a resume."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ISAD = ["--mdm-isad-token-ids", "10", "11", "12", "--mdm-isad-weight", "exact"]
 
 @pytest.fixture(scope="module")
 def density(base, tmp_path_factory):
-    """A density fitted to the base checkpoint."""
+    """The file of a density fitted to the base checkpoint."""
     path = tmp_path_factory.mktemp("fit") / "ppots.json"
     flags = "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
     ranks.fit_ppots(base[base.index("--load") + 1], path, *flags)
@@ -25,7 +25,7 @@ def density(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(base, density, tmp_path_factory):
-    """Everything at once, under four layouts."""
+    """Runs with all methods at once, under four layouts."""
     methods = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", str(density)]
     methods += ["--mdm-mask", "exact-count", "--mdm-views", "2", "--train-iters", "3"]
     layouts = {
@@ -62,7 +62,7 @@ def test_pairs_share_text_and_rate_and_mask_complements(runs):
         ]
         k = int(np.ceil(t * 32))
         assert len(masked[0]) == len(masked[1]) == k
-        assert len(masked[0] & masked[1]) == max(0, 2 * k - 32)  # the least overlap there can be
+        assert len(masked[0] & masked[1]) == max(0, 2 * k - 32)  # the least possible overlap
         kept = [j for j in range(32) if j not in masked[0] | masked[1]]
         assert [first[j] for j in kept] == [second[j] for j in kept]
 
@@ -76,7 +76,7 @@ def test_rates_follow_the_fitted_density(runs, density):
 
 
 def file_of_a_node() -> None:
-    """The program on nodes of their own disks: RANK in a flag stands for the rank."""
+    """Runs the program on nodes with disks of their own: RANK in a flag stands for the rank."""
     sys.argv = [word.replace("RANK", os.environ["RANK"]) for word in sys.argv]
     main()
 
@@ -140,7 +140,7 @@ def four_steps(base, tmp_path_factory):
 
 
 def test_texts_go_on_where_they_were_with_another_number_of_views(four_steps, base, tmp_path):
-    """1 -> 2 views: rows 32 and 33 are both of text 32; back again rows go on with the next."""
+    """From 1 to 2 views, rows 32 and 33 are of text 32. Back at 1, rows go on with the next."""
     flags, first = four_steps
     allow = ["--mdm-allow-flag-change"]
     second = str(tmp_path / "second")
@@ -153,7 +153,8 @@ def test_texts_go_on_where_they_were_with_another_number_of_views(four_steps, ba
         *(36, 40),
         *(48, 56),
     ]
-    # Masked rows of a text keep its tokens: those of an uninterrupted run of one view say which.
+    # Masked rows keep a text's other tokens, so an uninterrupted run with one view identifies
+    # texts.
     data = [*base[: base.index("--load")], *LONGER, *base[base.index("--load") :]]
     whole = ranks.launch(tmp_path / "whole", 1, *data)
     texts = {row: masked for (_, row), (_, masked) in whole.masks().items()}
@@ -177,7 +178,7 @@ def test_views_that_would_begin_within_a_text_are_refused(four_steps, tmp_path):
 
 
 def test_the_controlled_loss_goes_on(four_steps, base, tmp_path):
-    """Under another layout, where another rank logs; with other bins it says that it starts over"""
+    """It goes on under another layout, where another rank logs. With other bins it starts over."""
     flags, first = four_steps
     data, load = base[: base.index("--load")], base[base.index("--load") :]
     whole = ranks.launch(tmp_path / "whole", 1, *data, *LONGER, *load)

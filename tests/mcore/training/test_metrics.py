@@ -1,4 +1,4 @@
-"""Numbers of a validation, their errors, and rows that count once."""
+"""The numbers of a validation and their errors; rows that count once."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from tests import ranks
 
 
 def test_one_model_has_one_validation_number(base, tmp_path):
-    """Whatever was evaluated before, whatever the layout and the training flags: lr is 0."""
+    """Earlier evaluations, layout and training flags have no influence; the learning rate is 0."""
     flags = [*base, "--lr", "0", "--eval-interval", "1", "--eval-iters", "2", "--train-iters", "3"]
     others = "--mdm-mask exact-count --mdm-quantiles iid --tensor-model-parallel-size 2".split()
     one = ranks.launch(tmp_path / "one", 1, *flags)
     two = ranks.launch(tmp_path / "two", 2, *flags, *others)
     numbers = [*one.scalars["mdm loss validation"], *two.scalars["mdm loss validation"]]
-    assert len(numbers) == 8  # after each step, and at the end
+    assert len(numbers) == 8  # after each step and at the end
     assert numbers == pytest.approx([numbers[0]] * 8, rel=1e-6)
     assert len(set(one.scalars["mdm/validation NELBO"])) == 1
 
@@ -38,7 +38,7 @@ def test_a_repeated_iteration_is_logged_once(monkeypatch):
 
 
 def test_the_error_of_few_texts_is_that_of_texts():
-    """256 rows of 2 texts tell about 2 texts: the error of the mean of two clusters."""
+    """256 rows of 2 texts tell about 2 texts only: the error is that of a mean of two clusters."""
     text = np.arange(256) % 2
     loss = np.where(text == 0, 3.0, 4.0)
     assert metrics.error_by_text(loss, text) == (pytest.approx(0.5), 2)
@@ -46,13 +46,13 @@ def test_the_error_of_few_texts_is_that_of_texts():
     assert metrics.error_by_text(loss, np.arange(256)) == (pytest.approx(alone), 256)
     error, texts = metrics.error_by_text(loss, np.zeros(256))
     assert np.isnan(error) and texts == 1
-    # Texts of unequally many rows: by the ratio of sums, here of 1 and 3 rows.
+    # Texts with unequal numbers of rows, here 1 and 3: the error is that of a ratio of sums.
     loss, text = np.array([1.0, 5.0, 5.0, 5.0]), np.array([0, 1, 1, 1])
     assert metrics.error_by_text(loss, text) == (pytest.approx(3 * 2**0.5 * 2**0.5 / 4), 2)
 
 
 def test_a_small_validation_split_says_how_many_texts_it_has(base, tmp_path):
-    """Under two data-parallel ranks; and its first rows are those of fewer evaluations."""
+    """Under two data-parallel ranks. A longer evaluation begins with the rows of a shorter one."""
     documents = [[5 + i % 90] * 31 + [ranks.EOD_ID] for i in range(40)]
     ranks.write_documents(tmp_path / "text", documents)
     flags = [*base, "--data-path", str(tmp_path / "text"), "--split", "95,5,0", "--lr", "0"]

@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run with one line, and is neither trained on nor saved."""
+"""A NaN or infinite loss ends the run with one line, and is neither trained on nor saved."""
 
 import os
 
@@ -19,7 +19,7 @@ def latest(directory):
 
 
 def nan_from_third_iteration() -> None:
-    """The program with a row of the last rank that is no number, two micro-batches an iteration."""
+    """Runs the program with a NaN row on the last rank, two micro-batches per iteration."""
     logits_to_tokens, calls = step.logits_to_tokens, []
 
     def with_nan(values, shift):
@@ -34,7 +34,7 @@ def nan_from_third_iteration() -> None:
 
 
 def nan_gradient_of_first_stage() -> None:
-    """The program, whose first rank gets gradients that are no numbers from the next stage."""
+    """Runs the program; the first rank receives NaN gradients from the next stage."""
     forward_step = program.forward_step
 
     def with_nan(*args):
@@ -48,15 +48,15 @@ def nan_gradient_of_first_stage() -> None:
 
 
 def test_the_last_good_checkpoint_stays_the_latest(base, tmp_path):
-    """Megatron would save one of the iteration that failed, at which every start then ends.
+    """Megatron would save the iteration that failed, and every restart would end there.
 
-    The checkpoint before may still be on its way to the disk.
+    The checkpoint before it may still be on its way to the disk.
     """
     save = tmp_path / "checkpoint"
     flags = [*base, *STEPS, "--save", str(save), "--async-save"]
     run = ranks.launch(tmp_path / "run", 2, *flags, entry=nan_from_third_iteration, check=False)
     assert 2 in run.status
-    # Rows 16 and 17 are of rank 0 in the third iteration.
+    # In the third iteration, rank 0 has rows 16 and 17.
     assert ranks.the_error_line(run.output).startswith(
         "error: iteration 3, rank 1: the loss of row 19 is nan, and again when it was computed a "
         "second time. Nothing of this iteration is saved: the same command goes on from"
@@ -68,7 +68,7 @@ def test_the_last_good_checkpoint_stays_the_latest(base, tmp_path):
 
 @pytest.mark.parametrize("rerun", [True, False])
 def test_the_first_iteration_after_a_start(base, tmp_path, rerun):
-    """Megatron leaves it unchecked."""
+    """Megatron does not check this iteration."""
     save = tmp_path / "checkpoint"
     flags = [*base, *STEPS, "--save", str(save), *([] if rerun else ["--rerun-mode", "disabled"])]
     run = ranks.launch(tmp_path / "run", 1, *flags, entry=nan_row, check=False)

@@ -1,4 +1,4 @@
-"""Both normalizations are exact when rows differ in eligible tokens, under DP and accumulation."""
+"""Both normalizations are exact with unequal eligible tokens, under DP and accumulation."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import torch
 
 from tests import oracle, ranks
 
-RATE = 1000.0  # so large a step shows the gradient in the weights, free of their rounding
+RATE = 1000.0  # so large that rounding of the weights does not hide the gradient
 ONE_STEP = f"--optimizer sgd --sgd-momentum 0 --weight-decay 0 --clip-grad 0 --lr {RATE}".split()
 
 
-# Checkpoints name the norms of a layer as Transformer Engine's fused modules do.
+# Checkpoints name a layer's norms as Transformer Engine's fused modules do.
 NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -19,7 +19,7 @@ NORMS = {
 
 
 def layer_of(name):
-    """decoder.layers.2.x -> (decoder.layers.x, 2): checkpoints stack the layers."""
+    """decoder.layers.2.x -> (decoder.layers.x, 2), because checkpoints stack the layers."""
     for module, key in NORMS.items():
         name = name.replace(module, key)
     parts = name.split(".")
@@ -52,7 +52,7 @@ OBJECTIVES = {
 
 @pytest.fixture(scope="module")
 def runs(base, pairs, tmp_path_factory):
-    """By objective: what the oracle found, the step of two ranks, and where it was saved."""
+    """Objective -> the oracle's results, the step of two ranks, and its checkpoint directory."""
     directory = tmp_path_factory.mktemp("objectives")
     save = ["--save-interval", "1", "--train-iters", "1"]
     whole, parts = {}, {}

@@ -1,4 +1,4 @@
-"""P-POTS fitted while training: under layouts, over stops, and with rows that it cannot use."""
+"""P-POTS fitted while training: under layouts, over stops, and with rows it cannot use."""
 
 import os
 
@@ -27,7 +27,7 @@ ONLINE = [
 
 @pytest.fixture(scope="module", params=["loss", "gradient"])
 def online(request, base, tmp_path_factory):
-    """P-POTS fitted while training: uninterrupted, and stopped between two fits under layouts."""
+    """An uninterrupted run with fits, and one that stops between two fits and changes layout."""
     target = ["--mdm-ppots-target", request.param]
     directory = tmp_path_factory.mktemp("online")
     data, load = base[: base.index("--load")], base[base.index("--load") :]
@@ -62,7 +62,7 @@ def test_online_fits_are_made_and_alike_under_layouts_and_resumes(online):
     ends = zip(whole.scalars[tag], whole.scalars["mdm/density at t 0.95"], strict=True)
     assert all(max(abs(low - 1), abs(high - 1)) > 1e-3 for low, high in ends)
     densities = [q for part in parts for q in part.scalars[tag]]
-    # The fits see losses that are rounded differently: not bitwise, but far below any effect.
+    # Fits see losses that are rounded differently, so they are not bitwise equal but very close.
     assert densities == pytest.approx(whole.scalars[tag], rel=1e-3)
 
 
@@ -77,15 +77,15 @@ def test_online_training_goes_on_after_a_resume(online):
 
 
 def every_step_twice() -> None:
-    """`ranks.train`, where the rerun machine works in a mode that --rerun-mode cannot choose."""
+    """Runs `ranks.train` with a rerun mode that --rerun-mode cannot choose: every step twice."""
     initialize.RerunMode = lambda mode: RerunMode.REPORT_DETERMINISM_STATS
     ranks.train()
 
 
 def measured_rows() -> None:
-    """The program, saving t, value and importance weight of the rows that P-POTS measured.
+    """Runs the program, and saves t, value and importance weight of the rows that P-POTS measured.
 
-    One tensor rank of the last stage saves those of its rows.
+    One tensor-parallel rank of the last stage saves the values of its rows.
     """
     rows: list = []
     record = ppots.OnlineSampler.record
@@ -102,7 +102,7 @@ def measured_rows() -> None:
 
 
 def other_density() -> None:
-    """The program on a machine whose last rank computes differently."""
+    """Runs the program as if its last rank computed other fits."""
     fit = ppots.fit
 
     def other_fit(*args, **settings):
@@ -127,11 +127,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def refits(base, tmp_path_factory):
-    """By target and layout: a run of five refits, and [3, 10, 80] what they are fitted to.
+    """By target and layout: a run with five refits, and the numbers [3, 10, 80] that it fitted.
 
-    Each layout rounds otherwise, trains on, and is refitted to what it then measures. Worth a run
-    of each for both targets: no pure test knows what rounding of a real model is, and how far it
-    grows over five refits.
+    Each layout rounds differently, trains on, and refits to its own measurements. Both targets need
+    real runs: no unit test knows the rounding of a real model, and how it grows over five refits.
     """
     directory = tmp_path_factory.mktemp("refits")
     runs = ranks.launch_layouts(
@@ -149,7 +148,7 @@ def refits(base, tmp_path_factory):
 
     def measured(name):
         parts = [torch.load(path) for path in sorted((directory / name).glob("measured*.pt"))]
-        # Iterations of 80 rows, over data-parallel ranks.
+        # Joins the data-parallel ranks: 80 rows per iteration.
         return torch.cat([part.view(3, 10, -1) for part in parts], dim=2)
 
     return {name: (run, measured(name)) for name, run in runs.items()}
@@ -157,7 +156,7 @@ def refits(base, tmp_path_factory):
 
 @pytest.mark.parametrize("target", ["loss", "gradient"])
 def test_five_refits_agree_between_layouts(target, refits):
-    """Other numbers of bins and of rows are fitted to the rows that these runs measured."""
+    """The rows that these runs measured are also fitted with other numbers of bins and of rows."""
     t = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)
     logged, fitted = {}, {}
     for name in LAYOUTS:
@@ -180,7 +179,7 @@ def test_five_refits_agree_between_layouts(target, refits):
 
 
 def test_the_state_of_the_sampler_is_restored_bit_for_bit_in_another_layout(base, tmp_path):
-    """A run that has nothing left to train loads the state and saves it again."""
+    """A run that has no steps left loads the state and saves it again."""
     saved = tmp_path / "first"
     online_flags = [*ONLINE, "--train-iters", "3", "--save-interval", "2"]
     flags = [*base[: base.index("--load")], *online_flags]
@@ -197,7 +196,7 @@ def test_the_state_of_the_sampler_is_restored_bit_for_bit_in_another_layout(base
 
 
 def test_a_stop_between_two_fits_changes_no_bit(base, tmp_path):
-    """Fits at 2, 4 and 6, a stop after 3 in the same layout: the same rates, masks and losses."""
+    """With fits at 2, 4 and 6 and a stop after 3: equal rates, masks and losses."""
     data, load = base[: base.index("--load")], base[base.index("--load") :]
     flags = [*data, *ONLINE, "--mdm-ppots-target", "gradient"]
     checkpoint = str(tmp_path / "checkpoint")
@@ -215,9 +214,9 @@ def test_a_stop_between_two_fits_changes_no_bit(base, tmp_path):
 
 
 def test_repeated_iterations_change_nothing(base, tmp_path):
-    """Megatron's rerun machine repeats every step here, those with a fit included.
+    """Megatron's rerun machine repeats every step here, including steps with a fit.
 
-    That a row is masked alike both times is asserted where `ranks.train` records it.
+    `ranks.train` asserts that a row gets the same mask both times.
     """
     flags = [*base, *ONLINE, "--train-iters", "5"]
     once = ranks.launch(tmp_path / "once", 1, *flags)
@@ -230,7 +229,7 @@ def test_repeated_iterations_change_nothing(base, tmp_path):
 
 
 def test_the_state_goes_back_before_a_checkpoint_of_a_suspicious_iteration(monkeypatch):
-    """The machine restores, then saves: the iteration is repeated from there, and counts once."""
+    """The machine restores and then saves: the iteration is repeated from there, counted once."""
     machine = RerunStateMachine(lambda: "theirs", lambda state: restored.append(state))
     restored = []
     monkeypatch.setattr(ppots, "get_rerun_state_machine", lambda: machine)
@@ -276,14 +275,14 @@ def test_a_row_without_a_finite_loss_is_counted_and_stays_out_of_the_fit(base, t
     line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 1" in x)
     assert "of 7 rows, 1 skipped" in line
     assert all(np.isfinite(run.scalars[name]).all() for name in run.scalars if "density" in name)
-    # The log shows which rates it was at.
+    # The log shows the bin of the rate at which it happened.
     line = next(x for x in run.output[0].splitlines() if "mdm iteration        1" in x)
     per_rate = line.rpartition("| ")[2]
     assert ("0.25: nan" in per_rate) != ("0.75: nan" in per_rate)
 
 
 def test_measured_gradients_are_those_of_a_row(base, tmp_path):
-    """Whatever the loss sum divides by, and however the batch is split, ||dl/dh|| is the row's.
+    """||dl/dh|| belongs to the row alone, for every normalization and split of the batch.
 
     Rows that are not whole count by their tokens under `tokens`
     (tests/mcore/data/test_documents.py).
@@ -305,7 +304,7 @@ def test_measured_gradients_are_those_of_a_row(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def online_checkpoint(base, tmp_path_factory):
-    """Of a run that fits its density, between two fits."""
+    """The checkpoint of a run that fits its density, saved between two fits."""
     directory = tmp_path_factory.mktemp("online")
     save = ["--save", str(directory / "checkpoint"), "--save-interval", "3"]
     ranks.launch(directory / "run", 1, *base, *ONLINE, *save, "--exit-interval", "3")
@@ -322,12 +321,12 @@ def online_checkpoint(base, tmp_path_factory):
     ],
 )
 def test_measurements_of_something_else_begin_anew(change, online_checkpoint, base, tmp_path):
-    """The density is the one that the flags say, and fits see the rows from here on."""
+    """The density is then the one that the flags give, and fits use only rows from here on."""
     flags = [*base[: base.index("--load")], *ONLINE, *change.split(), "--mdm-allow-flag-change"]
     run = ranks.launch(tmp_path, 1, *flags, "--load", online_checkpoint)
     assert "P-POTS begins to measure anew, from the density that the flags say" in run.output[0]
     assert f"{change.split()[0]} {change.split()[1]} (checkpoint: " in run.output[0]
-    # 8 rows of iteration 4, which count half if that was enough for a fit, and 16 since; with those
-    # from before the stop there would be 28.
+    # 8 rows of iteration 4, which count half if they were enough for a fit, and 16 rows after it.
+    # With the rows from before the stop there would be 28.
     line = next(x for x in run.output[0].splitlines() if "P-POTS refit at iteration 6" in x)
     assert " of 20 rows, " in line or " of 24 rows, " in line

@@ -1,4 +1,4 @@
-"""Fine-tuning on prompts and responses: what is masked, in which order, under which layout."""
+"""Fine-tuning on prompts and responses: masked tokens, their order, and layouts."""
 
 import json
 
@@ -12,7 +12,7 @@ METHODS = "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2".
 
 @pytest.fixture(scope="module")
 def runs(base, pairs, tmp_path_factory):
-    """Everything at once, under three layouts; one of them without SyRM."""
+    """Runs with all methods at once, under three layouts, and one run without SyRM."""
     directory = tmp_path_factory.mktemp("sft")
     flags = [*base, *METHODS, "--data-path", str(pairs), "--mdm-recipe", "recommended"]
     flags += ["--mdm-ppots-refit-interval", "3", "--mdm-ppots-bins", "4", "--eval-iters", "1"]
@@ -34,12 +34,12 @@ def test_layouts_are_equal(runs, layout):
 
 
 def texts(run, split):
-    """(masked tokens, clean tokens) of each row; the clean ones found by the pair's response."""
+    """The masked tokens of each row of a split, in the order of rows."""
     return [tokens for (s, _), (_, tokens) in sorted(run.masks().items()) if s == split]
 
 
 def prompts_of(rows):
-    """The rows' prompts: what stands before the first token that is of a response, or masked."""
+    """(masked, clean) tokens of each row's prompt, where exactly one pair length fits the row."""
     by_response = {}
     for prompt, response in ranks.random_pairs(120):
         by_response[tuple(prompt + response)] = len(prompt)
@@ -66,7 +66,7 @@ def prompts_of(rows):
 
 def test_prompts_stay_visible(runs):
     found = prompts_of(texts(runs["plain"], 0))
-    assert len(found) > 30  # rows that are masked throughout cannot be told apart
+    assert len(found) > 30  # fully masked rows cannot be identified
     assert all(list(row) == list(prompt) for row, prompt in found)
 
 
@@ -87,13 +87,13 @@ def test_validation_never_masks_prompts(runs):
 
 
 def test_an_epoch_has_every_pair_once(runs, pairs):
-    """90% of 120 pairs are for training, and 8 steps take 4 of them in two views each."""
+    """108 of 120 pairs are for training, and 8 steps take 4 of them each, in two views."""
     rows = texts(runs["plain"], 0)
     assert len(rows) == 64
     assert all(len(row) == 32 for row in rows)
     output = runs["plain"].output[0]
     assert "108 pairs, 0 left out" in output
-    # The default number of rows is 8 steps of 8.
+    # The default number of rows is 8 steps of 8 rows.
     assert f"takes 64 rows, 2 views of each of 32, from {pairs}: 0.30 epochs of 108 rows" in output
 
 
@@ -117,7 +117,7 @@ PACKED = [
 
 @pytest.fixture(scope="module")
 def packed(base, pairs, tmp_path_factory):
-    """Ten steps of four packed rows in two views; as many in two runs and another layout."""
+    """A run of ten steps of packed rows, and the same in two runs under different layouts."""
     directory = tmp_path_factory.mktemp("packed")
     flags = [*base, *PACKED, "--data-path", str(pairs), "--eval-iters", "1"]
     whole = ranks.launch(directory / "whole", 1, *flags, "--train-iters", "10")
@@ -139,7 +139,7 @@ def test_packed_rows_resume_under_another_layout(packed):
 
 
 def pairs_in(rows):
-    """Numbers of the pairs whose prompt and response stand in these rows, unless masked."""
+    """Indices of the pairs whose prompt and response (unless masked) are in these rows."""
     pairs = [(p, [*p, *r]) for p, r in ranks.random_pairs(120)]
     found = []
     for row in rows:
@@ -156,7 +156,7 @@ def pairs_in(rows):
                 )
             ]
             if len(matches) != 1:
-                break  # the end of the row, or masks that fit several pairs
+                break  # the row's end, or masks that fit several pairs
             found += matches
             start += len(pairs[matches[0]][1])
     return found
@@ -176,7 +176,7 @@ def test_packed_rows_hold_every_pair_once_an_epoch(packed):
 
 
 def test_a_density_for_fine_tuning_is_measured_on_its_pairs(base, pairs, tmp_path):
-    """Flags of the tool mean what those of a run do, from which a checkpoint has them."""
+    """Flags of the tool have the same effect as the same flags of the run saved in a checkpoint."""
     objective = "--mdm-sft --mdm-pad-eligible --mdm-normalization rows".split()
     objective += ["--mdm-mask", "exact-count"]
     data = ["--data-path", str(pairs)]

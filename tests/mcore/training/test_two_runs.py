@@ -1,4 +1,4 @@
-"""One process trains one objective after another, and each as if it were alone."""
+"""One process trains one objective after another, each as if it were alone."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ FINE_TUNING = [
 
 @pytest.fixture(scope="module")
 def runs(base, pairs, tmp_path_factory):
-    """Three runs in one process, and the two objectives in processes of their own."""
+    """Three runs in one process, and both objectives in separate processes."""
     directory = tmp_path_factory.mktemp("two-runs")
     online = [*base, *ONLINE]
     tuning = [*base, *FINE_TUNING, "--data-path", str(pairs)]
@@ -40,8 +40,8 @@ def runs(base, pairs, tmp_path_factory):
     ("one", "alone"),
     [
         ("online", "online alone"),
-        ("fine-tuning", "fine-tuning alone"),  # after the first
-        ("online again", "online alone"),  # after the second
+        ("fine-tuning", "fine-tuning alone"),  # second run of its process
+        ("online again", "online alone"),  # third run of its process
     ],
 )
 def test_a_run_after_another_is_as_if_it_were_alone(runs, one, alone):
@@ -61,7 +61,7 @@ def test_both_objectives_did_what_they_are_named_for(runs):
 
 
 def test_nothing_of_a_state_is_copied_or_saved(base):
-    """Checkpoints hold the arguments; Megatron copies its configurations for some layers."""
+    """Checkpoints hold the arguments, and Megatron copies its configurations for some layers."""
     load = base[base.index("--load") + 1]
     args = load_common_state_dict(f"{load}/iter_0000020")["args"]
     vars(args).update(mdm_rate_sampler="ppots", mdm_ppots_refit_interval=2)

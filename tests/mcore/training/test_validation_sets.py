@@ -1,4 +1,4 @@
-"""Named validation sets: each has the numbers of a run that validates on it alone."""
+"""Named validation sets: each has the numbers of a run that validates on this set alone."""
 
 import json
 import os
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 def numbers(run, name):
-    """All that TensorBoard has of the evaluations of `validation` or of a set of it."""
+    """All TensorBoard scalars of evaluations of `validation` as a whole, or of one of its sets."""
     start = f"mdm/{name} "
     others = tuple(f"mdm/validation {x} " for x in NAMES) if name == "validation" else ()
     return {
@@ -46,7 +46,7 @@ def rows_of(run, part):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Three sets of text, the last with fewer texts than an evaluation takes rows."""
+    """Three sets of text. The last one has fewer texts than an evaluation takes rows."""
     directory = tmp_path_factory.mktemp("sets")
     few = [[5 + i % 90] * 31 + [ranks.EOD_ID] for i in range(3)]
     ranks.write_documents(directory / "web", ranks.random_documents(60, seed=1))
@@ -57,13 +57,13 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(base, data):
-    """Those of `base`, with training data for itself."""
+    """The flags of `base`, with separate training data."""
     return ["--train-data-path", str(data), *base[2:]]
 
 
 @pytest.fixture(scope="module")
 def runs(flags, files, tmp_path_factory):
-    """All sets together under each layout, and each alone."""
+    """All sets together under each layout, and each set alone."""
     named = ["--valid-data-path", *files.values(), "--validation-set-names", *NAMES]
     words = {
         name: (count, [*flags, *STEPS, *named, *layout.split()])
@@ -78,12 +78,12 @@ def runs(flags, files, tmp_path_factory):
 
 @pytest.mark.parametrize("number, name", enumerate(NAMES))
 def test_a_set_has_the_numbers_of_a_run_of_its_own(runs, number, name):
-    """Bitwise: its rows, their rates and masks, and the batches that they come in."""
+    """Equal bit for bit, because rows, rates, masks and their batches are equal."""
     alone, together = (
         numbers(runs[name], "validation"),
         numbers(runs["1 rank"], f"validation {name}"),
     )
-    assert len(alone["NELBO"]) == 3  # after each step, and at the end
+    assert len(alone["NELBO"]) == 3  # after each step and at the end
     assert together == alone
     rows = rows_of(runs["1 rank"], part_of_set(number))
     assert len(rows) == 16 and rows == rows_of(runs[name], Split.VALID)
@@ -105,7 +105,7 @@ def test_the_validation_is_the_mean_over_its_sets(runs):
     assert numbers(run, "validation")["NELBO stderr"] == pytest.approx(
         np.sqrt((errors**2).sum(axis=0)) / 3, rel=1e-6
     )
-    # Megatron's own line, over all tokens: the rows have equally many.
+    # Megatron's own number is a mean over tokens, of which all rows have equally many.
     assert run.scalars["mdm loss validation"][0] == pytest.approx(
         numbers(run, "validation")["NELBO"][0], rel=1e-5
     )
@@ -123,7 +123,7 @@ def test_layouts_are_equal(runs, layout):
 
 
 def losses_of_rows():
-    """The program, which leaves the losses of all evaluated rows: (part, text) -> loss."""
+    """Runs the program and saves (part, text, loss) of all evaluated rows."""
     found: list = []
     add = Recorder.add
 
@@ -138,7 +138,7 @@ def losses_of_rows():
 
 
 def test_errors_are_those_of_the_rows_losses(flags, files, tmp_path):
-    """Under two data-parallel ranks, in two evaluations without a step between."""
+    """Under two data-parallel ranks, with two evaluations and no step between them."""
     named = [files["web"], files["code"], "--validation-set-names", "web", "code"]
     steps = "--train-iters 1 --eval-interval 9 --eval-iters 2 --skip-train".split()
     words = [*flags, *steps, "--valid-data-path", *named]
@@ -158,7 +158,7 @@ def test_errors_are_those_of_the_rows_losses(flags, files, tmp_path):
 
 
 def test_pairs_and_a_single_name(flags, pairs, tmp_path):
-    """Pairs of --mdm-sft, and files named in JSON; a test is one set, of as many rows as all."""
+    """Pairs of --mdm-sft, and files named in JSON. The test split is one set with all rows."""
     ranks.write_pairs(tmp_path / "more", ranks.random_pairs(50, seed=5))
     flags = [*STEPS, "--mdm-sft", "--mdm-normalization", "rows", *flags[2:]]
     files = [str(tmp_path / "more"), str(pairs)]
@@ -221,7 +221,7 @@ def test_a_resume_and_tools_go_on_and_other_sets_are_refused(flags, files, tmp_p
     assert "the run resumes on other data: " in run.output[0]
     assert len(numbers(run, "validation web")["NELBO"]) == 2
     fit = f"--load {save[1]} --device cpu --rows 4 --masks 8 --rates 2".split()
-    for data in ([], ["--data-path", files["code"]]):  # the run's, and others without names
+    for data in ([], ["--data-path", files["code"]]):  # the run's data, and data without names
         output = ["--output", str(tmp_path / f"{len(data)}.json")]
         tool = ranks.run_forked("tools/fit_ppots.py", *fit, *output, *data)
         assert tool.returncode == 0, tool.stderr[-2000:]
@@ -259,7 +259,7 @@ def test_names_that_fit():
 
 
 def test_mistakes_are_one_line(flags, files, tmp_path):
-    """Names without files, a set without a row, and one that is not there."""
+    """Names without files, a set without a whole row, and a set that does not exist."""
     ranks.write_documents(tmp_path / "short", [[5] * 30])
     short, missing = str(tmp_path / "short"), str(tmp_path / "missing")
     named = ["--validation-set-names", "web", "short", "--valid-data-path", files["web"]]

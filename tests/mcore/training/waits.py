@@ -1,8 +1,8 @@
-"""What of a forward step would make the host wait for a GPU, found without one.
+"""Finds operations of a forward step that would make the host wait for a GPU, without a GPU.
 
-While the host waits, it queues nothing, and the device runs dry. Our forward step runs here on
-tensors that have shapes and a device, `cuda`, and no numbers (torch's fake tensors): asking for a
-number fails, and copies between the devices are seen.
+A host that waits queues nothing, and the device runs out of work. Here the forward step runs on
+torch's fake tensors. They have shapes and a device, `cuda`, but no numbers: asking for a number
+fails, and copies between devices are recorded.
 """
 
 import json
@@ -23,7 +23,7 @@ from megatron_mdm.mcore.training import forward_step as step
 from megatron_mdm.mcore.training.state import TrainingState
 
 CUDA = torch.device("cuda", 0)
-# What is set beside the flags of the run, in one process: nothing of the model depends on it.
+# Settings that change the run's flags within one process. The model does not depend on them.
 ISAD = {"mdm_isad_token_ids": list(range(60)), "mdm_isad_delta": 0.1}
 DOCUMENTS = {"mdm_isolate_documents": True, "mdm_rate_per": "document"}
 FIT = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations that make the host wait; asking for a number fails by itself."""
+    """Records the operations that make the host wait. Asking for a number fails by itself."""
 
     def __init__(self):
         super().__init__()
@@ -66,10 +66,11 @@ class Waits(TorchDispatchMode):
         name = operation.overloadpacket.__name__
         devices = [x.device.type for x in (*args, result) if torch.is_tensor(x)]
         if name in ("_to_copy", "copy_") and len(set(devices)) > 1:
-            # A copy to the host goes on without it into memory that torch pins.
+            # A non-blocking copy to the host goes into memory that torch pins, so the host does not
+            # wait.
             if not kwargs.get("non_blocking", False):
                 self.found.append(f"{name} {devices[0]} to {devices[-1]}")
-        elif name == "isin" or name.startswith("_unique"):  # counts different numbers
+        elif name == "isin" or name.startswith("_unique"):  # they count distinct numbers
             self.found.append(name)
         elif name in ("index", "index_put", "index_put_") and any(
             x is not None and x.dtype is torch.bool for x in args[1]
@@ -86,7 +87,7 @@ class Config:
 
 
 class Stage:
-    """A model whose layers take no time: hidden states, and our head on them."""
+    """A model without layers: hidden states, and our head on them."""
 
     vp_stage = None
     config = Config()
@@ -96,7 +97,7 @@ class Stage:
 
     def __call__(self, tokens, *_, labels, output_processor, output_processor_context, **__):
         hidden = torch.ones((*tokens.t().shape, 8), device=CUDA, requires_grad=True)
-        # Without a GPU nothing runs backward: what looks at the gradient is given one.
+        # Nothing runs backward without a GPU, so the hook on the gradient gets one at once.
         hidden.register_hook = lambda look: look(torch.ones_like(hidden))
         return output_processor(
             hidden_states=hidden,
@@ -125,10 +126,10 @@ class Stage:
 
 
 def forward_step(state, iterator, model):
-    """In the place of the program's: takes all settings in turn, saves what they wait for."""
+    """Replaces the program's forward step: it tries all settings and saves the waits it finds."""
     assert get_attr_wrapped_model(model, "vp_stage") is None
     args = get_args()
-    args.check_for_nan_in_loss_and_grad = False  # Megatron's own check, which waits
+    args.check_for_nan_in_loss_and_grad = False  # Megatron's own check waits
     before, found = dict(vars(args)), {}
     for name, changes in SETTINGS.items():
         vars(args).update(before | (changes or {}))
@@ -145,18 +146,18 @@ def _waits(state, training):
         name: torch.zeros(b, state.seq_length if vector else 1, dtype=torch.int64)
         for name, vector in columns.items()
     }
-    # The CPU mode rewrites the device of torch's functions; its stand-ins of torch.cuda stay.
+    # The CPU mode changes the device in torch's functions. Its replacements in torch.cuda stay.
     with (
         torch._C.DisableTorchFunction(),
         replaced(torch.cuda, "current_device", lambda: CUDA),
         replaced(torch.cuda, "is_available", lambda: False),
         FakeTensorMode(allow_non_fake_inputs=True),
-        # The one number that the head needs; see MaskedPositions.
+        # The only number that the head needs: see MaskedPositions.
         replaced(MaskedPositions, "num_rows", 32),
         Waits() as waits,
     ):
         for _ in range(2):
-            waits.found.clear()  # what is copied once stays on the device
+            waits.found.clear()  # one-time copies stay on the device
             losses, loss_func = step.forward_step(state, iter([batch]), Stage(training))
             loss_func(losses)
     return waits.found

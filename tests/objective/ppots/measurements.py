@@ -1,4 +1,4 @@
-"""Moments for tests of P-POTS: of rows that are drawn, and of known curves without noise."""
+"""Moments for tests of P-POTS, of drawn rows and of known curves without noise."""
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ from megatron_mdm.objective.samplers import PiecewiseSampler
 
 
 def test_sums_do_not_depend_on_how_they_are_taken():
-    """Numbers of very different sizes, of both signs: any order, any parts, the exact sum."""
+    """Numbers of both signs and very different sizes sum exactly, in any order and any parts."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal(3000) * 10.0 ** rng.uniform(-9, 12, 3000)
     limbs = to_limbs(torch.from_numpy(x))

@@ -1,4 +1,4 @@
-"""Fits of a density to measured moments: each recovers a truth, no bad measurement harms one."""
+"""Fits of a density to measured moments recover the truth; bad measurements do no harm."""
 
 import os
 import subprocess
@@ -132,7 +132,7 @@ def test_derivatives_of_the_families(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_are_accurate_all_over_the_bounds(family):
-    """Within 1e-3 of the parametric density for random parameters and for the corners."""
+    """Tables are within 1e-3 of the parametric density, for random parameters and corners."""
     members = FAMILIES[family]
     low, high = np.array(members.bounds).T
     rng = np.random.default_rng(0)
