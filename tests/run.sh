@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all checks: ruff, mypy and every test, or with --fast those tests that start
-# no processes and take no seconds each. Further arguments go to pytest.
+# Sets up .venv and runs all checks: ruff, mypy and every test. With --fast, it runs only tests that
+# start no processes and are not slow. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=()
@@ -12,10 +12,10 @@ source tools/setup.sh test
 
 ruff check .
 ruff format --check .
-mypy & # beside the tests: without a cache it reads torch's types anew
+mypy & # runs beside the tests, because without a cache it reads torch's types again
 types=$!
 trap 'kill $types 2>/dev/null || true' EXIT
-# Two workers, each with files of its own, where pytest-xdist is; -n after these replaces the number.
+# With pytest-xdist, two workers take whole files. A later -n changes the number of workers.
 if python -c 'import xdist' 2>/dev/null; then
     tests+=(-n 2 --dist loadfile)
 fi

@@ -1,4 +1,4 @@
-"""The word on bounds: by flag, and against density, weight and masks themselves."""
+"""What the program says about bounds, by flag and against density, weight and masks."""
 
 import numpy as np
 import pytest
@@ -70,10 +70,10 @@ def test_what_leaves_the_objective_is_a_bound(name):
 
 @pytest.mark.parametrize("name", [*NO_BOUND, *BOUND])
 def test_the_word_is_that_of_density_times_weight(name):
-    """Of masks and contexts tests/objective/test_unbiasedness.py and test_segments.py say more."""
+    """test_unbiasedness.py and test_segments.py of tests/objective cover masks and contexts."""
     mdm = MDMConfig(**(NO_BOUND | BOUND)[name])
     if mdm.rate_sampler == "ppots":
-        return  # its fits are the run's own
+        return  # each run has its own fits
     is_constant = np.allclose(bin_masses(fixed_sampler(mdm), 50), 1 / 50, rtol=0, atol=1e-12)
     of_rates = MDMConfig(
         **{x: getattr(mdm, x) for x in ("rate_sampler", "clip", "logit_normal", "beta")},
@@ -93,7 +93,7 @@ def test_a_bell_that_fades_becomes_a_bound():
         "It becomes one when --mdm-bell-fade has brought the uniform share to 1; the NELBO of "
         "evaluations is one all along"
     )
-    assert bound_in_words(MDMConfig(**BELL, bell_fade=[0.0, 0.0])) is None  # gone at the start
+    assert bound_in_words(MDMConfig(**BELL, bell_fade=[0.0, 0.0])) is None  # faded from the start
     mdm = MDMConfig(**BELL, bell_fade=[0.4, 0.7], rate_per="document")
     assert why_no_bound(mdm, 1.0) == "rates of documents that see each other"
     assert bound_in_words(mdm) == (

@@ -1,4 +1,4 @@
-"""What is checked and set before torch and Megatron are imported."""
+"""Checks and settings that come before the imports of torch and Megatron."""
 
 import os
 import re
@@ -16,9 +16,9 @@ from tests.mcore.flags.parsing import COMMON
 
 
 def test_no_module_imports_a_program():
-    """Which runs as __main__: each rank would hold a second copy of it.
+    """A program runs as __main__, so a rank that imports it would hold a second copy.
 
-    A program that is another one's variant may: then it is the one that runs as __main__.
+    A program that is a variant of another may import it, because then the variant runs as __main__.
     """
     package = Path(megatron_mdm.__file__).parent
     programs = re.compile(
@@ -79,7 +79,7 @@ def test_a_process_that_nobody_launched_is_a_run_of_one_rank(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     join_ranks()
     assert {name: os.environ[name] for name in ALONE} == ALONE
-    # torchrun under srun, one a node
+    # torchrun under srun, one per node
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("WORLD_SIZE", "16")
     join_ranks()
@@ -88,12 +88,12 @@ def test_a_process_that_nobody_launched_is_a_run_of_one_rank(monkeypatch):
 
 def clear_launcher(monkeypatch):
     for name in (*ALONE, *STARTED_TOGETHER):
-        monkeypatch.setenv(name, "")  # so that what is set later is undone
+        monkeypatch.setenv(name, "")  # so that a later change is undone
         monkeypatch.delenv(name)
 
 
 def test_the_program_trains_without_torchrun(tmp_path):
-    """Worth a start of its own: all others set what torchrun sets."""
+    """A start of its own, because all other tests set the variables that torchrun sets."""
     names = (*ALONE, *STARTED_TOGETHER)
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)

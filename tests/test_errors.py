@@ -1,4 +1,4 @@
-"""Errors, and names from elsewhere in them: one line, by one rank, without terminal codes."""
+"""Errors, and foreign names in them: one line, from one rank, without terminal codes."""
 
 import os
 import pickle
@@ -81,7 +81,7 @@ def exit_output(monkeypatch, capsys, message, connected, **environment):
     "connected, environment, printed",
     [
         (False, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "error: oh\n"),
-        # The first rank has had its time to find it too.
+        # The first rank had enough time to find the error too.
         (False, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
         (False, {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}, "error: oh\n"),
         (True, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "error: rank 1: oh\n"),
@@ -93,7 +93,7 @@ def test_who_prints(connected, environment, printed, monkeypatch, capsys):
 
 
 def test_a_launcher_stops_a_rank_that_waits_for_the_first_one():
-    """Also where the program answers SIGTERM in a way of its own."""
+    """It does so even if the program handles SIGTERM in another way."""
     code = (
         "import signal\n"
         "from megatron_mdm.errors import UserError, exit_rank_with\n"
@@ -122,7 +122,7 @@ def test_the_message_of_a_loader_worker_is_one_line():
 
 
 def fail_after(error, directory, monkeypatch):
-    """What rank 1 of 2 reports to torchrun, and its status; None: Python shows the traceback."""
+    """(what rank 1 of 2 reports to torchrun, its status). None: Python shows the traceback."""
     file = directory / "1" / "error.json"
     file.parent.mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
@@ -158,7 +158,7 @@ def test_the_first_rank_that_fails_shows_its_traceback(error, line, tmp_path, mo
 
 
 def test_a_rank_that_has_lost_another_one_shows_a_line(tmp_path, monkeypatch, capsys):
-    """A rank that was killed writes nothing, and is noticed later: its failure is the earlier."""
+    """A killed rank writes nothing and is noticed later, but its failure must count as earlier."""
     failure, status = fail_after(LostRankError("iteration 5: gone"), tmp_path, monkeypatch)
     assert status == 1 and failure.timestamp == 102
     assert capsys.readouterr().err == "rank 1: iteration 5: gone\n"
@@ -177,7 +177,7 @@ def test_a_rank_that_fails_after_another_one_shows_a_line(tmp_path, monkeypatch,
 
 
 def test_a_rank_without_a_file_of_its_own_has_no_neighbours(tmp_path, monkeypatch, capsys):
-    """Torchrun names no file with `--log-dir /dev/null`."""
+    """With `--log-dir /dev/null`, torchrun names no file."""
     (tmp_path / "0").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")

@@ -1,4 +1,4 @@
-"""Those that write or remove one thing at the same time wait for each other."""
+"""Processes and threads that write or remove the same output wait for each other."""
 
 import fcntl
 import os
@@ -36,7 +36,7 @@ def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypat
 
     def flock(*arguments, lock=fcntl.flock):
         if threading.current_thread() is thread and go.is_set():
-            moved.set()  # it waits for the one that renames
+            moved.set()  # it waits for the thread that renames
         return lock(*arguments)
 
     def replace(*names, rename=os.replace):
@@ -57,7 +57,7 @@ def test_two_that_write_a_set_at_once_leave_the_files_of_one(tmp_path, monkeypat
 
 
 def test_what_a_living_process_writes_stays(tmp_path):
-    """Another process, and another thread of this one; until it ends, however it does."""
+    """Outputs of another process and of another thread stay until the writer ends, in any way."""
     path = tmp_path / "x"
     code = (
         "import sys\nfrom megatron_mdm.files import *\n"
@@ -80,7 +80,7 @@ def test_what_a_living_process_writes_stays(tmp_path):
 
 
 def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkeypatch):
-    """The lock taken is then that of the new one, so that nobody takes it for abandoned."""
+    """The lock is then that of the new directory, so nobody takes this one for abandoned."""
     path = tmp_path / "d"
     path.mkdir()
     exchanged = []
@@ -96,6 +96,6 @@ def test_a_directory_that_is_exchanged_before_its_lock_is_taken(tmp_path, monkey
         remove_abandoned(str(path))
         assert exchanged and not path.exists()
     assert os.listdir(tmp_path) == ["other"]
-    with set_aside(str(path)):  # which is gone
+    with set_aside(str(path)):  # the directory is gone
         path.mkdir()
     assert path.exists()

@@ -1,4 +1,4 @@
-"""Outputs are whole, and JSON that any program reads."""
+"""Outputs are complete or absent, and JSON that any program can read."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_what_json_cannot_say_is_not_written(value, tmp_path):
 
 
 def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
-    """Threads, and processes of two containers, may have the same process id."""
+    """Threads, and processes in two containers, may have the same process id."""
     path = tmp_path / "index.npy"
     with complete_or_absent(str(path)) as (one,):
         with open(one, "w") as file:
@@ -65,7 +65,7 @@ def test_a_set_that_cannot_be_renamed_leaves_none_of_it(tmp_path, monkeypatch):
 
 
 def killed(code, *arguments):
-    """Runs code, in which `kill()` is SIGKILL's, in a process of its own."""
+    """Runs code, in which `kill()` sends SIGKILL, in its own process."""
     begin = (
         "import os, sys\nfrom megatron_mdm.files import *\nkill = lambda: os.kill(os.getpid(), 9)\n"
     )
@@ -96,7 +96,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
 
 
 def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
-    """Whose locks may not be seen here."""
+    """Its locks may be invisible here."""
     path = str(tmp_path / "d")
     killed("with new_directory(sys.argv[1]): kill()", path)
     (left,) = os.listdir(tmp_path)
@@ -117,7 +117,7 @@ def test_what_another_host_writes_stays_for_a_day(tmp_path, monkeypatch):
 
 
 def _with_change(lstat, name, when):
-    """os.lstat, by which files of this name were last changed at this time."""
+    """An os.lstat that gives this time as the last change of files with this name."""
 
     def changed(path):
         found = lstat(path)
@@ -143,7 +143,7 @@ def test_a_directory_that_a_killed_run_had_set_aside_comes_back(tmp_path, is_rep
 
 @pytest.fixture
 def replaced_link(tmp_path):
-    """A link to a directory of the user's, which holds a file."""
+    """A link to a user's directory that holds a file."""
     (tmp_path / "user").mkdir()
     (tmp_path / "user/file").touch()
     link = tmp_path / "d"
@@ -187,7 +187,7 @@ def test_what_was_set_aside_and_cannot_be_removed_is_named(tmp_path, monkeypatch
 
 
 def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
-    """It may be another process's, and is complete."""
+    """The new directory may be another process's, and is complete."""
     path = tmp_path / "d"
     path.mkdir()
     with pytest.raises(KeyboardInterrupt), set_aside(str(path)):
@@ -198,7 +198,7 @@ def test_what_took_the_place_of_a_directory_stays_after_a_failure(tmp_path):
 
 
 def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
-    """They took no locks."""
+    """Earlier versions took no locks."""
     for name in ("d.tmp-1234", "d.tmp-0123456789abcdef"):
         (tmp_path / name).touch()
     (tmp_path / "d.old-0123456789abcdef").mkdir()
@@ -212,7 +212,7 @@ def test_what_earlier_versions_left_stays_for_a_day(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_termination_raises_and_is_restored(number):
-    signal.signal(number, signal.SIG_DFL)  # nohup ignores one
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     with pytest.raises(SystemExit) as status, termination_raises():
         os.kill(os.getpid(), number)
         time.sleep(5)

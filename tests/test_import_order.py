@@ -1,4 +1,4 @@
-"""Imports only go down: the order of the package's parts, read from the source of every module."""
+"""Imports only go down the order of the package's parts, read from the source of all modules."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import megatron_mdm
 
 ROOT = Path(megatron_mdm.__file__).parent
 
-# From the bottom up. A part may import from those above its own line, and not from its neighbours.
+# From the bottom up. A part may import only from parts in lines above its own line here.
 ORDER = [
     ["errors", "file_locks", "hub_files", "interruption"],
     ["objective"],
@@ -32,14 +32,14 @@ ORDER = [
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 
-# Parts that use Megatron. Beside the binding: data writes its indexed datasets, sizing asks it for
-# memory, experiments import it once for many runs.
+# Parts that use Megatron. Beside the binding, data writes Megatron's indexed datasets, sizing asks
+# Megatron for memory, and experiments import it once for many runs.
 USES_MEGATRON = {"mcore", "conversion", "data", "sizing", "experiments"}
 OBJECTIVE_USES = {"torch", "numpy", "scipy", "megatron_mdm", *sys.stdlib_module_names}
 
 
 def name_of(path: Path) -> str:
-    """The name of a module within the package: mcore.model for mcore/model/__init__.py."""
+    """The name of a module in the package, such as mcore.model for mcore/model/__init__.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -48,9 +48,9 @@ MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Names that are imported anywhere in a tree, in functions too, but not for annotations alone.
+    """Names that a tree imports, also in functions, but not under TYPE_CHECKING.
 
-    `from a import b` gives a.b, which is a module or a name in one.
+    `from a import b` gives a.b, which is a module or a name in a module.
     """
     if isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING":
         children = tree.orelse
@@ -66,7 +66,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def imports(path: Path) -> set[str]:
-    """What a module imports."""
+    """Names that a module imports."""
     return set(imported(ast.parse(path.read_text(encoding="utf-8"))))
 
 
@@ -74,7 +74,7 @@ IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
 def own(name: str) -> str | None:
-    """The module of the package that an imported name is, or is in; None if it is another's."""
+    """The package's module that an imported name is or belongs to, or None for other packages."""
     package, _, inside = name.partition(".")
     if package != "megatron_mdm":
         return None
@@ -91,7 +91,7 @@ ARROWS = {
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to, empty for the packages that only hold parts."""
+    """The part of a module, or "" for a package that only holds parts."""
     words = module.split(".")
     return ".".join(words[: 2 if words[0] == "mcore" else 1]) if module != "mcore" else ""
 

@@ -1,4 +1,4 @@
-"""The common style: plain numbers, and axes that outliers do not squeeze."""
+"""The common style of pictures: plain numbers, and axes that ignore outliers."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_an_axis_leaves_outliers_out_and_nothing_else():
     assert 0 < low < 1 and 4 < high < 5
     low, high = limits([7.0])
     assert low < 7 < high
-    low, high = limits([1.0, 1.0, 1.0, 1.0, 9.0])  # the quartiles coincide
+    low, high = limits([1.0, 1.0, 1.0, 1.0, 9.0])  # the quartiles are equal
     assert low < 1 and high > 9
 
 

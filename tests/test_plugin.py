@@ -1,4 +1,4 @@
-"""The lines of the README with which a script of one's own registers the objective."""
+"""README's lines that register the objective in a user's own script."""
 
 import re
 
@@ -7,7 +7,7 @@ from tests import ROOT, ranks
 
 
 def readme_script() -> None:
-    """The script of README's section on own scripts, word for word, on the CPU."""
+    """Runs README's script in the section on own scripts, word for word, on the CPU."""
     readme = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     with training_device("cpu"):

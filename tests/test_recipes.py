@@ -1,4 +1,4 @@
-"""Recipes as a user gives them, and the controlled loss of the logs."""
+"""Recipes as users give them, and how their flags combine with others."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from tests import ranks
 
 
 def parse(monkeypatch, *flags):
-    """The arguments of a command line, checked."""
+    """The settings of a command line, after its checks."""
     argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
     monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
     args = arguments.parse_args(arguments.add_arguments)
@@ -75,14 +75,14 @@ def test_methods_are_joined_in_any_order():
 def test_flags_given_by_hand_win(monkeypatch, tmp_path):
     config = parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-views", "1")
     assert (config.views, config.ppots_target) == (1, "loss")
-    # Another sampler leaves the settings of the recipe's behind.
+    # With another sampler, settings that belong to the recipe's sampler are dropped.
     config = parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-rate-sampler", "uniform")
     assert (config.views, config.ppots_refit_interval) == (2, 0)
     config = parse(
         monkeypatch, "--mdm-recipe", "paper", *"--mdm-rate-sampler clipped --mdm-clip 0 0.5".split()
     )
     assert (config.views, config.clip) == (2, [0.0, 0.5])
-    # And so does a density that stays as it is.
+    # The same holds for a density that is not refitted.
     fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
     config = parse(monkeypatch, "--mdm-recipe", "recommended", *fixed)
     assert (config.rate_sampler, config.ppots_target) == ("ppots", "loss")
@@ -110,7 +110,7 @@ def test_contradictions_are_named_with_the_recipe(monkeypatch):
     views = "--micro-batch-size 1 is not a multiple of --mdm-views 2.*--mdm-recipe paper: "
     with pytest.raises(UserError, match=views):
         parse(monkeypatch, "--mdm-recipe", "paper", "--micro-batch-size", "1")
-    # What no flag of the recipe has to do with comes without it.
+    # An error that has nothing to do with the recipe's flags does not name the recipe.
     with pytest.raises(UserError, match="--mdm-mask-token-id must not be negative, got -1$"):
         parse(monkeypatch, "--mdm-recipe", "paper", "--mdm-mask-token-id", "-1")
     with pytest.raises(UserError, match=r"--global-batch-size 3 is .* ranks$"):

@@ -1,4 +1,4 @@
-"""tools/setup.sh: what it asks pip for."""
+"""tools/setup.sh: the installations that it asks pip for."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ import pytest
 
 from tests import ROOT
 
-# Stands in for the Python of .venv: notes what pip is asked for.
+# Replaces the Python of .venv and records what pip is asked for.
 PYTHON = """#!/bin/bash
 [ "$2" != pip ] || echo "${@:3}" >>"$(dirname "$0")/../../asked"
 [[ "$*" != *"$REFUSED"* ]]
@@ -28,7 +28,7 @@ def checkout(tmp_path):
 
 
 def asked_for(checkout, extras, refused="nothing"):
-    """Status, and what pip was asked for beyond what it is always told."""
+    """(status, requests to pip without the options that all of them have)."""
     environment = {
         **{"PATH": "/usr/bin:/bin", "HOME": str(checkout), "REFUSED": refused},
         "PYTHON": str(checkout / ".venv/bin/python"),
@@ -46,7 +46,7 @@ def asked_for(checkout, extras, refused="nothing"):
 def test_transformer_engine_is_built_against_the_torch_that_was_installed_before_it(checkout):
     first = f"-e {checkout}[hf]"
     second = f"--no-build-isolation -e {checkout}[hf,gpu]"
-    # What failed is not taken for installed.
+    # A failed installation must be repeated.
     assert asked_for(checkout, "hf,gpu", refused="--no-build-isolation")[0] == 1
     assert asked_for(checkout, "hf,gpu") == (0, [first, "wheel ninja", second])
     assert asked_for(checkout, "hf,gpu") == (0, [])

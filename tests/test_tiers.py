@@ -1,4 +1,4 @@
-"""Tests that start processes are told from the others, before they run and while they do."""
+"""Tests that start processes are recognised before they run and while they run."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_the_mark_comes_with_a_fixture(request):
 
 @pytest.fixture
 def several_runs():
-    """Refers to a group with several runs, and starts none."""
+    """Refers to a group with several runs, without starting one."""
     return ranks.launch_layouts
 
 

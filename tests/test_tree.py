@@ -1,4 +1,4 @@
-"""What README.md and those of the package say of the tree is true."""
+"""README.md and the READMEs of the package describe the tree as it is."""
 
 import re
 
@@ -17,7 +17,7 @@ TEXT = (PACKAGE / "README.md").read_text(encoding="utf-8")
 
 
 def block(name):
-    """The lines of a part of the tour, without their common indent."""
+    """The lines of a marked block of the tour, without their common indent."""
     found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
     return [line.removeprefix("    ") for line in found[1].splitlines()]
 
@@ -72,5 +72,5 @@ def test_the_index_of_the_examples_has_every_script_and_folder():
     folders = [path for path in examples.iterdir() if path.is_dir()]
     assert all(any(link.startswith(f"{path.name}/") for link in links) for path in folders)
     scripts = {path.relative_to(examples).as_posix() for path in examples.rglob("*.sh")}
-    # What a script sources, and the kit that the README of gpu/ is about.
+    # The rest are files that scripts source, and the kit, which gpu/README.md describes.
     assert scripts - set(links) == {"finetune/common.sh", "gpu/kit/device.sh", "progress.sh"}

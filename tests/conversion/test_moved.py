@@ -300,7 +300,7 @@ def put_file(run):
     "put", [put_model, put_template, put_first, put_link, put_dangling_link, put_file]
 )
 def test_nothing_but_a_copy_is_replaced(put, keeping, capfd):
-    """It is found at the start of the run; what is put there later stays, without a copy."""
+    """A run refuses other files at its start. Files that come later stay, without a copy."""
     files, _, run = keeping
     found = files()
     line = put(run)

@@ -1,4 +1,4 @@
-"""The NELBO against its exact value by enumeration, with its error bars."""
+"""The NELBO and its error bars, compared with the exact value by enumeration."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ VOCABULARY, MASK = 4, 3
 
 
 def model(tokens):
-    """Logits that depend on everything in the row, in float64."""
+    """Logits, in float64, that depend on every token of the row."""
     L = tokens.shape[1]
     generator = torch.Generator().manual_seed(5)
     table = torch.randn(8, 4, 8, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def model(tokens):
 
 
 def oracle_nats(text):
-    """The NELBO of a text, summed over its tokens, over all masks."""
+    """The exact NELBO of a text, summed over its tokens, by enumerating all masks."""
     coefficients = objective_coefficients(text.eligible.tolist(), eps=0.0)
     total = 0.0
     for mask, c in zip(patterns(len(text.tokens)), coefficients, strict=True):
@@ -72,7 +72,7 @@ def test_the_estimate_and_its_error_bar_are_those_of_the_exact_nelbo(count):
     spread = errors.std(ddof=1)
     assert abs(errors.mean()) < 4 * spread / np.sqrt(repetitions)
     assert spread < 0.15 * exact
-    # Squares of error bars have the mean of the true variance; with few groups they scatter.
+    # The mean of squared error bars is the true variance; with few groups, single ones scatter.
     variance = np.mean([run.draw_stderr**2 for run in runs])
     low, high = stats.chi2.ppf([1e-3, 1 - 1e-3], repetitions - 1) / (repetitions - 1)
     assert low * 0.9 < spread**2 / variance < high * 1.1
@@ -82,7 +82,7 @@ def test_the_estimate_and_its_error_bar_are_those_of_the_exact_nelbo(count):
 
 
 def test_the_error_bar_covers_the_choice_of_texts():
-    """Over fresh texts of one population, the estimate scatters as `stderr` says."""
+    """Over fresh texts of one population, the spread of the estimate is what `stderr` says."""
     runs = [
         evaluate(model, random_texts(40, seed), MASK, draws=2, seed=seed).nelbo
         for seed in range(80)
@@ -95,7 +95,7 @@ def test_the_error_bar_covers_the_choice_of_texts():
 
 
 def texts_of_documents(seed, documents, rows):
-    """Rows of documents, each of which likes one token: akin, and in random order."""
+    """Rows of documents in random order. Each document prefers one token, so its rows are alike."""
     rng = np.random.default_rng(seed)
     texts = []
     for document in range(documents):
@@ -110,7 +110,7 @@ def texts_of_documents(seed, documents, rows):
 
 
 def test_the_error_bar_is_that_of_the_choice_of_documents():
-    """Many rows of few documents say little of a population of documents."""
+    """Many rows of few documents say little about a population of documents."""
 
     def run(texts, seed):
         return evaluate(model, texts, MASK, draws=2, seed=seed, batch_size=64)
@@ -139,7 +139,7 @@ def test_no_document_is_in_two_groups():
         own = [g for g, t in zip(groups, texts, strict=True) if t.origin[0] == document]
         assert len(set(own)) == 1
     assert set(groups) == set(range(groups.max() + 1)) and 50 <= groups.max() + 1 <= 64
-    # A row belongs to the document that it has most of.
+    # A row belongs to the document with most of its tokens.
     mixed = [
         dataclasses.replace(texts[0], origin=torch.tensor(origin))
         for origin in ([0, 0, 0, 1], [1, 2, 2, 2], [0, 2, 2, 2])
@@ -163,7 +163,7 @@ def test_quantiles_are_stratified_and_differ_between_replicates():
         counts = np.histogram(group, bins=8, range=(0, 1))[0]
         assert counts.min() >= 3 and counts.max() <= 5
     assert len(np.unique(unit)) == unit.size
-    # The texts of a group need not follow one another.
+    # The texts of a group need not be consecutive.
     order = np.random.default_rng(0).permutation(64)
     other = lattice_quantiles((np.arange(64) // 8)[order], 2, 4, seed=3) / 2.0**GRID_BITS
     assert np.array_equal(np.sort(other, axis=None), np.sort(unit, axis=None))
@@ -183,7 +183,7 @@ def continuation_of(context, continuation):
 
 
 def test_conditional_likelihood_masks_only_the_continuation():
-    """By draws, of which a continuation with fewer masks has the exact value in their place."""
+    """By draws. A continuation that has fewer masks than draws gets the exact value instead."""
     assert [num_masks(len(after), 64) for _, after in PAIRS] == [7, 1, 3, 0, 63]
     texts = [continuation_of(*pair) for pair in PAIRS]
     drawn = draw(model, texts, MASK, 100, 20, 0, np.arange(len(texts)), 50).nats.mean(axis=2)
@@ -203,7 +203,7 @@ def test_conditional_likelihood_masks_only_the_continuation():
 
 
 def test_few_masks_are_enumerated_once():
-    """Each mask of a continuation is seen once, whatever the batch."""
+    """Each mask of a continuation is computed once, in any batch."""
     seen = []
 
     def watching(tokens):
@@ -214,21 +214,21 @@ def test_few_masks_are_enumerated_once():
     tails = itertools.product(*[(token, MASK) for token in (2, 1, 0)])
     assert sorted(seen) == sorted((0, 1, *tail) for tail in tails if MASK in tail)
     seen.clear()
-    pairs = [([0, 1], [2, 1, 0]), ([0], [1, 0, 2, 1])]  # equally long; 15 masks are more than 8
+    pairs = [([0, 1], [2, 1, 0]), ([0], [1, 0, 2, 1])]  # equal lengths; 15 masks exceed 8 draws
     both = log_likelihoods(watching, pairs, MASK, draws=8, batch_size=4)
     assert len(seen) == 7 + 8
     assert both[0] == pytest.approx(once, rel=1e-12) and both[0][1] == 0.0 < both[1][1]
 
 
 def test_the_bound_of_conditionals_of_one_distribution_is_the_likelihood():
-    """In closed form: whatever order tokens come in, their chain is the joint probability."""
+    """In closed form: the conditionals, chained in any order, give the joint probability."""
     length, size = 5, 3
     generator = torch.Generator().manual_seed(1)
     joint = torch.rand((size,) * length, generator=generator, dtype=torch.float64) ** 4
     joint /= joint.sum()
 
     def conditionals(tokens):
-        """Logits of each position given the tokens that are seen."""
+        """Logits of each position, given the visible tokens."""
         rows = []
         for row in tokens.tolist():
             seen = joint
@@ -250,7 +250,7 @@ def test_the_bound_of_conditionals_of_one_distribution_is_the_likelihood():
 
 
 def test_a_cross_entropy_that_depends_on_the_number_of_masks_is_summed_over_it():
-    """In closed form: with CE = f(k) under k masks the bound is the sum of f over k."""
+    """In closed form: if CE = f(k) under k masks, the bound is the sum of f over k."""
     f = [0.3, 2.0, 0.7, 1.1, 5.0, 0.2]
 
     def by_number(tokens):

@@ -1,4 +1,4 @@
-"""An entry that reads the flags of an example as its ranks would, without training."""
+"""An entry that reads an example's flags as its ranks would, without training."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from megatron_mdm.mcore.flags.layout_checks import check_sizes
 
 
 def fits(args: Namespace, nodes: int) -> bool:
-    """Whether the flags can be divided over so many nodes of 8 GPUs, as every rank checks them."""
+    """Whether every rank would accept the flags on this number of nodes of 8 GPUs."""
     os.environ["WORLD_SIZE"] = str(8 * nodes)
     try:
         check_sizes(args)
@@ -23,7 +23,7 @@ def fits(args: Namespace, nodes: int) -> bool:
 
 
 def recipe() -> None:
-    """Sizes, memory and nodes of the flags after `--` on 8 ranks, of which this is the first."""
+    """Saves sizes, memory and possible nodes of the flags after `--`, as the first of 8 ranks."""
     from megatron_mdm.environment import prepare_environment
     from megatron_mdm.mcore.flags.arguments import parse
     from megatron_mdm.mcore.model.builder import model_config

@@ -1,4 +1,4 @@
-"""The examples that continue from a model of Hugging Face: real flags, going on, a small run."""
+"""Examples that continue from a Hugging Face model: real flags, resuming, a small run."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests import ROOT, ranks
 from tests.examples.recipe import recipe
 
 TP = 4
-# As in the released config.json.
+# Settings of the released config.json files.
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 3584,
@@ -66,8 +66,9 @@ LLADA = {
     "mask_token_id": 126336,
     "eos_token_id": 126081,
 }
-# Script, environment, model, its parameters and the rows of its vocabulary: a multiple of TP, with
-# a mask token behind the last row (there is no tokenizer here that leaves one unused).
+# Script, environment, model, number of parameters, and rows of the vocabulary. The rows are a
+# multiple of TP, with a mask token after the last row, because no tokenizer here leaves a row
+# unused.
 CASES = {
     "Qwen": ("ar_to_mdm.sh", {}, QWEN, 7.6e9, 152_068),
     "Llama": ("ar_to_mdm.sh", {}, LLAMA, 8.03e9, 128_260),
@@ -76,7 +77,7 @@ CASES = {
     "sft packed": ("sft.sh", {"PACK": "yes"}, LLADA, 8.02e9, 126_464),
 }
 
-# Stands in for python and torchrun: notes its words, and leaves behind what the steps leave behind.
+# Replaces python and torchrun: it records its arguments, and writes what the steps would write.
 STUB = """#!{python}
 import json, pathlib, shutil, sys
 words = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
@@ -97,7 +98,7 @@ else:
 
 
 class Example:
-    """A directory in which the scripts run, on stand-ins for what takes a GPU."""
+    """A directory in which the scripts run, with replacements for the steps that need a GPU."""
 
     def __init__(self, here, data):
         self.here = here
@@ -116,7 +117,7 @@ class Example:
         return str(self.here / name)
 
     def convert(self, config, add_mask):
-        """What the conversion of a model writes, without its weights."""
+        """Writes what the conversion of a model writes, without weights."""
         directory, family = self.here / "megatron", detect(config)
         mask = mask_token_id(family, config)
         words = vocabulary(config, self.here, mask, add_mask, TP)
@@ -130,7 +131,7 @@ class Example:
         (directory / "launch.txt").write_text(launch_line(str(directory), flags))
 
     def run(self, script, *arguments, **environment):
-        """The calls of the script, by what they do."""
+        """Runs the script: (its result, the calls that it made, in order)."""
         own = {"PATH": f"{self.here / 'bin'}:{os.environ['PATH']}", "SETUP": "no"}
         own |= {"RUNS": str(self.here / "runs"), **environment}
         result = subprocess.run(
@@ -156,7 +157,7 @@ def value(words, flag):
 
 @pytest.mark.parametrize("case", CASES)
 def test_real_flags_are_accepted_at_full_size(case, example):
-    """On a node of 8 GPUs: two copies of the model over four each."""
+    """On a node of 8 GPUs there are two replicas of the model on four GPUs each."""
     script, environment, config, parameters, rows = CASES[case]
     example.convert(config, add_mask=script == "ar_to_mdm.sh")
     model = example.model("model", config)
@@ -169,7 +170,7 @@ def test_real_flags_are_accepted_at_full_size(case, example):
     assert training[4:6] == ["--nproc-per-node", "8"]
     assert value(back, "--input") == value(training, "--save") == value(training, "--load")
 
-    shutil.rmtree(value(training, "--save"))  # as it was before the training
+    shutil.rmtree(value(training, "--save"))  # as before the training
     argv = training[training.index("megatron_mdm.pretrain") + 1 :]
     ranks.launch(example.here, 1, "--", *argv, "--mdm-device", "cpu", entry=recipe)
     shape = json.loads((example.here / "recipe.json").read_text())["shape"]
@@ -196,10 +197,10 @@ def test_the_same_command_goes_on_and_another_model_starts_anew(example):
     run = Path(value(training, "--save")).parent
     assert run.parent == example.here / "runs" / "continue_llada" and run.name.startswith("one-")
 
-    # The tools find out themselves whether what is there is what the command asks for.
+    # The tools themselves decide whether existing results are those that the command asks for.
     assert all("--unless-done" in call for call in (first[0], first[1], first[3]))
     again = example.run("continue_llada.sh", models[0], str(texts))[1]
-    # What a training began with is not replaced.
+    # The input of a training that has begun is not replaced.
     assert again[0] == [word for word in first[0] if word != "--replace"]
     assert [word for word in again[1] if word != "--no-replace"] == first[1] != again[1]
     assert again[2:] == first[2:]
@@ -229,7 +230,7 @@ def test_mistakes_end_in_one_line(example):
 
 
 def test_a_small_run(tmp_path):
-    """All steps of the example with the fewest, for two iterations."""
+    """All steps of the example with the fewest steps, for two iterations."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{"PYTHONPATH": str(ROOT), "SETUP": "no", "RUNS": str(tmp_path), "ITERS": "2"},

@@ -1,4 +1,4 @@
-"""The study examples/studies/fp8_simulation: rounding, scales, and what every setting loses."""
+"""The study examples/studies/fp8_simulation: rounding, scales, and the errors of all settings."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from simulate import SCALINGS, SETTINGS, Meter, Scale, Scaling, rounded
 
 
 def numbers(exponent_bits, mantissa_bits, largest):
-    """All numbers of a format at and above 0, from the definition of floating point."""
+    """All numbers >= 0 of a format, from the definition of floating point."""
     bias = 2 ** (exponent_bits - 1) - 1
     steps = np.arange(2**mantissa_bits) / 2**mantissa_bits
     normal = [2.0 ** (e - bias) * (1 + steps) for e in range(1, 2**exponent_bits)]
@@ -44,7 +44,7 @@ def test_rounding_goes_to_the_nearest_number_and_saturates(dtype, bits, scale):
 def test_scales_follow_from_what_was_before():
     amax = [2.0, 8.0, 0.0, 1.0, 4.0]
     scales = {
-        Scaling(0): [4, 1, 1, 8, 2],  # zeros leave the one before
+        Scaling(0): [4, 1, 1, 8, 2],  # zeros keep the previous scale
         Scaling(1): [1, 4, 1, 1, 8],
         Scaling(1, margin=2): [1, 1, 0.25, 0.25, 2],
         Scaling(3): [1, 4, 1, 1, 1],
@@ -55,17 +55,17 @@ def test_scales_follow_from_what_was_before():
 
 
 def test_errors_of_products_known_by_hand():
-    """1.75 and its halves are numbers of both formats, under scales that are powers of two."""
+    """Both formats hold 1.75 and its halves, under scales that are powers of two."""
     x, w = torch.tensor([[1.75, 0.0]]), torch.tensor([[1.75, 0.875]])
     g = torch.tensor([[1.75]])
     current, delayed = Meter(Scaling(0)), Meter(Scaling(1))
     for meter in (current, delayed):
-        for factor in (1.0, 1.0, 2.0, 1.0):  # the third one comes as a surprise
+        for factor in (1.0, 1.0, 2.0, 1.0):  # the third value is a surprise
             meter.add("layer", x, w, factor * g)
             meter.end_micro_batch()
         meter.end_batch()
     assert current.errors == [0.0] * 4 and current.batch_lengths == [1.0]
-    # At first the scale is 1, where these numbers are exact too; then half of the third is lost.
+    # The first scale is 1, under which these numbers are exact. Later, half of the third is lost.
     assert delayed.errors == [0.0, 0.0, 0.5, 0.0]
     assert delayed.batch_errors == [pytest.approx(1 / 5)]
     assert delayed.batch_lengths == [pytest.approx(4 / 5)]
@@ -87,7 +87,7 @@ def test_a_constant_factor_on_the_loss_changes_nothing():
     assert errors[0] == errors[1] > 0
 
 
-@pytest.mark.slow  # trains
+@pytest.mark.slow  # it trains models
 def test_every_setting_under_every_scaling(tmp_path):
     path = tmp_path / "fp8.json"
     sizes = {"length": 8, "steps": 2, "batches": 1, "micro_batch": 16}

@@ -1,4 +1,4 @@
-"""The scripts of examples/gpu/kit: which pairs are measured, and what is said of a stage.
+"""Scripts of examples/gpu/kit: the pairs that are measured, and the report on a stage.
 
 That all stages run is shown by hand, with DRY=1: see examples/gpu/README.md.
 """
@@ -44,7 +44,8 @@ def test_pairs_are_measured_once_and_in_their_order(tmp_path, monkeypatch):
             bench.main()
         return ended.value.code
 
-    # 3.5B is passed over, since 6B has figures in the same precision; a failure is no end.
+    # 3.5B is skipped, because 6B has results in the same precision. A failure does not end the
+    # call.
     assert call("6B:bf16", "3.5B:bf16", "0.5B:bf16", "3.5B:tensorwise", "tiny:bf16") == 1
     assert asked == [
         ("6B", "bf16", True, False),
@@ -93,7 +94,7 @@ def test_the_shell_reads_the_script():
 
 
 def test_tables_of_the_benchmark_are_found(tmp_path):
-    """As `benchmark.py gpu` prints them."""
+    """The output of `benchmark.py gpu` is the input."""
     side = {"tokens_per_s": 1.0, "useful_flops_per_token": 1.0, "peak_bytes": None}
     side["ratio_to_gpt"] = {"median": 1.0}
     results = {"device": "a card", "length": 64, "vocabulary": 9}

@@ -1,4 +1,4 @@
-"""The recipes of examples/pretrain: the launch lines, their flags at full size, and tiny models."""
+"""The recipes of examples/pretrain: launch lines, their flags at full size, and tiny models."""
 
 import itertools
 import json
@@ -20,14 +20,14 @@ from tests.ranks import entries
 
 FILES = ROOT / "examples/pretrain"
 LAUNCHER = "python -m megatron_mdm.launch"
-# What the recipes are named for: parameters, vocabulary of their tokenizers, rotary base.
+# Properties that give the recipes their names: parameters, vocabulary size, rotary base.
 MODELS = {
     "170m": (170e6 + 2 * 768 * 32_000, 32_000, 10_000),
     "1b": (1.49e9, 126_464, 10_000),
     "8b": (8.02e9, 126_464, 500_000),
     "moe": (7.4e9, 157_184, 10_000),
 }
-# Of the python that runs the tests, whether its environment is active or not.
+# The python that runs the tests comes first, whether or not its environment is active.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 TINY = [
     *"--mdm-device cpu --num-layers 2 --hidden-size 32 --num-attention-heads 4".split(),
@@ -38,7 +38,7 @@ TINY = [
 
 
 def launch_line(model, *flags, data="text", **environment):
-    """The words that the launcher would run."""
+    """The words of the command that the launcher would run."""
     result = subprocess.run(
         ["bash", str(FILES / "launch.sh"), model, str(data), "my.model", *flags],
         env={**os.environ, "PATH": PATH, "DRY_RUN": "1", **environment},
@@ -50,7 +50,7 @@ def launch_line(model, *flags, data="text", **environment):
 
 
 def values_of(words, flag):
-    """The values of a flag where it stands last."""
+    """The values of a flag at its last occurrence."""
     start = len(words) - words[::-1].index(flag)
     return list(itertools.takewhile(lambda word: not word.startswith("--"), words[start:]))
 
@@ -65,7 +65,7 @@ def test_every_model_is_tested():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, data, model):
-    """Of memory, of disk, and of nodes."""
+    """The file tells the memory, the disk space and the numbers of nodes."""
     parameters, vocabulary, rotary_base = MODELS[model]
     argv = [
         *flags_of(launch_line(model, data=data)),
@@ -102,7 +102,7 @@ def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, d
         every = -(-train // save)
         assert f"would be {every} of them, or {every * size / 1e12:.0f} TB" in page
         assert f"and the last one: {kept}, or {total} TB" in page
-    if model in ("1b", "8b"):  # what README says of the masked head
+    if model in ("1b", "8b"):  # numbers of the masked head in README
         shape = ModelShape(**found["shape"])
         masked, causal = shape.training_flops(0.5), shape.training_flops(causal=True)
         readme = (ROOT / "README.md").read_text()
@@ -112,7 +112,7 @@ def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, d
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
-    """On 2 ranks, with the recipe's own parallelism as far as 2 ranks hold it; stopped once.
+    """Trains on 2 ranks, with the recipe's parallelism as far as 2 ranks allow; it stops once.
 
     The data are a prefix, a blend, and a blend that a flag names.
     """
@@ -127,7 +127,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
         changes += "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2".split()
         changes += ["--expert-model-parallel-size", "2"]
         words.remove("--moe-grouped-gemm")  # needs a GPU
-        # README: the other one depends on the size of micro-batches.
+        # README says that the other kind depends on the micro-batch size.
         assert values_of(words, "--moe-router-load-balancing-type") == ["seq_aux_loss"]
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]
@@ -149,7 +149,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
 def test_launch_lines(tmp_path):
     words = launch_line("1b", "--lr", "1e-4")
     assert words[:3] == LAUNCHER.split() and words[3:6] == ["--nproc-per-node", "8", "--standalone"]
-    assert words[6:8] == ["--local-addr", "127.0.0.1"]  # no name has to be resolved
+    assert words[6:8] == ["--local-addr", "127.0.0.1"]  # no name needs to be resolved
     assert words[-2:] == ["--lr", "1e-4"] and "--fp8-format" not in words
     assert words[words.index("--tokenizer-type") + 1] == "SentencePieceTokenizer"
     assert not any("#" in word for word in words)
@@ -221,7 +221,7 @@ def test_numbers_of_nodes():
     )
     with pytest.raises(UserError, match="take another number of GPUs a node, or change these"):
         check_nodes(layout, 1, 5)
-    check_nodes(Layout(), 1, 5)  # without a batch, which is Megatron's to refuse
+    check_nodes(Layout(), 1, 5)  # Megatron refuses a missing batch size
     evaluated = Layout.from_flags([*experts, "--eval-global-batch-size", "16"])
     assert evaluated.nodes(4) == [2, 4]
 
@@ -258,11 +258,11 @@ def test_flags_for_torchrun_come_before_the_program():
 
 
 def test_the_first_of_many_nodes_is_found_each_time(tmp_path):
-    """scontrol may still be writing names when the first one has been read."""
+    """scontrol may still be writing names when the first name has been read."""
     names = [f"node{i:04d}-{'x' * 200}" for i in range(600)]
     (tmp_path / "names").write_text("".join(f"{name}\n" for name in names))
     scontrol = tmp_path / "scontrol"
-    # Line by line, as a slow writer does.
+    # Writes line by line, like a slow writer.
     scontrol.write_text(f"#!/bin/bash\nwhile read -r n; do echo $n; done <{tmp_path}/names\n")
     scontrol.chmod(0o755)
     slurm = {

@@ -1,4 +1,4 @@
-"""What the examples show while a step runs, and when it fails."""
+"""The progress that examples show during a step, and their message when it fails."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.runs import iteration_in, run_python
 from tests import ROOT
 
-# `sleep` of the script that shows the progress; the step waits for lines that it has shown.
+# Replaces `sleep` in the script that shows progress. The step waits for lines that it has shown.
 SCRIPT = """set -euo pipefail
 source examples/progress.sh
 sleep() { command sleep 0.05; }

@@ -1,4 +1,4 @@
-"""The reproduction in small: its problems, its accounting, and the whole of it at --scale ci."""
+"""The reproduction in small: its problems, its accounting, and a whole run at --scale ci."""
 
 import argparse
 import dataclasses
@@ -78,7 +78,7 @@ SCARCE_RUNS = {
     DOUBLED: (52, 56, 60, 64),
     STOPPED: (54, 55, 56, 57),
 }
-# Of another base and other texts, which no difference may come from.
+# Runs of another base and of other texts must not enter any difference.
 OTHER_RUNS = {FRESH: {"standard": (0, 0)}, SECOND_BASE: {"standard": (90, 90)}}
 RESULTS = {
     **{"scale": "laptop", "machine": "a machine", "date": "2026-01-01", "jobs": 2},
@@ -149,7 +149,7 @@ def test_problems_follow_from_the_seed_and_fit_into_rows(task):
     more = distinct(make, 20_000, 3, prompts)
     assert not prompts & {p.prompt for p in more}
     words = {len(f"{p.prompt} {p.response}".split()) for p in more}
-    assert max(words) == length - 1  # and its end
+    assert max(words) == length - 1  # the end takes one token
 
 
 def test_a_problem_without_an_answer_is_not_answered():
@@ -167,7 +167,7 @@ def test_every_problem_is_kept():
 
 
 def test_a_deviation_without_what_few_problems_add():
-    """Against every way to halve the problems; seeds may differ by these alone."""
+    """Compares with a mean over all ways to halve the problems. Equal runs have deviation 0."""
     right = np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1]])
     halves = [list(half) for half in itertools.combinations(range(6), 3)]
     covariances = [
@@ -191,7 +191,7 @@ def test_the_autoregressive_network_is_stopped_where_it_solves_as_much():
     slope = 0.2 / math.log(2) * math.log(1.25)
     found = {target: where_reached(target, shares) for target in (0.1, 0.4, 0.6, 0.9)}
     assert [steps for steps, _, _ in found.values()] == [10, 20, round(20 * 2**0.5), 80]
-    # Missed at both ends.
+    # The target is missed at both ends.
     assert [reached for _, reached, _ in found.values()] == pytest.approx([0.2, 0.4, 0.6, 0.7])
     assert [rise for *_, rise in found.values()] == pytest.approx(
         [slope, slope, 2 * slope, -slope / 2]
@@ -217,13 +217,13 @@ def test_tables_compare_what_is_comparable():
         "(-2.8 points: the target is missed); 25% more steps change it by +11.0 points and "
         "`standard` by +2.0\n" in scarce
     )
-    assert less[STOPPED][-1].endswith("]")  # no method, no verdict
+    assert less[STOPPED][-1].endswith("]")  # this is no method, so there is no verdict
     assert less[BOTH_EPOCHS][0] == "+10.0 [+10.0, +10.0]" and less[BOTH_EPOCHS][-1] == "gains"
-    # Student's with 3 degrees of freedom: 3.182 x 0.25 / 2 around the mean 1.125.
+    # Student's t with 3 degrees of freedom: 3.182 x 0.25 / 2 around the mean 1.125.
     assert less["clipped"][0] == "+1.1 [+0.7, +1.5]" and less["clipped"][-1] == "gains"
     assert less[DOUBLED][-1] == "no clear difference"
     assert less_doubled["standard"][0] == "-3.0 [-15.3, +9.3]"
-    # chi-square with 3 degrees of freedom: 9.348 and 0.2158.
+    # Chi-squared with 3 degrees of freedom: 9.348 and 0.2158.
     assert spread["standard"] == ["12.91 [7.31, 48.14]", "0.00", "30.0", "4"]
     # F with 3 and 3 degrees of freedom: 15.44.
     assert spread[DOUBLED] == [*("5.16 [2.93, 19.25]", "0.00", "12.0", "0.40 [0.10, 1.57]", "4")]
@@ -239,9 +239,9 @@ def test_the_claims_have_their_numbers():
         "rows; +7.0 [-5.3, +19.3] (no clear difference) at equal compute to `standard, rows x 2`, "
         "of twice the epochs.\n" in said
     )
-    assert "fresh" not in said  # where nothing of it was run
+    assert "fresh" not in said  # no run of this setting exists
     assert f"- {BOTH_EPOCHS} / standard: not compared: they solve 65.0% and 55.0%.\n" in said
-    # Clear: F with 3 and 3 degrees of freedom is 100, p = 0.0033.
+    # Clear: the F statistic is 100 with 3 and 3 degrees of freedom, p = 0.0033.
     assert f"- {STOPPED} / standard: 0.10 [0.03, 0.39]: they differ.\n" in said
     assert f"- {STOPPED}: after 70 steps, " in said
     other = RESULTS | {"runs": [r for r in RESULTS["runs"] if r["regime"] == "fresh"]}
@@ -249,7 +249,7 @@ def test_the_claims_have_their_numbers():
 
 
 def test_the_tests_of_the_spread_are_one_family():
-    """A p value of 0.03 is clear alone, and not among five; methods of one mean are compared."""
+    """p = 0.03 is clear alone, but not among five. Methods with one mean are compared."""
     wide, narrow = (-10, -5, 5, 10), (-2, -1, 1, 2)
     shares = {"standard": wide, BOTH: wide, BOTH_EPOCHS: narrow, STOPPED: wide}
     entries = {
@@ -293,14 +293,14 @@ def test_variances_of_another_loss_are_marked():
 
 
 def test_a_verdict_is_adjusted_for_all_methods():
-    """A p value of 0.035 is clear alone, and not among two."""
+    """p = 0.035 is clear alone, but not among two."""
     found = {"standard": (50, 50, 50), "MIRROR": (51, 51.5, 52)}
     alone = {
         method: [result(SCARCE, method, seed, x) for seed, x in zip(SEEDS, shares, strict=False)]
         for method, shares in found.items()
     }
     assert tables.verdicts(alone) == {"MIRROR": "gains"}
-    # The autoregressive network is no method: its test is not one of theirs.
+    # The autoregressive network is no method, so its test is not in the family of the methods.
     assert tables.verdicts(alone | {STOPPED: alone["MIRROR"]}) == {"MIRROR": "gains"}
     both = alone | {"clipped": alone["MIRROR"]}
     assert set(tables.verdicts(both).values()) == {"no clear difference"}
@@ -311,7 +311,7 @@ def test_a_verdict_is_adjusted_for_all_methods():
 
 @pytest.fixture
 def panels():
-    """A function that draws results, checks that nothing is hidden, and gives the panels."""
+    """A function that draws results, checks that nothing is hidden, and returns the panels."""
     with blank_figure() as drawing:
 
         def drawn(results):
@@ -360,7 +360,7 @@ def test_the_axis_of_answers_ends_at_0_and_at_100(panels, shares, ends):
 
 
 def test_an_outlier_does_not_squeeze_a_panel(panels):
-    """A seed that solves nothing, and methods that solve all, are written at the edges."""
+    """A seed that solves nothing, and methods that solve everything, are written at the edges."""
     shares = {"standard": [60, 61, 62, 63, 64], "MIRROR": [61, 62, 2, 64, 65]}
     shares |= {"clipped": [60, 62, 63, 62, 64], "autoregressive": [99.25]}
     runs = [
@@ -377,7 +377,7 @@ def test_an_outlier_does_not_squeeze_a_panel(panels):
 
 
 def test_a_smoke_test_says_that_it_is_one(panels):
-    """In the tables, the claims, the Markdown, the caption and the picture."""
+    """Tables, claims, Markdown, caption and picture say so."""
     runs = [result(SCARCE, "standard", 42, 0.1), result(SCARCE, BOTH_EPOCHS, 42, 0.2)]
     small = RESULTS | {"scale": "ci", "runs": runs}
     said = "--scale ci is a smoke test: it shows that everything runs, and says nothing about "
@@ -451,7 +451,7 @@ def test_a_run_is_kept_and_a_failed_one_leaves_nothing(tmp_path):
 
 def test_a_failure_ends_the_others_and_what_waits(tmp_path):
     assert run_parallel(2, str, range(5)) == list("01234")
-    # Processes that end and begin at the same time: none is taken for a failed one.
+    # Many processes start and end at once; none of them is mistaken for a failed one.
     (tmp_path / "pass.py").write_text("pass")
     name = str(tmp_path / "pass.py")
     run_parallel(8, lambda i: run_python([name], tmp_path / f"pass{i}.log", "nothing"), range(100))
@@ -479,7 +479,7 @@ def study(*flags):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The directory of a study at --scale ci, its flags, and how it ended."""
+    """The directory of a finished study at --scale ci, its flags, and its result."""
     directory = tmp_path_factory.mktemp("study")
     flags = ["--scale", "ci", "--directory", str(directory), "--json", f"{directory}/all.json"]
     ended = study(*flags, "--figure", f"{directory}/table.png")
@@ -525,11 +525,11 @@ def test_the_whole_study_makes_its_table(finished):
 def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished):
     directory, flags, ended = finished
     bases = sorted((directory / "ci").glob("*.checkpoint"))
-    assert len(bases) == 3  # those of fine-tuned runs are gone
+    assert len(bases) == 3  # checkpoints of fine-tuned runs are deleted
     assert not [*(directory / "ci").glob("*.middle")]
     shutil.rmtree(bases[0])
     before = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
-    assert len(before) == 3 + 4 + 7  # bases, runs and those of the calibration
+    assert len(before) == 3 + 4 + 7  # bases, runs, and runs of the calibration
     again = study(*flags)
     assert again.stdout == ended.stdout
     after = {path: path.stat().st_mtime_ns for path in (directory / "ci").glob("*.json")}
@@ -540,7 +540,7 @@ def test_what_is_there_is_kept_and_a_base_that_is_gone_is_trained_anew(finished)
 @pytest.mark.timeout(tiers.LONG)
 @pytest.mark.parametrize(("accepts", "kept"), [((0.4, 0.8), 1), ((0.0, 1.0), 3)])
 def test_a_setting_that_cannot_tell_runs_apart_is_closed(finished, monkeypatch, accepts, kept):
-    """A base of 20 steps solves nothing: the first run stays alone, at every start."""
+    """A base of 20 steps solves nothing, so the first run stays the only one at every start."""
     directory = finished[0]
     monkeypatch.setitem(SCALES, "ci", dataclasses.replace(SCALES["ci"], accepts=accepts))
     files = {*(directory / "ci").glob("*.json")}
@@ -586,7 +586,7 @@ def test_the_plan_counts_runs_and_hours():
 
 
 def noise_batches() -> None:
-    """Batches on which the reproduction measures gradients, numbered as the run's own."""
+    """Saves batches on which the reproduction measures gradients, with the run's row numbers."""
     from noise import training_batches
 
     load, settings, size = sys.argv[sys.argv.index("--") + 1 :]
@@ -606,7 +606,7 @@ def noise_batches() -> None:
 
 
 def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
-    """A run with everything, and what is measured at its checkpoint under the same numbers."""
+    """Compares a run with all methods with the measured batches of the same row numbers."""
     ranks.write_pairs(tmp_path / "pairs", ranks.random_pairs(120))
     settings = {"quantiles": "strata", "mask": "bernoulli", "views": 2}
     settings |= {"isad_token_ids": [60, 61, 62], "isad_delta": 0.4}
@@ -624,9 +624,9 @@ def test_gradients_are_measured_on_batches_that_training_draws(tmp_path):
     batches, weights, (t, weights_of_bell) = torch.load(tmp_path / "noise/noise.pt")
     trained = [drawn for (split, _), drawn in sorted(run.masks().items()) if split == 0]
     assert [row for batch in batches for row in zip(*batch, strict=True)] == trained
-    # The density that was fitted to the checkpoint: not uniform, and its weight within 1/0.1.
+    # The density fitted to the checkpoint is not uniform, and its weights are at most 1/0.1.
     assert len(weights.unique()) > 20 and 0 < weights.min() < 1 < weights.max() <= 10
-    # A bell before it fades: rates of the middle, which weigh alike.
+    # A bell before its fade: rates are near the middle and all have weight 1.
     assert (weights_of_bell == 1).all() and 0.2 < t.quantile(0.1) < 0.4 < t.median() < 0.6
 
 
@@ -643,7 +643,7 @@ with training_device("cpu"):
 
 @pytest.mark.timeout(tiers.LONG)
 def test_the_program_accepts_the_flags_of_every_run(finished, tmp_path):
-    """Of the scale `laptop`, on the data and bases of the finished study."""
+    """Flags of the scale `laptop`, on the data and bases of the finished study."""
     names = "texts pairs held_out tests layers hidden heads pretraining causal_pretraining batch"
     small = {name: getattr(SCALES["ci"], name) for name in names.split()}
     done = Study(SCALES["ci"], finished[0] / "ci", "cpu")

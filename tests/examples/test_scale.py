@@ -1,4 +1,4 @@
-"""What our own code sends: the figures of examples/scale/README.md."""
+"""Communication of our own code: the numbers of examples/scale/README.md."""
 
 import json
 import os
@@ -25,17 +25,17 @@ STOP = [("all_reduce", 4)]  # whether a rank was asked to stop, after each step
 
 
 def context_parallel_traffic() -> None:
-    """`traffic` under context parallelism."""
+    """Runs `traffic` under context parallelism."""
     gather_for_attention()
     traffic()
 
 
 def traffic() -> None:
-    """The program with the collective calls of our own code counted, as this rank makes them.
+    """Runs the program, and counts the collective calls that our own code makes on this rank.
 
-    Saves a list of (iteration, function, bytes of the tensor, ranks of the group) for each. What
-    tensor ranks other than the first measured for P-POTS differs in the last bits, as losses that
-    are reduced in another order may.
+    It saves a list of (iteration, function, bytes of the tensor, ranks of the group), one per call.
+    On all tensor-parallel ranks but the first, it changes the last bits of what P-POTS measured, as
+    another order of reductions might.
     """
     from torch import distributed
 
@@ -47,7 +47,7 @@ def traffic() -> None:
     def reduce_otherwise(self):
         if self.measured is not None and mpu.get_tensor_model_parallel_rank() > 0:
             self.measured = self.measured.clone()
-            self.measured[0] += 1 << 20  # of units of 2^-70
+            self.measured[0] += 1 << 20  # in units of 2^-70
         reduce(self)
 
     OnlineSampler.reduce = reduce_otherwise
@@ -77,7 +77,7 @@ def traffic() -> None:
 
 
 def calls_of(directory, data, world, *flags, entry=traffic):
-    """(iteration, rank) -> [(function, bytes)], where the group has more than one rank."""
+    """Runs `entry`: (iteration, rank) -> [(function, bytes)] of its calls."""
     ranks.launch(
         directory,
         world,
@@ -99,9 +99,9 @@ def calls_of(directory, data, world, *flags, entry=traffic):
 def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, world):
     calls = calls_of(tmp_path, data, world)
     for rank in range(world):
-        # Masks, rates and rows cost no message.
+        # Masks, rates and rows need no communication.
         assert calls[0, rank] == calls[2, rank] == STOP
-        # With 64 rows a step all 30 bins are filled by the fourth: the fit is checked for equality.
+        # At 64 rows a step, all 30 bins are filled by the fourth step: ranks compare their fits.
         assert calls[1, rank][0] == REFIT[0]
         assert Counter(calls[3, rank]) == Counter(REFIT + LOG + STOP)
 
@@ -109,7 +109,7 @@ def test_bytes_of_a_rank_do_not_depend_on_the_number_of_ranks(tmp_path, data, wo
 def test_tensor_ranks_get_rows_by_one_message_and_model_ranks_the_moments_by_another(
     tmp_path, data
 ):
-    """Whose own moments differ in the last bit here, and yet all fit the same density."""
+    """The ranks' own moments differ in the last bits here, and yet all fit the same density."""
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
     calls = calls_of(tmp_path, data, 4, *layout)
     rows = [("broadcast", 8 * 2 * (2 * ROW_LENGTH + 5))] * 32  # micro-batches of 2 rows
@@ -119,17 +119,17 @@ def test_tensor_ranks_get_rows_by_one_message_and_model_ranks_the_moments_by_ano
         assert calls[0, rank] == rows + STOP
         at_refit = Counter(calls[3, rank])
         assert at_refit >= Counter(rows + moments)
-        assert (REFIT[0] in at_refit) == (rank == 2)  # the first of its tensor ranks
+        assert (REFIT[0] in at_refit) == (rank == 2)  # the first tensor-parallel rank
         assert (at_refit >= Counter(LOG)) == is_last_stage
-        # The gradient's norms are sums over the stage's whole hidden states, which all ranks have.
+        # Gradient norms are sums over the stage's whole hidden states, which all its ranks have.
         assert at_refit - Counter(rows + moments + REFIT + LOG + STOP) == Counter()
 
 
 def test_context_ranks_add_losses_and_norms_of_rows_or_documents(tmp_path, data):
-    """Two sums a micro-batch, s times as long with rates of documents."""
+    """Two sums per micro-batch, which are s times as long with rates per document."""
     flags = ["--context-parallel-size", "2", "--mdm-rate-per", "document"]
     calls = calls_of(tmp_path, data, 2, *flags, entry=context_parallel_traffic)
-    sums = [("all_reduce", 4 * 2 * ROW_LENGTH)] * 2 * 32  # of 32 micro-batches of 2 rows
+    sums = [("all_reduce", 4 * 2 * ROW_LENGTH)] * 2 * 32  # 32 micro-batches of 2 rows
     for rank in range(2):
         assert calls[0, rank] == sums + STOP
         assert Counter(calls[1, rank]) - Counter(sums) == Counter(REFIT + STOP)
@@ -175,7 +175,7 @@ def test_only_the_first_rank_reads_whole_indices(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         assert data_files.indexed_bytes(str(index)) == size
     whole = index.read_bytes()
-    lengths = len(whole) - 20 * 12 - 21 * 8  # where they start
+    lengths = len(whole) - 20 * 12 - 21 * 8  # start of the lengths
     for sequence, seen_by_all in ((1, False), (18, True)):
         place = lengths + 4 * sequence
         index.write_bytes(whole[:place] + bytes([whole[place] + 1]) + whole[place + 1 :])

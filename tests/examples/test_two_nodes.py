@@ -1,8 +1,8 @@
 """Two machines run examples/pretrain/launch.sh, one is lost, and both start again.
 
-A machine is a shell in namespaces of its own: network, host name, processes. It ends with its
-first process, and all of it with pytest, however that ends. Slow (a minute and a half), and worth
-it: all else runs on one machine, where there is one host name, one network and no silence.
+A machine is a shell in its own namespaces (network, host name, processes). It ends with its first
+process, and at the latest with pytest. The test takes a minute and a half, because only here are
+there two host names, a network between them, and a rank that falls silent.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from megatron_mdm.mcore.checkpoint.files import find_checkpoint
 from tests import ROOT, ranks
 from tests.examples.test_pretrain_examples import FILES, TINY
 
-PATIENCE = 120.0  # seconds; of waits that take up to 30 on two cores
-SILENCE = 8  # seconds that a rank waits for another one
+PATIENCE = 120.0  # seconds; waits take up to 30 on two cores
+SILENCE = 8  # seconds that a rank waits for another rank
 ITERATIONS, INTERVAL = 20, 4
 ADDRESSES = {"node0": "10.255.255.1", "node1": "10.255.255.2"}
 MACHINE = (
     "setpriv --pdeathsig KILL unshare --net --uts --mount-proc --pid --fork --kill-child".split()
 )
-# Arguments: name, file of names, address, command. It says when it has a network to be connected.
+# Arguments: name, hosts file, address, command. It prints a line when its network can be connected.
 BOOT = """set -e
 hostname "$1"
 mount --bind "$2" /etc/hosts
@@ -41,7 +41,7 @@ shift 3
 
 
 def environment_of(gpus):
-    """The environment of launch.sh on a machine with so many ranks."""
+    """The environment of launch.sh on a machine with this number of ranks."""
     own = {"GPUS": str(gpus), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**ranks.users_environment(), **own}
@@ -49,9 +49,9 @@ def environment_of(gpus):
 
 @contextlib.contextmanager
 def two_machines(directory, *command):
-    """Both run the command, with output to node0.log and node1.log; each is a process on the way.
+    """Runs the command on both machines and yields their processes.
 
-    They are ended on the way out.
+    Their output goes to node0.log and node1.log. Both are ended at the exit.
     """
     directory.mkdir()
     hosts = directory / "hosts"
@@ -87,7 +87,7 @@ def two_machines(directory, *command):
 
 
 def lose(machine):
-    """Takes the cable out, so that nothing says goodbye, and kills all that runs there."""
+    """Disconnects the machine first, so that no connection is closed, and then kills it."""
     off = ["nsenter", "-t", str(machine.pid), "--net", "ip", "link", "set", "eth0", "down"]
     subprocess.run(off, check=True)
     machine.kill()
@@ -104,7 +104,7 @@ def test_a_lost_machine_ends_the_run_of_the_other_and_both_resume(tmp_path, data
     flags += ["--distributed-timeout-seconds-after-init", str(SILENCE)]
 
     def command(save, board):
-        """The launch line of a run that saves there."""
+        """The launch line of a run that saves to `save`."""
         own = ["--save", str(save), "--load", str(save), "--tensorboard-dir", str(tmp_path / board)]
         return ["bash", str(FILES / "launch.sh"), *model, *flags, *own]
 
@@ -131,7 +131,7 @@ def test_a_lost_machine_ends_the_run_of_the_other_and_both_resume(tmp_path, data
 
     other = tmp_path / "never lost"
     one = {"env": environment_of(2), "capture_output": True, "text": True}
-    whole = subprocess.run(command(other, "tb"), **one)  # two ranks of one machine
+    whole = subprocess.run(command(other, "tb"), **one)  # two ranks on one machine
     assert whole.returncode == 0, whole.stderr[-8000:]
     reference, resumed = (ranks.read_scalars(tmp_path / board) for board in ("tb", "tb2"))
     for name in ("mdm loss", "grad-norm"):
@@ -143,5 +143,5 @@ def test_a_lost_machine_ends_the_run_of_the_other_and_both_resume(tmp_path, data
 
 
 def log_of(directory):
-    """The ends of both logs."""
+    """The last lines of both logs."""
     return "\n".join(path.read_text()[-8000:] for path in sorted(directory.glob("*.log")))

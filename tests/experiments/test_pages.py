@@ -1,4 +1,4 @@
-"""Results in Markdown pages."""
+"""Results inserted in Markdown pages."""
 
 import pytest
 
@@ -12,7 +12,7 @@ BLOCKS = {"tune": lambda: "new", "claims": lambda: "not asked for"}
 def test_results_stand_in_the_places_of_their_kind(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    for _ in range(2):  # again is the same
+    for _ in range(2):  # a repetition changes nothing
         insert(str(page), "race", BLOCKS)
         assert page.read_text() == PAGE.replace("old", "new")
 

@@ -1,4 +1,4 @@
-"""What a kept result follows from: the program, the flags, and the files that they name."""
+"""A kept result depends on the program, the flags, and the files that the flags name."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ def git(directory, *words):
 
 @pytest.fixture
 def package(tmp_path):
-    """A directory with a package of the name."""
+    """A directory that holds a package of this name."""
     root = tmp_path / "repository"
     for name in ("megatron_mdm/__init__.py", "megatron_mdm/mcore/model.py", "tools/run.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def package(tmp_path):
 
 
 def changed(package, name, text):
-    """The program with another file, which is as it was afterwards."""
+    """The program's name with another content of a file, which is restored afterwards."""
     path = package / name
     before = path.read_text() if path.exists() else None
     path.parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def test_an_installed_package_is_its_files(package, monkeypatch):
     first = program_in(package)
     assert first.startswith("files ") and program_in(package) == first
     assert changed(package, "megatron_mdm/mcore/model.py", "x = 1") != first
-    # In the checkout of something else.
+    # The package is inside a checkout of something else.
     git(package, "init")
     (package / "other").write_text("")
     git(package, "add", "other")

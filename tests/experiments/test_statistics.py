@@ -1,4 +1,4 @@
-"""Statistics of few repetitions, against numbers of printed tables and of scipy's own tests."""
+"""Statistics of few repetitions, compared with printed tables and with scipy's own tests."""
 
 import math
 
@@ -14,7 +14,7 @@ from megatron_mdm.experiments.statistics import (
     t_test,
 )
 
-# Student's data of 1908: additional hours of sleep of ten patients, of one drug and of another.
+# Student's data of 1908: additional hours of sleep of ten patients, with one drug and with another.
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
 SECOND = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 DIFFERENCES = [b - a for a, b in zip(FIRST, SECOND, strict=True)]
@@ -40,7 +40,7 @@ def test_students_test():
 
 
 def test_holm_adjusts_for_those_that_are_left():
-    # The least p value counts four times, the next one three times; none is below one before it.
+    # The least p value counts four times, the next one three times. None is below the one before.
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
     assert holm(p) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
     assert list(holm(p)) == list(p)
@@ -51,7 +51,7 @@ def test_holm_adjusts_for_those_that_are_left():
 
 
 def test_a_deviation_has_the_interval_of_chi_square():
-    # Ten values: factors 0.6878 and 1.8256 of the printed tables.
+    # For ten values, printed tables have the factors 0.6878 and 1.8256.
     value, low, high = deviation_interval(FIRST)
     assert value == pytest.approx(1.789010, abs=1e-6)
     assert (low / value, high / value) == pytest.approx((0.6878, 1.8256), abs=1e-4)
@@ -59,7 +59,7 @@ def test_a_deviation_has_the_interval_of_chi_square():
 
 @pytest.mark.parametrize(("n", "needed"), [(3, 6.245), (8, 2.235), (20, 1.589)])
 def test_a_ratio_of_deviations_has_the_interval_of_f(n, needed):
-    """At n values a side a ratio must be this large for its interval to leave out 1."""
+    """With n values per side, a ratio must be this large for its interval to exclude 1."""
     a = [float(i) for i in range(n)]
     ratio, low, high = deviation_ratio([3 * x for x in a], a)
     assert ratio == pytest.approx(3.0)

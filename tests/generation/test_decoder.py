@@ -1,4 +1,4 @@
-"""The decoder, against the algorithm that LLaDA published, in loops over exact probabilities."""
+"""The decoder, compared with LLaDA's published algorithm in loops over exact probabilities."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ V, MASK, END = 12, 9, 8
 
 
 def model(tokens):
-    """Position i wants token i, the more confidently the smaller i; the mask token most of all."""
+    """Position i prefers token i, with more confidence for smaller i, and most of all the mask."""
     L = tokens.shape[1]
     logits = torch.zeros(*tokens.shape, V)
     for i in range(L):
@@ -24,7 +24,7 @@ def model(tokens):
 
 
 def random_model(seed, L=40, scale=2.0):
-    """Logits of each position that depend on all tokens of the row, so that the order matters."""
+    """Logits of each position depend on all tokens of the row, so the order matters."""
     generator = torch.Generator().manual_seed(seed)
     own = torch.randn(L, V, generator=generator, dtype=torch.float64)
     table = torch.randn(L, L, V, V, generator=generator, dtype=torch.float64) * 0.5
@@ -39,10 +39,10 @@ def random_model(seed, L=40, scale=2.0):
 
 
 def published(logits, tokens, gen_length, block_length, steps):
-    """LLaDA's block-wise generation with low-confidence remasking, greedy, for one row of a list.
+    """LLaDA's block-wise generation with low-confidence remasking, greedy, for one row (a list).
 
-    With the one change that the mask token is never predicted, which its release leaves to the
-    model; its probability still counts in the confidence of the others.
+    There is one change: the mask token is never predicted, which LLaDA's release leaves to the
+    model. Its probability still counts in the confidence of the other tokens.
     """
     x = list(tokens)
     start = len(x) - gen_length
@@ -91,11 +91,11 @@ def test_fills_every_mask_and_keeps_the_rest():
         for block_length in (None, 3, 99):
             filled = Decoder(MASK, steps, block_length)(model, tokens)
             assert filled.tolist() == [[7, 1, 2, 3], [0, 1, 7, 7], [1, 2, 3, 4]]
-    assert tokens[0, 1] == MASK  # the argument is left alone
+    assert tokens[0, 1] == MASK  # the argument is not changed
 
 
 def masked_at(decoder, tokens, logits=model):
-    """The masked positions of the first row at each model call."""
+    """The masked positions of the first row at each call of the model."""
     calls = []
 
     def recording(tokens):
@@ -114,9 +114,9 @@ def test_confident_positions_come_first():
 @pytest.mark.parametrize(
     "length, block_length, steps, expected",
     [
-        (10, 4, None, [1] * 10),  # one call a token, the last block has two
+        (10, 4, None, [1] * 10),  # one call per token, two in the last block
         (10, 4, 3, [4, 4, 2]),
-        (10, 4, 5, [2, 2, 2, 2, 2]),  # calls 2, 2, 1
+        (10, 4, 5, [2, 2, 2, 2, 2]),  # with 2, 2 and 1 calls
         (10, 4, 99, [1] * 10),
         (5, 8, 2, [3, 2]),
     ],
@@ -132,14 +132,14 @@ def test_blocks_that_do_not_divide_the_length(length, block_length, steps, expec
 
 
 def test_gaps_are_filled_in_blocks_of_masked_positions():
-    """Given tokens between do not count, and stay."""
+    """Given tokens between masked positions are not counted, and stay."""
     row = torch.tensor([[MASK, 5, MASK, 5, 5, MASK, MASK, 5]])
     assert masked_at(Decoder(MASK, steps=2, block_length=2), row) == [[0, 2, 5, 6], [5, 6]]
     assert Decoder(MASK)(model, row).tolist() == [[0, 5, 2, 5, 5, 5, 6, 5]]
 
 
 def test_rows_of_a_batch_do_not_see_each_other():
-    """Greedy and sampled; rows with different numbers of gaps, and of calls."""
+    """Greedy and sampled decoding, for rows with different numbers of gaps and of calls."""
     logits = random_model(3)
     rows = torch.randint(0, 8, (4, 20), generator=torch.Generator().manual_seed(0))
     for row, gaps in zip(rows, (0, 3, 11, 20), strict=True):
@@ -169,7 +169,7 @@ def test_threshold_keeps_the_confident_and_at_least_one():
     row = torch.full((1, 6), MASK)
     calls = masked_at(Decoder(MASK, threshold=0.9001), row, logits)
     assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 5], [1, 3, 5], [1, 5], [5]]
-    # In blocks, and with calls that keep two at least.
+    # The same in blocks, and with a number of calls that keeps at least two tokens each.
     calls = masked_at(Decoder(MASK, threshold=0.9001, block_length=3), row, logits)
     assert calls == [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 3, 4, 5], [3, 4, 5], [3, 5], [5]]
     calls = masked_at(Decoder(MASK, threshold=0.9001, steps=3), row, logits)
@@ -179,7 +179,7 @@ def test_threshold_keeps_the_confident_and_at_least_one():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_samples_from_the_tempered_softmax(temperature):
-    """Chi-squared over 20,000 draws; the mask token and padded ids never appear."""
+    """A chi-squared test of 20,000 draws. The mask token and ids of the padding never appear."""
     n = 20_000
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.3, 0.0, -0.5, 1.5, 9.0, 9.0, 9.0])
     decoder = Decoder(MASK, steps=1, temperature=temperature, vocab_size=10)
@@ -194,7 +194,7 @@ def test_temperature_samples_from_the_tempered_softmax(temperature):
 
 
 def guided(logits, tokens, gen_length, block_length, steps, scale):
-    """`published` with its classifier-free guidance: two rows in a call, one without its prompt."""
+    """`published` with LLaDA's classifier-free guidance: a second row hides the prompt."""
     prompt = tokens[: len(tokens) - gen_length]
 
     def both(batch):
@@ -214,7 +214,7 @@ def test_guidance_is_the_published_one(block_length, steps):
 
         def logits(tokens, plain=plain):
             scores = plain(tokens)
-            scores[..., V - 1] = -torch.inf  # as padding of the vocabulary is
+            scores[..., V - 1] = -torch.inf  # like padding of the vocabulary
             return scores
 
         prompts = torch.randint(0, 8, (3, 5), generator=torch.Generator().manual_seed(seed))
@@ -229,7 +229,7 @@ def test_guidance_is_the_published_one(block_length, steps):
 
 
 def test_guidance_hides_every_given_token_and_takes_two_calls():
-    """What was written before is shown in both; 0 is no guidance, and takes one."""
+    """Tokens written before are visible in both calls. A scale of 0 takes one call."""
     row = torch.tensor([[5, MASK, 6, MASK, 7]])
     calls = []
 
@@ -247,7 +247,7 @@ def test_guidance_hides_every_given_token_and_takes_two_calls():
 
 
 def test_the_likeliest_alone_is_greedy_and_all_of_them_no_filter():
-    """Ties too, of which greedy decoding takes the first."""
+    """This holds for ties too, of which greedy decoding takes the first."""
     logits = random_model(5, scale=1.0)
 
     def tied(tokens):
@@ -280,7 +280,7 @@ def test_filtered_scores_are_bitwise_those_that_were_given():
 
 
 def enumerated(scores, temperature, top_k, top_p):
-    """Probabilities of tokens, one by one: warped by temperature, cut to k, then to the mass p."""
+    """Probabilities token by token: tempered, cut to the k largest, then to the mass p."""
     allowed = [v for v in range(10) if v != MASK]
     weights = {v: math.exp(scores[v] / temperature) for v in allowed}
     ranked = sorted(allowed, key=lambda v: -weights[v])[:top_k]
@@ -298,7 +298,7 @@ def enumerated(scores, temperature, top_k, top_p):
     [(1.0, 4, 1.0, 4), (0.5, None, 0.9, 3), (2.0, None, 0.6, 4), (2.0, 5, 0.6, 3)],
 )
 def test_draws_among_the_likeliest(temperature, top_k, top_p, count):
-    """Chi-squared over 20,000 draws, against an enumeration. Confidences know of no filter."""
+    """Chi-squared against an enumeration, 20,000 draws. Filters do not change confidences."""
     n = 20_000
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.3, 0.0, -0.5, 1.5, 9.0, 9.0, 9.0])
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "vocab_size": 10}
@@ -309,7 +309,7 @@ def test_draws_among_the_likeliest(temperature, top_k, top_p, count):
     counts = Counter(drawn[0].tolist())
     assert counts.keys() == wanted.keys() and len(wanted) == count
     statistic = sum((counts[v] - n * p) ** 2 / (n * p) for v, p in wanted.items())
-    assert statistic < 20.5  # at most 4 degrees, p = 4e-4
+    assert statistic < 20.5  # at most 4 degrees of freedom, p = 4e-4
     candidates = torch.ones(1, 50, dtype=torch.bool)
     picks, confidence = decoder._predict(scores.double().expand(50, V).clone(), candidates, None)
     assert torch.equal(confidence, scores.double().softmax(dim=0)[picks])

@@ -1,4 +1,4 @@
-"""Prompts with gaps, and what is shown of decoding."""
+"""Prompts with gaps, and the display of decoding."""
 
 import io
 import sys
@@ -37,7 +37,7 @@ TEXT = "def f(a, b):\n    return a + b  # äöü\n"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A real one, whose encoding is lossless."""
+    """A real tokenizer with a lossless encoding."""
     directory = tmp_path_factory.mktemp("tokenizer")
     (directory / "text.txt").write_text(TEXT * 50, encoding="utf-8")
     train_tokenizer([str(directory / "text.txt")], str(directory / "t.model"), vocab_size=300)
@@ -116,7 +116,7 @@ def test_a_terminal_is_redrawn_in_place(monkeypatch):
     screen.clear()
     assert stream.getvalue() == (
         "step 1\n0123456789\nab\nx\n"
-        "\x1b[4F\x1b[Ja\nb\nc\nd\ne\n"  # the last five lines of what is too long
+        "\x1b[4F\x1b[Ja\nb\nc\nd\ne\n"  # only the last five lines, because it is too long
         "\x1b[5F\x1b[J"
     )
 
@@ -141,7 +141,7 @@ def test_wide_letters_take_two_columns():
 
 
 def test_each_frame_adds_the_tokens_of_one_call():
-    """In their cells and nowhere else; the last frame has them all."""
+    """A frame changes only the cells of its tokens. The last frame has all tokens."""
     order = [0, 3, 1, 2, 2, 3]
     frames = [np.asarray(frame) for frame in order_frames([f"${i}" for i in range(6)], order)]
     assert len(frames) == 4
@@ -149,7 +149,7 @@ def test_each_frame_adds_the_tokens_of_one_call():
     for call in (1, 2, 3):
         changed = (frames[call] != frames[call - 1]).any(axis=(0, 2)).nonzero()[0]
         places = (changed / width - 0.02) / 0.96 * COLUMNS
-        inner = abs(places - places.round()) > 0.03  # the borders, of two cells, aside
+        inner = abs(places - places.round()) > 0.03  # leaves out borders, which two cells share
         assert set(places[inner].astype(int)) == {
             i for i, filled in enumerate(order) if filled == call
         }
@@ -187,8 +187,8 @@ def test_borders_are_whole_and_spaces_are_seen():
     pixels = np.asarray(image).astype(int).sum(axis=2)
     for left, bottom, right, top in boxes:
         low, high = sorted((bottom, top))
-        x, y = left + 5, low + 5  # off the letter
-        # At each side something darker than the cells: inner and outer borders alike.
+        x, y = left + 5, low + 5  # beside the letter
+        # Each side has a line that is darker than the cells: inner and outer borders alike.
         sides = [pixels[y, left - 1 : left + 2], pixels[y, right - 1 : right + 2]]
         sides += [pixels[low - 1 : low + 2, x], pixels[high - 1 : high + 2, x]]
         assert max(side.min() for side in sides) < 0.87 * pixels[y, x]

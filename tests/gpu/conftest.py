@@ -1,7 +1,7 @@
-"""Tests that need a GPU with Transformer Engine; elsewhere they skip, and say so.
+"""Tests that need a GPU with Transformer Engine. Elsewhere they are skipped with a reason.
 
 MDM_TEST_DEVICE=cpu runs all of them on the CPU with local layers, without FP8 and with few
-iterations: that shows that they run, and nothing about a GPU.
+iterations. This shows that they run, and nothing about a GPU.
 """
 
 import os
@@ -16,13 +16,14 @@ from tests.ranks import launcher
 
 DEVICE = os.environ.get("MDM_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
-# Layers that FP8 products take, in all recipes, and fused attention; or what is there soon.
+# On a GPU, sizes that FP8 products of all recipes and fused attention accept. On the CPU, small
+# sizes that run fast.
 WIDTH, LENGTH, RATE = (256, 128, 1e-3) if DEVICE == "cuda" else (32, 32, 4e-3)
 MODEL = [
     *f"--hidden-size {WIDTH} --ffn-hidden-size {2 * WIDTH} --seq-length {LENGTH}".split(),
     *f"--max-position-embeddings {LENGTH} --micro-batch-size 8 --lr {RATE} --seed 7".split(),
 ]
-# Losses and gradients of many batches under the same weights, which so small a rate leaves alone.
+# With so small a learning rate, many batches are evaluated at the same weights.
 STILL = "--lr 1e-12 --adam-eps 1 --finetune".split()
 FP8 = "--bf16 --fp8-format hybrid --fp8-recipe".split()
 PRECISIONS = {
@@ -34,7 +35,7 @@ PRECISIONS = {
 
 
 def errors(run, reference):
-    """Root mean square differences of two runs over iterations: of losses, of gradient norms."""
+    """Root mean square differences of two runs: of their losses, and of their gradient norms."""
     pairs = ((run.losses, reference.losses), (run.grad_norms, reference.grad_norms))
     return [
         statistics.mean((a - b) ** 2 for a, b in zip(*pair, strict=True)) ** 0.5 for pair in pairs
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="package", autouse=True)
 def patience():
-    """Several runs of 200 iterations may share the GPU and the cores."""
+    """Allows for several runs of 200 iterations that share the GPU and the cores."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher, "TIMEOUT", 400)
         yield
@@ -65,7 +66,7 @@ def patience():
 
 @pytest.fixture(scope="package")
 def train(data, tmp_path_factory):
-    """Trains on one rank; `dry` are the iterations of a dry run."""
+    """A function that trains on one rank. A dry run has `dry` iterations."""
 
     def run(*flags, precision="bf16", device=DEVICE, iterations=20, dry=4, **options):
         layers = PRECISIONS[precision] if precision else []
@@ -90,7 +91,7 @@ def train(data, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def checkpoint(train, tmp_path_factory):
-    """A checkpoint in float32 from the CPU, of 20 iterations."""
+    """A float32 checkpoint from the CPU, after 20 iterations."""
     directory = str(tmp_path_factory.mktemp("checkpoint") / "cpu")
     train("--save", directory, "--save-interval", "20", precision=None, device="cpu", dry=20)
     return directory

@@ -1,4 +1,4 @@
-"""The same rows, masks, losses and gradients on the GPU as on the CPU; checkpoints go both ways."""
+"""Rows, masks, losses and gradients on the GPU equal those on the CPU; checkpoints go both ways."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_masks_are_those_of_the_cpu_bit_for_bit(flags, train, checkpoint, tmp_pa
 
 
 def test_losses_and_gradients_of_a_cpu_checkpoint_in_float32(train, checkpoint):
-    """Local layers, whose products are those of float32: differences are of rounding."""
+    """Local layers compute float32 products, so differences come from rounding alone."""
     load = ["--load", checkpoint, *STILL]
     fused = "--transformer-impl local --no-masked-softmax-fusion --no-rope-fusion".split()
     fused += ["--no-persist-layer-norm", "--attention-backend", "unfused"]
@@ -43,7 +43,7 @@ def test_losses_and_gradients_of_a_cpu_checkpoint_in_float32(train, checkpoint):
 
 
 def test_losses_and_gradients_of_a_cpu_checkpoint_in_bf16(train, checkpoint):
-    """Within twice the error that bfloat16 itself has, on the CPU against float32."""
+    """The error is at most twice that of bfloat16 against float32 on the CPU."""
     load = ["--load", checkpoint, *STILL]
     reference = train(*load, precision=None, device="cpu")
     baseline = errors(train(*load, device="cpu"), reference)
@@ -56,7 +56,7 @@ def test_losses_and_gradients_of_a_cpu_checkpoint_in_bf16(train, checkpoint):
 
 @pytest.mark.parametrize("precision", ["bf16", "delayed"])
 def test_a_gpu_checkpoint_loads_on_the_cpu(precision, train, data, tmp_path):
-    """Also one with FP8's delayed scales, into models that have none."""
+    """This includes checkpoints with FP8's delayed scales, loaded into models without scales."""
     directory = str(tmp_path / "gpu")
     train("--save", directory, "--save-interval", "1000", precision=precision)
     load = ["--load", directory, *STILL]
@@ -66,7 +66,7 @@ def test_a_gpu_checkpoint_loads_on_the_cpu(precision, train, data, tmp_path):
     assert gpu.grad_norms == pytest.approx(cpu.grad_norms, rel=5e-2)
     values = [nelbo(directory, data, device, tmp_path) for device in (DEVICE, "cpu")]
     assert values[0] == pytest.approx(values[1], rel=5e-3)
-    # Five tokens are no number of rows for FP8 products, so that they had better not be asked for.
+    # Five tokens are not a number of rows that FP8 products take, so the tool must not use FP8.
     few = ["--prompt", "5 6", "--length", "5"]
     ranks.run_tool("generate", "--device", DEVICE, "--load", directory, *few)
 
@@ -77,7 +77,7 @@ def test_the_tools_give_the_cpus_nelbo(checkpoint, data, tmp_path):
 
 
 def nelbo(checkpoint, data, device, directory):
-    """What tools/evaluate.py says of some rows."""
+    """The NELBO that tools/evaluate.py finds for some rows."""
     path = directory / f"{device}.json"
     flags = ["--data", str(data), "--rows", "8", "--draws", "2", "--json", str(path)]
     ranks.run_tool("evaluate", "--device", device, "--load", checkpoint, *flags)

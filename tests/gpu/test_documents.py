@@ -1,7 +1,6 @@
-"""Documents of packed rows by Transformer Engine, against local layers on the CPU.
+"""Documents of packed rows in Transformer Engine, compared with local layers on the CPU.
 
-That local layers compute the documents alone is shown in
-tests/mcore/training/test_normalization.py.
+tests/mcore/training/test_normalization.py shows that local layers compute the documents alone.
 """
 
 import os
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     ],
 )
 def test_losses_and_gradients_of_documents_alone_in_bf16(flags, train, checkpoint):
-    """Within twice the error that bfloat16 itself has, on the CPU against float32."""
+    """The error is at most twice that of bfloat16 against float32 on the CPU."""
     load = ["--load", checkpoint, *STILL, *flags.split()]
     reference = train(*load, precision=None, device="cpu")
     baseline = train(*load, device="cpu")

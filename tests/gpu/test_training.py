@@ -1,4 +1,4 @@
-"""Training on a GPU: FP8 against BF16, resuming, evaluations, and everything at once."""
+"""Training on a GPU: FP8 against BF16, resuming, evaluations, and all methods at once."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ def bf16(train):
 
 
 def test_something_is_learnt(bf16):
-    """Batches of 8 rows have other rates, and so other losses, from one to the next."""
+    """The means are over many steps, because batches of 8 rows differ in rates and so in losses."""
     assert statistics.mean(bf16.losses[-40:]) < 0.95 * statistics.mean(bf16.losses[:40])
 
 
@@ -41,7 +41,7 @@ def test_loss_curves_are_within_a_percent_of_bf16(precision, train, bf16):
 @pytest.mark.parametrize("precision", ["bf16", "delayed"])
 def test_a_resumed_run_goes_on(precision, train, tmp_path, monkeypatch):
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "2"]
-    # Transformer Engine keeps delayed scales in a pickle, which it does not read unasked.
+    # Transformer Engine keeps delayed scales in a pickle, which it reads only with this consent.
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
     train(*save, "--exit-interval", "10" if DEVICE == "cuda" else "2", precision=precision)
     resumed = train(*save, "--load", save[1], precision=precision)
@@ -54,7 +54,7 @@ def test_a_resumed_run_goes_on(precision, train, tmp_path, monkeypatch):
 
 
 def test_evaluations_do_not_move_the_scales_of_training(train, monkeypatch):
-    """Kernels that may add up in any order are out; two runs that are alike say what is left."""
+    """Only deterministic kernels are allowed; two equal runs show the noise that remains."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     evaluate = "--eval-interval 2 --eval-iters 2 --eval-global-batch-size 8".split()
     first, second = (train(precision="delayed").losses for _ in range(2))
@@ -66,7 +66,7 @@ def test_evaluations_do_not_move_the_scales_of_training(train, monkeypatch):
 
 
 def test_gradients_may_be_accumulated_by_the_products_or_after_them(train):
-    """In float32, or rounded to bfloat16 before; four micro-batches a step."""
+    """In float32, or after rounding to bfloat16, with four micro-batches per step."""
     four = "--micro-batch-size 2 --global-batch-size 8 --lr 1e-12 --adam-eps 1".split()
     inside, after = (train(*four, *x) for x in ([], ["--no-gradient-accumulation-fusion"]))
     assert inside.losses == pytest.approx(after.losses, rel=1e-5)
@@ -87,7 +87,7 @@ def test_everything_at_once(precision, train):
     assert all(math.isfinite(loss) for loss in run.losses)
     assert "P-POTS refit at iteration" in run.output[0]
     weights = run.scalars["mdm/largest weight"]
-    # A row masks one token at least, and a tenth of the density is uniform.
+    # A row masks at least one token, and a tenth of the density is uniform.
     assert all(1.0 <= weight <= LENGTH / 0.1 for weight in weights)
     assert max(weights) > 1.0
 

@@ -1,4 +1,4 @@
-"""The adapter, by itself; tests/lm_eval/test_lm_eval.py has it inside lm-evaluation-harness."""
+"""The adapter alone; tests/lm_eval/test_lm_eval.py tests it inside lm-evaluation-harness."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ MASK = len(LETTERS)
 
 
 def logits(tokens):
-    """Wants the letter after the one before, whatever else is seen; surer of what it sees."""
+    """Prefers the letter after the previous one, and is surer if it sees that one."""
     before = torch.roll(tokens, 1, dims=1)
     scores = torch.zeros(*tokens.shape, MASK + 1, dtype=torch.float64)
     known = (before < 8)[..., None]
@@ -57,7 +57,7 @@ def test_a_space_belongs_to_the_continuation_and_contexts_are_cut_on_the_left(mo
 
 
 def merging(text):
-    """Ids of the longest of these, as BPE and unigram models merge letters over any border."""
+    """Greedy ids of the longest pieces: like BPE, it merges letters across any border."""
     pieces, ids = [*LETTERS, "ab", "bc", "c "], []
     while text:
         piece = max((p for p in pieces if text.startswith(p)), key=len)
@@ -67,7 +67,7 @@ def merging(text):
 
 
 def test_tokens_of_context_and_continuation_belong_to_the_continuation():
-    """Whatever the border, context and continuation are the tokens of the whole text."""
+    """Wherever the border is, context and continuation have the tokens of the whole text."""
     ab, bc = 10, 11
     size = 13
     model = HarnessModel(
@@ -82,7 +82,7 @@ def test_tokens_of_context_and_continuation_belong_to_the_continuation():
     assert model._pair("ca", "bb") == ([2], [ab, 1])  # no letter is lost
     assert model._pair("da", "bcb") == ([3], [ab, 2, 1])
     assert model._pair("db", "ca") == ([3], [bc, 0])
-    # One token of 14 that are equally likely; an answer is certain only if it has no token.
+    # One of 14 equally likely tokens. An answer could be certain only if it had no token.
     (bound, _), (other, _) = model.loglikelihood([request("a", "b"), request("a", "c")])
     assert bound == other == pytest.approx(-torch.log(torch.tensor(14.0)).item())
     for context, continuation in (("ab", ""), ("ab ", ""), ("", "")):
@@ -97,16 +97,17 @@ def test_whole_texts_are_the_sum_over_rows(model):
     assert whole == pytest.approx(2 * parts[0] + parts[1], rel=0.3)
 
 
-PERIOD = 5  # of the letters of the oracle's language
+PERIOD = 5  # number of letters in the oracle's language
 END = MASK + 1
 
 
 def oracle(shift):
-    """A model that is always right about texts of letters that go round: abcdeabc and so on.
+    """A model that is always right about texts of letters in a cycle: abcdeabc and so on.
 
-    A text begins with any letter in sight of the others, and with an `a` after the end of document
-    or where nothing is seen. The logits of a shifted model are right wherever a token stands
-    before; those of the first position are of the token after it, and surely wrong.
+    If it sees letters, a text continues them in both directions. If it sees none, a text begins
+    with `a`, also after the end of document. The logits of a shifted model are right wherever a
+    token stands before. Its logits at the first position are for the token after it, and wrong for
+    the first token.
     """
 
     def logits(tokens):
@@ -124,13 +125,13 @@ def oracle(shift):
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_perfect_model_is_sure_of_every_token(shift):
-    """Also of the first one of a text and of each row, whatever predicts it."""
+    """This includes the first token of a text and of each row, whatever predicts it."""
     settings = {"shift": True, "opening_token_id": END} if shift else {}
     model = HarnessModel(oracle(shift), encode, MASK, max_length=10, draws=8, **settings)
     requests = [("abcde", "ab"), ("", "a"), ("", "abcdeabc"), ("abcdeabcde", "abcde")]
     for bound, greedy in model.loglikelihood([request(*texts) for texts in requests]):
         assert bound == pytest.approx(0.0, abs=1e-20) and greedy
-    # Rows of 10 unshifted, of 9 new ones shifted.
+    # Rows have 10 tokens, or 9 new tokens if the model is shifted.
     for length in (1, 9, 10, 11, 18, 19, 20, 45):
         (whole,) = model.loglikelihood_rolling([request(("abcde" * 9)[:length])])
         assert whole == pytest.approx(0.0, abs=1e-20), length
@@ -161,13 +162,13 @@ def test_the_first_token_of_a_shifted_model_has_to_be_predicted_from_another():
 
 
 def test_rows_of_whole_texts_have_masks_of_their_own(model):
-    """Two texts that are alike are two draws."""
+    """Two equal texts are two draws."""
     one, other = model.loglikelihood_rolling([request("abcdefgh"), request("abcdefgh")])
     assert one != other and one == pytest.approx(other, rel=0.2)
 
 
 def writer(**settings):
-    """A model that goes on with the letters that follow, as `logits` wants them."""
+    """A model that writes the letters that follow, as `logits` prefers."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
     decoder = Decoder(MASK, block_length=1, vocab_size=MASK, end_token_ids=(encode("h")[0],))
     settings = {"max_length": 12, "decoder": decoder, "decode": decode, **settings}
@@ -179,12 +180,12 @@ def decode(ids):
 
 
 def test_texts_end_at_a_token_or_a_string(caplog):
-    """Each at the first of them; what the task does not say is as the model has it."""
+    """A text ends at the first of them. Settings that the task does not give are the model's."""
     model = writer(max_gen_toks=5)
     asked = [
         request("ab", {"until": []}),
         request("ab", {"until": ["g", "ef", "ff"], "max_gen_toks": 8}),
-        request("ef", {"until": "", "max_gen_toks": 4}),  # up to its end token
+        request("ef", {"until": "", "max_gen_toks": 4}),  # up to the model's end token
         request("", {"until": ["zz"], "max_gen_toks": 1}),
         request("ab", {"until": ["e"], "max_new_tokens": 2}),
     ]
@@ -271,7 +272,7 @@ def test_null_ends_no_text():
 
 
 def test_requests_that_are_expected_are_checked_before_any_is_answered(caplog):
-    """Whatever method answers them; and a context that is cut is said once."""
+    """All requests are checked, of every method. A context that is cut is reported once."""
     calls = []
 
     def counted(tokens):

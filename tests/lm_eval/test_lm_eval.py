@@ -1,8 +1,9 @@
-"""Tasks of lm-evaluation-harness, from files on this machine, on a converted checkpoint.
+"""Tasks of lm-evaluation-harness, from local files, on a converted checkpoint.
 
-What is right comes from the published network itself: likelihoods over all masks, and texts that
-`Decoder` writes over its logits. Each start takes lm_eval seconds for the index of its tasks, but
-the tool, lm_eval's own command and ranks that share a model are three ways in for users.
+Expected values come from the published network: likelihoods over all masks, and texts that
+`Decoder` writes from its logits. Each start takes lm_eval seconds to index its tasks. Three starts
+are tested nevertheless, because users have three ways in: the tool, lm_eval's own command, and
+ranks that share a model.
 """
 
 import json
@@ -38,7 +39,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }}"
     "{{ ' <end> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
 )
-# The metric is of the library `evaluate`, which tools/evaluate.py must not hide.
+# The metric uses the library `evaluate`, which tools/evaluate.py must not hide.
 METRIC = """
 import evaluate
 
@@ -54,7 +55,7 @@ LENGTH = 7
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory with a tiny LLaDA of words, published (hf) and converted (mg)."""
+    """A directory with a tiny LLaDA over words, as published (hf) and converted (mg)."""
     root = tmp_path_factory.mktemp("model")
     source = models.make("llada", root / "hf", mask_token_id=MASK)
     models.write_tokenizer(source, WORDS, **SPECIAL)
@@ -79,7 +80,7 @@ def logits(model):
 
 
 def bound(model, context, answer):
-    """log p of an answer over all its masks, by the oracle of the objective."""
+    """The bound on log p of an answer, over all its masks, by the objective's oracle."""
     before, after = ids(context), torch.tensor(ids(answer))
     n = len(after)
     masks = torch.tensor(patterns(n))
@@ -91,7 +92,7 @@ def bound(model, context, answer):
 
 
 def text(model, context):
-    """What follows a context."""
+    """The text that follows a context."""
     decoder = Decoder(MASK, **SETTINGS, end_token_ids=(END,), vocab_size=96)
     row = torch.tensor([[*ids(context), *[MASK] * LENGTH]])
     tokens = decoder(logits(model), row)[0, len(ids(context)) :].tolist()
@@ -100,9 +101,9 @@ def text(model, context):
 
 @pytest.fixture(scope="module")
 def tasks(model, tmp_path_factory):
-    """A directory with two tasks: 8 choices between answers, 5 of them right, and 4 texts, 1 right.
+    """A directory with two tasks: 8 choices, 5 answered correctly, and 4 texts, 1 correct.
 
-    The texts end at a word that the first of them has in its midst.
+    The texts end at a word that occurs in the middle of the first text.
     """
     directory = tmp_path_factory.mktemp("tasks")
     choices, texts = [], []
@@ -139,7 +140,7 @@ def tasks(model, tmp_path_factory):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = {"data_files": {"test": str(data)}, "cache_dir": str(directory / "cache")}
         task = {"task": f"words_{name}", "tag": "words", "dataset_kwargs": files}
-        # YAML is JSON and more; a function of a file beside it is of the latter.
+        # YAML is a superset of JSON. Only YAML can name a function of a file beside it.
         lines = [f"{k}: {json.dumps(v)}" for k, v in {**common, **own[name], **task}.items()]
         if name == "texts":
             lines += ["metric_list:", "- metric: !function metric.same"]
@@ -163,7 +164,7 @@ def flags(model, tasks):
 
 
 def samples(path):
-    """Task -> the lines of its questions."""
+    """Task -> the records of its questions."""
     found = {}
     for line in path.read_text().splitlines():
         sample = json.loads(line)
@@ -172,7 +173,7 @@ def samples(path):
 
 
 def test_answers_are_those_of_the_published_network(model, tasks, tmp_path):
-    """Through the tool as a user starts it."""
+    """Starts the tool as a user does."""
     end = json.loads((tasks / "texts.jsonl").read_text().splitlines()[0])["end"]
     outputs = ["--json", str(tmp_path / "out.json"), "--log-samples", str(tmp_path / "out.jsonl")]
     command = [sys.executable, "tools/evaluate.py", *flags(model, tasks), *outputs]
@@ -193,7 +194,7 @@ def test_answers_are_those_of_the_published_network(model, tasks, tmp_path):
 
 
 def test_conversations_through_the_command_of_lm_eval(model, tasks, tmp_path):
-    """Of a model by its registered name, whose settings are --model_args."""
+    """The model is selected by its registered name, and --model_args has its settings."""
     arguments = ",".join(f"{key}={value}" for key, value in SETTINGS.items())
     command = [sys.executable, "-m", "megatron_mdm.lm_eval", "run", "--model", "mdm"]
     command += ["--model_args", f"load={model / 'mg'},{arguments}", "--device", "cpu"]
@@ -213,7 +214,7 @@ def test_conversations_through_the_command_of_lm_eval(model, tasks, tmp_path):
 
 
 def test_ranks_that_share_the_model_answer_alike(model, tasks, tmp_path):
-    """With an example before each question; the first rank alone says so."""
+    """Each question comes after an example. Only the first rank prints results."""
     output = tmp_path / "out.jsonl"
     command = ["tools/evaluate.py", *flags(model, tasks), "--log-samples", str(output)]
     command += ["--tasks", "words_choices,words_texts", "--num-fewshot", "1", "--limit", "3"]
@@ -266,14 +267,14 @@ def test_tasks_that_cannot_be_asked_are_one_line(manager, name, message):
 
 
 class Refusing(HarnessModel):
-    """Has a network that must not be called."""
+    """An adapter whose network must not be called."""
 
     def __init__(self):
         super().__init__(None, lambda text: [1] * len(text.split()), MASK, 64, decode=words)
 
 
 def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager):
-    """Of a task too whose turn comes last."""
+    """This includes a task that comes last."""
     for settings, message in (
         ({"gen_kwargs": {"min_p": 0.1, "temperature": 1.0}}, "has min_p 0.1, which the decoder"),
         ({"gen_kwargs": {"max_gen_toks": 64}}, "max_gen_toks 64 must be 1 to 63"),
@@ -283,13 +284,13 @@ def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager
         tasks = load_tasks(manager, ["words_choices", "words_texts"])
         with pytest.raises(UserError, match=message):
             ask(Refusing(), tasks, manager, limit=2, **settings)
-    # Faults that come later are not taken for such.
+    # Later failures are not reported in this way.
     with pytest.raises(TypeError, match="NoneType"):
         ask(Refusing(), load_tasks(manager, ["words_texts"]), manager)
 
 
 def test_settings_of_texts_are_those_of_a_task():
-    """Texts that end one may hold a comma, or look like a number."""
+    """Strings that end a text may contain a comma or look like a number."""
     given = [("until", "a b,c"), ("steps", "4"), ("until", "1.50"), ("do_sample", "true")]
     expected = {"until": ["a b,c", "1.50"], "steps": 4, "do_sample": True}
     assert generation_settings(given) == expected
@@ -320,7 +321,7 @@ def test_a_directory_of_tasks_that_is_missing(tmp_path):
     ],
 )
 def test_flags_that_cannot_be_are_one_line(words, message):
-    """Where lm_eval is not installed."""
+    """lm_eval is not installed here."""
     flags = ["--load", "x", "--device", "cpu", *words.split()]
     run = ranks.run_forked("tools/evaluate.py", *flags, without=["lm_eval"])
     assert (run.returncode, run.stderr.splitlines()) == (2, [f"error: {message}"])
@@ -349,7 +350,7 @@ def loaded(model, monkeypatch):
 
 
 def test_conversations_are_rendered_as_for_training(loaded):
-    """Answers that go on have no end, special tokens are tokens, refusals are one line."""
+    """A continued answer has no end, special tokens are encoded, and refusals are one line."""
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     model = HarnessModel(**adapter_arguments(loaded))
     assert model.apply_chat_template(chat[:1]) == "<user> w1 <end> <bot> "

@@ -7,14 +7,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bi
 
 COMMIT = "be7fed4"
 EOD_ID = 49
-SAVED, LAST = 6, 12  # iterations: where the checkpoints are, and where the runs end
+SAVED, LAST = 6, 12  # iterations: of the checkpoints, and of the runs' ends
 
 COMMON = [
     *"--mdm-device cpu --num-layers 2 --hidden-size 16 --num-attention-heads 2".split(),
     *"--ffn-hidden-size 32 --seq-length 16 --max-position-embeddings 16".split(),
     *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
     *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
-    # 51 ids, of which the last is the mask token, in a vocabulary padded to 64.
+    # 51 ids, the last of which is the mask token, in a vocabulary padded to 64.
     *f"--tokenizer-type NullTokenizer --vocab-size 50 --null-tokenizer-eod-id {EOD_ID}".split(),
     *"--mdm-mask-token-id 50 --make-vocab-size-divisible-by 64".split(),
     *"--micro-batch-size 2 --global-batch-size 4 --num-workers 0 --split 80,20,0".split(),
@@ -24,7 +24,7 @@ COMMON = [
 ]
 TEXT, PAIRS = ["--data-path", "text"], ["--data-path", "pairs", "--mdm-sft"]
 CASES = {
-    # 48 rows, of which one epoch of the training split has 20; 13 rows of the vocabulary are
+    # The run takes 48 rows; one epoch of the training split has 20. 13 rows of the vocabulary are
     # padding, which takes part in the softmax.
     "pretraining": TEXT,
     # Fits after iterations 4, 8 and 12.

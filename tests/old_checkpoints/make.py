@@ -1,10 +1,10 @@
-"""Makes the checkpoints of this directory anew, with the commit that they stand for.
+"""Makes the checkpoints of this directory again, with the commit that they represent.
 
     python tests/old_checkpoints/make.py
 
-checks that commit out into a temporary directory and runs it there: every case of cases.py up to
-its checkpoint (CASE.tar.gz), and on from it (the losses in losses.json). Logits of the checkpoint
-of `pretraining` on fixed tokens are beside the losses.
+checks this commit out into a temporary directory and runs it there. It runs every case of cases.py
+up to its checkpoint (CASE.tar.gz), and then on from the checkpoint (the losses in losses.json).
+Beside the losses it writes logits of the checkpoint of `pretraining` on fixed tokens.
 """
 
 import json
@@ -33,7 +33,7 @@ with open_checkpoint("checkpoint", "cpu") as loaded:
 
 
 def main() -> None:
-    """Runs every case and writes what it left."""
+    """Runs every case, and writes its checkpoint and losses."""
     from tests.old_checkpoints.cases import CASES, COMMIT, COMMON, SAVED, write_data
 
     losses = {}
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(code: str, directory: Path, command: list[str]) -> str:
-    """What Python prints, with the package from `code`."""
+    """Runs Python with the package from `code`, and returns its stdout."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": code}
     done = subprocess.run(
         [sys.executable, *command], cwd=directory, env=environment, capture_output=True, text=True
@@ -70,7 +70,7 @@ def run(code: str, directory: Path, command: list[str]) -> str:
 
 
 def scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
-    """(iteration, value) of what a resumed run has to repeat."""
+    """Name -> (iteration, value) of the scalars that a resumed run has to repeat."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(directory, size_guidance={"scalars": 0})
@@ -80,7 +80,7 @@ def scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """A file that is of nobody, and of no time."""
+    """The entry of an archive without an owner and a time."""
     entry.uid = entry.gid = entry.mtime = 0
     entry.uname = entry.gname = ""
     return entry

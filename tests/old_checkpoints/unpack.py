@@ -1,4 +1,4 @@
-"""Checkpoints of this directory, as files."""
+"""Unpacks the checkpoints of this directory."""
 
 import tarfile
 from pathlib import Path
@@ -7,10 +7,10 @@ HERE = Path(__file__).parent
 
 
 def unpack(case: str, directory: Path) -> Path:
-    """Puts the checkpoint of a case into a directory, as the run's --save was.
+    """Unpacks the checkpoint of a case into a directory.
 
     Returns:
-        The run's --save, with the checkpoint of iteration `cases.SAVED`.
+        The run's --save directory, with the checkpoint of iteration `cases.SAVED`.
     """
     with tarfile.open(HERE / f"{case}.tar.gz") as tar:
         tar.extractall(directory, filter="data")

@@ -30,7 +30,7 @@ SHAPES = {
 
 
 def _model(shape):
-    """Megatron's GPTModel of this shape with our layer spec."""
+    """Megatron's GPTModel of this shape, with our layer spec."""
     with silent_import():
         from megatron.core.models.gpt import GPTModel
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -81,7 +81,7 @@ def _model(shape):
 
 
 def _counted(shape, fraction):
-    """What torch counts of a forward and a backward pass, and the model's weights in matrices."""
+    """Operations per token that torch counts, forward and backward, and the number of weights."""
     with silent_import():
         from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
     with on_one_cpu_rank():
@@ -126,7 +126,7 @@ def test_mfu_of_a_known_model():
     llada = ModelShape(32, 4096, 12288, 32, 126464, 4096)
     assert llada.num_parameters == pytest.approx(8.02e9, rel=1e-3)
     assert llada.num_parameters - 2 * 4096 * 126464 == pytest.approx(6.98e9, rel=1e-3)
-    # 6 x weights in products, and 12 x layers x width x positions for attention.
+    # 6 x the weights in matrix products, and 12 x layers x width x positions for attention.
     by_hand = 6 * (6.98e9 + 4096 * 126464) + 12 * 32 * 4096 * 4096
     assert llada.training_flops() == pytest.approx(by_hand, rel=1e-3)
     assert mfu(llada.training_flops(), 1e4, 1e15) == pytest.approx(by_hand * 1e-11, rel=1e-3)

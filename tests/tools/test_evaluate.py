@@ -1,4 +1,4 @@
-"""tools/evaluate.py on a checkpoint: one number from every kind of input and layout."""
+"""tools/evaluate.py on a checkpoint: every kind of input and layout gives the same number."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def evaluate(base, data, *flags, count=1):
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """The same documents as JSONL, compressed and not, and as .bin/.idx."""
+    """The same documents as JSONL, as compressed JSONL, and as .bin/.idx."""
     directory = tmp_path_factory.mktemp("held_out")
     texts = ranks.random_documents(400, seed=1)
     lines = [json.dumps({"words": " ".join(map(str, text[:-1]))}) + "\n" for text in texts]
@@ -57,13 +57,13 @@ def test_files_indexed_data_and_layouts_give_one_number(base, documents, tmp_pat
         assert result["nelbo"] == pytest.approx(results[0]["nelbo"], rel=1e-5)
         assert result["bins"][9]["value"] == pytest.approx(results[0]["bins"][9]["value"], rel=1e-5)
     assert 19 * 32 < results[0]["num_tokens"] <= 20 * 32
-    # 20 steps have taught it which ids there are.
+    # In 20 steps the model has learnt which ids occur.
     assert 2.0 < results[0]["nelbo"]["value"] < math.log(128)
     assert 0 < results[0]["nelbo"]["draw_stderr"] < results[0]["nelbo"]["stderr"] < 0.5
 
 
 def test_rows_are_drawn_from_all_over_the_data(base, tmp_path):
-    """Documents by topic: the first tenth is easy, and says nothing of the others."""
+    """Documents are sorted by topic. The first ones are easy and do not represent the others."""
     easy, hard = [[*[7] * 60, ranks.EOD_ID]] * 30, ranks.random_documents(600, seed=3)
     ranks.write_documents(tmp_path / "mixed", [*easy, *hard])
     ranks.write_documents(tmp_path / "hard", hard)
@@ -81,7 +81,7 @@ def test_rows_are_drawn_from_all_over_the_data(base, tmp_path):
 
 
 def test_rows_of_one_text_have_no_error_over_documents(base, tmp_path):
-    """Of a text whose end differs from its beginning, which is not all that is seen."""
+    """The end of this text differs from its beginning, so all of it must be sampled."""
     text = " ".join(["7"] * 1000 + [str(3 + i % 100) for i in range(9000)])
     (tmp_path / "book.txt").write_text(text)
     path = tmp_path / "book.json"
@@ -90,7 +90,7 @@ def test_rows_of_one_text_have_no_error_over_documents(base, tmp_path):
     assert "in 20 rows of 1 documents" in run.stdout and result["num_documents"] == 1
     assert "its error over the choice of documents is unknown: it takes rows of" in run.stdout
     assert result["nelbo"]["stderr"] is None and result["nelbo"]["draw_stderr"] > 0
-    assert result["nelbo"]["value"] > 2  # that of the first rows is below 2
+    assert result["nelbo"]["value"] > 2  # the first rows alone are below 2
 
 
 @pytest.mark.parametrize(

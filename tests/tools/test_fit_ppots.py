@@ -1,4 +1,4 @@
-"""tools/fit_ppots.py: its fit to a checkpoint, its flags, and the data that it takes."""
+"""tools/fit_ppots.py: its fit to a checkpoint, its flags, and its data."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tests.ranks import entries
 
 @pytest.fixture(scope="module")
 def density(base, tmp_path_factory):
-    """A density fitted to the base checkpoint by the tool, as a user starts it."""
+    """The file of a density that the tool, started as users do, fitted to the base checkpoint."""
     path = tmp_path_factory.mktemp("fit") / "ppots.json"
     flags = "--target gradient --rates 8 --rows 4 --masks 4 --family piecewise".split()
     where = ["--device", "cpu", "--load", base[base.index("--load") + 1], "--output", str(path)]
@@ -83,7 +83,7 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fit_ppots", *words[:4], "--mdm-rate-per", "document"])
     with pytest.raises(UserError, match="--mdm-rate-per document with --mdm-sft needs"):
         tool["take_over"](tool["parse"](), args)
-    # What only a fine-tuning run has, and ISAD, whose masks are not measured, is left behind.
+    # Settings of fine-tuning alone are dropped, and so is ISAD, whose masks are not measured.
     of_pairs = MDMConfig(sft=True, syrm_fraction=0.5, isad_token_ids=[1])
     args = Namespace(**of_pairs.arguments())
     words = [*words[:4], "--no-mdm-sft", "--mdm-mask", "exact-count"]
@@ -95,7 +95,7 @@ def test_data_given_to_the_tool_take_the_place_of_the_runs(monkeypatch):
 @pytest.mark.parametrize("errors", [None, 0.02, 2.0])
 @pytest.mark.parametrize("uniform_share", [0.1, 1.0])
 def test_the_picture_compares_means_over_bins_on_logarithmic_axes(errors, uniform_share):
-    """The square is 1/t^1.6: its mean over the first of five bins is far from its middle."""
+    """The square is 1/t^1.6: its mean over the first of five bins is far from its central value."""
     tool = runpy.run_path(str(ROOT / "tools/fit_ppots.py"))
     t = (np.arange(5000) + 0.5) / 5000
     moments = RateMoments(5)
@@ -120,7 +120,7 @@ def test_the_picture_compares_means_over_bins_on_logarithmic_axes(errors, unifor
             assert high == pytest.approx(root * math.sqrt(1 + 2 * errors))
             assert low == pytest.approx(root * math.sqrt(max(0.0, 1 - 2 * errors)))
         if uniform_share < 1.0:
-            # The fit, which knows the form of the square, meets the measured means of bins.
+            # The fit knows the form of the square, so it matches the measured means of bins.
             (stairs,) = axes.patches
             assert stairs.get_data().values == pytest.approx(root, rel=0.02)
         else:
@@ -142,9 +142,9 @@ print("bytes:", peak() - before)
 
 
 def test_memory_does_not_grow_with_the_draws(tmp_path):
-    """In 94 calls the logits take up to 16 MiB, of another size in each.
+    """Over 94 calls, the logits take up to 16 MiB, with a different size each time.
 
-    Freed into the heap of glibc they made 1.6 GB of it.
+    When they were freed into glibc's heap, the heap grew to 1.6 GB.
     """
     rows = "--seq-length 256 --max-position-embeddings 256 --mock-data --train-iters 1"
     sizes = "--num-layers 1 --vocab-size 1000 --mdm-mask-token-id 1001"

@@ -1,4 +1,4 @@
-"""tools/plot_run.py on runs of its own making."""
+"""tools/plot_run.py on runs that the tests write."""
 
 import math
 import runpy
@@ -17,7 +17,7 @@ SETS = "Validation sets +- standard error"
 
 
 def write_run(directory, validations):
-    """A run of 60 steps; Megatron writes the last validation twice."""
+    """Writes a run of 60 steps. Like Megatron, it writes the last validation twice."""
     writer = SummaryWriter(str(directory))
     for step in range(60):
         writer.add_scalar("mdm loss", 5 - step / 20, step)
@@ -78,7 +78,7 @@ def test_a_directory_without_a_run_is_one_line(tmp_path):
 
 
 def test_a_validation_without_training_is_printed_and_not_drawn(tmp_path):
-    """A run of --skip-train."""
+    """A run with --skip-train."""
     writer = SummaryWriter(str(tmp_path / "run"))
     writer.add_scalar("mdm/validation NELBO", 2.0, 1)
     writer.add_scalar("mdm/validation NELBO stderr", 0.125, 1)
@@ -94,7 +94,7 @@ def test_a_validation_without_training_is_printed_and_not_drawn(tmp_path):
 
 
 def scalars(steps, validations=(0,), **more):
-    """What a run logs, by name; of `more` by name too."""
+    """Scalars that a run logs, by name. `more` adds or replaces some."""
     values = {
         "mdm loss": [(step, 3 + 5 * math.exp(-step / 50)) for step in steps],
         "grad-norm": [(step, 1 + step % 3) for step in steps],
@@ -112,7 +112,7 @@ def scalars(steps, validations=(0,), **more):
 
 @pytest.fixture
 def panels():
-    """A function that draws, checks that nothing is hidden, and gives the panels by title."""
+    """A function that draws, checks that nothing is hidden, and returns the panels by title."""
     with blank_figure() as figure:
 
         def drawn(values):
@@ -125,7 +125,7 @@ def panels():
 
 
 def line(axes, color):
-    """The only curve of a colour."""
+    """The points of the only curve in a colour."""
     found = [x for x in axes.lines if x.get_color() == color and len(x.get_xdata())]
     assert len(found) == 1
     return found[0].get_xydata()
@@ -150,7 +150,7 @@ def test_all_that_is_logged_is_drawn(panels):
     assert first.tolist() == [[0.25, 20.25], [0.75, 20.75]]
     assert last.tolist() == [[0.25, 40.25], [0.75, 40.75]]
     assert legend(found["Density of the rate"]) == ["after 20 steps", "after 40 steps"]
-    # No panel starts at 0 for nothing.
+    # No panel includes 0 without need.
     assert found["Loss against t"].get_ylim()[0] > 3 and found["Loss"].get_ylim()[0] > 2
     assert found["Masking"].get_ylim()[0] > 0.4 and found["Throughput"].get_ylim()[0] > 40
 
@@ -176,12 +176,12 @@ def test_only_a_validation_at_step_0_is_called_one_before_training(panels):
 
 
 def test_the_mean_does_not_lag_and_skips_what_is_not_a_number(panels):
-    """A straight line is its own mean at the middle of each window, whatever is missing around."""
+    """A straight line equals its mean at the middle of each window, whatever values are missing."""
     steps = range(1, 161)
     values = [(step, math.nan if step in (80, 81) else 10.0 - step / 20) for step in steps]
     loss = panels(scalars(steps, **{"mdm loss": values}))["Loss"]
     mean = line(loss, BLUE)
-    assert mean[0, 0] == 6 and mean[-1, 0] == 155  # windows of 11
+    assert mean[0, 0] == 6 and mean[-1, 0] == 155  # windows have 11 steps
     far = np.abs(mean[:, 0] - 80.5) > 7
     assert mean[far, 1] == pytest.approx(10.0 - mean[far, 0] / 20)
     assert np.isfinite(mean).all()
@@ -193,7 +193,7 @@ def test_the_mean_does_not_lag_and_skips_what_is_not_a_number(panels):
 
 
 def test_every_named_set_has_its_points_and_error_bars(panels):
-    """In a panel of their own, where training does not squeeze them."""
+    """They have their own panel, where the training curve does not squeeze them."""
     steps, names = (0, 50, 100), ("_web", "code")
     sets = {
         f"mdm/validation {name} NELBO{end}": [(step, i + value) for step in steps]
@@ -236,14 +236,14 @@ def test_many_named_sets_look_different(panels, length):
 
 @pytest.mark.parametrize("norms", [[0.0, 2.0], [1e-12, 3e9], [0.0], [math.nan], []])
 def test_gradients_of_any_size_are_drawn(panels, norms):
-    """None is drawn where none was logged, or none that a logarithmic axis can show."""
+    """There is no panel if no norm was logged, or none that a logarithmic axis can show."""
     values = [(step, norms[step % len(norms)]) for step in range(1, 61) if norms]
     found = panels(scalars(range(1, 61), [60], **{"grad-norm": values}))
     assert ("Gradient" in found) == (max(norms, default=0.0) > 0)
 
 
 def test_a_resumed_run_has_each_step_once(panels, tmp_path):
-    """In two files; the second run begins at the checkpoint before the first one's end."""
+    """There are two files. The second run begins at the checkpoint before the first one's end."""
     for start, end, name in ((1, 30, "a"), (21, 50, "b")):
         writer = SummaryWriter(str(tmp_path), filename_suffix=name)
         for step in range(start, end + 1):
@@ -254,7 +254,7 @@ def test_a_resumed_run_has_each_step_once(panels, tmp_path):
     steps, values = PLOT["in_order"](found)
     assert steps.tolist() == list(range(1, 51))
     assert values.tolist() == [*range(1, 21), *(step + 0.5 for step in range(21, 51))]
-    # A bin without rows in a validation leaves a gap there.
+    # A bin that has no rows in a validation leaves a gap.
     more = {"mdm/validation loss at t 0.00-0.50": [(50, 3.0)]}
     first, last = panels(scalars(range(1, 51), [0, 50], **more))["Loss against t"].lines
     assert np.isnan(first.get_ydata()[0]) and last.get_ydata().tolist() == [3.0, 4.5]

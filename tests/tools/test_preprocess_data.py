@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: its flags, what it prints, and its mistakes in one line."""
+"""tools/preprocess_data.py: its flags, its output, and its one-line errors."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_tool(tmp_path, monkeypatch, capfd, model, expected):
     )
     for part in ("2 worker(s)", "tokens/s", "MB/s", "bytes per token", "skipped: 0 empty, 0 bad"):
         assert part in out
-    # The progress bar alone, and it is short where there is no terminal.
+    # stderr has only the progress bar, which is short without a terminal.
     assert "docs/s" in err and "100%" in err
     assert err.count("\r") <= 4 and err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""tools/README.md names every tool, and its examples have flags that the tools know."""
+"""tools/README.md names every tool, and its examples use flags that the tools have."""
 
 import re
 import shlex

@@ -23,7 +23,7 @@ def report(base, data, output, *flags, without=()):
 
 
 def errors(run):
-    """The one line that a refused run ends with."""
+    """The only error line of a refused run."""
     assert run.returncode == 2
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in run.stderr
@@ -45,7 +45,7 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
         assert "A     mask pattern" in run.stdout
         assert "C     autoregressive" in run.stdout
-        # 20 steps of masked diffusion teach no next tokens.
+        # 20 steps of masked diffusion do not teach next tokens.
         assert "WARNING: this network does not predict next tokens" in run.stdout
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 4 + [".png"] * 4
@@ -62,18 +62,18 @@ def test_a_checkpoint_gives_a_report(base, data, tmp_path):
 
 
 def test_prompts_and_responses_are_measured_on_the_responses(base, pairs, tmp_path):
-    """The rows of fine-tuning: its token ids of prompts never count."""
+    """Rows are those of fine-tuning, in which tokens of prompts never count."""
     run = report(base, pairs, tmp_path / "pairs.json", "--rows", "12")
     assert run.returncode == 0, run.stderr[-2000:]
     result = json.loads((tmp_path / "pairs.json").read_text())
     assert result["loss"]["A"][0] > 0
-    # Responses are of 50 ids and the end of document, prompts of 47 others.
+    # Responses use 50 ids and the end of document, prompts use 47 other ids.
     assert 1.5 < result["autoregressive"]["unigram entropy"] < 4.0
     assert "responses" not in run.stderr.splitlines()[-1]
 
 
 def test_ranks_give_the_same_report(base, data, tmp_path):
-    """Tensor-parallel ranks share the parameters; the layer norms are on both of them."""
+    """Tensor-parallel ranks divide the parameters, but both hold the layer norms."""
     flags = ["--rows", "8", "--methods", "none"]
     groups = {
         "all": ["--sketch", "1000000"],
@@ -93,7 +93,7 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
     reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in runs}
     for name in groups:
         one, two = reports[f"{name} 1"], reports[f"{name} 2"]
-        # Two ranks project on other numbers than one: the same in the mean.
+        # Two ranks project with other random numbers than one; only the means are equal.
         near, parts = (0.2, ["total"]) if name == "sketch" else (1e-3, ["A", "B", "C"])
         scale = one["gradient"]["total"][0]
         for part in parts:
@@ -127,7 +127,7 @@ def test_without_matplotlib_nothing_is_measured(base, data, tmp_path):
 
 @pytest.mark.parametrize(("tool", "name"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
 def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
-    """Of the tools as users start them."""
+    """The tools are started as users do."""
     ranks.write_documents(tmp_path / "text", [[5, 30_000, 7]] * 20)
     (tmp_path / "plain_text").write_text("5 30000 7")
     command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / name)]
@@ -138,7 +138,7 @@ def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
 
 
 def test_another_measurement_is_told_by_flags_and_files(tmp_path):
-    """What is compared before a measurement goes on: settings, and the size and time of files."""
+    """A measurement goes on only under equal settings, with equal sizes and times of files."""
     tool = runpy.run_path(str(ROOT / TOOL))
     checkpoint, data = tmp_path / "checkpoint", tmp_path / "text"
     checkpoint.mkdir()

@@ -1,4 +1,4 @@
-"""benchmark.py gpu as it runs on a GPU, on the CPU with tiny models."""
+"""benchmark.py gpu, run on the CPU with tiny models."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def parsed(*flags):
     return parser.parse_args(flags)
 
 
-# The tool; processes that measure import this file, and have no profile of two layers.
+# The tool. Processes that measure import this file, and fail to profile two layers.
 TOOL = """
 import sys
 from benchmarks import gpu
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 
 def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path):
-    """Also where no profile can be made; and the process that waits for all has no use of torch."""
+    """This holds where no profile can be made, too. The waiting process does not import torch."""
     path, script = tmp_path / "gpu.json", tmp_path / "tool.py"
     script.write_text(TOOL)
     flags = ["--tiny", "--rounds", "4", "--json", str(path)]
@@ -82,7 +82,7 @@ def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path):
     assert all(f"\n{side}, a step takes " in profile for side in sides)
     assert profile.endswith("\nsmall bf16\n\nno profile: RuntimeError: no events\n\n")
 
-    again = run("--profile")  # in what can be measured here: there is nothing left
+    again = run("--profile")  # all that can be measured here is there
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert json.loads(path.read_text())["measurements"] == results
     assert (tmp_path / "gpu.json.profile.txt").read_text() == profile
@@ -115,7 +115,7 @@ def test_times_are_kept_before_a_profile_that_never_comes(ends, why, tmp_path, m
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    """Then the call says so; the next one tries again."""
+    """The call then reports it; the next call tries again."""
     path = str(tmp_path / "gpu.json")
     asked = []
 
@@ -173,12 +173,12 @@ def test_the_search_for_the_largest_that_fits():
         return [x for x in names if gpu._is_missing(*x.split(), precisions, done, memory)]
 
     done = {f"{name} {p}": fits for name in ("0.5B", "1B") for p in precisions}
-    # A larger one ends the search if it fits in all precisions.
+    # If a larger size fits in all precisions, the search ends.
     done |= {"7B bf16": fits, "7B delayed": fails, "6B bf16": fits}
     rest = [f"{name} {p}" for name in ("5B", "3.5B", "2.7B") for p in precisions]
     assert missing(done) == ["6B delayed", *rest]
     assert missing(done | {"6B delayed": fits}) == []
-    # Without room in BF16, FP8 has none; 80 GB have none for the state of the first three.
+    # If BF16 has no room, FP8 has none. 80 GB cannot hold the state of the first three sizes.
     assert missing(done | {"7B bf16": fails, "6B bf16": fails}) == rest
     del done["6B bf16"], done["7B bf16"], done["7B delayed"]
     assert missing(done, memory=85_000_000_000) == rest[2:]
@@ -186,7 +186,7 @@ def test_the_search_for_the_largest_that_fits():
         "3.5B bf16",
         *rest[4:],
     ]
-    # What was named is measured although it is too large, or a larger one fits.
+    # A size given by name is measured even if it is too large, or a larger one fits.
     assert gpu._is_missing("7B", "bf16", None, done, 85_000_000_000)
     assert gpu._is_missing("2.7B", "bf16", None, {"3.5B bf16": fits}, 85_000_000_000)
 
@@ -196,8 +196,8 @@ def test_sizes_are_what_they_are_named_and_fit():
         assert not size["hidden"] % 128 and not ffn_size(size["hidden"], "cuda") % 128
         assert gpu.num_parameters(name) == pytest.approx(1e9 * float(name[:-1]), rel=0.15)
         assert size["rows"] * size["micro_batches"] == 8
-        # Kernels index logits by 32 bits.
+        # Kernels index logits with 32 bits.
         assert size["rows"] * gpu.LENGTH * gpu.LLADA_VOCABULARY < 2**31
-    # Of an H100 with room for the CUDA context and workspaces.
+    # They fit on an H100, with room for the CUDA context and workspaces.
     for name in ("0.5B", "1B", "2.7B"):
         assert gpu.expected_bytes(name) < 0.85 * 80e9

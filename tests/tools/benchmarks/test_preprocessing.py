@@ -1,4 +1,4 @@
-"""tools/benchmark.py data: both sides write the same."""
+"""tools/benchmark.py data: both sides write the same output."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""The race: what is trained and in which order, what follows from results, what is said of them.
+"""The race: the runs and their order, and the conclusions and reports from their results.
 
 Most tests train nothing: a function gives the NELBO that a run would have.
 """
@@ -32,7 +32,7 @@ from megatron_mdm.mcore.flags import arguments
 from megatron_mdm.pictures import blank_figure
 from tests import ROOT, shown
 
-# Without those that explain it, which have tests of their own.
+# The stages that explain the race are left out; they have tests of their own.
 RACE = {
     name: STAGES[name]
     for name in ("tune", "confirm", "transfer", "steps", "incumbent", "others", "larger")
@@ -47,7 +47,7 @@ def record(run, final, seconds=10.0):
 
 
 def nelbo(run):
-    """Depends on the contender, the distance from its best rate, the seed and the steps."""
+    """A NELBO that depends on the contender, its learning rate, the seed and the steps."""
     place = 1.5 if run.contender in INCUMBENT else list(CONTENDERS).index(run.contender)
     off = abs(math.log2(run.lr / RATES.get(run.contender, 3e-3)))
     less = 0.6 * (1500 / run.steps - 1) if run.stage == "steps" else 0.0
@@ -97,7 +97,7 @@ def test_a_grid_grows_while_its_best_rate_is_at_an_edge(results):
     )
     assert len(tuned) == 7 * 3 + 3 + 2
     assert {run.seed for run in tuned} == {LAPTOP.tune_seed}
-    # It ends somewhere.
+    # The growth of a grid is limited.
     better = raced(LAPTOP, lambda run: 1.0 - run.lr, {"tune": tune})
     assert tune.rate(better, "standard") == pytest.approx(48e-3)
     assert len(better.records) == 7 * 6
@@ -158,9 +158,9 @@ def test_the_plan_is_known_before_any_result():
     for run in planned[:100]:
         half.add(record(run, nelbo(run)))
     assert set(planned[:21]) <= set(all_runs(stages, half))
-    # A day of two cores, far from it.
+    # The plan takes far less than a day of two cores.
     assert 8 < sum(seconds_of(run, Results(LAPTOP)) for run in planned) / 3600 < 20
-    # Finished runs say how long others take.
+    # Finished runs predict the time of others.
     assert seconds_of(planned[0], half) == pytest.approx(10.0, rel=0.2)
 
 
@@ -183,7 +183,7 @@ def test_a_run_has_six_evaluations():
 
 
 def test_the_winner_ends_exact():
-    """`bell` is the best of all, and then `standard`; neither can win."""
+    """`bell` is best of all and `standard` is second, but neither can win."""
     best = {"bell": 1.0, "standard": 1.5, "power": 2.0}
     results = raced(LAPTOP, lambda run: best.get(run.contender, 2.5))
     assert confirm.winner(results) == "power"
@@ -197,18 +197,18 @@ def test_a_share_of_the_steps_is_interpolated():
     assert steps.share_to(2.5, reached) == pytest.approx(0.4)
     assert steps.share_to(2.15, reached) == pytest.approx(0.8)
     assert steps.share_to(2.4, reached) == 0.45
-    assert steps.share_to(2.7, reached) == 0.35  # no shorter one was run
+    assert steps.share_to(2.7, reached) == 0.35  # no shorter run exists
     assert steps.share_to(1.9, reached) == math.inf
     assert steps.share_to(2.5, {0.35: math.inf, 0.45: 2.4}) == 0.45
 
 
 def test_the_claims_are_said_to_be_reached_or_not(results):
-    """`bell-late` ends 0.6 below `standard`, 0.3 below `clipped`, 0.2 below `bell`."""
+    """`bell-late` ends 0.6 below `standard`, 0.3 below `clipped`, and 0.2 below `bell`."""
     (table,) = decide.summary(results)
     expected = ["reached", "not reached", "reached", "reached", "reached"]
     assert [row[3] for row in table.rows] == expected * 3
     assert table.notes[0] == "`recommended` becomes bell-late."
-    # It reaches what `standard` has at its end between 0.45 and 0.6 of its steps.
+    # It reaches the final loss of `standard` between 0.45 and 0.6 of its steps.
     shares = [row[2] for row in table.rows if "steps" in row[1]]
     assert [share[:3] for share in shares] == ["0.5"] * 3
     text = table.as_text()
@@ -222,7 +222,7 @@ def test_nothing_is_claimed_before_the_last_run(results):
 
 
 def test_a_difference_that_seeds_do_not_bear_out_is_no_claim():
-    """The contenders differ from each other by what is random in each run."""
+    """Contenders differ only by the random part of each run."""
 
     def final(run):
         shorter = 0.6 * (1500 / run.steps - 1) if run.stage == "steps" else 0.0
@@ -238,7 +238,7 @@ def test_a_difference_that_seeds_do_not_bear_out_is_no_claim():
     [(True, 1.0, "becomes bell-late"), (True, -1.0, "stays as it is"), (False, 0.0, "is not dec")],
 )
 def test_recommended_is_replaced_by_what_beats_its_own_settings(results, known, place, expected):
-    """They end above or below the winner, or are not known."""
+    """Runs of its own settings end above or below the winner, or do not exist."""
 
     def final(run):
         return 2.4 + place + 0.01 * run.seed + 0.001 * (run.seed % 2)
@@ -284,16 +284,16 @@ def test_tables_of_several_programs_say_so(results):
 
 
 def test_tests_of_one_family_are_adjusted(results):
-    """Of 6 differences from `standard`, as of 4 of those that may win from the others."""
+    """A family has 6 differences from `standard`, or 4 of possible winners from the others."""
     tables = confirm.summary(results)
     assert [len(table.rows) for table in tables] == [1 + 6, 1 + 4, 1 + 4]
     for table, size in zip(tables, (6, 4, 4), strict=True):
         p, adjusted = ([float(row[-i]) for row in table.rows[1:]] for i in (2, 1))
         least = min(p)
         assert adjusted[p.index(least)] == pytest.approx(min(1.0, size * least), rel=0.05)
-        assert len(table.header) == 1 + 8 + 3  # every seed is shown
+        assert len(table.header) == 1 + 8 + 3  # every seed has a column
         assert all(cell for row in table.rows for cell in row[:9])
-    # No rule adjusts those of other lengths, and one or two seeds have no p.
+    # Other lengths need no adjustment, and one or two seeds give no p value.
     for stage, columns in ((transfer, ["p"]), (STAGES["larger"], []), (others, [])):
         for table in stage.summary(results):
             assert [x for x in table.header if x.startswith("p")] == columns
@@ -353,7 +353,7 @@ def test_after_a_failure_no_run_begins():
 
 
 def test_workers_do_not_wait_for_one_whose_result_is_not_kept():
-    """The others wait for the first result, which makes more runs known."""
+    """The other workers wait for the first result, which makes more runs known."""
     (first,) = tune.runs(Results(CI))[:1]
 
     class Stage:
@@ -474,7 +474,7 @@ def test_the_picture_has_every_contender_and_hides_nothing(results):
 
 
 def test_the_picture_leaves_out_shapes_without_differences(results):
-    """What has no runs, and what has runs of `standard` alone."""
+    """Shapes without runs, and shapes with runs of `standard` alone."""
     stages = ("tune", "confirm", "transfer")
     tuned, confirmed, transferred = (
         [x for x in results.records if x.run.stage == stage] for stage in stages
@@ -538,7 +538,7 @@ def test_the_tool_prints_the_plan(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.timeout(900)
 def test_the_whole_race_at_seconds_a_run(tmp_path, capsys):
-    """Every stage trains; what is finished is kept, and stages not asked for are read."""
+    """Every stage trains. Finished runs are kept, and other stages are read from the file."""
     words = ["--scale", "ci", "--directory", str(tmp_path), "--jobs", "2", "--stages"]
     race.run(options(*words, "tune", "confirm"))
     path = tmp_path / "race.json"
@@ -551,7 +551,7 @@ def test_the_whole_race_at_seconds_a_run(tmp_path, capsys):
     results = json.loads(path.read_text())["runs"]
     assert len(results) == len(list(tmp_path.glob("*.log"))) == 15 + 5 + 3 + 4 + 1 + 3
     assert "claim on " in capsys.readouterr().out
-    # A stage by itself reads the others, whichever program they are of.
+    # A single stage reads the results of the others, whichever program they are from.
     path.write_text(path.read_text().replace(program(), "an earlier program"))
     race.run(options(*words, "others"))
     programs = [x["program"] for x in json.loads(path.read_text())["runs"]]

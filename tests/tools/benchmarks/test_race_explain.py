@@ -1,4 +1,4 @@
-"""The rule that tells explanations apart, on made-up numbers."""
+"""The rule that distinguishes explanations, on made-up numbers."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from benchmarks.race.stages import explain
 from benchmarks.race.stages.explain import CELLS, Case
 
-NOISE = {1: 0.001, 2: -0.001, 3: 0.002, 4: -0.002}  # of a seed, in all cases or in one
+NOISE = {1: 0.001, 2: -0.001, 3: 0.002, 4: -0.002}  # noise of each seed, in all cases or in one
 
 
 def finals(loss):
-    """What `loss(objective, sampling, batch, lr)` says, and a little of each seed's own."""
+    """Final losses `loss(objective, sampling, batch, lr)`, with some noise of each seed."""
     return {
         Case(*cell, batch, lr): {
             seed: loss(*cell, batch, lr) + noise * (1 + place) for seed, noise in NOISE.items()
@@ -30,12 +30,12 @@ def curriculum(objective, sampling, batch, lr):
 
 
 def step_size(objective, sampling, batch, lr):
-    """The bound needs the lower rate."""
+    """The bound needs the lower learning rate."""
     return 2.0 + 0.1 * (objective == "bound" and lr == 0.2)
 
 
 def hidden(objective, sampling, batch, lr):
-    """0.008 of 0.02 is left at the better learning rates, and noise hides it from a test."""
+    """At the better learning rates 0.008 of 0.02 remains, which noise hides from a test."""
     return 2.0 + (0.0 if objective == "bell" else 0.02 if lr == 0.2 else 0.008)
 
 
@@ -52,9 +52,9 @@ def nothing(objective, sampling, batch, lr):
         (hidden, ["curriculum"]),
         (nothing, []),
         (lambda *case: variance(*case) + curriculum(*case), ["variance", "curriculum"]),
-        # An effect of sampling that a larger batch leaves as it is is no variance.
+        # An effect of sampling that a larger batch does not change is not variance.
         (lambda _, sampling, *rest: 2.0 + 0.1 * (sampling == "uniform"), []),
-        # Against the bell.
+        # An effect against the bell.
         (lambda *case: 2.0 - curriculum(*case), []),
     ],
 )
@@ -65,7 +65,7 @@ def test_each_explanation_is_read_where_it_holds(loss, expected):
 def test_effects_are_of_the_better_rates():
     found = explain.effects(finals(step_size), 16)
     noise = np.array(list(NOISE.values()))
-    # Of noise (1, 2, 3, 4) times that of the seed in the cells, in their order.
+    # The noise in the cells is 1, 2, 3 and 4 times the seed's noise, in their order.
     np.testing.assert_allclose(found.sampling, noise, atol=1e-12)
     np.testing.assert_allclose(found.objective, 2 * noise, atol=1e-12)
     np.testing.assert_allclose(found.tuned, 3 * noise, atol=1e-12)
@@ -75,8 +75,8 @@ def test_effects_are_of_the_better_rates():
 def test_the_loss_under_the_bells_objective():
     masses = explain.bell_masses(10)
     assert masses.sum() == pytest.approx(1.0)
-    # Of logit-normal rates of deviation 0.5, 0.5 of the mass lies on each side, 0.1587 above 1/2 +
-    # one deviation: t = 1 / (1 + exp(-0.5)) = 0.6225.
+    # Logit-normal rates of deviation 0.5 have half of their mass on each side, and 0.1587 above one
+    # deviation: t = 1 / (1 + exp(-0.5)) = 0.6225.
     np.testing.assert_allclose(masses, masses[::-1])
     assert explain.bell_masses(2)[0] == pytest.approx(0.5)
     top = explain.bell_masses(10_000)[6225:].sum()

@@ -1,4 +1,4 @@
-"""Stages of the race that explain it: their runs at --scale ci, and tables of made-up results."""
+"""Stages that explain the race: their runs at --scale ci, and tables of made-up results."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def record(run, final=2.0, bins=(), judged=None):
 
 
 def with_rates(scale):
-    """Results in which all rates are known."""
+    """Results that determine all learning rates."""
     results = Results(scale)
     while missing := [run for run in tune.runs(results) if run not in results]:
         for run in missing:
@@ -34,7 +34,7 @@ def with_rates(scale):
 
 @pytest.fixture
 def tuned():
-    """Rates of --scale ci."""
+    """Results at --scale ci that determine the learning rates."""
     return with_rates(CI)
 
 
@@ -80,7 +80,7 @@ def test_uniform_has_the_learning_rate_of_the_bell_and_its_own():
 
 
 def test_tables_of_the_ending():
-    """The fade ends 0.1 below the bell; a seed's noise is the same in all."""
+    """The fade ends 0.1 below the bell; the noise of a seed is the same in all runs."""
     results = with_rates(SCALES["laptop"])
     for run in ending.runs(results):
         value = 2.0 + 0.01 * run.seed - 0.1 * ("0.7" in run.flags)
@@ -114,7 +114,7 @@ def test_tables_of_the_explanations(tuned):
     assert cells(effects)["objective: bell minus bound"] == ["-0.1000"] * 2
     assert cells(effects)["sampling: bell minus uniform"] == ["+0.0000"] * 2
     assert {cell for row in cells(own).values() for cell in row} == {"2.0000"}
-    assert effects.notes[0] == "by the rule: none is told from chance"  # of one seed
+    assert effects.notes[0] == "by the rule: none is told from chance"  # from a single seed
     assert "batches of 8 rows have seen 4 times the rows" in effects.notes[1]
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_diverged_is_told(tuned):
 
 def test_gaps_are_to_the_best_loss():
     run = CI.local.run("local", "bell", 1e-3, 1, data="unigram")
-    best = np.linspace(3.0, 2.0, 16)  # with 0 to 15 tokens seen
+    best = np.linspace(3.0, 2.0, 16)  # for 0 to 15 visible tokens
     of_bins = unigram.per_bin(best, 10)
     found = local.gaps_of(record(run, 2.6, bins=list(of_bins + 0.2)), best)
     np.testing.assert_allclose(found, [0.1, 0.1 + 0.5 * 5 / 6, 0.2, 0.2])
@@ -185,15 +185,15 @@ def test_a_model_is_judged_and_deleted(trainer, tuned):
         *("nelbo", "below 0.1", "above 0.9"),
         *("random", "low-confidence", "held out"),
     }
-    # Both are of the same rows.
+    # Both numbers are of the same rows.
     error = 5 * judged["nelbo"]["stderr"]
     assert judged["nelbo"]["value"] == pytest.approx(found.final, abs=error)
-    # A model that has learnt no more than a little is as good as a guess among all bytes.
+    # A model that has learnt little is about as good as a uniform guess over all bytes.
     for name in ("random", "low-confidence", "held out"):
         assert 2.0 < judged[name]["nll"] < 1.2 * math.log(256)
         assert 0.0 < judged[name]["distinct"] <= 1.0
     checkpoints = [path for path in trainer.directory.iterdir() if (path / "iter_0000017").exists()]
-    assert len(checkpoints) == 1  # the judge's
+    assert len(checkpoints) == 1  # the judge's checkpoint
     assert trainer(run) == found
 
 

@@ -1,4 +1,4 @@
-"""Texts that are written from masks alone, and read by a judge: by hand, without a model."""
+"""Texts written from masks alone and read by a judge, with distributions given by hand."""
 
 import math
 
@@ -13,7 +13,7 @@ MASK = 3
 
 
 def bigram(tokens):
-    """Logits of a model in which a token follows itself with probability 1/2, others 1/4 each."""
+    """Logits of a model that repeats a token with probability 1/2; the others have 1/4 each."""
     before = torch.nn.functional.one_hot(tokens, 3).double() * math.log(2)
     return torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
 
@@ -41,7 +41,7 @@ def test_written_rows_are_samples_and_each_has_its_own_random_numbers():
 
     rows = texts.write(logits, decoder, 200, 8, seed=1)
     assert rows.shape == (200, 8) and rows.max() < MASK
-    # 1,600 tokens: four standard errors.
+    # 1,600 tokens; the tolerance is four standard errors.
     found = np.bincount(rows.ravel(), minlength=3) / rows.size
     np.testing.assert_allclose(found, shares[:3], atol=0.05)
     assert np.array_equal(rows[:70], texts.write(logits, decoder, 70, 8, seed=1))

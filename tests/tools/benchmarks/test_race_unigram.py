@@ -1,4 +1,4 @@
-"""Rows of independent tokens: their best loss against enumeration, and against their likelihood."""
+"""Rows of independent tokens: their best loss, by enumeration and from their likelihood."""
 
 import itertools
 import math
@@ -13,14 +13,14 @@ SYMBOLS, CONCENTRATION = 3, 0.4
 
 
 def log_probability(row, symbols=SYMBOLS, a=CONCENTRATION):
-    """Of a row, the probabilities of its symbols integrated over the Dirichlet distribution."""
+    """Log probability of a row, with its symbol probabilities integrated over the Dirichlet."""
     counts = np.bincount(row, minlength=symbols)
     ends = gammaln(symbols * a) - gammaln(symbols * a + len(row))
     return float(ends + (gammaln(a + counts) - gammaln(a)).sum())
 
 
 def loss_by_enumeration(row, seen):
-    """The mean over all masks that leave `seen` tokens, and over their masked tokens."""
+    """Mean loss over all masks that leave `seen` tokens visible, and over their masked tokens."""
     losses = []
     for places in itertools.combinations(range(len(row)), seen):
         given = [row[i] for i in places]
@@ -56,13 +56,13 @@ def test_its_mean_over_the_rates_is_the_likelihood():
     assert best.mean() == pytest.approx(expected, rel=1e-12)
     bins = unigram.per_bin(best, 10)
     assert bins.mean() == pytest.approx(expected, rel=1e-12)
-    assert (np.diff(bins) > 0).all()  # the fewer are seen, the less is known
-    whole = unigram.per_bin(best, 64)  # a bin for each number of masked tokens, 1 to 64
+    assert (np.diff(bins) > 0).all()  # fewer visible tokens mean less information
+    whole = unigram.per_bin(best, 64)  # one bin for each number of masked tokens, 1 to 64
     np.testing.assert_allclose(whole, best[::-1])
 
 
 def test_rows_are_of_this_distribution():
-    """20,000 of them; the error of the mean loss is 0.001, that of the first token 0."""
+    """For 20,000 rows the mean loss has an error of 0.001, that of the first token 0."""
     rows = unigram.make_rows(20_000, 16, 32, 0.25, seed=1)
     found = unigram.best_losses_of(rows, 32, 0.25)
     expected = unigram.best_losses(16, 32, 0.25)

@@ -20,7 +20,7 @@ SIZES = {"layers": 2, "hidden": 32, "heads": 2, "rows": 4, "length": 16}
 
 
 def measured(directory, *flags):
-    """The results of a call in a process of its own, and the lines of its table."""
+    """Runs the tool in its own process: (its results, the lines of its table)."""
     json_file = directory / "throughput.json"
     tool = ["--", "tools/benchmark.py", "throughput", "--json", str(json_file), *flags]
     ranks.launch(directory, 1, *tool, entry=entries.tool)
@@ -31,16 +31,16 @@ def test_steps_of_both_objectives_in_turns(tmp_path):
     sizes = "--layers 2 --hidden 32 --heads 2 --rows 4 --length 64 --vocabulary 40000 --rounds 4"
     results, table = measured(tmp_path, *sizes.split())
     assert list(results["sides"]) == ["gpt", "full_head", "masked_head", "causal"]
-    # Times of so few steps of so small a model decide nothing: only that there are some.
+    # Times of so few steps of so small a model say nothing; the test checks that they exist.
     for side in ("full_head", "masked_head", "causal"):
         ratios = results["tokens_per_s_ratios"][side]
         assert 0 < ratios["quartiles"][0] <= ratios["median"] <= ratios["quartiles"][1]
     if results["peak_ratios"]["masked_head"] is not None:
         assert results["peak_ratios"]["masked_head"] < 0.9
-        # Logits, which the cross entropy overwrites: 4 bytes for each of 4 x 64 positions.
+        # Logits, which the cross entropy overwrites, take 4 bytes for each of 4 x 64 positions.
         assert results["sides"]["full_head"]["peak_bytes"] >= 4 * 64 * 40_000 * 4
         assert results["peak_ratios"]["masked_head"] < results["memory_ratios"]["masked_head"] < 1
-    # The table is all that goes to stdout.
+    # Only the table goes to stdout.
     assert len(table) == 6 and "masked head" in table[4]
 
 
@@ -50,7 +50,7 @@ def test_a_plain_loop_trains_a_model_of_the_same_size(tmp_path):
     sides = "--sides hugging_face full_head masked_head --vocabulary 40000 --rounds 3".split()
     results, table = measured(tmp_path, *sizes, *sides)
     assert list(results["sides"]) == ["hugging_face", "full_head", "masked_head"]
-    # Times of three steps of so small a model say nothing: only that there are some.
+    # Times of three steps of so small a model say nothing; the test checks that they exist.
     assert results["tokens_per_s_ratios"]["full_head"]["median"] > 0
     assert results["tokens_per_s_ratios"]["masked_head"]["median"] > 0
     parameters = 2 * 40_000 * 32 + 2 * (4 * 32**2 + 3 * 32 * 96) + 5 * 32
@@ -72,7 +72,7 @@ def test_the_loop_trains_the_objective_with_attention_in_both_directions():
     with torch.no_grad():
         before, after = loop.model(tokens).logits, loop.model(changed).logits
         assert not torch.allclose(before[:, 0], after[:, 0], atol=1e-6)
-        # A model that predicts nothing has the loss log V in expectation, whatever is masked.
+        # A model that predicts nothing has an expected loss of log V, whatever is masked.
         loop.model.lm_head.weight.zero_()
         losses = torch.stack([loop.loss(tokens) for _ in range(400)])
     assert losses.mean().item() == pytest.approx(
@@ -81,7 +81,7 @@ def test_the_loop_trains_the_objective_with_attention_in_both_directions():
 
 
 def sides() -> None:
-    """Holds the steps that the tool compares this objective with against plain torch."""
+    """Compares the steps of the tool's other objective with plain torch."""
     from benchmarks.causal import causal_datasets, causal_forward_step
     from benchmarks.session import training_session
     from megatron_mdm.mcore.model.causal import causal_attention
@@ -91,7 +91,7 @@ def sides() -> None:
     flags = [*model_flags(SIZES, 300, "cpu"), "--data-path", str(directory / "text")]
     prepare_environment("cpu")
     with training_device("cpu"), training_session(flags) as session:
-        session.args.check_for_nan_in_loss_and_grad = False  # outside of a step it cannot be
+        session.args.check_for_nan_in_loss_and_grad = False  # it works only inside a step
         model, rows = session.model[0], session.rows(causal_datasets)
         batch = next(rows)
         tokens, labels = batch["tokens"], batch["labels"]
