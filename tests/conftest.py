@@ -10,7 +10,7 @@ from tests import ranks, tiers
 from tests.tiers import pytest_runtest_protocol  # noqa: F401
 
 # Megatron's models write their choice of attention into these variables, also in fixtures, and
-# refuse a value that they did not write. They are therefore not restored.
+# refuse a value that they did not write. They are therefore removed after each test.
 ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 

@@ -93,7 +93,7 @@ def clear_launcher(monkeypatch):
 
 
 def test_the_program_trains_without_torchrun(tmp_path):
-    """A start of its own, because all other tests set the variables that torchrun sets."""
+    """This test starts its own process, because all others set the variables that torchrun sets."""
     names = (*ALONE, *STARTED_TOGETHER)
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)

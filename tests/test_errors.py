@@ -93,7 +93,7 @@ def test_who_prints(connected, environment, printed, monkeypatch, capsys):
 
 
 def test_a_launcher_stops_a_rank_that_waits_for_the_first_one():
-    """It does so even if the program handles SIGTERM in another way."""
+    """This works even if the program handles SIGTERM in its own way."""
     code = (
         "import signal\n"
         "from megatron_mdm.errors import UserError, exit_rank_with\n"

@@ -1,4 +1,4 @@
-"""Outputs are complete or absent, and JSON that any program can read."""
+"""Outputs are complete or absent, and any program can read their JSON."""
 
 import json
 import math

@@ -118,7 +118,7 @@ def test_imports_only_go_down():
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    tuple(graphlib.TopologicalSorter(ARROWS).static_order())  # raises CycleError, with the cycle
+    tuple(graphlib.TopologicalSorter(ARROWS).static_order())  # raises CycleError with the cycle
 
 
 def test_few_parts_use_megatron():

@@ -1,4 +1,4 @@
-"""The common style of pictures: plain numbers, and axes that ignore outliers."""
+"""The common style of pictures: plain numbers, and axes whose scale ignores outliers."""
 
 import math
 

@@ -15,7 +15,7 @@ STILL = "--lr 0 --min-lr 0 --optimizer sgd --weight-decay 0 --train-iters 2".spl
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """A function of a kind: (Hugging Face directory, Megatron directory, log lines), made once."""
+    """A function from a kind to (Hugging Face directory, Megatron directory, log lines), cached."""
     from megatron_mdm.conversion.to_megatron import to_megatron
 
     made = {}
@@ -84,7 +84,7 @@ def checkpoint_logits() -> None:
 
 @pytest.fixture
 def megatron_logits(tmp_path):
-    """A function of (checkpoint, tokens, ranks): logits by attention, loaded by Megatron."""
+    """A function from (checkpoint, tokens, ranks) to logits by attention, loaded by Megatron."""
 
     def logits(checkpoint, tokens, count=1):
         directory = tmp_path / f"logits{count}"

@@ -191,7 +191,7 @@ def test_numbers_that_the_dtype_cannot_hold(source, tmp_path):
 
 
 def test_the_disk_needs_room_for_what_is_written(source, tmp_path, monkeypatch):
-    """Half of the input's size in bfloat16, and twice its size in float32."""
+    """The output takes half of a float32 input in bfloat16, twice a bfloat16 input in float32."""
     size = (source / SINGLE).stat().st_size
 
     def convert(given, output, dtype, free):

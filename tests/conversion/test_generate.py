@@ -230,7 +230,7 @@ def test_texts_are_encoded_as_preprocessing_does(moved, monkeypatch, tmp_path):
     args.mdm_vocab_size = 96
     loaded = LoadedModel(None, args, build_tokenizer(args))
     text = "w1 <s> w2 last"
-    assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # a text that training never saw
+    assert loaded.tokenizer.tokenize(text) == [BOS, 1, BOS, 2, 95]  # training saw no leading <s>
     assert encoder(loaded)(text) == load_hugging_face(directory).load()(text)
     assert encoder(loaded, special=True)(text) == [1, BOS, 2, 95]
     assert (vocab_size(loaded), loaded.tokenizer.vocab_size) == (96, 84)

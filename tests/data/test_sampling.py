@@ -28,7 +28,7 @@ def test_every_item_is_as_likely_as_another():
         chosen, _, _ = sample([1] * 50, 10, seed)
         assert len(chosen) == 10
         counts[chosen] += 1
-    # A sample without replacement has a variance smaller by 40/49 than independent draws.
+    # The variance of a sample without replacement is 40/49 of that of independent draws.
     assert stats.chi2.sf(((counts - 120) ** 2 / 120).sum() * 50 / 40, 49) > 1e-3
 
 
@@ -40,7 +40,7 @@ def test_the_sample_reaches_the_size_and_ends_there():
         assert reservoir.size >= enough
         reservoir.shrink(reservoir.size - 1)  # removes only the item with the last key
         assert reservoir.size < enough and len(reservoir.items()) == len(chosen) - 1
-        # Items that cannot be in the sample are not made: n of them are, and a share of the rest.
+        # Only n items and a share of the rest are made, because the others cannot be in the sample.
         assert len(made) < 4 * len(chosen) + 40
     everything, _, _ = sample(sizes, 10**6)
     assert everything == [i for i, size in enumerate(sizes) if size]

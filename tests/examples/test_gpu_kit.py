@@ -94,7 +94,7 @@ def test_the_shell_reads_the_script():
 
 
 def test_tables_of_the_benchmark_are_found(tmp_path):
-    """The output of `benchmark.py gpu` is the input."""
+    """The figures come from tables as `benchmark.py gpu` prints them."""
     side = {"tokens_per_s": 1.0, "useful_flops_per_token": 1.0, "peak_bytes": None}
     side["ratio_to_gpt"] = {"median": 1.0}
     results = {"device": "a card", "length": 64, "vocabulary": 9}

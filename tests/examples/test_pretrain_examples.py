@@ -65,7 +65,7 @@ def test_every_model_is_tested():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, data, model):
-    """The file tells the memory, the disk space and the numbers of nodes."""
+    """The file states the memory, the disk space and the numbers of nodes."""
     parameters, vocabulary, rotary_base = MODELS[model]
     argv = [
         *flags_of(launch_line(model, data=data)),

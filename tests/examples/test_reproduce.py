@@ -167,7 +167,7 @@ def test_every_problem_is_kept():
 
 
 def test_a_deviation_without_what_few_problems_add():
-    """Compares with a mean over all ways to halve the problems. Equal runs have deviation 0."""
+    """It is a mean over all halvings of the problems, and 0 if seeds differ by problems alone."""
     right = np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 0], [1, 1, 1, 0, 1, 1]])
     halves = [list(half) for half in itertools.combinations(range(6), 3)]
     covariances = [

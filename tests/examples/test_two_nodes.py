@@ -1,8 +1,8 @@
 """Two machines run examples/pretrain/launch.sh, one is lost, and both start again.
 
 A machine is a shell in its own namespaces (network, host name, processes). It ends with its first
-process, and at the latest with pytest. The test takes a minute and a half, because only here are
-there two host names, a network between them, and a rank that falls silent.
+process, and at the latest with pytest. The test takes a minute and a half. No other test has two
+host names, a network between them, and a rank that falls silent.
 """
 
 import contextlib

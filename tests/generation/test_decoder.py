@@ -127,7 +127,7 @@ def test_blocks_that_do_not_divide_the_length(length, block_length, steps, expec
     left = [int((state == MASK).sum()) for state in states]
     assert [a - b for a, b in itertools.pairwise(left)] == expected
     order = filling_order(states, MASK)[0].tolist()
-    assert sorted(order, key=lambda call: call) == order  # blocks from the left, and so `model`
+    assert sorted(order, key=lambda call: call) == order  # blocks and `model` go from the left
     assert Counter(order) == Counter({call + 1: n for call, n in enumerate(expected)})
 
 

@@ -14,7 +14,7 @@ MASK = len(LETTERS)
 
 
 def logits(tokens):
-    """Prefers the letter after the previous one, and is surer if it sees that one."""
+    """Prefers the letter after the previous one; has no preference if it does not see that one."""
     before = torch.roll(tokens, 1, dims=1)
     scores = torch.zeros(*tokens.shape, MASK + 1, dtype=torch.float64)
     known = (before < 8)[..., None]
@@ -198,7 +198,7 @@ def test_texts_end_at_a_token_or_a_string(caplog):
 
 
 def test_a_task_says_how_texts_are_written(monkeypatch):
-    """The decoder's settings, over those of the model; a text depends on its place, not company."""
+    """A task's settings override the model's. A text depends on its place, not on other texts."""
     used, call = [], Decoder.__call__
 
     def recording(self, *args):

@@ -1,9 +1,9 @@
 """Tasks of lm-evaluation-harness, from local files, on a converted checkpoint.
 
 Expected values come from the published network: likelihoods over all masks, and texts that
-`Decoder` writes from its logits. Each start takes lm_eval seconds to index its tasks. Three starts
-are tested nevertheless, because users have three ways in: the tool, lm_eval's own command, and
-ranks that share a model.
+`Decoder` writes from its logits. At each start, lm_eval takes seconds to index its tasks. Three
+starts are tested nevertheless, because users have three ways in: the tool, lm_eval's own command,
+and ranks that share a model.
 """
 
 import json
@@ -284,7 +284,7 @@ def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager
         tasks = load_tasks(manager, ["words_choices", "words_texts"])
         with pytest.raises(UserError, match=message):
             ask(Refusing(), tasks, manager, limit=2, **settings)
-    # Later failures are not reported in this way.
+    # A later failure is not reported as a mistake of the user.
     with pytest.raises(TypeError, match="NoneType"):
         ask(Refusing(), load_tasks(manager, ["words_texts"]), manager)
 

@@ -77,7 +77,7 @@ def test_longer_rows_under_rotary_embeddings_are_the_same_model():
 
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
-    """Flags that resume a run of two iterations."""
+    """Flags that resume a run after two iterations."""
     directory = str(tmp_path_factory.mktemp("saved") / "checkpoint")
     data = base[: base.index("--load")]
     ranks.launch(

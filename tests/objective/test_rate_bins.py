@@ -153,7 +153,7 @@ def test_100_draws_of_the_first_bin_are_within_a_fifth_at_twice_the_error(L, tar
     assert np.median(error) < 0.1 and np.abs(estimate - 1).max() < 0.35
     assert (np.abs(estimate - 1) < 0.2).mean() > 0.95
     assert estimate.mean() == pytest.approx(1, abs=4 * estimate.std() / 100**0.5)
-    # The error bars are honest: ten rows give 9 degrees of freedom, for which 93% lie within two.
+    # The error bars are honest: with ten rows (9 degrees of freedom), 93% lie within two of them.
     assert np.sqrt((error**2).mean()) == pytest.approx(estimate.std(), rel=0.25)
     assert 0.85 < (np.abs(estimate - 1) < 2 * error).mean() < 0.99
 

@@ -1,4 +1,4 @@
-"""Documents of a packed row, each with its own rate, give the same as the documents alone."""
+"""Documents of a packed row, each with its own rate, are treated like the same documents alone."""
 
 import itertools
 

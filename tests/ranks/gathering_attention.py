@@ -13,7 +13,7 @@ def context_parallel() -> None:
 
 
 def gather_for_attention() -> None:
-    """Replaces attention by one that gathers all keys and values of a row.
+    """Replaces attention by an attention that gathers all keys and values of a row.
 
     It stands in for Transformer Engine's ring attention, which needs a GPU.
     """

@@ -1,4 +1,4 @@
-"""Functions that start tools, as users do or in forks, and the start of a tool on several ranks."""
+"""Starts tools as users do or in forks, and defines how several ranks of a tool start."""
 
 import logging
 import os

@@ -81,7 +81,7 @@ def _model(shape):
 
 
 def _counted(shape, fraction):
-    """Operations per token that torch counts, forward and backward, and the number of weights."""
+    """Operations per token that torch counts, forward and backward; and weights in matrices."""
     with silent_import():
         from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
     with on_one_cpu_rank():

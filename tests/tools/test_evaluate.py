@@ -63,7 +63,7 @@ def test_files_indexed_data_and_layouts_give_one_number(base, documents, tmp_pat
 
 
 def test_rows_are_drawn_from_all_over_the_data(base, tmp_path):
-    """Documents are sorted by topic. The first ones are easy and do not represent the others."""
+    """Documents are sorted by topic. The first tenth is easy and does not represent the others."""
     easy, hard = [[*[7] * 60, ranks.EOD_ID]] * 30, ranks.random_documents(600, seed=3)
     ranks.write_documents(tmp_path / "mixed", [*easy, *hard])
     ranks.write_documents(tmp_path / "hard", hard)

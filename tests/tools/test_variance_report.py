@@ -127,7 +127,7 @@ def test_without_matplotlib_nothing_is_measured(base, data, tmp_path):
 
 @pytest.mark.parametrize(("tool", "name"), [(TOOL, "text"), ("tools/evaluate.py", "plain_text")])
 def test_tokens_of_another_tokenizer_are_one_line(base, tmp_path, tool, name):
-    """The tools are started as users do."""
+    """The test starts the tools as users do."""
     ranks.write_documents(tmp_path / "text", [[5, 30_000, 7]] * 20)
     (tmp_path / "plain_text").write_text("5 30000 7")
     command = [sys.executable, tool, "--device", "cpu", "--data", str(tmp_path / name)]

@@ -150,7 +150,8 @@ def test_quantiles_fall_into_bins_as_they_do_in_batches():
     counts = np.random.default_rng(0).multinomial(32, [1 / len(iid)] * len(iid), size=200000)
     np.testing.assert_allclose(iid, np.cov(counts.T, ddof=0), atol=0.05)
     # A batch mean of a smooth function of the quantile, over batches of other seeds, has the
-    # variance that the covariance predicts. Strata and lattice both remove nine tenths of it.
+    # variance that the covariance predicts. Strata and lattice both remove nine tenths of the
+    # variance of iid.
     middles = (np.arange(len(iid)) + 0.5) / len(iid)
     for kind, covariance, tolerance in (("strata", strata, 0.15), ("lattice", lattice, 0.03)):
         quantiles = quantiles_of(kind, 32, seed=5)

@@ -188,7 +188,7 @@ def test_sums_of_what_was_saved_over_go(run, monkeypatch):
     write_sums(latest(run))
 
     def save(state, path):
-        assert (latest(run) / INTEGRITY_FNAME).exists()  # after a kill they reveal mixed files
+        assert (latest(run) / INTEGRITY_FNAME).exists()  # after a kill, the sums reveal mixed files
 
     monkeypatch.setattr(dist_checkpointing, "save", save)
     with safe_checkpoints(hashes=False):

@@ -1,4 +1,4 @@
-"""A resumed checkpoint of an earlier version gives the losses that this version gave."""
+"""An old checkpoint, when resumed, gives the losses that the version that saved it gave."""
 
 import json
 import os

@@ -28,7 +28,7 @@ def test_groups_whose_rates_have_changed_are_paired_by_kind():
     ours = [group(1e-4), group(1e-4, 0.0), group(1e-3, decoupled=True)]
     theirs = [group(5e-4, decoupled=True), group(7e-4, 0.0), group(7e-4)]
     assert counterparts(ours, theirs) == theirs[::-1]
-    # The rates of the two kinds are swapped; pairing by value would give each the other's state.
+    # The rates of the two kinds are swapped; pairing by value would give each the other's group.
     ours, theirs = (
         [group(1.0), group(2.0, decoupled=True)],
         [group(1.0, decoupled=True), group(2.0)],

@@ -57,7 +57,7 @@ def hostile_object(directory, ran, key="common_state/shard_0_1"):
 
 
 def hostile_metadata_of_a_rank(directory, ran):
-    """Hides it in a rank's metadata, which PyTorch reads if the common file is unreadable."""
+    """Puts it into a rank's metadata, which PyTorch reads if the common file is unreadable."""
     hostile_metadata(directory, ran)
     (directory / ".metadata").rename(directory / "__0.metadata")
 

@@ -16,7 +16,7 @@ PAIRS = ranks.random_pairs(COUNT)
 
 @pytest.fixture
 def rows(pairs):
-    """A function of (class, multiple, split): all pairs in rows of LENGTH tokens."""
+    """A function from (class, multiple, split) to the dataset of pairs in rows of LENGTH tokens."""
 
     def build(cls, multiple=1, split=Split.train):
         config = PairDatasetConfig(

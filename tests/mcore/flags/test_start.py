@@ -35,7 +35,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def start(monkeypatch):
-    """A function of flags: (the directory that the command starts from, its arguments)."""
+    """A function from flags to (directory that the command starts from, its arguments)."""
 
     def choose(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])

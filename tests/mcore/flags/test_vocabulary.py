@@ -1,4 +1,4 @@
-"""The vocabulary's padding takes no part in the softmax, and has no room for tokens."""
+"""The vocabulary's padding takes no part in the softmax, and its ids are not tokens."""
 
 from types import SimpleNamespace
 

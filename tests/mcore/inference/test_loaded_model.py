@@ -1,4 +1,4 @@
-"""A checkpoint as a function from tokens to logits under every layout, and tools/generate.py."""
+"""A checkpoint gives the same logits under every layout; tools/generate.py decodes with it."""
 
 import shutil
 from pathlib import Path

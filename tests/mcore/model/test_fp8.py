@@ -282,7 +282,8 @@ def test_flags_reach_megatron_and_transformer_engine(recipe, tmp_path):
     assert seen["config"] == ["hybrid", recipe, 1024, "max"]
     kinds = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
     assert seen["recipe"] == kinds.get(recipe, "TEDelayedScaling")
-    # Megatron's own layers need apex for this; Transformer Engine's layers do not.
+    # To accumulate gradients in products, Megatron's own layers need apex and Transformer Engine's
+    # do not.
     apex = find_spec("fused_weight_gradient_mlp_cuda") is not None
     assert seen["accumulates in products"] == [True, apex]
     if recipe == "delayed":

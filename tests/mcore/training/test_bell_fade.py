@@ -133,7 +133,7 @@ def test_a_fade_in_samples_goes_on_under_another_layout(runs):
 
 
 def test_the_log_says_when_the_loss_is_a_bound(runs):
-    """In samples, finished rows decide. P-POTS leaves the loss a bound."""
+    """In samples, the rows finished before an iteration decide. P-POTS leaves the loss a bound."""
     for name, shares in (("iters", SHARES + [1.0] * 4), ("samples", list(STEPS.values()))):
         assert runs[name].scalars["mdm/uniform share"] == pytest.approx(shares)
         assert runs[name].scalars["mdm/is bound"] == [share == 1.0 for share in shares]

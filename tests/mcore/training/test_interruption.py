@@ -153,7 +153,7 @@ with Interruption() as interruption:
 
 
 def test_a_rank_that_waits_in_c_for_one_that_has_gone():
-    """A rank may block in a collective: SIGTERM ends it although no Python handler can run."""
+    """A rank may block in a collective: torchrun's SIGTERM ends it, though no handler can run."""
     program = """
 import ctypes
 from megatron_mdm.interruption import Interruption

@@ -1,6 +1,6 @@
 """One run under every layout: equal rows, masks, losses, gradients and weights.
 
-It takes about a minute, because it tests the plugin's central claim.
+It takes about a minute, and tests the plugin's central claim.
 """
 
 import pytest

@@ -39,7 +39,7 @@ def texts(run, split):
 
 
 def prompts_of(rows):
-    """(masked, clean) tokens of each row's prompt, where exactly one pair length fits the row."""
+    """(masked, clean) tokens of each row's prompt, where exactly one prompt length fits the row."""
     by_response = {}
     for prompt, response in ranks.random_pairs(120):
         by_response[tuple(prompt + response)] = len(prompt)

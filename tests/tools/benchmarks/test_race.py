@@ -38,7 +38,7 @@ RACE = {
     for name in ("tune", "confirm", "transfer", "steps", "incumbent", "others", "larger")
 }
 LAPTOP, CI = SCALES["laptop"], SCALES["ci"]
-RATES = {"standard": 3e-3, "power": 24e-3, "bell": 0.75e-3}  # the best ones; of others 3e-3
+RATES = {"standard": 3e-3, "power": 24e-3, "bell": 0.75e-3}  # best rates; 3e-3 for the others
 
 
 def record(run, final, seconds=10.0):

@@ -62,7 +62,7 @@ def test_its_mean_over_the_rates_is_the_likelihood():
 
 
 def test_rows_are_of_this_distribution():
-    """For 20,000 rows the mean loss has an error of 0.001, that of the first token 0."""
+    """For 20,000 rows the mean loss has standard error 0.001; the first token's loss has none."""
     rows = unigram.make_rows(20_000, 16, 32, 0.25, seed=1)
     found = unigram.best_losses_of(rows, 32, 0.25)
     expected = unigram.best_losses(16, 32, 0.25)
