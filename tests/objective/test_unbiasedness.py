@@ -42,7 +42,7 @@ MASKS = {
 
 
 def estimator(eligible, sampler, view, **settings):
-    """A draw with the code under test: a function of (u, quantile) to (mask, weight of each CE)."""
+    """A draw of the code under test: a function from (u, quantile) to (mask, weight of each CE)."""
     tokens = torch.arange(len(eligible))[None]
     eligible = torch.tensor([eligible])
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)

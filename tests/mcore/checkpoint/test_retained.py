@@ -20,7 +20,7 @@ def iterations(path):
 
 @pytest.mark.parametrize("how", [[], ["--async-save"]], ids=["at once", "asynchronous"])
 def test_checkpoints_stay_at_an_interval_and_the_last_one(how, data, tmp_path):
-    """The run stops at 5 and resumes. The latest checkpoint is deleted after the next save."""
+    """The run stops at 5 and resumes. The latest is deleted once the next one is complete."""
     path = tmp_path / "checkpoint"
     flags = ["--data-path", str(data), "--data-cache-path", str(tmp_path / "cache"), *FLAGS, *how]
     kept = ["--save", str(path), "--load", str(path)]

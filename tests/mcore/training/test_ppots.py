@@ -127,10 +127,11 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def refits(base, tmp_path_factory):
-    """By target and layout: a run with five refits, and the numbers [3, 10, 80] that it fitted.
+    """By target and layout: a run with five refits, and the numbers that it fitted.
 
-    Each layout rounds differently, trains on, and refits to its own measurements. Both targets need
-    real runs: no unit test knows the rounding of a real model, and how it grows over five refits.
+    They are (t, value, weight) of 10 iterations of 80 rows, [3, 10, 80]. Each layout rounds
+    differently, trains on, and refits to its own measurements. Both targets need real runs: no unit
+    test knows the rounding of a real model, and how it grows over five refits.
     """
     directory = tmp_path_factory.mktemp("refits")
     runs = ranks.launch_layouts(

@@ -158,7 +158,7 @@ def test_errors_are_those_of_the_rows_losses(flags, files, tmp_path):
 
 
 def test_pairs_and_a_single_name(flags, pairs, tmp_path):
-    """Pairs of --mdm-sft, and files named in JSON. The test split is one set with all rows."""
+    """Pairs, and files named in JSON. The test split is one set, of as many rows as all sets."""
     ranks.write_pairs(tmp_path / "more", ranks.random_pairs(50, seed=5))
     flags = [*STEPS, "--mdm-sft", "--mdm-normalization", "rows", *flags[2:]]
     files = [str(tmp_path / "more"), str(pairs)]
