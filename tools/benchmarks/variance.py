@@ -10,10 +10,14 @@ with the length of a row and with training.
 """
 
 import argparse
+import json
+import pathlib
+from typing import Any
 
 from benchmarks import python_text
-from megatron_mdm.errors import check_numbers
-from megatron_mdm.files import write_json
+from megatron_mdm.errors import UserError, check_numbers
+from megatron_mdm.experiments.program import program
+from megatron_mdm.files import check_output, check_picture, write_json
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 DELIMITERS = tuple(b"\n:()")  # what ISAD masks more often
@@ -23,6 +27,12 @@ SEED = 1234
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--report", nargs="+", metavar="FILE", help="draw these results of --json: train nothing"
+    )
+    parser.add_argument(
+        "--figure", metavar="FILE", help="what --report draws: .png or .svg, one bar for each FILE"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps and rows")
     parser.add_argument("--length", type=int, default=64, help="row length (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="training steps (default: 2000; quick: 600)")
@@ -47,11 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, measures, prints a table, and writes `args.json` if it is set.
+    """Trains, measures, prints a table, and writes `args.json` if it is set; or draws results.
 
     Raises:
         UserError: settings that cannot work.
     """
+    if args.report or args.figure:
+        _draw(args.report, args.figure)
+        return
+
     import torch
 
     from benchmarks import toy_model
@@ -90,4 +104,36 @@ def run(args: argparse.Namespace) -> None:
         setting = {name: getattr(args, name) for name in ("length", "batch", "positions")}
         parts = {what: measured[what] for what in ("loss", "gradient")}
         document = {**setting, "steps": steps, "loss": trained, "variance": parts}
+        document["program"] = program()
         write_json(args.json, {**document, "rows": results})
+
+
+def _draw(paths: list[str] | None, figure: str | None) -> None:
+    """Draws the results of several runs.
+
+    Raises:
+        UserError: one of the two flags is missing, or a file cannot be read or drawn.
+    """
+    if not paths or not figure:
+        raise UserError("--report and --figure need each other: what to draw, and where to")
+    check_picture(figure, "--figure")
+    check_output(figure, "--figure")
+    from benchmarks import variance_figure
+
+    variance_figure.draw([_read(path) for path in paths], figure)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Reads what --json wrote.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        document: dict[str, Any] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        methods = {row["method"] for row in document["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not what --json of this wrote ({error!r})") from error
+    if not methods:
+        raise UserError(f"{path}: holds no method")
+    return document
