@@ -102,12 +102,12 @@ def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, d
         every = -(-train // save)
         assert f"would be {every} of them, or {every * size / 1e12:.0f} TB" in page
         assert f"and the last one: {kept}, or {total} TB" in page
-    if model in ("1b", "8b"):  # numbers of the masked head in README
+    if model in ("1b", "8b"):  # numbers of the masked head in the benchmarks' guide
         shape = ModelShape(**found["shape"])
         masked, causal = shape.training_flops(0.5), shape.training_flops(causal=True)
-        readme = (ROOT / "README.md").read_text()
+        guide = (ROOT / "tools/benchmarks/README.md").read_text()
         for ratio in (shape.training_flops() / masked, causal / masked):
-            assert f"{ratio:.2f} for the `{model}`" in readme
+            assert f"{ratio:.2f} for the `{model}`" in guide
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -12,7 +12,8 @@ from megatron_mdm.config import MDMConfig, flag_of
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_mdm"
 TEXT = (PACKAGE / "objective/README.md").read_text(encoding="utf-8")
-HEAD, _, *LINES = [line for line in TEXT.splitlines() if line.startswith("|")]
+START = TEXT.index("| item |")  # the guide has other tables before this one, and none after it
+HEAD, _, *LINES = [line for line in TEXT[START:].splitlines() if line.startswith("|")]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES]
 
 

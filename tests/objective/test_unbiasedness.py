@@ -26,6 +26,7 @@ from megatron_mdm.objective.samplers import (
     cumulated,
 )
 from megatron_mdm.objective.views import view_uniforms
+from tests import ROOT
 
 EPS = 0.05
 MASK_ID = 99
@@ -277,7 +278,7 @@ def syrm_shift(fraction):
 
 
 def test_how_far_the_biased_methods_move_the_objective():
-    """Computes the numbers of the documentation exactly."""
+    """Computes the shares in the guide to the objective exactly."""
     assert isad_shift(0.1) == pytest.approx(0.0711, abs=1e-4)
     assert isad_shift(0.3) == pytest.approx(0.1895, abs=1e-4)
     assert density_shift(Clipped(0.3, 0.8)) == pytest.approx(0.1553, abs=1e-4)
@@ -289,6 +290,19 @@ def test_how_far_the_biased_methods_move_the_objective():
     assert density_shift(bell.with_share(1.0)) == pytest.approx(0.0, abs=1e-12)
     assert syrm_shift(0.25) == pytest.approx(0.1609, abs=1e-4)
     assert syrm_shift(1.0) == pytest.approx(0.6437, abs=1e-4)
+    guide = (ROOT / "megatron_mdm/objective/README.md").read_text(encoding="utf-8")
+    for method, share in (
+        ("ISAD with inclusion weights, one token chosen, delta 0.1", isad_shift(0.1)),
+        ("ISAD with inclusion weights, one token chosen, delta 0.3", isad_shift(0.3)),
+        ("`clipped`, rates from 0.3 to 0.8", density_shift(Clipped(0.3, 0.8))),
+        ("`flat`", density_shift(Flat())),
+        (
+            "logit-normal (0, 0.5), uniform share 0.01",
+            density_shift(Bell.of("logit-normal", [0.0, 0.5], "objective", 0.01)),
+        ),
+        ("SyRM with one token of prompt and three of response, fraction 0.25", syrm_shift(0.25)),
+    ):
+        assert f"| {method} | {share:.0%} |" in guide
 
 
 def test_exact_count_is_the_limit_of_bernoulli():

@@ -216,13 +216,16 @@ def test_methods_are_chosen_by_name_or_together():
 
 
 def test_methods_of_every_example_exist():
-    """Checks the commands in README.md, in CHANGELOG.md and in the help of the tools."""
-    files = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "tools").rglob("*.py")]
+    """Checks the commands in README.md, in the guides and in the help of the tools."""
+    files = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    for folder, suffix in (("tools", "py"), ("tools", "md"), ("megatron_mdm", "md")):
+        files += (ROOT / folder).rglob(f"*.{suffix}")
     found = [
-        (path.name, shlex.split(words.split(" --")[0]))
+        (path, shlex.split(words.split(" --")[0]))
         for path in files
         for words in re.findall(r"--methods ([^`\n]+)", path.read_text(encoding="utf-8"))
     ]
-    assert {"README.md", "variance_report.py"} <= {name for name, _ in found}
-    for name, words in found:
-        assert words and set(choose(words, isad=True)) <= set(METHODS), (name, words)
+    named = {path.relative_to(ROOT).as_posix() for path, _ in found}
+    assert {"megatron_mdm/variance/README.md", "tools/variance_report.py"} <= named
+    for path, words in found:
+        assert words and set(choose(words, isad=True)) <= set(METHODS), (path, words)

@@ -38,8 +38,9 @@ def test_the_readme_says_how_large_the_state_is():
     uniform = PiecewiseSampler([0, 1], [1, 1])
     size = 8 * len(PpotsState.start(uniform, MDMConfig().ppots_bins).state_vector())
     assert MDMConfig().ppots_bins == 30 and size == 21_232
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"and {size / 1000:.0f} kB of state in a checkpoint" in readme
+    page = ROOT / "megatron_mdm/objective/ppots/README.md"
+    readme = " ".join(page.read_text(encoding="utf-8").split())
+    assert f"At 30 bins a checkpoint carries {size / 1000:.0f} kB of state" in readme
 
 
 def test_state_of_another_number_of_bins_is_refused():
