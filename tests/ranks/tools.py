@@ -38,7 +38,9 @@ def run_tool(name: str, *flags: str) -> str:
     return result.stdout
 
 
-def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subprocess.CompletedProcess:
+def run_forked(
+    file: str, *flags: str, without: Iterable[str] = (), directory: Path = ROOT
+) -> subprocess.CompletedProcess:
     """How a program of the project ends on one rank, in a fork of the warm process.
 
     It has what the tests have imported and the environment of the test. `run_tool` and
@@ -48,32 +50,37 @@ def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subproces
         file: its path in the project.
         flags: what follows on its command line.
         without: packages that it finds not installed.
+        directory: where it runs, from which the path of the file leads to it too.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as logs:
         words, environment = [file, *flags], dict(os.environ)
         process = server.context().Process(
-            target=_run_file, args=(words, environment, list(without), directory)
+            target=_run_file, args=(words, environment, list(without), logs, directory)
         )
         process.start()
         process.join(TIMEOUT)
         process.kill()
         process.join()
-        output, errors = (Path(directory, name).read_text() for name in ("stdout", "stderr"))
+        output, errors = (Path(logs, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(words, process.exitcode, output, errors)
 
 
 def _run_file(
-    words: list[str], environment: dict[str, str], without: list[str], directory: str
+    words: list[str],
+    environment: dict[str, str],
+    without: list[str],
+    logs: str,
+    directory: Path,
 ) -> None:
     for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(os.path.join(logs, name), os.O_WRONLY | os.O_CREAT), number)
     # Megatron logs to what is stdout while it is imported. In a tool's own process that is stderr:
     # `open_checkpoint` imports it, and keeps stdout for the tool.
     for handler in logging.root.handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
     os.environ |= environment
-    os.chdir(ROOT)
+    os.chdir(directory)
     sys.modules.update(dict.fromkeys(without))
     sys.argv = words
     sys.path.insert(0, os.path.dirname(words[0]))

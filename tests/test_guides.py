@@ -1,0 +1,361 @@
+"""What the project's .md files say is true: links, anchors, commands, and what commands do.
+
+Every command of a code block or a table is run by `test_commands_run`, in a folder that holds
+what the guides name (my_text, my.model, checkpoints, ...), unless `NOT_RUN` has a reason for it or
+the page has one in front of the block: `<!-- not run: REASON -->`.
+"""
+
+import argparse
+import contextlib
+import gzip
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from megatron_mdm.errors import UserError
+from megatron_mdm.mcore.flags import arguments
+from tests import ROOT, guides, ranks
+from tests.guides import Command
+from tests.ranks import entries
+
+COMMANDS = {page: list(guides.commands(page)) for page in guides.pages()}
+WITH_COMMANDS = [page for page, commands in COMMANDS.items() if commands]
+
+# Why commands are not run here, by what their text matches; the first that matches holds.
+NOT_RUN = {
+    r"^(.* )?\.\.\.( |$)": "a part of a command",
+    r"[A-Z]{3,}(_[A-Z]+)*( |$)(?<!WSD )": "has names in capitals to fill in",
+    r"tests/|pytest": "runs the tests",
+    r"quickstart\.sh": "trains for minutes",
+    r"sbatch|srun|--nnodes": "needs several machines",
+    r"finetune/\w+\.sh": "takes minutes: tests/examples/test_continue_examples.py runs one",
+    r"reproduce/\w+\.py": "takes minutes or hours: tests/examples/test_reproduce.py runs `ci`",
+    r"benchmark\.py": "takes minutes: tests/tools/benchmarks runs them in small",
+    r"simulate\.py": "takes minutes: tests/examples/test_fp8_simulation.py runs parts",
+    r"kit/": "takes a GPU: tests/examples/test_gpu_kit.py",
+    r"--tasks|megatron_mdm\.lm_eval": "fetches tasks and their data",
+}
+# What stands for a number or a name in a command.
+STAND_INS = {"ID", "N", "K", "X", "P", "A", "B", "MEAN", "STD", "START", "END", "NODES", "GPUS"}
+
+
+def reason(command: Command) -> str | None:
+    """Why a command is not run."""
+    if command.code.mark:
+        return command.code.mark
+    if command.code.kind == "span":
+        return "stands in a sentence"
+    text = str(command)
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, text)), None)
+
+
+def runnable(page: str) -> list[Command]:
+    return [command for command in COMMANDS[page] if reason(command) is None]
+
+
+# Links
+
+
+@pytest.mark.parametrize("page", guides.pages())
+def test_links_and_anchors_lead_somewhere(page):
+    for link in guides.links(page):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            assert link.startswith("https://"), link
+            continue
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            name = target.resolve().relative_to(ROOT).as_posix()
+            assert anchor in guides.anchors(name), link
+
+
+def test_the_readme_is_short():
+    assert len(guides.text_of("README.md").splitlines()) <= 200
+
+
+# Words of commands
+
+
+class Parsed(BaseException):
+    """The command line is right; what would follow is not done."""
+
+
+@contextlib.contextmanager
+def only_parsing(is_partial: bool):
+    """Parsers refuse what they would refuse, abbreviations too, and then stop the program."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(parser, args=None, namespace=None):
+        make_strict(parser, is_partial)
+        original(parser, args, namespace)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        yield patch
+
+
+def make_strict(parser: argparse.ArgumentParser, is_partial: bool) -> None:
+    parser.allow_abbrev = False
+    for group in parser._mutually_exclusive_groups:
+        group.required = group.required and not is_partial
+    for action in parser._actions:
+        action.required = action.required and not is_partial
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                make_strict(command, is_partial)
+
+
+@pytest.fixture(scope="module")
+def pretrain_parser():
+    """The parser of the program, whose mistakes are a `UserError`."""
+
+    class Built(BaseException):
+        pass
+
+    def build(parser):
+        raise Built(arguments._quiet_parser(parser))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain"])
+        with pytest.raises(Built) as caught:
+            arguments.parse_args(build)
+    return caught.value.args[0]
+
+
+def check_words(command: Command, pretrain_parser) -> None:
+    """Fails if the program does not exist or refuses the command line."""
+    program, words, flags = split(command)
+    for word in command.words:
+        if re.match(r"(\.github|examples|megatron_mdm|tests|tools)/", word):
+            assert (ROOT / word.split("::")[0]).exists(), word
+    if program.endswith(".sh"):
+        check_script(command, program, words)
+    if flags is not None:
+        pretrain_parser.parse_args([word for word in flags if word != "..."])
+    elif program.endswith(".py") or program == "megatron_mdm.lm_eval":
+        with only_parsing(command.is_partial) as patch:
+            patch.setattr(sys, "argv", [program, *(word for word in words if word != "...")])
+            patch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+            patch.chdir(ROOT)
+            with pytest.raises(Parsed):
+                if program.endswith(".py"):
+                    runpy.run_path(program, run_name="__main__")
+                else:
+                    runpy.run_module(program, run_name="__main__", alter_sys=True)
+    elif program.startswith("megatron_mdm"):
+        assert importlib.util.find_spec(program), program
+
+
+def split(command: Command) -> tuple[str, list[str], list[str] | None]:
+    """File or module, its words, and those among them that are flags of the training program.
+
+    Words in capitals stand for a number.
+    """
+    words = ["1" if word in STAND_INS else word for word in command.words]
+    if words[0] == "torchrun" or words[1:3] == ["-m", "megatron_mdm.launch"]:
+        launched = words[1:] if words[0] == "torchrun" else words[3:]
+        if "..." in launched and "-m" not in launched:
+            return "torchrun", launched, launched
+        if "-m" not in launched and not any(word.endswith(".py") for word in launched):
+            launched = [*launched, "-m", "megatron_mdm.launch"]  # its words alone
+        options = get_args_parser().parse_args([word for word in launched if word != "..."])
+        words = ["python", "-m" * options.module, options.training_script]
+        words = [*filter(None, words), *options.training_script_args]
+    rest = words[1:] if words[1] != "-m" else words[2:]
+    program, rest = rest[0], rest[1:]
+    if program in ("megatron_mdm.pretrain", "megatron_mdm.experiments.autoregressive"):
+        return program, rest, rest
+    if program == "examples/pretrain/launch.sh":
+        return program, rest, rest[3:] if "..." not in rest else []
+    return program, rest, None
+
+
+def check_script(command: Command, program: str, words: list[str]) -> None:
+    """Names of the environment and flags are in the text of a script, or of what it sources."""
+    text = (ROOT / program).read_text()
+    for sourced in re.findall(r"^\s*source (\S+\.sh)", text, re.M):
+        text += (ROOT / sourced).read_text()
+    for name in command.environment:
+        assert re.search(rf"\b{name}\b", text), name
+    if program == "examples/pretrain/launch.sh":
+        model = words[0]
+        assert model in ("...", "MODEL") or (ROOT / f"examples/pretrain/{model}.flags").exists()
+    elif program != "tests/run.sh":
+        assert all(word in text for word in words if word.startswith("--"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_COMMANDS)
+def test_programs_know_the_words_of_all_commands(page, pretrain_parser, capsys):
+    for command in COMMANDS[page]:
+        try:
+            check_words(command, pretrain_parser)
+        except (SystemExit, UserError, AssertionError) as error:
+            said = capsys.readouterr().err.strip().splitlines()[-1:]
+            pytest.fail(f"{command.place}: {error} {' '.join(said)}")
+
+
+def test_blocks_of_python_are_python():
+    found = [x for page in guides.pages() for x in guides.codes(page) if x.language == "python"]
+    assert found
+    for code in found:
+        compile(code.text, f"{code.page}:{code.line}", "exec")
+
+
+# Runs
+
+
+def test_every_reason_not_to_run_a_command_is_of_use():
+    """And all commands without one are those that `test_commands_run` runs."""
+    found = {str(c): reason(c) for commands in COMMANDS.values() for c in commands}
+    for text, why in sorted(found.items(), key=lambda pair: pair[1] or ""):
+        print(f"{why or 'run'}: {text}")
+    assert set(NOT_RUN.values()) <= set(found.values())
+    assert None in found.values()
+
+
+SIZES = [
+    *"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 32".split(),
+    *"--seq-length 32 --max-position-embeddings 32".split(),
+]
+SHORT = [
+    *"--mdm-device cpu --micro-batch-size 2 --global-batch-size 8 --train-iters 2".split(),
+    *"--lr-warmup-iters 1 --eval-iters 0 --log-interval 1 --num-workers 0".split(),
+]
+ARCHITECTURE = [
+    *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
+    *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
+]
+# Flags that make a program small enough.
+SMALL = {
+    "tools/train_tokenizer.py": "--vocab-size 400",
+    "tools/evaluate.py": "--device cpu --rows 4 --draws 2",
+    "tools/fit_ppots.py": "--device cpu --rates 5 --rows 4 --masks 2",
+    "tools/generate.py": "--device cpu",
+    "tools/variance_report.py": "--device cpu --rows 8",
+}
+CONVERSATION = {
+    "messages": [
+        {"role": "user", "content": "Write name 2 times."},
+        {"role": "assistant", "content": "name name"},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """A folder with what the guides name, tiny, and one checkpoint that all of them share."""
+    here = tmp_path_factory.mktemp("stage")
+    for name in ("examples", "megatron_mdm", "tools"):
+        (here / name).symlink_to(ROOT / name)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [path.read_text()[:20_000] for path in sorted(library.glob("[a-c]*.py"))]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (here / "corpus.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (here / "held_out.jsonl").write_text(lines)
+    pair = {"prompt": "Write name 2 times.", "response": "name name"}
+    (here / "train.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    (here / "chats.jsonl").write_text((json.dumps(CONVERSATION) + "\n") * 20)
+    (here / "chat.json").write_text(json.dumps(CONVERSATION["messages"][:1]))
+    (here / "files.txt").write_text("held_out.jsonl\n")
+
+    def tool(*words):
+        run = ranks.run_forked(*words, directory=here)
+        assert run.returncode == 0, run.stderr[-3000:]
+
+    tool(*"tools/train_tokenizer.py --input corpus.jsonl.gz --output my.model".split(), *SMALL[
+        "tools/train_tokenizer.py"
+    ].split())
+    tool(*"tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix my_text".split(), *[
+        "--tokenizer-model", "my.model",
+    ])
+    for directory, family in (("LLaDA-8B-Base", "llada"), ("Qwen2.5-7B", "qwen2")):
+        tool("examples/tiny_model.py", "--family", family, "--output", directory)
+        converted = "llada" if family == "llada" else "qwen"
+        mask = ["--add-mask-token"] * (family == "qwen2")
+        words = f"tools/convert_checkpoint.py --to megatron --input {directory} --output {converted}"
+        tool(*words.split(), *mask)
+    shutil.copytree(here / "LLaDA-8B-Base", here / "my-tokenizer")
+    words = "tools/preprocess_data.py --input train.jsonl --prompt-key prompt --response-key"
+    tool(*words.split(), *"response --hf-tokenizer my-tokenizer --output-prefix pairs".split())
+    train(here, [
+        *ARCHITECTURE,
+        *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {here}/my.model".split(),
+        *f"--data-path {here}/my_text --split 90,10,0 --train-iters 4 --lr 1e-3".split(),
+    ], "checkpoints", 1)
+    shutil.copytree(here / "llada", here / "runs/llada")
+    shutil.copytree(here / "checkpoints", here / "runs/quickstart/checkpoint")
+    shutil.copytree(here / "tb", here / "runs/quickstart/tensorboard")
+    for end in (".bin", ".idx", ".json"):
+        shutil.copy(here / f"my_text{end}", here / f"runs/quickstart/text{end}")
+    return here
+
+
+def train(here: Path, flags: list[str], save: str, count: int) -> None:
+    """Trains a tiny model with these flags, in which names are those of files in `here`."""
+    own = [
+        *SIZES,
+        *(word for word in SHORT if "--train-iters" not in flags or word),
+        *f"--save {here / save} --load {here / save} --save-interval 2".split(),
+        *f"--tensorboard-dir {here / 'tb'} --data-cache-path {here / 'cache'}".split(),
+    ]
+    known = [str(here / word) if is_file(here / word) else word for word in flags]
+    words = [word for word in known if word not in ("--bf16", "--moe-grouped-gemm")]
+    ranks.launch(here / "log", count, "--", *words, *own, entry=entries.only_these_flags)
+
+
+def is_file(path: Path) -> bool:
+    return path.exists() or path.with_name(f"{path.name}.idx").exists()
+
+
+def run(command: Command, here: Path) -> None:
+    program, words, flags = split(command)
+    if program == "examples/pretrain/launch.sh":
+        result = subprocess.run(
+            ["bash", program, *words],
+            cwd=here,
+            env={
+                **os.environ,
+                **command.environment,
+                "DRY_RUN": "1",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "megatron_mdm.pretrain" in result.stdout
+    elif flags is not None:
+        count = 2 if any("parallel-size" in word for word in flags) else 1
+        train(here, flags, "trained", count)
+    else:
+        small = [*SMALL.get(program, "").split()]
+        result = ranks.run_forked(program, *words, *small, directory=here)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", [page for page in guides.pages() if runnable(page)])
+def test_commands_run(page, stage, tmp_path):
+    """One after the other, as a reader would give them."""
+    here = tmp_path / "here"
+    shutil.copytree(stage, here, symlinks=True)
+    for command in dict.fromkeys(map(str, runnable(page))):
+        one = next(c for c in runnable(page) if str(c) == command)
+        try:
+            run(one, here)
+        except AssertionError as error:
+            raise AssertionError(f"{one.place}: {error}") from error
