@@ -3,12 +3,12 @@
 A command is a line of a code block, or a code span, that starts one of the project's programs.
 """
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -109,7 +109,7 @@ def anchors(page: str) -> frozenset[str]:
     """Anchors of the headings, as GitHub makes them."""
     found: set[str] = set()
     tokens = _tokens(page)
-    for heading, inline in zip(tokens, tokens[1:], strict=False):
+    for heading, inline in itertools.pairwise(tokens):
         if heading.type != "heading_open":
             continue
         parts = inline.children or []
