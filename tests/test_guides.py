@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,26 +18,29 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.experiments import autoregressive
 from megatron_mdm.mcore.flags import arguments
+from megatron_mdm.pretrain import main
 from tests import ROOT, guides, ranks
 from tests.guides import Command
 from tests.ranks import entries
+from tests.tiers import LONG
 
 COMMANDS = {page: list(guides.commands(page)) for page in guides.pages()}
 
 # Why commands are not run here, by what their text matches; the first that matches holds.
 NOT_RUN = {
     r"^(.* )?\.\.\.( |$)": "a part of a command",
-    r" (?!WSD )[A-Z]{3,}(_[A-Z]+)*( |$)": "has names in capitals to fill in",
+    r"--help": "prints help",
     r"tests/|pytest": "runs the tests",
     r"quickstart\.sh": "trains for minutes",
-    r"sbatch|srun|--nnodes": "needs several machines",
     r"finetune/\w+\.sh": "takes minutes: tests/examples/test_continue_examples.py runs one",
     r"reproduce/\w+\.py": "takes minutes or hours: tests/examples/test_reproduce.py runs `ci`",
     r"benchmark\.py": "takes minutes: tests/tools/benchmarks runs them in small",
@@ -58,6 +62,8 @@ def reason(command: Command) -> str | None:
         return "has a date"
     if command.code.kind == "span":
         return "stands in a sentence"
+    if command.words[0] == "python" and len(command.words) == 2 + (command.words[1] == "-m"):
+        return "names a program"
     text = str(command)
     return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, text)), None)
 
@@ -139,16 +145,16 @@ def pretrain_parser():
 
 def check_words(command: Command, pretrain_parser) -> None:
     """Fails if the program does not exist or refuses the command line."""
-    program, words, flags = split(command)
     for word in command.words:
         if re.match(r"(\.github|examples|megatron_mdm|tests|tools)/", word):
             assert (ROOT / word.split("::")[0]).exists(), word
+    if "--help" in command.words:
+        return
+    program, words, flags = split(command)
     if program.endswith(".sh"):
         check_script(command, program, words)
     if flags is not None:
         pretrain_parser.parse_args([word for word in flags if word != "..."])
-    elif "--help" in words:
-        pass
     elif program.endswith(".py") or program == "megatron_mdm.lm_eval":
         with only_parsing(command.is_partial) as patch:
             patch.setattr(sys, "argv", [program, *(word for word in words if word != "...")])
@@ -231,17 +237,12 @@ def test_every_reason_not_to_run_a_command_is_of_use():
     assert None in found.values()
 
 
-SIZES = [
-    *"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 32".split(),
-    *"--seq-length 32 --max-position-embeddings 32".split(),
-]
+# Flags that make a training small and short; they stand after those of a guide, and so win.
 SHORT = [
-    *"--mdm-device cpu --micro-batch-size 2 --global-batch-size 8 --train-iters 2".split(),
-    *"--lr-warmup-iters 1 --eval-iters 1 --num-workers 0".split(),
-]
-ARCHITECTURE = [
-    *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
-    *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
+    *"--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 32".split(),
+    *"--seq-length 32 --max-position-embeddings 256 --micro-batch-size 2".split(),
+    *"--mdm-device cpu --global-batch-size 8 --train-iters 2 --lr-warmup-iters 1".split(),
+    *"--eval-iters 1 --num-workers 0".split(),
 ]
 # Flags that make a program small enough.
 SMALL = {
@@ -251,12 +252,6 @@ SMALL = {
     "tools/generate.py": "--device cpu",
     "tools/variance_report.py": "--device cpu --rows 8",
 }
-CONVERSATION = {
-    "messages": [
-        {"role": "user", "content": "Write name 2 times."},
-        {"role": "assistant", "content": "name name"},
-    ]
-}
 
 
 @pytest.fixture(scope="module")
@@ -265,72 +260,98 @@ def stage(tmp_path_factory):
     here = tmp_path_factory.mktemp("stage")
     for name in ("examples", "megatron_mdm", "tools"):
         (here / name).symlink_to(ROOT / name)
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text()[:20_000] for path in sorted(library.glob("[a-c]*.py"))]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (here / "corpus.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (here / "held_out.jsonl").write_text(lines)
-    pair = {"prompt": "Write name 2 times.", "response": "name name"}
-    (here / "train.jsonl").write_text((json.dumps(pair) + "\n") * 20)
-    (here / "chats.jsonl").write_text((json.dumps(CONVERSATION) + "\n") * 20)
-    (here / "chat.json").write_text(json.dumps(CONVERSATION["messages"][:1]))
-    (here / "files.txt").write_text("held_out.jsonl\n")
+    write_texts(here)
 
-    def tool(*words):
-        run = ranks.run_forked(*words, directory=here)
-        assert run.returncode == 0, run.stderr[-3000:]
+    def tool(line, *more):
+        run = ranks.run_forked(*line.split(), *more, directory=here)
+        assert run.returncode == 0, last_words(run.stderr)
 
-    tool(
-        *"tools/train_tokenizer.py --input corpus.jsonl.gz --output my.model".split(),
-        *SMALL["tools/train_tokenizer.py"].split(),
-    )
-    tool(
-        *"tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix my_text".split(),
-        *[
-            "--tokenizer-model",
-            "my.model",
-        ],
-    )
-    for directory, family in (("LLaDA-8B-Base", "llada"), ("Qwen2.5-7B", "qwen2")):
-        tool("examples/tiny_model.py", "--family", family, "--output", directory)
-        converted = "llada" if family == "llada" else "qwen"
-        mask = ["--add-mask-token"] * (family == "qwen2")
-        words = (
-            f"tools/convert_checkpoint.py --to megatron --input {directory} --output {converted}"
-        )
-        tool(*words.split(), *mask)
-    shutil.copytree(here / "LLaDA-8B-Base", here / "my-tokenizer")
-    words = "tools/preprocess_data.py --input train.jsonl --prompt-key prompt --response-key"
-    tool(*words.split(), *"response --hf-tokenizer my-tokenizer --output-prefix pairs".split())
+    tool("tools/train_tokenizer.py --input corpus.jsonl.gz --vocab-size 400 --output my.model")
+    data = "tools/preprocess_data.py --tokenizer-model my.model --input"
+    tool(f"{data} corpus.jsonl.gz --output-prefix my_text")
+    tool(f"{data} train.jsonl --prompt-key prompt --response-key response --output-prefix pairs")
+    for family, source, output, *more in (
+        ("llada", "LLaDA-8B-Base", "llada"),
+        ("qwen2", "Qwen2.5-7B", "qwen", "--add-mask-token"),
+    ):
+        tool(f"examples/tiny_model.py --family {family} --output {source}")
+        tool(f"tools/convert_checkpoint.py --to megatron --input {source} --output {output}", *more)
     train(
         here,
         [
-            *ARCHITECTURE,
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {here}/my.model".split(),
-            *f"--data-path {here}/my_text --split 90,10,0 --lr 1e-3 --eval-interval 2".split(),
+            *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
+            *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
+            *"--tokenizer-type SentencePieceTokenizer --tokenizer-model my.model".split(),
+            *"--data-path my_text --split 90,10,0 --lr 1e-3 --eval-interval 2".split(),
         ],
-        "checkpoints",
-        1,
+        save="checkpoints",
     )
-    shutil.copytree(here / "llada", here / "runs/llada")
-    shutil.copytree(here / "checkpoints", here / "runs/quickstart/checkpoint")
-    shutil.copytree(here / "tb", here / "runs/quickstart/tensorboard")
+    for source, *copies in (
+        ("llada", "runs/llada"),
+        ("LLaDA-8B-Base", "my-tokenizer", "my_tokenizer", "runs/tiny/llada"),
+        ("Qwen2.5-7B", "runs/tiny/qwen2"),
+        ("checkpoints", "runs/quickstart/checkpoint"),
+        ("tb", "runs/quickstart/tensorboard"),
+    ):
+        for copy in copies:
+            shutil.copytree(here / source, here / copy)
     for end in (".bin", ".idx", ".json"):
-        shutil.copy(here / f"my_text{end}", here / f"runs/quickstart/text{end}")
+        for copy in ("runs/quickstart/text", "package_text", "tests_text"):
+            shutil.copy(here / f"my_text{end}", here / f"{copy}{end}")
     return here
 
 
-def train(here: Path, flags: list[str], save: str, count: int) -> None:
+def write_texts(here: Path) -> None:
+    """Texts, pairs and conversations in files of the guides' names."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [path.read_text()[:20_000] for path in sorted(library.glob("[a-c]*.py"))]
+    texts = [text[i : i + 1000] for text in texts for i in range(0, len(text), 1000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (here / "corpus.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (here / "held_out.jsonl").write_text(lines)
+    for name in ("files.txt", "package.txt", "tests.txt"):
+        (here / name).write_text("held_out.jsonl\n")
+    pair = {"prompt": "Write name 2 times.", "response": "name name"}
+    (here / "train.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    question = {"role": "user", "content": pair["prompt"]}
+    answer = {"role": "assistant", "content": pair["response"]}
+    chat = json.dumps({"messages": [question, answer]})
+    (here / "chats.jsonl").write_text(f"{chat}\n" * 20)
+    (here / "chat.json").write_text(json.dumps([question]))
+
+
+def next_tokens() -> None:
+    """The program of the same network as an autoregressive model, with the flags after `--`."""
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    main(autoregressive.next_tokens)
+
+
+def train(
+    here: Path,
+    flags: list[str],
+    save: str = "trained",
+    entry: Callable[[], None] = entries.only_these_flags,
+) -> None:
     """Trains a tiny model with these flags, in which names are those of files in `here`."""
-    own = [
-        *SIZES,
+    own = f"--save {here}/{save} --load {here}/{save} --save-interval 2".split()
+    own += f"--tensorboard-dir {here}/tb --data-cache-path {here}/cache".split()
+    words = [str(here / word) if is_file(here / word) else word for word in flags]
+    count = 2 if any("parallel-size" in word for word in flags) else 1
+    ranks.launch(
+        here / "log",
+        count,
+        "--",
+        *(word for word in words if word != "--bf16"),
         *SHORT,
-        *f"--save {here / save} --load {here / save} --save-interval 2".split(),
-        *f"--tensorboard-dir {here / 'tb'} --data-cache-path {here / 'cache'}".split(),
-    ]
-    known = [str(here / word) if is_file(here / word) else word for word in flags]
-    words = [word for word in known if word not in ("--bf16", "--moe-grouped-gemm")]
-    ranks.launch(here / "log", count, "--", *words, *own, entry=entries.only_these_flags)
+        *own,
+        entry=entry,
+    )
+
+
+def last_words(output: str) -> str:
+    """The line with which a program refuses its input, or the end of its output."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    return "\n".join(errors) or output[-3000:]
 
 
 def is_file(path: Path) -> bool:
@@ -352,28 +373,34 @@ def run(command: Command, here: Path) -> None:
             capture_output=True,
             text=True,
         )
-        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.returncode == 0, last_words(result.stderr)
         assert "megatron_mdm.pretrain" in result.stdout
+    elif program == "megatron_mdm.experiments.autoregressive":
+        train(here, words, entry=next_tokens)
     elif flags is not None:
-        count = 2 if any("parallel-size" in word for word in flags) else 1
-        train(here, flags, "trained", count)
+        train(here, words)
     else:
-        small = SMALL.get(program, "").split()
         if "--output" in words:  # the reader does not have it yet
             output = here / words[words.index("--output") + 1]
             shutil.rmtree(output, ignore_errors=True)
+        small = SMALL.get(program, "").split()
         result = ranks.run_forked(program, *words, *small, directory=here)
-        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.returncode == 0, last_words(result.stderr)
 
 
+@pytest.mark.timeout(LONG)
 @pytest.mark.parametrize("page", [page for page in guides.pages() if runnable(page)])
 def test_commands_run(page, stage, tmp_path):
-    """One after the other, as a reader would give them."""
-    here = tmp_path / "here"
-    shutil.copytree(stage, here, symlinks=True)
-    for command in dict.fromkeys(map(str, runnable(page))):
-        one = next(c for c in runnable(page) if str(c) == command)
-        try:
-            run(one, here)
-        except AssertionError as error:
-            raise AssertionError(f"{one.place}: {error}") from error
+    """Those of a block one after the other; each block has the files of the stage."""
+    done = set()
+    for line, block in itertools.groupby(runnable(page), lambda command: command.code.line):
+        here = tmp_path / f"line-{line}"
+        shutil.copytree(stage, here, symlinks=True)
+        for command in block:
+            if str(command) in done:
+                continue
+            done.add(str(command))
+            try:
+                run(command, here)
+            except AssertionError as error:
+                pytest.fail(f"{command.place}:\n{last_words(str(error))}")
