@@ -13,7 +13,7 @@
 # (default: MODEL). The same command resumes, and another RUN begins anew.
 # GPUS: of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
 # Transformer Engine, as FP8=tensorwise or blockwise on H100 and mxfp8 on Blackwell; with delayed comes the margin that
-# megatron_mdm/mcore/FP8.md recommends. PORT: of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, as
+# README recommends. PORT: of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, as
 # TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
 # Options of sbatch win over those above. examples/scale/README.md says how Slurm has a run save before its time is up.
 # Environment: one with Transformer Engine, as README installs it, is taken to be active.

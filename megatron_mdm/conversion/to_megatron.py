@@ -178,8 +178,8 @@ def to_megatron(
     if launch is not None:
         log(
             "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by "
-            "you; batch, schedule and layout are yours to change, see examples/pretrain/README.md:"
-            f"\n\n{launch}\n"
+            "you; batch, schedule and layout are yours to change, see README:\n\n"
+            f"{launch}\n"
         )
 
 

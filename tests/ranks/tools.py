@@ -41,16 +41,16 @@ def run_tool(name: str, *flags: str) -> str:
 def run_forked(
     file: str, *flags: str, without: Iterable[str] = (), directory: Path = ROOT
 ) -> subprocess.CompletedProcess:
-    """How a program of the project ends on one rank, in a fork of the warm process.
+    """Runs a program of the project on one rank, in a fork of the warm process.
 
-    It has what the tests have imported and the environment of the test. `run_tool` and
-    subprocess start it as users do, which takes seconds longer.
+    The fork has the imports of the tests and the environment of the calling test. `run_tool` and
+    subprocess start a program as users do, which takes seconds longer.
 
     Args:
-        file: its path in the project.
-        flags: what follows on its command line.
-        without: packages that it finds not installed.
-        directory: where it runs, from which the path of the file leads to it too.
+        file: path of the program in the project.
+        flags: its command line after the file.
+        without: packages that the program finds not installed.
+        directory: working directory of the program, in which the path of the file is valid too.
     """
     with tempfile.TemporaryDirectory() as logs:
         words, environment = [file, *flags], dict(os.environ)
