@@ -1,8 +1,9 @@
-"""What the project's .md files say is true: links, anchors, commands, and what commands do.
+"""Checks links, anchors and commands of the project's .md files.
 
-Every command of a code block or a table is run by `test_commands_run`, in a folder that holds
-what the guides name (my_text, my.model, checkpoints, ...), unless `NOT_RUN` has a reason for it or
-the page has one in front of the block: `<!-- not run: REASON -->`.
+`test_commands_run` runs every command of a code block or a table. It runs them in a folder with
+tiny files that have the names of the guides (my_text, my.model, checkpoints, ...). A command is
+left out if `NOT_RUN` has a reason, or if the page has one in front of its block:
+`<!-- not run: REASON -->`.
 """
 
 import argparse
@@ -35,12 +36,12 @@ from tests.tiers import LONG
 
 COMMANDS = {page: list(guides.commands(page)) for page in guides.pages()}
 
-# Why commands are not run here, by what their text matches; the first that matches holds.
+# Reasons not to run a command, by a pattern in its text; the first pattern that matches decides.
 NOT_RUN = {
     r"^(.* )?\.\.\.( |$)": "a part of a command",
     r"--help": "prints help",
     r"tests/|pytest": "runs the tests",
-    r"quickstart\.sh": "trains for minutes",
+    r"quickstart\w*\.(sh|py)": "trains for minutes",
     r"finetune/\w+\.sh": "takes minutes: tests/examples/test_continue_examples.py runs one",
     r"reproduce/\w+\.py": "takes minutes or hours: tests/examples/test_reproduce.py runs `ci`",
     r"benchmark\.py": "takes minutes: tests/tools/benchmarks runs them in small",
@@ -48,14 +49,14 @@ NOT_RUN = {
     r"kit/": "takes a GPU: tests/examples/test_gpu_kit.py",
     r"--tasks|megatron_mdm\.lm_eval": "fetches tasks and their data",
 }
-# Pages of measurements have the commands of their day, whose programs may have changed since.
+# Pages of measurements keep the commands of their day; the programs may have changed since.
 DATED = "tools/benchmarks/results/"
-# What words in capitals stand for: a number, or the id of the mask in `my.model`.
+# Values for words in capitals: a number, or the id of the mask token in `my.model`.
 STAND_INS = dict.fromkeys("N K X P A B MEAN STD START END NODES GPUS".split(), "1") | {"ID": "3"}
 
 
 def reason(command: Command) -> str | None:
-    """Why a command is not run."""
+    """The reason why a command is not run, or None."""
     if command.code.mark:
         return command.code.mark
     if command.code.page.startswith(DATED):
@@ -97,12 +98,12 @@ def test_the_readme_is_short():
 
 
 class Parsed(BaseException):
-    """The command line is right; what would follow is not done."""
+    """Ends a program after it has accepted its command line."""
 
 
 @contextlib.contextmanager
 def only_parsing(is_partial: bool):
-    """Parsers refuse what they would refuse, abbreviations too, and then stop the program."""
+    """Makes parsers stop the program once they accept its words; abbreviations are refused."""
     original = argparse.ArgumentParser.parse_args
 
     def parse(parser, args=None, namespace=None):
@@ -229,7 +230,7 @@ def test_blocks_of_python_are_python():
 
 
 def test_every_reason_not_to_run_a_command_is_of_use():
-    """And all commands without one are those that `test_commands_run` runs."""
+    """Prints both lists: the commands that run, and the others with their reasons."""
     found = {str(c): reason(c) for commands in COMMANDS.values() for c in commands}
     for text, why in sorted(found.items(), key=lambda pair: pair[1] or ""):
         print(f"{why or 'run'}: {text}")
@@ -256,7 +257,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """A folder with what the guides name, tiny, and one checkpoint that all of them share."""
+    """A folder with tiny files of the guides' names, and one checkpoint that all guides share."""
     here = tmp_path_factory.mktemp("stage")
     for name in ("examples", "megatron_mdm", "tools"):
         (here / name).symlink_to(ROOT / name)
