@@ -40,7 +40,7 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "test": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"),
-            *("matplotlib", "transformers", "lm-eval>=0.4.13"),
+            *("matplotlib", "transformers", "lm-eval>=0.4.13", "markdown-it-py"),
         ],
     },
 )

@@ -1,18 +1,11 @@
-"""README.md and the READMEs of the package describe the tree as it is."""
+"""The guides of the package and of the examples describe the tree as it is."""
 
 import re
-
-import pytest
 
 from tests import ROOT
 from tests.test_import_order import MODULES, ORDER
 
-PARTS = ("megatron_mdm", "tools", "examples", "tests")
 PACKAGE = ROOT / "megatron_mdm"
-READMES = [
-    ROOT / "README.md",
-    *(path for name in PARTS for path in (ROOT / name).rglob("README.md")),
-]
 TEXT = (PACKAGE / "README.md").read_text(encoding="utf-8")
 
 
@@ -46,13 +39,6 @@ def test_ten_files_are_read_first():
     found = re.findall(r"^\d+\. `([\w/.]+)`: ", TEXT, re.M)
     assert len(found) == 10
     assert all((PACKAGE / name).is_file() for name in found)
-
-
-@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT).as_posix() for path in READMES))
-def test_links_lead_somewhere(name):
-    path = ROOT / name
-    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", path.read_text(encoding="utf-8"))
-    assert all((path.parent / link).exists() for link in links), links
 
 
 def test_the_binding_names_what_exists():

@@ -38,7 +38,9 @@ def run_tool(name: str, *flags: str) -> str:
     return result.stdout
 
 
-def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subprocess.CompletedProcess:
+def run_forked(
+    file: str, *flags: str, without: Iterable[str] = (), directory: Path = ROOT
+) -> subprocess.CompletedProcess:
     """Runs a program of the project on one rank, in a fork of the warm process.
 
     The fork has the imports of the tests and the environment of the calling test. `run_tool` and
@@ -48,25 +50,30 @@ def run_forked(file: str, *flags: str, without: Iterable[str] = ()) -> subproces
         file: path of the program in the project.
         flags: its command line after the file.
         without: packages that the program finds not installed.
+        directory: working directory of the program, in which the path of the file is valid too.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as logs:
         words, environment = [file, *flags], dict(os.environ)
         process = server.context().Process(
-            target=_run_file, args=(words, environment, list(without), directory)
+            target=_run_file, args=(words, environment, list(without), logs, directory)
         )
         process.start()
         process.join(TIMEOUT)
         process.kill()
         process.join()
-        output, errors = (Path(directory, name).read_text() for name in ("stdout", "stderr"))
+        output, errors = (Path(logs, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(words, process.exitcode, output, errors)
 
 
 def _run_file(
-    words: list[str], environment: dict[str, str], without: list[str], directory: str
+    words: list[str],
+    environment: dict[str, str],
+    without: list[str],
+    logs: str,
+    directory: Path,
 ) -> None:
     for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(os.path.join(logs, name), os.O_WRONLY | os.O_CREAT), number)
     # While it is imported, Megatron sets up a log handler on the current stdout. In a tool's own
     # process that is stderr, because `open_checkpoint` imports Megatron and keeps stdout for the
     # tool.
@@ -74,7 +81,7 @@ def _run_file(
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
     os.environ |= environment
-    os.chdir(ROOT)
+    os.chdir(directory)
     sys.modules.update(dict.fromkeys(without))
     sys.argv = words
     sys.path.insert(0, os.path.dirname(words[0]))
