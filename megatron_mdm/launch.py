@@ -36,6 +36,8 @@ REPORTERS = (
 
 def main() -> None:
     """Runs torchrun in this process."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
     launcher = _Launcher()
     for number in SIGNALS:
         signal.signal(number, launcher.hand_on)
