@@ -1,6 +1,8 @@
 """Runs lm_eval's own command, with checkpoints of this package as its model `mdm`.
 
-python -m megatron_mdm.lm_eval run --model mdm --model_args load=checkpoints --tasks arc_easy
+    python -m megatron_mdm.lm_eval run --model mdm --model_args load=checkpoints --tasks arc_easy
+
+The flags are lm_eval's. megatron_mdm/lm_eval/__init__.py has the arguments of the model.
 """
 
 import importlib.util
