@@ -13,7 +13,7 @@ Nested draws of rows, rates and masks give the shares of the masking pattern (A)
 the data noise of the same network on the same rows as an autoregressive model, with a causal mask
 and next tokens. For this, --autoregressive names the weights of a model that was trained so,
 because a diffusion model predicts no next tokens. Other masks of the same rows give the table of
-methods; --methods chooses its rows.
+methods.
 
 The estimates are unbiased, so a small B or C can come out negative: see the error bars. An
 interrupted run keeps its measurements in variance.json.partial, and the same command continues.
