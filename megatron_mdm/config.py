@@ -373,7 +373,7 @@ class MDMConfig:
                 *(f"ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
             )
         if self.bell_fade is not None and self.ppots_refit_interval:
-            del needs["ppots"]  # it takes over from the bell
+            del needs["ppots"]  # P-POTS takes over from the bell
         for sampler, flags in needs.items():
             given = [name for name, value in flags.items() if value]
             if given and self.rate_sampler != sampler:
@@ -429,7 +429,7 @@ class MDMConfig:
             raise UserError(f"--mdm-bell-fade takes 0 <= START <= END <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
-        """Refuses settings that do nothing without the flag `needed`, which is not given."""
+        """Refuses settings that do nothing without the flag `needed`, which is missing."""
         for name in names:
             if getattr(self, name) != getattr(MDMConfig, name):
                 raise UserError(f"{flag_of(name)} needs {needed}: it does nothing without")
@@ -438,7 +438,8 @@ class MDMConfig:
     def from_args(cls, args: Namespace) -> "MDMConfig":
         """Takes the `mdm_*` values out of Megatron's arguments.
 
-        Those of a checkpoint may be older than a flag, whose default then is how it was trained.
+        The arguments of a checkpoint may be older than a flag. The default of the flag is then the
+        value that the checkpoint was trained with.
         """
         given = {field.name: destination(field.name) for field in fields(cls)}
         return cls(
@@ -450,12 +451,12 @@ class MDMConfig:
         return {destination(name): value for name, value in asdict(self).items()}
 
     def least_masked_fraction(self, seq_length: int) -> float:
-        """Least mean fraction of a row that is masked: eps, or one token of an exact count."""
+        """Smallest mean masked fraction of a row: eps, or one token of an exact count."""
         return 1.0 / seq_length if self.mask == "exact-count" else self.eps
 
     @property
     def bell(self) -> tuple[str, list[float]] | None:
-        """Name and parameters of the bell that rates come from; None: from none."""
+        """Name and parameters of the bell-shaped density in use; None if there is none."""
         parameters = {"logit-normal": self.logit_normal, "beta": self.beta}.get(self.rate_sampler)
         return (self.rate_sampler, parameters) if parameters else None
 
@@ -500,9 +501,9 @@ SECTIONS = {
 
 
 def requested_device() -> str:
-    """The value of --mdm-device on the command line, needed before Megatron can be imported.
+    """The value of --mdm-device on the command line, which is needed before Megatron is imported.
 
-    Asking for help needs no GPU.
+    --help needs no GPU.
     """
     if _asks_for_help():
         return "cpu"
@@ -510,9 +511,9 @@ def requested_device() -> str:
 
 
 def requested_save() -> str | None:
-    """The value of --save on the command line, needed before Megatron reads what lies there.
+    """The value of --save on the command line, needed before Megatron reads this directory.
 
-    None also where nothing is saved: with --skip-train or --help.
+    None also if nothing is saved: with --skip-train or --help.
     """
     if _asks_for_help() or "--skip-train" in sys.argv[1:]:
         return None
@@ -546,12 +547,12 @@ def flag_of(name: str) -> str:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of an argument of Megatron's or ours: mdm_eps -> --mdm-eps."""
+    """The command-line flag of an argument, Megatron's or ours: mdm_eps -> --mdm-eps."""
     return "--" + name.replace("_", "-")
 
 
 def _choice(config: MDMConfig, *names: str) -> None:
-    """Checks fields of Literal type, which a dataclass does not do by itself."""
+    """Checks fields of Literal type; a dataclass does not check them itself."""
     for name in names:
         annotation = MDMConfig.__annotations__[name]
         choices = get_args(get_args(annotation)[0]) or get_args(annotation)
