@@ -1,3 +1,3 @@
-"""Masked-diffusion language-model training for NVIDIA Megatron."""
+"""Stable training of masked-diffusion language models on NVIDIA Megatron."""
 
 __version__ = "0.1.0"

@@ -20,13 +20,18 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
         pipeline: whether the tool's model may be split in pipeline stages.
     """
     parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="device to compute on (default: %(default)s)",
+    )
     add_hashes_argument(parser)
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that lies beside the checkpoint's tokenizer; it never runs without "
-        "this flag, whatever the checkpoint says",
+        help="run Python code beside the checkpoint's tokenizer; without this flag it never runs, "
+        "whatever the checkpoint says",
     )
     if pipeline:
         parser.add_argument(
@@ -34,7 +39,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
             type=int,
             default=1,
             metavar="N",
-            help="stages under torchrun; the ranks of a stage share its tensors (default: 1)",
+            help="number of pipeline stages under torchrun; the ranks of a stage are "
+            "tensor-parallel (default: 1)",
         )
 
 
@@ -44,7 +50,7 @@ def add_hashes_argument(parser: argparse._ActionsContainer) -> None:
         "--no-checkpoint-hashes",
         dest="checkpoint_hashes",
         action="store_false",
-        help="do not compare the checkpoint's files with their SHA-256 (its integrity.json)",
+        help="do not compare the checkpoint's files with their SHA-256 hashes (integrity.json)",
     )
 
 

@@ -1,9 +1,10 @@
 """The settings of the objective: one dataclass that is also the source of the `--mdm-*` flags.
 
-Megatron's ArgumentGroupFactory turns every field into a flag and the text under it into the flag's
-help, which is why annotations here must stay real types (no `from __future__ import annotations`).
-A field that is on by default has a flag that turns it off, whose help is its own (`_turned_off`).
-The help ends with the default; the text under a field that is None by default says it in words.
+Megatron's ArgumentGroupFactory makes a flag of every field and takes the text under the field as
+the help of the flag. Annotations must therefore be real types (no `from __future__ import
+annotations`). A field that is on by default has the flag `--no-mdm-NAME`, which turns it off and
+has its own help text (`_turned_off`). The help ends with the default; if the default is None, the
+text under the field states it. `python -m megatron_mdm.mcore.flags.page` prints FLAGS.md.
 """
 
 import sys
@@ -15,7 +16,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.objective.bell_limits import BELLS, LEAST_PROPOSAL_SHARE, check_bell
 from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
-# Larger numbers are mistakes, for which there would be no memory.
+# Larger numbers are mistakes, and memory would not suffice for them.
 MOST_RATE_BINS = 10_000
 MOST_WINDOW = 2**24
 
@@ -25,209 +26,247 @@ def _turned_off(flag_help: str) -> Any:
     return field(default=True, metadata={"argparse_meta": {"help": flag_help}})
 
 
+def _shown_as(*values: str) -> dict[str, Any]:
+    """The metadata of a field whose values have these names in the help."""
+    return {"argparse_meta": {"metavar": values if len(values) > 1 else values[0]}}
+
+
 @dataclass(frozen=True)
 class MDMConfig:
     """The masked-diffusion objective (arXiv 2511.18159 and LLaDA, arXiv 2502.09992)."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    """Device to train on. `cpu` runs the same program over gloo, without a GPU."""
+    """Device to train on. `cpu` runs the same program with the gloo backend, without a GPU."""
 
     recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
-    """Sets the flags below together: `standard` none of the methods; `paper` P-POTS on the loss and
-    MIRROR; `clipped` rates from 0.3 to 0.8, whose loss is no bound; `recommended` what trained
-    best, of those that are bounds, at equal compute: P-POTS on the gradient, lattice quantiles and
-    exact-count masks. Flags given by hand win. Default: none of them; every flag has its own
-    default."""
+    """Sets several flags together: `standard` uses none of the methods; `paper` uses P-POTS, fitted
+    to the loss, and MIRROR; `clipped` draws rates from 0.3 to 0.8, so that its loss is no bound on
+    the negative log-likelihood; `recommended` uses P-POTS, fitted to the gradient, lattice
+    quantiles and exact-count masks. This recipe trained best at equal compute among those whose
+    loss is a bound. Flags on the command line win over the recipe. The run prints what its recipe
+    stands for. Default: none; every flag has its own default."""
 
     mask_token_id: int | None = None
-    """Id of the mask token, inside the padded vocabulary. Default: the tokenizer's."""
+    """Id of the mask token, at least 0 and below the padded vocabulary size. Default: the mask
+    token of the tokenizer."""
 
     vocab_size: int | None = None
-    """Rows of the vocabulary that are tokens. Later ones are padding, and take no part in the
-    softmax. Default: those of the checkpoint, or else of the tokenizer and the mask token."""
+    """Number of rows of the vocabulary that are tokens. The rows after them are padding and take no
+    part in the softmax. Default: the number of the checkpoint; without a checkpoint, the number
+    that the tokenizer and the mask token need."""
 
     rate_sampler: Literal["uniform", "clipped", "flat", "logit-normal", "beta", "ppots"] = "uniform"
-    """Density q of the masking rate t on (0, 1]; the loss is weighted by 1/q. `ppots` is the
-    paper's P-POTS, read from --mdm-ppots-file, fitted while training (--mdm-ppots-refit-interval),
-    or both. Others change the objective: `clipped` draws from --mdm-clip without a weight; `flat`
-    weighs uniform rates by 2t, so that masked tokens count about alike; `logit-normal` and `beta`
-    are bells (--mdm-logit-normal, --mdm-beta), unless --mdm-bell-role says `proposal`."""
+    """Density q of the masking rate t on (0, 1], and the weight of the loss. `uniform`: weight 1.
+    `ppots` is P-POTS of the paper: a fitted density, weight 1/q(t), the same objective. The density
+    is read from --mdm-ppots-file, fitted during training (--mdm-ppots-refit-interval), or both. The
+    other samplers change the objective. `clipped`: uniform between the ends of --mdm-clip, weight
+    1. `flat`: uniform, weight 2t, so that all masked tokens count about alike. `logit-normal` and
+    `beta` are bell-shaped densities (--mdm-logit-normal, --mdm-beta), weight 1; with
+    --mdm-bell-role proposal their weight is 1/q(t) and the objective stays the same."""
 
-    clip: list[float] | None = None
-    """The two ends of the rates of the clipped sampler, 0 <= low < high <= 1. Default: none; that
-    sampler needs them."""
+    clip: list[float] | None = field(default=None, metadata=_shown_as("LOW", "HIGH"))
+    """Ends of the interval of masking rates of --mdm-rate-sampler clipped, 0 <= LOW < HIGH <= 1.
+    Default: none; that sampler requires this flag."""
 
-    logit_normal: list[float] | None = None
-    """MEAN and STD of log(t / (1 - t)), for the sampler of this name. Default: none; that sampler
-    needs them."""
+    logit_normal: list[float] | None = field(default=None, metadata=_shown_as("MEAN", "STD"))
+    """Mean and standard deviation of log(t / (1 - t)) for --mdm-rate-sampler logit-normal, MEAN in
+    [-3, 3] and STD in [0.1, 3]. Default: none; that sampler requires this flag."""
 
-    beta: list[float] | None = None
-    """A and B of the Beta density of t, for the sampler of this name. Default: none; that sampler
-    needs them."""
+    beta: list[float] | None = field(default=None, metadata=_shown_as("A", "B"))
+    """Parameters of the Beta density of t for --mdm-rate-sampler beta, proportional to t^(A-1)
+    (1-t)^(B-1), both in [1, 100]. Default: none; that sampler requires this flag."""
 
     bell_uniform_share: float = 0.1
-    """Share a of the uniform in the density of a bell, w(t) = (1 - a) bell(t) + a, in (0, 1]."""
+    """Share a of the uniform density in a bell-shaped density, w(t) = (1 - a) bell(t) + a, in (0,
+    1]. A share above 0 trains every rate."""
 
     bell_role: Literal["objective", "proposal", "weight"] = "objective"
-    """`objective`: rates from the density of a bell without a weight, so that the objective is the
-    mean loss over it. `weight`: the same objective by uniform rates, weighted by the density.
-    `proposal`: rates from the density with weights of one over it, which leaves the objective as it
-    is, and needs --mdm-bell-uniform-share 0.1 or more."""
+    """Role of the bell-shaped density w(t). `objective`: rates are drawn from w and have the weight
+    1, so the objective is the mean loss over w. `weight`: the same objective from uniform rates
+    with the weight w(t). `proposal`: rates are drawn from w and have the weight 1/w(t), so the
+    objective is the one of uniform rates. `proposal` needs --mdm-bell-uniform-share 0.1 or more,
+    because its weights go up to one over the share."""
 
-    bell_fade: list[float] | None = None
-    """START and END, fractions of the run, 0 <= START <= END <= 1, between which the uniform share
-    of a bell rises to 1, linearly: from END on rates are uniform, and the objective is exact. A run
-    that goes on for longer than planned keeps the iterations, or samples, that these were. With
-    --mdm-ppots-refit-interval P-POTS begins at END. --mdm-bell-role objective only. Default: the
-    share stays as it is."""
+    bell_fade: list[float] | None = field(default=None, metadata=_shown_as("START", "END"))
+    """Fractions of the run, 0 <= START <= END <= 1, between which the uniform share of a bell rises
+    linearly to 1. From END on, rates are uniform and the objective is exact. The run converts both
+    to iterations, or to samples with --train-samples, when it begins; a longer run keeps these.
+    With --mdm-ppots-refit-interval, P-POTS takes over at END. Needs --mdm-bell-role objective.
+    Default: the share stays constant."""
 
-    ppots_file: str | None = None
-    """A density of t made by tools/fit_ppots.py (arXiv 2511.18159); with
-    --mdm-ppots-refit-interval the one to start from. Default: none; the run then starts from the
-    uniform density."""
+    ppots_file: str | None = field(default=None, metadata=_shown_as("FILE"))
+    """Density of t that tools/fit_ppots.py has fitted, a JSON file. With --mdm-ppots-refit-interval
+    the run starts from this density. A resume with another density needs --mdm-allow-flag-change.
+    Default: none; the run then starts from the uniform density."""
 
     ppots_refit_interval: int = 0
-    """Iterations between fits of the density of t to the rows of the run itself; 0: never."""
+    """Number of iterations between two fits of the density of t to the rows of the run itself, at
+    least 0. 0: the run fits no density. Other values need --ckpt-format torch_dist."""
 
     ppots_target: Literal["loss", "gradient"] = "loss"
-    """What such a fit measures of a row: its `loss`, the paper's, or the norm of the `gradient` of
-    its loss at the final hidden states, which is closer to what disturbs training."""
+    """Quantity of a row that P-POTS measures during training. `loss`: the loss of the row, as in
+    the paper. `gradient`: the norm of the gradient of this loss at the final hidden states, which
+    is closer to the noise that disturbs training."""
 
     ppots_bins: int = 30
-    """Equal bins of t in which the run measures its rows for P-POTS. With fewer than 7 the paper's
-    family, which has as many parameters, is left out of the choice; with fewer than 5 only the
-    measured values themselves are left."""
+    """Number of equal bins of t in which the run measures its rows for P-POTS, 1 to 1022. Fewer
+    than 7 bins exclude the paper's family EPR, which has 7 parameters, from the choice of a family;
+    fewer than 5 bins leave only the measured values themselves."""
 
     ppots_uniform_share: float = 0.1
-    """Share of the uniform in a density that the run fits, in (0, 1]; one over it bounds the
-    importance weight."""
+    """Share s of the uniform density in a density that the run fits, in (0, 1]. The importance
+    weight is at most 1/s."""
 
     ppots_decay: float = 0.5
-    """What older measurements count for after each fit, in [0, 1]."""
+    """Factor that multiplies the weight of older measurements after each fit, in [0, 1]."""
 
     row_order: Literal["epoch", "run"] | None = None
-    """Order of the rows of text. `epoch`: every epoch passes over all of them in an order of its
-    own, whatever the length of the run. `run`: Megatron's, which shuffles the epochs of a run
-    together, so that another length reorders all rows. Default: `epoch`; a run that resumes keeps
-    its order."""
+    """Order of the rows of text. `epoch`: every epoch has an order of its own, whatever the length
+    of the run. `run`: Megatron's order, which shuffles all epochs of a run together, so that a run
+    of another length has another order. Default: `epoch`; a resumed run keeps its order."""
 
     quantiles: Literal["iid", "strata", "lattice"] = "lattice"
-    """Where the quantiles of t come from: `iid` draws; `strata`, StraTS of the paper: stratified
-    over windows of --mdm-strata-window rows; `lattice`, a golden-ratio sequence on the row number,
-    which stratifies every contiguous window of rows."""
+    """Source of the quantiles of t. `iid`: independent draws. `strata` is StraTS of the paper:
+    draws that are stratified over windows of --mdm-strata-window rows. `lattice`: the quantile of
+    row i is (offset + i * golden ratio) mod 1, which stratifies every contiguous window of rows."""
 
     rate_per: Literal["row", "document"] = "row"
-    """What draws a masking rate and counts as one under --mdm-normalization rows: a `row`, or each
-    `document` of a packed row, which is then masked, weighted and measured as it would be alone."""
+    """Unit that draws a masking rate and that counts as one under --mdm-normalization rows: a
+    `row`, or each `document` of a packed row. The document is masked, weighted and measured as it
+    would be in a row of its own."""
 
-    strata: int | None = None
-    """Number of strata in a window. Default: the square root of the window, as the paper's."""
+    strata: int | None = field(default=None, metadata=_shown_as("N"))
+    """Number of strata in a window, at least 1 and at most the number of texts in the window
+    (--mdm-strata-window / --mdm-views). Default: the square root of the number of
+    texts in a window, as in the paper."""
 
-    strata_window: int | None = None
-    """Rows over which `strata` stratifies. Default: the global batch size."""
+    strata_window: int | None = field(default=None, metadata=_shown_as("ROWS"))
+    """Number of rows over which --mdm-quantiles strata stratifies, a multiple of --mdm-views.
+    Default: the global batch size."""
 
     mask: Literal["bernoulli", "exact-count"] = "bernoulli"
-    """`bernoulli`: every eligible token is masked with probability p(t) = (1 - eps) t + eps and
-    weighted by 1/p(t). `exact-count`: k = ceil(t L) of the L eligible tokens are masked, weighted
-    by L/k; the same objective in the limit eps -> 0, without the noise of the count."""
+    """How a row is masked at rate t. `bernoulli`: every eligible token is masked with probability
+    p(t) = (1 - eps) t + eps and has the weight 1/p(t). `exact-count`: k = ceil(t L) of the L
+    eligible tokens are masked and have the weight L/k. This is the same objective in the limit eps
+    -> 0, without the noise of the count."""
 
     views: int = 1
-    """Rows made of each text, with the same t and different masks; must divide the micro-batch
-    size. 2 is MIRROR of the paper, uniforms u and 1 - u; K turns them: frac(u + j/K). Compare at
-    equal rows: K views see a K-th of the texts."""
+    """Number of rows that are made of each text, with the same t and different masks; it must
+    divide the micro-batch size. 2 is MIRROR of the paper: uniform numbers u and 1 - u. For K > 2,
+    view j uses frac(u + j/K). Compare methods at equal rows: K views see a K-th of the texts."""
 
-    isad_token_ids: list[int] | None = None
-    """Tokens that ISAD of the paper masks more often. Bernoulli masks only. Default: none."""
+    isad_token_ids: list[int] | None = field(default=None, metadata=_shown_as("ID"))
+    """Ids of the tokens that ISAD of the paper masks more often. Needs --mdm-mask bernoulli.
+    Default: none."""
 
     isad_delta: float = 0.1
-    """What ISAD adds to the masking probability of its tokens, in [0, 1]."""
+    """Amount that ISAD adds to the masking probability of its tokens, in [0, 1]: they are masked
+    with probability p_i = min(p + delta, 1)."""
 
     isad_weight: Literal["inclusion", "exact"] = "inclusion"
-    """`inclusion` weighs each token by one over its own masking probability, which shifts what the
-    others are predicted from; `exact` weighs the row by the likelihood ratio of its mask, which is
-    unbiased, and heavy-tailed when many tokens are chosen; it raises p to (1 + p)/2 at most."""
+    """Weight under ISAD. `inclusion`: each token has the weight 1/p_i, one over its own masking
+    probability. This shifts the contexts from which the other tokens are predicted, and so the
+    objective. `exact`: every token has the weight 1/p times the likelihood ratio of the mask of the
+    row. This weight is unbiased, and heavy-tailed if many tokens are chosen; p_i is then at most (1
+    + p)/2."""
 
     eps: float = 1e-3
-    """Least masking probability, in (0, 1): bounds the weight 1/p(t) of Bernoulli masks. Exact
-    counts do not use it: they mask one token or more."""
+    """Smallest masking probability of Bernoulli masks, in (0, 1). It bounds their weight 1/p(t) by
+    1/eps. Exact-count masks do not use it, because they mask one token or more."""
 
     normalization: Literal["tokens", "rows"] = "tokens"
-    """`tokens`: sum of weighted losses over the global batch / its eligible tokens (pretraining).
-    `rows`: mean over rows of the loss per eligible token of the row (LLaDA's fine-tuning)."""
+    """How losses are averaged over the global batch. `tokens`: the sum of the weighted losses
+    divided by the number of eligible tokens (pretraining). `rows`: the mean over rows of the loss
+    per eligible token of the row (LLaDA's fine-tuning)."""
 
     head: Literal["masked", "full"] = "masked"
-    """Where logits and cross entropies are computed: at `masked` positions only, the others being
-    no part of the loss, or at all. Both give the same loss and gradients."""
+    """Positions at which logits and cross entropies are computed: the `masked` positions, which are
+    the only ones in the loss, or all positions (`full`). Both give the same loss and gradients.
+    Features that need logits of one shape, such as --cuda-graph-impl full_iteration and
+    --defer-embedding-wgrad-compute, need `full`."""
 
-    eod_eligible: bool = _turned_off("Leave end-of-document tokens out of masking and of the loss.")
+    eod_eligible: bool = _turned_off(
+        "Exclude end-of-document tokens from masking and from the loss."
+    )
     """End-of-document tokens take part in masking and in the loss."""
 
     eod_attended: bool = _turned_off(
-        "Hide end-of-document tokens from the attention of all positions."
+        "Hide end-of-document tokens from the attention of all positions. Needs --transformer-impl "
+        "local."
     )
     """All positions attend to end-of-document tokens."""
 
     pad_eligible: bool = False
-    """Let padding take part in masking and in the loss (LLaDA's fine-tuning pads with EOS so)."""
+    """Padding takes part in masking and in the loss. LLaDA's fine-tuning does this with
+    end-of-document tokens as padding."""
 
-    pad_attended: bool = _turned_off("Hide padding from the attention of all positions.")
+    pad_attended: bool = _turned_off(
+        "Hide padding from the attention of all positions. Needs --transformer-impl local."
+    )
     """All positions attend to padding, as in LLaDA."""
 
     isolate_documents: bool = False
-    """Attention stays inside each document of a packed row, and positions start over with it."""
+    """Attention stays inside each document of a packed row, and positions start at 0 in each
+    document. With --mdm-sft a row holds several pairs."""
 
     random_length_fraction: float = 0.0
-    """Fraction of the rows that end early, after a length uniform over 1 to --seq-length (LLaDA:
-    0.01), in [0, 1]. What follows is neither attended to nor predicted."""
+    """Fraction of the rows that end early, in [0, 1] (LLaDA: 0.01). The length of such a row is
+    uniform over 1 to --seq-length. The tokens after its end are neither attended to nor
+    predicted."""
 
     sft: bool = False
-    """Supervised fine-tuning: rows are pairs of a prompt, which stays visible, and a response, made
-    by tools/preprocess_data.py. LLaDA's has --mdm-normalization rows and --mdm-pad-eligible. With
-    --mdm-isolate-documents a row holds as many pairs as fit, none of which sees another."""
+    """Supervised fine-tuning: rows are pairs of a prompt and a response, made by
+    tools/preprocess_data.py. The prompt stays visible. LLaDA's fine-tuning adds --mdm-normalization
+    rows and --mdm-pad-eligible. With --mdm-isolate-documents a row holds as many pairs as fit, and
+    no pair sees another."""
 
     pad_response_to_multiple_of: int = 1
-    """For the packed pairs of --mdm-sft and --mdm-isolate-documents: every response ends with as
-    many end-of-document tokens as make its length a multiple of this, all of them eligible. What
-    is visible then tells the length up to the multiple only, so that the model learns to end a text
-    before its positions end."""
+    """Appends end-of-document tokens to every response until its length is a multiple of this
+    number, at least 1. All of them are eligible. The visible positions then tell the length of a
+    response up to the multiple only, so that the model learns to end a text before its positions
+    end. Needs the packed pairs of --mdm-sft with --mdm-isolate-documents."""
 
-    syrm_token_ids: list[int] | None = None
-    """Tokens of the prompt that SyRM of the paper masks like the response's. This changes the
-    objective. Default: none."""
+    syrm_token_ids: list[int] | None = field(default=None, metadata=_shown_as("ID"))
+    """Ids of the prompt tokens that SyRM of the paper masks like tokens of the response. This
+    changes the objective. Needs --mdm-sft. Default: none."""
 
     syrm_fraction: float = 0.0
-    """Fraction of the prompt's other tokens that SyRM masks too, in [0, 1]."""
+    """Fraction of the other prompt tokens that SyRM masks too, chosen at random, in [0, 1]. Any
+    fraction above 0 changes the objective. Needs --mdm-sft."""
 
     shift: bool = False
     """The logits of a position predict the token after it, as in Dream and in models that were
     trained autoregressively. The first token of a row is then never masked."""
 
     anneal_attention_iters: int = 0
-    """Iterations in which attention goes from causal to bidirectional, for a model that was trained
-    autoregressively; 0: bidirectional from the start. Evaluations are always bidirectional."""
+    """Number of iterations during which attention changes from causal to bidirectional, at least 0,
+    for a model that was trained autoregressively. 0: attention is bidirectional from the start.
+    Evaluations are always bidirectional. Needs --transformer-impl local."""
 
     rate_bins: int = 10
-    """Number of equal bins of t in which the logs show the loss."""
+    """Number of equal bins of t in which the logs show the loss, 1 to 10000."""
 
     ema_decay: float = 0.9
-    """What the moving average of the loss per rate keeps at each log line, in [0, 1]; it is the
-    control variate of the `controlled loss` in the logs (EMA of the paper). It cannot change
-    training."""
+    """Factor by which the moving average of the loss per masking rate keeps its value at each log
+    line, in [0, 1]. The average is the control variate of the `controlled loss` in the logs (EMA of
+    the paper); 1: no control variate. It cannot change training."""
 
     allow_flag_change: bool = False
-    """Resume although objective flags differ from the checkpoint's."""
+    """Resume although flags of the objective, the data or the tokenizer differ from those of the
+    checkpoint."""
 
     checkpoint_hashes: bool = _turned_off(
-        "Neither write nor check the SHA-256 of a checkpoint's files (its integrity.json)."
+        "Neither write nor check the SHA-256 hashes of a checkpoint's files (integrity.json)."
     )
-    """A checkpoint has the SHA-256 of its files (integrity.json). A load checks them."""
+    """A checkpoint holds the SHA-256 hashes of its files (integrity.json), and a load checks
+    them."""
 
     overwrite_save: bool = False
-    """Start where --load, --ckpt-step and --finetune say, although --save holds checkpoints of
-    another run, or later ones. The run saves over them."""
+    """Start from the checkpoint that --load, --ckpt-step and --finetune name, although --save holds
+    checkpoints of another run, or later ones. The run saves over them."""
 
     def __post_init__(self) -> None:
-        """Checks every value by itself.
+        """Checks the values, and the combinations of values that need nothing else.
 
         Raises:
             UserError: a value is out of range; the message names the flag.
@@ -334,7 +373,7 @@ class MDMConfig:
                 *(f"ppots_{name}" for name in ("target", "bins", "uniform_share", "decay")),
             )
         if self.bell_fade is not None and self.ppots_refit_interval:
-            del needs["ppots"]  # it takes over from the bell
+            del needs["ppots"]  # P-POTS takes over from the bell
         for sampler, flags in needs.items():
             given = [name for name, value in flags.items() if value]
             if given and self.rate_sampler != sampler:
@@ -390,7 +429,7 @@ class MDMConfig:
             raise UserError(f"--mdm-bell-fade takes 0 <= START <= END <= 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
-        """Refuses settings that do nothing without the flag `needed`, which is not given."""
+        """Refuses settings that do nothing without the flag `needed`, which is missing."""
         for name in names:
             if getattr(self, name) != getattr(MDMConfig, name):
                 raise UserError(f"{flag_of(name)} needs {needed}: it does nothing without")
@@ -399,7 +438,8 @@ class MDMConfig:
     def from_args(cls, args: Namespace) -> "MDMConfig":
         """Takes the `mdm_*` values out of Megatron's arguments.
 
-        Those of a checkpoint may be older than a flag, whose default then is how it was trained.
+        The arguments of a checkpoint may be older than a flag. The default of the flag is then the
+        value that the checkpoint was trained with.
         """
         given = {field.name: destination(field.name) for field in fields(cls)}
         return cls(
@@ -411,12 +451,12 @@ class MDMConfig:
         return {destination(name): value for name, value in asdict(self).items()}
 
     def least_masked_fraction(self, seq_length: int) -> float:
-        """Least mean fraction of a row that is masked: eps, or one token of an exact count."""
+        """Smallest mean masked fraction of a row: eps, or one token of an exact count."""
         return 1.0 / seq_length if self.mask == "exact-count" else self.eps
 
     @property
     def bell(self) -> tuple[str, list[float]] | None:
-        """Name and parameters of the bell that rates come from; None: from none."""
+        """Name and parameters of the bell-shaped density in use; None if there is none."""
         parameters = {"logit-normal": self.logit_normal, "beta": self.beta}.get(self.rate_sampler)
         return (self.rate_sampler, parameters) if parameters else None
 
@@ -436,10 +476,34 @@ class MDMConfig:
         )
 
 
-def requested_device() -> str:
-    """The value of --mdm-device on the command line, needed before Megatron can be imported.
+# The fields by subject: the groups of --help and the sections of FLAGS.md.
+SECTIONS = {
+    "recipe and device": ("recipe", "device"),
+    "density of the masking rate": (
+        *("rate_sampler", "clip", "logit_normal", "beta", "bell_uniform_share", "bell_role"),
+        *("bell_fade", "quantiles", "strata", "strata_window", "rate_per"),
+    ),
+    "P-POTS": (
+        *("ppots_file", "ppots_refit_interval", "ppots_target", "ppots_bins"),
+        *("ppots_uniform_share", "ppots_decay"),
+    ),
+    "masks": ("mask", "eps", "views", "isad_token_ids", "isad_delta", "isad_weight"),
+    "loss and logs": ("normalization", "head", "rate_bins", "ema_decay"),
+    "rows, documents and padding": (
+        *("row_order", "isolate_documents", "random_length_fraction", "eod_eligible"),
+        *("eod_attended", "pad_eligible", "pad_attended"),
+    ),
+    "fine-tuning": ("sft", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"),
+    "vocabulary": ("mask_token_id", "vocab_size"),
+    "models that were autoregressive": ("shift", "anneal_attention_iters"),
+    "checkpoints": ("allow_flag_change", "checkpoint_hashes", "overwrite_save"),
+}
 
-    Asking for help needs no GPU.
+
+def requested_device() -> str:
+    """The value of --mdm-device on the command line, which is needed before Megatron is imported.
+
+    --help needs no GPU.
     """
     if _asks_for_help():
         return "cpu"
@@ -447,9 +511,9 @@ def requested_device() -> str:
 
 
 def requested_save() -> str | None:
-    """The value of --save on the command line, needed before Megatron reads what lies there.
+    """The value of --save on the command line, needed before Megatron reads this directory.
 
-    None also where nothing is saved: with --skip-train or --help.
+    None also if nothing is saved: with --skip-train or --help.
     """
     if _asks_for_help() or "--skip-train" in sys.argv[1:]:
         return None
@@ -483,12 +547,12 @@ def flag_of(name: str) -> str:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of an argument of Megatron's or ours: mdm_eps -> --mdm-eps."""
+    """The command-line flag of an argument, Megatron's or ours: mdm_eps -> --mdm-eps."""
     return "--" + name.replace("_", "-")
 
 
 def _choice(config: MDMConfig, *names: str) -> None:
-    """Checks fields of Literal type, which a dataclass does not do by itself."""
+    """Checks fields of Literal type; a dataclass does not check them itself."""
     for name in names:
         annotation = MDMConfig.__annotations__[name]
         choices = get_args(get_args(annotation)[0]) or get_args(annotation)

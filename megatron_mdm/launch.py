@@ -1,9 +1,11 @@
-"""`python -m megatron_mdm.launch <torchrun's words>`: torchrun that gives its ranks time to save.
+"""Starts a run like torchrun, with the same flags, and gives its ranks time to save when it ends.
+
+    python -m megatron_mdm.launch --nproc-per-node 8 -m megatron_mdm.pretrain FLAGS
 
 torchrun kills the ranks 30 s after it was told to stop, dies of SIGUSR1, ends with status 1
-whatever the ranks' was, and takes a run that was asked to stop for a failed one, which
---max-restarts starts again. This hands the signals on, waits for as long as the ranks save, starts
-none of them again, and ends with their status. SIGQUIT still ends all at once.
+whatever the ranks' status was, and takes a run that was asked to stop for a failed one, which
+--max-restarts starts again. This program hands the signals on, waits for as long as the ranks save,
+starts none of them again, and ends with their status. SIGQUIT still ends all at once.
 
 --max-restarts starts the ranks again when one has failed. torchrun would have them meet in a store
 that still holds the addresses of those before (pytorch issue 135712), and no restart would work.
@@ -34,6 +36,8 @@ REPORTERS = (
 
 def main() -> None:
     """Runs torchrun in this process."""
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
     launcher = _Launcher()
     for number in SIGNALS:
         signal.signal(number, launcher.hand_on)

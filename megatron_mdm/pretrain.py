@@ -1,6 +1,15 @@
-"""`torchrun ... -m megatron_mdm.pretrain <Megatron's flags> --mdm-...`: trains a model.
+r"""Trains a masked-diffusion language model with Megatron.
 
-Without torchrun it is a run of one rank.
+    python -m megatron_mdm.pretrain --mdm-device cpu --mock-data --split 1,0,0 \
+        --tokenizer-type NullTokenizer --vocab-size 127 --mdm-mask-token-id 127 \
+        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 \
+        --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8 \
+        --train-iters 10 --lr 1e-3 --log-interval 1 --eval-interval 10 --eval-iters 0
+
+This example trains on random tokens in one process, on the CPU. To train on N GPUs, start the
+program with `torchrun --nproc-per-node N -m megatron_mdm.pretrain`. It takes all flags of Megatron,
+and the --mdm-* flags of masked diffusion, which are the last groups below and in
+megatron_mdm/FLAGS.md.
 """
 
 import faulthandler

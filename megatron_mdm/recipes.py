@@ -1,6 +1,6 @@
 """The methods by name, their combinations, and the flags that `--mdm-recipe` stands for.
 
-Combinations are spelled out here alone: the recipes, the report on variance, the race, the
+This is the only place that spells out combinations: the recipes, the variance report, the race, the
 reproduction and the studies take theirs from `settings_of`.
 """
 
@@ -11,24 +11,25 @@ from typing import Any
 
 from megatron_mdm.config import MDMConfig, destination, flag_of
 
-# Iterations between fits of P-POTS, when the run fits its own density. Early in training the second
-# moments move fast, and a fit costs about as much as a log line.
+# Iterations between fits of P-POTS if the run fits its own density. Early in training the second
+# moments change fast, and a fit costs about as much as a log line.
 _REFIT_INTERVAL = 50
 
 _BELL = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5], "bell_uniform_share": 0.01}
 
-# Fields of MDMConfig that a method sets, beside those of `standard`.
+# Fields of MDMConfig that each method sets in addition to those of `standard`.
 METHODS: dict[str, dict[str, Any]] = {
-    # Without any of the methods, as LLaDA and Dream were trained.
+    # None of the methods: LLaDA and Dream were trained so.
     "standard": {"rate_sampler": "uniform", "quantiles": "iid", "mask": "bernoulli", "views": 1},
-    # The clipped schedule of block diffusion (arXiv 2503.09573), another objective.
+    # The clipped schedule of block diffusion (arXiv 2503.09573). It changes the objective.
     "clipped": {"rate_sampler": "clipped", "clip": [0.3, 0.8]},
-    # Masked tokens count about alike, another objective.
+    # All masked tokens count about alike. It changes the objective.
     "flat": {"rate_sampler": "flat"},
-    # Rates from a bell without a weight, another objective; or one that fades into the exact one.
+    # Rates from a bell, without a weight. Both change the objective; bell-fade ends with the exact
+    # one.
     "bell": _BELL,
     "bell-fade": {**_BELL, "bell_fade": [0.4, 0.7]},
-    # Rates from a bell with weights of one over it, the objective of `standard`.
+    # Rates from a bell, with one over its density as weight: the objective of `standard`.
     "proposal": {**_BELL, "bell_uniform_share": 0.1, "bell_role": "proposal"},
     "ppots-loss": {
         "rate_sampler": "ppots",
@@ -46,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mirror": {"views": 2},
     "4-views": {"views": 4},
     "ema": {"ema_decay": 0.9},
-    # These two need the ids of tokens as well, which depend on the tokenizer.
+    # These two also need ids of tokens, which depend on the tokenizer.
     "isad": {"isad_delta": 0.1},
     "syrm": {},
 }
@@ -55,23 +56,24 @@ COMBINATIONS = {
     "standard": "standard",
     "paper": "ppots-loss+mirror",
     "clipped": "clipped",
-    # The one of the unbiased ones that trained best at equal compute (tools/benchmark.py race).
+    # It trained best at equal compute among the unbiased ones (tools/benchmark.py race).
     "recommended": "ppots-gradient+lattice+exact-count",
 }
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The settings of a recipe, of a method, or of several methods that are joined by `+`.
+    """The settings of a recipe, of a method, or of several methods joined by `+`.
 
     Args:
         name: a key of `COMBINATIONS` or `METHODS`, or keys such as "lattice+exact-count".
 
     Returns:
-        Values of fields of MDMConfig, in the order of the fields.
+        Values by the names of fields of MDMConfig, in the order of the fields.
     """
     settings: dict[str, Any] = dict(METHODS["standard"])
     parts = COMBINATIONS.get(name, name).split("+")
-    # P-POTS takes over from a bell that fades: the sampler that the flag names is the bell's.
+    # With a bell that fades, --mdm-rate-sampler names the bell, and P-POTS takes over at the end of
+    # the fade. So the sampler of the bell must overwrite that of P-POTS.
     for part in sorted(parts, key=lambda part: METHODS[part].get("rate_sampler") != "ppots"):
         settings |= METHODS[part]
     return {x.name: settings[x.name] for x in fields(MDMConfig) if x.name in settings}
@@ -81,24 +83,24 @@ RECIPES = {name: settings_of(name) for name in COMBINATIONS}
 
 
 def set_recipe_defaults(parser: ArgumentParser) -> None:
-    """Makes the flags of the recipe on the command line the parser's defaults.
+    """Makes the flags that the recipe on the command line stands for the parser's defaults.
 
-    Flags given by hand win, being no defaults. Who takes another sampler of t by hand, or no fits
-    while training, leaves the recipe's settings of these behind as well.
+    Flags on the command line win over defaults. If they name another sampler of t, or no fits
+    during training, the recipe's settings of the sampler or of the fits are left out too.
     """
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--mdm-recipe")
     peek.add_argument("--mdm-rate-sampler")
     peek.add_argument("--mdm-ppots-refit-interval")
     given = peek.parse_known_args(sys.argv[1:])[0]
-    settings = RECIPES.get(given.mdm_recipe, {})  # an unknown name is the real parser's to refuse
+    settings = RECIPES.get(given.mdm_recipe, {})  # the real parser refuses an unknown name
     sampler = given.mdm_rate_sampler or settings.get("rate_sampler")
     left = _left_behind(settings, sampler, given.mdm_ppots_refit_interval != "0")
     parser.set_defaults(**{destination(k): v for k, v in settings.items() if k not in left})
 
 
 def _left_behind(settings: dict[str, Any], sampler: object, is_fitted: bool) -> set[str]:
-    """What of a recipe has no use with the sampler of t in use, or without fits while training."""
+    """Settings of a recipe that do nothing with another sampler of t, or without fits."""
     prefixes: tuple[str, ...] = ()
     if sampler != settings.get("rate_sampler"):
         prefixes = ("ppots_", "clip", "logit_normal", "beta", "bell_")
@@ -108,7 +110,7 @@ def _left_behind(settings: dict[str, Any], sampler: object, is_fitted: bool) -> 
 
 
 def expansion(args: Namespace) -> str:
-    """What the recipe of these arguments stands for, with the values in use, as flags."""
+    """The flags that the recipe of these arguments stands for, with the values in use."""
     settings = RECIPES[args.mdm_recipe]
     left = _left_behind(settings, args.mdm_rate_sampler, args.mdm_ppots_refit_interval != 0)
     words = []

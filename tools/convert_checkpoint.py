@@ -1,4 +1,18 @@
-"""Command line of megatron_mdm.conversion."""
+"""Converts checkpoints between Hugging Face and Megatron, both ways, without a GPU.
+
+    python tools/convert_checkpoint.py --to megatron --input LLaDA-8B-Base --output llada
+    python tools/convert_checkpoint.py --to megatron --input Qwen3-8B --output qwen --add-mask-token
+    python tools/convert_checkpoint.py --to huggingface --input runs/llada --output LLaDA-mine
+
+The formats are safetensors and Megatron's torch_dist. The family is detected from config.json:
+Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), LLaDA-MoE, Dream. The tool holds one tensor
+in memory at a time. It refuses what it cannot convert exactly, and a failed run leaves nothing
+behind.
+
+The Megatron checkpoint loads under every tensor-, pipeline- and expert-parallel layout. It has its
+arguments (--use-checkpoint-args), config.json and the tokenizer. If the model has a mask token,
+launch.txt has the command that trains it. The conversion back reads checkpoints of every layout.
+"""
 
 import argparse
 import contextlib
@@ -9,99 +23,81 @@ from megatron_mdm.checkpoint import add_hashes_argument
 from megatron_mdm.environment import check_megatron_version, prepare_environment
 from megatron_mdm.errors import UserError, escaped, run_tool
 
-DESCRIPTION = """\
-Convert checkpoints between Hugging Face safetensors and Megatron's torch_dist, both ways, without a
-GPU.
-
-Families, detected from config.json: Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5),
-LLaDA-MoE, Dream. One tensor is in memory at a time. What cannot be converted exactly is refused,
-and a failed run leaves nothing behind. The Megatron checkpoint loads under every tensor-, pipeline-
-and expert-parallel layout, carries its arguments (--use-checkpoint-args), config.json and
-tokenizer, and comes with the line that trains it (launch.txt), if it has a mask token. The way back
-reads what a run saved under any layout.
-"""
-
-EXAMPLES = """\
-examples:
-  python tools/convert_checkpoint.py --to megatron --input LLaDA-8B-Base --output llada
-  python tools/convert_checkpoint.py --to megatron --input Qwen2.5-7B --output qwen --add-mask-token
-  python tools/convert_checkpoint.py --to huggingface --input runs/llada --output LLaDA-mine
-"""
-
 
 def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", required=True, choices=["megatron", "huggingface"])
+    parser.add_argument(
+        "--to", required=True, choices=["megatron", "huggingface"], help="format to write"
+    )
     parser.add_argument(
         "--input",
         required=True,
         metavar="DIR",
-        help="model directory of Hugging Face, or the directory that a run's --save named",
+        help="model directory of Hugging Face, or the --save directory of a run",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="DIR",
-        help="directory to be made; must not exist, or --replace",
+        help="directory to create; it must not exist unless --replace is given",
     )
     parser.add_argument(
         "--unless-done",
         action="store_true",
-        help="do nothing if --output was made from the same input with the same options. Of large "
-        "files, 4 KiB of each MiB are compared",
+        help="do nothing if --output was made from the same input with the same options; large "
+        "files are compared by 4 KiB of each MiB",
     )
     parser.add_argument(
         "--replace",
         action="store_true",
-        help="replace an --output that this tool made, and that is as it was made",
+        help="replace an --output that this tool made and that has not changed since",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="dtype to write (default: that of the input)",
+        help="dtype of the output (default: the dtype of the input)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the output again, compare every tensor bitwise, and the logits of both models "
-        "on a few tokens in float32, if Hugging Face's class is installed and the weights take no "
-        "more than 4 GB",
+        help="read the output again and compare every tensor bitwise; also compare the logits of "
+        "both models on a few tokens in float32, if Hugging Face's class is installed and the "
+        "weights take at most 4 GB",
     )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code that lies beside config.json: with --verify the modeling code "
-        "(LLaDA, LLaDA-MoE, Dream), to compare logits with it; with --to megatron a tokenizer that "
-        "is such code, whenever the checkpoint is trained (default: its tokenizer.json)",
+        help="run the Python code beside config.json: with --verify the modeling code (LLaDA, "
+        "LLaDA-MoE, Dream), to compare its logits; with --to megatron a tokenizer that is such "
+        "code, whenever the checkpoint is trained (default: use its tokenizer.json)",
     )
     there = parser.add_argument_group("--to megatron")
     there.add_argument(
         "--add-mask-token",
         action="store_true",
-        help="give an autoregressive model a mask token: the first id after the tokenizer's, with "
-        "the mean of the embeddings; the vocabulary grows if it has no unused row",
+        help="add a mask token to an autoregressive model: its id is the first after the "
+        "tokenizer's, its embedding the mean of all; the vocabulary grows if it has no unused row",
     )
     there.add_argument(
         "--pad-vocab-to-multiple-of",
         type=int,
         metavar="M",
-        help="pad the vocabulary with zeros, so that the tensor-parallel size divides it; the "
-        "padding takes no part in the softmax (default: no padding)",
+        help="pad the vocabulary with rows of zeros to a multiple of M, so that the "
+        "tensor-parallel size divides it; padding takes no part in the softmax (default: no "
+        "padding)",
     )
     back = parser.add_argument_group("--to huggingface")
     back.add_argument(
         "--hf-config",
         metavar="DIR",
-        help="directory with config.json and tokenizer (default: those beside the checkpoints; of "
-        "a run by an earlier version, in its --tokenizer-model directory)",
+        help="directory with config.json and tokenizer (default: those beside the checkpoints; for "
+        "a run of an earlier version, those in its --tokenizer-model directory)",
     )
     back.add_argument(
-        "--iteration", type=int, metavar="N", help="checkpoint of the run (default: its last)"
+        "--iteration", type=int, metavar="N", help="checkpoint iteration (default: the latest)"
     )
     add_hashes_argument(back)
     return parser.parse_args()
@@ -161,7 +157,7 @@ def main() -> None:
 
 
 def _source(options: argparse.Namespace) -> str:
-    """A digest of all that has an effect on the output."""
+    """A digest of everything that affects the output."""
     from megatron_mdm.conversion import record
     from megatron_mdm.data.record import made_from
 
@@ -170,7 +166,7 @@ def _source(options: argparse.Namespace) -> str:
         *("add_mask_token", "pad_vocab_to_multiple_of", "iteration"),
     )
     effective = {name: getattr(options, name) for name in names}
-    effective["output"] = os.path.abspath(options.output)  # which the launch line names
+    effective["output"] = os.path.abspath(options.output)  # launch.txt names it
     if options.to == "megatron":
         return made_from(record.hugging_face_sources(options.input), effective)
     sources = record.megatron_sources(options.input, options.iteration, options.hf_config)
@@ -178,7 +174,7 @@ def _source(options: argparse.Namespace) -> str:
 
 
 def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Puts an output that is to be replaced aside."""
+    """Moves an output that is to be replaced aside until the new one is complete."""
     from megatron_mdm.conversion.record import check_replaceable
     from megatron_mdm.files import set_aside
 
@@ -192,7 +188,7 @@ def _place(options: argparse.Namespace) -> contextlib.AbstractContextManager[Non
             f"{options.output} exists already, and no record says that it was made from this input "
             "with these options: remove it, add --replace, or give another directory"
         )
-    return contextlib.nullcontext()  # and what converts says so
+    return contextlib.nullcontext()  # the conversion itself refuses it
 
 
 def _refuse(options: argparse.Namespace, *names: str) -> None:

@@ -1,23 +1,22 @@
-"""Measures a checkpoint: its NELBO on text, or its answers to the tasks of lm-evaluation-harness.
+"""Measures a checkpoint: its NELBO on text, or its answers to tasks of lm-evaluation-harness.
 
     python tools/evaluate.py --load checkpoints --data held_out.jsonl --json nelbo.json
     python tools/evaluate.py --load checkpoints --data my_text --rows 500 --draws 16
-
-estimate the NELBO, in nats per token and bits per byte, with error bars. --data is a text or JSONL
-file, or the prefix of a .bin/.idx pair. The rows are drawn from all over it: whole documents at
-random, and rows of these at random. Rates are stratified, masks have an exact count, every row is
-masked --draws times. Of the two error bars the first is for the choice of documents and masks
-together, and grows with the kinship of rows of one document; the second is for the masks alone:
-take it to compare two checkpoints on the same rows with the same seed. Bits per byte count the
-tokens that are scored, as the checkpoint's run did.
-
     python tools/evaluate.py --load checkpoints --tasks arc_easy hellaswag --json results.json
     python tools/evaluate.py --load checkpoints --tasks gsm8k --block-length 32
 
-answer questions. A choice between answers takes the one of the highest bound on its likelihood,
-over the masks of its tokens: over all of them where these are no more than --draws, and else over
-as many that are drawn. Texts are generated as tools/generate.py does. All flags of lm_eval's own
-command are there with `python -m megatron_mdm.lm_eval`.
+With --data, a text or JSONL file or the prefix of a .bin/.idx pair, the tool estimates the NELBO in
+nats per token and bits per byte. Rows are drawn from all over the data: whole documents at random,
+and rows of these at random. Rates are stratified, masks have an exact count, and every row is
+masked --draws times. The first error bar is for the choice of documents and masks together; it
+grows with the similarity of rows of one document. The second error bar is for the masks alone. Use
+it to compare two checkpoints on the same rows with the same seed. Bits per byte count the tokens
+that the run of the checkpoint scores.
+
+With --tasks the tool answers questions. Among given answers it takes the one with the highest bound
+on its likelihood. The bound is a mean over masks of the tokens of the answer: over all masks, if
+there are at most --draws, and otherwise over --draws random masks. Texts are generated as
+tools/generate.py does. `python -m megatron_mdm.lm_eval` has all flags of lm_eval's own command.
 
 Under torchrun the ranks share the model.
 """
@@ -43,7 +42,8 @@ from megatron_mdm.generation.decoder_flags import (
 if TYPE_CHECKING:
     from megatron_mdm.evaluation.nelbo import Estimate, Evaluation
 
-# Flags that concern --data alone, and --tasks alone. Of these, some are the model's.
+# Flags that only --data uses, flags that only --tasks uses, and those of the latter that are
+# arguments of the model of lm_eval.
 OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
 OF_MODEL = ("max_length", *TOKEN_FLAGS, *DECODER_FLAGS)
 OF_TASKS = (
@@ -63,85 +63,105 @@ def parse() -> argparse.Namespace:
     )
     add_checkpoint_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="file, or prefix of .bin/.idx")
+    what.add_argument("--data", help="text or JSONL file, or prefix of a .bin/.idx pair")
     what.add_argument(
         "--tasks",
         nargs="+",
         metavar="NAME",
-        help="tasks, groups and tags of lm_eval (`lm_eval ls tasks`), or .yaml files of tasks",
+        help="names of tasks, groups or tags of lm_eval (`lm_eval ls tasks` lists them), or .yaml "
+        "files of tasks",
     )
     parser.add_argument(
         "--draws",
         type=int,
-        help="masks of a row, even (default: 8), or of an answer, a multiple of 4 (default: 64)",
+        help="number of masks: with --data masks of a row, an even number (default: 8); with "
+        "--tasks masks of an answer, a multiple of 4 (default: 64)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of rows, rates, masks and generated texts (default: %(default)s)",
+        help="seed of rows, rates, masks and generated texts (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="rows in a call (default: %(default)s)"
+        "--batch-size", type=int, default=16, help="rows per model call (default: %(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the results here")
+    parser.add_argument("--json", metavar="FILE", help="JSON file for the results")
     data = parser.add_argument_group("with --data")
     data.add_argument(
-        "--rows", type=int, default=200, help="most rows to score (default: %(default)s)"
+        "--rows",
+        type=int,
+        default=200,
+        help="largest number of rows to score (default: %(default)s)",
     )
-    data.add_argument("--bins", type=int, default=10, help="bins of t (default: %(default)s)")
+    data.add_argument(
+        "--bins", type=int, default=10, help="number of bins of t (default: %(default)s)"
+    )
     data.add_argument(
         "--per-document",
         action="store_true",
-        help="begin a row with every document, instead of packing them as pretraining does",
+        help="start a new row with every document instead of packing documents as in pretraining",
     )
-    add_format_argument(data, "of --data, if it is a file")
-    data.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
+    add_format_argument(data, "format of the file of --data")
+    data.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in lines of JSONL (default: %(default)s)",
+    )
     tasks = parser.add_argument_group("with --tasks")
     tasks.add_argument(
-        "--include-path", metavar="DIR", help="directory with .yaml files of other tasks"
+        "--include-path", metavar="DIR", help="directory with .yaml files of more tasks"
     )
     tasks.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples before a question (default: task's)"
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples before each question (default: the task's)",
     )
     tasks.add_argument(
         "--fewshot-seed",
         type=int,
         default=1234,
-        help="of the choice of examples (default: %(default)s, as in lm_eval)",
+        help="seed of the choice of examples (default: %(default)s, as in lm_eval)",
     )
     tasks.add_argument(
         "--limit",
         type=float,
         metavar="N",
-        help="questions of a task, a whole number; below 1: their share",
+        help="largest number of questions of a task; a number below 1 is a fraction of them",
     )
     tasks.add_argument(
         "--apply-chat-template",
         action="store_true",
-        help="ask as the tokenizer's chat template writes a conversation; examples are turns of it",
+        help="write questions with the tokenizer's chat template; examples become earlier turns",
     )
-    tasks.add_argument("--system-instruction", metavar="TEXT", help="before all questions")
+    tasks.add_argument(
+        "--system-instruction", metavar="TEXT", help="system message before every question"
+    )
     tasks.add_argument(
         "--gen-kwargs",
         nargs="+",
         default=(),
         metavar="NAME=VALUE",
-        help="in place of the task's generation_kwargs: max_gen_toks, until (once for each string "
-        "that ends a text), do_sample, temperature, steps, block_length, remasking, threshold",
+        help="values that replace those of the task's generation_kwargs: max_gen_toks, until (once "
+        "for each string that ends a text), do_sample, temperature, steps, block_length, "
+        "remasking, threshold",
     )
     tasks.add_argument(
-        "--max-length", type=int, help="most tokens in a row (default: the model's positions)"
+        "--max-length",
+        type=int,
+        help="largest number of tokens in a row (default: the model's positions)",
     )
     add_token_arguments(tasks)
     add_decoder_arguments(tasks)
     tasks.add_argument(
         "--confirm-run-unsafe-code",
         action="store_true",
-        help="let tasks run the code that the model writes (HumanEval, MBPP)",
+        help="let tasks run code that the model writes (HumanEval, MBPP)",
     )
     tasks.add_argument(
-        "--log-samples", metavar="FILE", help="also write every question and answer, as JSONL"
+        "--log-samples", metavar="FILE", help="JSONL file for every question and answer"
     )
     options = parser.parse_args()
     for names, used, flag in ((OF_DATA, options.data, "data"), (OF_TASKS, options.tasks, "tasks")):
@@ -169,10 +189,10 @@ def parse() -> argparse.Namespace:
 
 
 def named_value(word: str) -> tuple[str, str]:
-    """The name and the value of one of --gen-kwargs.
+    """The name and the value of one word of --gen-kwargs.
 
     Raises:
-        UserError: it is not of the form NAME=VALUE.
+        UserError: the word does not have the form NAME=VALUE.
     """
     name, equals, value = word.partition("=")
     if not name.isidentifier() or not equals:
@@ -193,7 +213,7 @@ def measure(options: argparse.Namespace) -> None:
     """Estimates the NELBO on --data.
 
     Args:
-        options: of the command line.
+        options: values of the command line.
     """
     draws = 8 if options.draws is None else options.draws
     with open_asked_for(options) as loaded:
@@ -229,7 +249,7 @@ def measure(options: argparse.Namespace) -> None:
                 bar.update,
             )
         if first:
-            # Of all documents that were read, of which the rows hold parts.
+            # The ratio is that of all documents that were read; the rows hold parts of them.
             report(options, result, scored_per_byte(loaded, every, documents))
 
 
@@ -237,7 +257,7 @@ def answer(options: argparse.Namespace) -> None:
     """Answers the questions of --tasks.
 
     Args:
-        options: of the command line.
+        options: values of the command line.
     """
     prepare_environment(options.device)  # before lm_eval imports anything
     from megatron_mdm.lm_eval.tasks import (
@@ -260,7 +280,7 @@ def answer(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in OF_MODEL},
     }
     if options.special_tokens is None and options.apply_chat_template:
-        settings["special_tokens"] = True  # the template writes them out
+        settings["special_tokens"] = True  # the template writes special tokens as text
     with open_asked_for(options) as loaded:
         from lm_eval.utils import make_table
 
@@ -298,9 +318,9 @@ def report(
     """Prints the results, and writes them to --json.
 
     Args:
-        options: of the command line.
-        result: of `evaluate`.
-        tokens_per_byte: tokens that are scored for each byte of text, None if that is not known.
+        options: values of the command line.
+        result: what `evaluate` returns.
+        tokens_per_byte: scored tokens per byte of text, None if unknown.
     """
     lines = [
         f"{result.num_tokens:,} tokens in {result.num_rows} rows of {result.num_documents} "
@@ -350,7 +370,7 @@ def _figures(estimate: "Estimate", factor: float = 1.0) -> dict[str, float | Non
 
 
 def uncover_evaluate() -> None:
-    """Takes this directory off the path: its `evaluate` hides the library that lm_eval imports."""
+    """Removes this directory from the path: this file hides the library `evaluate` of lm_eval."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path = [path for path in sys.path if os.path.abspath(path) != here]
 

@@ -1,18 +1,18 @@
 """Fits the density of the masking rate (P-POTS, arXiv 2511.18159) to a checkpoint.
 
     python tools/fit_ppots.py --load checkpoints --target gradient --output ppots.json
-
-measures the checkpoint on its training data and writes ppots.json, for --mdm-ppots-file, and
-ppots.png: the measured points with error bars (twice the standard error, of the choice of rows and
-masks), the means of the fit over the same bins, and the density. The JSON file has the standard
-errors too. Under torchrun the ranks share the model as tensor-parallel ranks. The paper measures
-the loss of the data to come before fine-tuning:
-
     python tools/fit_ppots.py --load checkpoints --data-path pairs --mdm-sft --output ppots.json
 
-The density is proportional to the root of the second moment at t. Families for that: epr, the
-paper's, an exponential mean and a variance of powers of t and 1 - t; power, with a variance that
-grows like a power of 1/t towards 0; piecewise, what was measured, linear between the bins.
+The first command measures the checkpoint on its training data and writes two files. ppots.json has
+the density, for --mdm-ppots-file, and the standard errors. ppots.png shows the measured points with
+error bars (twice the standard error of the choice of rows and masks), the means of the fit over the
+same bins, and the density. The second command measures the data of a fine-tuning before it starts,
+as the paper does with the loss. Under torchrun the ranks share the model as tensor-parallel ranks.
+
+The density is proportional to the square root of the second moment at t. There are three families.
+epr is the paper's: an exponential mean, and a variance of powers of t and 1 - t. power has a
+variance that grows like a power of 1/t towards 0. piecewise takes the measured values and is linear
+between the bins.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from megatron_mdm.objective.ppots.fit import PpotsFit
 
-# Fields of MDMConfig that say which values are measured.
+# Fields of MDMConfig that determine which values are measured.
 OBJECTIVE = ["sft", "isolate_documents", "rate_per", "mask", "normalization", "eod_eligible"]
 OBJECTIVE += ["pad_eligible", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"]
 
@@ -47,35 +47,39 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser, pipeline=False)
-    parser.add_argument("--output", required=True, metavar="X.json", help="file to write")
+    parser.add_argument("--output", required=True, metavar="X.json", help="JSON file to write")
     parser.add_argument(
         "--target",
         choices=["loss", "gradient"],
         default="loss",
-        help="loss: the paper's; gradient: at the final hidden states (default: loss)",
+        help="what is measured of a row: its loss, as in the paper, or the norm of the gradient of "
+        "its loss at the final hidden states (default: %(default)s)",
     )
     parser.add_argument(
         "--family",
         choices=["auto", "epr", "power", "piecewise"],
         default="auto",
-        help="auto (the default) takes the one of least Akaike criterion: divergence from what was "
-        "measured and number of parameters",
+        help="family of densities; auto takes the family with the smallest Akaike criterion, which "
+        "adds the number of parameters to the divergence from the measurement (default: "
+        "%(default)s)",
     )
-    parser.add_argument("--rates", type=int, default=30, help="bins of t (default: 30)")
-    parser.add_argument("--rows", type=int, default=10, help="rows of text (default: 10)")
-    parser.add_argument("--masks", type=int, default=10, help="masks per rate and row (default 10)")
+    parser.add_argument("--rates", type=int, default=30, help="number of bins of t (default: 30)")
+    parser.add_argument("--rows", type=int, default=10, help="number of rows of text (default: 10)")
+    parser.add_argument(
+        "--masks", type=int, default=10, help="masks per rate and row (default: 10)"
+    )
     parser.add_argument(
         "--uniform-share",
         type=float,
         default=0.1,
-        help="of the uniform in the density, in (0, 1]; one over it bounds the importance weight "
+        help="share s of the uniform density, in (0, 1]; the importance weight is at most 1/s "
         "(default: 0.1)",
     )
-    parser.add_argument("--data-path", nargs="+", help="other data than the run's")
+    parser.add_argument("--data-path", nargs="+", help="data to measure on instead of the run's")
     group = parser.add_argument_group(
         "objective",
-        "of the run to come, where it differs from that of the checkpoint; for what each means see "
-        "python -m megatron_mdm.pretrain --help",
+        "Settings of the run that will use the density, if they differ from those of the "
+        "checkpoint. `python -m megatron_mdm.pretrain --help` explains them.",
     )
     for name in OBJECTIVE:
         kind = MDMConfig.__annotations__[name]
@@ -93,7 +97,7 @@ def parse() -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks what could otherwise fail after the measurement.
+    """Checks what would otherwise fail after the measurement.
 
     Raises:
         UserError: names the flag.
@@ -119,7 +123,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Makes the arguments of the checkpoint those of the run to come.
+    """Turns the arguments of the checkpoint into those of the run that will use the density.
 
     Raises:
         UserError: flags that contradict each other, or the checkpoint's.
@@ -130,12 +134,12 @@ def take_over(options: argparse.Namespace, args: argparse.Namespace) -> None:
         args.train_data_path = args.valid_data_path = args.test_data_path = None
         args.data_args_path = args.per_split_data_args_path = args.mdm_validation_sets = None
         if args.data_cache_path and not os.path.isdir(args.data_cache_path):
-            args.data_cache_path = None  # of another machine
+            args.data_cache_path = None  # it is on another machine
     for name in map(destination, OBJECTIVE):
         if getattr(options, name) is not None:
             setattr(args, name, getattr(options, name))
-    # What was of use to the checkpoint's rows, and would be refused with others. ISAD's masks are
-    # not those that are measured.
+    # Settings that only the checkpoint's rows can use, and that would be refused with other rows.
+    # ISAD is left out because its masks are not the ones that are measured.
     idle = ["isad_token_ids", "isad_delta", "isad_weight"]
     if getattr(args, "mdm_sft", False):
         idle += ["random_length_fraction", "anneal_attention_iters"]
@@ -158,7 +162,7 @@ def main() -> None:
         from megatron_mdm.objective.ppots.fit import fit
         from megatron_mdm.objective.ppots.fit_file import sampler_text
 
-        # Megatron says where the data comes from.
+        # Megatron prints where the data come from.
         with contextlib.redirect_stdout(sys.stderr):
             draws = measure(loaded, options.target, options.rates, options.rows, options.masks)
             done = 0
@@ -189,7 +193,7 @@ def main() -> None:
 
 
 def errors_in_words(result: "PpotsFit") -> str:
-    """Relative standard errors, of all bins and of the worst."""
+    """Relative standard errors: the median of all bins, and the largest."""
     import numpy as np
 
     if result.errors is None:
@@ -204,7 +208,7 @@ def errors_in_words(result: "PpotsFit") -> str:
 
 
 def draw(result: "PpotsFit", picture: Path) -> None:
-    """Writes the picture of a fit; see `fill`."""
+    """Writes the picture of a fit (see `fill`)."""
     with blank_figure() as figure:
         fill(figure, result)
         save(figure, str(picture))
@@ -213,8 +217,8 @@ def draw(result: "PpotsFit", picture: Path) -> None:
 def fill(figure: Any, result: "PpotsFit") -> None:
     """Measured bins with error bars, the same means of the fit, and the density against t.
 
-    What was measured in a bin is a root mean square over it. So is what is drawn of the fit: a
-    steep density differs from its value at the middle of the bin.
+    The measured value of a bin is a root mean square over the bin. The fit is drawn the same way,
+    because the mean of a steep density differs from its value at the middle of the bin.
     """
     import numpy as np
 
@@ -232,7 +236,7 @@ def fill(figure: Any, result: "PpotsFit") -> None:
     edges[0] = centers[0] / 2  # where the logarithmic axis begins
     bars = None if result.errors is None else (measured - low, high - measured)
     axes.errorbar(centers, measured, bars, fmt="o", color="black", label=label, lw=1.0)
-    if result.uniform_share < 1.0:  # the density without the uniform's share
+    if result.uniform_share < 1.0:  # the density without its uniform part
         means = fitted_bins(result)
         label = f"fit in bins: {result.family}"
         axes.stairs(means / means.mean(), edges, baseline=None, color=BLUE, label=label)
@@ -251,7 +255,7 @@ def fill(figure: Any, result: "PpotsFit") -> None:
 
 
 def density(result: "PpotsFit", t: "np.ndarray") -> "np.ndarray":
-    """The density that rates are drawn from, at rates t [n]."""
+    """The density from which rates are drawn, at rates t [n]."""
     import torch
 
     values: np.ndarray = result.sampler().density(torch.from_numpy(t)).numpy()
@@ -259,11 +263,11 @@ def density(result: "PpotsFit", t: "np.ndarray") -> "np.ndarray":
 
 
 def fitted_bins(result: "PpotsFit", points: int = 200) -> "np.ndarray":
-    """Root mean squares of the fitted density over the measured bins, without the uniform's share.
+    """Root mean squares over the measured bins of the fitted density without its uniform part.
 
     Args:
-        result: its share is below 1.
-        points: of each bin that the mean is taken over.
+        result: a fit whose uniform share is below 1.
+        points: number of points per bin for the mean.
     """
     import numpy as np
 

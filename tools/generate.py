@@ -1,10 +1,11 @@
-"""Writes text with a trained checkpoint, or fills gaps in it.
+"""Writes text with a checkpoint, or fills gaps in a text.
 
     python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def "
-    python tools/generate.py ... --prompt "def f(<mask><mask>):" --suffix "    return a" --length 8
-    python tools/generate.py ... --messages chat.json --length 128 --block-length 32
+    python tools/generate.py --load checkpoints --prompt "f(<mask>):" --suffix " return" --length 8
+    python tools/generate.py --load checkpoints --messages chat.json --length 128 --block-length 32
 
-Under torchrun the ranks share the model: as pipeline stages, and tensor-parallel ranks in each.
+Under torchrun the ranks share the model: as pipeline stages, and as tensor-parallel ranks of each
+stage.
 """
 
 import argparse
@@ -48,59 +49,79 @@ def parse() -> argparse.Namespace:
     add_checkpoint_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
-        "--prompt", action="append", help="text that the output starts with; may be given again"
+        "--prompt", action="append", help="text at the start of the output; may be repeated"
     )
     text.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="a prompt a line, or a JSONL file, whose prompts may have several lines",
+        help="text file with one prompt per line, or JSONL file, whose prompts may have several "
+        "lines",
     )
-    add_format_argument(text, "of --prompts-file (text there: a prompt a line)")
-    text.add_argument("--json-key", default="prompt", help="of the prompts in JSONL (prompt)")
+    add_format_argument(text, "format of --prompts-file, where text has one prompt per line")
+    text.add_argument(
+        "--json-key",
+        default="prompt",
+        metavar="KEY",
+        help="key of the prompt in lines of JSONL (default: %(default)s)",
+    )
     text.add_argument(
         "--messages",
         metavar="FILE",
-        help="conversations whose next answers are written, after their prompts were rendered and "
-        "encoded as preprocess_data.py --messages-key does: JSONL with the messages of one a line, "
-        "or JSON with those of one. The answers alone are printed",
+        help="conversations to answer: JSONL with one conversation per line, or JSON with one "
+        "conversation. They are rendered and encoded like the data of preprocess_data.py "
+        "--messages-key. Only the answers are printed",
     )
     text.add_argument(
         "--messages-key",
         metavar="KEY",
-        help="of the list of messages in an object of --messages (default: messages)",
+        help="key of the list of messages in an object of --messages (default: messages)",
     )
     text.add_argument(
-        "--ignore-keys", nargs="+", metavar="KEY", help="of --messages: see preprocess_data.py"
+        "--ignore-keys",
+        nargs="+",
+        metavar="KEY",
+        help="keys of --messages to leave out, as in preprocess_data.py",
     )
     text.add_argument(
-        "--length", type=int, default=64, help="tokens to write after the prompt (default: 64)"
+        "--length",
+        type=int,
+        default=64,
+        help="number of tokens to write after the prompt (default: 64)",
     )
-    text.add_argument("--suffix", default="", help="text that follows what is written")
+    text.add_argument("--suffix", default="", help="text after the written tokens")
     text.add_argument(
         "--mask-marker",
         default="<mask>",
         metavar="TEXT",
-        help="stands for one token to fill in, in prompt and suffix (default: <mask>)",
+        help="text that stands for one token to fill in, in prompts and suffix (default: <mask>)",
     )
     add_token_arguments(text)
     text.add_argument(
-        "--no-stop-at-eos", action="store_true", help="write on after a token that ends a text"
+        "--no-stop-at-eos", action="store_true", help="continue after a token that ends a text"
     )
     decoder = parser.add_argument_group("decoder")
     add_decoder_arguments(decoder)
     add_sampling_arguments(decoder)
-    decoder.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     decoder.add_argument(
-        "--batch-size", type=int, default=8, help="prompts of one length in a call (default: 8)"
+        "--seed", type=int, default=0, help="seed of the random numbers (default: 0)"
     )
-    shown = parser.add_argument_group("to look at")
+    decoder.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="prompts of one length per model call (default: 8)",
+    )
+    shown = parser.add_argument_group("display")
     shown.add_argument(
-        "--show", action="store_true", help="the text after each call, in place on a terminal"
+        "--show",
+        action="store_true",
+        help="show the text after each model call; a terminal shows it in place",
     )
     shown.add_argument(
         "--picture",
         metavar="FILE",
-        help=".png: the order in which the tokens came; .gif: the same, moving (one prompt)",
+        help="picture of the order in which tokens were filled in: .png, or .gif for an animation "
+        "(one prompt only)",
     )
     options = parser.parse_args()
     for name, least in (("length", 0), ("batch_size", 1), ("seed", 0)):
@@ -184,7 +205,7 @@ def main() -> None:
         screen = Screen(sys.stdout) if options.show and loaded.args.rank == 0 else None
         texts = {}
         for batch in same_lengths(rows, options.batch_size):
-            # A generator a row: a text does not depend on what it shares a call with.
+            # Each row has its own generator: a text does not depend on the other rows of a call.
             seeds = [np.random.SeedSequence([options.seed, i]).generate_state(1)[0] for i in batch]
             generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
             states = []
@@ -217,10 +238,10 @@ def main() -> None:
 
 
 def opening(loaded: "LoadedModel", row: list[int], name: str) -> list[int]:
-    """What has to stand, unseen by the user, before a row so that its first token can be predicted.
+    """Tokens that the model needs before a row to predict its first token; they are not printed.
 
     Raises:
-        UserError: a token, and there is none.
+        UserError: a token is needed, and the model has none for this purpose.
     """
     if not loaded.args.mdm_shift or row[:1] != [loaded.mask_token_id]:
         return []
@@ -234,10 +255,10 @@ def opening(loaded: "LoadedModel", row: list[int], name: str) -> list[int]:
 
 
 def check_row(row: list[int], name: str, mask_token_id: int, positions: int) -> None:
-    """Checks that a row fits into the model and has something to fill.
+    """Checks that a row fits into the model and has a gap to fill.
 
     Raises:
-        UserError: it does not, or has not.
+        UserError: the row is too long or has no gap.
     """
     if len(row) > positions:
         raise UserError(

@@ -1,9 +1,10 @@
-"""Shows a run: validation loss before and after, and a picture of what it logged.
+"""Shows a run: its first and last validation loss, and a picture of what it logged.
 
     python tools/plot_run.py --tensorboard-dir runs/quickstart/tensorboard --output training.png
 
-draws loss and loss against the masking rate t, and what else was logged: NELBO of named validation
-sets, gradient norm, density of the rate, rows per second, masked fraction, learning rate.
+The picture has the loss and the loss against the masking rate t. It also has what else was logged:
+NELBO of named validation sets, gradient norm, density of the rate, rows per second, masked
+fraction, learning rate.
 """
 
 import argparse
@@ -33,20 +34,20 @@ from megatron_mdm.pictures import (
     use_steps,
 )
 
-# Steps and what was logged there, float64 [n] each.
+# Steps and the values that were logged at them, float64 [n] each.
 Series = tuple[np.ndarray, np.ndarray]
 LOSS, GRADIENT, NELBO = "mdm loss", "grad-norm", "mdm/validation NELBO"
 SET = re.compile(r"mdm/validation (.+) NELBO")  # of a named set
 BIN = re.compile(r"mdm/validation loss at t ([\d.]+)-([\d.]+)")
 DENSITY = re.compile(r"mdm/density at t ([\d.]+)")
-# Panels of one curve: what it is logged as, title, name of the y axis.
+# Panels with one curve: name in the logs, title, label of the y axis.
 SINGLE = (
     ("mdm/uniform share", "Density of the rate", "share of the uniform density"),
     ("mdm/rows per s", "Throughput", "rows per second"),
     ("mdm/masked fraction", "Masking", "masked fraction of the tokens"),
     ("learning-rate", "Learning rate", "learning rate"),
 )
-MOST_DENSITIES = 5  # that are drawn of all refits
+MOST_DENSITIES = 5  # the largest number of refits that are drawn
 
 
 def parse() -> argparse.Namespace:
@@ -54,8 +55,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tensorboard-dir", required=True, help="the run's --tensorboard-dir")
-    parser.add_argument("--output", required=True, help="PNG, SVG or PDF to write")
+    parser.add_argument("--tensorboard-dir", required=True, help="--tensorboard-dir of the run")
+    parser.add_argument("--output", required=True, help="picture to write: PNG, SVG or PDF")
     return parser.parse_args()
 
 
@@ -98,10 +99,10 @@ def main() -> None:
 
 
 def in_order(values: list[tuple[int, float]]) -> Series:
-    """Each step once, in order: of what was logged twice for a step, the later one.
+    """Each step once, in order; of two values for a step, the later one.
 
     Megatron logs the last validation twice, and a resumed run logs the steps after its checkpoint
-    again. NaN and infinity are NaN, a gap in the curve.
+    again. NaN and infinity become NaN, which is a gap in the curve.
     """
     steps, found = np.array(sorted(dict(values).items()), dtype=np.float64).T
     return steps, np.where(np.isfinite(found), found, np.nan)
@@ -119,7 +120,7 @@ def shown_validations(steps: np.ndarray) -> list[float]:
 
 
 def when(step: float) -> str:
-    """A name for what was measured at a step: only that at 0 was measured before training."""
+    """A label for a measurement at a step; step 0 is before training."""
     return f"after {counted(step)}" if step else "before training"
 
 
@@ -129,7 +130,7 @@ def counted(steps: float) -> str:
 
 
 def draw(figure: Any, series: dict[str, Series]) -> None:
-    """Fills a figure with a panel for each thing that was logged."""
+    """Fills a figure with one panel for each quantity that was logged."""
     densities = sorted(
         (float(match[1]), values)
         for name, values in series.items()
@@ -178,7 +179,7 @@ def _draw_sets(axes: Any, series: dict[str, Series], sets: list[str]) -> None:
     _draw_validation(axes, series, NELBO, "o-", color=ORANGE, label="mean of the sets")
     looks = zip(itertools.cycle(COLORS[2:]), itertools.cycle(MARKERS[1:]), strict=False)
     for name, (color, marker) in zip(sets, looks, strict=False):
-        # matplotlib leaves a label out that begins with "_", as the name of a set may.
+        # matplotlib leaves out labels that begin with "_". The name of a set may begin so.
         look = {"color": color, "label": f"set {name}", "lw": 0.8}
         _draw_validation(axes, series, f"mdm/validation {name} NELBO", f"{marker}-", **look)
     axes.set(ylabel="NELBO (nats/token)", title="Validation sets +- standard error")
@@ -214,7 +215,7 @@ def _draw_bins(axes: Any, series: dict[str, Series]) -> None:
 
 
 def _draw_training(axes: Any, series: Series, label: str) -> None:
-    """A value of every step, pale, and its mean over many steps."""
+    """The value of every logged step, pale, and its mean over many steps."""
     steps, values = series
     window = len(values) // 16 | 1
     axes.plot(steps, values, _style(values), color=PALE, lw=0.7, label=f"{label}, each logged step")
@@ -244,12 +245,12 @@ def _draw_single(axes: Any, series: Series, title: str, what: str) -> None:
 
 
 def _style(values: np.ndarray) -> str:
-    """A line, on which single points are seen where there are few."""
+    """A line, with markers if it has few points."""
     return "o-" if len(values) < 30 else "-"
 
 
 def _draw_densities(axes: Any, densities: list[tuple[float, Series]]) -> None:
-    """The density of the rate after some refits, the earlier the paler."""
+    """The density of the rate after some of the refits; earlier ones are paler."""
     from matplotlib import colormaps
 
     steps = densities[0][1][0]
@@ -265,14 +266,14 @@ def _draw_densities(axes: Any, densities: list[tuple[float, Series]]) -> None:
 
 
 def centred_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each window of an odd number of values, NaN left out, for its middle value.
+    """The mean of every window of values, without NaN; it belongs to the middle of the window.
 
     Args:
         values: [n], n at least the window.
-        window: number of values.
+        window: number of values of a window, odd.
 
     Returns:
-        [n - window + 1]; NaN where a window holds nothing else.
+        [n - window + 1]; NaN where all values of a window are NaN.
     """
     known = ~np.isnan(values)
     sums, counts = (

@@ -1,4 +1,22 @@
-"""Command line of megatron_mdm.data.preprocess."""
+r"""Tokenizes text or JSONL files into a Megatron dataset: P.bin, P.idx and their record, P.json.
+
+    python tools/preprocess_data.py --input corpus.jsonl.gz --tokenizer-model code.model \
+        --output-prefix data/corpus
+    python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my-tokenizer/ \
+        --output-prefix data/source --skip-bad-lines
+    python tools/preprocess_data.py --input chats.jsonl --messages-key messages \
+        --hf-tokenizer my-tokenizer/ --output-prefix data/chats
+
+files.txt has one path per line: find src -name '*.py' | sort > files.txt
+
+Documents keep their order, and the output is the same for every number of workers. Each document
+ends with the tokenizer's end-of-document token. Empty documents are left out and counted. Without
+--special-tokens, text that spells a special token, such as <mask>, is encoded as ordinary text. The
+tool refuses a document if the tokenizer cannot do that, or if the mask token is among its tokens,
+because training would stop there. If the run fails or is interrupted, nothing is written. With
+--prompt-key or --messages-key the documents are pairs of a prompt and a response, for fine-tuning
+with --mdm-sft.
+"""
 
 import argparse
 import datetime
@@ -16,108 +34,82 @@ from megatron_mdm.data.load_tokenizer import (
 from megatron_mdm.data.pairs import PairKeys
 from megatron_mdm.errors import UserError, escaped, run_tool
 
-DESCRIPTION = """\
-Tokenize text or JSONL files into a Megatron dataset, P.bin and P.idx. P.json says what they were
-made from.
-
-Documents keep their order, and the output is the same for every number of workers. Each document
-ends with the tokenizer's end-of-document token. Text that spells a special token, such as <mask>,
-is encoded as ordinary text, unless --special-tokens. Where a tokenizer cannot do that, the document
-is refused, and so is one that would contain the mask token, at which training stops. Empty
-documents are left out and counted. If the run fails or is interrupted, nothing is written. With
---prompt-key or --messages-key the documents are pairs of a prompt and a response, for fine-tuning
-with --mdm-sft.
-"""
-
-EXAMPLES = """\
-examples:
-  python tools/preprocess_data.py --input corpus.jsonl.gz --tokenizer-model code.model \\
-      --output-prefix data/corpus
-  find src -name '*.py' | sort > files.txt
-  python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my-tokenizer/ \\
-      --output-prefix data/source --skip-bad-lines
-  python tools/preprocess_data.py --input chats.jsonl --messages-key messages \\
-      --hf-tokenizer my-tokenizer/ --output-prefix data/chats
-"""
-
 
 def main() -> None:
     """Parses, tokenizes, prints a summary."""
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="text or JSONL files, plain or .gz"
     )
-    parser.add_argument("--input-list", metavar="FILE", help="file with one such path per line")
+    parser.add_argument("--input-list", metavar="FILE", help="file with one path per line")
     parser.add_argument(
         "--output-prefix",
         required=True,
         metavar="P",
-        help="writes P.bin, P.idx and their record, P.json; replaced if they exist",
+        help="prefix of the files to write: P.bin, P.idx and P.json; existing files are replaced",
     )
     parser.add_argument(
         "--unless-done",
         action="store_true",
-        help="do nothing if P.json says that the files that are there were made from the same "
-        "inputs, whose contents count, with the same tokenizer and options",
+        help="do nothing if P.json says that the existing files were made from inputs with the "
+        "same contents, with the same tokenizer and options",
     )
     parser.add_argument(
         "--no-replace",
         dest="replace",
         action="store_false",
-        help="stop instead of replacing P.bin and P.idx, from which a training may have begun",
+        help="stop instead of replacing P.bin and P.idx, which a run may be training on",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer-model", metavar="X.model", help="sentencepiece model")
     which.add_argument(
         "--hf-tokenizer",
         metavar="DIR",
-        help="local directory of a Hugging Face tokenizer; needs transformers",
+        help="directory of a Hugging Face tokenizer; needs transformers",
     )
-    add_format_argument(parser, "of the input files")
+    add_format_argument(parser, "format of the input files")
     parser.add_argument(
         "--json-key",
         default="text",
         metavar="KEY",
-        help="where JSONL lines hold the text (default: %(default)s)",
+        help="key of the text in lines of JSONL (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt-key",
         metavar="KEY",
-        help="for --mdm-sft: where JSONL lines hold the prompt; each document is then a pair",
+        help="for --mdm-sft: key of the prompt in lines of JSONL; each document is then a pair",
     )
     parser.add_argument(
-        "--response-key", metavar="KEY", help="where they hold the response (default: response)"
+        "--response-key", metavar="KEY", help="key of the response (default: response)"
     )
     parser.add_argument(
         "--messages-key",
         metavar="KEY",
-        help="for --mdm-sft: where JSONL lines hold a conversation, which the chat template of "
-        "--hf-tokenizer renders; the last message, the assistant's, is the response",
+        help="for --mdm-sft: key of a conversation in lines of JSONL; the chat template of "
+        "--hf-tokenizer renders it, and the last message, the assistant's, is the response",
     )
     parser.add_argument(
         "--turns",
         choices=["last", "every"],
-        help="for --messages-key: which answers of the assistant become pairs: that of the last "
-        "message (default), or every one that answers a message, as if the conversation ended "
-        "with it. What comes before an answer is written again for each",
+        help="for --messages-key: answers of the assistant that become pairs: the last message "
+        "(default), or every answer to a message, as if the conversation ended there. The text "
+        "before an answer is repeated for each of them",
     )
     parser.add_argument(
         "--ignore-keys",
         nargs="+",
         metavar="KEY",
-        help="for --messages-key: keys of the lines and of their messages that are left out; every "
-        "other key has to change what the chat template renders, which also gets tools, documents "
-        "and the other keys of a line as its variables",
+        help="for --messages-key: keys of the lines and of their messages to leave out; every "
+        "other key must change what the chat template renders. The template gets tools, documents "
+        "and the other keys of a line as variables",
     )
     parser.add_argument(
         "--template-date",
         metavar="YYYY-MM-DD",
-        help="for --messages-key: what a chat template that asks for today's date gets, on every "
-        f"day (default: {TEMPLATE_DATE})",
+        help="for --messages-key: date that a chat template gets if it asks for today's date "
+        f"(default: {TEMPLATE_DATE})",
     )
     parser.add_argument(
         "--no-append-eod",
@@ -128,24 +120,24 @@ def main() -> None:
     parser.add_argument(
         "--special-tokens",
         action=argparse.BooleanOptionalAction,
-        help="whether text that spells a special token, as rendered prompts do, is encoded as that "
-        "token or as ordinary text (default: as that token for --messages-key alone, where the "
-        "template spells it; what a string of a line spells there is always ordinary text); "
-        "tools/generate.py then does as the data of its checkpoint do",
+        help="encode text that spells a special token, as rendered prompts do, as that token, or "
+        "as ordinary text (default: as ordinary text; with --messages-key, as that token where the "
+        "template spells it). With --messages-key, strings of a line always stay ordinary text. "
+        "tools/generate.py does the same as the data of its checkpoint",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=preprocess.default_workers(),
         metavar="N",
-        help="worker processes (default: the CPUs that are available, here %(default)s)",
+        help="number of worker processes (default: the number of available CPUs, here %(default)s)",
     )
     parser.add_argument(
         "--skip-bad-lines",
         action="store_true",
-        help="skip and count documents that cannot be read (bad JSON, no such key, not a string, "
-        "not UTF-8), or that spell a special token which cannot stay text, instead of stopping at "
-        "the first; in text files that is the whole file",
+        help="skip and count bad documents instead of stopping at the first: documents that cannot "
+        "be read (bad JSON, no such key, not a string, not UTF-8), and documents that spell a "
+        "special token which cannot stay text; in text files a document is the whole file",
     )
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)

@@ -1,4 +1,12 @@
-"""Command line of megatron_mdm.data.tokenizer."""
+"""Trains a sentencepiece tokenizer for masked diffusion on text or JSONL files.
+
+    python tools/train_tokenizer.py --input corpus.jsonl.gz --vocab-size 16384 --output code.model
+
+The tokenizer has <pad>, <eod> (end of document, as sentencepiece's eos), <unk> and <mask>. No text
+encodes to <mask>. Encoding is lossless: spaces, tabs and line ends are kept, and bytes stand in for
+characters outside the vocabulary. The same input gives the same tokenizer. If the run fails or is
+interrupted, nothing is written.
+"""
 
 import argparse
 import sys
@@ -7,71 +15,55 @@ from megatron_mdm.data import tokenizer
 from megatron_mdm.data.documents import add_format_argument, resolve_inputs
 from megatron_mdm.errors import escaped, run_tool
 
-DESCRIPTION = """\
-Train a sentencepiece tokenizer for masked diffusion on text or JSONL files.
-
-The model has <pad>, <eod> (end of document, as sentencepiece's eos), <unk>, and <mask>, which no
-text encodes to. Encoding is lossless: spaces, tabs, and line ends are kept; bytes stand in for
-characters outside the vocabulary. The same input gives the same model. If the run fails or is
-interrupted, nothing is written.
-"""
-
-EXAMPLES = """\
-example:
-  python tools/train_tokenizer.py --input corpus.jsonl.gz --vocab-size 16384 --output code.model
-"""
-
 
 def main() -> None:
     """Parses, trains, prints one line."""
     parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="text or JSONL files, plain or .gz"
     )
-    parser.add_argument("--input-list", metavar="FILE", help="file with one such path per line")
+    parser.add_argument("--input-list", metavar="FILE", help="file with one path per line")
     parser.add_argument(
         "--output",
         required=True,
         metavar="X.model",
-        help="model file to write, and its record, X.model.json; replaced if they exist",
+        help="model file to write, with its record X.model.json; existing files are replaced",
     )
     parser.add_argument(
         "--unless-done",
         action="store_true",
-        help="do nothing if the record says that the model that is there was made from the same "
-        "inputs, whose contents count, with the same options",
+        help="do nothing if the record says that the existing model was made from inputs with the "
+        "same contents, with the same options",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         default=tokenizer.DEFAULT_VOCAB_SIZE,
         metavar="N",
-        help="pieces, special ones and 256 bytes included (default: %(default)s)",
+        help="number of pieces, with special pieces and 256 bytes (default: %(default)s)",
     )
     parser.add_argument(
         "--model-type",
         choices=tokenizer.MODEL_TYPES,
         default="bpe",
-        help="kind of model (default: %(default)s)",
+        help="sentencepiece model type (default: %(default)s)",
     )
-    add_format_argument(parser, "of the input files")
+    add_format_argument(parser, "format of the input files")
     parser.add_argument(
         "--json-key",
         default="text",
         metavar="KEY",
-        help="where JSONL lines hold the text (default: %(default)s)",
+        help="key of the text in lines of JSONL (default: %(default)s)",
     )
     parser.add_argument(
         "--max-bytes",
         type=int,
         default=tokenizer.DEFAULT_MAX_BYTES,
         metavar="N",
-        help="train on a random sample of lines of this size if there is more text; memory grows "
-        "with it (default: %(default)s)",
+        help="if there is more text than N bytes, train on a random sample of lines of this size; "
+        "memory grows with N (default: %(default)s)",
     )
     parser.add_argument(
         "--skip-bad-lines",

@@ -1,19 +1,22 @@
-"""Measures where the noise of training comes from, and what each method leaves of it.
+r"""Measures where the noise of training comes from, and how much of it each method leaves.
 
     python tools/variance_report.py --load checkpoints --data my_text --output variance.json
+    python tools/variance_report.py --load checkpoints --data my_text --output variance.json \
+        --methods mirror 4-views ppots-gradient+lattice+exact-count
 
-writes variance.json and variance.png, and prints the table. --data is text, or prompts and
-responses (.bin/.idx), of which only the responses are masked; rows are drawn from all over it.
+The tool writes variance.json and variance.png, and prints the table. --data is text, or prompts and
+responses (.bin/.idx), of which only the responses are masked. Rows are drawn from all over the
+data.
+
 Nested draws of rows, rates and masks give the shares of the masking pattern (A), the masking rate
-(B) and the data (C) in the variance of the loss and of the gradient of one row, beside the data
-noise of the same network on the same rows as an autoregressive model: causal mask, next tokens. For
-that give the weights of one that was trained so (--autoregressive); a diffusion model's own predict
-no next tokens. Other masks of the same rows give the table of the methods; for some of them:
+(B) and the data (C) in the variance of the loss and of the gradient of one row. Beside them stands
+the data noise of the same network on the same rows as an autoregressive model, with a causal mask
+and next tokens. For this, --autoregressive names the weights of a model that was trained so,
+because a diffusion model predicts no next tokens. Other masks of the same rows give the table of
+methods.
 
-    python tools/variance_report.py ... --methods mirror 4-views ppots-gradient+lattice+exact-count
-
-The estimates are unbiased, so that a small B or C can come out negative: see the error bars.
-Interrupted, it keeps what was measured in variance.json.partial, and the same command goes on.
+The estimates are unbiased, so a small B or C can come out negative: see the error bars. An
+interrupted run keeps its measurements in variance.json.partial, and the same command continues.
 Under torchrun the ranks share the model as tensor-parallel ranks.
 """
 
@@ -41,18 +44,22 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_checkpoint_arguments(parser, pipeline=False)
-    parser.add_argument("--data", required=True, help="text or JSONL file, or .bin/.idx prefix")
-    parser.add_argument("--output", required=True, metavar="X.json", help="file to write")
     parser.add_argument(
-        "--figure", metavar="FILE", help="PNG or SVG to write (default: X.png beside --output)"
+        "--data", required=True, help="text or JSONL file, or prefix of a .bin/.idx pair"
+    )
+    parser.add_argument("--output", required=True, metavar="X.json", help="JSON file to write")
+    parser.add_argument(
+        "--figure",
+        metavar="FILE",
+        help="picture to write, PNG or SVG (default: X.png beside --output)",
     )
     for name, default, meaning in (
-        ("--rows", 200, "rows of the nested draws; more tighten the error bars"),
-        ("--rates", 4, "rates of each row"),
-        ("--masks", 2, "masks at each rate"),
-        ("--batch", 32, "rows of a batch in the table of the methods"),
-        ("--bins", 10, "bins of t in the curves"),
-        ("--seed", 0, "of texts, rates and masks"),
+        ("--rows", 200, "number of rows of the nested draws; more rows give smaller error bars"),
+        ("--rates", 4, "number of rates of each row"),
+        ("--masks", 2, "number of masks at each rate"),
+        ("--batch", 32, "number of rows of a batch in the table of methods"),
+        ("--bins", 10, "number of bins of t in the curves"),
+        ("--seed", 0, "seed of texts, rates and masks"),
     ):
         parser.add_argument(
             name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})"
@@ -62,34 +69,43 @@ def parse() -> argparse.Namespace:
         nargs="+",
         default=["important"],
         metavar="NAME",
-        help="rows of the table: `important`, `all` (every combination), `none`, or names out of "
-        "these (default: important)",
+        help="rows of the table of methods: `important`, `all` (every combination), `none`, or "
+        "names of methods joined by + (default: important)",
     )
     parser.add_argument(
         "--isad-token-ids",
         type=int,
         nargs="+",
         metavar="ID",
-        help="tokens that ISAD masks more often (default: those of the checkpoint's run; without "
-        "any, ISAD is left out)",
+        help="ids of the tokens that ISAD masks more often (default: those of the checkpoint's "
+        "run; without any, ISAD is left out)",
     )
     parser.add_argument(
         "--autoregressive",
         metavar="CHECKPOINT",
-        help="the same network trained on next tokens (-m megatron_mdm.experiments.autoregressive)",
+        help="checkpoint of the same network trained on next tokens (python -m "
+        "megatron_mdm.experiments.autoregressive)",
     )
     parser.add_argument(
-        "--parameters", default="", metavar="TEXT", help="only parameters with this in their name"
+        "--parameters",
+        default="",
+        metavar="TEXT",
+        help="measure only the gradient of parameters whose names contain this (default: of all)",
     )
     parser.add_argument(
         "--sketch",
         type=int,
         metavar="D",
-        help="project gradients of more parameters at random on D numbers, which keeps variances "
-        "in the mean (default: 8192)",
+        help="project gradients of more than D parameters at random to D numbers, which preserves "
+        "variances on average (default: 8192)",
     )
-    add_format_argument(parser, "of --data, if it is a file")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="(default: %(default)s)")
+    add_format_argument(parser, "format of the file of --data")
+    parser.add_argument(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="key of the text in lines of JSONL (default: %(default)s)",
+    )
     return parser.parse_args()
 
 
@@ -113,7 +129,7 @@ def main() -> None:
 
     names = ("rows", "rates", "masks", "batch", "bins", "seed")
     numbers = {name: getattr(options, name) for name in names}
-    # Complain before loading.
+    # Bad settings end the run before the checkpoint is loaded.
     methods = choose(options.methods, isad=True)
     variance_report.Settings(
         **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
@@ -131,7 +147,7 @@ def main() -> None:
             causal_model = load_other_weights(loaded, options.autoregressive)
             sketch = sketch_of(causal_model, options)
         causal = causal_step(causal_model, sketch)
-        # Which rows these are: what was measured on others does not go on.
+        # A digest of the rows: measurements of other rows are not continued.
         drawn = hashlib.blake2b(digest_size=8)
         for text in texts[: options.rows]:
             drawn.update(text.tokens.numpy().tobytes())
@@ -166,10 +182,10 @@ def main() -> None:
 
 
 def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[ScoredRow]":
-    """Rows from all over the data in random order, more than are measured.
+    """Rows from all over the data in random order; there are more than will be measured.
 
     Raises:
-        UserError: data that is too short, or that cannot be measured on.
+        UserError: the data are too short, or have other properties that prevent a measurement.
     """
     from megatron_mdm.mcore.inference.eval_data import (
         POOL,
@@ -196,10 +212,10 @@ def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Score
 
 
 def sketch_of(loaded: "LoadedModel", options: argparse.Namespace) -> "ParallelSketch":
-    """The gradient of the parameters that --parameters names, projected if there are many.
+    """The gradient of the parameters that --parameters selects, projected if there are many.
 
     Raises:
-        UserError: it names none.
+        UserError: --parameters selects none.
     """
     from megatron_mdm.mcore.inference.measure import ParallelSketch
     from megatron_mdm.variance.sketch import MOST_WHOLE
@@ -215,7 +231,7 @@ def sketch_of(loaded: "LoadedModel", options: argparse.Namespace) -> "ParallelSk
 
 
 def identity(options: argparse.Namespace, size: int | None, world_size: int) -> list[Any]:
-    """What a measurement that goes on must have in common with the one before."""
+    """What an interrupted measurement and its continuation must have in common."""
     checkpoints = [path for path in (options.load, options.autoregressive) if path]
     files = [str(Path(path, "latest_checkpointed_iteration.txt")) for path in checkpoints]
     files += [path for path in (options.data, f"{options.data}.bin") if os.path.isfile(path)]

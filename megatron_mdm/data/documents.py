@@ -89,15 +89,15 @@ def add_format_argument(parser: argparse._ActionsContainer, files: str) -> None:
 
     Args:
         parser: of the tool, or a group of it.
-        files: what the flag is about, such as "of --data".
+        files: whose format the flag names, such as "format of the file of --data".
     """
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="auto",
-        help=f"{files}: jsonl, a document a line; text, a document a file; auto, jsonl for "
-        f"{', '.join(JSON_SUFFIXES)} and for files whose first line is a JSON object, text for the "
-        "rest (default: %(default)s)",
+        help=f"{files}: jsonl has one document per line, text one per file; auto takes jsonl for "
+        f"{', '.join(JSON_SUFFIXES)} and for files whose first line is a JSON object, and text for "
+        "all others (default: %(default)s)",
     )
 
 

@@ -1,10 +1,15 @@
-"""The same network on the same rows, trained autoregressively by Megatron.
+r"""Trains the same network on the same rows autoregressively, with Megatron.
 
-    python -m megatron_mdm.experiments.autoregressive --mdm-shift ...
+    python -m megatron_mdm.experiments.autoregressive --mdm-shift --mdm-device cpu --mock-data \
+        --split 1,0,0 --tokenizer-type NullTokenizer --vocab-size 127 --mdm-mask-token-id 127 \
+        --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 \
+        --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 8 \
+        --train-iters 10 --lr 1e-3 --log-interval 1 --eval-interval 10 --eval-iters 0
 
-takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
-position predict the token after it, and stops at signals as that program does. Rows, their order
-and the tokens that count are those of masked diffusion; attention is causal and no token is masked.
+The program takes the flags of `python -m megatron_mdm.pretrain` and stops at signals like it.
+--mdm-shift is required, since the logits of a position predict the token after it. Rows, their
+order and the tokens that count are those of masked diffusion. Attention is causal, and no token is
+masked.
 """
 
 from collections.abc import Callable

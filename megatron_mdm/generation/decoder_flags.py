@@ -17,16 +17,16 @@ def add_token_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--special-tokens",
         action=argparse.BooleanOptionalAction,
-        help="whether text that spells a special token is that token, or ordinary text (default: "
-        "as in the checkpoint's data, see tools/preprocess_data.py; that token where it is not "
-        "known)",
+        help="encode text that spells a special token as that token, or as ordinary text (default: "
+        "as in the checkpoint's data, see tools/preprocess_data.py; as that token if the data do "
+        "not tell)",
     )
     group.add_argument(
         "--eos-token-ids",
         type=int,
         nargs="+",
         metavar="ID",
-        help="tokens that end a text (default: the tokenizer's end of document, if it has one)",
+        help="ids of the tokens that end a text (default: the tokenizer's end of document, if any)",
     )
 
 
@@ -36,24 +36,27 @@ def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
     Args:
         group: of a tool's flags.
     """
-    group.add_argument("--steps", type=int, help="model calls (default: one a token)")
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="number of model calls (default: one per token)"
+    )
     group.add_argument(
         "--block-length",
         type=int,
         metavar="N",
-        help="fill N positions after N, from left to right (default: all at once)",
+        help="fill blocks of N positions from left to right (default: one block)",
     )
     group.add_argument(
         "--remasking",
         choices=["low-confidence", "random"],
         default="low-confidence",
-        help="what a call keeps: the most confident predictions (default), or any",
+        help="predictions that a model call keeps: the most confident ones (default), or random "
+        "ones",
     )
     group.add_argument(
         "--threshold",
         type=float,
         metavar="P",
-        help="keep all predictions of at least this probability: fewer calls",
+        help="keep all predictions with at least this probability, which saves model calls",
     )
 
 
@@ -63,27 +66,33 @@ def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
     Args:
         group: of a tool's flags.
     """
-    group.add_argument("--temperature", type=float, default=0.0, help="0: likeliest (default)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="temperature of the sampling of tokens; 0 takes the likeliest token (default: 0)",
+    )
     group.add_argument(
         "--top-k",
         type=int,
         metavar="K",
-        help="with a --temperature: take one of the K likeliest tokens (default: of all)",
+        help="with a --temperature: sample from the K likeliest tokens (default: from all)",
     )
     group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="with a --temperature: take one of the likeliest tokens that have the probability P "
-        "together, after temperature and --top-k (default: 1, of all). --remasking and --threshold "
-        "go by the probabilities without temperature, --top-k and --top-p",
+        help="with a --temperature: sample from the likeliest tokens whose probabilities, after "
+        "temperature and --top-k, add up to P (default: 1, from all). --remasking and --threshold "
+        "use the probabilities before temperature, --top-k and --top-p",
     )
     group.add_argument(
         "--cfg-scale",
         type=float,
         default=0.0,
         metavar="X",
-        help="classifier-free guidance: logits go X times beyond those with the prompt masked, "
-        "which takes two forward passes instead of one (default: 0, none)",
+        help="scale of classifier-free guidance: adds X times the difference from the logits with "
+        "the prompt masked, which doubles the forward passes (default: 0, no guidance)",
     )

@@ -1,4 +1,9 @@
-"""`python -m megatron_mdm.lm_eval`: lm_eval's own command, which knows the model `mdm`."""
+"""Runs lm_eval's own command, with checkpoints of this package as its model `mdm`.
+
+    python -m megatron_mdm.lm_eval run --model mdm --model_args load=checkpoints --tasks arc_easy
+
+The flags are lm_eval's. megatron_mdm/lm_eval/__init__.py has the arguments of the model.
+"""
 
 import importlib.util
 import sys
@@ -16,6 +21,8 @@ def main() -> None:
         raise UserError("lm-evaluation-harness is missing: pip install 'megatron-mdm[eval]'")
     from lm_eval.__main__ import cli_evaluate
 
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
     sys.argv[0] = "lm_eval"
     cli_evaluate()
 

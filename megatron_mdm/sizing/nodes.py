@@ -1,11 +1,12 @@
-"""`python -m megatron_mdm.sizing.nodes NODES GPUS FLAGS...`: whether a run's flags fit its nodes.
+"""Checks whether the flags of a run fit its number of nodes.
 
-Ends with status 2 and one line where they do not, which names the numbers of nodes that fit. It
-imports neither torch nor Megatron, so that a launcher can ask before it starts anything.
+    python -m megatron_mdm.sizing.nodes 2 8 --global-batch-size 512 --micro-batch-size 4
+
+If they do not, the program ends with status 2 and one line, which names the numbers of nodes that
+fit. It imports neither torch nor Megatron, so that a launcher can ask before it starts anything.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NoReturn
@@ -117,8 +118,14 @@ def check_nodes(layout: Layout, nodes: int, gpus: int) -> None:
 
 def main() -> None:
     """Checks the words of the command line."""
-    nodes, gpus, *flags = sys.argv[1:]
-    check_nodes(Layout.from_flags(flags), int(nodes), int(gpus))
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", type=_size, metavar="NODES", help="number of nodes")
+    parser.add_argument("gpus", type=_size, metavar="GPUS", help="number of GPUs of a node")
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="all flags of the run"
+    )
+    options = parser.parse_args()
+    check_nodes(Layout.from_flags(options.flags), options.nodes, options.gpus)
 
 
 if __name__ == "__main__":

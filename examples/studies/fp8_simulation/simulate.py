@@ -1,5 +1,7 @@
 """SIMULATED: what the tail of the loss weight does to gradients in FP8, on the CPU.
 
+    python examples/studies/fp8_simulation/simulate.py --json fp8.json
+
 A byte-level model is trained on the source of Python's standard library with the standard
 objective. Then, with its weights fixed, the tensors that enter the two backward products of every
 linear layer, x^T g and g W, are rounded to FP8 as Transformer Engine's per-tensor recipes do, and

@@ -5,10 +5,10 @@ import os
 import re
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import Field
+from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -17,7 +17,14 @@ from megatron.training.global_vars import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_mdm.bound import bound_in_words
-from megatron_mdm.config import MDMConfig, destination, flag, flag_of, requested_device
+from megatron_mdm.config import (
+    SECTIONS,
+    MDMConfig,
+    destination,
+    flag,
+    flag_of,
+    requested_device,
+)
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import (
@@ -77,25 +84,43 @@ REFUSED = {
     "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
     "rampup_batch_size": "use --step-batch-size-schedule",
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
-    "moe_expert_capacity_factor": "experts that drop tokens predict a row by what else is in its "
-    "micro-batch; leave it out",
-    "ddp_average_in_collective": "gradients are sums here, divided by a count of all ranks; leave "
-    "it out",
+    "moe_expert_capacity_factor": "dropping tokens makes the loss of a row depend on the other "
+    "rows of its micro-batch; leave it out",
+    "ddp_average_in_collective": "gradients are sums here, divided by a count over all ranks; "
+    "leave it out",
     "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
-    "non_persistent_ckpt_type": "its checkpoints are not looked at when a run is started again; "
+    "non_persistent_ckpt_type": "a run that is started again does not look for its checkpoints; "
     "use --save-interval with --save-retain-interval",
-    "verify_integrity": "all ranks share the work of hashing and checking files without it; leave "
+    "verify_integrity": "without it, all ranks share the work of hashing and checking files; leave "
     "it out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
 # Help for flags of Megatron's that mean something else here.
 HELP = {
-    "validation_set_names": "Names of the files of --valid-data-path, each of which is then a set "
-    "of its own, in place of a mixture. Every set is evaluated on --eval-iters global batches. The "
-    "logs show the NELBO of each and of all: the mean over the sets, whose standard error is that "
-    "of fixed sets. A test is one set, of as many rows as all of these.",
+    "validation_set_names": "Names of the files of --valid-data-path, one for each. Every file is "
+    "then a validation set of its own instead of a part of a mixture. Every set is evaluated on "
+    "--eval-iters global batches. The logs show the NELBO of every set, and the mean over the sets "
+    "with the standard error for fixed sets. The test set stays one set, with as many rows as all "
+    "validation sets together.",
+    "log_throughput": "Log the useful TFLOP/s per GPU. Useful are the operations for positions "
+    "that are no padding, for pairs of positions that attend to each other, and for the logits at "
+    "masked positions.",
+    "seed": "Seed of Megatron's random numbers, and of masking rates and masks. The last two are "
+    "functions of the seed and the row number.",
 }
+
+# Defaults that the objective needs. --calculate-per-token-loss sums gradients and divides them by
+# the global count of eligible tokens (or rows). Without the persistent worker Megatron ignores
+# --async-save, and the strategy `mcore` needs no other library for it.
+NEEDED = {
+    "calculate_per_token_loss": True,
+    "use_persistent_ckpt_worker": True,
+    "async_strategy": "mcore",
+}
+
+# Titles of our groups of flags in --help.
+TITLE = "masked diffusion: {}"
 
 # The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
 ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
@@ -129,24 +154,30 @@ class _FlagFactory(ArgumentGroupFactory):
             default = " Default: off."
         else:  # the text of a field that is None says it in words
             default = "" if attribute.default is None else " Default: %(default)s."
+        if "type" in kwargs and "choices" not in kwargs:
+            kwargs.setdefault("metavar", {int: "N", float: "X"}.get(kwargs["type"]))
         return {
             **kwargs,
             "dest": destination(attribute.name),
             "help": kwargs["help"] + default,
         }
 
+    def add_to(self, parser: ArgumentParser) -> None:
+        """Adds a group of flags for each of the sections."""
+        for title, names in SECTIONS.items():
+            self.exclude = {x.name for x in fields(self.src_cfg_class) if x.name not in names}
+            self.build_group(parser, TITLE.format(title)).description = None
+
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
 
-    Also sets the defaults that the objective needs: gradients are summed and divided by the global
-    count of eligible tokens (or rows), which is what --calculate-per-token-loss means.
+    Also sets the defaults of Megatron's flags that the objective, the libraries that are installed
+    and the device need.
     """
-    _FlagFactory(MDMConfig).build_group(parser, "masked diffusion")
+    _FlagFactory(MDMConfig).add_to(parser)
     set_recipe_defaults(parser)
-    parser.set_defaults(calculate_per_token_loss=True)
-    # Without the first Megatron leaves --async-save out; its own worker needs no other library.
-    parser.set_defaults(use_persistent_ckpt_worker=True, async_strategy="mcore")
+    parser.set_defaults(**NEEDED)
     for name, libraries in FUSED_BY.items():
         if not any(map(importlib.util.find_spec, libraries)):
             parser.set_defaults(**{name: False})
@@ -229,12 +260,16 @@ def megatron_errors_as_user_errors() -> Iterator[None]:
 
 
 def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
-    """Adds our flags, and makes wrong ones a line without the hundreds of lines of the usage."""
+    """Adds our flags and our text above them; a wrong flag is one line, without the usage."""
 
     def error(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags)")
 
     parser.error = error  # type: ignore[method-assign]  # the parser is Megatron's
+    # Megatron's own usage names a thousand flags, and its description no program.
+    parser.usage = "torchrun [torchrun's flags] -m MODULE [flags]"
+    parser.description = sys.modules["__main__"].__doc__
+    parser.formatter_class = RawDescriptionHelpFormatter
     return add_arguments(parser)
 
 
