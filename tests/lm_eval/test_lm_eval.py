@@ -314,7 +314,7 @@ def test_a_directory_of_tasks_that_is_missing(tmp_path):
         ("--tasks x --json tests", "--json tests is a directory: give the name of a file"),
         (
             "--tasks x --log-samples /dev/null/x",
-            "--log-samples /dev/null/x: no file can be made in /dev/null: give another place",
+            "--log-samples /dev/null/x: cannot create a file in /dev/null: give another path",
         ),
         ("--tasks x --num-fewshot -1", "--num-fewshot -1: must not be negative"),
     ],
