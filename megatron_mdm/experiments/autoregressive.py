@@ -1,10 +1,10 @@
-"""The same network on the same rows, trained autoregressively by Megatron.
+"""Trains the same network on the same rows autoregressively, with Megatron's next-token loss.
 
     python -m megatron_mdm.experiments.autoregressive --mdm-shift ...
 
-takes the flags of `-m megatron_mdm.pretrain`, --mdm-shift among them, since the logits of a
-position predict the token after it, and stops at signals as that program does. Rows, their order
-and the tokens that count are those of masked diffusion; attention is causal and no token is masked.
+takes the flags of `-m megatron_mdm.pretrain` and handles signals in the same way. --mdm-shift is
+required, because the logits of a position predict the next token. The rows, their order and the
+tokens in the loss are those of masked diffusion. Attention is causal and no token is masked.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,13 @@ from megatron_mdm.pretrain import main
 
 
 def next_tokens(objective: Any) -> Callable[..., Any]:
-    """The forward step of a run, in the place of that of masked diffusion.
+    """Builds the autoregressive forward step, which replaces that of masked diffusion.
+
+    Args:
+        objective: the run's `Objective`.
 
     Raises:
-        UserError: the settings are not those of an autoregressive model.
+        UserError: the settings are not possible for an autoregressive model.
     """
     mdm = objective.state.mdm
     if not mdm.shift:
@@ -30,7 +33,7 @@ def next_tokens(objective: Any) -> Callable[..., Any]:
 
 
 def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
+    """Returns the next-token cross entropies of a micro-batch, and the function that sums them."""
     from megatron_mdm.mcore.model.inputs import ModelInputs
     from megatron_mdm.mcore.training.forward_step import next_batch
 
@@ -43,12 +46,12 @@ def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
 def loss_func(
     eligible: Any, normalization: Literal["tokens", "rows"], cross_entropy: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Sums over a micro-batch, averaged like the loss of masked diffusion.
+    """Sums of a micro-batch in Megatron's format, normalized like the masked-diffusion loss.
 
     Args:
-        eligible: tokens that count, bool [b, s].
+        eligible: tokens that count in the loss, bool [b, s].
         normalization: `tokens` or `rows`.
-        cross_entropy: of the token after each position, float [b, s], nats.
+        cross_entropy: cross entropy of the token after each position, float [b, s], nats.
     """
     import torch
 
