@@ -20,7 +20,7 @@ ALONE = {
 }
 # Variables in which srun and mpirun give the number of processes that they have started.
 STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # from malloc.h
 OWN_MAPPING_BYTES = 4 << 20
 
 

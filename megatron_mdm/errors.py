@@ -30,7 +30,7 @@ SECONDS_AFTER_THE_CAUSE = 2
 def escaped(text: str, kept: str = "") -> str:
     r"""Makes a text safe to print: replaces non-printable characters by escapes (\n, \x1b).
 
-    File names, keys and settings of others may contain line ends, which could forge another
+    File names, keys and settings from elsewhere may contain line ends, which could forge another
     message, and escape sequences, which a terminal would execute.
 
     Args:

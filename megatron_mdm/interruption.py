@@ -24,10 +24,10 @@ INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command resumes the run
 class Interruption:
     """Context manager that records signals that ask this process to stop.
 
-    As long as `has_begun` is False, a signal ends the process at once by `SystemExit`. Afterwards
-    it only sets `is_requested`, which the training loop has to check. After `end`, when the process
-    is about to exit, signals do nothing. If torchrun has ended, this counts as a request to stop
-    too, because nothing else would stop its ranks.
+    As long as `has_begun` is False, a signal ends the process at once by `SystemExit`. Afterwards a
+    signal only makes `is_requested` return True, and the training loop has to check this. After
+    `end`, when the process is about to exit, signals do nothing. If torchrun has ended, this counts
+    as a request to stop too, because nothing else would stop its ranks.
 
     If a rank of the node has ended, SIGTERM ends the process at once: torchrun is then stopping the
     other ranks, which cannot save without that rank. They may be waiting for it in C code, where

@@ -124,8 +124,8 @@ class _Launcher:
             def _monitor_workers(self, worker_group: Any) -> Any:
                 result = super()._monitor_workers(worker_group)
                 launcher._logs = self._pcontext.stderrs
-                # Another node may have received the signal. The ranks agree to stop, so that the
-                # status of the local ranks tells.
+                # Another node may have received the signal. All ranks then agree to stop, and the
+                # local ranks end with the status INTERRUPTED.
                 statuses = [failure.exitcode for failure in result.failures.values()]
                 if launcher._is_stopping or {INTERRUPTED, BAD_INPUT} & set(statuses):
                     self._remaining_restarts = 0

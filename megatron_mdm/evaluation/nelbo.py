@@ -162,7 +162,7 @@ def evaluate(
             token, or logits are not finite.
     """
     if draws < 2 or draws % 2:
-        raise UserError(f"the draws of a text must be even, for an error bar; got {draws}")
+        raise UserError(f"the number of draws of a text must be even, got {draws}")
     groups = groups_of(rows)
     drawn = draw(
         logits, rows, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
@@ -245,7 +245,7 @@ def log_likelihoods(
             not finite.
     """
     if draws < 4 or draws % 4:
-        raise UserError(f"the draws of a continuation must be a multiple of 4, got {draws}")
+        raise UserError(f"the number of draws of an answer must be a multiple of 4, got {draws}")
     rows = [
         ScoredRow(
             torch.tensor([*context, *continuation], dtype=torch.int64),
@@ -425,8 +425,8 @@ def _check_tokens(rows: Sequence[ScoredRow], mask_token_id: int) -> None:
     for number, row in enumerate(rows):
         if (row.tokens == mask_token_id).any():
             raise UserError(
-                f"text {number} contains the mask token {mask_token_id}, which the model would "
-                "take for a masked position: tokenize it again without"
+                f"text {number} contains the mask token {mask_token_id}, which marks masked "
+                "positions: tokenize the text again without this token"
             )
 
 
@@ -438,8 +438,8 @@ def _check_finite(nats: Floats) -> None:
     """
     if not np.isfinite(nats).all():
         raise UserError(
-            "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
-            "too large for its precision"
+            "the likelihood of a text is NaN or 0: the model's logits are not finite, or are too "
+            "large for its precision"
         )
 
 

@@ -26,9 +26,9 @@ def next_tokens(objective: Any) -> Callable[..., Any]:
     """
     mdm = objective.state.mdm
     if not mdm.shift:
-        raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
+        raise UserError("--mdm-shift is missing: an autoregressive model predicts the next token")
     if mdm.isolate_documents:
-        raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
+        raise UserError("--mdm-isolate-documents: this program cannot isolate documents")
     return partial(forward_step, objective.state)
 
 

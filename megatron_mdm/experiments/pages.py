@@ -43,7 +43,7 @@ def inserted(text: str, path: str, kind: str, blocks: Mapping[str, Callable[[], 
     names = {match[2] for match in place.finditer(text)}
     if not names or not names <= set(blocks):
         raise UserError(
-            f"--insert {path}: needs <!-- {kind}: NAME --> with an <!-- end -->, and NAME of "
+            f"--insert {path}: needs <!-- {kind}: NAME --> and <!-- end -->, where NAME is one of "
             f"{', '.join(blocks)}"
         )
     return place.sub(lambda match: f"{match[1]}{blocks[match[2]]()}\n{match[3]}", text)

@@ -114,8 +114,8 @@ class Decoder:
         blocks = -(-wanted // self.block_length)
         if blocks > self.steps:
             raise UserError(
-                f"--steps {self.steps} is less than one a block: {blocks} blocks of "
-                f"--block-length {self.block_length} are to be filled"
+                f"--steps {self.steps} is less than one per block: {blocks} blocks of "
+                f"--block-length {self.block_length} have to be filled"
             )
 
     def __call__(
@@ -235,7 +235,7 @@ class Decoder:
         picks = scores.argmax(dim=-1)
         order = probabilities.gather(-1, picks[:, None])[:, 0]
         if order.isnan().any():  # a single NaN or +inf among the logits makes the softmax NaN
-            raise UserError("the model's logits hold NaN or infinity: nothing can be decoded")
+            raise UserError("the model's logits hold NaN or infinity: decoding is not possible")
         if self.remasking == "random":
             order = uniforms()
         prediction = torch.zeros_like(candidates, dtype=torch.int64)

@@ -338,21 +338,21 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
             if value not in NEUTRAL.get(name, ()):
                 way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
                 raise UserError(
-                    f"generation_kwargs has {name} {value}, which the decoder lacks: choose a task "
-                    f"without{way}"
+                    f"generation_kwargs has {name} {value}, which the decoder does not support: "
+                    f"choose another task{way}"
                 )
         most = self._max_length - 1
         if not 1 <= length <= most:
             raise UserError(
-                f"max_gen_toks {length} must be 1 to {most}, the model's positions but for a token "
-                f"of context: add --gen-kwargs max_gen_toks={most}, or fewer"
+                f"max_gen_toks {length} must be 1 to {most}, so that a token of context fits into "
+                f"the model's positions: add --gen-kwargs max_gen_toks={most}, or fewer"
             )
         try:
             decoder = dataclasses.replace(self._decoder, **own)
             decoder.check_calls(length)
         except UserError as error:  # its message names flags of a tool
             line = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
-            raise UserError(f"the generation_kwargs {settings} cannot be had: {line}") from error
+            raise UserError(f"the generation_kwargs {settings} are not valid: {line}") from error
         return decoder, length, [str(end) for end in until if end is not None]
 
     def _ids(self, text: str) -> list[int]:
@@ -365,7 +365,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         if self._mask_token_id in ids:
             raise UserError(
                 f"the text {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
-                "stands for tokens that are not known: take another task, or --no-special-tokens"
+                "marks unknown tokens: choose another task, or add --no-special-tokens"
             )
         return ids
 
@@ -415,8 +415,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         cut = sum(len(new) < len(old) for (new, _), (old, _) in zip(fitted, pairs, strict=True))
         if cut:
             logger.warning(
-                "%d of %d contexts were longer than the model's rows of %d tokens have room for, "
-                "and lost their beginning: ask for fewer examples (--num-fewshot)",
+                "%d of %d contexts were longer than the model's rows of %d tokens allow, and lost "
+                "their beginning: use fewer examples (--num-fewshot)",
                 cut,
                 len(fitted),
                 self._max_length,
@@ -450,8 +450,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         if self._opening_token_id is None:
             raise UserError(
                 "a shifted model (--mdm-shift) cannot score the first token of a text without "
-                "context: its tokenizer has no end of document to put in front, or its documents "
-                "never saw one (--mdm-isolate-documents); choose tasks whose texts have a context"
+                "context: its tokenizer has no end-of-document token to put in front, or its "
+                "training documents had none in front (--mdm-isolate-documents); choose tasks "
+                "whose texts have a context"
             )
         return [self._opening_token_id]
 

@@ -40,7 +40,7 @@ def task_manager(include_path: str | None = None) -> Any:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'megatron-mdm[eval]'")
     if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include-path {include_path} is no directory: name that of the tasks")
+        raise UserError(f"--include-path {include_path} is not a directory of tasks: give one")
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
@@ -109,7 +109,7 @@ def _check_task(name: str, config: Mapping[str, Any], run_unsafe_code: bool) -> 
             "that code can do no harm"
         )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
-        raise UserError(f"--tasks {name} shows pictures or plays sounds: the model reads text")
+        raise UserError(f"--tasks {name} contains pictures or sounds: the model reads only text")
 
 
 def generation_settings(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def ask(model: Any, tasks: list[Any], manager: Any, **settings: Any) -> dict[str
         shots = unwritten[0].config.num_fewshot
         how = f" with {shots} examples (--num-fewshot)" if shots else ""
         raise UserError(
-            f"--tasks {unwritten[0].task_name} cannot be asked{how}: {reason}"
+            f"--tasks {unwritten[0].task_name}: cannot build the questions{how}: {reason}"
         ) from error
     return results
 

@@ -56,7 +56,7 @@ class ControlVariate:
         if self.baseline is not None:
             mean += float(self.baseline @ (masses - weight_sums / rows))
         if self.decay < 1.0:
-            # A NaN would stay in the average for ever.
+            # A NaN would never leave the average.
             seen = (weight_sums > 0) & np.isfinite(loss_sums)
             if not seen.any():
                 return mean

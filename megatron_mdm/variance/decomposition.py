@@ -211,8 +211,7 @@ def decompose(nested_draws: NestedDraws, repetitions: int = 1000, seed: int = 0)
     n0, nt = nested_draws.t.shape
     if n0 < 2 or nt < 3 or nested_draws.masks < 2:
         raise ValueError(
-            f"it takes 2 rows, 3 rates and 2 masks at least, got {n0}, {nt} and "
-            f"{nested_draws.masks}"
+            f"needs at least 2 rows, 3 rates and 2 masks, got {n0}, {nt} and {nested_draws.masks}"
         )
     S1, S2, S3, S4 = nested_draws.centred().mean_squares(resampled(n0, repetitions, seed))
     parts = (S1 - S2, S2 - S3, S3 - S4, S1 - S4)

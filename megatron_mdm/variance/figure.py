@@ -1,4 +1,4 @@
-"""A report of the variance (report.py) as a table and as a picture."""
+"""Shows a variance report (report.py) as a table and as a picture."""
 
 import math
 from typing import Any
@@ -21,14 +21,14 @@ NAMES = ("loss", "gradient")
 COLUMNS = ("gradient", "loss")  # columns of the table of methods
 PARTS = {"A": BLUE, "B": ORANGE, "C": GREEN}  # part of the variance -> colour
 NOTES = (
-    "* another objective, whose loss and gradient are not those of standard",
-    "ppots-gradient: the norm of the gradient at the final hidden states, as in training",
+    "* another objective: its loss and gradient are not those of standard",
+    "ppots-gradient: fitted to the gradient's norm at the final hidden states, as in training",
     "ema: the controlled loss of the logs; training is that of standard",
 )
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report as a table."""
+    """Formats a report as a table."""
     lines = [f"{'variance of one row':24s}" + "".join(f"{name:>28s}" for name in NAMES)]
     for part, meaning in (("A", "mask pattern"), ("B", "rate"), ("C", "data"), ("total", "")):
         lines.append(f"{part:6s}{meaning:18s}{_parts(report, report, part)}")

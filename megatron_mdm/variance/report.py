@@ -101,7 +101,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.rows < 2 or self.rates < 3 or self.masks < 2:
-            raise UserError("it takes --rows 2, --rates 3 and --masks 2 at least")
+            raise UserError("needs at least --rows 2, --rates 3 and --masks 2")
         if self.bins < 1:
             raise UserError("--bins must be at least 1")
         if self.seed < 0:
@@ -203,8 +203,8 @@ def _nested(
                 norm2[i, k] = float(gradient.double().square().sum())
                 if not math.isfinite(loss[i, k] + norm2[i, k]):
                     raise UserError(
-                        f"the loss or the gradient of row {number} is NaN or infinite: the model "
-                        "computes no numbers in its precision"
+                        f"the loss or the gradient of row {number} is NaN or infinite: check the "
+                        "model and its precision"
                     )
                 masked[i, k] = float(corruption.mask.double().mean())
                 total = total + gradient

@@ -139,13 +139,13 @@ def fit(
         if moments.skipped:
             raise FitError(
                 f"{empty} of {n} rate bins hold no rows, and {moments.skipped} draws were left out "
-                "whose values are NaN or infinite: measure a model that computes numbers"
+                "whose values are NaN or infinite: measure a model with finite values"
             )
         raise FitError(
             f"{empty} of {n} rate bins hold no rows: measure more rows or use fewer bins"
         )
     if not S.any():
-        raise FitError(f"all {moments.rows:.6g} measured values are 0: measure a model's own")
+        raise FitError(f"all {moments.rows:.6g} measured values are 0: measure another model")
     if not 0.0 < eps < 1.0:
         raise UserError(f"the least masking probability must lie in (0, 1), got {eps}")
     if starts < 1:

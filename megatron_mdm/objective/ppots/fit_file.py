@@ -54,7 +54,7 @@ def load_sampler(path: str | Path) -> PpotsFit:
         raise UserError(f"{path} is not a rate density ('format' is not '{FORMAT}'): {again}")
     version = content.get("version")
     if type(version) is not int or version != VERSION:
-        raise UserError(f"{path} is of version {version}, this program reads {VERSION}: {again}")
+        raise UserError(f"{path} has version {version}, this program reads {VERSION}: {again}")
     try:
         if content["target"] not in ("loss", "gradient"):
             raise ValueError(f"'target' is {content['target']!r}")

@@ -130,7 +130,7 @@ class RateMoments:
         """
         array = np.array(vector, dtype=np.float64)
         if array.ndim != 1 or len(array) % 4 != 1:
-            raise ValueError("rate moments are 4 numbers a bin, then 1")
+            raise ValueError("rate moments are 4 numbers for each bin, and 1 more")
         moments = cls(len(array) // 4)
         moments._vector = array
         if not np.isfinite(array).all() or (moments._sums[[0, 2, 3]] < 0.0).any() or array[-1] < 0:
@@ -145,7 +145,7 @@ class RateMoments:
         """
         rows = self.rows + self.skipped
         if rows > most_rows:
-            raise ValueError(f"it counts {rows:.4g} rows, of {most_rows:.0f} at most")
+            raise ValueError(f"it counts {rows:.4g} rows, but at most {most_rows:.0f} are possible")
         if (np.abs(self._sums[:3]) > self._sums[3] * BOUND).any():
             raise ValueError("it holds sums that are too large for their rows")
 

@@ -76,8 +76,8 @@ class PpotsState:
         table, sums = 1 + 2 * TABLE_SIZE, 4 * num_bins + 1
         if array.shape != (table + (1 + LIMBS) * sums,):
             raise UserError(
-                f"the checkpoint's rate moments are not of {num_bins} bins, or of another version "
-                "of this program: resume with the number of bins and the version of the checkpoint"
+                f"the checkpoint's rate moments do not have {num_bins} bins, or another version of "
+                "this program wrote them: resume with the checkpoint's number of bins and version"
             )
         floats, pending_limbs = array[: table + sums].view(np.float64), array[table + sums :]
         size = floats[0]

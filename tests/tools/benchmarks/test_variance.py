@@ -29,7 +29,7 @@ def test_the_table_has_every_method_relative_to_standard(positions, tmp_path):
     ("words", "message"),
     [
         ("--length 0", "--length 0: must be at least 2"),
-        ("--rows 1", "it takes --rows 2"),
+        ("--rows 1", "needs at least --rows 2"),
         ("--steps -3", "--steps -3: must be at least 1"),
     ],
 )
