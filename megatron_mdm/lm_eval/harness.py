@@ -339,7 +339,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
                 way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
                 raise UserError(
                     f"generation_kwargs has {name} {value}, which the decoder does not support: "
-                    f"choose another task{way}"
+                    f"choose a task without it{way}"
                 )
         most = self._max_length - 1
         if not 1 <= length <= most:
