@@ -2,45 +2,51 @@
 
 from megatron_mdm.config import MDMConfig
 
-# The share of the objective's weight that Bernoulli masks may leave out and still be called right:
-# rates below eps, at which masks are not drawn.
+# Bernoulli masks never use masking probabilities below eps, so they leave out a share eps of the
+# objective. Up to this share the loss still counts as a bound.
 MOST_EPS = 0.01
 
 
 def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
-    """Says in a few words why the training loss is no bound; None: it is one.
+    """Says in a few words why the training loss is not a bound; None if it is one.
 
-    It is one where the density of t times its importance weight is 1, and masks and weights are
-    those of the objective. The mean of the loss is then the NELBO: an upper bound on the negative
-    log-likelihood of the eligible tokens, per eligible token, given all others. These change that:
+    The loss is a bound if the density of t times its importance weight is 1, and masks and their
+    weights are those of the objective. The mean of the loss is then the NELBO: an upper bound on
+    the negative log-likelihood of the eligible tokens, per eligible token, given all other tokens.
+    These settings break the bound:
 
-    - `clipped` rates leave out some t. With the ends 0 and 1 they leave out none.
-    - `flat` and a bell weigh some t more than others. A bell as `proposal` is weighted by one over
-      its density, and at a uniform share of 1 a bell is the uniform itself.
-    - ISAD with `inclusion` weights predicts tokens from contexts that are drawn too often. With
-      `exact` weights, or an --mdm-isad-delta of 0, it does not.
-    - SyRM predicts responses from prompts with gaps, and prompts too: a bound of another text.
-    - Documents that see each other, each masked at a rate of its own (--mdm-rate-per document
-      without --mdm-isolate-documents), are each predicted from what the others happen to show. No
-      likelihood of the row is the product of these.
-    - Bernoulli masks leave out the share eps of the rates. Up to `MOST_EPS` that is called a bound.
+    - `clipped` rates leave out some t. With the limits 0 and 1 they leave out none.
+    - `flat` and a bell weight some t more than others. A bell as `proposal` keeps the bound,
+      because it is weighted by one over its density. At a uniform share of 1 a bell is the uniform
+      density.
+    - ISAD with `inclusion` weights predicts tokens from contexts that are drawn too often. ISAD
+      with `exact` weights, or with an --mdm-isad-delta of 0, does not.
+    - SyRM masks prompt tokens too: it predicts them, and predicts responses from prompts with gaps.
+      The loss then bounds the likelihood of another text.
+    - --mdm-rate-per document without --mdm-isolate-documents: each document has its own masking
+      rate and is predicted from the visible tokens of the other documents. No likelihood of the
+      row is the product of these predictions.
+    - Bernoulli masks leave out a share eps of the rates. Up to `MOST_EPS` the loss still counts as
+      a bound.
 
-    These do not:
+    These settings keep the bound:
 
-    - P-POTS is weighted by one over its density; quantiles and views leave every row's t uniform.
-    - Prompts, ends of documents that are not eligible and the first token with --mdm-shift are
-      always visible: the bound is that of all others, given these.
+    - P-POTS: it is weighted by one over its density. Quantiles and views: each row's t is uniform.
+    - Tokens that are never masked: prompts, ends of documents that are not eligible, and the first
+      token with --mdm-shift. The bound is that of the other tokens, given these.
     - --mdm-pad-eligible and --mdm-pad-response-to-multiple-of: the bound is that of the padded
-      response, which generation writes as well.
-    - --mdm-random-length-fraction: the bound is that of the texts as they were cut.
-    - --mdm-isolate-documents with one rate a row: masks of a part of a row are masks of that part.
-    - Attention that is still opening (--mdm-anneal-attention-iters), or that leaves tokens out, and
-      dropout change the network: the bound is that of the network as it is in training.
+      response. Generation writes the padding too.
+    - --mdm-random-length-fraction: the bound is that of the shortened texts.
+    - --mdm-isolate-documents with one rate a row: the mask of a row, restricted to one document, is
+      a mask of that document.
+    - Attention that is still annealed (--mdm-anneal-attention-iters), attention that leaves tokens
+      out, and dropout: they change the network. The bound is that of the network as it is in
+      training.
 
     Args:
         mdm: settings of the objective.
-        uniform_share: of the bell in use, or its mean over the rows that a loss is the mean over;
-            1 where the density is no bell.
+        uniform_share: share of the uniform density in the bell in use. For a loss averaged over
+            rows, the mean of this share over the rows. 1 if the density is not a bell.
     """
     weighs = mdm.bell is not None and mdm.bell_role != "proposal"
     sees_others = mdm.rate_per == "document" and not mdm.isolate_documents
@@ -59,7 +65,7 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
 
 
 def bound_in_words(mdm: MDMConfig) -> str | None:
-    """What a run says when it starts; None: its training loss is a bound from the start.
+    """The line that a run prints at its start; None if its loss is a bound from the start.
 
     Args:
         mdm: settings of the objective.
@@ -78,5 +84,5 @@ def bound_in_words(mdm: MDMConfig) -> str | None:
 
 
 def _share(share: float) -> str:
-    """A share below 1, with two places or more if it is small; 1.00 would contradict it."""
+    """Formats a share below 1 with two decimals, or more if it is small; never as 1.00."""
     return f"{share:.2g}" if share < 0.01 else f"{min(share, 0.99):.2f}"

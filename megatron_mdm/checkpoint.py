@@ -16,8 +16,8 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
     """Adds the flags that say which checkpoint to open, and where.
 
     Args:
-        parser: of the tool.
-        pipeline: whether the tool's model may be split in pipeline stages.
+        parser: the tool's parser.
+        pipeline: whether the tool supports pipeline parallelism.
     """
     parser.add_argument("--load", required=True, help="checkpoint directory (the run's --save)")
     parser.add_argument(
@@ -82,25 +82,27 @@ def open_checkpoint(
     hashes: bool = True,
     trust: bool = False,
 ) -> Iterator["LoadedModel"]:
-    """Loads a checkpoint as `mcore.inference.loaded_model` does, from outside Megatron.
+    """Loads a checkpoint as `mcore.inference.loaded_model` does, in a process without Megatron.
 
-    To be entered after the tool's own flags were parsed, before anything imports torch. Megatron's
-    messages go to stderr while it loads, its loggers' for good, since they keep the stream that
-    they find while they are imported: stdout stays the tool's.
+    Enter this context after the tool has parsed its own flags and before anything imports torch.
+    Only the tool writes to stdout. Megatron's messages go to stderr while the checkpoint is loaded.
+    Megatron's loggers write to stderr afterwards too, because they keep the stream that they find
+    when they are imported.
 
     Args:
-        checkpoint: directory that the run named as --save.
+        checkpoint: directory that was the run's --save.
         device: `cuda` or `cpu`.
-        pipeline_parallel: pipeline stages; the other ranks are tensor-parallel ones.
-        edit_args: is called with the arguments that the checkpoint recorded, before the model is
-            built, and changes them.
-        hashes: compare its files with the sums that were saved with them.
-        trust: run Python code that lies beside the tokenizer (--trust-remote-code).
+        pipeline_parallel: number of pipeline stages; the ranks of a stage are tensor-parallel.
+        edit_args: function that changes the arguments that the checkpoint recorded; it is called
+            before the model is built.
+        hashes: whether to compare the checkpoint's files with the hashes saved beside them.
+        trust: whether to run Python code that lies beside the tokenizer (--trust-remote-code).
 
     Raises:
-        UserError: no such device or checkpoint, or a layout that the model does not allow.
+        UserError: the device or the checkpoint does not exist, or the model does not allow this
+            layout.
     """
-    sys.argv = sys.argv[:1]  # Megatron parses the command line itself, and must not see ours
+    sys.argv = sys.argv[:1]  # Megatron parses the command line itself and must not see our flags
     prepare_environment(device)
     if device == "cpu":
         return_freed_memory()

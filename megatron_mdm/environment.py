@@ -13,26 +13,29 @@ from importlib.metadata import PackageNotFoundError, version
 from megatron_mdm.errors import UserError
 
 MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
-# What torchrun sets, and the values for a process that nobody else belongs to.
+# Variables that torchrun sets, with the values for a run of a single process.
 ALONE = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
 }
-# Where srun and mpirun say how many processes they have started.
+# Variables in which srun and mpirun give the number of processes that they have started.
 STARTED_TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # from malloc.h
 OWN_MAPPING_BYTES = 4 << 20
 
 
 def prepare_environment(device: str) -> None:
-    """Sets what must stand in the environment before torch and megatron are imported."""
-    # Megatron requires it for overlapping communication with tensor or context parallelism.
+    """Sets environment variables that must be set before torch and megatron are imported.
+
+    For the device `cpu` it also disables torch.compile and the imports of CUDA libraries.
+    """
+    # Megatron requires 1 to overlap communication under tensor or context parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if device == "cpu":
-        # Megatron decorates functions with torch.compile while it is imported; on the CPU that
-        # would compile for minutes at the first call, and round differently between layouts.
+        # Megatron decorates functions with torch.compile when it is imported. On the CPU the first
+        # call would compile for minutes, and rounding would differ between layouts.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        # On a machine with a GPU Megatron would take these libraries' CUDA optimizers and norms.
+        # On a machine with a GPU, Megatron would use the CUDA optimizers and norms of these.
         for library in ("transformer_engine", "apex", "amp_C"):
             sys.modules[library] = None  # type: ignore[assignment]  # makes its import fail
 
@@ -40,11 +43,12 @@ def prepare_environment(device: str) -> None:
 def return_freed_memory() -> None:
     """Makes glibc return large tensors of the CPU to the system when they are freed.
 
-    It raises the size from which a block gets a mapping of its own, up to 32 MiB, and keeps smaller
-    ones in its heap. PyTorch asks for aligned blocks, which seldom fit into a hole that an equally
-    large one has left, so that the heap grows with every call of a model. Here the size is fixed.
-    This costs time (a fifth of a fit to a small model), since the system clears what it hands out.
-    Without glibc it does nothing.
+    glibc gives each block above a threshold its own memory mapping and keeps smaller blocks in its
+    heap. By default it raises this threshold, up to 32 MiB. PyTorch requests aligned blocks, which
+    seldom fit into the hole that a block of the same size has left. The heap then fragments and
+    grows with every call of a model. This function fixes the threshold at OWN_MAPPING_BYTES. It
+    costs time (a fifth of a fit to a small model), because the system clears new mappings. Without
+    glibc it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -52,10 +56,11 @@ def return_freed_memory() -> None:
 
 
 def join_ranks() -> None:
-    """Makes a run of one rank of a process that no launcher has started.
+    """Sets torchrun's variables for a run of one rank, if no launcher has started this process.
 
     Raises:
-        UserError: it is one of several, and does not know which one or where the others are.
+        UserError: this process is one of several, but its rank or the address of the others is not
+            set.
     """
     missing = [name for name in ALONE if name not in os.environ]
     if not missing:
@@ -73,7 +78,7 @@ def check_megatron_version() -> None:
     """Checks the installed megatron-core.
 
     Raises:
-        UserError: it is missing, or of a version whose hooks differ.
+        UserError: it is not installed, or its version is not supported.
     """
     try:
         installed = version("megatron-core")
@@ -91,7 +96,7 @@ def check_megatron_version() -> None:
 
 @contextmanager
 def silent_import() -> Iterator[None]:
-    """Keeps back what Megatron and torch say on import about kernels that are not used here."""
+    """Hides warnings of Megatron and torch during import about kernels that are not used here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,8 +1,9 @@
-"""Mistakes that a user can mend: one line that names the flag or file and says what to do.
+"""Errors that a user can fix: one line that names the flag or file and says what to do.
 
-Also how a rank fails. torchrun names a file to each rank (TORCHELASTIC_ERROR_FILE), and its report
-shows the message that is there. The files of a node's ranks are RANK/error.json in one directory,
-so that a rank sees whether another one has failed before it.
+This module also defines how a rank fails. torchrun gives each rank the path of an error file
+(TORCHELASTIC_ERROR_FILE) and shows the message in that file in its report. The error files of a
+node's ranks are RANK/error.json in one directory. A rank can therefore see whether another rank of
+its node has failed before it.
 """
 
 import argparse
@@ -17,23 +18,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-BAD_INPUT = 2  # the status of a process that a `UserError` ends
-# Seconds that a rank waits for local rank 0 to print the mistake they share.
+BAD_INPUT = 2  # exit status of a process that a `UserError` ends
+# Seconds that a rank waits for local rank 0 to print an error that both have found.
 PATIENCE = 20.0
-# torchrun takes the earliest failure for the cause of the others. It dates a rank that was killed
-# by the time at which it has noticed, when other ranks may have lost their connection already.
+# torchrun reports the earliest failure as the cause. For a killed rank it records the time at which
+# it noticed the death. By then other ranks may have failed because they lost their connection. Such
+# ranks add these seconds to the time of their failure.
 SECONDS_AFTER_THE_CAUSE = 2
 
 
 def escaped(text: str, kept: str = "") -> str:
-    r"""A text that can be shown: what is not printable is written as in Python, \n or \x1b.
+    r"""Makes a text safe to print: replaces non-printable characters by escapes (\n, \x1b).
 
-    File names, keys and settings that come from elsewhere may hold line ends, which would forge
-    another message, and escape sequences, which a terminal would obey.
+    File names, keys and settings from elsewhere may contain line ends, which could forge another
+    message, and escape sequences, which a terminal would execute.
 
     Args:
-        text: to be shown.
-        kept: characters that stay as they are.
+        text: the text to print.
+        kept: characters that are not escaped.
     """
     return "".join(
         c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
@@ -44,16 +46,16 @@ class UserError(ValueError):
     """Bad input. The message is one line, names the flag, file or row, and says what to do."""
 
     def __init__(self, message: str) -> None:
-        # A loader's worker hands its error on with the traceback before the message.
+        # PyTorch's DataLoader re-raises a worker's error with the traceback before the message.
         super().__init__(escaped(message.rpartition(f"{__name__}.UserError: ")[2].strip()))
 
 
 class LostRankError(RuntimeError):
-    """Another rank is gone, for which it has a reason of its own. The message is one line."""
+    """Another rank has ended, and its own output says why. The message is one line."""
 
 
 class SharedError(UserError):
-    """Bad input that all ranks have found alike, after they were connected."""
+    """Bad input that every rank has found in the same way, after the ranks were connected."""
 
 
 def exit_with(error: UserError) -> NoReturn:
@@ -64,11 +66,13 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 def exit_rank_with(error: UserError) -> NoReturn:
-    """Ends one rank of a training run with the one line of `error` and status 2.
+    """Ends this rank of a training run with the one line of `error` and status 2.
 
-    Before the ranks are connected, all of them find most mistakes, and the first rank of each node
-    prints them. It prints a `SharedError` too, at any time. Another rank prints a mistake that the
-    first one has not found. The line then names this rank, as it does for every other mistake.
+    Every rank finds most errors before the ranks are connected. Then only the first rank of each
+    node prints the error, and the other ranks wait until the launcher stops them. If nothing stops
+    them, the first rank has not found the error, and they print it with their own rank number. Only
+    the first rank prints a `SharedError`. Every later error is printed at once, with the number of
+    this rank.
     """
     state = sys.modules.get("megatron.core.parallel_state")
     is_connected = state is not None and state.is_initialized()
@@ -76,7 +80,7 @@ def exit_rank_with(error: UserError) -> NoReturn:
     is_of_this_rank = is_connected and not is_shared
     is_first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     if not is_of_this_rank and not is_first:
-        # A launcher stops all ranks when the first one ends: that has to be the one that prints.
+        # The launcher stops all ranks as soon as one ends. Local rank 0, which prints, must be it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PATIENCE)
         if is_shared:
@@ -86,13 +90,13 @@ def exit_rank_with(error: UserError) -> NoReturn:
 
 
 def exit_rank_after(error: Exception) -> None:
-    """Ends one rank of a training run with status 1 and a line, if another one has failed before.
+    """Ends this rank of a training run with status 1 and one line, if another rank failed before.
 
-    The traceback is then in the file of this rank alone. Otherwise this returns, and the caller
-    lets Python print it.
+    The traceback then goes only into the error file of this rank. If no other rank has failed, the
+    function returns, and the caller lets Python print the traceback.
 
     Args:
-        error: any but a `UserError`.
+        error: any exception but a `UserError`.
     """
     if isinstance(error, LostRankError):
         line = str(error)
@@ -116,30 +120,31 @@ def _of_this_rank(line: str) -> str:
 
 
 def another_rank_has_failed(file: str) -> bool:
-    """Whether another rank of this node has written down why it fails.
+    """Whether another rank of this node has written its error file.
 
     Args:
-        file: that torchrun names to a rank; empty: none.
+        file: path of the error file of this rank, from torchrun; empty without torchrun.
     """
     own = Path(file)
     return bool(file) and any(path != own for path in own.parent.parent.glob(f"*/{own.name}"))
 
 
 def _report(line: str, is_consequence: bool = False) -> None:
-    """Writes down for torchrun why this rank fails; outside torchrun it does nothing.
+    """Writes the error file of this rank, which torchrun reads; outside torchrun does nothing.
 
     Args:
         line: the message.
-        is_consequence: of the failure of another rank.
+        is_consequence: whether another rank's failure is the cause.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return
     seconds = int(time.time()) + SECONDS_AFTER_THE_CAUSE * is_consequence
-    # Under torchrun's own name for a traceback, its report would show that and not the message.
+    # torchrun's own key for a traceback (py_callstack) would make its report show the traceback
+    # instead of the message.
     more = {"timestamp": str(seconds), "traceback": traceback.format_exc()}
-    # A copy of what is printed: where it cannot be written, the error is to be seen all the same.
-    # torchrun fails at a file that is cut short.
+    # The error is printed as well, so a failed write is ignored. torchrun crashes on a truncated
+    # file, so the file gets its name only when it is complete.
     with suppress(OSError):
         with open(f"{file}.part", "w", encoding="utf-8") as report:
             json.dump({"message": {"message": line, "extraInfo": more}}, report)
@@ -149,7 +154,7 @@ def _report(line: str, is_consequence: bool = False) -> None:
 def run_tool(main: Callable[[], None]) -> None:
     """Runs the main function of a command-line tool; a `UserError` becomes one line and status 2.
 
-    Ctrl-C ends with status 130, as shells expect, and without a traceback.
+    Ctrl-C ends the tool with status 130, as shells expect, and without a traceback.
     """
     try:
         main()
@@ -161,10 +166,15 @@ def run_tool(main: Callable[[], None]) -> None:
 
 
 def check_numbers(args: argparse.Namespace, *names: str, least: int = 1) -> None:
-    """Checks options of those names, where they are given.
+    """Checks that numeric options are at least `least`; options that were not given pass.
+
+    Args:
+        args: the parsed options.
+        names: attribute names of the options.
+        least: the lowest value that is allowed.
 
     Raises:
-        UserError: one is below `least`.
+        UserError: an option is below `least`.
     """
     for name in names:
         value = getattr(args, name)

@@ -1,6 +1,6 @@
-"""Locks of files, which say whether the process that works on one is alive.
+"""File locks, which tell whether the process that writes a file is alive.
 
-They are the kernel's: a lock ends with its process, however that ends.
+The kernel holds the locks: it releases a lock when the process ends, even after a kill.
 """
 
 import fcntl
@@ -14,13 +14,16 @@ from contextlib import contextmanager, suppress
 
 
 def beside(target: str, kind: str = "tmp") -> str:
-    """A name beside a target that no thread, process or other machine has."""
+    """Makes a file name beside `target` that is unique across threads, processes and machines."""
     return f"{target}.{kind}-{kernel_id()}-{secrets.token_hex(8)}"
 
 
 @functools.cache
 def kernel_id() -> str:
-    """Names the running kernel, whose locks its processes see on every disk, in containers too."""
+    """Identifies the running kernel.
+
+    All processes of one kernel, in containers too, see each other's locks on every disk.
+    """
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             name = file.read()
@@ -31,9 +34,9 @@ def kernel_id() -> str:
 
 @contextmanager
 def new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
-    """Makes a temporary file or directory beside a target, and holds its lock in the block."""
+    """Makes a temporary file or directory beside `target` and holds its lock in the block."""
     descriptor = None
-    while descriptor is None:  # another process may take it for abandoned before it is locked
+    while descriptor is None:  # another process may remove it as abandoned before it is locked
         name = beside(target)
         make(name)
         descriptor = lock(name)
@@ -45,17 +48,17 @@ def new_locked(target: str, make: Callable[[str], object]) -> Iterator[str]:
 
 @contextmanager
 def locked(path: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a file that is there for this alone.
+    """Creates a lock file, holds its lock in the block, and removes it afterwards.
 
     Args:
-        path: of the file.
-        wait: for whoever holds it; see `lock`.
+        path: the lock file, which has no other purpose.
+        wait: whether to wait for the process that holds the lock; see `lock`.
 
     Raises:
-        OSError: the file cannot be made, or `wait` is False and it cannot be locked.
+        OSError: the file cannot be created, or `wait` is False and it cannot be locked.
     """
     descriptor = None
-    while descriptor is None:  # the one that held it has removed it
+    while descriptor is None:  # the process that held the lock has removed the file
         with suppress(FileExistsError):
             make_file(path)
         descriptor = lock(path, wait)
@@ -68,19 +71,20 @@ def locked(path: str, wait: bool = True) -> Iterator[None]:
 
 
 def lock(path: str, wait: bool = True) -> int | None:
-    """Takes the lock of a file or directory; to be closed, which gives the lock up.
+    """Locks a file or directory.
 
     Args:
-        path: of it.
-        wait: for the process that holds the lock; and do without it on a disk that has no locks.
+        path: the file or directory.
+        wait: whether to wait for the process that holds the lock. If True, the function goes on
+            without a lock on a disk that does not support locks.
 
     Returns:
-        A file descriptor; None if there is no such file (any more).
+        A file descriptor; closing it releases the lock. None if the file does not exist (any more).
 
     Raises:
-        OSError: it cannot be opened, or `wait` is False and it cannot be locked.
+        OSError: the file cannot be opened, or `wait` is False and it cannot be locked.
     """
-    # Some network file systems lock for writers only. Nobody can write to a directory.
+    # Some network file systems lock only files that are open for writing. A directory cannot be.
     mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
     try:
         descriptor = os.open(path, mode)
@@ -99,6 +103,6 @@ def lock(path: str, wait: bool = True) -> int | None:
 
 
 def make_file(path: str) -> None:
-    """Makes an empty file; raises a `FileExistsError` if there is one."""
+    """Creates an empty file; raises `FileExistsError` if the file exists."""
     with open(path, "xb"):
         pass

@@ -1,8 +1,8 @@
-"""Output files that are there complete or not at all.
+"""Output files that are either complete or absent.
 
-An output is written under a temporary name beside it. A process that is killed leaves the temporary
-file behind, and the next one that writes the same output removes it. A lock on the file says
-whether its process is alive (file_locks.py).
+An output is written to a temporary file in the same directory and then renamed. A killed process
+leaves its temporary file behind. The next process that writes the same output removes this file. A
+lock on the temporary file says whether its process is alive (file_locks.py).
 """
 
 import importlib.util
@@ -20,24 +20,26 @@ from typing import Any
 from megatron_mdm.errors import UserError
 from megatron_mdm.file_locks import beside, kernel_id, lock, locked, make_file, new_locked
 
-# Locks of other hosts are not seen on every shared disk, and earlier versions of this program took
-# none. What they make is theirs until it has not changed for so many seconds.
+# Not every shared disk shows the locks of other hosts, and earlier versions of this program took no
+# locks. Their temporary files count as abandoned when they have not changed for these seconds.
 _ABANDONED_AFTER = 24 * 3600.0
 
 
 @contextmanager
 def complete_or_absent(*targets: str) -> Iterator[list[str]]:
-    """Yields temporary names beside `targets`, and renames them when the block has ended well.
+    """Yields names of temporary files beside `targets`; renames them when the block succeeds.
 
-    After an exception, Ctrl-C included, the temporary files are gone and files that `targets`
-    named before are as they were. Several targets belong together: the last one, which is taken
-    for the sign that the others are valid, is removed first and appears last, and an interruption
-    in between leaves none of them. Of processes that write the same targets, one after the other
-    renames all of its own. Directories that are missing are made. The temporary files are there,
-    empty, when the block begins; those of processes that were killed are removed.
+    When the block begins, the temporary files exist and are empty. Missing directories are created,
+    and temporary files of killed processes are removed. After an exception, Ctrl-C included, the
+    temporary files are removed and existing files at `targets` are unchanged.
+
+    Several targets are replaced as one group. The last target marks the group as valid: it is
+    removed first and appears last. An interruption during the renames leaves none of the targets.
+    If several processes write the same targets, each process renames its whole group before the
+    next one does.
 
     Raises:
-        UserError: A file cannot be put in its place.
+        UserError: a file cannot be written or renamed.
     """
     directory = os.path.dirname(os.path.abspath(targets[0]))
     with write_errors(directory):
@@ -63,8 +65,8 @@ def complete_or_absent(*targets: str) -> Iterator[list[str]]:
 
 
 def _put_in_place(temporary: Sequence[str], targets: Sequence[str]) -> None:
-    """Renames files that belong together, while no other process does so; all of them or none."""
-    # A file beside them, and not their directory: whoever makes that one may hold its lock.
+    """Renames a group of files under a lock; leaves all of them at `targets`, or none."""
+    # The lock is a file beside them. The process that creates their directory may hold its lock.
     with locked(f"{targets[-1]}.tmp-lock"):
         try:
             with suppress(FileNotFoundError):
@@ -78,12 +80,12 @@ def _put_in_place(temporary: Sequence[str], targets: Sequence[str]) -> None:
 
 @contextmanager
 def new_directory(target: str) -> Iterator[str]:
-    """Yields a temporary directory beside `target`, and renames it when the block has ended well.
+    """Yields a temporary directory beside `target`; renames it when the block succeeds.
 
-    After an exception, Ctrl-C included, it is gone with all that was in it.
+    After an exception, Ctrl-C included, the directory and its contents are removed.
 
     Raises:
-        UserError: `target` exists already, or cannot be made.
+        UserError: `target` exists already, or cannot be created.
     """
     target = os.path.abspath(target)
     remove_abandoned(target)
@@ -100,15 +102,16 @@ def new_directory(target: str) -> Iterator[str]:
 
 @contextmanager
 def set_aside(directory: str) -> Iterator[None]:
-    """Renames a directory for the time of the block, in which another one may take its place.
+    """Moves a directory out of the way, so that the block can put a new one in its place.
 
-    Afterwards it is removed. After an exception, Ctrl-C included, it is where it was, unless
-    another one has taken its place: such a one is complete, and may be that of another process.
-    After a kill, `remove_abandoned` does the same. A link to a directory is renamed and removed
-    itself, and its directory stays. Nothing happens where there is no directory (any more).
+    When the block succeeds, the old directory is removed. After an exception, Ctrl-C included, the
+    old directory is put back, unless a new directory has its name: a new one is complete, and
+    another process may have written it. After a kill, `remove_abandoned` does the same. If the
+    name is a link, only the link is moved and removed. If the directory does not exist, nothing
+    happens.
 
     Raises:
-        UserError: It cannot be renamed or removed.
+        UserError: the directory cannot be renamed or removed.
     """
     directory = os.path.abspath(directory)
     old = beside(directory, "old")
@@ -116,7 +119,7 @@ def set_aside(directory: str) -> Iterator[None]:
     try:
         with write_errors(directory):
             while descriptor is None and os.path.exists(directory):
-                descriptor = lock(directory)  # None if another process has exchanged it meanwhile
+                descriptor = lock(directory)  # None if another process has just replaced it
             if descriptor is not None:
                 os.rename(directory, old)
         try:
@@ -135,9 +138,9 @@ def set_aside(directory: str) -> Iterator[None]:
 
 
 def _put_back(old: str, directory: str) -> None:
-    """Renames a directory that was set aside; removes it if another one has taken its place."""
+    """Puts a directory back that was set aside; removes it if a new one has its name."""
     try:
-        os.rename(old, directory)  # which fails if there is a directory that is not empty
+        os.rename(old, directory)  # fails if a directory of this name exists and is not empty
     except OSError:
         if not os.path.lexists(directory):
             raise
@@ -145,17 +148,17 @@ def _put_back(old: str, directory: str) -> None:
 
 
 def remove_abandoned(target: str) -> None:
-    """Removes what processes that were killed have left beside an output.
+    """Removes the temporary files that killed processes have left beside an output.
 
-    A directory that one of them had set aside comes back, unless another one has taken its place.
-    Temporary files of processes that are alive stay. So do those of other hosts that have changed
-    within a day, because not every shared disk shows locks of other hosts, and those that an
-    earlier version of this program has named (`FILE.tmp-1234`), because it took no locks.
+    A directory that a killed process had set aside is put back, unless a new one has its name. The
+    temporary files of living processes stay. Files of other hosts stay for a day after their last
+    change, because not every shared disk shows the locks of other hosts. Files that an earlier
+    version of this program named (`FILE.tmp-1234`) stay for a day too, because it took no locks.
     """
     target = os.path.abspath(target)
     directory, base = os.path.split(target)
     form = re.compile(re.escape(base) + r"\.(tmp|old)-(?:(?:([0-9a-f]{8})-)?[0-9a-f]{16}|\d+)")
-    with suppress(OSError):  # nothing there, or nobody's to remove
+    with suppress(OSError):  # the directory does not exist, or its files may not be removed
         for name in os.listdir(directory):
             if found := form.fullmatch(name):
                 with suppress(OSError):
@@ -163,15 +166,16 @@ def remove_abandoned(target: str) -> None:
 
 
 def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str | None) -> None:
-    """Removes a temporary file or directory, or puts it back, if no process is at work on it.
+    """Removes a temporary file or directory, or puts it back, if its process is dead.
 
     Args:
-        path: of it.
-        target: in whose place it was, or was to be.
-        kind: "old" for what was set aside, or "tmp".
-        kernel: that of the process that named it; None if an earlier version of this program did.
+        path: the temporary file or directory.
+        target: the output that it belongs to.
+        kind: "old" for a directory that was set aside, or "tmp".
+        kernel: `kernel_id` of the process that named it; None if an earlier version of this
+            program named it.
     """
-    descriptor = lock(path, wait=False)  # which fails while its process is alive
+    descriptor = lock(path, wait=False)  # raises OSError while its process is alive
     if descriptor is None:
         return
     try:
@@ -186,7 +190,7 @@ def _remove_if_abandoned(path: str, target: str, kind: str, kernel: str | None) 
 
 
 def _remove(path: str) -> None:
-    """Removes a file, a directory with all that is in it, or a link alone."""
+    """Removes a file, a directory with its contents, or a link without its destination."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -194,14 +198,14 @@ def _remove(path: str) -> None:
 
 
 def _unlink(paths: Iterable[str]) -> None:
-    """Removes those of these files that can be removed."""
+    """Removes files; skips files that cannot be removed."""
     for path in paths:
         with suppress(OSError):
             os.unlink(path)
 
 
 def _last_change(path: str) -> float:
-    """When a file, or anything in a directory, was last changed or renamed."""
+    """Time of the last change or rename of a file, or of anything in a directory; Unix seconds."""
     found = [path]
     for top, directories, files in os.walk(path):
         found += [os.path.join(top, name) for name in (*directories, *files)]
@@ -209,7 +213,11 @@ def _last_change(path: str) -> float:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a small file, complete or not at all; raises a `UserError` if it cannot."""
+    """Writes a small file, complete or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with (
         complete_or_absent(path) as (name,),
         write_errors(path),
@@ -222,26 +230,27 @@ def write_json(path: str, value: Any) -> None:
     """Writes a value as JSON, complete or not at all.
 
     Raises:
-        UserError: it cannot be written, or holds NaN or infinity, which JSON cannot say.
+        UserError: the file cannot be written, or the value holds NaN or infinity, which JSON
+            cannot represent.
     """
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
         raise UserError(
-            f"cannot write {path}: a result is NaN or infinite, which JSON cannot say"
+            f"cannot write {path}: a result is NaN or infinite, which JSON cannot represent"
         ) from error
     write_text(path, text + "\n")
 
 
 def check_output(path: str, flag: str) -> None:
-    """Complains before anything is computed about a file that could not be written.
+    """Checks, before anything is computed, that an output file can be written.
 
     Args:
-        path: of the file; directories that are missing will be made.
-        flag: that names it.
+        path: the output file; missing directories will be created later.
+        flag: the flag that gave the path.
 
     Raises:
-        UserError: There is a directory of this name, or no file can be made where it is to be.
+        UserError: the path is a directory, or no file can be created there.
     """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a directory: give the name of a file")
@@ -249,19 +258,19 @@ def check_output(path: str, flag: str) -> None:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path}: no file can be made in {place}: give another place")
+        raise UserError(f"{flag} {path}: cannot create a file in {place}: give another path")
 
 
 def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".svg")) -> None:
-    """Complains before anything is computed about a picture that could not be drawn.
+    """Checks, before anything is computed, that a picture can be drawn.
 
     Args:
-        path: of the picture.
-        flag: that names it.
-        suffixes: what it may end in.
+        path: the picture's file.
+        flag: the flag that gave the path.
+        suffixes: suffixes that are allowed.
 
     Raises:
-        UserError: another suffix, or no matplotlib.
+        UserError: the path has another suffix, or matplotlib is not installed.
     """
     if not path.lower().endswith(suffixes):
         raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
@@ -270,7 +279,7 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
 
 
 def _flush_to_disk(path: str) -> None:
-    """Makes the contents durable before the name is, and brings out write errors that wait."""
+    """Forces a file's contents to disk before it is renamed; raises delayed write errors."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -289,10 +298,10 @@ def write_errors(path: str) -> Iterator[None]:
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into `SystemExit`, so that the block's clean-up runs.
+    """Turns SIGTERM and SIGHUP into `SystemExit`, so that clean-up code in the block runs.
 
-    Does nothing outside the main thread, and leaves alone signals that are ignored (`nohup`) or
-    that have a handler already.
+    Does nothing outside the main thread. Does not change signals that are ignored (`nohup`) or
+    that already have a handler.
     """
 
     def raise_exit(number: int, _frame: object) -> None:

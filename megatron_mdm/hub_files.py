@@ -1,6 +1,6 @@
-"""Names in a directory of tokenizer files that a checkpoint brings."""
+"""Names of directories with Hugging Face files in a checkpoint."""
 
-# Where a converted checkpoint keeps config.json and the tokenizer.
+# Directory in which a converted checkpoint keeps config.json and the tokenizer.
 HUB_FILES = "huggingface"
-# Directory in which transformers keeps a tokenizer's chat templates other than the default.
+# Directory in which transformers keeps the chat templates of a tokenizer besides the default one.
 CHAT_TEMPLATES = "additional_chat_templates"

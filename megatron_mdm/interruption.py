@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: it saves at the end of the iteration and leaves with status 75.
+"""Signals that ask a run to stop: it saves after the current iteration and exits with status 75.
 
-Imports torch and Megatron nowhere: the handler is there before they are.
+This module does not import torch or Megatron, so that the handlers are installed before they load.
 """
 
 import multiprocessing
@@ -18,19 +18,20 @@ from typing import Any, NoReturn
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command goes on from there
+INTERRUPTED = os.EX_TEMPFAIL  # 75: the same command resumes the run
 
 
 class Interruption:
-    """Context manager: takes note of the signals that ask this process to stop.
+    """Context manager that records signals that ask this process to stop.
 
-    Before `has_begun` they end the process at once, by `SystemExit`. From then on somebody has to
-    look at `is_requested`. After `end`, when the process is about to exit, they do nothing. A
-    torchrun that is gone asks to stop as well, since nothing else would stop its ranks.
+    As long as `has_begun` is False, a signal ends the process at once by `SystemExit`. Afterwards a
+    signal only makes `is_requested` return True, and the training loop has to check this. After
+    `end`, when the process is about to exit, signals do nothing. If torchrun has ended, this counts
+    as a request to stop too, because nothing else would stop its ranks.
 
-    A SIGTERM ends the process at once when a rank has gone: the others, which torchrun stops then,
-    can save nothing. They may wait for it in C, where no handler of Python's runs, so a thread
-    looks as well.
+    If a rank of the node has ended, SIGTERM ends the process at once: torchrun is then stopping the
+    other ranks, which cannot save without that rank. They may be waiting for it in C code, where
+    Python runs no signal handler, so a thread checks as well.
     """
 
     def __init__(self) -> None:
@@ -55,16 +56,16 @@ class Interruption:
                 signal.signal(number, handler)
 
     def listen(self, *numbers: int) -> None:
-        """Takes note of these signals from now on, whoever handled them before."""
+        """Handles these signals from now on, in place of their earlier handlers."""
         for number in numbers:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
 
     def end(self) -> None:
-        """Has the signals do nothing any more, until the process is gone.
+        """Makes the signals do nothing until the process has ended.
 
-        They are ignored, since the interpreter gives a signal with a handler back to its default
-        action while it exits, and that would end the process.
+        The signals are set to be ignored. With a Python handler instead, the interpreter would
+        restore the default action while it exits, and a signal would then kill the process.
         """
         self._has_ended = True
         for number in self._before:
@@ -78,7 +79,7 @@ class Interruption:
         return self._received
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        is_loader_worker = os.getpid() != self._process  # which ends with its rank
+        is_loader_worker = os.getpid() != self._process  # a worker ends with its rank
         if self._has_ended or is_loader_worker:
             return
         name = signal.Signals(number).name
@@ -91,17 +92,17 @@ class Interruption:
             self._say(name)
 
     def _watch(self, reader: int) -> None:
-        """Reads the signals that have come, a byte each, also those of forked loader workers."""
+        """Reads the received signals, one byte each, those of forked loader workers included."""
         with open(reader, "rb", buffering=0) as pipe:
             while received := pipe.read(1):
                 self._end_if_a_rank_has_gone(received[0])
 
     def _end_if_a_rank_has_gone(self, number: int) -> None:
         if number == signal.SIGTERM and not self._has_ended and self._a_rank_has_gone():
-            os._exit(128 + number)  # a thread cannot give the signal its default action back
+            os._exit(128 + number)  # a thread cannot restore the signal's default action
 
     def _a_rank_has_gone(self) -> bool:
-        """Whether torchrun is stopping what a failed rank has left: nothing can be saved then."""
+        """Whether a rank of this node has ended, so that torchrun is stopping the others."""
         if self._launcher is None or self._launcher != os.getppid():
             return False
         try:
@@ -116,17 +117,17 @@ class Interruption:
 
 
 def _torchrun() -> int | None:
-    """The process of torchrun, if this one is its child."""
+    """Process id of torchrun, if it is the parent of this process; else None."""
     name, parent = "TORCHELASTIC_RUN_ID", os.getppid()
     if name not in os.environ:
         return None
-    with suppress(psutil.Error):  # a script between the two has this variable too
+    with suppress(psutil.Error):  # a script between torchrun and the rank has this variable too
         return None if name in psutil.Process(parent).environ() else parent
     return None
 
 
 def die_of(number: int) -> NoReturn:
-    """Ends this process as a signal does that nobody handles."""
+    """Ends this process by a signal with its default action."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     raise SystemExit(128 + number)  # not reached
@@ -134,15 +135,15 @@ def die_of(number: int) -> NoReturn:
 
 @contextmanager
 def children_without_signals() -> Iterator[None]:
-    """Context in which processes are started that none of `SIGNALS` reaches, for all their life.
+    """Context in which started processes never receive any of `SIGNALS`.
 
-    Ctrl-C, and what torchrun sends, go to the whole process group; such a process ends as its
-    parent says, or with it (`end_with_parent`).
+    Ctrl-C and torchrun's signals go to the whole process group. A process started here ends only
+    when its parent tells it to, or when its parent ends (`end_with_parent`).
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        # A helper of multiprocessing's. The first start of a process would start it, and would
-        # unblock the signals.
+        # A helper process of multiprocessing. The first start of a child process would start it,
+        # which unblocks the signals.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
@@ -151,7 +152,7 @@ def children_without_signals() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Makes this process, which multiprocessing spawned, end within seconds of its parent."""
+    """Makes this process, a child spawned by multiprocessing, end seconds after its parent."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_outlive_nobody, args=(parent.pid,), daemon=True).start()

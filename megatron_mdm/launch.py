@@ -2,16 +2,18 @@
 
     python -m megatron_mdm.launch --nproc-per-node 8 -m megatron_mdm.pretrain FLAGS
 
-torchrun kills the ranks 30 s after it was told to stop, dies of SIGUSR1, ends with status 1
-whatever the ranks' status was, and takes a run that was asked to stop for a failed one, which
---max-restarts starts again. This program hands the signals on, waits for as long as the ranks save,
-starts none of them again, and ends with their status. SIGQUIT still ends all at once.
+torchrun alone kills the ranks 30 s after a signal to stop, and SIGUSR1 kills torchrun itself. It
+ends with status 1, whatever the status of the ranks. It treats a run that was asked to stop as
+failed, so that --max-restarts restarts it. This launcher forwards signals to the ranks, waits until
+the ranks have saved, does not restart them, and ends with their status. SIGQUIT still ends
+everything at once.
 
---max-restarts starts the ranks again when one has failed. torchrun would have them meet in a store
-that still holds the addresses of those before (pytorch issue 135712), and no restart would work.
+--max-restarts restarts the ranks after one has failed. With torchrun alone no restart works: the
+new ranks meet in a store that still holds the addresses of the old ranks (pytorch issue 135712).
+This launcher uses a new store for each start.
 
-When a rank has failed, the last line is its error, in place of torchrun's report of all ranks. Bad
-input is not tried again.
+When a rank fails, the last line of output is the error of that rank, in place of torchrun's report
+of all ranks. A run that ends because of bad input is not restarted.
 """
 
 import logging
@@ -27,7 +29,7 @@ import psutil
 from megatron_mdm.errors import BAD_INPUT, another_rank_has_failed, escaped
 from megatron_mdm.interruption import INTERRUPTED, SIGNALS, die_of
 
-# Loggers of torchrun that tell of ranks that were stopped, and of the files of their errors.
+# torchrun's loggers that report stopped ranks and the error files of ranks.
 REPORTERS = (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.multiprocessing.errors.error_handler",
@@ -52,7 +54,7 @@ def main() -> None:
     api.LocalElasticAgent = launcher.agent(api.LocalElasticAgent)  # type: ignore[misc]
     words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
     if parse_args(words).max_restarts:
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a new one each time
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a new store each time
     try:
         torchrun(words)
     except ChildFailedError as error:
@@ -64,14 +66,14 @@ def main() -> None:
 
 
 def reason(rank: int, failure: Any) -> str:
-    """Why a rank has failed, in one line.
+    """Says in one line why a rank has failed.
 
     Args:
-        rank: of all ranks.
-        failure: torchrun's `ProcessFailure`.
+        rank: global rank.
+        failure: torchrun's `ProcessFailure` of this rank.
     """
     message = failure.message
-    if isinstance(message, dict):  # the rank has written it down
+    if isinstance(message, dict):  # the rank has written its error file
         return str(message["message"]).strip().partition("\n")[0]
     if failure.exitcode < 0:
         name = failure.signal_name()
@@ -81,17 +83,17 @@ def reason(rank: int, failure: Any) -> str:
 
 
 class _Launcher:
-    """The run of this launcher, and whether it was asked to stop."""
+    """State of this launcher: whether the run is to stop, and the output files of its ranks."""
 
     def __init__(self) -> None:
         self._is_stopping = False
         self._logs: dict[int, str] = {}
 
     def has_shown(self, failure: Any) -> bool:
-        """Whether the last line already is that of a rank of this node.
+        """Whether a rank of this node has already printed its error as the last line of output.
 
         Args:
-            failure: torchrun's `ProcessFailure` of it.
+            failure: torchrun's `ProcessFailure` of the rank.
         """
         is_told = failure.exitcode == BAD_INPUT and isinstance(failure.message, dict)
         if not is_told or self._logs.get(failure.local_rank):
@@ -99,17 +101,17 @@ class _Launcher:
         return not another_rank_has_failed(failure.error_file)
 
     def say(self, line: str, failure: Any) -> None:
-        """Prints a line, and where the output of the rank is, if torchrun keeps it in a file.
+        """Prints a line, with the path of the rank's output if torchrun writes it to a file.
 
         Args:
             line: why a rank of this node has failed.
-            failure: torchrun's `ProcessFailure` of it.
+            failure: torchrun's `ProcessFailure` of the rank.
         """
         log = self._logs.get(failure.local_rank)
         print(escaped(line + (f" (its output: {log})" if log else "")), file=sys.stderr, flush=True)
 
     def hand_on(self, number: int, _frame: FrameType | None) -> None:
-        """A signal handler: sends the ranks the same signal."""
+        """Signal handler that forwards the signal to all ranks."""
         self._is_stopping = True
         ranks = psutil.Process().children()
         if not ranks:
@@ -119,14 +121,15 @@ class _Launcher:
                 rank.send_signal(number)
 
     def agent(self, base: Any) -> Any:
-        """A subclass of torchrun's agent of a node, which restarts no run that was stopped."""
+        """Makes a subclass of torchrun's node agent that does not restart a stopped run."""
         launcher = self
 
         class Agent(base):  # type: ignore[misc]  # known at run time only
             def _monitor_workers(self, worker_group: Any) -> Any:
                 result = super()._monitor_workers(worker_group)
                 launcher._logs = self._pcontext.stderrs
-                # The signal may have come to another node: all ranks agree to stop.
+                # Another node may have received the signal. All ranks then agree to stop, and the
+                # local ranks end with the status INTERRUPTED.
                 statuses = [failure.exitcode for failure in result.failures.values()]
                 if launcher._is_stopping or {INTERRUPTED, BAD_INPUT} & set(statuses):
                     self._remaining_restarts = 0

@@ -1,8 +1,8 @@
-"""The common style of pictures, and what several of them need.
+"""The common style of pictures, and helper functions that several of them use.
 
-White ground, colours that are told apart without red and green (those of Okabe and Ito), and plain
-numbers at the ticks. matplotlib is optional (`files.check_picture`) and is imported when a picture
-is drawn.
+The background is white, the colours are the colour-blind safe ones of Okabe and Ito, and ticks have
+plain numbers. matplotlib is optional (`files.check_picture`) and is imported when a picture is
+drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ def blank_figure() -> Iterator["Figure"]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    # A user's own style, such as a dark one, has no part in it.
+    # "default" overrides the user's own style, such as a dark one.
     with style.context(["default", STYLE]):
         yield Figure(layout="constrained")
 
@@ -66,12 +66,13 @@ def save(figure: "Figure", path: str) -> None:
 
 
 def legend_below(axes: Any, columns: int = 1, inches: float = 0.45) -> None:
-    """Puts the legend under a panel, where it hides nothing; the layout makes room for it.
+    """Puts the legend below a panel; the layout makes room for it.
 
     Args:
         axes: the panel.
-        columns: of the legend.
-        inches: from the lower edge of the panel, over which its ticks and their name stand.
+        columns: number of columns of the legend.
+        inches: distance from the lower edge of the panel, which leaves room for the tick labels and
+            the axis label.
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -94,7 +95,7 @@ def use_log_scale(axis: Any) -> None:
     """Makes an axis logarithmic, with plain numbers at 1, 2 and 5; call it after drawing.
 
     Args:
-        axis: `axes.xaxis` or `axes.yaxis`, which shows positive numbers alone.
+        axis: `axes.xaxis` or `axes.yaxis`, with positive numbers only.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -116,7 +117,7 @@ def use_plain_numbers(axis: Any) -> None:
 
 
 def use_steps(axes: Any) -> None:
-    """Makes the x axis one of training steps: a few whole numbers; call it after drawing."""
+    """Labels the x axis as training steps, with few integer ticks; call it after drawing."""
     from matplotlib.ticker import MaxNLocator
 
     first, last = axes.dataLim.intervalx
@@ -136,15 +137,15 @@ def plain(value: float) -> str:
 
 
 def limits(values: Sequence[float], reach: float = 3.0) -> tuple[float, float]:
-    """Ends of an axis that shows most values well: outliers do not squeeze the others.
+    """Limits of an axis, chosen without outliers, so that outliers do not compress the rest.
 
     Args:
-        values: finite ones, at least one.
-        reach: a value is an outlier that lies so many times the distance of the quartiles beyond
-            them. Where they coincide there are no outliers.
+        values: finite values, at least one.
+        reach: a value is an outlier if it lies more than `reach` interquartile ranges beyond a
+            quartile. If the quartiles are equal, there are no outliers.
 
     Returns:
-        The ends, a little beyond the values that are no outliers.
+        The lower and the upper limit, a little beyond the values that are not outliers.
     """
     found = np.asarray(values, dtype=np.float64)
     low, high = np.quantile(found, (0.25, 0.75))
@@ -155,14 +156,14 @@ def limits(values: Sequence[float], reach: float = 3.0) -> tuple[float, float]:
 
 
 def point_out(axes: Any, values: Sequence[float], y: float, color: str, form: str = ".1f") -> None:
-    """Marks values beyond the ends of the x axis by an arrow at the edge, and writes them there.
+    """Marks values beyond the limits of the x axis: an arrow and the number at the edge.
 
     Args:
-        axes: the panel, whose ends of x are set.
-        values: of x. Those within the ends and NaN are left alone; of several the first and the
-            last in order are written.
-        y: where.
-        color: of the arrow and the number.
+        axes: the panel, with its x limits set.
+        values: x values. Values within the limits and NaN are skipped. Several values beyond one
+            edge are written as a range, the smallest to the largest.
+        y: height of the arrow.
+        color: color of the arrow and the number.
         form: format of a number.
     """
     low, high = axes.get_xlim()

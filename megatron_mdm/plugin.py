@@ -1,4 +1,4 @@
-"""What a script of your own needs to register the objective with Megatron; README shows how."""
+"""The functions with which your own script registers the objective with Megatron (README.md)."""
 
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.device import training_device

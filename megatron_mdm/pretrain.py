@@ -26,18 +26,18 @@ PROGRAM_START = time.time()
 
 
 def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
-    """Runs the program; a `UserError` ends it with one line and status 2.
+    """Runs the program.
 
-    So does the loss of another rank, with status 1.
-
-    A signal that asks it to stop ends it with status 75 (interruption.py).
+    A `UserError` ends it with one line and status 2. The loss of another rank ends it with one line
+    and status 1. A signal that asks it to stop ends it with status 75 (interruption.py).
 
     Args:
-        other_step: the forward step of another objective, see `megatron_mdm.mcore.pretrain.run`.
+        other_step: builds the forward step of another objective; see
+            `megatron_mdm.mcore.pretrain.run`.
     """
     with Interruption() as interruption:
         prepare_environment(requested_device())
-        faulthandler.enable()  # a crash in C prints where Python was
+        faulthandler.enable()  # a crash in C code prints the Python stack
         try:
             _run(interruption, other_step)
         except UserError as error:

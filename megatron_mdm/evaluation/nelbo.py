@@ -1,15 +1,15 @@
-"""The NELBO of texts with its standard error, over a callable that gives logits.
+"""Estimates the NELBO of texts with its standard error, given a callable that computes logits.
 
-The estimator is the one of least variance: masks of an exact count, and rates from a golden-ratio
-lattice over the draws of successive texts. Lattice points are not independent, so that error bars
-come from what is: texts form groups, and each group is drawn in a few replicates, every one with a
-random offset of its own.
+The estimator has the least variance of the available ones: exact-count masks, and rates from a
+golden-ratio lattice that runs through the draws of successive texts. Lattice points are not
+independent and give no error bars. The texts are therefore divided into groups, and each group is
+measured in a few replicates with independent random offsets of the lattice.
 
-    stderr       from the spread of the groups: which texts were chosen, and how they were masked
-    draw_stderr  from the spread of the replicates within the groups: the masking alone
+    stderr       from the spread between groups: the choice of the texts, and the masking
+    draw_stderr  from the spread between replicates of a group: the masking alone
 
-Rows of one document are akin: they are in one group, so that `stderr` is that of the choice of
-documents, and unknown where all rows are of one.
+Rows of one document are not independent, so they share a group. `stderr` then includes the choice
+of the documents. It is unknown if all rows come from one document.
 """
 
 import itertools
@@ -29,11 +29,11 @@ from megatron_mdm.objective.randomness import GRID_BITS, Purpose, Split, random_
 from megatron_mdm.objective.samplers import Uniform
 from megatron_mdm.objective.types import Floats, Integers
 
-# Tokens int64 [B, L] -> logits float [B, L, V]. Where rows have documents it also gets, by name,
-# `clean`, the tokens before masking, and `documents`, both int64 [B, L].
+# Tokens int64 [B, L] -> logits float [B, L, V]. If rows have documents, it also gets the keyword
+# arguments `clean` (the tokens before masking) and `documents`, both int64 [B, L].
 LogitsInContext = Callable[..., torch.Tensor]
-GROUPS = 64  # at most; enough for an error bar to be known to a tenth
-# Masks of a continuation: as many as answers of 6 tokens have, or of fewer.
+GROUPS = 64  # largest number of groups; error bars then have a relative error of about 0.1
+# Masks of a continuation: enough to score answers of up to 6 tokens exactly (2^6 - 1 masks).
 DRAWS = 64
 
 
@@ -43,11 +43,11 @@ class ScoredRow:
 
     Attributes:
         tokens: clean tokens, int64 [L].
-        eligible: the tokens that are masked and scored, bool [L]; the others are always seen.
-        documents: number of each token's document, outside which it sees nothing, int64 [L]; None:
-            it sees the whole row.
-        origin: number, in the data, of the document that each token is from, int64 [L]; None: they
-            are from a document that no other row has a part of.
+        eligible: which tokens are masked and scored, bool [L]; the others are always visible.
+        documents: document number of each token, int64 [L]; a token attends only to tokens of its
+            own document. None: a token attends to the whole row.
+        origin: number of each token's document in the data set, int64 [L]. None: no other row has
+            a part of this row's document.
     """
 
     tokens: torch.Tensor
@@ -58,12 +58,12 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Draws:
-    """What N rows cost in R replicates of D draws.
+    """Estimates for N rows, in R replicates of D draws each.
 
     Attributes:
-        nats: unbiased estimates of a row's NELBO, its sum over tokens, float64 [N, R, D].
-        rate: masking rate t of each [N, R, D].
-        num_eligible: tokens scored, int64 [N].
+        nats: unbiased estimates of each row's NELBO, summed over tokens, float64 [N, R, D].
+        rate: masking rate t of each draw [N, R, D].
+        num_eligible: number of scored tokens of each row, int64 [N].
     """
 
     nats: Floats
@@ -73,10 +73,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its standard errors (see the module).
+    """A number with its standard errors (see the module docstring).
 
-    `stderr` is None where a single group of rows has draws; `draw_stderr` needs draws in all
-    replicates, and so means nothing for a bin of few draws.
+    `stderr` is None if only one group of rows has draws. `draw_stderr` needs draws in all
+    replicates, so it has no meaning for a bin with few draws.
     """
 
     value: float
@@ -89,13 +89,13 @@ class Evaluation:
     """The NELBO of rows.
 
     Attributes:
-        nelbo: nats per token, all tokens counting alike.
-        bins: nats per token at rates in each equal bin of (0, 1], None where no draw fell; up to
-            their errors their mean is the NELBO.
-        num_rows: N.
-        num_documents: documents that the rows are from.
-        num_tokens: tokens scored.
-        num_draws: draws of each row.
+        nelbo: nats per token; every token has the same weight.
+        bins: nats per token for rates in each equal bin of (0, 1]; None for a bin without draws.
+            The mean over the bins is the NELBO, up to statistical errors.
+        num_rows: number of rows.
+        num_documents: number of documents that the rows come from.
+        num_tokens: number of scored tokens.
+        num_draws: number of draws (masks) of each row.
     """
 
     nelbo: Estimate
@@ -112,12 +112,12 @@ def cut_rows(
     """Cuts documents into rows of at most `length` tokens, without padding.
 
     Args:
-        documents: token ids, integers [n] each.
-        length: of a row.
-        packed: documents follow one another within a row, as in pretraining; else every document
-            begins a row.
-        overlap: tokens, fewer than `length`, with which a row repeats the end of the row before. A
-            row has more tokens than these.
+        documents: token ids of each document, integers [n].
+        length: largest number of tokens in a row.
+        packed: whether to concatenate the documents first, as in pretraining; else every document
+            begins a new row.
+        overlap: number of tokens, below `length`, by which each row repeats the end of the previous
+            row. Every row has more tokens than these.
 
     Returns:
         Rows, int64 [at most `length`].
@@ -148,21 +148,21 @@ def evaluate(
     Args:
         logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted; see
             `LogitsInContext`.
-        rows: what to score, all of them with documents or none.
-        mask_token_id: id put at masked positions.
-        draws: masks of each row, even.
-        num_bins: bins of the rate.
-        seed: of rates and masks; one seed, one number.
+        rows: the rows to score; either all or none have `documents`.
+        mask_token_id: token id that replaces masked tokens.
+        draws: number of masks of each row, even.
+        num_bins: number of bins of the rate.
+        seed: seed of rates and masks; the same seed gives the same result.
         batch_size: masked rows in a call of `logits`.
-        device: of the tokens that `logits` takes.
-        progress: called with the number of draws of each batch.
+        device: device of the tokens that `logits` gets.
+        progress: called after each batch with its number of draws.
 
     Raises:
-        UserError: nothing to score, an odd number of draws, a mask token among the rows, or logits
-            that are no numbers.
+        UserError: there is nothing to score, the number of draws is odd, a row contains the mask
+            token, or logits are not finite.
     """
     if draws < 2 or draws % 2:
-        raise UserError(f"the draws of a text must be even, for an error bar; got {draws}")
+        raise UserError(f"the number of draws of a text must be even, got {draws}")
     groups = groups_of(rows)
     drawn = draw(
         logits, rows, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
@@ -179,23 +179,23 @@ def evaluate(
 
 
 def num_documents(rows: Sequence[ScoredRow]) -> int:
-    """How many documents the rows are from."""
+    """Number of documents that the rows come from."""
     origins = [row.origin for row in rows if row.origin is not None]
     known = len(torch.cat(origins).unique()) if origins else 0
     return known + len(rows) - len(origins)
 
 
 def groups_of(rows: Sequence[ScoredRow]) -> Integers:
-    """The group of each row: those of one document share one.
+    """Assigns each row to a group; rows of one document are in the same group.
 
-    A row of several documents belongs to the one that it has most of.
+    A row with parts of several documents is assigned to the document with the most tokens in it.
 
     Args:
-        rows: N of them.
+        rows: N rows.
 
     Returns:
-        Numbers from 0 on, int64 [N], at most `GROUPS` of them; groups are about equally large where
-        documents are small.
+        Group number of each row, from 0, int64 [N]. There are at most `GROUPS` groups. They have
+        about equal sizes if documents are small.
     """
     documents = [
         -1 - i if row.origin is None else int(row.origin.mode().values)
@@ -218,32 +218,34 @@ def log_likelihoods(
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, float]]:
-    """Conditional log-likelihoods of continuations: only these are masked, the contexts are seen.
+    """Lower bounds on the conditional log-likelihoods of continuations, given their contexts.
 
-    A continuation of n tokens has 2^n - 1 masks that hide any of them. If these are no more than
-    `draws`, each is scored once and the bound is exact.
+    Only tokens of the continuation are masked. A continuation of n tokens has 2^n - 1 masks that
+    mask at least one token. If this number is at most `draws`, each mask is scored once, and the
+    bound has no sampling error.
 
     Args:
         logits: as in `evaluate`.
-        pairs: token ids of (context, continuation). A shifted model (--mdm-shift) needs a context,
-            of one token at least.
-        mask_token_id: id put at masked positions.
-        draws: masks of each pair, a multiple of 4.
-        seed: of rates and masks.
+        pairs: token ids of (context, continuation). A shifted model (--mdm-shift) needs a context
+            of at least one token.
+        mask_token_id: token id that replaces masked tokens.
+        draws: number of masks of each pair, a multiple of 4.
+        seed: seed of rates and masks.
         batch_size: masked rows in a call of `logits`.
-        device: of the tokens that `logits` takes.
-        progress: called with the number of masks of each batch; see `num_masks`.
+        device: device of the tokens that `logits` gets.
+        progress: called after each batch with its number of masks; see `num_masks`.
 
     Returns:
-        For each pair an unbiased estimate of the lower bound on log p(continuation | context), nats
-        over the whole continuation, and the standard error of the masking, 0 where it is exact.
+        For each pair, an unbiased estimate of the lower bound on log p(continuation | context),
+        nats for the whole continuation, and its standard error from the masking, 0 if the bound is
+        exact.
 
     Raises:
-        UserError: draws that are no multiple of 4, a mask token among the tokens, or logits that
-            are no numbers.
+        UserError: `draws` is not a multiple of 4, the mask token is among the tokens, or logits are
+            not finite.
     """
     if draws < 4 or draws % 4:
-        raise UserError(f"the draws of a continuation must be a multiple of 4, got {draws}")
+        raise UserError(f"the number of draws of an answer must be a multiple of 4, got {draws}")
     rows = [
         ScoredRow(
             torch.tensor([*context, *continuation], dtype=torch.int64),
@@ -277,7 +279,7 @@ def log_likelihoods(
 
 
 def num_masks(num_tokens: int, draws: int) -> int:
-    """Counts the masks under which `log_likelihoods` scores a continuation."""
+    """Number of masks with which `log_likelihoods` scores a continuation of `num_tokens` tokens."""
     return min((1 << num_tokens) - 1, draws)
 
 
@@ -290,24 +292,26 @@ def exact_nats(
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Floats:
-    """The NELBO of each row, its sum over tokens, over all masks; arguments as in `evaluate`.
+    """The exact NELBO of each row, summed over its tokens, from all its masks.
 
-    The rate t is uniform over (0, 1), and a masked token weighs 1/t. A mask that hides k of n
-    tokens has the probability t^k (1 - t)^(n - k), so that each of its cross entropies CE weighs
+    The rate t is uniform over (0, 1), and a masked token has the weight 1/t. A given mask of k of n
+    tokens has the probability t^k (1 - t)^(n - k). Each of its cross entropies CE therefore has the
+    weight
 
         integral over t of  t^(k - 1) (1 - t)^(n - k)  =  1 / (k C(n, k))
 
-    The sum over the 2^n - 1 masks that hide a token is what `draw` estimates. It has k uniform
-    over 1 to n, one of the C(n, k) masks with equal chances, and the weight n / k.
+    The NELBO is the sum over the 2^n - 1 masks with at least one masked token. `draw` estimates the
+    same sum: there k is uniform over 1 to n, each of the C(n, k) masks is equally likely, and the
+    weight is n / k. For the arguments see `evaluate`.
 
     Returns:
         nats, float64 [N].
 
     Raises:
-        UserError: a mask token among the tokens, or logits that are no numbers.
+        UserError: the mask token is among the tokens, or logits are not finite.
     """
     _check_tokens(rows, mask_token_id)
-    places = [row.eligible.nonzero()[:, 0] for row in rows]  # of the n tokens
+    places = [row.eligible.nonzero()[:, 0] for row in rows]  # positions of the n tokens
     jobs = [(i, mask) for i, where in enumerate(places) for mask in range(1, 2 ** len(where))]
     nats = np.zeros(len(rows))
     for batch in _batches([len(rows[i].tokens) for i, _ in jobs], batch_size):
@@ -340,15 +344,15 @@ def draw(
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Draws:
-    """Scores every row under `replicates` x `draws` masks; arguments as in `evaluate`.
+    """Scores every row with `replicates` x `draws` masks; for other arguments see `evaluate`.
 
-    `groups`, int64 [N], numbers the group that each row is in from 0 on (see `groups_of`). Only
-    rows of one length share a call of the model, so nothing is padded.
+    `groups`, int64 [N], is the group number of each row, from 0 (see `groups_of`). A batch contains
+    only rows of equal length, so nothing is padded.
 
     Raises:
-        UserError: a mask token among the tokens, or logits that are no numbers.
+        UserError: the mask token is among the tokens, or logits are not finite.
     """
-    corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps plays no part
+    corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps is not used
     _check_tokens(rows, mask_token_id)
     shape = (len(rows), replicates, draws)
     quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
@@ -379,7 +383,7 @@ def draw(
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows of one length, at most `batch_size` of them: nothing is padded."""
+    """Batches of at most `batch_size` indices of rows with equal lengths, so nothing is padded."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for _, same in itertools.groupby(order, key=lengths.__getitem__):
         yield from map(list, itertools.batched(same, batch_size))
@@ -392,10 +396,10 @@ def _cross_entropies(
     mask_token_id: int,
     device: torch.device | str | int,
 ) -> torch.Tensor:
-    """Cross entropies of rows of one length where `mask`, bool [B, L], hides their tokens.
+    """Cross entropies at the masked positions of rows of equal length; `mask` is bool [B, L].
 
     Returns:
-        nats, float64 [B, L] on the CPU, 0 where nothing is hidden.
+        nats, float64 [B, L] on the CPU, 0 at positions that are not masked.
     """
     tokens = torch.stack([row.tokens for row in rows])
     context = {}
@@ -416,47 +420,47 @@ def _check_tokens(rows: Sequence[ScoredRow], mask_token_id: int) -> None:
     """Checks that no row contains the mask token.
 
     Raises:
-        UserError: one does.
+        UserError: a row contains it.
     """
     for number, row in enumerate(rows):
         if (row.tokens == mask_token_id).any():
             raise UserError(
-                f"text {number} contains the mask token {mask_token_id}, which the model would "
-                "take for a masked position: tokenize it again without"
+                f"text {number} contains the mask token {mask_token_id}, which marks masked "
+                "positions: tokenize the text again without this token"
             )
 
 
 def _check_finite(nats: Floats) -> None:
-    """Checks what rows cost.
+    """Checks that the NELBO of rows is finite.
 
     Raises:
-        UserError: it is no number.
+        UserError: it is NaN or infinite.
     """
     if not np.isfinite(nats).all():
         raise UserError(
-            "the likelihood of a text is NaN or 0: the model's logits are no numbers, or "
-            "too large for its precision"
+            "the likelihood of a text is NaN or 0: the model's logits are not finite, or are too "
+            "large for its precision"
         )
 
 
 def lattice_quantiles(groups: Integers, replicates: int, draws: int, seed: int) -> Integers:
     """Quantiles of the rates: one golden-ratio lattice for each replicate of a group.
 
-    The lattice runs through the draws of the group's rows one after the other, so that both the
-    draws of one row and those of the whole group are stratified. Each quantile is uniform over
-    (0, 1); those of different groups or replicates are independent.
+    A lattice runs through the draws of the group's rows, row after row. Both the draws of one row
+    and the draws of the whole group are then stratified. Each quantile is uniform over (0, 1).
+    Quantiles of different groups or replicates are independent.
 
     Args:
-        groups: number of the group that each row is in, from 0 on, int64 [N].
-        replicates: of each group.
-        draws: of each row in a replicate.
-        seed: of the offsets.
+        groups: group number of each row, from 0, int64 [N].
+        replicates: number of replicates of each group.
+        draws: number of draws of each row in a replicate.
+        seed: seed of the offsets.
 
     Returns:
         Grid integers (see randomness.py), int64 [N, replicates, draws].
     """
     sizes = np.bincount(groups)
-    place = np.empty_like(groups)  # of a row in its group
+    place = np.empty_like(groups)  # number of each row within its group
     place[np.argsort(groups, kind="stable")] = np.arange(len(groups)) - np.repeat(
         sizes.cumsum() - sizes, sizes
     )
@@ -473,12 +477,12 @@ def lattice_quantiles(groups: Integers, replicates: int, draws: int, seed: int) 
 
 
 def _estimate(drawn: Draws, chosen: Floats, groups: Integers) -> Estimate | None:
-    """Ratio of sums over draws, nats to tokens, with linearised errors; None without any draw.
+    """Sum of nats over sum of tokens, with linearised standard errors; None without draws.
 
     Args:
-        drawn: nats of N rows in R replicates of D draws.
+        drawn: estimates for N rows in R replicates of D draws.
         chosen: 1 for draws that count, else 0 [N, R, D].
-        groups: number of each row's group [N].
+        groups: group number of each row [N].
     """
     tokens = np.broadcast_to(drawn.num_eligible[:, None, None], chosen.shape)
     # [G, R]: sums over the draws of a replicate and the rows of a group.

@@ -1,1 +1,1 @@
-"""Runs of the program that are kept by what they were asked for, for benchmarks and studies."""
+"""Training runs with cached results, and their statistics, for benchmarks and studies."""

@@ -21,21 +21,24 @@ from megatron_mdm.pretrain import main
 
 
 def next_tokens(objective: Any) -> Callable[..., Any]:
-    """The forward step of a run, in the place of that of masked diffusion.
+    """Builds the autoregressive forward step, which replaces that of masked diffusion.
+
+    Args:
+        objective: the run's `Objective`.
 
     Raises:
-        UserError: the settings are not those of an autoregressive model.
+        UserError: the settings are not possible for an autoregressive model.
     """
     mdm = objective.state.mdm
     if not mdm.shift:
-        raise UserError("--mdm-shift is missing: an autoregressive model predicts ahead")
+        raise UserError("--mdm-shift is missing: an autoregressive model predicts the next token")
     if mdm.isolate_documents:
-        raise UserError("--mdm-isolate-documents: this program keeps no documents apart")
+        raise UserError("--mdm-isolate-documents: this program cannot isolate documents")
     return partial(forward_step, objective.state)
 
 
 def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
-    """Megatron's next-token cross entropy of one micro-batch, and how to average it."""
+    """Returns the next-token cross entropies of a micro-batch, and the function that sums them."""
     from megatron_mdm.mcore.model.inputs import ModelInputs
     from megatron_mdm.mcore.training.forward_step import next_batch
 
@@ -48,12 +51,12 @@ def forward_step(state: Any, data_iterator: Any, model: Any) -> tuple[Any, Any]:
 def loss_func(
     eligible: Any, normalization: Literal["tokens", "rows"], cross_entropy: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Sums over a micro-batch, averaged like the loss of masked diffusion.
+    """Sums of a micro-batch in Megatron's format, normalized like the masked-diffusion loss.
 
     Args:
-        eligible: tokens that count, bool [b, s].
+        eligible: tokens that count in the loss, bool [b, s].
         normalization: `tokens` or `rows`.
-        cross_entropy: of the token after each position, float [b, s], nats.
+        cross_entropy: cross entropy of the token after each position, float [b, s], nats.
     """
     import torch
 

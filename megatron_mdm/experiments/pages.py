@@ -1,4 +1,4 @@
-"""Results in Markdown pages, between comments that name their places."""
+"""Inserts results into Markdown pages, between comments that mark their places."""
 
 import pathlib
 import re
@@ -9,15 +9,16 @@ from megatron_mdm.files import write_text
 
 
 def insert(path: str, kind: str, blocks: Mapping[str, Callable[[], str]]) -> None:
-    """Replaces what stands between `<!-- KIND: NAME -->` and `<!-- end -->` in a Markdown file.
+    """Replaces the text between `<!-- KIND: NAME -->` and `<!-- end -->` in a Markdown file.
 
     Args:
-        path: of the file.
-        kind: first word of the comments.
-        blocks: names, and what makes the Markdown of each.
+        path: the Markdown file.
+        kind: KIND, the first word of the comments.
+        blocks: NAME -> function that returns the Markdown for this place.
 
     Raises:
-        UserError: the file cannot be read or written, has no such place, or one of another name.
+        UserError: the file cannot be read or written, has no such comments, or has a NAME that is
+            not in `blocks`.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -27,11 +28,11 @@ def insert(path: str, kind: str, blocks: Mapping[str, Callable[[], str]]) -> Non
 
 
 def inserted(text: str, path: str, kind: str, blocks: Mapping[str, Callable[[], str]]) -> str:
-    """The text of a file with the blocks in their places.
+    """Returns the text of a file with the blocks inserted.
 
     Args:
-        text: of the file.
-        path: of the file, for the error.
+        text: the text of the file.
+        path: the path of the file, for the error message.
         kind: see `insert`.
         blocks: see `insert`.
 
@@ -42,7 +43,7 @@ def inserted(text: str, path: str, kind: str, blocks: Mapping[str, Callable[[], 
     names = {match[2] for match in place.finditer(text)}
     if not names or not names <= set(blocks):
         raise UserError(
-            f"--insert {path}: needs <!-- {kind}: NAME --> with an <!-- end -->, and NAME of "
+            f"--insert {path}: needs <!-- {kind}: NAME --> and <!-- end -->, where NAME is one of "
             f"{', '.join(blocks)}"
         )
     return place.sub(lambda match: f"{match[1]}{blocks[match[2]]()}\n{match[3]}", text)

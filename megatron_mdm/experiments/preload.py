@@ -1,4 +1,4 @@
-"""What the fork server of runs.py imports, once for all runs on the CPU: as the program does."""
+"""Modules that the fork server of runs.py imports once for all CPU runs, as the program does."""
 
 from megatron_mdm.environment import prepare_environment
 
@@ -7,7 +7,7 @@ prepare_environment("cpu")
 from megatron_mdm.mcore.device import training_device  # noqa: E402
 
 with training_device("cpu"):
-    # Tokenizers come with Hugging Face's libraries, which take a second.
+    # This imports Hugging Face's libraries, which takes a second.
     import megatron.core.tokenizers.text  # noqa: F401
 
     import megatron_mdm.mcore.inference.loaded_model

@@ -1,4 +1,4 @@
-"""Which program a result comes from, so that the results of two are never mixed."""
+"""Identifies the program version of a result, so that results of two versions are never mixed."""
 
 import contextlib
 import functools
@@ -10,23 +10,23 @@ import subprocess
 
 import megatron_mdm
 
-# What a run may come from, beside the package itself.
+# Directories of a checkout with code that can affect a run.
 CODE = ("megatron_mdm", "tools", "examples")
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "apex")
 
 
 @functools.cache
 def program() -> str:
-    """The program of this process: what it was when this was first called.
+    """The program version of this process, at the time of the first call.
 
-    Of a checkout its commit, and a digest of what is not committed. Elsewhere, as where the package
-    is installed, a digest of the package's files. The versions of the libraries that compute.
+    For a git checkout: the commit, and a digest of uncommitted changes. For an installed package: a
+    digest of its files. In both cases also the versions of `LIBRARIES`.
     """
     return program_now()
 
 
 def program_now() -> str:
-    """The program as it stands on the disk, from which a run that starts now is made."""
+    """The program version that is on disk now, which a new run would use; see `program`."""
     versions = []
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -35,14 +35,14 @@ def program_now() -> str:
 
 
 def program_in(root: pathlib.Path) -> str:
-    """The code in a directory; see `program`.
+    """The version of the code in a directory, without libraries; see `program`.
 
     Args:
-        root: where the package `megatron_mdm` is.
+        root: directory that contains the package `megatron_mdm`.
     """
     code = [f"{folder}/*.py" for folder in CODE]
     answers = [
-        # The directory may lie in the checkout of something else, which does not know the package.
+        # Fails if the directory is inside the checkout of another project.
         _git(root, "ls-files", "--error-unmatch", "megatron_mdm/__init__.py"),
         _git(root, "rev-parse", "HEAD"),
         _git(root, "diff", "--name-only", "--relative", "--no-renames", "-z", "HEAD", "--", *code),
@@ -58,7 +58,7 @@ def program_in(root: pathlib.Path) -> str:
 
 
 def _git(root: pathlib.Path, *words: str) -> str | None:
-    """What git says, None if it fails or is not there. Names are relative to the directory."""
+    """Output of a git command in a directory; None if git fails or is not installed."""
     command = ["git", "-C", str(root), *words]
     try:
         ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -68,7 +68,7 @@ def _git(root: pathlib.Path, *words: str) -> str | None:
 
 
 def _digest(root: pathlib.Path, paths: list[pathlib.Path]) -> str:
-    """A digest of files and their names; a file that is gone counts as gone."""
+    """A digest of the names and contents of files; a missing file is included as `gone`."""
     result = hashlib.sha256()
     for path in paths:
         content = path.read_bytes() if path.is_file() else None

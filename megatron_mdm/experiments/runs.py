@@ -1,4 +1,4 @@
-"""Runs of the program that are kept: each is named by what it follows from, and done once."""
+"""Runs with cached results: a run is named by a digest of its inputs, and executed only once."""
 
 import concurrent.futures
 import hashlib
@@ -24,18 +24,19 @@ from megatron_mdm.experiments.program import program, program_now
 from megatron_mdm.files import write_errors, write_json
 
 PROGRAM = ("-m", "megatron_mdm.pretrain")
-# The same network, trained on next tokens.
+# The same network, trained to predict next tokens.
 AUTOREGRESSIVE = ("-m", "megatron_mdm.experiments.autoregressive")
-# Flags that name directories to read.
+# Flags whose directories a run reads.
 READ_FROM = ("--tokenizer-model", "--load", "--pretrained-checkpoint")
-# Held by the thread that asks how processes ended, which starting one does for all others: of two
-# that ask at once the second one hears 255.
+# Held while a thread reads the exit status of child processes; the start of a process reads that of
+# all others. If two threads read at once, the second one gets the status 255.
 _ASKING = threading.Lock()
 ENVIRONMENT = {
-    # One rank needs no launcher, which would import torch a second time.
+    # A run of one rank needs no launcher, which would import torch a second time.
     **ALONE,
     "OMP_NUM_THREADS": "1",
-    # glibc gives large blocks back and takes them anew at every step: a quarter of the time.
+    # By default glibc returns large blocks to the system and requests them again at every step,
+    # which takes a quarter of the time.
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
@@ -53,19 +54,20 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def run_cached(
     directory: pathlib.Path, flags: Sequence[str], work: Callable[[pathlib.Path], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The result of a run, from an earlier time if it was finished.
+    """Returns the result of a run from the cache, or executes the run.
 
     Args:
-        directory: where results are.
-        flags: name the run, with the program and with what is in the files that they name: whoever
-            changes one of these asks for another run.
-        work: called if there is no result yet, with `run_path`.
+        directory: directory of the results.
+        flags: flags of the run. The name of a run depends on its flags, on the contents of the
+            files that they name, and on the program version. If one of these changes, the run is
+            executed again.
+        work: executes the run if there is no result yet; called with `run_path`.
 
     Returns:
-        What `work` returned, `flags` and `program`.
+        The result of `work`, with `flags` and `program`.
 
     Raises:
-        UserError: the program has changed since this process began. The result is not kept.
+        UserError: the program has changed since this process started. The result is not kept.
     """
     name = run_path(directory, flags)
     path = name.with_suffix(".json")
@@ -75,15 +77,16 @@ def run_cached(
     result = {"flags": list(flags), "program": program(), **work(name)}
     if program_now() != program():
         raise UserError(
-            "the program has changed since these runs began, and the last one may be of either: it "
-            f"is not kept. Leave the checkout as it is while they go on; it was {program()}"
+            "the program has changed since these runs began, so the last result may come from "
+            "either version and is not kept. Do not change the checkout while runs are going on; "
+            f"it was {program()}"
         )
     write_json(str(path), result)
     return result
 
 
 def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
-    """What the files of a run are called, without an ending; see `run_cached`."""
+    """Path of a run's files without a suffix; see `run_cached`."""
     words = [
         _with_contents(word, before in READ_FROM and directory not in pathlib.Path(word).parents)
         for before, word in zip(["", *flags], flags, strict=False)
@@ -92,12 +95,12 @@ def run_path(directory: pathlib.Path, flags: Sequence[str]) -> pathlib.Path:
 
 
 def _with_contents(word: str, is_read: bool) -> str:
-    """A word of a command, and what is in the input that it may name: a file, a .bin/.idx pair.
+    """Appends a digest of the contents to a word that names a file or a .bin/.idx pair.
 
     Args:
-        word: one of a command.
-        is_read: a directory counts too. The name of one that a run has left beside its result says
-            already what it follows from.
+        word: a word of a command.
+        is_read: whether to do the same for a directory. It is not needed for a directory that a
+            cached run wrote, because its name already depends on the inputs.
     """
     if is_read and os.path.isdir(word):
         files = sorted(path for path in pathlib.Path(word).rglob("*") if path.is_file())
@@ -108,24 +111,24 @@ def _with_contents(word: str, is_read: bool) -> str:
 
 
 def digest(text: str) -> str:
-    """A name for a text."""
+    """A short name for a text: the first 16 hex digits of its SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_parallel[Task, Result](
     jobs: int, work: Callable[[Task], Result], tasks: Sequence[Task]
 ) -> list[Result]:
-    """Does tasks that wait for `run_python`, some at a time.
+    """Executes tasks that wait for `run_python`, several at a time.
 
-    After a failure or an interruption nothing goes on: processes that still run are killed.
+    After a failure or an interruption no task is started, and running processes are killed.
 
     Args:
-        jobs: tasks at a time.
-        work: does one, in a thread.
-        tasks: begun in this order.
+        jobs: number of tasks at a time.
+        work: executes one task, in a thread.
+        tasks: the tasks, started in this order.
 
     Returns:
-        What `work` returned, in the order of the tasks.
+        The results of `work`, in the order of the tasks.
     """
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     futures = [pool.submit(work, task) for task in tasks]
@@ -144,24 +147,24 @@ def run_parallel[Task, Result](
 
 
 def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
-    """Runs Python with these arguments as a single rank.
+    """Runs Python with the given arguments as a single rank.
 
-    In a fork of a process that has imported torch and Megatron, which takes longer than a short
-    run. Not where there is a GPU: what is imported there depends on the device. The run ends with
-    the process that asked for it, however that ends.
+    The process is a fork of a server. On a machine without a GPU, the server has already imported
+    torch and Megatron, which takes longer than a short run. With a GPU it has not, because these
+    imports depend on the device. The run ends when the calling process ends, even after a kill.
 
     Args:
-        command: arguments of the interpreter: a file, or -m and a module, and flags.
+        command: arguments of the interpreter: a file, or -m and a module, then flags.
         log: file for all output.
-        name: what it is called when it fails, such as "the run of standard".
+        name: name of the run in error messages, such as "the run of standard".
 
     Returns:
         The output.
 
     Raises:
-        UserError: it failed.
+        UserError: the run failed.
     """
-    os.environ.update(ENVIRONMENT)  # before the server starts, which hands it on
+    os.environ.update(ENVIRONMENT)  # set before the server starts; its forks inherit it
     context = multiprocessing.get_context("forkserver")
     if not os.path.exists("/dev/nvidiactl"):
         context.set_forkserver_preload([f"{__package__}.preload"])
@@ -174,7 +177,7 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
         multiprocessing.connection.wait([process.sentinel])
     finally:
         with _ASKING:
-            process.join(0)  # whoever has ended gets no signal
+            process.join(0)  # a process that has ended gets no signal
             process.kill()
             process.join()
     if process.exitcode:
@@ -183,7 +186,7 @@ def run_python(command: Sequence[str], log: pathlib.Path, name: str) -> str:
 
 
 def _last_error(log: pathlib.Path) -> str:
-    """The last line of a log that says what is wrong, after a comma; empty if there is none."""
+    """The last error in a log, as the end of a sentence; empty if there is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     for pattern in (r"error: (.*)", r"((?:\[rank\d+\]: )?[\w.]*(?:Error|Exception)(?:: .*)?)"):
         for line in reversed(lines):
@@ -193,7 +196,7 @@ def _last_error(log: pathlib.Path) -> str:
 
 
 def iteration_in(log: pathlib.Path) -> str:
-    """The last iteration in the log of a training, such as "iteration 20 of 500"; empty if none."""
+    """The last iteration in a training log, such as "iteration 20 of 500"; empty if none."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -217,7 +220,7 @@ def _execute(command: list[str], log: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its children."""
+    """Waits in a thread until the parent has ended, even by a kill; then ends this process."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -225,7 +228,7 @@ def _end_with_parent() -> None:
 
 
 def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
-    """All scalars of a TensorBoard directory: name -> (step, value), in order of the steps."""
+    """All scalars of a TensorBoard directory: name -> list of (step, value), in order of steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(directory, size_guidance={"scalars": 0})

@@ -1,4 +1,4 @@
-"""What a few repetitions say: means, deviations and ratios with intervals, and tests of many."""
+"""Statistics of few repetitions: confidence intervals of means and deviations, and tests."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its confidence interval, NaN where the values give none."""
+    """An estimate and the ends of its confidence interval; NaN if they are not defined."""
 
     value: float
     low: float
@@ -15,9 +15,10 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The mean, with Student's interval.
+    """The mean, with its confidence interval by Student's t.
 
-    One value has no interval, nor have values of which one is not finite; no value has no mean.
+    The interval is NaN for fewer than two values or if a value is not finite. The mean of no values
+    is NaN.
     """
     from scipy.stats import t
 
@@ -29,9 +30,9 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def t_test(values: Sequence[float]) -> float:
-    """The two-sided p value of Student's test that the mean of values is 0.
+    """The two-sided p value of Student's t-test of the hypothesis that the mean is 0.
 
-    NaN for fewer than two values, and where one is not finite.
+    NaN for fewer than two values, or if a value is not finite.
     """
     from scipy.stats import t
 
@@ -46,8 +47,9 @@ def t_test(values: Sequence[float]) -> float:
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p values of a family of tests, by name in the order given.
 
-    A test whose adjusted p value is below a level may be called significant at it, whichever of the
-    others are true. A NaN is no test: it stays, and the others are not adjusted for it.
+    A test is significant at a level if its adjusted p value is below it. This controls the
+    family-wise error rate, whichever hypotheses are true. A NaN does not count as a test: it stays
+    NaN and does not affect the others.
     """
     tests = sorted((name for name in p if not math.isnan(p[name])), key=lambda name: p[name])
     adjusted, largest = dict(p), 0.0
@@ -58,7 +60,7 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def deviation_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """The standard deviation of at least two values, with the interval of chi-square."""
+    """The standard deviation of at least two values, with its chi-square confidence interval."""
     from scipy.stats import chi2
 
     deviation, freedom = statistics.stdev(values), len(values) - 1
@@ -70,12 +72,12 @@ def deviation_interval(values: Sequence[float], level: float = 0.95) -> Interval
 
 
 def deviation_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Interval:
-    """The ratio of two standard deviations, a's to b's, with the interval of F.
+    """The standard deviation of a divided by that of b, with its confidence interval by F.
 
     Args:
         a: at least two values.
         b: at least two values that differ.
-        level: of confidence.
+        level: confidence level.
     """
     from scipy.stats import f
 
@@ -88,7 +90,7 @@ def deviation_ratio(a: Sequence[float], b: Sequence[float], level: float = 0.95)
 
 
 def deviation_test(a: Sequence[float], b: Sequence[float]) -> float:
-    """The two-sided p value of the F test that two standard deviations are the same.
+    """The two-sided p value of the F-test of the hypothesis that two standard deviations are equal.
 
     Args:
         a: at least two values.

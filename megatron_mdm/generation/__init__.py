@@ -1,1 +1,1 @@
-"""Decoding, prompts and the display of samples, over callables that give logits."""
+"""Decoding, prompts and the display of samples, given a callable that computes logits."""

@@ -1,7 +1,7 @@
-"""Decoding: from masked positions to tokens, over a callable that gives logits.
+"""Decoding: fills masked positions with tokens, given a callable that computes logits.
 
-Greedy low-confidence decoding in blocks is the algorithm that LLaDA (arXiv 2502.09992) published,
-token for token.
+Greedy low-confidence decoding in blocks is the published algorithm of LLaDA (arXiv 2502.09992). It
+gives the same tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,39 +18,41 @@ Remasking = Literal["low-confidence", "random"]
 
 @dataclass(frozen=True)
 class Decoder:
-    """Fills the masked positions of rows of tokens, which may lie anywhere in a row.
+    """Fills the masked positions of rows of tokens. They may be anywhere in a row.
 
-    The masked positions of a row are filled block by block, from the left. Every model call
+    The masked positions of a row are filled block by block, from left to right. Every model call
     predicts all masked positions of the row's current block, keeps some of the predictions and
-    leaves the others masked. What is kept never changes again.
+    leaves the other positions masked. A token that was kept never changes.
 
     Attributes:
         mask_token_id: id of the mask token, which is never predicted.
-        steps: model calls for a row, spread evenly over its blocks (the first ones get the
-            remainder), and a block's tokens over its calls alike; calls beyond a block's tokens are
-            not made. Default: one call a token.
-        block_length: masked positions in a block; the last block takes the rest
+        steps: number of model calls for a row. They are divided evenly among the blocks (the first
+            blocks get the remainder), and the tokens of a block evenly among its calls. A block
+            never gets more calls than it has tokens. Default: one call per token.
+        block_length: masked positions in a block; the last block has the remaining ones
             (semi-autoregressive decoding). Default: one block.
-        remasking: which predictions a call keeps: `low-confidence` those of highest probability,
-            `random` any.
-        temperature: 0 takes the likeliest token; else the token of the greatest logit after adding
-            temperature times Gumbel noise, in float64 (arXiv 2409.02908 on why), which samples from
-            the softmax of logits / temperature. Confidence ignores it, and the two that follow.
-        top_k: take one of the `top_k` likeliest tokens; of equally likely ones the lower ids.
-            Needs a temperature, as `top_p` does.
-        top_p: take one of the likeliest tokens that together have at least this probability, in
-            (0, 1], after temperature and `top_k`; 1: all of them.
-        cfg_scale: 0, or how far to go beyond the logits, away from those of the same row with every
-            given token masked (classifier-free guidance, arXiv 2502.09992): `masked + (cfg_scale +
-            1) * (logits - masked)`. Twice as many model calls. Tokens and confidences are those of
-            the guided logits.
-        threshold: also keep all predictions of at least this probability, in (0, 1], so that a row
-            may need fewer calls (parallel decoding by confidence, arXiv 2505.22618). A block that
-            is filled early gives way to the next one at once.
-        end_token_ids: tokens that end a row: once such a token stands after the last given position
-            with no masked position before it, all masked positions become this token. What comes
-            before is the same as without.
-        vocab_size: ids from here on are padding of the vocabulary and never predicted.
+        remasking: which predictions a call keeps: `low-confidence`: the predictions with the
+            highest probability; `random`: random predictions.
+        temperature: 0: take the likeliest token. Above 0: add temperature times Gumbel noise to the
+            logits, in float64 (see arXiv 2409.02908), and take the token with the greatest sum.
+            This samples from the softmax of logits / temperature. Confidences do not depend on
+            `temperature`, `top_k` and `top_p`.
+        top_k: sample only from the `top_k` likeliest tokens; lower ids win ties. Needs a
+            temperature above 0.
+        top_p: sample only from the likeliest tokens whose probabilities add up to at least this
+            value in (0, 1], after `temperature` and `top_k`; 1: from all tokens. A value below 1
+            needs a temperature above 0.
+        cfg_scale: scale of classifier-free guidance (arXiv 2502.09992); 0: none. The guided logits
+            are `masked + (cfg_scale + 1) * (logits - masked)`, where `masked` are the logits of the
+            row with every given token masked too. Tokens and confidences come from the guided
+            logits. Guidance doubles the number of model calls.
+        threshold: also keep every prediction with at least this probability, in (0, 1], so that a
+            row may need fewer calls (parallel decoding by confidence, arXiv 2505.22618). When a
+            block is filled early, the next call starts the next block.
+        end_token_ids: tokens that end a row. When such a token is after the last given position
+            and no position before it is masked, all masked positions become this token. The tokens
+            before it are not affected.
+        vocab_size: ids from `vocab_size` on are padding of the vocabulary and are never predicted.
 
     Raises:
         UserError: a value is out of range.
@@ -102,7 +104,7 @@ class Decoder:
         """Checks that `steps` are enough for the blocks of a row.
 
         Args:
-            wanted: masked positions of the row.
+            wanted: number of masked positions of the row.
 
         Raises:
             UserError: there are fewer steps than blocks.
@@ -112,8 +114,8 @@ class Decoder:
         blocks = -(-wanted // self.block_length)
         if blocks > self.steps:
             raise UserError(
-                f"--steps {self.steps} is less than one a block: {blocks} blocks of "
-                f"--block-length {self.block_length} are to be filled"
+                f"--steps {self.steps} is less than one per block: {blocks} blocks of "
+                f"--block-length {self.block_length} have to be filled"
             )
 
     def __call__(
@@ -122,7 +124,7 @@ class Decoder:
         tokens: torch.Tensor,
         generators: Sequence[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """The last of `states`: int64 [B, L] without mask tokens."""
+        """Decodes and returns the last of `states`: int64 [B, L] without mask tokens."""
         for state in self.states(logits, tokens, generators):
             tokens = state
         return tokens
@@ -138,15 +140,16 @@ class Decoder:
 
         Args:
             logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
-            tokens: int64 [B, L], the mask token where a token is wanted; the rest is kept.
-            generators: of the random numbers, one a row, on the device of `tokens`, so that a row
-                does not depend on the others; default: torch's own.
+            tokens: int64 [B, L], with the mask token at positions to fill; other tokens are kept.
+            generators: random generators, one per row, on the device of `tokens`, so that a row
+                does not depend on the other rows; default: torch's default generator.
 
         Yields:
-            int64 [B, L]: `tokens`, and what stands after each model call; rows that are done stay.
+            int64 [B, L]: `tokens`, then the rows after each model call. Finished rows stay as they
+            are.
 
         Raises:
-            UserError: there are fewer steps than blocks in a row, or logits that are no numbers.
+            UserError: a row has fewer steps than blocks, or logits are not finite.
         """
         masked = tokens == self.mask_token_id
         wanted = masked.sum(dim=1)
@@ -155,7 +158,7 @@ class Decoder:
             length = torch.full_like(wanted, self.block_length)
         blocks = (wanted + length - 1) // length
         self.check_calls(max(wanted.tolist(), default=0))
-        ordinal = masked.cumsum(dim=1) - 1  # of a masked position among those of its row
+        ordinal = masked.cumsum(dim=1) - 1  # number of each masked position within its row
         block_of = ordinal // length[:, None]
         given = ~masked
         after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()
@@ -173,7 +176,7 @@ class Decoder:
             size = torch.minimum(wanted - block * length, length)
             calls = size
             if self.steps is not None:
-                share = blocks.clamp(min=1)  # a row that wants nothing divides by anything
+                share = blocks.clamp(min=1)  # no division by 0 in a row without masked positions
                 calls = self.steps // share + (block < self.steps % share)
             calls = calls.clamp(min=1)
             count = size // calls + (call < size % calls)
@@ -194,14 +197,14 @@ class Decoder:
         candidates: torch.Tensor,
         given: torch.Tensor,
     ) -> torch.Tensor:
-        """The guided logits of the N candidates, float64 [N, V], rows one after the other."""
+        """The guided logits of the N candidate positions, row after row, float64 [N, V]."""
         scores = logits(tokens)[candidates].double()
         if self.cfg_scale == 0.0:
             return scores
         hidden = tokens.masked_fill(given, self.mask_token_id)
         masked = logits(hidden)[candidates].double()
         guided = masked + (self.cfg_scale + 1.0) * (scores - masked)
-        return torch.where(scores == masked, scores, guided)  # -inf, where both are, stays
+        return torch.where(scores == masked, scores, guided)  # keeps -inf if both are -inf
 
     def _predict(
         self,
@@ -209,7 +212,7 @@ class Decoder:
         candidates: torch.Tensor,
         generators: Sequence[torch.Generator] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predictions (int64 [B, L]) and what they are ranked by (float64 [B, L]) at candidates."""
+        """Predicted tokens (int64 [B, L]) and their confidences (float64 [B, L]) at candidates."""
         probabilities = scores.softmax(dim=-1)
         scores[:, self.mask_token_id] = -torch.inf
         if self.vocab_size is not None:
@@ -231,8 +234,8 @@ class Decoder:
             scores -= self.temperature * uniforms(scores.shape[1]).log_().neg_().log_()
         picks = scores.argmax(dim=-1)
         order = probabilities.gather(-1, picks[:, None])[:, 0]
-        if order.isnan().any():  # one of the logits that are NaN or infinite makes all of them so
-            raise UserError("the model's logits hold NaN or infinity: nothing can be decoded")
+        if order.isnan().any():  # a single NaN or +inf among the logits makes the softmax NaN
+            raise UserError("the model's logits hold NaN or infinity: decoding is not possible")
         if self.remasking == "random":
             order = uniforms()
         prediction = torch.zeros_like(candidates, dtype=torch.int64)
@@ -241,7 +244,7 @@ class Decoder:
         return prediction, confidence
 
     def _likeliest(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [N, V] with -inf for what `top_k` and `top_p` leave out."""
+        """Scores [N, V] with -inf for the tokens that `top_k` and `top_p` exclude."""
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             ordered[:, self.top_k :] = -torch.inf
@@ -252,7 +255,7 @@ class Decoder:
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
     def _end(self, tokens: torch.Tensor, after_given: torch.Tensor) -> torch.Tensor:
-        """Fills what is masked behind an end token that everything before is known of."""
+        """Fills masked positions with the end token, in rows that have ended; see the class."""
         masked = tokens == self.mask_token_id
         ends = torch.isin(tokens, torch.tensor(self.end_token_ids, device=tokens.device))
         ends &= after_given & (masked.cumsum(dim=1) == 0)
@@ -261,13 +264,13 @@ class Decoder:
 
 
 def filling_order(states: Sequence[torch.Tensor], mask_token_id: int) -> torch.Tensor:
-    """After which model call each position was filled.
+    """Number of the model call that filled each position.
 
     Args:
-        states: what `Decoder.states` yielded, n + 1 times int64 [B, L].
+        states: everything that `Decoder.states` yielded: n + 1 tensors int64 [B, L].
         mask_token_id: id of the mask token.
 
     Returns:
-        int64 [B, L]: 1 to n, 0 for given positions.
+        int64 [B, L]: 1 to n; 0 for given positions.
     """
     return torch.stack([state == mask_token_id for state in states]).sum(dim=0)

@@ -1,8 +1,8 @@
-"""The flags that say how a tool reads and writes texts with a checkpoint."""
+"""Flags of tools that read and generate texts with a checkpoint."""
 
 import argparse
 
-# The flags of `add_token_arguments`, `add_decoder_arguments` and `add_sampling_arguments`.
+# Names of the flags that the following three functions add, in their order.
 TOKEN_FLAGS = ("special_tokens", "eos_token_ids")
 DECODER_FLAGS = ("steps", "block_length", "remasking", "threshold")
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "cfg_scale")
@@ -12,7 +12,7 @@ def add_token_arguments(group: argparse._ActionsContainer) -> None:
     """Adds the flags about the tokens of texts.
 
     Args:
-        group: of a tool's flags.
+        group: parser or argument group of a tool.
     """
     group.add_argument(
         "--special-tokens",
@@ -31,10 +31,10 @@ def add_token_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
-    """Adds the flags of `generation.Decoder`, of the same names.
+    """Adds flags for attributes of `generation.Decoder`, with the same names.
 
     Args:
-        group: of a tool's flags.
+        group: parser or argument group of a tool.
     """
     group.add_argument(
         "--steps", type=int, metavar="N", help="number of model calls (default: one per token)"
@@ -61,10 +61,10 @@ def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def add_sampling_arguments(group: argparse._ActionsContainer) -> None:
-    """Adds the flags of `generation.Decoder` about single tokens, of the same names.
+    """Adds flags for attributes of `generation.Decoder` about sampling, with the same names.
 
     Args:
-        group: of a tool's flags.
+        group: parser or argument group of a tool.
     """
     group.add_argument(
         "--temperature",

@@ -1,4 +1,4 @@
-"""Decoding made visible: in the terminal, and as a picture of the order in which tokens came."""
+"""Shows decoding: live in the terminal, and as a picture of the order of filled tokens."""
 
 import shutil
 import unicodedata
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".gif")
 COLUMNS = 12  # tokens in a line of the picture
 DPI = 80
-LINE, HEAD = 0.4, 0.8  # inches: of a line of tokens, and of the scale above with the margins
-GIVEN, BORDER = "0.93", "0.75"  # greys
-LETTERS = 11  # of a token that fit into its cell
-FRAMES = 100  # of an animation, at most: more calls than that are shown several at a time
+LINE, HEAD = 0.4, 0.8  # heights in inches: a line of tokens; the scale above, with margins
+GIVEN, BORDER = "0.93", "0.75"  # greys: cells of given tokens, borders of cells
+LETTERS = 11  # letters of a token that fit into its cell
+FRAMES = 100  # most frames of an animation; with more calls, a frame shows several calls
 
 
 class Screen:
-    """Texts that change step by step: redrawn in place on a terminal, else one line a step.
+    """Shows texts that change step by step: in place on a terminal, else as one line per step.
 
     Attributes:
-        stream: where to write.
+        stream: the output stream.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.drawn = 0  # terminal lines that the next redraw starts over
+        self.drawn = 0  # number of terminal lines that the next redraw overwrites
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Shows the texts as they stand after a step."""
+        """Shows the texts after a step."""
         if not self.stream.isatty():
             for text in texts:
                 self.stream.write(f"step {step}: {one_line(text)}\n")
@@ -52,18 +52,18 @@ class Screen:
         self.drawn = len(lines)
 
     def clear(self) -> None:
-        """Takes away what was drawn on a terminal."""
+        """Removes the drawn lines from a terminal."""
         if self.drawn:
             self.stream.write(f"\x1b[{self.drawn}F\x1b[J")
         self.drawn = 0
 
 
 def shown_on(stream: TextIO, text: str) -> str:
-    """A text as a stream should get it: on a terminal, which would obey them, without controls.
+    """Escapes control characters of a text for a terminal, which would execute them.
 
     Args:
-        stream: where it goes. Into a file or a pipe it goes as it is.
-        text: what a model wrote, of which line ends and tabs stay.
+        stream: the output stream. For a file or a pipe, the text is returned unchanged.
+        text: a text from a model. Line ends and tabs are kept.
     """
     if not stream.isatty():
         return text
@@ -71,13 +71,13 @@ def shown_on(stream: TextIO, text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with signs for control characters."""
+    """The text in one line: control characters are replaced by visible symbols."""
     named = {"\n": "⏎", "\t": "⇥"}
     return "".join(named.get(c, c if c.isprintable() else "�") for c in text)
 
 
 def wrapped(text: str, columns: int) -> list[str]:
-    """The lines that a terminal of so many columns breaks the text into."""
+    """Breaks a text into lines as a terminal with `columns` columns does."""
     lines = []
     for paragraph in text.expandtabs(4).split("\n"):
         line, width = "", 0
@@ -93,12 +93,12 @@ def wrapped(text: str, columns: int) -> list[str]:
 
 
 def draw_order(path: str, texts: Sequence[str], order: Sequence[int]) -> None:
-    """Draws a row in reading order, each token in the colour of the call that filled it.
+    """Draws a row of tokens in reading order, each in the colour of the call that filled it.
 
     Args:
-        path: .png, everything filled; or .gif, from the prompt to the end, a frame a call.
-        texts: of the tokens.
-        order: after which model call each token was there, 0 for given ones.
+        path: a .png shows the filled row; a .gif shows the decoding, one frame per call.
+        texts: text of each token.
+        order: number of the model call that filled each token; 0 for given tokens.
 
     Raises:
         UserError: the file cannot be written.
@@ -106,7 +106,8 @@ def draw_order(path: str, texts: Sequence[str], order: Sequence[int]) -> None:
     frames = list(order_frames(texts, order))
     with complete_or_absent(path) as (name,), write_errors(path), open(name, "wb") as file:
         if Path(path).suffix.lower() == ".gif":
-            # Milliseconds: some ten seconds in all, at most half a second a frame; the end stays.
+            # Milliseconds: about ten seconds in all, at most half a second per frame; the last
+            # frame stays for three seconds.
             pace = min(500, 10_000 // len(frames))
             durations = [pace] * (len(frames) - 1) + [3000]
             frames[0].save(
@@ -117,7 +118,7 @@ def draw_order(path: str, texts: Sequence[str], order: Sequence[int]) -> None:
 
 
 def order_frames(texts: Sequence[str], order: Sequence[int]) -> Iterator["Image"]:
-    """The pictures of `draw_order`: the given tokens, then what each call added."""
+    """The frames of `draw_order`: the given tokens, then the tokens added by each call."""
     calls = max(order, default=0)
     empty, _ = _grid(texts, [call if call == 0 else None for call in order], calls)
     full, boxes = _grid(texts, order, calls)
@@ -136,9 +137,9 @@ def order_frames(texts: Sequence[str], order: Sequence[int]) -> Iterator["Image"
 def _grid(
     texts: Sequence[str], order: Sequence[int | None], calls: int
 ) -> tuple["Image", list[tuple[int, int, int, int]]]:
-    """The picture of all tokens, blank where the call is None, and the pixels of each cell.
+    """Draws all tokens, blank if their call is None; also returns the pixel box of each cell.
 
-    `calls` is the end of the scale.
+    `calls`, the number of model calls, is the end of the colour scale.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -152,7 +153,7 @@ def _grid(
     with blank_figure() as figure:
         figure.set(layout_engine="none", dpi=DPI, figwidth=COLUMNS, figheight=LINE * lines + HEAD)
         canvas = FigureCanvasAgg(figure)
-        # In inches: the scale above, and cells of 1 x 0.4 in a narrow margin.
+        # Sizes in inches: the scale at the top, and below it cells of 1 x 0.4 with a narrow margin.
         height = figure.get_figheight()
         axes = figure.add_axes((0.02, 0.1 / height, 0.96, LINE * lines / height))
         axes.set(xlim=(0, COLUMNS), ylim=(lines, 0))
@@ -163,7 +164,7 @@ def _grid(
             y, x = divmod(index, COLUMNS)
             corners += [(x, y), (x + 1, y + 1)]
             face = "white" if call is None else GIVEN if call == 0 else colours.to_rgba(call)
-            # Borders of the outer cells lie half outside the axes.
+            # Not clipped: half of the border of an outer cell lies outside the axes.
             cell = Rectangle((x, y), 1, 1, facecolor=face, edgecolor=BORDER, clip_on=False)
             axes.add_patch(cell)
             if call is None:
@@ -179,25 +180,25 @@ def _grid(
                 parse_math=False,
                 clip_on=True,
             )
-            label.set_clip_path(cell)  # no word runs into the next cell
+            label.set_clip_path(cell)  # the text does not extend into the next cell
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             canvas.draw()
     image = frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
-    # Pixels count from the bottom in matplotlib, and from the top in the picture.
+    # matplotlib counts pixels from the bottom, the image from the top.
     pixels = axes.transData.transform(corners or [(0, 0), (0, 0)]).round().astype(int)
     pixels[:, 1] = image.height - pixels[:, 1]
     return image.convert("RGB"), [(*a, *b) for a, b in pixels.reshape(-1, 2, 2).tolist()]
 
 
 def in_cell(text: str) -> str:
-    """A token as its cell shows it: spaces are middle dots, and a long one is cut."""
+    """The text of a token for its cell: spaces become middle dots, and a long text is cut."""
     shown = one_line(text).replace(" ", "·")
     return shown if len(shown) <= LETTERS else shown[: LETTERS - 1] + "…"
 
 
 def _draw_scale(figure: Any, colours: Any, calls: int) -> None:
-    """Above the cells: the grey of given tokens, and the colour of each model call."""
+    """Draws the legend above the cells: the grey of given tokens, and the colour of each call."""
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""Prompts: from text with marked gaps to rows of tokens, and back."""
+"""Prompts: from text with marked gaps to rows of tokens, and back to text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ Detokenize = Callable[[list[int]], str]
 
 
 def read_prompts(path: str, json_key: str = "prompt", file_format: str = "auto") -> list[str]:
-    """Reads prompts: one a line (blank lines are passed over), or `json_key` of each JSONL line.
+    """Reads prompts: one per line (blank lines are skipped), or one per JSONL line.
 
     Args:
-        path: of the file.
-        json_key: where a JSONL line holds its prompt.
+        path: the file with prompts.
+        json_key: key of the prompt in a JSONL line.
         file_format: see `read_documents`.
 
     Raises:
-        UserError: the file cannot be read, or holds no prompt.
+        UserError: the file cannot be read, or contains no prompt.
     """
     prompts = []
     for document in read_documents([path], file_format):
@@ -34,18 +34,18 @@ def read_prompts(path: str, json_key: str = "prompt", file_format: str = "auto")
 
 
 def read_conversations(path: str, key: str = "messages") -> list[Document]:
-    """Reads conversations: a JSON object a line, as preprocessing takes them, or a single one.
+    """Reads conversations: one JSON object per line, as for preprocessing, or a single one.
 
     Args:
-        path: of the file. A single conversation may be an object or a list of messages, over any
+        path: the file. A single conversation may be an object or a list of messages, over any
             number of lines.
-        key: where an object holds its messages.
+        key: key of the messages in an object.
 
     Returns:
-        Documents of one JSON object each.
+        Documents, each with one JSON object.
 
     Raises:
-        UserError: the file cannot be read, or holds no conversation.
+        UserError: the file cannot be read, or contains no conversation.
     """
     (whole,) = read_documents([path], "text")
     try:
@@ -65,14 +65,15 @@ def read_conversations(path: str, key: str = "messages") -> list[Document]:
 def prompt_tokens(
     tokenize: Tokenize, prompt: str, length: int, suffix: str, marker: str, mask_token_id: int
 ) -> list[int]:
-    """Tokens of `prompt`, `length` mask tokens, and those of `suffix`.
+    """Makes a row: the tokens of `prompt`, `length` mask tokens, and the tokens of `suffix`.
 
     Args:
-        tokenize: text -> ids, with nothing put before a text.
-        prompt: text in which `marker` stands for a token that is wanted.
-        length: tokens wanted after the prompt.
-        suffix: text behind these, with markers or without.
-        marker: what stands for one mask token. The texts between are tokenized one by one.
+        tokenize: text -> ids, without special tokens in front.
+        prompt: text of the prompt; may contain markers.
+        length: number of mask tokens between prompt and suffix.
+        suffix: text after them; may contain markers.
+        marker: text that becomes one mask token. The texts between markers are tokenized
+            separately.
         mask_token_id: id of the mask token.
     """
     tokens: list[int] = []
@@ -86,9 +87,9 @@ def prompt_tokens(
 
 
 def same_lengths(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Batches of at most `batch_size` indices of rows that are equally long.
+    """Batches of at most `batch_size` indices of rows with equal lengths.
 
-    Rows of one batch need no padding, so none can see any.
+    The rows of a batch need no padding, so no row can attend to padding.
     """
     by_length: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -103,22 +104,24 @@ def same_lengths(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[in
 def until_end(
     tokens: Sequence[int], given: Sequence[bool], end_token_ids: Sequence[int]
 ) -> list[int]:
-    """The tokens up to the first end token after the last given position, without it."""
+    """The tokens before the first end token that follows the last given position."""
     start = max((i + 1 for i, known in enumerate(given) if known), default=0)
     ends = (i for i in range(start, len(tokens)) if tokens[i] in end_token_ids)
     return list(tokens[: next(ends, len(tokens))])
 
 
 class Spelling:
-    """Text of single tokens and of partly filled rows, as they stand inside a text.
+    """Turns single tokens and partly filled rows into the text that they have inside a text.
 
-    Decoders drop a space at the start of a text, which a token in its midst keeps: a known token is
-    put in front, and taken away from the result.
+    Tokenizers drop a space at the start of a text, but keep it inside a text. A known token (the
+    anchor) is therefore put in front before detokenization, and its text is removed from the
+    result.
 
     Attributes:
-        tokenize: text -> ids.
         detokenize: ids -> text.
         mask_token_id: id of the mask token.
+        anchor: the token that is put in front.
+        width: number of characters of the anchor's text.
     """
 
     GAP = "▒"
@@ -130,11 +133,11 @@ class Spelling:
         self.width = len(detokenize(self.anchor))
 
     def inside(self, ids: Sequence[int]) -> str:
-        """Text of a run of tokens that is not the start of a text."""
+        """Text of successive tokens that are not at the start of a text."""
         return self.detokenize([*self.anchor, *ids])[self.width :]
 
     def partial(self, ids: Sequence[int]) -> str:
-        """Text of a row, a shaded box for each mask token."""
+        """Text of a row, with a shaded box for each mask token."""
         text, run = "", []  # type: tuple[str, list[int]]
         for token in [*ids, self.mask_token_id]:
             if token != self.mask_token_id:

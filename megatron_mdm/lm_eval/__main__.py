@@ -12,10 +12,10 @@ from megatron_mdm.errors import UserError, run_tool
 
 
 def main() -> None:
-    """lm_eval's command line, with the model `mdm`.
+    """Runs lm_eval's command line with the additional model `mdm`.
 
     Raises:
-        UserError: lm_eval is missing, or the model refuses its arguments.
+        UserError: lm_eval is not installed, or the model rejects its arguments.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is missing: pip install 'megatron-mdm[eval]'")

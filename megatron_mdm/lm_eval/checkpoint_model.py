@@ -1,4 +1,4 @@
-"""A checkpoint as a model of lm-evaluation-harness."""
+"""A checkpoint as a model for lm-evaluation-harness."""
 
 import contextlib
 import inspect
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class CheckpointModel(HarnessModel):
-    """What `lm_eval --model mdm --model_args load=DIR,...` makes, see `megatron_mdm.lm_eval`.
+    """The model of `lm_eval --model mdm --model_args load=DIR,...`; see `megatron_mdm.lm_eval`.
 
     Args:
         load: checkpoint directory, the run's --save.
-        device: `cuda`, perhaps with a number as lm_eval has it by default, or `cpu`.
+        device: `cuda` or `cpu`. A device number, as in lm_eval's default `cuda:0`, is ignored.
         batch_size: rows in a call of the model.
-        max_batch_size: of no effect; lm_eval gives it to every model.
-        pipeline_model_parallel_size: stages under torchrun.
-        checkpoint_hashes: compare its files with the sums that were saved with them.
-        trust_remote_code: run Python code that lies beside the tokenizer.
+        max_batch_size: not used; lm_eval passes it to every model.
+        pipeline_model_parallel_size: number of pipeline stages under torchrun.
+        checkpoint_hashes: whether to compare the checkpoint's files with the hashes saved beside
+            them.
+        trust_remote_code: whether to run Python code that lies beside the tokenizer.
         settings: see `adapter_arguments`.
 
     Raises:
@@ -53,7 +54,7 @@ class CheckpointModel(HarnessModel):
             raise UserError(
                 f"--model_args {sorted(unknown)[0]} is unknown: there are {', '.join(SETTINGS)}"
             )
-        device = device.partition(":")[0]  # ranks take the GPU of their number
+        device = device.partition(":")[0]  # each rank uses the GPU of its local rank
         if device not in ("cuda", "cpu"):
             raise UserError(f"--device {device}: cuda or cpu")
         stack = contextlib.ExitStack()
@@ -67,7 +68,8 @@ class CheckpointModel(HarnessModel):
                 trust_remote_code,
             )
         )
-        # lm_eval closes no model. As after an exception: ranks do not wait for one that has failed.
+        # lm_eval never closes a model, so this closes it at the end. It exits the context as after
+        # an exception, so that ranks do not wait for a failed rank.
         weakref.finalize(self, stack.__exit__, SystemExit, SystemExit(), None)
         super().__init__(**adapter_arguments(loaded, batch_size=int(batch_size), **settings))
 
@@ -91,17 +93,17 @@ def adapter_arguments(
     Args:
         loaded: the checkpoint.
         batch_size: rows in a call of the model.
-        draws: masks of an answer for its likelihood, a multiple of 4.
-        seed: of masks and generated texts.
-        max_length: most tokens in a row; default: the model's positions.
-        max_gen_toks: tokens of a generated text where the task does not say.
-        special_tokens: whether text that spells a special token is that token; default: as in the
-            checkpoint's data, and that token where it is not known.
-        eos_token_ids: tokens that end a generated text; default: the end of document.
-        steps: see `Decoder`, the defaults of what tasks may set, as below.
-        block_length: see `Decoder`.
-        remasking: see `Decoder`.
-        threshold: see `Decoder`.
+        draws: number of masks of an answer for its likelihood, a multiple of 4.
+        seed: seed of masks and generated texts.
+        max_length: most tokens in a row; default: the number of the model's positions.
+        max_gen_toks: tokens of a generated text if the task does not set the number.
+        special_tokens: whether text that spells a special token becomes that token; default: as in
+            the checkpoint's data, and True if that is not known.
+        eos_token_ids: tokens that end a generated text; default: the end-of-document token.
+        steps: default of the decoder setting, which a task may override; see `Decoder`.
+        block_length: like `steps`.
+        remasking: like `steps`.
+        threshold: like `steps`.
 
     Raises:
         UserError: a value is out of range, or the model has no mask token.
@@ -120,10 +122,10 @@ def adapter_arguments(
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
         if not special:
             raise UserError(
-                "a chat template writes special tokens, which the texts of the checkpoint's data "
-                "do not spell: add --special-tokens (special_tokens=True to --model_args)"
+                "a chat template writes special tokens, but in the checkpoint's data such text is "
+                "ordinary text: add --special-tokens (special_tokens=True to --model_args)"
             )
-        assert chat is not None  # else nobody calls this
+        assert chat is not None  # without a template, `render` is None
         return chat.render(messages, add_generation_prompt)
 
     return {
@@ -154,5 +156,5 @@ def adapter_arguments(
     }
 
 
-# What --model_args may say beside the arguments of CheckpointModel.
+# Names that --model_args accepts besides the arguments of CheckpointModel.
 SETTINGS = tuple(inspect.signature(adapter_arguments).parameters)[2:]

@@ -1,7 +1,7 @@
-"""A masked-diffusion model as lm-evaluation-harness (`lm_eval`) asks for one.
+"""A masked-diffusion model with the interface that lm-evaluation-harness (`lm_eval`) requires.
 
-Over callables alone: `megatron_mdm.lm_eval` makes one of a checkpoint. `lm_eval` is optional:
-without it the class stands alone, with the same methods but `generate_until`.
+The model consists of callables; `megatron_mdm.lm_eval` makes one from a checkpoint. `lm_eval` is
+optional. Without it the class has no base class, and all methods but `generate_until` work.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ Message = dict[str, str]
 
 
 def _whole(value: Any) -> int:
-    """Reads a whole number.
+    """Converts a value to a whole number.
 
     Raises:
-        TypeError: the value is no number.
-        ValueError: it is no whole one.
+        TypeError: the value is not a number.
+        ValueError: the value is not a whole number.
     """
     if isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{value} is no whole number")
     return int(value)
 
 
-# lm_eval's names for the number of tokens of a text.
+# lm_eval's names for the number of tokens to generate.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# Generation settings of tasks that are the decoder's own.
+# Generation settings of tasks that are settings of `Decoder`.
 DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "steps": _whole,
     "block_length": _whole,
@@ -52,9 +52,9 @@ DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "top_k": _whole,
     "top_p": float,
 }
-# Values with which a setting changes nothing. The decoder lacks the two last ones.
+# Values with which a setting has no effect. The decoder does not support the last two settings.
 NEUTRAL = {"top_p": (1,), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,)}
-SAMPLING = ("top_p", "top_k", "min_p")  # without effect on greedy decoding
+SAMPLING = ("top_p", "top_k", "min_p")  # no effect on greedy decoding
 logger = logging.getLogger(__name__)
 
 
@@ -63,30 +63,30 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
 
     Args:
         logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
-        encode: a text to its token ids, without special tokens in front.
-        mask_token_id: id put at masked positions.
-        max_length: most tokens in a row; contexts are cut on the left to fit.
-        draws: masks of each request for a likelihood, a multiple of 4; see `log_likelihoods`.
-        seed: of masks and generated texts.
+        encode: text -> token ids, without special tokens in front.
+        mask_token_id: token id that replaces masked tokens.
+        max_length: most tokens in a row; longer contexts lose their beginning.
+        draws: number of masks of each likelihood request, a multiple of 4; see `log_likelihoods`.
+        seed: seed of masks and generated texts.
         batch_size: rows in a call of `logits`.
-        device: of the tokens that `logits` takes.
-        shift: whether the model predicts each token at the position before it (--mdm-shift). It
-            then cannot predict the first token of a row: every row begins with a token that is
-            seen and not scored. That is the last one of the context or of the row before.
-        opening_token_id: with `shift`, the token that stands in front of a text without context;
-            None: such texts are refused.
-        decode: token ids to text; None: nothing can be generated.
-        decoder: writes the answers of `generate_until`, unless a task's `generation_kwargs` say
-            otherwise; default: `Decoder(mask_token_id)`.
-        max_gen_toks: tokens of a generated text where the task does not say, as in lm_eval.
-        render: messages, and whether the header of an answer follows them, to one text; None: the
-            tokenizer has no chat template.
-        template: gives that template, for lm_eval's records.
-        name: of the tokenizer, for lm_eval's records.
-        show_progress: draw a bar.
+        device: device of the tokens that `logits` gets.
+        shift: whether the model predicts each token at the position before it (--mdm-shift). Such a
+            model cannot predict the first token of a row. Every row then begins with a token that
+            is visible and not scored: the last token of the context or of the previous row.
+        opening_token_id: with `shift`, the token in front of a text without context; None: such
+            texts are rejected.
+        decode: token ids -> text; None: the model cannot generate texts.
+        decoder: generates the answers of `generate_until`; `generation_kwargs` of a task override
+            its settings. Default: `Decoder(mask_token_id)`.
+        max_gen_toks: tokens of a generated text if the task does not set the number, as in lm_eval.
+        render: (messages, whether the header of an answer follows) -> text; None: the tokenizer has
+            no chat template.
+        template: returns the chat template, for lm_eval's records.
+        name: name of the tokenizer, for lm_eval's records.
+        show_progress: whether to draw a progress bar.
 
     Raises:
-        UserError: a row has no room for a token beside that one.
+        UserError: `max_length` leaves no room for a token to score.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         self._expected: Callable[[], Iterable[Any]] = tuple
 
     def expect(self, requests: Callable[[], Iterable[Any]]) -> None:
-        """Has all requests of an evaluation checked before the first of them is answered.
+        """Makes the model check all requests of an evaluation before it answers the first one.
 
-        Without it, a method checks its own requests before it answers them. The answers of another
-        method are lost if that fails.
+        Without this call, a method checks only its own requests before it answers them. If this
+        check fails, the answers of the methods called before are lost.
 
         Args:
-            requests: gives them once the first one is to be answered. Each has `request_type`, the
-                name of the method that answers it, and its `args`.
+            requests: returns the requests; called when the first request is to be answered. Each
+                request has `request_type`, the name of the method that answers it, and `args`.
         """
         self._expected = requests
 
@@ -151,18 +151,18 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return self._name
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The chat template, for lm_eval's records; empty where none is applied."""
+        """The chat template, for lm_eval's records; empty if none is applied."""
         return self._template() if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one text.
+        """Renders a conversation as one text.
 
         Args:
             chat_history: messages with `role` and `content`.
-            add_generation_prompt: whether the header of an answer follows; else the last message
-                is an answer that goes on.
+            add_generation_prompt: whether to append the header of a new answer; if not, the last
+                message is an answer to be continued.
 
         Raises:
             UserError: there is no chat template.
@@ -177,14 +177,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     def loglikelihood(self, requests: Iterable[Any]) -> list[tuple[float, bool]]:
         """The bound on log p(continuation | context), and whether greedy decoding gives it.
 
-        Greedy decoding fills the most confident position first, one in each call of the model.
+        Greedy decoding fills the most confident position first, one position per model call.
 
         Args:
-            requests: with `args` = (context, continuation), strings.
+            requests: requests with `args` = (context, continuation), strings.
 
         Raises:
-            UserError: a continuation that is empty, longer than a row, or, for a shifted model,
-                without a context; a text that spells the mask token.
+            UserError: a continuation is empty, or longer than a row; a shifted model gets no
+                context and has no opening token; or a text spells the mask token.
         """
         self._check_expected()
         pairs = self._fitted([self._pair(*request.args) for request in requests])
@@ -192,14 +192,13 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return list(zip(bounds, self._are_greedy(pairs), strict=True))
 
     def loglikelihood_rolling(self, requests: Iterable[Any]) -> list[float]:
-        """The bound on log p of whole texts, each the sum over rows of at most `max_length`.
+        """The bound on log p of whole texts: the sum over their rows of at most `max_length`.
 
         Args:
-            requests: with `args` = (text,).
+            requests: requests with `args` = (text,).
 
         Raises:
-            UserError: nothing can stand before the first token, which a shifted model needs; a text
-                that spells the mask token.
+            UserError: a shifted model has no opening token, or a text spells the mask token.
         """
         self._check_expected()
         given = self._num_given
@@ -213,19 +212,19 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return [sum(next(bounds) for _ in own) for own in rows]
 
     def generate_until(self, requests: Iterable[Any]) -> list[str]:
-        """Texts that follow contexts, each up to an end token and a string that ends it.
+        """Generates texts that follow contexts, each up to an end token or an end string.
 
         The generation settings of a task are lm_eval's own (`max_gen_toks`, `until`, `do_sample`,
-        `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`).
-        With `do_sample` alone the temperature is 1. None is as good as no setting. Settings that
-        the decoder lacks are refused unless they change nothing.
+        `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`,
+        `top_k`, `top_p`). With `do_sample` and no temperature, a greedy decoder gets the
+        temperature 1. A setting with the value None is ignored. A setting that the decoder does not
+        support is rejected, unless its value has no effect.
 
         Args:
-            requests: with `args` = (context, settings).
+            requests: requests with `args` = (context, settings).
 
         Raises:
-            UserError: a setting that is out of range or unknown, or a context that spells the mask
-                token.
+            UserError: a setting is out of range or unknown, or a context spells the mask token.
         """
         if self._decode is None:
             raise UserError("this model has no `decode`, which turns what it generates into text")
@@ -255,9 +254,10 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     def _written(
         self, decoder: Decoder, rows: Sequence[list[int]], chosen: Sequence[int]
     ) -> list[list[int]]:
-        """The chosen rows, which are equally long, without mask tokens.
+        """Decodes the chosen rows, which have equal lengths; the result has no mask tokens.
 
-        A generator a row: a text depends on the seed and its place, not on its company.
+        Each row has its own generator, so that a text depends on the seed and the number of its
+        request, but not on the other rows of its batch.
         """
         device = self._settings["device"]
         seeds = [
@@ -268,10 +268,10 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return decoder(self._logits, tokens, generators).tolist()
 
     def _check_expected(self) -> None:
-        """Checks the requests that are to come; see `expect`.
+        """Checks all requests of the evaluation, once; see `expect`.
 
         Raises:
-            UserError: one of them cannot be answered.
+            UserError: a request cannot be answered.
         """
         expected, self._expected = self._expected, tuple
         for request in expected():
@@ -286,7 +286,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     def _blank(
         self, context: str, settings: dict[str, Any]
     ) -> tuple[tuple[list[int], list[int]], Decoder, list[str]]:
-        """A context with the masks that are to be filled, how they are, and the ends of the text.
+        """Prepares a request: token ids of (context, masks to fill), the decoder, the end strings.
 
         Raises:
             UserError: see `generate_until`.
@@ -295,7 +295,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return (self._ids(context), [self._mask_token_id] * length), decoder, until
 
     def _opened(self, text: str) -> list[int]:
-        """A whole text, with what stands in front of it.
+        """Token ids of a whole text, after the opening token if the model needs one.
 
         Raises:
             UserError: see `loglikelihood_rolling`.
@@ -303,7 +303,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return [*self._opening(), *self._ids(text)]
 
     def _generation(self, settings: dict[str, Any]) -> tuple[Decoder, int, list[str]]:
-        """The decoder, the most tokens and the ends of a text that a task asks for.
+        """The decoder, the number of tokens and the end strings for a task's settings.
 
         Raises:
             UserError: see `generate_until`.
@@ -317,7 +317,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
                     given[name] = _whole(given[name])  # lm_eval would cut off a fraction
             if not isinstance(given.get("do_sample", False), bool):
                 raise ValueError(f"do_sample {given['do_sample']} is neither true nor false")
-            if given.get("do_sample"):  # which lm_eval takes for greedy without a temperature
+            if given.get("do_sample"):  # without a temperature, lm_eval would make it greedy
                 given.setdefault("temperature", self._decoder.temperature or 1.0)
             given = dict(normalize_gen_kwargs(given, self._max_gen_toks))
             own = {
@@ -338,39 +338,39 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
             if value not in NEUTRAL.get(name, ()):
                 way = f", or add --gen-kwargs {name}={NEUTRAL[name][0]}" if name in NEUTRAL else ""
                 raise UserError(
-                    f"generation_kwargs has {name} {value}, which the decoder lacks: choose a task "
-                    f"without{way}"
+                    f"generation_kwargs has {name} {value}, which the decoder does not support: "
+                    f"choose a task without it{way}"
                 )
         most = self._max_length - 1
         if not 1 <= length <= most:
             raise UserError(
-                f"max_gen_toks {length} must be 1 to {most}, the model's positions but for a token "
-                f"of context: add --gen-kwargs max_gen_toks={most}, or fewer"
+                f"max_gen_toks {length} must be 1 to {most}, so that a token of context fits into "
+                f"the model's positions: add --gen-kwargs max_gen_toks={most}, or fewer"
             )
         try:
             decoder = dataclasses.replace(self._decoder, **own)
             decoder.check_calls(length)
-        except UserError as error:  # which names the flags of a tool
+        except UserError as error:  # its message names flags of a tool
             line = re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(error))
-            raise UserError(f"the generation_kwargs {settings} cannot be had: {line}") from error
+            raise UserError(f"the generation_kwargs {settings} are not valid: {line}") from error
         return decoder, length, [str(end) for end in until if end is not None]
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of a text.
 
         Raises:
-            UserError: it spells the mask token.
+            UserError: the text spells the mask token.
         """
         ids = self._encode(text)
         if self._mask_token_id in ids:
             raise UserError(
                 f"the text {text[-60:]!r} spells the mask token {self._mask_token_id}, which "
-                "stands for tokens that are not known: take another task, or --no-special-tokens"
+                "marks unknown tokens: choose another task, or add --no-special-tokens"
             )
         return ids
 
     def _bounds(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """The bounds on log p of (context, continuation), nats."""
+        """The bounds on log p(continuation | context), nats."""
         masks = sum(num_masks(len(after), self._settings["draws"]) for _, after in pairs)
         with self._bar(masks, "masks") as bar:
             bounds = log_likelihoods(
@@ -382,13 +382,14 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return tqdm(total=total, unit=unit, disable=not self._show_progress)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids as one text would have them; a space between belongs to the continuation.
+        """Token ids of context and continuation, from the tokenization of the joined text.
 
-        So does a token of both, as tokenizers make them that merge letters over the border: the
-        context is what the whole has in common with the context alone.
+        The context is the longest common prefix of the tokens of the joined text and of the context
+        alone, without its trailing spaces. The continuation is the rest. It therefore includes the
+        space between both, and any token that spans the border.
 
         Raises:
-            UserError: there is nothing to score, or the mask token is spelled.
+            UserError: there is nothing to score, or a text spells the mask token.
         """
         stripped = context.rstrip()
         before = self._encode(stripped) if stripped else []
@@ -405,7 +406,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     def _fitted(
         self, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> list[tuple[list[int], list[int]]]:
-        """Pairs that `_fit` has cut, which is said.
+        """Applies `_fit` to pairs, and logs a warning if contexts were cut.
 
         Raises:
             UserError: see `_fit`.
@@ -414,8 +415,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         cut = sum(len(new) < len(old) for (new, _), (old, _) in zip(fitted, pairs, strict=True))
         if cut:
             logger.warning(
-                "%d of %d contexts were longer than the model's rows of %d tokens have room for, "
-                "and lost their beginning: ask for fewer examples (--num-fewshot)",
+                "%d of %d contexts were longer than the model's rows of %d tokens allow, and lost "
+                "their beginning: use fewer examples (--num-fewshot)",
                 cut,
                 len(fitted),
                 self._max_length,
@@ -423,12 +424,12 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return fitted
 
     def _fit(self, before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
-        """A context, cut on the left to fit into a row, and what follows it.
+        """Cuts the beginning of a context, so that context and continuation fit into a row.
 
-        Where the context is empty, and has to have a token, the opening token is in its place.
+        If the model needs a token of context and there is none, the context is the opening token.
 
         Raises:
-            UserError: what follows is too long, or nothing can stand in front of it.
+            UserError: the continuation is too long, or there is neither context nor opening token.
         """
         room = self._max_length - len(after)
         if room < self._num_given:
@@ -439,23 +440,24 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         return before[max(0, len(before) - room) :] or self._opening(), after
 
     def _opening(self) -> list[int]:
-        """What stands in front of a text without context.
+        """The tokens in front of a text without context.
 
         Raises:
-            UserError: nothing can, and the model is shifted.
+            UserError: the model is shifted, and there is no opening token.
         """
         if not self._num_given:
             return []
         if self._opening_token_id is None:
             raise UserError(
                 "a shifted model (--mdm-shift) cannot score the first token of a text without "
-                "context: its tokenizer has no end of document to put in front, or its documents "
-                "never saw one (--mdm-isolate-documents); choose tasks whose texts have a context"
+                "context: its tokenizer has no end-of-document token to put in front, or its "
+                "training documents had none in front (--mdm-isolate-documents); choose tasks "
+                "whose texts have a context"
             )
         return [self._opening_token_id]
 
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
-        """Whether greedy decoding of as many tokens gives each continuation."""
+        """Whether greedy decoding, with the continuation's length, gives each continuation."""
         rows = [[*before, *[self._mask_token_id] * len(after)] for before, after in pairs]
         decoder = Decoder(self._mask_token_id, vocab_size=self._decoder.vocab_size)
         greedy = [False] * len(rows)
@@ -468,6 +470,6 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
 
 
 def cut_at(text: str, ends: Iterable[str]) -> str:
-    """The text before the first of the strings that end it; empty strings end nothing."""
+    """The text before the first occurrence of an end string; empty end strings are ignored."""
     found = [text.find(end) for end in ends if end]
     return text[: min((place for place in found if place >= 0), default=len(text))]

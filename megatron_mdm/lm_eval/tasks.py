@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness: their names, their data, and what is written of the results.
+"""Tasks of lm-evaluation-harness: loads them by name, runs them, and writes their results.
 
-Imports neither torch nor megatron, and `lm_eval` itself only where it is needed.
+This module imports neither torch nor megatron, and imports `lm_eval` only when it is needed.
 """
 
 import difflib
@@ -20,7 +20,7 @@ MODEL = "mdm"
 
 
 def register() -> None:
-    """Makes the model `mdm` known to lm_eval; does nothing where that is not installed."""
+    """Registers the model `mdm` with lm_eval; does nothing if lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         return
     from lm_eval.api.registry import model_registry
@@ -29,18 +29,18 @@ def register() -> None:
 
 
 def task_manager(include_path: str | None = None) -> Any:
-    """lm_eval's index of tasks, which takes seconds to make.
+    """Builds lm_eval's index of tasks, which takes seconds.
 
     Args:
-        include_path: directory with .yaml files of other tasks.
+        include_path: directory with .yaml files of additional tasks.
 
     Raises:
-        UserError: lm_eval is missing, or there is no such directory.
+        UserError: lm_eval is not installed, or the directory does not exist.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'megatron-mdm[eval]'")
     if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include-path {include_path} is no directory: name that of the tasks")
+        raise UserError(f"--include-path {include_path} is not a directory of tasks: give one")
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
@@ -51,21 +51,22 @@ def load_tasks(manager: Any, names: Sequence[str], run_unsafe_code: bool = False
 
     Args:
         manager: see `task_manager`.
-        names: of tasks, groups and tags, in which * stands for anything, or .yaml files. One may
-            hold several, with commas between.
-        run_unsafe_code: whether tasks may run the code that the model writes.
+        names: names of tasks, groups and tags, with * as a wildcard, or .yaml files. An entry may
+            contain several names, separated by commas.
+        run_unsafe_code: whether tasks may run code that the model writes.
 
     Raises:
-        UserError: there is no such task, its data cannot be loaded, or it needs what is not
-            allowed.
+        UserError: a task does not exist, its data cannot be loaded, or the task runs code of the
+            model without permission or needs pictures or sounds.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    # Some tasks shuffle while they are loaded. As `simple_evaluate` seeds before it loads tasks.
+    # Some tasks shuffle when they are loaded. `simple_evaluate` sets these seeds before it loads
+    # tasks.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     if run_unsafe_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metrics of these tasks ask for it too
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metrics of these tasks require it too
     found: dict[str, None] = {}
     for name in [part for text in names for part in text.split(",") if part]:
         if name.endswith(".yaml") and os.path.isfile(name):
@@ -86,7 +87,7 @@ def load_tasks(manager: Any, names: Sequence[str], run_unsafe_code: bool = False
         _check_task(name, (entry and entry.cfg) or {}, run_unsafe_code)
         try:
             loaded = manager.load([name])
-        except Exception as error:  # whatever a task's own code, or a library for its data, raises
+        except Exception as error:  # the task's code and data libraries may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"--tasks {name} cannot be loaded: {reason}") from error
         for task in loaded["tasks"].values():
@@ -97,10 +98,10 @@ def load_tasks(manager: Any, names: Sequence[str], run_unsafe_code: bool = False
 
 
 def _check_task(name: str, config: Mapping[str, Any], run_unsafe_code: bool) -> None:
-    """Checks that a task can be asked and may do all that it does.
+    """Checks that a task is text-only and runs code of the model only with permission.
 
     Raises:
-        UserError: it cannot, or may not.
+        UserError: it is not text-only, or runs such code without permission.
     """
     if config.get("unsafe_code") and not run_unsafe_code:
         raise UserError(
@@ -108,15 +109,16 @@ def _check_task(name: str, config: Mapping[str, Any], run_unsafe_code: bool) -> 
             "that code can do no harm"
         )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
-        raise UserError(f"--tasks {name} shows pictures or plays sounds: the model reads text")
+        raise UserError(f"--tasks {name} contains pictures or sounds: the model reads only text")
 
 
 def generation_settings(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Reads settings of generated texts, as tasks have them in `generation_kwargs`.
+    """Parses generation settings into the form of a task's `generation_kwargs`.
 
     Args:
-        given: names and values, which are numbers, true, false, none, or else text. The value of
-            `until` is text as it stands, and each one is another string that ends a text.
+        given: names and values. A value that spells a number, true, false or none is converted;
+            other values are text. Values of `until` are always text, and each one adds an end
+            string.
     """
     from lm_eval.utils import handle_arg_string
 
@@ -130,19 +132,19 @@ def generation_settings(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def ask(model: Any, tasks: list[Any], manager: Any, **settings: Any) -> dict[str, Any] | None:
-    """Has a model answer tasks, all of whose requests are checked before the first is answered.
+    """Evaluates a model on tasks; all requests are checked before the first one is answered.
 
     Args:
         model: a `HarnessModel`.
-        tasks: of `load_tasks`.
+        tasks: the result of `load_tasks`.
         manager: see `task_manager`.
-        settings: of `lm_eval.simple_evaluate`.
+        settings: keyword arguments of `lm_eval.simple_evaluate`.
 
     Returns:
-        Results as lm_eval has them; None on all ranks of a machine but the first.
+        lm_eval's results on the first rank of each machine, None on the other ranks.
 
     Raises:
-        UserError: the questions of a task cannot be written, or the model cannot answer them.
+        UserError: the questions of a task cannot be built, or the model cannot answer them.
     """
     from lm_eval import simple_evaluate
 
@@ -155,22 +157,22 @@ def ask(model: Any, tasks: list[Any], manager: Any, **settings: Any) -> dict[str
     except UserError:
         raise
     except Exception as error:
-        # The attribute is not there before the questions are written.
+        # A task has no instances until its questions are built.
         unwritten = [task for task in chosen if not getattr(task, "instances", None)]
-        if not unwritten:  # a fault of what came later
+        if not unwritten:  # the error occurred after all questions were built
             raise
-        # Whatever a task's own code raises, and lm_eval where there are too few examples.
+        # The task's code may raise anything, and lm_eval raises if there are too few examples.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         shots = unwritten[0].config.num_fewshot
         how = f" with {shots} examples (--num-fewshot)" if shots else ""
         raise UserError(
-            f"--tasks {unwritten[0].task_name} cannot be asked{how}: {reason}"
+            f"--tasks {unwritten[0].task_name}: cannot build the questions{how}: {reason}"
         ) from error
     return results
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
-    """Writes results as lm_eval does, without the answers; null where they hold no number.
+    """Writes results in lm_eval's JSON format, without the answers; NaN and infinity become null.
 
     Raises:
         UserError: the file cannot be written.
@@ -180,7 +182,7 @@ def write_results(path: str, results: dict[str, Any]) -> None:
 
 
 def write_samples(path: str, results: dict[str, Any]) -> None:
-    """Writes a line of JSON for every question, with what the model was asked and answered.
+    """Writes a line of JSON for every question, with the prompts and answers of the model.
 
     Raises:
         UserError: the file cannot be written.
@@ -194,7 +196,7 @@ def write_samples(path: str, results: dict[str, Any]) -> None:
 
 
 def _json(value: Any) -> str:
-    """Writes a value of lm_eval as JSON; it may hold functions and numpy's numbers."""
+    """Encodes a value from lm_eval as JSON; it may contain functions and NumPy numbers."""
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(value, default=handle_non_serializable, ensure_ascii=False)

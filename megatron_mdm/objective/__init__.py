@@ -1,1 +1,1 @@
-"""The method: torch and NumPy only, without Megatron."""
+"""The method, in torch, NumPy and SciPy, without Megatron."""

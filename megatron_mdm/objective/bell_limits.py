@@ -1,26 +1,28 @@
-"""Which bells there are, and which the table of a bell holds; without torch, as flags need them."""
+"""Names of the bell densities and ranges of their parameters; without torch, for the flags."""
 
 from megatron_mdm.errors import UserError
 
-# The bells by name, and the least and the most of their parameters. A narrower one falls between
-# the edges of the table, and a wider one ends beyond them; a Beta below 1 is no bell.
+# Names of the bells, with the lowest and the highest value of each parameter. A narrower bell falls
+# between the edges of the table, and a wider bell reaches beyond them. A Beta with A or B below 1
+# is not bell-shaped.
 BELLS = {
     "logit-normal": {"MEAN": (-3.0, 3.0), "STD": (0.1, 3.0)},
     "beta": {"A": (1.0, 100.0), "B": (1.0, 100.0)},
 }
-# The weights of a proposal are at most one over its uniform share: without one they have no mean.
+# Lowest uniform share of a bell in the role `proposal`. It bounds the weights by 1/share. Without a
+# uniform share the weights have no finite mean.
 LEAST_PROPOSAL_SHARE = 0.1
 
 
 def check_bell(name: str, parameters: list[float]) -> None:
-    """Checks the parameters of a bell: only bells that the table holds are sampled as they are.
+    """Checks the parameters of a bell: the table represents only bells within these ranges.
 
     Args:
         name: `logit-normal` or `beta`.
-        parameters: mean and standard deviation of the normal logit of t, or A and B of a Beta.
+        parameters: mean and standard deviation of logit t, or A and B of a Beta.
 
     Raises:
-        UserError: one of them is out of range.
+        UserError: there are too few or too many parameters, or one is out of range.
     """
     ranges = BELLS[name]
     if len(parameters) != len(ranges):

@@ -1,6 +1,7 @@
-"""Bell-shaped densities of the masking rate, mixed with the uniform; a share that fades a bell out.
+"""Bell-shaped densities of the masking rate, mixed with the uniform density.
 
-The sources: logit-normal t in arXiv 2605.13026, a tuned distribution of the rate in 2601.22450.
+A rising share of the uniform density fades a bell out. Sources: arXiv 2605.13026 has a logit-normal
+t, and arXiv 2601.22450 a tuned distribution of the rate.
 """
 
 import math
@@ -17,9 +18,9 @@ from megatron_mdm.objective.types import Floats
 
 BellRole = Literal["objective", "proposal", "weight"]
 
-# All bells are tabulated at the same rates, equally spaced in logit t, and at 0 and 1. Between them
-# a logit-normal of STD 0.2 to 3 is off by less than 1e-3 of its maximum, and one of 0.1 by 2e-3;
-# `bell_limits.py` keeps others away.
+# All bells are tabulated at the same rates, which are equally spaced in logit t, and at 0 and 1.
+# The interpolation error of a logit-normal with STD 0.2 to 3 is below 1e-3 of its maximum; with STD
+# 0.1 it is 2e-3. `bell_limits.py` rejects other values of STD.
 _LOGITS = np.linspace(-24.0, 24.0, 4097)
 _EDGES: Floats = expit(np.concatenate([[-np.inf], _LOGITS, [np.inf]]))
 
@@ -28,20 +29,21 @@ _EDGES: Floats = expit(np.concatenate([[-np.inf], _LOGITS, [np.inf]]))
 class Bell:
     """The density w(t) = (1 - share) bell(t) + share, linear between fixed edges.
 
-    Its role says what it does to the objective:
+    The role defines how w affects the objective:
 
-        `objective`: t ~ w with weight 1. The objective is the mean of the loss over w.
-        `weight`: t ~ U(0, 1) with weight w(t). The same objective, sampled otherwise.
-        `proposal`: t ~ w with weight 1/w(t). The objective stays the mean over all rates.
+        `objective`: t ~ w with weight 1. The objective is the mean of the loss under density w.
+        `weight`: t ~ U(0, 1) with weight w(t). The same objective, with uniform draws of t.
+        `proposal`: t ~ w with weight 1/w(t). The objective stays the uniform mean over all rates.
 
-    The first two CHANGE THE OBJECTIVE: their loss is no bound on the likelihood. With share 1 every
-    role is `Uniform` bit for bit.
+    `objective` and `weight` CHANGE THE OBJECTIVE: their loss is not a bound on the likelihood. With
+    share 1, every role equals `Uniform` bit for bit.
 
     Attributes:
-        tables: edges, values of the bell there and its integrals up to them, on any device. Values
-            and integrals of w are linear in the share, so that all shares have the same tables.
-        role: what it does to the objective.
-        share: of the uniform density, in (0, 1].
+        tables: edges, values of the bell at the edges, and its integrals from 0 to the edges, on
+            any device. Values and integrals of w are linear in the share, so that one set of tables
+            serves all shares.
+        role: `objective`, `weight` or `proposal`.
+        share: share of the uniform density, in (0, 1].
     """
 
     tables: Tables
@@ -56,7 +58,7 @@ class Bell:
         role: BellRole = "objective",
         share: float = LEAST_PROPOSAL_SHARE,
     ) -> "Bell":
-        """A bell by its name and its parameters; see `check_bell`.
+        """Makes a bell from its name and its parameters; see `check_bell`.
 
         Raises:
             UserError: see `check_bell`.
@@ -67,7 +69,7 @@ class Bell:
         return cls(Tables(_EDGES, density, cumulated(_EDGES, density)), role, share)
 
     def with_share(self, share: float) -> "Bell":
-        """The same bell with another share of the uniform density."""
+        """A copy with another share of the uniform density."""
         return replace(self, share=share)
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,18 +80,18 @@ class Bell:
         return t, 1.0 / w if self.role == "proposal" else torch.ones_like(w)
 
     def density(self, t: torch.Tensor) -> torch.Tensor:
-        """Density that t is drawn from: w(t), or 1 where w is the weight."""
+        """The density that t is drawn from: w(t), or 1 in the role `weight`."""
         return torch.ones_like(t) if self.role == "weight" else self._w(t)
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """1, w(t) or 1/w(t); see the roles."""
+        """The weight of a row at rate t: 1, w(t) or 1/w(t), by the role."""
         if self.role == "objective":
             return torch.ones_like(t)
         return self._w(t) if self.role == "weight" else 1.0 / self._w(t)
 
     @property
     def breaks(self) -> list[float]:
-        """The distribution function at the edges."""
+        """Quantiles of the edges; see `RateSampler.breaks`."""
         if self.share == 1.0:
             return [0.0, 1.0]
         edges, _, cdf = self._mixed(torch.device("cpu"))
@@ -103,7 +105,7 @@ class Bell:
         return interpolate(edges, values, t)
 
     def _mixed(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Edges, values of w there, and its integrals up to them."""
+        """Edges, values of w at the edges, and integrals of w from 0 to the edges."""
         edges, values, cdf = self.tables.on(device)
         bell = 1.0 - self.share
         return edges, bell * values + self.share, bell * cdf + self.share * edges
@@ -112,11 +114,14 @@ class Bell:
 def faded_share(share: float, start: int, end: int, finished: int) -> float:
     """The share of the uniform density in an iteration, while a bell fades out.
 
+    The share rises linearly from its initial value to 1. `start`, `end` and `finished` count
+    iterations, or samples.
+
     Args:
-        share: before the fade, in (0, 1].
-        start: iterations, or samples, after which it begins to rise, linearly.
-        end: those after which it is 1.
-        finished: those before the iteration.
+        share: initial share, in (0, 1].
+        start: the rise begins after so many.
+        end: the share is 1 after so many.
+        finished: number finished before this iteration.
     """
     if finished >= end:
         return 1.0
@@ -125,7 +130,7 @@ def faded_share(share: float, start: int, end: int, finished: int) -> float:
 
 
 def _logit_normal(mean: float, std: float) -> Floats:
-    """Density of t at the edges, whose logit is normal."""
+    """Density at the edges of a t whose logit is normal."""
     z = (_LOGITS - mean) / std
     density = np.exp(-z * z / 2) / (std * math.sqrt(2 * math.pi) * expit(_LOGITS) * expit(-_LOGITS))
     return np.pad(density, 1)

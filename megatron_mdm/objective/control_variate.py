@@ -1,7 +1,7 @@
-"""A steadier figure of the loss in the logs: subtract what the rates that were drawn explain.
+"""A control variate for the logged loss: removes the variance that the drawn rates explain.
 
-It changes the REPORTED number only: a control variate that does
-not depend on the model's parameters has no gradient, so it cannot change training.
+It changes only the REPORTED number. It does not depend on the model's parameters, so it has no
+gradient and cannot change training.
 """
 
 import numpy as np
@@ -10,26 +10,28 @@ import torch
 from megatron_mdm.objective.samplers import RateSampler
 from megatron_mdm.objective.types import Floats
 
-# Nodes of the quadrature between two edges. Densities of objectives are linear there, or 1.
+# Quadrature nodes between two edges, where the density of every objective is linear or constant.
 _NODES = 4
 
 
 class ControlVariate:
-    """Mean loss with a moving average b(t) of the loss at rate t as control variate.
+    """Mean loss, with a moving average b(t) of the loss at rate t as the control variate.
 
     This is EMA (arXiv 2511.18159).
 
-    With w the importance weight of t and b constant within each bin of t, the mean over rows of
+    Let w be the importance weight of t, and let b be constant within each bin of t. The mean over
+    rows of
 
         w l - w b(t) + E[w b(t)]
 
-    has the expectation of w l under every density of t, since b comes from earlier intervals, and a
-    variance less by what b explains. E[w b(t)] is the sum of b over the bins, each with the mass
-    that the objective has in it (`bin_masses`): its width where w is 1/q(t), P-POTS included.
+    has the same expectation as the mean of w l under every density of t, because b comes from
+    earlier intervals. Its variance is lower by the part that b explains. E[w b(t)] is the sum over
+    bins of b times the mass of the objective in the bin (`bin_masses`). If w is 1/q(t), as for
+    P-POTS, this mass is the width of the bin.
 
     Args:
-        num_bins: equal bins of t in (0, 1].
-        decay: what the average keeps at each update, in [0, 1]; 1 leaves the plain mean.
+        num_bins: number of equal bins of t in (0, 1].
+        decay: share of the old average that an update keeps, in [0, 1]; 1 gives the plain mean.
     """
 
     def __init__(self, num_bins: int, decay: float) -> None:
@@ -38,13 +40,14 @@ class ControlVariate:
         self.baseline: Floats | None = None
 
     def __call__(self, loss_sums: Floats, weight_sums: Floats, rows: int, masses: Floats) -> float:
-        """The controlled mean loss of an interval, which then enters the average.
+        """Returns the controlled mean loss of an interval, then updates the average with it.
 
         Args:
             loss_sums: sum of w l over the rows in each bin [num_bins], nats per token.
-            weight_sums: sum of w over them [num_bins].
+            weight_sums: sum of w over the rows in each bin [num_bins].
             rows: number of rows of the interval.
-            masses: see `bin_masses` [num_bins]; their mean over the rows, if the density has moved.
+            masses: see `bin_masses` [num_bins]; their mean over the rows, if the density changed
+                within the interval.
 
         Returns:
             Nats per token; the plain mean at the first call.
@@ -53,7 +56,8 @@ class ControlVariate:
         if self.baseline is not None:
             mean += float(self.baseline @ (masses - weight_sums / rows))
         if self.decay < 1.0:
-            seen = (weight_sums > 0) & np.isfinite(loss_sums)  # a NaN would stay for good
+            # A NaN would never leave the average.
+            seen = (weight_sums > 0) & np.isfinite(loss_sums)
             if not seen.any():
                 return mean
             now = np.full_like(loss_sums, loss_sums[seen].sum() / weight_sums[seen].sum())
@@ -67,7 +71,7 @@ class ControlVariate:
 
 
 def bin_masses(sampler: RateSampler, num_bins: int) -> Floats:
-    """E[w 1(t in bin)] for equal bins of t: the integral of density times weight [num_bins]."""
+    """E[w 1(t in bin)] for equal bins: integral of density times weight over each [num_bins]."""
     kinks = sampler(torch.tensor(sampler.breaks, dtype=torch.float64))[0].numpy()
     bins = np.linspace(0.0, 1.0, num_bins + 1)
     edges = np.union1d(bins, kinks)

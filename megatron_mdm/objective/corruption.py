@@ -1,4 +1,4 @@
-"""One call from clean rows to masked rows: what the forward step, tools and tests share."""
+"""From clean rows to masked rows in one call, which the forward step, tools and tests share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_
 from megatron_mdm.objective.randomness import to_unit
 from megatron_mdm.objective.segments import to_positions
 
-# From quantiles to (t, weight), as a `RateSampler` does it; its density may change between calls.
+# quantiles -> (t, weight), like a call of a `RateSampler`; the density may change between calls.
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """B masked rows of L positions, each with one rate, or one for each of its segments.
+    """B masked rows of L positions, with one masking rate per row or per segment.
 
     Attributes:
         tokens: x_m, int64 [B, L]: the clean tokens with the mask token at masked positions.
-        mask: bool [B, L].
+        mask: which positions are masked, bool [B, L].
         weight: importance weight of t times the weight of the mask, float64 [B, 1] or [B, L].
         t: masking rates, float64 [B], or [B, L] with segments.
         rate_weight: importance weight 1/q(t) alone, of the shape of `t`.
@@ -40,15 +40,15 @@ class Corruption:
 
 @dataclass(frozen=True)
 class Corrupter:
-    """Draws rates and masks from the rows' own random numbers; deterministic.
+    """Draws rates and masks from random numbers that the rows carry; deterministic.
 
     Attributes:
-        sampler: of t.
+        sampler: sampler of t.
         mask_kind: `bernoulli` or `exact-count`.
-        mask_token_id: id put at masked positions.
+        mask_token_id: token id that replaces masked tokens.
         eps: least masking probability of Bernoulli masks.
-        isad_token_ids: tokens that ISAD masks more often; Bernoulli masks only.
-        isad_delta: what ISAD adds to their masking probability.
+        isad_token_ids: tokens that ISAD masks more often; for Bernoulli masks only.
+        isad_delta: ISAD adds this to their masking probability.
         isad_weight: see `isad_mask`.
     """
 
@@ -59,7 +59,7 @@ class Corrupter:
     isad_token_ids: tuple[int, ...] = ()
     isad_delta: float = 0.0
     isad_weight: Literal["inclusion", "exact"] = "inclusion"
-    # `isad_token_ids` in ascending order on each device that has asked.
+    # `isad_token_ids` in ascending order, on each device that was used.
     _ids: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -107,12 +107,12 @@ class Corrupter:
         return bernoulli_mask(u, eligible, t, self.eps, segments)
 
     def _chosen(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens that ISAD masks more often, bool [B, L]."""
-        # Copied to a device once: a copy for every micro-batch would make the host wait for it.
+        """Positions of tokens that ISAD masks more often, bool [B, L]."""
+        # One copy per device. A copy per micro-batch would make the host wait for the device.
         ids = self._ids.get(tokens.device)
         if ids is None:
             ids = torch.tensor(sorted(self.isad_token_ids), device=tokens.device)
             self._ids[tokens.device] = ids
-        # torch.isin would ask the device how many different tokens there are if the ids are many.
+        # With many ids, torch.isin makes the host wait: it needs the number of distinct tokens.
         place = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
         return ids[place] == tokens

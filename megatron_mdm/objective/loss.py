@@ -1,14 +1,14 @@
 """From cross entropies to the numerator and denominator of the objective.
 
-With CE_i the cross entropy of the clean token at i given the masked row (nats), m the mask, w its
-weight (importance weight of t included) and L_e the number of eligible tokens, the loss of a row,
-or of each document that has a masking rate of its own (objective/segments.py), is
+CE_i is the cross entropy of the clean token at i given the masked row (nats), m is the mask, w is
+its weight (importance weight of t included) and L_e is the number of eligible tokens. The loss of a
+row, or of each document with its own masking rate (objective/segments.py), is
 
     l = (1 / L_e) sum_i m_i w CE_i                                            nats per token.
 
-The denominator counts ELIGIBLE tokens, never masked ones: dividing by the count of masked tokens
-would be a ratio estimator, which is biased. A packed row of documents thus costs what its documents
-would cost as rows of their own.
+The denominator counts ELIGIBLE tokens, never masked ones: division by the number of masked tokens
+would give a ratio estimator, which is biased. The documents of a packed row therefore contribute as
+they would in rows of their own.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class RowLosses:
     """The losses of B rows.
 
     Attributes:
-        per_row: l of each row [B], or segment [B, L], nats per eligible token; 0 where nothing is
-            eligible.
-        numerator: what is summed over the global batch, scalar, with gradient.
-        denominator: what it is divided by after summing over the global batch, int64 scalar.
+        per_row: l of each row [B], or of each segment [B, L], nats per eligible token; 0 where
+            nothing is eligible.
+        numerator: contribution to the numerator of the global batch's loss, scalar, with gradient.
+        denominator: contribution to the denominator of the global batch's loss, int64 scalar.
     """
 
     per_row: torch.Tensor
@@ -47,15 +47,15 @@ def row_losses(
 ) -> RowLosses:
     """Weights and sums cross entropies: the objective (LLaDA, arXiv 2502.09992).
 
-    Numerators and denominators add up over micro-batches and data-parallel ranks, so that any split
-    of a global batch gives the same objective: under `tokens` the sum of all weighted losses over
-    the number of all eligible tokens, under `rows` the mean of l over all rows, or over all
-    segments with eligible tokens (what pads a row is no document).
+    Numerators and denominators are summed over micro-batches and data-parallel ranks, so that any
+    split of a global batch gives the same objective. With `tokens`, the objective is the sum of all
+    weighted losses divided by the number of all eligible tokens. With `rows`, it is the mean of l
+    over all rows, or over all segments with eligible tokens (padding is not a segment).
 
     Args:
         cross_entropy: CE, nats, float [B, L].
-        mask: bool [B, L].
-        weight: float64 [B, 1] or [B, L].
+        mask: which positions are masked, bool [B, L].
+        weight: w of masked tokens, float64 [B, 1] or [B, L].
         num_eligible: L_e, int64 [B], or [B, L] with segments.
         normalization: see above.
         segments: see objective/segments.py; None: whole rows.
@@ -70,6 +70,6 @@ def row_losses(
         return RowLosses(
             per_row, (per_token / to_positions(size, segments)).sum(), (num_eligible > 0).sum()
         )
-    # Filled on the device: the host would wait for the copy of a number of its own.
+    # Created on the device: a copy from the host would make the host wait.
     count = torch.full((), mask.shape[0], dtype=torch.int64, device=mask.device)
     return RowLosses(per_row, per_row.sum(), count)

@@ -1,7 +1,7 @@
-"""Masks of rows and their Horvitz-Thompson weights, from uniforms and rates.
+"""Masks of rows and their Horvitz-Thompson weights, from uniforms and masking rates.
 
-Shapes: B rows of L positions, each with a rate of its own, or each of its segments
-(objective/segments.py). A row without a masked token is legitimate: its loss is 0 and counts.
+Shapes: B rows of L positions. Each row, or each of its segments (objective/segments.py), has its
+own masking rate. A row without a masked token is valid: its loss is 0 and counts.
 """
 
 from typing import Literal
@@ -22,7 +22,7 @@ def bernoulli_mask(
     eps: float,
     segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks every eligible position independently where u_i < p(t).
+    """Bernoulli masks: masks an eligible position i if u_i < p(t).
 
     Args:
         u: uniforms in (0, 1), float64 [B, L].
@@ -77,22 +77,24 @@ def isad_mask(
     """ISAD (arXiv 2511.18159): Bernoulli masks in which chosen tokens are masked more often.
 
     Chosen positions are masked with probability p_i = min(p + delta, 1), the others with p.
-    `inclusion` weighs the cross entropy at i by 1/p_i (the paper's idea): right for how often token
-    i itself is predicted, but the others now see the chosen tokens masked more often, so the
-    objective shifts a little. `exact` weighs the whole segment by the likelihood ratio of its
-    pattern, prod_j (p/p_j)^m_j ((1-p)/(1-p_j))^(1-m_j), on top of 1/p: exactly unbiased, but
-    heavy-tailed when many tokens are chosen. Where p_i = 1 the ratio of an unmasked pattern never
-    arises, and those patterns, which the objective has, are lost: `exact` caps p_i below 1 at
-    (1 + p)/2.
+
+    `inclusion` (the paper's idea) weights the cross entropy at i by 1/p_i. This corrects how often
+    token i itself is predicted. But the contexts of the other tokens now have the chosen tokens
+    masked more often, so the objective shifts a little.
+
+    `exact` weights the whole segment by the likelihood ratio of its mask,
+    prod_j (p/p_j)^m_j ((1-p)/(1-p_j))^(1-m_j), on top of 1/p. This is exactly unbiased, but
+    heavy-tailed if many tokens are chosen. With p_i = 1, masks that leave position i visible would
+    never be drawn, although the objective contains them. `exact` therefore limits p_i to (1 + p)/2.
 
     Args:
         u: uniforms in (0, 1), float64 [B, L].
         eligible: positions that may be masked, bool [B, L].
         t: masking rates of the segments, float64 [B, L], or [B] for whole rows.
         eps: see `masking_probability`.
-        chosen: positions masked more often, bool [B, L].
-        delta: what is added to their probability, in [0, 1].
-        weight: see above.
+        chosen: positions that are masked more often, bool [B, L].
+        delta: added to their masking probability, in [0, 1].
+        weight: `inclusion` or `exact`, see above.
         segments: see objective/segments.py.
 
     Returns:
@@ -106,7 +108,7 @@ def isad_mask(
     mask = (u < probability) & eligible
     if weight == "inclusion":
         return mask, 1.0 / probability
-    # p = 1 makes p_j = 1 and masks everything: 0/0 at positions that are then masked anyway.
+    # If p = 1, p_j is 1 and every position is masked. The ratio would be 0/0, but is not used.
     kept = torch.where(mask, 1.0, (1.0 - p) / (1.0 - probability).clamp(min=1e-300))
     ratio = torch.where(mask, p / probability, kept)
     whole = products(torch.where(eligible, ratio, 1.0), segments)
@@ -119,18 +121,19 @@ def syrm(
     fraction: float,
     uniforms: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """SyRM (arXiv 2511.18159): prompt tokens that become eligible beside the response.
+    """SyRM (arXiv 2511.18159): selects prompt tokens that become eligible beside the response.
 
-    This CHANGES THE OBJECTIVE: the loss then counts prompt tokens too, and responses are predicted
+    This CHANGES THE OBJECTIVE: the loss then includes prompt tokens, and responses are predicted
     from prompts with gaps.
 
     Args:
-        prompt: int64 [n].
-        token_ids: structural tokens, always eligible.
-        fraction: of the others, each by its own draw.
-        uniforms: grid integers [n], apart from the masks' own; the views of a text share them.
+        prompt: token ids of the prompt, int64 [n].
+        token_ids: structural tokens, which are always eligible.
+        fraction: probability that each of the other prompt tokens is eligible.
+        uniforms: grid integers [n], independent of those of the masks; the views of a text share
+            them.
 
     Returns:
-        bool [n].
+        Which prompt tokens are eligible, bool [n].
     """
     return np.isin(prompt, token_ids) | (uniforms < fraction * 2.0**GRID_BITS)

@@ -1,4 +1,4 @@
-"""Quantiles of t: independent draws, StraTS (arXiv 2511.18159) and a lattice."""
+"""Quantiles of the masking rate t: independent draws, StraTS (arXiv 2511.18159) and a lattice."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,24 +16,24 @@ from megatron_mdm.objective.randomness import (
     to_grid,
 )
 
-# 2^64 / golden ratio, rounded to odd: the Kronecker sequence i * PHI64 mod 2^64 has the best
-# low-discrepancy constant of all, and odd makes it a full cycle over the 64-bit integers.
+# 2^64 / golden ratio, rounded to an odd integer. Among Kronecker sequences, i * PHI64 mod 2^64 has
+# the best low-discrepancy constant. An odd step visits every 64-bit integer in one cycle.
 PHI64 = 0x9E3779B97F4A7C15
 
-# The fraction of sqrt(2) on the 52-bit grid: together with the golden ratio, of which it is
-# independent, it stratifies rows x documents.
+# The fractional part of sqrt(2) on the 52-bit grid. It is linearly independent of the golden ratio,
+# so that both together stratify rows x documents.
 SQRT2 = 0x6A09E667F3BCC
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """The quantile at which a row's masking rate is drawn, each exactly uniform over (0, 1).
+    """The quantile of each row's masking rate; every quantile is exactly uniform over (0, 1).
 
     Attributes:
-        kind: `iid`: independent. `lattice`: offset + row * golden ratio mod 1 in exact 64-bit
-            arithmetic, so that every contiguous window of rows is close to perfectly stratified
-            whatever the global batch size. `strata`: windows of `window` rows, in each of which
-            the rows fall into `strata` equal strata, shuffled, uniform inside (StraTS).
+        kind: `iid`: independent quantiles. `lattice`: (offset + row * golden ratio) mod 1 in exact
+            64-bit arithmetic, so that every contiguous window of rows is close to perfectly
+            stratified, whatever the global batch size. `strata`: in each window of `window` rows
+            the rows fall into `strata` equal strata in random order, uniform inside each (StraTS).
         seed: seed of the run.
         split: part of the data.
         window: rows in a window, for `strata`.
@@ -59,8 +59,9 @@ class Quantiles:
     def of_documents(self, row: int, count: int) -> npt.NDArray[np.int64]:
         """Quantiles of the documents of `row`, each exactly uniform, as grid integers [count].
 
-        The first is the row's. `iid`: independent. Else they go on from it in steps of sqrt(2) mod
-        1: the documents of one row are stratified, and so is every d-th document over the rows.
+        The first document has the quantile of the row. With `iid` the quantiles are independent.
+        With the other kinds each next document adds sqrt(2) mod 1. The documents of one row are
+        then stratified, and so are the d-th documents of all rows.
         """
         if self.kind == "iid":
             return to_grid(self._bits(Purpose.QUANTILE, row, count))
@@ -79,11 +80,11 @@ def _offset(seed: int, split: Split) -> int:
 
 @lru_cache(maxsize=16)
 def stratified_window(quantiles: Quantiles, window: int) -> npt.NDArray[np.int64]:
-    """Grid integers of all rows of one window: StraTS (arXiv 2511.18159).
+    """Quantiles of all rows of one window (StraTS, arXiv 2511.18159), as grid integers [window].
 
-    The rows are shuffled and laid around a circle that the strata divide equally, turned by a
-    random angle: strata then hold equally many rows, give or take one, and each row is exactly
-    uniform even where the number of strata does not divide the window.
+    The rows are shuffled and placed at equal distances on a circle, which is turned by a random
+    angle and divided into equal strata. The numbers of rows in the strata then differ by at most
+    one, and each row is exactly uniform even if the window is not a multiple of the strata.
     """
     W, K = quantiles.window, quantiles.strata
     bits = quantiles._bits(Purpose.STRATA, window, 2 * W + 1)
@@ -91,7 +92,7 @@ def stratified_window(quantiles: Quantiles, window: int) -> npt.NDArray[np.int64
     turn = int(to_grid(bits[2 * W :])[0]) / 2**GRID_BITS
     stratum = np.floor(((order + turn * W) % W) * K / W).astype(np.int64).clip(0, K - 1)
     inside = to_grid(bits[W : 2 * W])
-    # (stratum + inside) / K in integers: inside < 2^52 and K <= W, so this stays below 2^63 only
-    # when divided first; Python integers have no such limit.
+    # (stratum + inside) / K in integers. stratum * 2^52 may exceed int64; Python integers cannot
+    # overflow.
     grid = [(int(s) * 2**GRID_BITS + int(v)) // K for s, v in zip(stratum, inside, strict=True)]
     return np.array(grid, dtype=np.int64)

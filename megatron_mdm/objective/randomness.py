@@ -1,10 +1,10 @@
-"""Uniforms and quantiles of a row: pure functions of (seed, stream, row number).
+"""Uniform random numbers of a row: pure functions of (seed, stream, row number).
 
-Rows are numbered by their position in the run, so what is drawn here is the same under every
-parallel layout and after a resume, and nothing has to be communicated or saved.
+Rows are numbered by their position in the run. The random numbers are therefore the same under
+every parallel layout and after a resume, without communication and without saved state.
 
-Numbers are kept as integers k in [0, 2^52), int64, and stand for (k + 1/2) 2^-52. Every such number
-is exact in float64, lies strictly inside (0, 1), and its mirror image 1 - u is again one of them.
+A uniform number u is stored as a grid integer k in [0, 2^52), int64, and u = (k + 1/2) 2^-52. Every
+such u is exact in float64 and lies strictly inside (0, 1), and 1 - u is such a number too.
 """
 
 from enum import IntEnum
@@ -30,7 +30,7 @@ class Purpose(IntEnum):
 
 
 class Split(IntEnum):
-    """The part of the data: each has its own streams, so validation never repeats training's."""
+    """A part of the data. Each has its own streams: validation never repeats training's numbers."""
 
     TRAIN = 0
     VALID = 1
@@ -42,14 +42,14 @@ def random_bits(
 ) -> npt.NDArray[np.uint64]:
     """The first `count` 64-bit words of stream (seed, split, purpose) at `index`.
 
-    Philox4x64 (Salmon et al., 2011) keyed by the stream, with `index` in the second word of its
-    counter: 2^64 indices of 2^66 words each that never overlap. Raw words are used because NumPy
-    keeps these stable across versions, and its distribution methods not.
+    The generator is Philox4x64 (Salmon et al., 2011), keyed by the stream, with `index` in the
+    second word of its counter. This gives 2^64 indices of 2^66 words each, which never overlap.
+    NumPy keeps raw words stable across versions, but not its distribution methods.
 
     Args:
         seed: any integer, taken modulo 2^64.
         split: part of the data.
-        purpose: what the words are for.
+        purpose: what the words are used for.
         index: row (or pair, or window) number, not negative.
         count: number of words.
 
@@ -63,7 +63,7 @@ def random_bits(
 
 
 def to_grid(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """The 52 leading bits of each word: integers that `to_unit` maps to (0, 1)."""
+    """The 52 leading bits of each word: grid integers, which `to_unit` maps to (0, 1)."""
     return (words >> np.uint64(64 - GRID_BITS)).view(np.int64)
 
 
@@ -78,14 +78,16 @@ def row_uniforms(seed: int, split: Split, row: int, length: int) -> npt.NDArray[
 
 
 def row_length(seed: int, split: Split, row: int, longest: int, fraction: float) -> int:
-    """Length of a row of which a fraction end early, at 1 to `longest`, each equally likely.
+    """Length of a row when a random fraction of the rows is shortened.
+
+    A shortened row has a length of 1 to `longest`, each equally likely. Other rows have `longest`.
 
     Args:
         seed: seed of the run.
         split: part of the data.
-        row: its number.
-        longest: of the others.
-        fraction: in [0, 1].
+        row: row number.
+        longest: length of rows that are not shortened.
+        fraction: share of rows that are shortened, in [0, 1].
     """
     whether, where = to_grid(random_bits(seed, split, Purpose.LENGTH, row, 2)).tolist()
     return 1 + (where * longest >> GRID_BITS) if whether < fraction * 2**GRID_BITS else longest

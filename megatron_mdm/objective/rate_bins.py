@@ -1,20 +1,23 @@
-"""Masked rows for E[value^2 | t in a bin], by their number of masked tokens.
+"""Masked rows that estimate E[value^2 | t in a bin] from draws of the number of masked tokens.
 
-A model does not see t. So a row's value with Bernoulli masks is F(m) / p(t), where F depends on the
-mask m alone: on its number k of masked tokens, and on which these are. Integrated over t in a bin,
+The model does not see t. With Bernoulli masks, a row's value is therefore F(m) / p(t), where F
+depends only on the mask m: on the number k of masked tokens and on their positions. Integration
+over t in a bin gives
 
     E[value^2 | bin] = sum_{k >= 1} omega_k E[(L_e/k)^2 F(m)^2 | k],
     omega_k = mean over the bin of  Binomial(k; L_e, p) (k / (L_e p))^2,
 
-and (L_e/k) F is the value with an exact-count mask. Draws of t itself have most of this sum in few
-of them: near t = 0 a row rarely has a masked token, and 1/p^2 when it has. 100 draws of the first
-of 30 bins, in rows of 32 tokens, are off by 0.7, and one time in 20 by a factor of 2.6. Here k is
-drawn from a distribution pi of our own, t never, and a draw counts omega_k / pi_k. With exact-count
-masks omega_k is the share of the bin with that k.
+where (L_e/k) F is the value with an exact-count mask.
 
-The norm of a gradient has E[value^2 | k] proportional to 1/k: each masked token adds a vector, in
-directions of its own. pi_k proportional to omega_k / k makes all draws count alike. A loss is a
-mean over the masked tokens: pi_k proportional to omega_k.
+If t itself were drawn, few draws would hold most of this sum: near t = 0 a row rarely has a masked
+token, and then counts with 1/p^2. The estimate from 100 draws in the first of 30 bins, with rows of
+32 tokens, has a relative error of 0.7, and one in 20 such estimates is wrong by a factor of 2.6.
+This module therefore never draws t. It draws k from a distribution pi and weights the draw by
+omega_k / pi_k. With exact-count masks, omega_k is the share of the bin whose rates give this k.
+
+For the norm of a gradient, E[value^2 | k] is proportional to 1/k, because each masked token adds a
+vector in its own direction. pi_k proportional to omega_k / k then gives all draws about the same
+contribution. A loss is a mean over the masked tokens, so pi_k is proportional to omega_k.
 """
 
 from functools import lru_cache
@@ -50,19 +53,19 @@ def mask_for_bins(
     Args:
         tokens: clean tokens x0, int64 [B, L].
         eligible: positions that may be masked, bool [B, L].
-        uniforms: of the positions, as grid integers, int64 [B, L].
-        bins: bin of t, from 0, of rows, int64 [B], or segments [B, L].
+        uniforms: uniforms of the positions, as grid integers, int64 [B, L].
+        bins: bin of t, from 0, of each row, int64 [B], or of each segment [B, L].
         places: quantiles of the number of masked tokens, as grid integers, of the shape of `bins`.
-        segments: see objective/segments.py; None: each row is in one bin.
+        segments: see objective/segments.py; None: each row has one bin.
         num_bins: number of equal bins of t.
-        mask_kind: of training.
-        mask_token_id: id put at masked positions.
+        mask_kind: kind of mask in training.
+        mask_token_id: token id that replaces masked tokens.
         eps: least masking probability of Bernoulli masks.
-        target: what the value is.
+        target: the value that is measured: the loss, or the norm of the gradient.
 
     Returns:
-        Masked rows. `t` is the middle of the bin, and `rate_weight` 1. `weight` makes the square of
-        the value right, not the value.
+        Masked rows. `t` is the middle of the bin, and `rate_weight` is 1. With `weight`, the mean
+        of the squared value is unbiased; the mean of the value itself is not.
     """
     num_eligible = counts(eligible, segments)
     rates, factors = np.zeros(num_eligible.shape), np.ones(num_eligible.shape)
@@ -94,17 +97,17 @@ def count_weights(
     num_bins: int,
     eps: float,
 ) -> tuple[Floats, Floats]:
-    """Numbers k of masked tokens that a bin can have, and omega_k, all positive.
+    """The numbers k of masked tokens with positive weight omega_k in a bin, and these weights.
 
     Args:
-        mask_kind: of training.
+        mask_kind: kind of mask in training.
         num_eligible: L_e, at least 1.
-        index: of the bin, from 0.
+        index: number of the bin, from 0.
         num_bins: number of equal bins of t.
         eps: least masking probability of Bernoulli masks.
 
     Returns:
-        k and omega_k, of one length, float64.
+        k and omega_k, of equal length, float64.
     """
     L = num_eligible
     k = np.arange(1.0, L + 1)
@@ -114,7 +117,8 @@ def count_weights(
     else:
         low, high = (min((1 - eps) * t + eps, 1.0) for t in (low, high))
         omega = np.empty(L)
-        # Integrals of p^(k-2) (1-p)^(L-k): incomplete beta functions, and for k = 1 a logarithm.
+        # Integrals of p^(k-2) (1-p)^(L-k): an incomplete beta function for k >= 2; for k = 1 a
+        # logarithm minus a sum.
         j = k[:-1]
         beta = betainc(j, L - j, high) - betainc(j, L - j, low)
         omega[1:] = (j + 1) / j * beta

@@ -8,7 +8,7 @@ def masking_probability(t: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         t: masking rates in (0, 1].
-        eps: least probability, in (0, 1).
+        eps: lower bound of p(t), in (0, 1).
     """
     return (1.0 - eps) * t + eps
 
@@ -16,12 +16,12 @@ def masking_probability(t: torch.Tensor, eps: float) -> torch.Tensor:
 def masked_count(t: torch.Tensor, num_eligible: torch.Tensor) -> torch.Tensor:
     """Number of masked tokens, k = ceil(t L_e), int64; 0 where L_e = 0.
 
-    With t uniform every k in 1..L_e is equally likely.
+    If t is uniform, every k in 1..L_e is equally likely.
 
     Args:
         t: masking rates in (0, 1], float64.
         num_eligible: L_e, int64, of the shape of `t`.
     """
     k = torch.ceil(t * num_eligible).to(torch.int64)
-    # t > 0 makes k at least 1 in exact arithmetic; the bounds are for rounding only.
+    # In exact arithmetic 1 <= k <= L_e because 0 < t <= 1. The bounds only guard against rounding.
     return torch.minimum(k.clamp(min=1), num_eligible)

@@ -1,13 +1,13 @@
 """A slow float64 oracle of the objective: enumerates every mask and integrates over t.
 
-The loss is linear in the cross entropies CE_i(m), where CE_i(m) is what some model predicts for
-position i when the positions in m are masked. The objective is therefore fixed by its coefficients
+Let CE_i(m) be the cross entropy that a model gives at position i when the positions in m are
+masked. The loss is linear in these cross entropies, so the coefficients c define the objective:
 
-    J = sum over patterns m and positions i of  c[m, i] CE_i(m),
+    J = sum over masks m and positions i of  c[m, i] CE_i(m).
 
-and an estimator whose coefficients have the mean c is unbiased for the loss AND for its gradient,
-whatever the model. Everything here is a few lines of textbook probability, independent of the code
-that it judges. Patterns are numbered by their bits: position i is masked where bit i is set.
+An estimator whose coefficients have the mean c is unbiased for the loss AND for its gradient,
+whatever the model. This module uses only textbook probability and does not import the code that it
+checks. Masks (patterns) are numbered by their bits: bit i is set if position i is masked.
 """
 
 import itertools
@@ -29,8 +29,8 @@ def objective_coefficients(eligible: list[bool], eps: float) -> Floats:
 
     Args:
         eligible: which positions may be masked [L].
-        eps: p(t) = (1 - eps) t + eps. With eps = 0 the limit that exact-count masks compute, in
-            which every count k = 1..L_e is equally likely and weighs L_e/k.
+        eps: p(t) = (1 - eps) t + eps. eps = 0 gives the objective of exact-count masks, the limit
+            eps -> 0: every count k = 1..L_e is equally likely and has the weight L_e/k.
 
     Returns:
         float64 [2^L, L]; all 0 if nothing is eligible.
@@ -46,10 +46,11 @@ def density_coefficients(
 
     Args:
         eligible: which positions may be masked [L].
-        eps: p(t) = (1 - eps) t + eps; 0: exact counts k = ceil(t L_e), weighted by L_e/k. Where the
-            density is not 1 these have another objective than the limit of Bernoulli masks.
-        density: of the objective.
-        breaks: rates from 0 to 1 between which it is a polynomial.
+        eps: p(t) = (1 - eps) t + eps; 0: exact counts k = ceil(t L_e), weighted by L_e/k. If the
+            density is not 1, exact counts have another objective than Bernoulli masks with eps
+            -> 0.
+        density: density of the objective.
+        breaks: rates from 0 to 1; between them the density is a polynomial.
 
     Returns:
         float64 [2^L, L]; all 0 if nothing is eligible.
@@ -77,7 +78,7 @@ def density_coefficients(
 
 
 def _coefficients(eligible: list[bool], of_count: Callable[[int], float]) -> Floats:
-    """[2^L, L] with `of_count(k)` at the masked positions of each pattern of k eligible ones."""
+    """[2^L, L] with `of_count(k)` at the masked positions of each mask of k eligible positions."""
     L = len(eligible)
     c = np.zeros((2**L, L))
     for n, mask in enumerate(patterns(L)):
@@ -115,12 +116,12 @@ def expected_coefficients(
 
     Args:
         estimator: (u [L], quantile) -> (mask, weight of each position's CE [L]): one draw.
-        length: L.
-        thresholds: quantile -> cuts of (0, 1) for each position, between which the mask does not
-            depend on u_i, except through ranks.
-        breaks: quantiles between which the estimator is smooth, from 0 to 1.
-        order: of the quadrature.
-        ranked: whether the mask depends on the ranks of the uniforms too.
+        length: number of positions L.
+        thresholds: quantile -> cuts of (0, 1) for each position. Between two cuts the mask does
+            not depend on u_i, except through the order of the uniforms.
+        breaks: quantiles from 0 to 1; between them the estimator is smooth.
+        order: number of quadrature nodes between two breaks.
+        ranked: whether the mask depends on the order of the uniforms too.
     """
     nodes, weights = np.polynomial.legendre.leggauss(order)
     c = np.zeros((2**length, length))
@@ -135,7 +136,10 @@ def expected_coefficients(
 
 
 def _cells(cuts: list[Floats], ranked: bool) -> list[tuple[Floats, float]]:
-    """One representative u for every cell and, if `ranked`, every order inside it."""
+    """One representative u and its probability for each cell between cuts.
+
+    With `ranked` there is one u for each order of the uniforms in each cell.
+    """
     L = len(cuts)
     edges = [np.concatenate([[0.0], np.sort(cut), [1.0]]) for cut in cuts]
     orders = list(itertools.permutations(range(L))) if ranked else [tuple(range(L))]

@@ -10,17 +10,18 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.types import Floats
 
-# How far the integral of a table may lie from 1: wide enough for rounding, and far below the 1e-9
-# by which a weight may be off.
+# Largest difference of the integral of a table from 1. It allows for rounding and is far below the
+# error of 1e-9 that a weight may have.
 INTEGRAL_TOLERANCE = 1e-10
 
 
 class RateSampler(Protocol):
     """A density q on (0, 1], sampled through its inverse distribution function.
 
-    The contract: t = Q^-1(quantile) and weight = w(t), with exactly the density q that Q^-1
-    samples. The mean of weight * f(t) over uniform quantiles is then the integral of q w f: that of
-    f where w is 1/q, and another objective where it is not. q w is the density of the objective.
+    The contract: t = Q^-1(quantile) and weight = w(t), and q is exactly the density that Q^-1
+    samples. The mean of weight * f(t) over uniform quantiles is then the integral of q w f. If w is
+    1/q, this is the integral of f. Any other w changes the objective: q w is the density of the
+    objective.
     """
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,12 +33,12 @@ class RateSampler(Protocol):
         ...
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """The weight that a rate has, float64, of the shape of `t`, which lies in (0, 1]."""
+        """w(t), the weight of a row at rate t, float64, of the shape of `t`, in (0, 1]."""
         ...
 
     @property
     def breaks(self) -> list[float]:
-        """Quantiles from 0 to 1 between which t and weight are smooth functions of quantile."""
+        """Quantiles from 0 to 1; between them t and weight are smooth functions of the quantile."""
         ...
 
 
@@ -60,10 +61,10 @@ class Uniform:
 
 
 class Flat(Uniform):
-    """t ~ U(0, 1) with weight 2t, so that masked tokens count about alike.
+    """t ~ U(0, 1) with weight 2t, so that all masked tokens have about the same weight.
 
-    This CHANGES THE OBJECTIVE to one of density 2t: its loss is no bound on the likelihood. 2t
-    takes away the weight of a masked token, 1/t, and has mean 1.
+    This CHANGES THE OBJECTIVE to one of density 2t: its loss is not a bound on the likelihood. 2t
+    cancels the weight 1/t of a masked token, and has mean 1.
     """
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,9 +79,9 @@ class Flat(Uniform):
 class Clipped:
     """t ~ U(low, high) with weight 1 (the clipped schedule of block diffusion, arXiv 2503.09573).
 
-    This CHANGES THE OBJECTIVE: the mean of the loss over rates between `low` and `high` takes the
-    place of the mean over all rates, and rates outside are never trained. Its loss is therefore no
-    bound on the likelihood.
+    This CHANGES THE OBJECTIVE: the loss is averaged over rates between `low` and `high` instead of
+    all rates, and rates outside are never trained. The loss is therefore not a bound on the
+    likelihood.
     """
 
     breaks: ClassVar[list[float]] = [0.0, 1.0]
@@ -106,7 +107,7 @@ class Clipped:
 
 
 class Tables:
-    """Arrays that are copied to a device once.
+    """Arrays that are copied only once to each device.
 
     A copy in every step would make the host wait for the device.
     """
@@ -116,7 +117,7 @@ class Tables:
         self._copies: dict[torch.device, list[torch.Tensor]] = {}
 
     def on(self, device: torch.device) -> list[torch.Tensor]:
-        """Their copies, float64."""
+        """The copies of the arrays on a device, float64."""
         if device not in self._copies:
             self._copies[device] = [torch.tensor(array, device=device) for array in self._arrays]
         return self._copies[device]
@@ -125,14 +126,15 @@ class Tables:
 def invert(
     edges: torch.Tensor, values: torch.Tensor, cdf: torch.Tensor, quantile: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rates of quantiles under a density that is linear between its values at edges.
+    """Inverts the distribution function of a piecewise linear density: from quantiles to rates.
 
-    Within a cell [e, e'] of slope c, with q its density at e and r = quantile - Q(e), the
-    distribution function is a parabola, whose inverse and density have the closed forms
+    The density is linear between its values at the edges. In a cell [e, e'] with slope c, let q be
+    the density at e and r = quantile - Q(e). There the distribution function is a parabola. Its
+    inverse and the density have the closed forms
 
         q(t) = sqrt(q^2 + 2 c r),    t = e + 2 r / (q + q(t)).
 
-    Up to rounding t increases strictly with the quantile where the density is positive.
+    Up to rounding, t increases strictly with the quantile where the density is positive.
 
     Args:
         edges: 0 = e_0 < ... < e_K = 1, float64 [K + 1].
@@ -149,17 +151,17 @@ def invert(
     slope = (right - left) / (end - start)
     below = quantile - cdf[cell]
     above = (cdf[cell + 1] - quantile).clamp(min=0.0)
-    # Measured from the end where the density is lower, all terms are positive: nothing cancels.
+    # Starting from the end where the density is lower, no term is negative, so none cancel.
     square = torch.where(
         slope > 0, left * left + 2 * slope * below, right * right - 2 * slope * above
     )
-    # The bounds are for rounding: they keep 1/q <= 1 / (least value) exactly.
+    # The bounds guard against rounding: 1/q <= 1 / (least value) holds exactly.
     q = square.sqrt().clamp(torch.minimum(left, right), torch.maximum(left, right))
     return torch.minimum(start + 2 * below / (left + q), end), q
 
 
 def interpolate(edges: torch.Tensor, values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """A density that is linear between its values at edges, float64, of the shape of `t`."""
+    """Evaluates a density that is linear between its values at edges; float64, shape of `t`."""
     cell = _cell(edges, t)
     fraction = (t - edges[cell]) / (edges[cell + 1] - edges[cell])
     return torch.lerp(values[cell], values[cell + 1], fraction.to(torch.float64))
@@ -168,7 +170,7 @@ def interpolate(edges: torch.Tensor, values: torch.Tensor, t: torch.Tensor) -> t
 class PiecewiseSampler:
     """A density that is linear between its values at K + 1 edges, sampled exactly; see `invert`.
 
-    The weight is 1/q(t). Equal tables are equal samplers.
+    The weight is 1/q(t). Samplers with equal tables compare equal.
 
     Attributes:
         edges: 0 = e_0 < ... < e_K = 1, float64 [K + 1].
@@ -176,10 +178,10 @@ class PiecewiseSampler:
     """
 
     def __init__(self, edges: npt.ArrayLike, density: npt.ArrayLike):
-        """Takes copies.
+        """Copies the arrays.
 
         Raises:
-            ValueError: this is not a positive density on (0, 1]; the message says why.
+            ValueError: the arrays are not a positive density on (0, 1]; the message says why.
         """
         self.edges = np.array(edges, dtype=np.float64)
         self.values = np.array(density, dtype=np.float64)
@@ -190,7 +192,7 @@ class PiecewiseSampler:
         self._tables = Tables(self.edges, self.values, self._cdf)
 
     def __call__(self, quantile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Q^-1(quantile), 1/q of it), float64, on the device of `quantile`."""
+        """(t, 1/q(t)) with t = Q^-1(quantile), float64, on the device of `quantile`."""
         edges, values, cdf = self._tables.on(quantile.device)
         t, q = invert(edges, values, cdf, quantile)
         return t, 1.0 / q
@@ -231,17 +233,16 @@ def mixture(
 ) -> PiecewiseSampler:
     """The defensive mixture (1 - u) q_fit + u, u = `uniform_share`, whose weights are at most 1/u.
 
-    Hesterberg (1995), Technometrics 37(2): a share of uniform draws bounds the harm that a wrong
-    fit can do.
+    Hesterberg (1995), Technometrics 37(2): the uniform share limits the damage of a bad fit.
 
     Args:
         edges: 0 = e_0 < ... < e_K = 1, [K + 1].
-        density: q_fit at the edges up to a factor, linear between them; not negative [K + 1].
+        density: q_fit at the edges, not normalised, linear between them, not negative [K + 1].
         uniform_share: share of the uniform density, in (0, 1].
 
     Raises:
         UserError: `uniform_share` is out of range.
-        ValueError: `density` is not a density up to a factor.
+        ValueError: `density` cannot be normalised to a density.
     """
     if not 0.0 < uniform_share <= 1.0:
         raise UserError(
@@ -256,12 +257,12 @@ def mixture(
 
 
 def _cell(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Index of the cell of a sorted table that holds x; ends belong to the outer cells."""
+    """Index of the cell of a sorted table that contains x; the ends belong to the outer cells."""
     return (torch.searchsorted(table, x, right=True) - 1).clamp(0, len(table) - 2)
 
 
 def cumulated(edges: Floats, values: Floats) -> Floats:
-    """Integral of a density up to each edge [K + 1], from its values there."""
+    """Integral of a density from 0 to each edge [K + 1], from its values at the edges."""
     return np.concatenate([[0.0], np.cumsum(_masses(edges, values))])
 
 

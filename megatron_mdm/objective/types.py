@@ -1,4 +1,4 @@
-"""Arrays of numbers, as annotations name them."""
+"""Names of array types for annotations."""
 
 import numpy as np
 import numpy.typing as npt

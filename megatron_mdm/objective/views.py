@@ -9,14 +9,14 @@ from megatron_mdm.objective.randomness import GRID_BITS
 def view_uniforms(grid: npt.NDArray[np.int64], view: int, views: int) -> npt.NDArray[np.int64]:
     """The uniforms of one of several views of a row; two views are MIRROR (arXiv 2511.18159).
 
-    Each view is exactly uniform. MIRROR has u and 1 - u, so that the masks of both are as
-    negatively correlated as two masks can be; -min(p/(1-p), (1-p)/p) at each position. K views turn
-    around the circle: view j has frac(u + j/K).
+    Each view is exactly uniform. MIRROR uses u and 1 - u. The two masks are then as negatively
+    correlated as two masks can be: -min(p/(1-p), (1-p)/p) at each position. With K > 2 views, view
+    j uses frac(u + j/K).
 
     Args:
         grid: uniforms of the row as grid integers [L].
-        view: j in 0..K-1.
-        views: K.
+        view: number of the view, j in 0..K-1.
+        views: number of views, K.
 
     Returns:
         Grid integers [L].

@@ -1,1 +1,1 @@
-"""FLOPs and memory of a model before it is trained."""
+"""FLOPs, memory and number of nodes of a training run, computed before it starts."""

@@ -1,42 +1,42 @@
-"""Floating-point operations that training needs: the numerator of MFU, counting useful work only.
+"""Useful floating-point operations of training: the numerator of model FLOPs utilisation (MFU).
 
-Matrix products alone count, at two operations for a multiplication with its addition; norms,
-activations, softmax, embeddings and the optimizer are left out, as in PaLM's MFU (arXiv
-2204.02311, appendix B). A backward pass needs twice the products of its forward pass. What is done
-twice, padded or thrown away is not useful: recomputed activations, logits at positions that are
-not masked, and, under causal attention, scores of what lies ahead.
+Only matrix products count; a multiplication with its addition counts as two operations. Norms,
+activations, softmax, embeddings and the optimizer do not count, as in PaLM's MFU (arXiv 2204.02311,
+appendix B). A backward pass counts twice as much as its forward pass. Redundant work does not
+count: recomputed activations, padding, logits at positions that are not masked, and, with causal
+attention, scores of later positions.
 """
 
 from argparse import Namespace
 from dataclasses import dataclass
 
-# Arguments of Megatron's that change the sizes of layers in ways that are not counted here.
+# Megatron arguments that change the sizes of layers but are not supported here.
 UNKNOWN = ("moe_latent_size", "attention_output_gate", "multi_latent_attention")
 
-BACKWARD = 2  # products of the backward pass per product of the forward pass
+BACKWARD = 2  # matrix products of the backward pass per matrix product of the forward pass
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a transformer, as Megatron's flags name them.
+    """Sizes of a transformer, with the names of Megatron's flags.
 
     Attributes:
         num_layers: transformer layers.
         hidden_size: width of the residual stream.
         ffn_hidden_size: width of the feed-forward layer.
         num_attention_heads: query heads.
-        vocab_size: rows of the output layer, padding of the vocabulary included.
-        seq_length: positions of a row.
+        vocab_size: size of the vocabulary in the output layer, padding included.
+        seq_length: number of positions of a row.
         num_query_groups: key and value heads; None: one for each query head.
         kv_channels: width of a head; None: hidden_size / num_attention_heads.
-        gated: whether the feed-forward layer has a gate (SwiGLU), and so three matrices.
+        gated: whether the feed-forward layer has a gate (SwiGLU), and therefore three matrices.
         tied: whether embedding and output layer share their weights.
         num_experts: experts of a mixture-of-experts layer; 0: all layers are dense.
-        moe_router_topk: experts that a token goes through.
+        moe_router_topk: experts that process each token.
         moe_ffn_hidden_size: width of an expert; None: ffn_hidden_size.
-        moe_shared_expert_size: width of the expert that every token goes through; 0: none.
-        num_moe_layers: layers with experts; None: all, if there are experts.
-        num_dense_layers: feed-forward layers without experts; None: all layers but those with.
+        moe_shared_expert_size: width of the shared expert, which processes every token; 0: none.
+        num_moe_layers: number of layers with experts; None: all layers, if there are experts.
+        num_dense_layers: number of feed-forward layers without experts; None: the other layers.
     """
 
     num_layers: int
@@ -58,10 +58,7 @@ class ModelShape:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "ModelShape":
-        """Takes the sizes out of Megatron's validated arguments.
-
-        What `UNKNOWN` lists it does not know.
-        """
+        """Reads the sizes from Megatron's validated arguments; ignores those in `UNKNOWN`."""
         experts = args.num_experts or 0
         pattern = args.hybrid_layer_pattern
         frequency = args.moe_layer_freq
@@ -95,7 +92,7 @@ class ModelShape:
 
     @property
     def _attention_weights(self) -> int:
-        """Weights of queries, keys, values and of what follows attention, in one layer."""
+        """Weights of one layer's query, key, value and output projections of attention."""
         groups = self.num_query_groups or self.num_attention_heads
         return 2 * self.hidden_size * self._head_width * (self.num_attention_heads + groups)
 
@@ -106,7 +103,7 @@ class ModelShape:
         return self.num_layers if self.num_moe_layers is None else self.num_moe_layers
 
     def _feed_forward_weights(self, experts: int) -> int:
-        """Weights of the matrices of all feed-forward layers, `experts` of each MoE layer's."""
+        """Weights of all feed-forward matrices, with `experts` experts in each MoE layer."""
         matrices = 3 if self.gated else 2
         moe = self._moe_layers
         others = self.num_layers - moe if self.num_dense_layers is None else self.num_dense_layers
@@ -118,7 +115,7 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all matrices, embeddings included; norms and biases are left out."""
+        """Number of weights in all matrices, embeddings included, without norms and biases."""
         embeddings = (1 if self.tied else 2) * self.hidden_size * self.vocab_size
         layers = self.num_layers * self._attention_weights
         return embeddings + layers + self._feed_forward_weights(self.num_experts)
@@ -127,10 +124,11 @@ class ModelShape:
         """Operations of a forward pass, per token of a row.
 
         Args:
-            head_fraction: of the positions, those whose logits are needed: the masked ones, about
-                a half under uniform rates; 1 for an autoregressive model.
-            causal: attention sees what came before, (seq_length + 1) / 2 positions on average, and
-                else all of them.
+            head_fraction: fraction of positions whose logits are needed. For masked diffusion these
+                are the masked positions, on average half of them with uniform rates. 1 for an
+                autoregressive model.
+            causal: whether attention is causal. A position then attends to (seq_length + 1) / 2
+                positions on average, else to all positions.
         """
         seen = (self.seq_length + 1) / 2 if causal else self.seq_length
         return self._forward(1, seen, head_fraction)
@@ -147,22 +145,24 @@ class ModelShape:
         return (1 + BACKWARD) * self.forward_flops(head_fraction, causal)
 
     def training_flops_of(self, positions: int, pairs: int, logits: int) -> float:
-        """Operations of a forward and a backward pass of rows of any lengths.
+        """Operations of a forward and a backward pass over rows of any lengths.
 
         Args:
-            positions: tokens that go through the layers.
-            pairs: pairs of positions of which the first attends to the second; each with itself.
-            logits: positions whose logits are needed.
+            positions: number of tokens that the layers process.
+            pairs: number of pairs of positions of which the first attends to the second; a position
+                also forms a pair with itself.
+            logits: number of positions whose logits are needed.
         """
         return (1 + BACKWARD) * self._forward(positions, pairs, logits)
 
 
 def mfu(flops_per_token: float, tokens_per_s: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation: useful operations per second over what the devices could do.
+    """Model FLOPs utilisation: useful operations per second divided by the peak of the devices.
 
     Args:
-        flops_per_token: as from `ModelShape.training_flops`.
-        tokens_per_s: of all devices.
-        peak_flops: operations per second of all devices, dense, in the precision of training.
+        flops_per_token: see `ModelShape.training_flops`.
+        tokens_per_s: tokens per second on all devices together.
+        peak_flops: dense peak operations per second of all devices together, in the precision of
+            training.
     """
     return flops_per_token * tokens_per_s / peak_flops

@@ -1,22 +1,25 @@
-"""What a rank needs of GPU memory, expected from the flags; an estimate, not a measurement.
+"""Estimates the GPU memory of a rank from the flags; it measures nothing.
 
-    weights, gradients,  as Megatron counts them: 6 bytes for each of the rank's parameters in
-    optimizer            bfloat16 (weight 2, float32 gradient 4), and 12 for master weight and
-                         moments, divided by the data-parallel ranks
+    weights, gradients,  as Megatron counts them: in bfloat16, 6 bytes for each parameter of the
+    optimizer            rank (weight 2, float32 gradient 4), and 12 for the master weight and the
+                         moments, divided by the number of data-parallel ranks
     activations          layers x tokens of a micro-batch x bytes of a layer / tensor ranks
-    logits               masked tokens of a micro-batch x vocabulary x 6 / tensor ranks: bfloat16,
-                         and float32 in the cross entropy
+    logits               masked tokens of a micro-batch x vocabulary x 6 / tensor ranks: 2 bytes in
+                         bfloat16, and 4 in float32 for the cross entropy
 
-with 16-bit activations, fused attention, sequence parallelism wherever there is tensor parallelism,
-nothing recomputed and, under pipeline parallelism, as many micro-batches in flight as stages, so
-that a rank keeps as much as one with all layers. A layer keeps of a token, at 2 bytes a number and
-with widths h, q of all query heads, k of keys and values, f of the feed-forward layer:
+The estimate assumes 16-bit activations, fused attention, sequence parallelism together with tensor
+parallelism, and no activation recomputation. With pipeline parallelism it assumes as many
+micro-batches in flight as stages; a rank then holds as many activations as a rank with all layers.
+
+For each token, a layer keeps the following numbers of 2 bytes each. h is the hidden size, q the
+width of all query heads, k the width of all key heads, f the width of the feed-forward layer:
 
     norms and their inputs   4 h      queries, keys, values, result   2 q + 2 k
     feed-forward layer       3 f if it has a gate (gate, up, their product), else 2 f
-    experts                  top-k (3 f + 2 h): the same, and what goes into each and comes out
+    experts                  top-k (3 f + 2 h): the same for each expert, and its input and output
 
-Workspaces, communication buffers, fragments and the CUDA context (some GiB) come on top.
+Workspaces, communication buffers, memory fragmentation and the CUDA context (some GiB) are not
+included.
 """
 
 from argparse import Namespace
@@ -28,11 +31,11 @@ LOGIT_BYTES = 2 + 4
 
 
 def layer_bytes_per_token(shape: ModelShape, experts: bool = False) -> int:
-    """Bytes that one layer keeps of a token for the backward pass, over all tensor ranks.
+    """Bytes that one layer keeps per token for the backward pass, on all tensor ranks together.
 
     Args:
-        shape: of the model.
-        experts: whether it is a layer with experts.
+        shape: sizes of the model.
+        experts: whether the layer has experts.
     """
     head_width = shape.kv_channels or shape.hidden_size // shape.num_attention_heads
     queries = shape.num_attention_heads * head_width
@@ -48,11 +51,11 @@ def layer_bytes_per_token(shape: ModelShape, experts: bool = False) -> int:
 
 
 def expected_bytes(args: Namespace, head_fraction: float = 1.0) -> dict[str, float]:
-    """Bytes of the most loaded rank, by what they are for.
+    """Expected bytes of `state`, `activations` and `logits` on the rank with the most of them.
 
     Args:
-        args: Megatron's arguments, validated.
-        head_fraction: of the tokens of the fullest micro-batch that are masked.
+        args: Megatron's validated arguments.
+        head_fraction: fraction of masked tokens in the micro-batch with the most of them.
     """
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 

@@ -16,7 +16,7 @@ from megatron_mdm.errors import UserError, run_tool
 
 @dataclass(frozen=True)
 class Layout:
-    """The flags that say how a run is divided among its ranks, under Megatron's names."""
+    """The flags that define how a run is divided among its ranks, with Megatron's names."""
 
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
@@ -30,10 +30,10 @@ class Layout:
 
     @classmethod
     def from_flags(cls, flags: Sequence[str]) -> "Layout":
-        """Takes the sizes out of a run's flags, of which the last one of a name counts.
+        """Reads the sizes from a run's flags; the last flag of a name counts.
 
         Raises:
-            UserError: one of them is no number from 1 on.
+            UserError: a size is not a whole number of at least 1.
         """
         parser = _Parser(add_help=False, allow_abbrev=False)
         for field in fields(cls):
@@ -43,24 +43,24 @@ class Layout:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Layout":
-        """Takes the sizes out of Megatron's arguments."""
+        """Reads the sizes from Megatron's arguments."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     def fits(self, ranks: int) -> bool:
-        """Whether so many ranks can share model, experts and batch: the rule of Megatron."""
+        """Whether `ranks` ranks can share model, experts and batch, by Megatron's rules."""
         if ranks % self.replica or ranks % self.expert_replica:
             return False
         replicas = ranks // self.replica
         return all(rows % (micro * replicas) == 0 for rows, micro in self._batches())
 
     def nodes(self, gpus: int) -> list[int]:
-        """Numbers of nodes of so many GPUs that fit; none without a batch, which bounds them."""
+        """Numbers of nodes with `gpus` GPUs each that fit; empty if no batch size is given."""
         replicas = min((rows // micro for rows, micro in self._batches()), default=0)
         most = replicas * self.replica // gpus
         return [nodes for nodes in range(1, most + 1) if self.fits(nodes * gpus)]
 
     def __str__(self) -> str:
-        """The flags that were given."""
+        """The flags that differ from their defaults."""
         flags = [
             (f"--{f.name.replace('_', '-')}", getattr(self, f.name), f.default)
             for f in fields(self)
@@ -69,18 +69,18 @@ class Layout:
 
     @property
     def replica(self) -> int:
-        """Ranks of a model replica."""
+        """Number of ranks that share one replica of the model."""
         ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         return ranks * self.context_parallel_size
 
     @property
     def expert_replica(self) -> int:
-        """Ranks of a replica of the experts."""
+        """Number of ranks that share one replica of the experts."""
         tensor = self.expert_tensor_parallel_size or self.tensor_model_parallel_size
         return tensor * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        """(rows of a step, rows of a micro-batch), of the training and of the validation."""
+        """(rows of a global batch, rows of a micro-batch), for training, then for validation."""
         rows, micro = self.global_batch_size, self.micro_batch_size
         if rows is not None and micro is not None:
             yield rows, micro
@@ -94,15 +94,15 @@ class _Parser(argparse.ArgumentParser):
 
 def _size(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def check_nodes(layout: Layout, nodes: int, gpus: int) -> None:
-    """Checks that a run fits so many nodes of so many GPUs.
+    """Checks that a run fits `nodes` nodes with `gpus` GPUs each.
 
     Raises:
-        UserError: it does not; names the numbers of nodes that do.
+        UserError: it does not fit; the message names the numbers of nodes that fit.
     """
     if layout.fits(nodes * gpus):
         return

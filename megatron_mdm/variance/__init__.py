@@ -1,1 +1,1 @@
-"""The parts of training variance: masking pattern, masking rate, data (arXiv 2511.18159)."""
+"""The variance of training and its parts: masking pattern, masking rate, data; and of methods."""

@@ -1,4 +1,4 @@
-"""A report of the variance (report.py) as a table and as a picture."""
+"""Shows a variance report (report.py) as a table and as a picture."""
 
 import math
 from typing import Any
@@ -18,25 +18,25 @@ from megatron_mdm.pictures import (
 )
 
 NAMES = ("loss", "gradient")
-COLUMNS = ("gradient", "loss")  # of the table of methods
-PARTS = {"A": BLUE, "B": ORANGE, "C": GREEN}  # and their colours
+COLUMNS = ("gradient", "loss")  # columns of the table of methods
+PARTS = {"A": BLUE, "B": ORANGE, "C": GREEN}  # part of the variance -> colour
 NOTES = (
-    "* another objective, whose loss and gradient are not those of standard",
-    "ppots-gradient: the norm of the gradient at the final hidden states, as in training",
+    "* another objective: its loss and gradient are not those of standard",
+    "ppots-gradient: fitted to the gradient's norm at the final hidden states, as in training",
     "ema: the controlled loss of the logs; training is that of standard",
 )
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report as a table."""
+    """Formats a report as a table."""
     lines = [f"{'variance of one row':24s}" + "".join(f"{name:>28s}" for name in NAMES)]
     for part, meaning in (("A", "mask pattern"), ("B", "rate"), ("C", "data"), ("total", "")):
         lines.append(f"{part:6s}{meaning:18s}{_parts(report, report, part)}")
     rows, documents = report["settings"]["rows"], report["documents"]
     if documents < rows:
         lines.append(
-            f"WARNING: the {rows} rows are from {documents} documents. The error bars take rows "
-            "for independent: they and C are too small where rows of one document are akin"
+            f"WARNING: the {rows} rows are from {documents} documents. The error bars assume "
+            "independent rows: they and C are too small if rows of one document are similar"
         )
     causal = report.get("autoregressive")
     if causal:
@@ -44,8 +44,8 @@ def as_text(report: dict[str, Any]) -> str:
         known = causal["unigram entropy"]
         lines.append(f"{'C     autoregressive':24s}{_parts(report, causal, 'C')}")
         lines.append(
-            f"      its next-token loss: {loss:.3f} +- {error:.2g} nats; entropy of the tokens one "
-            f"by one: {known:.3f}"
+            f"      its next-token loss: {loss:.3f} +- {error:.2g} nats; unigram entropy of the "
+            f"tokens: {known:.3f}"
         )
         if loss > known:
             lines.append(
@@ -58,7 +58,13 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _parts(report: dict[str, Any], source: dict[str, Any], part: str) -> str:
-    """Value, error and share of the total, of the loss and of the gradient."""
+    """Formats value, error and share of the total, for the loss and the gradient.
+
+    Args:
+        report: the report, for the total.
+        source: where A, B and C are: the report, or its `autoregressive` part.
+        part: A, B, C or total.
+    """
     cells = ""
     for name in NAMES:
         value, error = source[name][part]
@@ -84,16 +90,16 @@ def _method_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_figure(report: dict[str, Any], path: str) -> None:
-    """Bars of A, B and C, their curves over t, and the methods; PNG or SVG by the suffix."""
+    """Draws bars of A, B and C, their curves over t, and the methods; PNG or SVG by the suffix."""
     with blank_figure() as figure:
         fill(figure, report)
         save(figure, path)
 
 
 def fill(figure: Any, report: dict[str, Any]) -> None:
-    """Draws a report into an empty figure, the methods in the order of the table."""
+    """Draws a report into an empty figure, with the methods in the order of the table."""
     methods = report["methods"]
-    # In inches: the panels on the left do not grow with the number of methods.
+    # Sizes in inches, so that the panels on the left do not grow with the number of methods.
     left, line = 3.6, 0.28
     heights = [left, left]
     if (rest := line * len(methods) + 1.0 - 2 * left) > 0:
@@ -121,10 +127,11 @@ def _draw_shares(axes: Any, report: dict[str, Any]) -> None:
         )
         places = [x + 0.21 * (i - 1.5) for x in range(2)]
         top = math.inf
-        if source is not report:  # A, B and C fill the panel, however tall this is
+        # The scale is set by A, B and C. A taller autoregressive bar is cut off.
+        if source is not report:
             top = axes.get_ylim()[1]
             axes.set_ylim(top=top)
-        # The number at the end of a cut bar stands where its error bar would.
+        # A cut bar shows its value in place of the error bar.
         errors = [math.nan if v > top else e for v, e in zip(values, errors, strict=True)]
         axes.bar(places, values, 0.19, yerr=errors, label=label, color=color)
         for place, value in zip(places, values, strict=True):
@@ -157,7 +164,7 @@ def _draw_curves(axes: Any, report: dict[str, Any]) -> None:
                 )
     axes.set(xlabel="masking rate t", ylabel="relative to the total", xlim=(0, 1))
     axes.set(title="At each masking rate")
-    # Estimates of what is 0 can be negative: linear there, logarithmic beyond.
+    # Estimates near 0 can be negative, so the scale is linear near 0 and logarithmic beyond.
     axes.set_yscale("symlog", linthresh=0.1)
     axes.margins(y=0.08)
     axes.yaxis.set_major_locator(

@@ -1,24 +1,26 @@
-"""The methods that draw rates and masks, and what each leaves of the variance of a batch.
+"""The methods that draw rates and masks, and the variance of a batch under each method.
 
-A batch of n texts gives the mean of a(t) X over them: X is the loss or gradient of one text at rate
-t, the mean over its K views, and a the weight of the sampler of t, 1/q(t) where it is unbiased. A
-variance taken from whole batches would hang on the few that hold a tiny rate, whose 1/p outweighs
-all others, and repeating it some hundred times does not tell how far it is off. It is put together
-from nested draws instead, whose rates come from a density made for that (decomposition.py).
+The loss or gradient of a batch of n texts is the mean of a(t) X over the texts. X is the loss or
+gradient of one text at rate t, averaged over its K views. a is the weight of the sampler of t,
+which is 1/q(t) for an unbiased method. If the variance were measured on whole batches, the few
+batches with a tiny rate would dominate it, because their 1/p outweighs all others. Some hundred
+repetitions would not reveal this error. The variance is therefore computed from nested draws, whose
+rates come from a suitable density (decomposition.py).
 
-Let the quantile of t fall into one of B equal bins, N_b of the batch's into bin b. Given these the
-texts are independent, so that
+Divide the quantile of t into B equal bins, and let N_b be the number of the batch's quantiles in
+bin b. Given the N_b, the texts are independent, so that
 
     Var = (1/n) (E_q[a^2 |X|^2] - B sum_b |H_b|^2) + (B/n)^2 sum_bb' Cov(N_b, N_b') <H_b, H_b'>,
     H_b = E_q[a X; quantile in bin b].
 
-For iid quantiles this is (E_q[a^2 |X|^2] - |E_q[a X]|^2) / n; strata and the lattice have smaller
-Cov. What they do inside a bin is left out, a part in B^2 of what the rate explains. Products of H
-are means over pairs of rows; they depend on the kind of mask, but not on the number of views.
+For iid quantiles this is (E_q[a^2 |X|^2] - |E_q[a X]|^2) / n. Strata and the lattice have a smaller
+Cov. Their stratification inside a bin is neglected; its effect is 1/B^2 of the variance that the
+rate explains. The products of H are means over pairs of rows. They depend on the kind of mask, but
+not on the number of views.
 
-The loss does not scatter about 0, but about a curve over t that is much larger: with any f(t), here
-a cubic through the draws, E_q[a^2 X^2] = E_q[a^2 (X^2 - f^2)] + E_q[a^2 f^2], the first from the
-draws and the second by quadrature, and H alike.
+The loss varies around a curve over t that is much larger than its noise. For any f(t), here a cubic
+fitted to the draws, E_q[a^2 X^2] = E_q[a^2 (X^2 - f^2)] + E_q[a^2 f^2]. The first term is estimated
+from the draws and the second by quadrature. H is split in the same way.
 """
 
 import itertools
@@ -47,13 +49,13 @@ from megatron_mdm.variance.decomposition import NestedDraws, mean_over_row_pairs
 
 QuantileKind = Literal["iid", "strata", "lattice"]
 MaskKind = Literal["bernoulli", "exact-count", "isad"]
-# Fitted to the draws of a kind of masks.
+# (target, kind of mask) -> density fitted to the draws with this kind of mask.
 FittedDensities = dict[tuple[Target, str], RateSampler]
 BINS = 20  # B
-NODES = 100  # of the quadrature, in each bin
-WINDOWS = 1000  # batches that Cov(N) is measured on
+NODES = 100  # quadrature nodes in each bin
+WINDOWS = 1000  # number of batches from which Cov(N) is estimated
 CURVE_DEGREE = 3
-# Methods whose density of t is neither uniform nor fitted.
+# Methods with a density of t that is neither uniform nor fitted.
 DENSITIES = ("proposal", "clipped", "flat", "bell")
 ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
@@ -65,12 +67,14 @@ class Method:
     Attributes:
         quantiles: kind of `Quantiles`.
         mask: kind of mask; `isad` has Bernoulli masks and inclusion weights.
-        views: rows made of one text.
-        target: what a fitted density of t was measured on; None: it is not fitted.
-        rows: rows in a batch, in multiples of that of `standard`.
-        density: the method in recipes.py that the density of t is of, where it is not fitted.
+        views: number of rows (views) made from one text.
+        target: the value that the density of t is fitted to; None: the density is not fitted.
+        rows: number of rows in a batch, as a multiple of the rows of `standard`.
+        density: name of the method in recipes.py that defines the density of t, if it is not
+            fitted.
         unbiased: whether the objective is that of `standard`.
-        controlled: the loss is what the logs call controlled (EMA), the gradient is as without.
+        controlled: whether the loss is the controlled loss of the logs (EMA); the gradient is the
+            same as without EMA.
     """
 
     quantiles: QuantileKind = "iid"
@@ -84,12 +88,12 @@ class Method:
 
     @property
     def per(self) -> str:
-        """What is equal to `standard`: rows or texts."""
+        """`row` if a batch has as many rows as one of `standard`, `text` if as many texts."""
         return "text" if self.rows > 1 else "row"
 
     @classmethod
     def of(cls, name: str) -> "Method":
-        """The method of a name; see `recipes.settings_of`."""
+        """The method with a name that `recipes.settings_of` knows."""
         settings = settings_of(name)
         is_isad = "isad_delta" in settings
         mdm = MDMConfig(**settings, isad_token_ids=[0] if is_isad else None)
@@ -111,7 +115,7 @@ class Method:
 
 
 def _has_density(part: str) -> bool:
-    """Whether a method in recipes.py has a density of its own that is not fitted."""
+    """Whether a method in recipes.py sets a density of t that is not fitted."""
     return recipes.METHODS[part].get("rate_sampler") not in (None, "ppots")
 
 
@@ -131,7 +135,7 @@ def _all_methods() -> Iterator[tuple[str, Method]]:
 
 
 METHODS = dict(_all_methods())
-# What the reports show unless told otherwise, in this order.
+# Methods that the reports show by default, in this order.
 IMPORTANT = (
     "standard",
     "strata",
@@ -158,11 +162,11 @@ IMPORTANT = (
 
 
 def choose(words: list[str], isad: bool) -> tuple[str, ...]:
-    """Names of methods, from names, `important`, `all` or `none`.
+    """Turns method names, `important`, `all` and `none` into method names without duplicates.
 
     Args:
-        words: as on a command line.
-        isad: whether there are tokens for ISAD; without any only its own name asks for it.
+        words: the words of the command line.
+        isad: whether ISAD tokens are given. If not, `important` and `all` do not contain ISAD.
     """
     names: dict[str, None] = {}
     for word in words:
@@ -181,7 +185,7 @@ def corrupter_of(
     eps: float,
     isad_token_ids: tuple[int, ...] = (),
 ) -> Corrupter:
-    """What masks the rows of a method; `isad_token_ids` are what ISAD masks more often."""
+    """Makes the corrupter of a method; `isad_token_ids` are the tokens ISAD masks more often."""
     isad = method.mask == "isad"
     return Corrupter(
         sampler,
@@ -203,20 +207,20 @@ def batches(
     batch: int,
     seed: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Corruption]]:
-    """Endless batches of a method, of texts chosen with repetition; numbered as in training.
+    """Endless batches of a method; texts are drawn with replacement and numbered as in training.
 
     Args:
         texts: int64 [N, L].
         eligible: bool [N, L].
         method: the method.
         sampler: density of t.
-        mask_token_id: id put at masked positions.
+        mask_token_id: token id that replaces masked tokens.
         eps: least masking probability.
-        batch: rows of `standard` in a batch.
-        seed: of texts, rates and masks.
+        batch: number of rows in a batch of `standard`.
+        seed: seed of texts, rates and masks.
 
     Yields:
-        (tokens [B, L], eligible [B, L], their corruption).
+        (tokens [B, L], eligible [B, L], the masked rows).
     """
     texts_in_batch = batch * method.rows // method.views
     quantiles = quantiles_of(method.quantiles, texts_in_batch, seed)
@@ -239,13 +243,13 @@ def batches(
 
 
 def quantiles_of(kind: QuantileKind, texts: int, seed: int) -> Quantiles:
-    """Quantiles of batches of so many texts, with the authors' number of strata."""
+    """Quantiles for batches of `texts` texts; strata number sqrt(texts), as in the paper's code."""
     return Quantiles(kind, seed, Split.TRAIN, texts, max(1, round(math.sqrt(texts))))
 
 
 @lru_cache
 def bin_covariance(kind: QuantileKind, texts: int, seed: int = 0) -> Floats:
-    """Cov(N_b, N_b') of a batch's quantiles in equal bins [B, B]."""
+    """Cov(N_b, N_b') [B, B]: covariance of the numbers of a batch's quantiles in equal bins."""
     if kind == "iid":
         covariance: Floats = texts * (np.eye(BINS) / BINS - 1 / BINS**2)
         return covariance
@@ -260,14 +264,15 @@ def bin_covariance(kind: QuantileKind, texts: int, seed: int = 0) -> Floats:
 
 @dataclass(frozen=True)
 class MethodDraws:
-    """The loss or the gradient under one kind of mask and K views, as `batch_variance` needs it.
+    """Draws of the loss or the gradient with one kind of mask and K views, for `batch_variance`.
 
     Attributes:
-        nested_draws: of X - f, or of what has the same mean: single views will do, but where X is
-            far from 0, as the loss is, the same draws as in `squares` have less noise.
+        nested_draws: nested draws of X - f, or of single views, which have the same mean. If X is
+            far from 0, like the loss, use the draws that `squares` is made from: they give less
+            noise.
         squares: mean of |X|^2 - f^2 over the draws at a rate [n0, nt].
-        curve: coefficients of the polynomial f(t), the highest first.
-        residual: means over masks of X - f [n0, nt], where f is not 0.
+        curve: coefficients of the polynomial f(t), the highest power first; None: f = 0.
+        residual: means over masks of X - f [n0, nt]; None: f = 0.
     """
 
     nested_draws: NestedDraws
@@ -277,12 +282,12 @@ class MethodDraws:
 
     @classmethod
     def of_losses(cls, t: Floats, weight: Floats, losses: Floats) -> "MethodDraws":
-        """From losses.
+        """Makes the draws from losses and fits f(t) to them.
 
         Args:
             t: rates [n0, nt].
-            weight: one over the density that they come from [n0, nt].
-            losses: means over the views [n0, nt, nm].
+            weight: one over the density that the rates were drawn from [n0, nt].
+            losses: losses, averaged over the views [n0, nt, nm].
         """
         means = losses.mean(axis=2)
         curve = np.polyfit(t.ravel(), means.ravel(), CURVE_DEGREE, w=np.sqrt(weight.ravel()))
@@ -294,22 +299,22 @@ class MethodDraws:
 def batch_variance(
     method_draws: MethodDraws, sampler: RateSampler, covariance: Floats, texts: int, counts: Floats
 ) -> Floats:
-    """Variance of the mean of a batch, or the trace of its covariance [R].
+    """Variance of a batch's loss, or the trace of its gradient's covariance [R].
 
     Args:
-        method_draws: of the loss or the gradient.
-        sampler: of t.
+        method_draws: draws of the loss or the gradient.
+        sampler: sampler of t.
         covariance: Cov(N_b, N_b') of a batch [B, B].
-        texts: n.
-        counts: rows of the nested draws stand in as often as this says [n0, R].
+        texts: number of texts in a batch, n.
+        counts: how often each of R samples contains each row of the nested draws [n0, R].
     """
     nested_draws = method_draws.nested_draws
     n0, nt = nested_draws.t.shape
     t = torch.from_numpy(nested_draws.t)
     q, a = sampler.density(t).numpy(), sampler.weight(t).numpy()
-    share = nested_draws.weight * q  # of each draw in a mean over t ~ q
+    share = nested_draws.weight * q  # weight of each draw in a mean over t ~ q
     square = (share * a**2 * method_draws.squares).mean(axis=1) @ counts / n0
-    # Bins of the quantile are bins of t.
+    # t increases with the quantile, so each bin of the quantile is an interval of t.
     inner = torch.arange(1, BINS, dtype=torch.float64) / BINS
     index = np.searchsorted(sampler(inner)[0].numpy(), nested_draws.t.ravel())
     K = (BINS / texts) ** 2 * covariance - BINS / texts * np.eye(BINS)

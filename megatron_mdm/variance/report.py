@@ -1,10 +1,10 @@
-"""Where the noise of a model's training comes from, over a callable that gives loss and gradient.
+"""Measures the variance of a model's loss and gradient, given a callable that computes both.
 
-Nested draws of rows, rates and masks give A, B and C (decomposition.py) and, with other kinds
-of masks and several views of a text at the same rates, what every method leaves of the variance of
-`standard` (methods.py). The same rows under a causal mask have the C of autoregressive
-training, which has no other part. What was measured is kept in a file, so that an interrupted
-measurement goes on where it was.
+Nested draws of rows, rates and masks give A, B and C (decomposition.py). With other kinds of masks
+and several views of a text at the same rates, they give the variance under every method, relative
+to `standard` (methods.py). The same rows with a causal attention mask give the C of autoregressive
+training, whose variance has no other part. The measurements are kept in a file, so that an
+interrupted measurement can be resumed.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ from megatron_mdm.variance.methods import (
 )
 from megatron_mdm.variance.state import Row, State
 
-# (a text of L tokens, its corruption in K views [K, L]) -> mean loss of the views, the gradient of
-# that, float32 [d], and the norm of its gradient at the final hidden states
+# (a text of L tokens, its masked views [K, L]) -> mean loss of the views, its gradient, float32
+# [d], and the norm of its gradient with respect to the final hidden states
 Step = Callable[[ScoredRow, Corruption], tuple[float, torch.Tensor, float]]
-# a text -> mean next-token loss, gradient float32 [d]
+# a text -> mean next-token loss and its gradient, float32 [d]
 CausalStep = Callable[[ScoredRow], tuple[float, torch.Tensor]]
 FIT_BINS = 30
 EMA_BINS = 10
@@ -57,20 +57,20 @@ EMA_BINS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of the measurement.
 
     Attributes:
-        rows: n0, of the nested draws.
-        rates: nt of each row, at least 3.
-        masks: nm at each rate, at least 2.
-        batch: rows of a batch in the table of the methods.
-        bins: of t in the curves.
-        methods: names in `METHODS`; empty leaves them out.
-        mask_token_id: id put at masked positions.
+        rows: number of rows of the nested draws, n0, at least 2.
+        rates: rates for each row, nt, at least 3.
+        masks: masks at each rate, nm, at least 2.
+        batch: number of rows in a batch of `standard`, for the table of methods.
+        bins: bins of t in the curves.
+        methods: names in `METHODS`; empty: no table of methods.
+        mask_token_id: token id that replaces masked tokens.
         eps: least masking probability of Bernoulli masks.
-        seed: of rates and masks.
-        isad_token_ids: what ISAD masks more often.
-        subject: names the model, the parameters and the data.
+        seed: seed of rates and masks.
+        isad_token_ids: tokens that ISAD masks more often.
+        subject: identifies the model, the parameters and the data.
     """
 
     rows: int
@@ -87,7 +87,7 @@ class Settings:
 
     @property
     def mask_configs(self) -> list[tuple[MaskKind, int]]:
-        """Kinds of masks and numbers of views that are drawn, single views of a kind first."""
+        """(kind of mask, number of views) to draw; for each kind, single views come first."""
         configs: dict[tuple[MaskKind, int], None] = {("bernoulli", 1): None}
         for name in self.methods:
             method = METHODS[name]
@@ -96,12 +96,12 @@ class Settings:
 
     @property
     def work_per_row(self) -> int:
-        """Times that each row goes through the model."""
+        """Number of times that the model processes each row, views counted separately."""
         return self.rates * self.masks * sum(views for _, views in self.mask_configs)
 
     def __post_init__(self) -> None:
         if self.rows < 2 or self.rates < 3 or self.masks < 2:
-            raise UserError("it takes --rows 2, --rates 3 and --masks 2 at least")
+            raise UserError("needs at least --rows 2, --rates 3 and --masks 2")
         if self.bins < 1:
             raise UserError("--bins must be at least 1")
         if self.seed < 0:
@@ -127,15 +127,15 @@ def measure(
     """Measures the rows that `state` does not have yet.
 
     Args:
-        step: the model.
-        texts: rows in random order, of which the first n0 are taken.
-        settings: what to measure.
-        state: what was measured before; kept on disk, also when this is interrupted.
-        progress: called with rows that have gone through the model.
-        causal: the same network as an autoregressive model.
+        step: computes loss and gradient of the model.
+        texts: rows in random order; the first n0 are used.
+        settings: settings of the measurement.
+        state: earlier measurements; new ones are added and saved, also after an interruption.
+        progress: called with the number of rows that the model has processed since the last call.
+        causal: computes loss and gradient of the same network as an autoregressive model.
 
     Raises:
-        UserError: fewer texts than rows.
+        UserError: there are fewer texts than rows, or a loss or gradient is not finite.
     """
     if len(texts) < settings.rows:
         raise UserError(
@@ -161,11 +161,14 @@ def _nested(
     number: int,
     progress: Callable[[int], Any],
 ) -> Row:
-    """All draws of one row, by column; rates are independent, and the same for all configs.
+    """Measures all draws of one row; rates are independent, and equal for all mask configs.
 
-    Columns are `t` and `weight` [nt]; for each kind of mask and number of views the `loss`, `norm2`
-    (of the gradient) and `masked` fraction [nt, nm]; and of single views `hidden` [nt, nm], the
-    norm of the gradient at the final hidden states, and `mean`, of the gradient over masks [nt, d].
+    Returns:
+        `t` and `weight` [nt]. For each kind of mask and number of views, with a prefix
+        (`_column_prefix`): `loss`, `norm2` (squared norm of the gradient) and `masked` (fraction of
+        masked tokens) [nt, nm]. For single views also `hidden`, the norm of the gradient with
+        respect to the final hidden states [nt, nm], and `mean`, the mean of the gradient over masks
+        [nt, d].
     """
     sampler = nested_sampler(settings.eps)
     quantiles = Quantiles("iid", settings.seed, Split.TEST)
@@ -193,15 +196,15 @@ def _nested(
                     np.stack([view_uniforms(u, v, views) for v in range(views)])
                 )
                 corruption = corrupter(tokens, able, grids, quantile[i].expand(views))
-                # The loss itself: the weight of the rate stands apart.
+                # The loss without the weight of the rate, which is stored in its own column.
                 weight_given_t = corruption.weight / corruption.rate_weight[:, None]
                 corruption = dataclasses.replace(corruption, weight=weight_given_t)
                 loss[i, k], gradient, hidden[i, k] = step(text, corruption)
                 norm2[i, k] = float(gradient.double().square().sum())
                 if not math.isfinite(loss[i, k] + norm2[i, k]):
                     raise UserError(
-                        f"the loss or the gradient of row {number} is NaN or infinite: the model "
-                        "computes no numbers in its precision"
+                        f"the loss or the gradient of row {number} is NaN or infinite: check the "
+                        "model and its precision"
                     )
                 masked[i, k] = float(corruption.mask.double().mean())
                 total = total + gradient
@@ -216,24 +219,24 @@ def _nested(
 
 
 def _column_prefix(mask: str, views: int) -> str:
-    """How the columns of a kind of mask and a number of views begin."""
+    """Prefix of the column names for a kind of mask and a number of views."""
     return f"{mask} x {views}:"
 
 
 def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Puts the report together, ready for JSON.
+    """Computes the report, ready for JSON.
 
     Args:
-        state: all rows, measured.
-        settings: what was measured.
+        state: measurements of all rows.
+        settings: settings of the measurement.
         texts: as for `measure`.
 
     Returns:
-        `documents`, the number that the rows are from; `loss` and `gradient` with [estimate,
-        standard error] of A, B, C and total of one row; `autoregressive`, if that was measured: C
-        of both, the mean next-token loss and the entropy of the rows' tokens taken one by one,
-        nats; `curves` over the bins of t; `standard batch`, the variance of a batch; `methods`,
-        relative to it.
+        `settings`; `length` of the longest row; `documents`: number of documents that the rows come
+        from; `loss` and `gradient`: [estimate, standard error] of A, B, C and total for one row;
+        `autoregressive`, if measured: C of both, the mean next-token loss and the unigram entropy
+        of the rows' tokens, nats; `curves`: means over bins of t; `standard batch`: variance of a
+        batch of `standard`; `methods`: variances relative to it.
     """
     t, w = state.column("t"), state.column("weight")
     losses = state.column(f"{_column_prefix('bernoulli', 1)} loss")
@@ -266,22 +269,22 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
 
 
 def entropy(tokens: torch.Tensor) -> float:
-    """Entropy of the frequencies of token ids, nats: what a model reaches that sees no context."""
+    """Unigram entropy of token ids, nats: the lowest loss of a model that sees no context."""
     share = torch.unique(tokens, return_counts=True)[1].double() / tokens.numel()
     return float(-(share * share.log()).sum())
 
 
 def densities(state: State, settings: Settings, length: int) -> FittedDensities:
-    """The densities of t that are fitted to the draws, for P-POTS, of all kinds of masks.
+    """Fits the densities of t for P-POTS to the draws, for each kind of mask.
 
-    As in training a row's value is its loss, or the norm of its gradient at the final hidden
-    states. What a fit sees is what it is for: the noise of the count is a part of what Bernoulli
-    masks do.
+    As in training, the value of a row is its loss, or the norm of its gradient with respect to the
+    final hidden states. Each density is fitted to draws with the kind of mask that it is used with.
+    For Bernoulli masks these include the noise of the number of masked tokens.
 
     Args:
-        state: all rows, measured.
-        settings: what was measured.
-        length: of a row.
+        state: measurements of all rows.
+        settings: settings of the measurement.
+        length: length of a row.
     """
     found: FittedDensities = {}
     asked_for = (METHODS[name].target for name in settings.methods)
@@ -312,7 +315,7 @@ def _gradient_draws(state: State, settings: Settings, mask: str) -> NestedDraws:
 def _methods(
     state: State, settings: Settings, result: dict[str, Any], gradient: NestedDraws
 ) -> list[dict[str, Any]]:
-    """The table; adds the variance of a batch of `standard` to the result."""
+    """Computes the table of methods; also adds `standard batch` to `result`."""
     t, w = state.column("t"), state.column("weight")
     single = {"bernoulli": gradient}
     method_draws: dict[tuple[str, MaskKind, int], MethodDraws] = {}
@@ -366,7 +369,7 @@ def _methods(
 
 
 def _binned_mean(t: Floats, weight: Floats, losses: Floats) -> Floats:
-    """Mean loss in the bin of t that each rate lies in [n0, nt, 1]."""
+    """Mean loss in the bin of t that contains each rate [n0, nt, 1]."""
     moments = RateMoments(EMA_BINS)
     moments.update(t, losses.mean(axis=2), weight)
     means: Floats = moments.mean()[np.ceil(t * EMA_BINS).astype(int) - 1][..., None]

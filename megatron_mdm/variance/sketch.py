@@ -1,22 +1,23 @@
-"""Gradients as vectors, and random projections of them that keep variances in the mean."""
+"""Gradients as vectors, and random projections that leave variances unbiased."""
 
 from collections.abc import Sequence
 
 import torch
 
-MOST_WHOLE = 8192  # numbers of a gradient that is kept, by default; longer ones are projected
+MOST_WHOLE = 8192  # by default, longer gradients are projected to this many numbers
 
 
 class Sketch:
-    """A seeded random projection of gradients that keeps squared lengths in the mean.
+    """A seeded random projection of gradients that leaves squared norms unbiased.
 
-    A count sketch: every coordinate goes, with a random sign, into one of d sums. Squared lengths,
-    and so traces, are unbiased, with a relative error of at most sqrt(2/d) for one sketch.
+    It is a count sketch: every coordinate is added, with a random sign, to one of d sums. Squared
+    norms, and therefore traces of covariances, are unbiased. The relative error of one sketch is at
+    most sqrt(2/d).
 
     Args:
-        parameters: what the gradients belong to.
-        size: d; None keeps every coordinate.
-        seed: of the projection.
+        parameters: the parameters that the gradients belong to.
+        size: d; None: no projection, every coordinate is kept.
+        seed: seed of the projection.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], size: int | None, seed: int = 0):
@@ -36,15 +37,18 @@ class Sketch:
     def gradient_and_norm(
         self, loss: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, float]:
-        """The same, and the norm of the gradient at `hidden`, of which the loss is a function."""
+        """Like `gradient`, and also the norm of the gradient with respect to `hidden`.
+
+        The loss must depend on `hidden`.
+        """
         *found, at_hidden = gradients(loss, [*self.parameters, hidden])
         return self.project(found), float(torch.linalg.vector_norm(at_hidden.float()))
 
     def project(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The (projected) vector, float32 [d], on the CPU.
+        """Projects a vector that is given in parts; float32 [d], on the CPU.
 
         Args:
-            parts: one tensor for each of the parameters, of its shape.
+            parts: one tensor for each parameter, in the shape of the parameter.
         """
         return self._sums(parts).cpu()
 

@@ -1,4 +1,4 @@
-"""What a report of the variance has measured so far, in a file that another attempt reads."""
+"""The measurements of a variance report, kept in a file so that it can be resumed."""
 
 import dataclasses
 import json
@@ -17,18 +17,19 @@ SAVE_EVERY = 60.0  # seconds
 
 
 class State:
-    """Rows that were measured, kept in a file beside the report.
+    """The measured rows, kept in a file beside the report.
 
     Args:
-        settings: a dataclass that says what is measured; a file of something else is refused.
-        path: the file; None keeps nothing.
-        writes: whether this process saves; one of several ranks does.
+        settings: dataclass with the settings of the measurement; a file with other settings is
+            rejected.
+        path: the file; None: nothing is saved.
+        writes: whether this process saves; only one of several ranks does.
 
     Attributes:
-        rows: for each row its arrays by name, of the same names and shapes for all.
+        rows: the arrays of each row by name; all rows have the same names and shapes.
 
     Raises:
-        UserError: the file is damaged, or of another measurement.
+        UserError: the file is damaged, or it was written with other settings.
     """
 
     def __init__(self, settings: Any, path: str | None = None, writes: bool = True):
@@ -51,18 +52,18 @@ class State:
             raise UserError(f"{path} is damaged: delete it to measure anew") from error
         if identity != self.identity:
             raise UserError(
-                f"{path} is what was measured with other settings, another checkpoint or other "
-                "data: delete it to measure anew, or give another --output"
+                f"{path} was measured with other settings, another checkpoint or other data: "
+                "delete it to measure anew, or give another --output"
             )
 
     def add(self, row: Row) -> None:
-        """Takes a row, and saves if the last time is a while ago."""
+        """Adds a row, and saves if the last save is more than `SAVE_EVERY` seconds ago."""
         self.rows.append(row)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
 
     def save(self) -> None:
-        """Writes the file."""
+        """Writes all rows to the file."""
         if not self.writes or self.path is None or not self.rows:
             return
         columns = {name: self.column(name) for name in self.rows[0]}
@@ -75,5 +76,5 @@ class State:
         self._saved = time.monotonic()
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """One of the arrays of all rows, the row first."""
+        """Stacks the arrays of one name of all rows: [rows, ...]."""
         return np.stack([row[name] for row in self.rows])

@@ -194,7 +194,7 @@ def test_mistakes_end_in_one_line():
         (
             ["170m", "x", "y", "--micro-batch-size", "six"],
             {},
-            "error: --micro-batch-size: six is no number from 1 on",
+            "error: --micro-batch-size: six is not a whole number of at least 1",
         ),
     ):
         result = subprocess.run(

@@ -385,7 +385,7 @@ def test_an_end_token_before_given_text_ends_nothing():
         ({"end_token_ids": (MASK,)}, "the mask token 9 cannot end a text"),
         ({"end_token_ids": (-1,)}, "--eos-token-ids -1: the vocabulary has no such id"),
         ({"end_token_ids": (10,), "vocab_size": 10}, "--eos-token-ids 10: the vocabulary has no"),
-        ({"steps": 2, "block_length": 2}, "--steps 2 is less than one a block: 3 blocks"),
+        ({"steps": 2, "block_length": 2}, "--steps 2 is less than one per block: 3 blocks"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):

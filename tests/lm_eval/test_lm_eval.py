@@ -257,7 +257,7 @@ def test_tasks_are_named_by_tags_patterns_and_files(manager, tasks):
     [
         ("words_choice", "lm_eval has no such task: did you mean words_choices"),
         ("humaneval", "--tasks humaneval runs code that the model writes: add --confirm-run"),
-        ("mmmu_val_art", "--tasks mmmu_val_art shows pictures or plays sounds"),
+        ("mmmu_val_art", "--tasks mmmu_val_art contains pictures or sounds"),
         ("words_gone", "--tasks words_gone cannot be loaded: FileNotFoundError: .*gone.jsonl"),
     ],
 )
@@ -278,8 +278,11 @@ def test_what_cannot_be_answered_is_one_line_before_anything_is_computed(manager
     for settings, message in (
         ({"gen_kwargs": {"min_p": 0.1, "temperature": 1.0}}, "has min_p 0.1, which the decoder"),
         ({"gen_kwargs": {"max_gen_toks": 64}}, "max_gen_toks 64 must be 1 to 63"),
-        ({"num_fewshot": 9}, r"words_choices cannot be asked with 9 examples \(--num-fewshot\): V"),
-        ({"num_fewshot": 5}, "words_texts cannot be asked with 5 examples"),
+        (
+            {"num_fewshot": 9},
+            r"words_choices: cannot build the questions with 9 examples \(--num-fewshot\): V",
+        ),
+        ({"num_fewshot": 5}, "words_texts: cannot build the questions with 5 examples"),
     ):
         tasks = load_tasks(manager, ["words_choices", "words_texts"])
         with pytest.raises(UserError, match=message):
@@ -297,7 +300,7 @@ def test_settings_of_texts_are_those_of_a_task():
 
 
 def test_a_directory_of_tasks_that_is_missing(tmp_path):
-    with pytest.raises(UserError, match="--include-path .*absent is no directory"):
+    with pytest.raises(UserError, match="--include-path .*absent is not a directory"):
         task_manager(str(tmp_path / "absent"))
 
 
@@ -315,7 +318,7 @@ def test_a_directory_of_tasks_that_is_missing(tmp_path):
         ("--tasks x --json tests", "--json tests is a directory: give the name of a file"),
         (
             "--tasks x --log-samples /dev/null/x",
-            "--log-samples /dev/null/x: no file can be made in /dev/null: give another place",
+            "--log-samples /dev/null/x: cannot create a file in /dev/null: give another path",
         ),
         ("--tasks x --num-fewshot -1", "--num-fewshot -1: must not be negative"),
     ],

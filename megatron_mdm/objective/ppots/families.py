@@ -1,14 +1,15 @@
-"""Families of second moments that P-POTS chooses from; the paper's is EPR (arXiv 2511.18159).
+"""Families of second moments m2(t) that P-POTS chooses from (arXiv 2511.18159).
 
-A family is the sum of the square of a mean g(t) and of a variance v(t) over rows and masks, up to a
-factor. With p(t) = (1 - eps) t + eps the masking probability,
+A family is the square of a mean g(t) plus a variance v(t) over rows and masks, up to a factor. With
+p(t) = (1 - eps) t + eps the masking probability,
 
     epr     m2 = A^2 exp(2 k t^m) + a t^r + b (1-t)^s      k >= 0, m, r, s >= 1
     power   m2 = A^2 exp(2 k t^m) + b p(t)^-r              k >= 0, m >= 1, 0 <= r < 2
 
-EPR, the exponential-polynomial root, is the paper's. `power` has its mean, and the variance that
-the Horvitz-Thompson weight 1/p causes: a row of L tokens of equal cross entropy c has the variance
-c^2 (1-p) / (p L) over its masks, and ||dl/dh||^2 has a mean proportional to 1/(p L).
+EPR, the exponential-polynomial root, is the family of the paper. `power` has the same mean, and the
+variance that the Horvitz-Thompson weight 1/p causes: for a row of L tokens with equal cross entropy
+c, the variance of the loss over masks is c^2 (1-p) / (p L), and the mean of ||dl/dh||^2 is
+proportional to 1/(p L).
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 
 from megatron_mdm.objective.types import Floats
 
-# Most of k, and of every exponent.
+# Upper bound of k, and of every exponent.
 MOST_SLOPE, MOST_EXPONENT = 10.0, 20.0
 _SLOPE, _EXPONENT, _FACTOR = (0.0, MOST_SLOPE), (1.0, MOST_EXPONENT), (-15.0, 15.0)
 
@@ -28,10 +29,11 @@ class Family:
     """A parametric second moment, up to a factor.
 
     Attributes:
-        names: its parameters; the first stands for the factor and is not fitted.
-        bounds: bounds of the fitted parameters, factors a and b by their logarithm. k and m come
-            first; few bins narrow those of k and of the exponents (see fit.py).
-        prior: center and width of the prior of each; of k as a share of its upper bound.
+        names: names of the parameters; the first one is the factor A, which is not fitted.
+        bounds: bounds of each fitted parameter; the factors a and b are fitted as logarithms. k and
+            m come first. With few bins, k and the exponents have narrower bounds (see fit.py).
+        prior: center and width of the prior of each fitted parameter; those of k are shares of its
+            upper bound.
         moment: (fitted parameters, t, p(t)) -> m2 and its derivatives by each fitted parameter.
         named: (fitted parameters, factor) -> values of `names`.
     """
@@ -44,7 +46,7 @@ class Family:
 
 
 def _log(x: Floats) -> Floats:
-    """Logarithm, large and negative but finite at 0, so that x^r = exp(r log x) is 0 there."""
+    """Logarithm that is finite (large, negative) at 0, so that x^r = exp(r log x) is 0 there."""
     return np.log(np.maximum(x, 1e-300))
 
 
@@ -72,7 +74,8 @@ def _power(x: Floats, t: Floats, p: Floats) -> tuple[Floats, list[Floats]]:
     return square + noise, [*derivatives, noise, -np.log(p) * noise]
 
 
-# Wide: no parameter costs more than half a nat anywhere. Horvitz-Thompson noise has r = 1.
+# Wide priors: within the bounds, no parameter costs more than half a nat. The exponent of
+# Horvitz-Thompson noise is r = 1.
 _PRIOR = {"k": (0.0, 2.0), "exponent": (1.0, 20.0), "factor": (0.0, 15.0), "noise": (1.0, 1.0)}
 
 FAMILIES = {

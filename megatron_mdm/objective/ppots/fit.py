@@ -1,31 +1,32 @@
 """Rate densities fitted to measured second moments: the optimum of P-POTS (arXiv 2511.18159).
 
 Let m2(t) = E[value^2 | t]. The variance of value / q(t) is least for q proportional to sqrt(m2). A
-family (families.py) models m2. Let M_i be the mean of m2 over bin i, S_i the measured second moment
-there and n_i its rows. The fit minimises, over the parameters, the Kullback-Leibler divergence
+family (families.py) models m2. For bin i, let M_i be the mean of m2 over the bin, S_i the measured
+second moment and n_i the number of rows. The fit minimises the Kullback-Leibler divergence
 
-    KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum,
+    KL(P | Q),    P_i = n_i sqrt(S_i) / sum,    Q_i = n_i sqrt(M_i) / sum.
 
-which is the paper's where all bins hold equally many rows; bins with few rows, and so much noise,
-count less. Like is compared with like, the root of a mean with the root of a mean: a family that
-holds the truth then recovers it however steep m2 is within a bin, which the mean of sqrt(m2) over
-the bin would not (12% off in the first of 30 bins for m2 = 1/p).
+This is the divergence of the paper if all bins have the same number of rows. Bins with few rows are
+noisy and have less weight. P and Q both take the root of a mean. A family that contains the true m2
+therefore recovers it, however steep m2 is within a bin. With the mean of sqrt(m2) over the bin in
+place of sqrt(M_i) it would not (an error of 12% in the first of 30 bins for m2 = 1/p).
 
-Measured bins do not determine every parameter: a term that is small in all bins may have any
-exponent, and a spike inside one bin any width. Rounding would then choose. So the parameters x of
-the n bins minimise
+The measured bins do not determine every parameter: a term that is small in all bins may have any
+exponent, and a spike inside one bin any width. Rounding would then decide. With n the number of
+bins, the parameters x therefore minimise
 
-    n/2 log(rows KL + FLOOR) + sum_j ((x_j - c_j) / s_j)^2 / 2,
+    n/2 log(rows KL + FLOOR) + sum_j ((x_j - c_j) / s_j)^2 / 2.
 
-the likelihood of noise of unknown size with a normal prior of center c and width s. A parameter
-that the bins do not determine takes the center of its prior. The prior fades as the divergence
-falls: exact measurements of a member of a family give that member. And no term of g is narrower
-than a bin: m <= n, and k <= 1 / (1/10 + m / 4n), so that log g rises by less than 4 over a bin.
-r and s of `epr`, which are exponents of a square, are at most 2 n. Sums that differ by rounding
-then give densities that differ little more.
+The first term is the negative log-likelihood for noise of unknown size. The second is a normal
+prior with center c and width s. A parameter that the bins do not determine takes the center of its
+prior. The prior loses influence as the divergence falls, so exact measurements of a member of a
+family give that member. Bounds keep every term of g at least as wide as a bin: m <= n and
+k <= 1 / (1/10 + m / 4n), so that log g rises by less than 4 over a bin. The exponents r and s of
+`epr` belong to a square and are at most 2 n. With these rules, sums that differ only by rounding
+give nearly equal densities.
 
-Beside the families of families.py there is `piecewise`: the roots of the measured values at the bin
-centres, linear between them.
+The family `piecewise` is not in families.py: it is linear between the bin centres, where it has the
+roots of the measured second moments.
 """
 
 from collections.abc import Callable
@@ -43,22 +44,23 @@ from megatron_mdm.objective.randomness import GRID_BITS, to_grid
 from megatron_mdm.objective.samplers import PiecewiseSampler, mixture
 from megatron_mdm.objective.types import Floats
 
-Target = Literal["loss", "gradient"]  # that a density is fitted to
-# Nodes of the quadrature over one bin: exact to rounding for m2 = p^-2 over the first bin.
+Target = Literal["loss", "gradient"]  # the value that a density is fitted to
+# Quadrature nodes in one bin: exact up to rounding for m2 = p^-2 in the first bin.
 ORDER = 16
-# Starts that are followed to the end.
+# Number of starts that are refined to convergence.
 KEPT_STARTS = 8
-# Divergence times rows, nats, far below which a fit need not fall: above rounding, below noise.
+# Rows times divergence, nats, below which a better fit gains little: above rounding, below noise.
 FLOOR = 0.01
-# Relative error of a table, at most, before it is normalised.
+# Largest relative error of a table before it is normalised.
 TABLE_ERROR = 4e-4
-# Of L-BFGS-B: from all starts, and from the best ends to as far as float64 can tell.
+# Options of L-BFGS-B: for the rough descent from all starts, and for the refinement of the best
+# ones up to the precision of float64.
 ROUGH_OPTIONS = {"ftol": 1e-5, "gtol": 1e-3, "maxiter": 500}
 OPTIONS = {"ftol": 0.0, "gtol": 1e-10, "maxiter": 1000}
 
 
 class FitError(UserError):
-    """The moments do not determine a density. An online caller keeps the sampler that it has."""
+    """The moments do not determine a density. Online P-POTS then keeps its current sampler."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,16 @@ class PpotsFit:
     """A fitted density and what it was fitted to.
 
     Attributes:
-        target: value measured: `loss` (nats per token), or `gradient`, the norm of dl/dh.
+        target: the measured value: `loss` (nats per token), or `gradient`, the norm of dl/dh.
         family: `epr`, `power` or `piecewise`.
-        parameters: of the family, by name; none for `piecewise`.
-        kl: divergence from the measured density, nats (see the head of this module).
-        kls: the same for every family that was tried.
+        parameters: fitted parameters of the family by name; empty for `piecewise`.
+        kl: KL(P | Q), the divergence from the measured density, nats (see the module docstring).
+        kls: the divergence of every family that was tried, by name.
         uniform_share: share of the uniform density in the mixture.
         eps: least masking probability.
-        moments: the measurement.
-        table: the mixture.
-        errors: standard errors of the second moment of each bin; None: not known.
+        moments: the measured moments.
+        table: the mixture of the fitted density and the uniform density.
+        errors: standard error of the second moment in each bin; None: not known.
     """
 
     target: Target
@@ -91,7 +93,7 @@ class PpotsFit:
 
     @property
     def rows(self) -> float:
-        """Rows measured; after a decay the effective number."""
+        """Number of measured rows; after a decay, the effective number."""
         return self.moments.rows
 
     def sampler(self) -> PiecewiseSampler:
@@ -115,20 +117,21 @@ def fit(
     Equal arguments give bitwise equal fits.
 
     Args:
-        moments: the measurement.
-        family: `auto` takes the least 2 rows KL + 2 (number of free parameters), the Akaike
-            criterion of as many draws from the measured density, among families with enough bins.
-        target: what was measured; recorded only.
+        moments: the measured moments.
+        family: a family, or `auto`: the family with the lowest 2 rows KL + 2 (number of free
+            parameters), among the families that have at most as many parameters as there are bins.
+            This is the Akaike criterion if the rows are draws from the measured density.
+        target: the measured value; only recorded.
         uniform_share: share of the uniform density in the mixture, in (0, 1].
         eps: least masking probability, in (0, 1); for exact-count masks one over the row length.
         starts: number of starts of L-BFGS-B for each family; the best ones are refined.
-        seed: of the starts.
-        errors: standard errors of the second moments [n], recorded only; those of bins that have
-            none are NaN, and then none is recorded.
+        seed: seed of the starts.
+        errors: standard errors of the second moments [n]; only recorded. If any of them is NaN
+            (unknown), none is recorded.
 
     Raises:
-        FitError: bins without rows, or only values 0.
-        UserError: fewer bins than parameters, or an argument out of range.
+        FitError: a bin has no rows, or all values are 0.
+        UserError: there are fewer bins than parameters, or an argument is out of range.
     """
     S, n = moments.second_moment(), moments.num_bins
     empty = int(np.isnan(S).sum())
@@ -136,13 +139,13 @@ def fit(
         if moments.skipped:
             raise FitError(
                 f"{empty} of {n} rate bins hold no rows, and {moments.skipped} draws were left out "
-                "whose values are NaN or infinite: measure a model that computes numbers"
+                "whose values are NaN or infinite: measure a model with finite values"
             )
         raise FitError(
             f"{empty} of {n} rate bins hold no rows: measure more rows or use fewer bins"
         )
     if not S.any():
-        raise FitError(f"all {moments.rows:.6g} measured values are 0: measure a model's own")
+        raise FitError(f"all {moments.rows:.6g} measured values are 0: measure another model")
     if not 0.0 < eps < 1.0:
         raise UserError(f"the least masking probability must lie in (0, 1), got {eps}")
     if starts < 1:
@@ -205,14 +208,14 @@ def _fit_family(name: str, moments: RateMoments, eps: float, starts: int, seed: 
         return float(value), n / 2 * moments.rows / misfit * gradient + y
 
     def descents(points: list[Floats], options: dict[str, float]) -> list[Any]:
-        """Runs L-BFGS-B from each of the points; the best end comes first."""
+        """Runs L-BFGS-B from each point; returns the results, the best one first."""
         ends = [
             minimize(objective, y, jac=True, method="L-BFGS-B", bounds=box.bounds, options=options)
             for y in points
         ]
         return sorted(ends, key=lambda end: float(end.fun))
 
-    # All starts roughly, and only the best ones to the end: the others cost two thirds of the time.
+    # Only the best of the rough descents are refined: the others would take two thirds of the time.
     rough = descents(_starts(box.bounds, starts, seed), ROUGH_OPTIONS)
     best = descents([end.x for end in rough[:KEPT_STARTS]], OPTIONS)[0]
     x, _ = box.parameters(np.asarray(best.x, dtype=np.float64))
@@ -231,7 +234,7 @@ class _Box:
 
     Args:
         family: the family.
-        num_bins: n, the bins of t that it is fitted to.
+        num_bins: n, the number of bins of t in the measurement.
     """
 
     def __init__(self, family: Family, num_bins: int) -> None:
@@ -262,15 +265,15 @@ def _divergence(P: Floats, rows: Floats, M: Floats) -> tuple[float, Floats]:
     """KL(P | Q) and Q_i = n_i sqrt(M_i) / sum [n]."""
     Q = rows * np.sqrt(M)
     Q = Q / Q.sum()
-    # As a sum of terms that are not negative, which P log(P / Q) are not, and would cancel.
+    # A sum of non-negative terms. The terms P log(P / Q) have both signs and would cancel.
     off = (Q - P) / np.where(P > 0.0, P, 1.0)
     return float(np.where(P > 0.0, P * (off - np.log1p(off)), Q).sum()), Q
 
 
 def _quadrature(num_bins: int, eps: float) -> tuple[Floats, Floats, Floats]:
-    """Nodes t, p(t) and weights of the mean over each bin [n, ORDER].
+    """Nodes t, p(t) and weights of a quadrature for the mean over each bin [n, ORDER].
 
-    Gauss-Legendre in log p, in which a power of p is an exponential, smooth down to t = 0.
+    Gauss-Legendre in log p: a power of p is an exponential of log p, which is smooth down to t = 0.
     """
     nodes, weights = np.polynomial.legendre.leggauss(ORDER)
     ends = np.log((1 - eps) * np.arange(num_bins + 1) / num_bins + eps)
@@ -281,27 +284,28 @@ def _quadrature(num_bins: int, eps: float) -> tuple[Floats, Floats, Floats]:
 
 
 def _starts(bounds: tuple[tuple[float, float], ...], count: int, seed: int) -> list[Floats]:
-    """Points of the box: raw Philox words, since these do not change with NumPy's version."""
+    """Random points in the box, from raw Philox words, which are stable across NumPy versions."""
     low, high = np.array(bounds).T
     words = np.random.Philox(key=seed & (2**64 - 1)).random_raw(count * len(low))
     unit = (to_grid(words).reshape(count, len(low)) + 0.5) * 2.0**-GRID_BITS
-    # Slopes and exponents more often near their lower bound, the others not at the ends of theirs.
+    # k, m and exponents start more often near their lower bounds; factors, and r of `power`, start
+    # in the middle of their range.
     inner = np.where(low < 0.0, 0.3 + 0.4 * unit, unit**2)
     return list(low + (high - low) * inner)
 
 
 def _interpolated_square(values: Floats) -> Floats:
-    """Mean over each bin of the square of the values interpolated between bin centres [n]."""
+    """Mean over each bin of the squared linear interpolation between bin centres [n]."""
     middle = (values[:-1] + values[1:]) / 2
     left, right = np.append(values[0], middle), np.append(middle, values[-1])
     return np.asarray((left**2 + left * values + 2 * values**2 + values * right + right**2) / 6)
 
 
 def tabulate(density: Callable[[Floats], Floats]) -> tuple[Floats, Floats]:
-    """Edges and values whose linear interpolation is off by at most `TABLE_ERROR`, relative.
+    """Edges and values of a density; its linear interpolation has a relative error <= TABLE_ERROR.
 
-    Cells are halved until they are accurate at three points inside; should that take more than
-    TABLE_SIZE edges, the tolerance is doubled.
+    Cells are halved until the interpolation is accurate at three points inside each. If this takes
+    more than TABLE_SIZE edges, the tolerance is doubled.
 
     Args:
         density: positive function on [0, 1], not normalised.

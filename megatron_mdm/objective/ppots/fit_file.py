@@ -1,4 +1,4 @@
-"""Files of fitted rate densities: JSON, versioned, read back bit for bit."""
+"""Files of fitted rate densities: versioned JSON that is read back bit for bit."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FORMAT, VERSION = "megatron-mdm rate density", 1
 
 
 def sampler_text(fit: PpotsFit) -> str:
-    """The text of a file of a fit, in JSON, for `load_sampler` to read."""
+    """The JSON text of a fit, which `load_sampler` reads from a file."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -30,15 +30,15 @@ def sampler_text(fit: PpotsFit) -> str:
         "edges": fit.table.edges.tolist(),
         "density": fit.table.values.tolist(),
     }
-    # Python writes floats by their shortest exact decimals: they are read back bit for bit.
+    # Python writes a float with the fewest decimals that give back the same bits.
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def load_sampler(path: str | Path) -> PpotsFit:
-    """Reads what `sampler_text` wrote, bit for bit; use `.sampler()` of the result.
+    """Reads a file with the text of `sampler_text`, bit for bit; `.sampler()` gives the density.
 
     Raises:
-        UserError: no such file, damaged, of another version, or not a density.
+        UserError: the file does not exist, is damaged, has another version or is not a density.
     """
     again = "make it anew with tools/fit_ppots.py"
     try:
@@ -54,7 +54,7 @@ def load_sampler(path: str | Path) -> PpotsFit:
         raise UserError(f"{path} is not a rate density ('format' is not '{FORMAT}'): {again}")
     version = content.get("version")
     if type(version) is not int or version != VERSION:
-        raise UserError(f"{path} is of version {version}, this program reads {VERSION}: {again}")
+        raise UserError(f"{path} has version {version}, this program reads {VERSION}: {again}")
     try:
         if content["target"] not in ("loss", "gradient"):
             raise ValueError(f"'target' is {content['target']!r}")
@@ -85,7 +85,7 @@ def load_sampler(path: str | Path) -> PpotsFit:
 
 
 def _errors(values: Any, num_bins: int) -> tuple[float, ...] | None:
-    """Standard errors of a file; those of earlier versions of this program have none."""
+    """Standard errors from a file; None for files of earlier versions of this program."""
     if values is None:
         return None
     errors = tuple(float(value) for value in values)

@@ -1,13 +1,14 @@
-"""P-POTS (arXiv 2511.18159): second moments per masking rate, g^2 + v.
+"""P-POTS (arXiv 2511.18159): second moments g^2 + v of a value, per masking rate.
 
 The variance of value / q(t) is least for q*(t) proportional to sqrt(E[value^2 | t]). The value of a
-row at rate t is its loss l (nats per eligible token, target `loss`, the paper's) or the norm of
-dl/dh (target `gradient`); WITHOUT the importance weight 1/q(t) of the sampler in use.
+row at rate t is its loss l (nats per eligible token; target `loss`, as in the paper) or the norm of
+dl/dh (target `gradient`). The value does NOT include the importance weight 1/q(t) of the sampler.
 
-The second moment is raw, E[value^2 | t] = g^2 + v with v over rows AND masks: it holds the variance
-between rows of the conditional mean, which the authors' released code leaves out of the optimum.
+The second moment is the raw one: E[value^2 | t] = g^2 + v, where v is the variance over rows AND
+masks. It includes the variance of the conditional mean between rows, which the authors' released
+code omits.
 
-Bins: n equal bins of t, bin i = (i/n, (i+1)/n].
+The bins are n equal bins of t; bin i is (i/n, (i+1)/n].
 """
 
 from dataclasses import dataclass
@@ -29,27 +30,27 @@ def accumulate(
     num_bins: int,
     present: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The sums of `RateMoments.vector()` over B rows, on their device, without waiting for it.
+    """Computes the sums of `RateMoments.vector()` over B rows, without waiting for the device.
 
-    A row whose weight, or whose value or its square times that, is not finite, or 2^50 and more,
-    counts as skipped and nowhere else. Of what is added the part below 2^-70 is lost.
+    A row is skipped, and counted as skipped, if w, w value or w value^2 is not finite or not below
+    2^50 in magnitude, w being its weight. Bits of a term below 2^-70 are cut off.
 
     Args:
         t: masking rates in (0, 1], [B].
         value: value of each row, not weighted by 1/q(t) [B].
-        weight: 1/q(t), the importance weight of the rate alone [B].
+        weight: w = 1/q(t), the importance weight of the rate alone [B].
         num_bins: number of equal bins of t.
-        present: which of them are rows at all, bool [B]; None: all.
+        present: which entries are real rows, bool [B]; None: all.
 
     Returns:
-        Exact sums, int64 [LIMBS, 4 num_bins + 1] (`exact_sums`), additive over micro-batches and
-        ranks in any order.
+        Exact sums, int64 [LIMBS, 4 num_bins + 1] (`exact_sums`), which can be added over
+        micro-batches and ranks in any order.
     """
     t, value, weight = (x.detach().reshape(-1).to(torch.float64) for x in (t, value, weight))
     product = weight * value
     there = torch.ones_like(t, dtype=torch.bool) if present is None else present.reshape(-1)
     sums = torch.stack([weight, product, product * value, torch.ones_like(t)])
-    # NaN is below nothing.
+    # A comparison with NaN is False.
     good = (sums.abs() < BOUND).all(dim=0) & (weight > 0.0) & (t > 0.0) & (t <= 1.0) & there
     limbs = to_limbs(torch.where(good, sums, 0.0)).flatten(0, 1)
     index = torch.ceil(torch.where(good, t, 1.0) * num_bins).to(torch.int64) - 1
@@ -62,11 +63,11 @@ def accumulate(
 class RateMoments:
     """Running first and second moments of a value per bin of t.
 
-    Rows come from a density q, not from the uniform, so each counts in its bin with w = 1/q(t):
+    The rates of rows are drawn from a density q, so each row has the weight w = 1/q(t):
 
-        second moment of bin i = (sum_i w value^2) / (sum_i w),
+        second moment of bin i = (sum_i w value^2) / (sum_i w).
 
-    the self-normalised estimate of the mean of E[value^2 | t] over the bin under UNIFORM t.
+    This is the self-normalised estimate of the mean of E[value^2 | t] over the bin for UNIFORM t.
     """
 
     def __init__(self, num_bins: int):
@@ -81,18 +82,18 @@ class RateMoments:
 
     @property
     def counts(self) -> Floats:
-        """Rows of each bin [n]; fractions after a decay."""
+        """Number of rows in each bin [n]; not an integer after a decay."""
         counts: Floats = self._sums[3].copy()
         return counts
 
     @property
     def rows(self) -> float:
-        """Rows of all bins."""
+        """Number of rows in all bins; not an integer after a decay."""
         return float(self._sums[3].sum())
 
     @property
     def skipped(self) -> int:
-        """Rows left out since their value or weight was not finite; never decays."""
+        """Number of rows that `accumulate` skipped; never decays."""
         return int(self._vector[-1])
 
     def update(self, t: npt.ArrayLike, value: npt.ArrayLike, weight: npt.ArrayLike) -> None:
@@ -101,20 +102,23 @@ class RateMoments:
         self.add(from_limbs(accumulate(t, value, weight, self.num_bins)))
 
     def add(self, other: "RateMoments | npt.ArrayLike") -> None:
-        """Adds the rows of another, or of a vector of the layout of `vector`."""
+        """Adds other moments, or a vector in the layout of `vector`."""
         vector = other if isinstance(other, RateMoments) else RateMoments.from_vector(other)
         if vector.num_bins != self.num_bins:
             raise ValueError(f"{vector.num_bins} bins cannot be added to {self.num_bins}")
         self._vector += vector._vector
 
     def decay(self, factor: float) -> None:
-        """Multiplies everything but `skipped` by `factor` in [0, 1]: old rows are forgotten."""
+        """Multiplies all sums but `skipped` by `factor` in [0, 1], so that old rows count less."""
         if not 0.0 <= factor <= 1.0:
             raise UserError(f"the decay of rate moments must lie in [0, 1], got {factor}")
         self._vector[:-1] *= factor
 
     def vector(self) -> Floats:
-        """For each bin sum of w, of w value, of w value^2, and rows; then rows skipped [4n + 1]."""
+        """Sums of w, w value, w value^2 and 1 over the rows of each bin, then `skipped` [4n + 1].
+
+        The n sums of w come first, then the n sums of w value, and so on.
+        """
         return self._vector.copy()
 
     @classmethod
@@ -122,11 +126,11 @@ class RateMoments:
         """The inverse of `vector`.
 
         Raises:
-            ValueError: of another length, or sums that no rows can have.
+            ValueError: the vector has a wrong length, or a sum that no rows can have.
         """
         array = np.array(vector, dtype=np.float64)
         if array.ndim != 1 or len(array) % 4 != 1:
-            raise ValueError("rate moments are 4 numbers a bin, then 1")
+            raise ValueError("rate moments are 4 numbers for each bin, and 1 more")
         moments = cls(len(array) // 4)
         moments._vector = array
         if not np.isfinite(array).all() or (moments._sums[[0, 2, 3]] < 0.0).any() or array[-1] < 0:
@@ -134,23 +138,23 @@ class RateMoments:
         return moments
 
     def check(self, most_rows: float) -> None:
-        """Checks that so many rows, none of which `accumulate` skips, can have these sums.
+        """Checks that at most `most_rows` rows can have these sums.
 
         Raises:
             ValueError: they cannot.
         """
         rows = self.rows + self.skipped
         if rows > most_rows:
-            raise ValueError(f"it counts {rows:.4g} rows, of {most_rows:.0f} at most")
+            raise ValueError(f"it counts {rows:.4g} rows, but at most {most_rows:.0f} are possible")
         if (np.abs(self._sums[:3]) > self._sums[3] * BOUND).any():
             raise ValueError("it holds sums that are too large for their rows")
 
     def mean(self) -> Floats:
-        """Mean value of each bin under uniform t [n], NaN in bins without rows."""
+        """Mean value in each bin for uniform t [n]; NaN in bins without rows."""
         return self._over_weights(1)
 
     def second_moment(self) -> Floats:
-        """Mean square of each bin under uniform t [n], NaN in bins without rows."""
+        """Mean squared value in each bin for uniform t [n]; NaN in bins without rows."""
         return self._over_weights(2)
 
     @property
@@ -169,15 +173,15 @@ class RateMoments:
             return NotImplemented
         return np.array_equal(self._vector, other._vector)
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # mutable
 
 
 @dataclass(frozen=True)
 class TextMoments:
-    """Moments of independent texts, which tell how far their sum can be trusted.
+    """Separate moments of independent texts, which give the standard error of their sum.
 
     Attributes:
-        texts: the moments of each text, all of one number of bins.
+        texts: the moments of each text, all with the same number of bins.
     """
 
     texts: tuple[RateMoments, ...]
@@ -193,7 +197,7 @@ class TextMoments:
     def errors(self) -> Floats:
         """Standard error of `total.second_moment()`, by the jackknife over texts [n].
 
-        NaN in a bin that fewer than two texts have draws in.
+        NaN in a bin where fewer than two texts have draws.
         """
         sums = np.array([text._sums[[0, 2]] for text in self.texts])  # [texts, 2, n]
         has = sums[:, 0] > 0.0

@@ -1,4 +1,4 @@
-"""The state of P-POTS that a run carries: the density in use and what was measured."""
+"""The state of online P-POTS in a run: the density in use and the measured moments."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,15 @@ from megatron_mdm.objective.types import Integers
 
 @dataclass(eq=False)
 class PpotsState:
-    """What a run needs to go on bit for bit: the density in use and what was measured so far.
+    """The state that a checkpoint must hold for a bitwise equal resume.
 
     Attributes:
-        sampler: density in use; `PiecewiseSampler([0, 1], [1, 1])`, the uniform, before a fit.
+        sampler: density in use; before the first fit the uniform density,
+            `PiecewiseSampler([0, 1], [1, 1])`.
         moments: running moments, up to the last time that a fit was due.
-        pending: exact sums of what was measured since, int64 [LIMBS, 4 num_bins + 1]. Apart from
-            the moments, because rounding them in the middle of an interval would change the next
-            fit.
+        pending: exact sums of the values measured since then, int64 [LIMBS, 4 num_bins + 1]. They
+            are kept apart from the moments, because rounding in the middle of an interval would
+            change the next fit.
     """
 
     sampler: PiecewiseSampler
@@ -31,20 +32,22 @@ class PpotsState:
 
     @classmethod
     def start(cls, sampler: PiecewiseSampler, num_bins: int) -> "PpotsState":
-        """Nothing was measured yet."""
+        """The state at the start of a run, without measurements."""
         moments = RateMoments(num_bins)
         return cls(sampler, moments, np.zeros((LIMBS, 4 * num_bins + 1), np.int64))
 
     def merge_pending(self) -> None:
-        """Adds what was measured since the last fit to the moments."""
+        """Adds the sums since the last fit to the moments, and clears them."""
         self.moments.add(from_limbs(self.pending))
         self.pending = np.zeros_like(self.pending)
 
     def state_vector(self) -> Integers:
-        """Number of edges, edges and values (padded with 0) and moments, as bits; then `pending`.
+        """The state as one int64 vector.
 
-        int64, which mixed precision does not round; its length, 2 + 2 TABLE_SIZE + 4 num_bins +
-        LIMBS (4 num_bins + 1), depends on the number of bins only.
+        It holds the number of edges, the edges and the values (each padded with 0 to TABLE_SIZE)
+        and the moments, as the bits of float64 numbers, and then `pending`. Mixed precision does
+        not round int64. The length, 2 + 2 TABLE_SIZE + 4 num_bins + LIMBS (4 num_bins + 1), depends
+        only on the number of bins.
         """
         size = len(self.sampler.edges)
         if size > TABLE_SIZE:
@@ -63,18 +66,18 @@ class PpotsState:
         Args:
             vector: the state, int64.
             num_bins: number of equal bins of t.
-            most_rows: rows that can have been measured.
+            most_rows: largest number of rows that the run can have measured.
 
         Raises:
-            UserError: the state is of another number of bins, or damaged: it holds sums that no
-                rows can have, or not so many.
+            UserError: the state has another number of bins, or it is damaged: no `most_rows` rows
+                can have its sums.
         """
         array = np.array(vector, dtype=np.int64)
         table, sums = 1 + 2 * TABLE_SIZE, 4 * num_bins + 1
         if array.shape != (table + (1 + LIMBS) * sums,):
             raise UserError(
-                f"the checkpoint's rate moments are not of {num_bins} bins, or of another version "
-                "of this program: resume with the number of bins and the version of the checkpoint"
+                f"the checkpoint's rate moments do not have {num_bins} bins, or another version of "
+                "this program wrote them: resume with the checkpoint's number of bins and version"
             )
         floats, pending_limbs = array[: table + sums].view(np.float64), array[table + sums :]
         size = floats[0]

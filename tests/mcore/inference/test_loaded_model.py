@@ -136,7 +136,7 @@ def test_show_and_picture(base, tmp_path):
         ("--length 0 --prompt 5", "prompt 1: nothing to write: give a --length of at least 1"),
         ("--length -1", "--length must be at least 0"),
         ("--length 30 --prompt 1<mask>2", "prompt 1: its tokens, --length and --suffix make 33"),
-        ("--length 5 --steps 2 --block-length 2", "--steps 2 is less than one a block: 3 blocks"),
+        ("--length 5 --steps 2 --block-length 2", "--steps 2 is less than one per block: 3 blocks"),
         ("--pipeline-model-parallel-size 3", "--pipeline-model-parallel-size 3 does not divide"),
         ("--picture order.svg", "--picture order.svg: must end in .png or .gif"),
         ("--picture a.png --prompt 1 --prompt 2", "--picture draws one prompt, and there are 2"),

@@ -33,8 +33,8 @@ def test_sums_do_not_depend_on_how_they_are_taken():
     [
         (2, 1e300, "sums that are too large for their rows"),
         (0, 2.0**60, "sums that are too large for their rows"),
-        (3, 2.0**62, "counts 4.612e+18 rows, of 100 at most"),
-        (-1, 1e6, "counts 1e+06 rows, of 100 at most"),
+        (3, 2.0**62, "counts 4.612e+18 rows, but at most 100 are possible"),
+        (-1, 1e6, "counts 1e+06 rows, but at most 100 are possible"),
     ],
 )
 def test_moments_of_more_or_larger_rows_than_there_were(place, value, message):
@@ -54,5 +54,5 @@ def test_exact_sums_of_more_rows_than_there_were():
     state.pending += accumulate(torch.tensor([0.3]), torch.tensor([1.0]), torch.ones(1), 4).numpy()
     PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)
     state.pending[:, 13] *= 5  # the number of rows in the second bin
-    with pytest.raises(UserError, match="it counts 5 rows, of 1 at most"):
+    with pytest.raises(UserError, match="it counts 5 rows, but at most 1 are possible"):
         PpotsState.from_state_vector(state.state_vector(), 4, most_rows=1)

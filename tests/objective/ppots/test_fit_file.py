@@ -94,9 +94,9 @@ def replace(key, index, value):
     [
         (without("format"), "'format' is not"),
         (put("format", "other"), "'format' is not"),
-        (put("version", 2), "is of version 2, this program reads 1"),
-        (put("version", True), "is of version True"),
-        (without("version"), "is of version None"),
+        (put("version", 2), "has version 2, this program reads 1"),
+        (put("version", True), "has version True"),
+        (without("version"), "has version None"),
         (without("density"), "lacks 'density'"),
         (without("moments"), "lacks 'moments'"),
         (without("lam"), "lacks 'lam'"),

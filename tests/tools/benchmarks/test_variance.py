@@ -83,7 +83,7 @@ def test_what_cannot_be_drawn_is_refused(words, message, tmp_path):
     ("words", "message"),
     [
         ("--length 0", "--length 0: must be at least 2"),
-        ("--rows 1", "it takes --rows 2"),
+        ("--rows 1", "needs at least --rows 2"),
         ("--steps -3", "--steps -3: must be at least 1"),
     ],
 )
