@@ -133,7 +133,8 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--num-experts 4 --moe-router-topk 8", "--moe-router-topk 8 exceeds --num-experts 4"),
         (
             "--num-experts 4 --moe-router-load-balancing-type seq_aux_loss sinkhorn",
-            "sinkhorn routes a row by what else is in its micro-batch: use seq_aux_loss",
+            "sinkhorn makes the routing of a row depend on the other rows in its micro-batch: "
+            "use seq_aux_loss",
         ),
         (
             "--num-experts 4 --moe-router-load-balancing-type quantile_balancing "
