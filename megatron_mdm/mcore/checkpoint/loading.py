@@ -68,8 +68,8 @@ def _known(error: BaseException) -> UserError | None:
         here, there, what = schedule.groups()
         return SharedError(
             f"the checkpoint's schedule has another {what}: {there}, here {here} (lengths in "
-            "samples). Give --train-iters, --global-batch-size, --lr and the other flags of the "
-            "schedule their values in the checkpoint, or add --override-opt_param-scheduler for "
+            "samples). Set --train-iters, --global-batch-size, --lr and the other schedule flags "
+            "to their values in the checkpoint, or add --override-opt_param-scheduler for "
             "this run's schedule or --use-checkpoint-opt_param-scheduler for the checkpoint's"
         )
     argument = re.fullmatch(

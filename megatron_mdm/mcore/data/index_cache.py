@@ -107,4 +107,4 @@ def remove_damaged(directory: str, key: str) -> None:
             np.load(path, mmap_mode="r")
         except (ValueError, EOFError):  # NumPy raises these for a truncated file
             os.unlink(path)
-            notice(f"{path} was damaged, and is made anew")
+            notice(f"{path} was damaged, and is rebuilt")

@@ -447,8 +447,8 @@ def _validate_flags(args: Namespace) -> None:
         )
     if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
         raise UserError(
-            f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
-            "measured: use torch_dist"
+            f"--ckpt-format {args.ckpt_format} does not save the measurements of "
+            "--mdm-ppots-refit-interval: use torch_dist"
         )
     _check_transformer_engine(args, mdm)
     check_data_flags(args)

@@ -108,9 +108,9 @@ def _check_virtual_stages(args: Namespace, name: str, micro_batches: int) -> Non
     left = micro_batches % group
     if micro_batches < group or 0 < left < stages:
         raise UserError(
-            f"{name} makes {micro_batches} micro-batches a rank, which virtual stages cannot take: "
-            f"they go through them {group} at a time, and {stages} "
-            "(--pipeline-model-parallel-size) at least must be left at the end, or none"
+            f"{name} makes {micro_batches} micro-batches a rank, which virtual stages cannot "
+            f"process: they take one or more full groups of {group}, and then at most one smaller "
+            f"group, of at least {stages} (--pipeline-model-parallel-size)"
         )
 
 
@@ -124,7 +124,7 @@ def _check_head_size(args: Namespace) -> None:
     size, rotated = head_size(args), 1.0 if args.rotary_percent is None else args.rotary_percent
     if args.position_embedding_type == "rope" and size and int(size * rotated) % 2:
         raise UserError(
-            f"--position-embedding-type rope turns pairs of channels: {int(size * rotated)} of a "
+            f"--position-embedding-type rope rotates pairs of channels: {int(size * rotated)} of a "
             "head (--kv-channels, by default --hidden-size / --num-attention-heads, times "
             "--rotary-percent) must be even"
         )

@@ -36,4 +36,4 @@ def complete(saved: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         known = {**BEFORE, **known}
     added = {name: x for name, x in known.items() if name not in saved and x != _DEFAULTS[name]}
     line = ", ".join(f"{flag(name)} {value}" for name, value in added.items())
-    return known, f"the checkpoint is older than some settings, and goes by {line}" if line else ""
+    return known, f"the checkpoint is older than some settings, and uses {line}" if line else ""
