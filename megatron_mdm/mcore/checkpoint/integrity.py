@@ -68,7 +68,7 @@ def check_sums(path: Path) -> None:
     """
     expected = _on_first_rank(lambda: _expected(path))
     if expected is None:
-        notice(f"{path} has no {INTEGRITY_FNAME}: nothing can check that its files are intact")
+        notice(f"{path} has no {INTEGRITY_FNAME}: nothing tells whether its files are intact")
         return
     sizes = _on_first_rank(lambda: _sizes(path))
     rank, ranks = _rank_and_size()

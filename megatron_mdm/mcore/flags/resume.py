@@ -147,7 +147,8 @@ def _log_settings(args: Namespace) -> list[Any]:
     """The settings that the control variate's average depends on: bins, and the density of t."""
     settings = [args.mdm_rate_bins, args.mdm_clip]
     mdm = MDMConfig.from_args(args)
-    # Older checkpoints have this state without these densities, so only they extend the list.
+    # These densities are newer than the state. Other densities leave the list as it is in older
+    # checkpoints.
     if mdm.bell is not None or mdm.rate_sampler == "flat":
         density = mdm.rate_sampler, mdm.logit_normal, mdm.beta
         settings += [*density, mdm.bell_uniform_share, mdm.bell_role, mdm.bell_fade]

@@ -117,7 +117,8 @@ def _say_what_is_not_checked(args: Namespace) -> None:
         if directory is not None and is_remote(directory):
             notice(
                 f"{flag(name)} {directory} is in an object storage: nothing checks that the "
-                "checkpoints there are complete, unchanged, free of code and of this run"
+                "checkpoints there are complete, unchanged and harmless, or that they are this "
+                "run's"
             )
     if args.save is not None and args.ckpt_format != SUMMED and args.mdm_checkpoint_hashes:
         notice(
