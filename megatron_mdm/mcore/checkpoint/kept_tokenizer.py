@@ -25,8 +25,8 @@ DIRECTORY = "HuggingFaceTokenizer"
 # Tokenizer types that consist of one file.
 FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 # The tokenizer's files in a Hugging Face directory, which may also hold weights and data: files
-# that the tokenizer classes of transformers name; config.json, which transformers reads to choose a
-# class; and the model's code, card and license, which a conversion back to Hugging Face needs.
+# that the tokenizer classes of transformers name; config.json, which transformers reads with them;
+# and the model's code, card and license, which a conversion back to Hugging Face needs.
 # Additional chat templates are in a subdirectory.
 NAMES = """
 *token*.json *vocab*.json *vocab*.txt chat_template*.json config.json generation_config.json *.jinja
