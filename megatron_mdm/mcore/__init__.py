@@ -1,1 +1,1 @@
-"""The binding to Megatron: README.md has its parts in the order in which Megatron calls them."""
+"""The binding to Megatron. README.md lists its parts in the order in which Megatron calls them."""

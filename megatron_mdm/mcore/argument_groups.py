@@ -1,8 +1,8 @@
-"""How each of a run's arguments bears on what it trains: five groups.
+"""Sorts each argument of a run into one of five groups, by what it influences.
 
-A checkpoint holds the arguments of the run that saved it. Megatron compares four of them with those
-of the run that resumes. A forgotten flag would otherwise train another model, on other data or in
-another way, and say nothing.
+A checkpoint holds the arguments of the run that saved it. On a resume Megatron compares only four
+of them with the new arguments. A forgotten flag would silently train another model, use other data
+or change the training, so `flags/resume.py` compares whole groups.
 """
 
 from argparse import Namespace
@@ -18,10 +18,11 @@ class Group(Enum):
 
     Attributes:
         MODEL: the function that the weights compute. It cannot change.
-        DATA: which rows the run sees, and in which order.
+        DATA: the rows that the run sees, and their order.
         OBJECTIVE: the loss and its masks: --mdm-* flags, the seed and the length of a row.
-        TRAINING: optimisation, regularisation and precision. They may change, with a line.
-        RUN: layout, speed, paths, logs, intervals and length, which are of one process alone.
+        TRAINING: optimisation, regularisation and precision. They may change on a resume; the run
+            then prints a line.
+        RUN: layout, speed, paths, logs, intervals and length. They may differ at every start.
     """
 
     MODEL = "model"
@@ -32,10 +33,10 @@ class Group(Enum):
 
 
 def group(name: str) -> Group | None:
-    """The group of an argument, None for one that stands in no group.
+    """The group of an argument; None if it is in no group.
 
     Args:
-        name: as in Megatron's argument namespace.
+        name: its name in Megatron's argument namespace.
     """
     if name in _GROUPS:
         return _GROUPS[name]
@@ -57,17 +58,17 @@ def flag_and_value(name: str, value: Any) -> tuple[str, Any]:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two values of an argument mean the same: None, 0, False and nothing do."""
+    """Whether two values of an argument mean the same: None, 0, False and empty values do."""
     return bool(one == other) or (not one and not other)
 
 
 def changes(args: Namespace, saved: Mapping[str, Any], compared: Iterable[str]) -> list[str]:
-    """The flags whose value differs from that in a checkpoint, with both values.
+    """The flags whose values differ from those in a checkpoint, with both values.
 
     Args:
-        args: of this run.
-        saved: of the checkpoint.
-        compared: names of arguments.
+        args: the arguments of this run.
+        saved: the arguments in the checkpoint.
+        compared: names of the arguments to compare.
     """
     found = []
     for name in compared:
@@ -77,7 +78,7 @@ def changes(args: Namespace, saved: Mapping[str, Any], compared: Iterable[str]) 
     return found
 
 
-# Flags of Megatron's that are not named like their argument, and those that turn one off.
+# Megatron's flags whose names differ from their argument's, and flags that turn an argument off.
 _OTHER_FLAGS = {
     "fp4": "--fp4-format",
     "fp8": "--fp8-format",
@@ -247,7 +248,7 @@ use_tp_pp_dp_mapping use_transformer_engine_op_fuser valid_data_path validation_
 verify_integrity vocab_extra_ids vocab_file warmup wgrad_deferral_limit world_size yaml_cfg
 """
 
-# Beginnings of names, all of whose arguments are of the run.
+# Every argument whose name begins with one of these prefixes belongs to RUN.
 _RUN_FAMILIES = tuple(
     """
 async_ bert_ biencoder_ ckpt_ dino_ dist_ckpt_ exit_ fault_injector_ fim_ flight_recorder_ fsdp_

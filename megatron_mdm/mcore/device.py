@@ -1,14 +1,14 @@
-"""Megatron on a CPU: what `--mdm-device cpu` changes, and nothing of it is active on CUDA.
+"""Megatron on a CPU: the changes that `--mdm-device cpu` makes. None of them is active on CUDA.
 
-Megatron names the device `cuda` in some hundred places. Rather than editing it, the seam below
-makes these places mean the CPU for as long as it is entered:
+Megatron names the device `cuda` in some hundred places. `cpu_mode` leaves Megatron's code as it is
+and makes these places mean the CPU while the context is entered:
 
-1. a TorchFunctionMode that rewrites `device="cuda"` to the CPU in every torch call of this thread,
-   and pins no memory;
-2. stand-ins for the functions of torch.cuda that Megatron calls (streams, memory, generators);
-3. repairs of four spots of Megatron that fail, or differ between layouts, without a GPU.
+1. a TorchFunctionMode rewrites `device="cuda"` to the CPU in every torch call of this thread and
+   turns off pinned memory;
+2. stand-ins replace the functions of torch.cuda that Megatron calls (streams, memory, generators);
+3. repairs replace four functions of Megatron that fail, or differ between layouts, without a GPU.
 
-It works on a machine that has a GPU as well, which then stays idle.
+The mode also works on a machine that has a GPU. The GPU then stays idle.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from megatron_mdm.errors import UserError
 
 CPU = torch.device("cpu")
 
-# Defaults that a CPU needs in place of Megatron's; a flag given by hand still wins.
+# Defaults that replace Megatron's on a CPU. A flag on the command line still wins.
 CPU_DEFAULTS = {
     "transformer_impl": "local",
     "distributed_backend": "gloo",
@@ -36,7 +36,8 @@ CPU_DEFAULTS = {
     "bias_dropout_fusion": False,
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
-    # Between tensor-parallel experts the other dispatcher gathers shares that gloo wants equal.
+    # The all-to-all dispatcher gathers shards of unequal sizes between tensor-parallel experts.
+    # gloo requires equal sizes.
     "moe_token_dispatcher_type": "allgather",
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
@@ -45,14 +46,14 @@ CPU_DEFAULTS = {
 
 @contextlib.contextmanager
 def training_device(device: str, flag: str = "--mdm-device") -> Iterator[None]:
-    """Context in which Megatron trains on `device`, `cuda` or `cpu`.
+    """Context in which Megatron trains on `device`.
 
     Args:
-        device: of the two.
-        flag: by which the user of the program chooses it.
+        device: `cuda` or `cpu`.
+        flag: the program's flag that chooses the device; the error names it.
 
     Raises:
-        UserError: `cuda` is asked for and there is none.
+        UserError: `device` is `cuda` and no CUDA device was found.
     """
     if device == "cpu":
         with cpu_mode():
@@ -65,7 +66,7 @@ def training_device(device: str, flag: str = "--mdm-device") -> Iterator[None]:
 
 @contextlib.contextmanager
 def cpu_mode() -> Iterator[None]:
-    """Context in which `cuda` means the CPU for this thread (see the module's text)."""
+    """Context in which `cuda` means the CPU for this thread (see the module's docstring)."""
     with contextlib.ExitStack() as stack:
         for name, value in _cuda_stand_ins().items():
             stack.enter_context(replaced(torch.cuda, name, value))
@@ -135,14 +136,14 @@ class _Stream(_Event):
 
 
 class _Generators:
-    """torch.cuda.default_generators: here every device has the CPU's generator."""
+    """torch.cuda.default_generators, where every device has the CPU's generator."""
 
     def __getitem__(self, _: Any) -> torch.Generator:
         return torch.default_generator
 
 
 def _is_not_about_generators(record: logging.LogRecord) -> bool:
-    """Drops a warning that holds for every draw here, where both devices share a generator."""
+    """Drops a warning that would appear at every draw: both devices share one generator here."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
@@ -155,7 +156,7 @@ def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
 
 
 def _cuda_stand_ins() -> dict[str, Any]:
-    """Stand-ins by name. Each a function of its own: torch keeps tables keyed by function."""
+    """Stand-ins by name. Each is a distinct function: torch keeps tables keyed by function."""
 
     def memory(name: str) -> tuple[str, Any]:
         return name, lambda *_, **__: 0
@@ -197,7 +198,7 @@ def _cuda_stand_ins() -> dict[str, Any]:
 
 
 def _megatron_repairs() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, replacement) of the spots in Megatron that need a GPU."""
+    """(owner, attribute, replacement) of the functions of Megatron that need a GPU."""
     import megatron.training.initialize as initialize
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer.moe import token_dispatcher
@@ -206,7 +207,7 @@ def _megatron_repairs() -> list[tuple[Any, str, Any]]:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict_with_moments(self: Any) -> dict:
-        """Allocates AdamW's state first: Megatron reads its step before anything was stepped."""
+        """Allocates AdamW's state first: Megatron reads its `step` before the first step."""
         if not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for param in group["params"]:
@@ -219,19 +220,20 @@ def _megatron_repairs() -> list[tuple[Any, str, Any]]:
 
     @torch.no_grad()
     def set_states_and_step(self: Any, model_param: Any, tensors: dict) -> None:
-        """Passes AdamW's step on: Megatron expects it among the loaded tensors, where it is not."""
+        """Adds AdamW's `step`, which Megatron expects among the loaded tensors, where it is not."""
         group, place = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
-        # A copy of its own, since a loaded step is one tensor shared by all parameters.
+        # Each parameter gets its own copy: the loaded step is one tensor that all of them share.
         state["step"] = state["step"].clone()
         set_states(self, model_param, {**tensors, "step": state["step"]})
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """The tensor itself, on the CPU already (Megatron's own asserts that it is not)."""
+        """Returns a tensor that is on the CPU already; Megatron's own asserts that it is not."""
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
     return [
-        # Draws random numbers by amounts that depend on the layout, so that initial weights would.
+        # It draws an amount of random numbers that depends on the layout. Initial weights would
+        # then depend on the layout too.
         (initialize, "_warmup_jit_function", lambda *_, **__: None),
         (DistributedOptimizer, "state_dict", state_dict_with_moments),
         (DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_and_step),

@@ -30,17 +30,17 @@ def run(
     interruption: Interruption,
     other_step: Callable[[Objective], Callable] | None = None,
 ) -> None:
-    """Trains as sys.argv says.
+    """Parses sys.argv and trains.
 
     Args:
         program_start: time.time() at the start of the process, for Megatron's start-up timers.
-        interruption: what may ask this rank to stop.
-        other_step: gives the forward step of another objective, which is then evaluated by it
-            alone; default: masked diffusion's.
+        interruption: tells whether a signal has asked this rank to stop.
+        other_step: returns the forward step of another objective. Evaluations then report only
+            that step's loss, and no NELBO. Default: the step of masked diffusion.
 
     Raises:
         UserError: bad input.
-        SystemExit: with `INTERRUPTED`, if a signal has ended the training.
+        SystemExit: with status `INTERRUPTED`, if a signal has ended the training.
     """
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     use_shipped_dataset_helpers()
@@ -68,7 +68,7 @@ def run(
                     stop.begun_by(step),
                     non_loss_data_func=None if other_step else objective.after_evaluation,
                 )
-            except SystemExit as end:  # how Megatron ends at --exit-interval and the like
+            except SystemExit as end:  # Megatron exits this way at --exit-interval and the like
                 if end.code:
                     raise
             finally:
@@ -81,16 +81,16 @@ def run(
 
 
 def _write_scalars() -> None:
-    """Writes the rest of the scalars: a thread does so, which ends with the process."""
+    """Flushes the TensorBoard writer, whose thread would lose scalars when the process ends."""
     writer = get_tensorboard_writer()
     if writer is not None:
         writer.flush()
 
 
 def _disconnect() -> None:
-    """Ends the process groups, whose threads Megatron leaves alive: they can abort the exit.
+    """Ends the process groups. Megatron leaves their threads alive, which can abort the exit.
 
-    Only after success: a rank that failed must not wait for the others, which wait for it.
+    Call it only after success: a rank that failed must not wait here for ranks that wait for it.
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""This process among those that a launcher started."""
+"""This process's rank among the processes that a launcher started."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ def is_first_of_node() -> bool:
 
 
 def equal_on_all_ranks(digest: str) -> bool:
-    """Whether all ranks have the same digest, in hexadecimal; a collective call, of 16 bytes."""
+    """Whether all ranks have the same hexadecimal digest; a collective call of 16 bytes."""
     number = int(digest[:15], 16)
     ends = torch.tensor([number, -number], device=torch.cuda.current_device())
     torch.distributed.all_reduce(ends, op=torch.distributed.ReduceOp.MAX)
@@ -31,7 +31,7 @@ def equal_on_all_ranks(digest: str) -> bool:
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's process groups of this process alone, over gloo and without a network."""
+    """Context with Megatron's process groups for this single process: gloo, without a network."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -43,11 +43,11 @@ def one_rank() -> Iterator[None]:
 
 
 def notice(text: str, file: TextIO | None = None) -> None:
-    """Prints a line that tells a user what a run or a tool does, on the first rank alone.
+    """Prints a line that tells a user what a run or a tool does. Only the first rank prints it.
 
     Args:
-        text: the line; what cannot be shown is escaped.
-        file: where to; None: stdout.
+        text: the line; characters that cannot be shown are escaped.
+        file: where the line goes; None: stdout.
     """
     if is_first_rank():
         print(escaped(text), file=file, flush=True)

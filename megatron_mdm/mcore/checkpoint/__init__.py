@@ -1,1 +1,1 @@
-"""Checkpoints: what stands beside Megatron's files, and the checks before they are read."""
+"""Checkpoints: the files that the package adds to Megatron's, and the checks before reading."""

@@ -1,4 +1,4 @@
-"""Numbers that checkpoints carry beside the weights, in any layout."""
+"""Base class for numbers that checkpoints carry beside the weights, in any layout."""
 
 from abc import abstractmethod
 from typing import Any, Protocol
@@ -12,27 +12,27 @@ from megatron_mdm.objective.types import Integers
 
 
 class Run(Protocol):
-    """What a carried state asks its run."""
+    """The part of a run's state that a carried state needs."""
 
     @property
     def has_begun(self) -> bool:
-        """Whether the first iteration has begun: checkpoints are loaded before, saved after."""
+        """Whether the first iteration has begun: loads come before it, saves after it."""
         ...
 
 
 class CarriedState(MegatronModule):
-    """One vector of int64, the same on all ranks, as a module of every stage of the model.
+    """One int64 vector, the same on all ranks, as a module of every stage of the model.
 
-    int64, which mixed precision does not round.
+    It is int64 because mixed precision would round floating-point buffers.
 
     Args:
-        run: whose state it is.
+        run: the run that the state belongs to.
         config: Megatron's transformer configuration.
         vp_stage: virtual pipeline stage.
         in_checkpoint: whether the checkpoint that is about to be loaded has such a vector.
 
     Attributes:
-        KEY: its name in checkpoints.
+        KEY: name of the vector in checkpoints.
     """
 
     KEY: str
@@ -46,22 +46,22 @@ class CarriedState(MegatronModule):
 
     @abstractmethod
     def vector(self) -> Integers:
-        """The state of this rank, of a length that does not change."""
+        """The state of this rank as a vector of constant length."""
 
     @abstractmethod
     def gather(self) -> None:
-        """Makes the state of all ranks the same; a collective call."""
+        """Makes the states of all ranks equal; a collective call."""
 
     @abstractmethod
     def restore(self, vector: Integers) -> None:
-        """Takes over a state from a checkpoint."""
+        """Replaces the state by that of a checkpoint."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """The state as one replicated tensor; a collective call."""
         if not self.run.has_begun and not self.in_checkpoint:
-            return {}  # this is a load, of a checkpoint without it
+            return {}  # Megatron is loading a checkpoint without this state
         self.gather()
         self.bits.copy_(torch.from_numpy(self.vector()))
         group = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -70,7 +70,7 @@ class CarriedState(MegatronModule):
         return {f"{prefix}bits": tensor}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """Called by `load_state_dict`."""
+        """Restores the state; `load_state_dict` calls it."""
         bits = state_dict.pop(f"{prefix}bits", None)
         if bits is not None:
             self.bits.copy_(bits)

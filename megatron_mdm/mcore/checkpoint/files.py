@@ -1,9 +1,10 @@
-"""The checkpoints in a directory: which one is the latest, and whether its files are whole.
+"""Finds the latest checkpoint in a directory, and checks whether its files are complete.
 
-A run's directory holds `iter_0000100` and so on (or `release`, a converted model), each one
-checkpoint, and `latest_checkpointed_iteration.txt`, the tracker, which Megatron moves when a
-checkpoint is complete. A full disk, a crash or a copy that broke off leaves parts of these.
-Megatron then trains from random weights, ends with status 0, or raises; here it is one line.
+A run's directory holds one directory per checkpoint, such as `iter_0000100` (or `release` for a
+converted model), and the tracker `latest_checkpointed_iteration.txt`, which Megatron updates when a
+checkpoint is complete. A full disk, a crash or an interrupted copy leaves only parts of them.
+Megatron then trains from random weights, ends with status 0, or raises. Here the run ends with one
+line.
 """
 
 import json
@@ -19,7 +20,7 @@ from megatron_mdm.mcore.ranks import is_first_of_node
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 CONFIG = "metadata.json"
-# Formats of Megatron's that have a .metadata and no metadata.json.
+# Megatron's formats that have a .metadata but no metadata.json.
 WITHOUT_CONFIG = ("torch_dcp", "fsdp_dtensor")
 
 
@@ -28,8 +29,8 @@ class SavedCheckpoint:
     """One checkpoint.
 
     Attributes:
-        directory: that --save named.
-        iteration: after which it was saved; None for a release.
+        directory: directory that --save named.
+        iteration: iteration after which it was saved; None for a release.
     """
 
     directory: str
@@ -37,7 +38,7 @@ class SavedCheckpoint:
 
     @property
     def path(self) -> Path:
-        """Where its files are."""
+        """The directory of its files."""
         return Path(self.directory, _name(self.iteration))
 
     def __str__(self) -> str:
@@ -55,24 +56,24 @@ def find_checkpoint(
     ckpt_format: str = "torch_dist",
     step_flag: str | None = "--ckpt-step",
 ) -> SavedCheckpoint | None:
-    """The checkpoint that Megatron would load from a directory, if its files are whole.
+    """The checkpoint that Megatron would load from a directory, if its files are complete.
 
-    Names and sizes of the files tell, on the first rank of each node; their contents are another
-    matter (integrity.py).
+    The check reads names of files on all ranks, and sizes on the first rank of each node.
+    integrity.py checks their contents.
 
     Args:
-        directory: that --save named; it need not exist.
-        iteration: of the checkpoint; None: the one that the tracker names.
+        directory: directory that --save named; it need not exist.
+        iteration: iteration of the checkpoint; None: the one that the tracker names.
         ckpt_format: Megatron's name of the format that the run reads and writes.
-        step_flag: by which the user of the program chooses the iteration; None: the program takes
-            the one of the tracker.
+        step_flag: the program's flag that chooses the iteration; None: the program has no such
+            flag and always takes the tracker's.
 
     Returns:
-        None where there is no complete checkpoint at all.
+        None if there is no complete checkpoint at all.
 
     Raises:
-        UserError: the checkpoint or the tracker is missing or damaged while others are there, or
-            the directory is itself a checkpoint. The line names the newest complete one.
+        UserError: the checkpoint or the tracker is missing or damaged while other checkpoints
+            exist, or the directory is itself a checkpoint. The line names the newest complete one.
     """
     root = Path(directory)
     if _holds_shards(root):
@@ -117,20 +118,21 @@ def _whole(
     ckpt_format: str,
     step_flag: str | None = None,
 ) -> SavedCheckpoint:
-    """The checkpoint itself.
+    """Returns the checkpoint if it is complete.
 
     Args:
-        checkpoint: that is to be loaded.
-        there: iterations in its directory.
+        checkpoint: the checkpoint to be loaded.
+        there: iterations of the checkpoints in its directory.
         ckpt_format: see `find_checkpoint`.
-        step_flag: that names it; None: the tracker does.
+        step_flag: the flag that has chosen its iteration; None: the tracker has.
 
     Raises:
         UserError: it is not complete.
     """
     wrong = problem(checkpoint.path, ckpt_format)
     if wrong:
-        # Later ones are of a branch that the run has left, if there are any.
+        # Checkpoints with later iterations were left behind when the run went back to an earlier
+        # one. They come last as a remedy.
         before = [i for i in there if (i or 0) < (checkpoint.iteration or 0)]
         after = [i for i in there if i not in before and i != checkpoint.iteration]
         root = Path(checkpoint.directory)
@@ -145,14 +147,14 @@ def _whole(
 
 
 def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
-    """Says what a checkpoint lacks, empty if it is complete as far as names and sizes say.
+    """Describes what a checkpoint lacks; empty if it is complete by names and sizes of its files.
 
     Args:
-        path: of one checkpoint.
-        ckpt_format: as for `find_checkpoint`.
+        path: directory of one checkpoint.
+        ckpt_format: see `find_checkpoint`.
 
     Raises:
-        UserError: its .metadata holds what could run code.
+        UserError: its .metadata could run code.
     """
     if not path.is_dir():
         return "does not exist"
@@ -166,7 +168,7 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
     if CONFIG in names and not _is_config(path / CONFIG):
         return f"has a damaged {CONFIG}"
     if not is_first_of_node():
-        return ""  # thousands of ranks need not look at each file
+        return ""  # one check of each file per node is enough, even with thousands of ranks
     try:
         metadata = read_metadata(path / METADATA)
     except DamagedError:
@@ -195,7 +197,7 @@ def _holds_shards(path: Path) -> bool:
 
 
 def _iterations(root: Path) -> list[int | None]:
-    """Iterations whose directories are there, ascending; None first for a release."""
+    """Iterations of the checkpoint directories, ascending; a release comes first, as None."""
     if not root.is_dir():
         return []
     names = os.listdir(root)
@@ -221,7 +223,7 @@ def _remedy(root: Path, newest: SavedCheckpoint | None, which: str = "") -> str:
 
 
 def _read_tracker(root: Path) -> str | None:
-    """The text of the tracker, None if there is no such file."""
+    """The text of the tracker; None if there is no such file."""
     try:
         return (root / TRACKER).read_bytes().decode(errors="replace").strip()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""SHA-256 of every file of a checkpoint: written before the tracker moves, checked at load.
+"""SHA-256 checksums of a checkpoint's files, written before the tracker moves and checked at load.
 
-A bit that flips on a disk or in a copy changes weights, and nothing else would notice. The sums
-stand in `integrity.json`, in the format of Megatron's --verify-integrity, which leaves all of the
-hashing to one rank. Here the ranks share it: each file is read once, by one of them.
+A bit flip on a disk or in a copy changes weights, and nothing else would detect it. The checksums
+are in `integrity.json`, in the format of Megatron's --verify-integrity. That flag makes one rank
+hash all files. Here the ranks share the work: each file is read once, by one rank.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from megatron_mdm.files import write_text
 from megatron_mdm.mcore.checkpoint.unpickling import METADATA, read_metadata
 from megatron_mdm.mcore.ranks import notice
 
-ALGORITHM = "sha256"  # the only one that Megatron reads
+ALGORITHM = "sha256"  # the only algorithm that Megatron reads
 
 
 def remove_sums(path: Path) -> None:
-    """Removes the sums of a checkpoint that was saved over; a collective call.
+    """Removes the checksums of a checkpoint that was overwritten; a collective call.
 
     Raises:
         SharedError: they cannot be removed.
@@ -35,18 +35,18 @@ def remove_sums(path: Path) -> None:
 
 
 def write_sums(path: Path) -> None:
-    """Writes the sums of a checkpoint's files; a collective call.
+    """Writes the checksums of a checkpoint's files; a collective call.
 
     Args:
-        path: of one checkpoint, which all ranks see.
+        path: directory of one checkpoint, which all ranks see.
 
     Raises:
-        SharedError: a file cannot be read, or the sums cannot be written.
+        SharedError: a file cannot be read, or the checksums cannot be written.
     """
-    # A shared disk may not show the first rank yet what others have just written.
+    # A shared disk may not yet show the first rank files that other ranks have just written.
     names = _on_first_rank(lambda: sorted({*_sizes(path), *_shards(path)} - {INTEGRITY_FNAME}))
     rank, ranks = _rank_and_size()
-    # Its writer has a file in memory still.
+    # The rank that wrote a file hashes it, because it still has the file in its page cache.
     own = [name for name in names if _writer(name) % ranks == rank]
     sums = _gathered({name: _sum(path / name) for name in own})
     _raise_unread(path, sums)
@@ -56,15 +56,15 @@ def write_sums(path: Path) -> None:
 
 
 def check_sums(path: Path) -> None:
-    """Compares the files of a checkpoint with their sums; a collective call.
+    """Compares the files of a checkpoint with their checksums; a collective call.
 
-    Says so where the checkpoint has no sums.
+    If the checkpoint has no checksums, a line says so.
 
     Args:
-        path: of one checkpoint, which all ranks see.
+        path: directory of one checkpoint, which all ranks see.
 
     Raises:
-        SharedError: names the files that differ, on all ranks.
+        SharedError: on all ranks; a file differs from its checksum, cannot be read, or has none.
     """
     expected = _on_first_rank(lambda: _expected(path))
     if expected is None:
@@ -91,7 +91,7 @@ def check_sums(path: Path) -> None:
 
 
 def _expected(path: Path) -> dict[str, str] | None:
-    """File -> sum, as they were saved; None if nothing tells."""
+    """The saved checksum of each file; None if there is no file of checksums."""
     try:
         content = json.loads((path / INTEGRITY_FNAME).read_bytes())
         if content["algorithm"] != ALGORITHM:
@@ -110,7 +110,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def _shards(path: Path) -> set[str]:
-    """The files that hold the checkpoint's tensors, by its index."""
+    """The files that hold the checkpoint's tensors, according to its index."""
     if not (path / METADATA).exists():
         return set()
     return {
@@ -119,13 +119,13 @@ def _shards(path: Path) -> set[str]:
 
 
 def _writer(name: str) -> int:
-    """The rank that wrote a file: torch_dist's are called __RANK_NUMBER.distcp."""
+    """The rank that wrote a file; files of torch_dist are named __RANK_NUMBER.distcp."""
     found = re.match(r"__(\d+)_", name)
     return int(found[1]) if found else 0
 
 
 def _shares(sizes: dict[str, int], ranks: int) -> list[list[str]]:
-    """Files for each rank, of about equally many bytes."""
+    """Divides the files among ranks, with about the same number of bytes for each."""
     shares: list[list[str]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -136,7 +136,7 @@ def _shares(sizes: dict[str, int], ranks: int) -> list[list[str]]:
 
 
 def _sum(path: Path) -> str:
-    """The sum in hexadecimal digits, or why the file cannot be read."""
+    """The checksum in hexadecimal digits, or the reason why the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, ALGORITHM).hexdigest()
@@ -151,10 +151,10 @@ def _raise_unread(path: Path, sums: dict[str, str]) -> None:
 
 
 def _on_first_rank[Result](function: Callable[[], Result]) -> Result:
-    """What a function returns on the first rank, on all of them; a collective call.
+    """Calls a function on the first rank and returns its result on all ranks; a collective call.
 
     Raises:
-        SharedError: on all ranks, where the function raises a `UserError` or `OSError`.
+        SharedError: on all ranks, if the function raises a `UserError` or `OSError`.
     """
     answer: list[Any] = [None, None]
     if _rank_and_size()[0] == 0:
@@ -173,7 +173,7 @@ def _on_first_rank[Result](function: Callable[[], Result]) -> Result:
 
 
 def _gathered(own: dict[str, str]) -> dict[str, str]:
-    """The entries of all ranks; a collective call."""
+    """The merged entries of all ranks; a collective call."""
     if not torch.distributed.is_initialized():
         return own
     parts: list[Any] = [None] * torch.distributed.get_world_size()

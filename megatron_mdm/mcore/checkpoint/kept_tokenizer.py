@@ -1,8 +1,8 @@
-"""The tokenizer that a run keeps beside its checkpoints, so that their directory can move.
+"""Keeps a copy of the tokenizer beside a run's checkpoints, so that their directory can be moved.
 
-The copy is `huggingface/`, as a conversion writes it, or `tokenizer.model` and its like, a single
-file. A run replaces a copy that an earlier one has left, and nothing else that lies at its place.
-tokenizer_lookup.py finds it again.
+The copy is the directory `huggingface/`, as a conversion writes it, or one file such as
+`tokenizer.model`. A run replaces the copy of an earlier run, but nothing else at that path.
+tokenizer_lookup.py finds the copy again.
 """
 
 import os
@@ -22,12 +22,12 @@ from megatron_mdm.mcore.checkpoint.files import RELEASE, TRACKER, is_remote
 from megatron_mdm.mcore.ranks import is_first_rank, notice
 
 DIRECTORY = "HuggingFaceTokenizer"
-# Types whose tokenizer is one file.
+# Tokenizer types that consist of one file.
 FILE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
-# What belongs to a tokenizer in a directory of Hugging Face, which may hold weights and data too:
-# the files that classes of transformers name, config.json, which it reads for them, and the code,
-# card and license of the model, which go back with it to Hugging Face. Further templates lie in a
-# directory of their own.
+# The tokenizer's files in a Hugging Face directory, which may also hold weights and data: files
+# that the tokenizer classes of transformers name; config.json, which transformers reads with them;
+# and the model's code, card and license, which a conversion back to Hugging Face needs.
+# Additional chat templates are in a subdirectory.
 NAMES = """
 *token*.json *vocab*.json *vocab*.txt chat_template*.json config.json generation_config.json *.jinja
 *.model *.spm *.tiktoken *.tokenizer tekken*.json merges.txt bpe.codes dict.txt normalizer.json
@@ -41,9 +41,9 @@ class TokenizerFiles:
     """The files of a run's tokenizer.
 
     Attributes:
-        source: the file or directory that they are.
-        name: of the copy in a directory of checkpoints.
-        sums: file -> SHA-256 when the run began.
+        source: the tokenizer's file or directory.
+        name: name of the copy in a directory of checkpoints.
+        sums: SHA-256 of each file when the run began.
     """
 
     source: Path
@@ -51,14 +51,14 @@ class TokenizerFiles:
     sums: dict[Path, str]
 
     def keep(self, directory: Path) -> None:
-        """Puts a copy into a directory of checkpoints, complete or not at all, unless it is there.
+        """Puts a complete copy into a directory of checkpoints, unless the copy is already there.
 
-        A directory that a conversion made keeps its own, which may have a mask token more. No copy
-        is made, and a line says so, if the tokenizer has changed or gone since the run began, or if
-        something else has come to lie at the place of the copy.
+        A directory that a conversion made keeps its own tokenizer, which may have an additional
+        mask token. No copy is made, and a line says so, if the tokenizer was changed or removed
+        since the run began, or if something else is at the path of the copy.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the copy cannot be written.
         """
         target = directory / self.name
         if self._needs_none(target):
@@ -87,21 +87,21 @@ class TokenizerFiles:
                 copyfile(path, copy)
 
     def check_place(self, directory: Path) -> None:
-        """Checks that a copy in a directory of checkpoints would replace nothing but a copy.
+        """Checks that the path of the copy in a directory of checkpoints is free or holds a copy.
 
         Raises:
-            UserError: it would; names what lies there.
+            UserError: something else is at that path; the line names it.
         """
         target = directory / self.name
         foreign = "" if self._needs_none(target) else _foreign(target)
         if foreign:
             raise UserError(
                 f"--save {directory}: {foreign}, and the run keeps the copy of its tokenizer in "
-                f"{target}: move what is there to another place, or give another --save"
+                f"{target}: move the present contents to another place, or give another --save"
             )
 
     def _needs_none(self, target: Path) -> bool:
-        """Whether what lies at the place of the copy is the tokenizer, or a conversion's own."""
+        """Whether no copy is needed: the path holds this tokenizer, or that of a conversion."""
         if target.exists():
             is_converted = (target.parent / RELEASE).is_dir()
             if is_converted or (self.source.exists() and target.samefile(self.source)):
@@ -114,12 +114,12 @@ class TokenizerFiles:
         return _are(copies)
 
     def _copy(self, path: Path, target: Path) -> Path:
-        """Where the copy of a file is."""
+        """The path of a file's copy."""
         return target / path.relative_to(self.source)
 
 
 def _foreign(target: Path) -> str:
-    """Says what lies at the place of a copy and is no copy of a run, empty if nothing does."""
+    """Describes anything at the path of a copy that is not a run's copy; empty if there is none."""
     if not os.path.lexists(target):
         return ""
     if target.is_symlink():
@@ -139,13 +139,13 @@ def _foreign(target: Path) -> str:
 
 
 def files_of_tokenizer(directory: Path) -> list[Path]:
-    """What belongs to a tokenizer in a directory of Hugging Face, sorted."""
+    """The tokenizer's files in a Hugging Face directory, sorted."""
     found = [path for path in directory.iterdir() if _belongs(path)]
     return sorted([*found, *(directory / CHAT_TEMPLATES).glob("*.jinja")])
 
 
 def _are(sums: Mapping[Path, str]) -> bool:
-    """Whether all files are there, with these sums."""
+    """Whether all files exist and have these checksums."""
     try:
         return all(file_digest(str(path)) == expected for path, expected in sums.items())
     except OSError:
@@ -153,17 +153,17 @@ def _are(sums: Mapping[Path, str]) -> bool:
 
 
 def tokenizer_files(args: Namespace) -> TokenizerFiles | None:
-    """The files of the tokenizer that a run has loaded; on the first rank alone.
+    """The files of the tokenizer that a run has loaded, on the first rank.
 
     Args:
-        args: of the run.
+        args: arguments of the run.
 
     Returns:
-        None on other ranks, where nothing is saved, for a tokenizer without files, and for one
-        that is too large to be one.
+        None on other ranks, if the run does not save, for a tokenizer without files, and for files
+        of more than `MOST_BYTES`, too many for a tokenizer.
 
     Raises:
-        UserError: a file cannot be read, or something else lies where their copy goes.
+        UserError: a file cannot be read, or something else is at the path of the copy.
     """
     kind, path = args.tokenizer_type, args.tokenizer_model
     if path is None or kind not in (DIRECTORY, *FILE) or not is_first_rank():
@@ -198,22 +198,22 @@ def _belongs(path: Path) -> bool:
 
 
 def place_of_tokenizer(directory: str, args: Namespace) -> str:
-    """Where the tokenizer of a run, which has files, lies beside its checkpoints if it does.
+    """The path of the copy of a run's tokenizer beside its checkpoints, whether it exists or not.
 
     Args:
-        directory: that --save named.
-        args: of the run.
+        directory: directory that --save named.
+        args: arguments of the run, whose tokenizer has files.
     """
     return os.path.join(directory, _name(args.tokenizer_type, args.tokenizer_model))
 
 
 def _name(kind: str, path: str) -> str:
-    """Names the copy of a tokenizer of this type and path."""
+    """The name of the copy of a tokenizer with this type and path."""
     return HUB_FILES if kind == DIRECTORY else f"tokenizer{Path(path).suffix}"
 
 
 def fetched_before(name: str) -> str | None:
-    """Where huggingface_hub keeps the repository of this name, None if it keeps none."""
+    """The directory where huggingface_hub caches the repository `name`; None if it does not."""
     try:
         from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
-"""Megatron's failures while it loads a checkpoint, each as one line.
+"""Turns Megatron's failures while it loads a checkpoint into one line each.
 
-Some of them it raises after the model has been built, with a traceback on every rank. Some it only
-prints, and ends with status 0 as if the run were done.
+Megatron raises some of them after it has built the model, with a traceback on every rank. Others it
+only prints, and ends with status 0 as if the run were complete.
 """
 
 import re
@@ -30,7 +30,7 @@ def failures_in_a_line() -> Iterator[None]:
     """Context in which a checkpoint that cannot be loaded ends the run with one line.
 
     Raises:
-        UserError: says what differs, and the flags that help.
+        UserError: names the difference, and the flags that help.
     """
     load = _with_a_line(training.load_checkpoint)
     with replaced(training, "load_checkpoint", load):
@@ -46,7 +46,7 @@ def _with_a_line(load: Callable[..., Any]) -> Callable[..., Any]:
         except SystemExit as end:
             raise SharedError(
                 "the checkpoint cannot be loaded, as Megatron says above: take an earlier one with "
-                "--ckpt-step, or --finetune, which takes its weights alone"
+                "--ckpt-step, or add --finetune, which loads only its weights"
             ) from end
         except _FAILURES as error:
             known = _known(error)
@@ -58,7 +58,7 @@ def _with_a_line(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _known(error: BaseException) -> UserError | None:
-    """The line of an exception that is known; None for another one."""
+    """The line for a known exception; None for any other exception."""
     schedule = re.fullmatch(
         r"OptimizerParamScheduler: class input value (.*) and checkpoint ?value (.*) for (.*) "
         "do not match",
@@ -68,8 +68,8 @@ def _known(error: BaseException) -> UserError | None:
         here, there, what = schedule.groups()
         return SharedError(
             f"the checkpoint's schedule has another {what}: {there}, here {here} (lengths in "
-            "samples). Give --train-iters, --global-batch-size, --lr and the other flags of the "
-            "schedule their values in the checkpoint, or add --override-opt_param-scheduler for "
+            "samples). Set --train-iters, --global-batch-size, --lr and the other schedule flags "
+            "to their values in the checkpoint, or add --override-opt_param-scheduler for "
             "this run's schedule or --use-checkpoint-opt_param-scheduler for the checkpoint's"
         )
     argument = re.fullmatch(
@@ -83,14 +83,14 @@ def _known(error: BaseException) -> UserError | None:
         )
     if "optimizer.distributed." in str(error):
         return SharedError(
-            "the optimizer's state in the checkpoint is in other buckets than this run's, on which "
-            "--overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and the number of "
-            f"data-parallel ranks decide. {ANOTHER_LAYOUT}"
+            "the optimizer's state in the checkpoint is in other buckets than this run's. The "
+            "buckets depend on --overlap-grad-reduce, --ddp-bucket-size, --ddp-num-buckets and the "
+            f"number of data-parallel ranks. {ANOTHER_LAYOUT}"
         )
     if any("rng" in (frame.line or "") for frame in traceback.extract_tb(error.__traceback__)):
         return UserError(
             "the states of the random-number generators in the checkpoint cannot be read here "
             f"({type(error).__name__}: {error}): add --no-load-rng. Masks and rates do not depend "
-            "on them; with dropout its pattern changes"
+            "on these states; with dropout, its pattern changes"
         )
     return None

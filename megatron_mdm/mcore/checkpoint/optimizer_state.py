@@ -1,8 +1,8 @@
-"""The optimizer's state in a checkpoint, for a run with other rates, precision or layout.
+"""Loads the optimizer's state of a checkpoint into a run with other rates, precision or layout.
 
 Megatron pairs the parameter groups of a checkpoint with those of the run by their settings. These
-include learning rates and weight decays, so that a run with another rate finds none of its groups.
-It takes the other settings, Adam's betas for example, from the checkpoint.
+include learning rates and weight decays, so with another learning rate Megatron finds no group of
+the run in the checkpoint. It takes other settings, such as Adam's betas, from the checkpoint.
 """
 
 from argparse import Namespace
@@ -23,30 +23,31 @@ from megatron_mdm.mcore.device import replaced
 
 Group = dict[str, Any]
 
-# What helps where the distributed optimizer's usual format does not fit.
+# The remedy if the distributed optimizer's usual format does not fit the layout.
 ANOTHER_LAYOUT = (
     "Go on with the flags of the checkpoint, to which --dist-ckpt-optim-fully-reshardable may be "
-    "added: what is saved with it fits every layout. Or add --no-load-optim, which begins the "
+    "added: checkpoints saved with it fit every layout. Or add --no-load-optim, which begins the "
     "optimizer's averages anew"
 )
 
-# Settings of a group that follow from the flags of the schedule.
+# Settings of a group that come from the schedule's flags.
 RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-# The rest of a group that is not a setting: parameters, and what the schedule and the steps set.
+# Entries of a group that are not settings: parameters, and values that change during training.
 _PROGRESS = ("params", "step", "lr", "weight_decay")
-# These settings tell groups apart whatever the rates are. Groups of --decoupled-lr have a
-# default_config that is false.
+# Settings that distinguish groups independently of the rates. Groups of --decoupled-lr have a false
+# default_config.
 _KIND = (*(name for name in param_group_identifier_keys if name not in RATES), "default_config")
 
-# Megatron's optimizers, and where the state of one holds its groups.
+# Megatron's optimizers, and the path to the groups in the state dict of each.
 _OPTIMIZERS: dict[Any, tuple[str, ...]] = {
     DistributedOptimizer: ("optimizer", "param_groups"),
     Float16OptimizerWithFloat16Params: ("optimizer", "param_groups"),
     FP32Optimizer: ("param_groups",),
 }
 
-# Each of them changes the buffers of the distributed optimizer, which its usual format holds as
-# they are. So do sizes of buckets, where a stage has several: loading.py has a line for these.
+# Each of these arguments changes the buffers of the distributed optimizer, and its usual format
+# stores the buffers unchanged. Bucket sizes also change them if a stage has several buckets;
+# loading.py reports that case.
 _BUFFERS = """
 tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
 decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
@@ -60,11 +61,11 @@ def check_optimizer_state(args: Namespace, saved: Mapping[str, Any]) -> None:
     """Checks that this run can read the optimizer's state in the checkpoint that it resumes.
 
     Args:
-        args: of this run.
-        saved: of the checkpoint; empty if there is none.
+        args: arguments of this run.
+        saved: arguments in the checkpoint; empty if there is none.
 
     Raises:
-        UserError: names the flags that differ, and what to do.
+        UserError: names the flags that differ, and the remedy.
     """
     is_read = args.load is not None and not (args.finetune or args.no_load_optim or args.skip_train)
     if not is_read or not saved or saved.get("no_save_optim") or args.ckpt_format != "torch_dist":
@@ -73,7 +74,7 @@ def check_optimizer_state(args: Namespace, saved: Mapping[str, Any]) -> None:
     if not args.use_distributed_optimizer and _is_mixed(vars(args)) != _is_mixed(saved):
         other += changes(args, saved, ["bf16", "fp16"])
     if (args.decoupled_lr is None) != (saved.get("decoupled_lr") is None):
-        other += changes(args, saved, ["decoupled_lr"])  # which has groups of its own
+        other += changes(args, saved, ["decoupled_lr"])  # the flag adds parameter groups
     if other:
         raise UserError(
             f"the optimizer's state in {args.load} is of another kind: {'; '.join(other)}. "
@@ -84,7 +85,7 @@ def check_optimizer_state(args: Namespace, saved: Mapping[str, Any]) -> None:
         other = changes(args, saved, _BUFFERS + (_OF_EXPERTS if args.num_experts else []))
         if other:
             raise UserError(
-                f"the optimizer's state in {args.load} fits the layout that saved it alone: "
+                f"the optimizer's state in {args.load} fits only the layout that saved it: "
                 f"{'; '.join(other)}. {ANOTHER_LAYOUT}"
             )
 
@@ -95,13 +96,13 @@ def _is_mixed(args: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def settings_may_differ(args: Namespace) -> Iterator[None]:
-    """Context in which a run resumes with the optimizer's settings that its own flags say.
+    """Context in which a run that resumes uses the optimizer settings of its own flags.
 
-    Groups are paired by their kind, and take their settings from this run. With
-    --use-checkpoint-opt_param-scheduler the rates stay those of the checkpoint.
+    Groups are paired by their kind and take their settings from this run. With
+    --use-checkpoint-opt_param-scheduler they keep the checkpoint's rates.
 
     Args:
-        args: of this run.
+        args: arguments of this run.
 
     Raises:
         SharedError: the checkpoint has other groups of parameters.
@@ -129,14 +130,14 @@ def _with_settings(
 
 
 def counterparts(current: list[Group], saved: list[Group]) -> list[Group]:
-    """The group of a checkpoint for each group of this run's optimizer.
+    """The group of a checkpoint that corresponds to each group of this run's optimizer.
 
     Args:
         current: groups of this run.
-        saved: of the checkpoint, in any order.
+        saved: groups of the checkpoint, in any order.
 
     Raises:
-        SharedError: they are not of the same kinds, or there are several of a kind whose rates
+        SharedError: the kinds of groups differ; or several groups are of one kind, and their rates
             have changed.
     """
     for identity in (_KIND, (*_KIND, *RATES)):
@@ -147,23 +148,23 @@ def counterparts(current: list[Group], saved: list[Group]) -> list[Group]:
     raise SharedError(
         f"the checkpoint's optimizer has other groups of parameters ({len(saved)}, this run "
         f"{len(current)}): give --decoupled-lr, --decoupled-min-lr, --apply-wd-to-qk-layernorm and "
-        "whatever else divides the parameters as in the checkpoint, or add --no-load-optim, which "
-        "begins the optimizer's averages anew"
+        "other flags that divide the parameters as in the checkpoint, or add --no-load-optim, "
+        "which begins the optimizer's averages anew"
     )
 
 
 def _identity(group: Group, names: tuple[str, ...]) -> tuple[Any, ...]:
-    # NeMo has names that begin with pre_. A missing value is Megatron's None.
+    # NeMo's names begin with pre_. Megatron treats a missing value as None.
     return tuple(group.get(name, group.get(f"pre_{name}")) for name in names)
 
 
 def adapt(current: Group, saved: Group, keep_rates: bool) -> None:
-    """Makes the settings of a pair of groups equal, so that Megatron pairs them as well.
+    """Makes the settings of a pair of groups equal, so that Megatron pairs them too.
 
     Args:
-        current: group of this run; takes the checkpoint's rates if they are kept.
-        saved: of the checkpoint; takes all other settings of this run.
-        keep_rates: whether the rates stay those of the checkpoint.
+        current: group of this run; it takes the checkpoint's rates if `keep_rates`.
+        saved: group of the checkpoint; it takes all other settings of this run.
+        keep_rates: whether the checkpoint's rates are kept.
     """
     if keep_rates:
         _take(current, saved, set(RATES))

@@ -1,4 +1,4 @@
-"""One run at a time saves into a directory."""
+"""A lock that lets only one run at a time save into a directory."""
 
 import errno
 import fcntl
@@ -19,16 +19,17 @@ IN_USE = (errno.EACCES, errno.EAGAIN)  # either, by POSIX
 
 @contextmanager
 def only_writer(directory: str | None) -> Iterator[None]:
-    """Context in which no other run saves into the directory; of all ranks the first one asks.
+    """Context in which no other run saves into the directory. Only the first rank takes the lock.
 
-    The lock is the kernel's (POSIX record lock), which ends with the process however it ends, and
-    which network file systems know. The file says who holds it.
+    It is a POSIX record lock of the kernel, which is released however the process ends, and which
+    network file systems support. The lock file names its holder.
 
     Args:
-        directory: --save; made if it is missing. None: nothing is saved.
+        directory: --save; created if it is missing. None: nothing is saved.
 
     Raises:
-        UserError: another run holds it; the line says which. Or the directory cannot be written.
+        UserError: another run holds the lock (the line names it), or the directory cannot be
+            written.
     """
     if directory is None or is_remote(directory) or not is_first_rank():
         yield
@@ -39,16 +40,16 @@ def only_writer(directory: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(FileNotFoundError):  # a second run without locks
+        with suppress(FileNotFoundError):  # without locks, a second run may have removed it
             os.unlink(path)
         os.close(descriptor)
         if is_new:
-            with suppress(OSError):  # something was saved
+            with suppress(OSError):  # the directory is not empty: something was saved
                 os.rmdir(directory)
 
 
 def _lock(path: str, directory: str) -> int:
-    """Takes the lock; returns its descriptor, closing which would give the lock up."""
+    """Takes the lock and returns its file descriptor; closing the descriptor releases the lock."""
     while True:
         try:
             os.makedirs(directory, exist_ok=True)
@@ -66,7 +67,7 @@ def _lock(path: str, directory: str) -> int:
             )
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
             break
-        os.close(descriptor)  # the run before has just removed it
+        os.close(descriptor)  # the previous holder has just removed this file: try again
     job = os.environ.get("SLURM_JOB_ID")
     holder = f"host {socket.gethostname()}, process {os.getpid()}"
     holder += f", Slurm job {job}" if job else ""

@@ -1,7 +1,7 @@
-"""Megatron's saving and loading of checkpoints, made safe: whole trackers, sums of the files.
+"""Makes Megatron's saving and loading of checkpoints safe: complete trackers, checksums of files.
 
-Megatron has no hook between the last file of a checkpoint and its tracker, so that its own calls
-are wrapped for as long as the context below is entered.
+Megatron has no hook between the last file of a checkpoint and its tracker, so the context below
+wraps Megatron's own calls while it is entered.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from megatron_mdm.mcore.device import replaced
 
 @contextmanager
 def safe_checkpoints(hashes: bool, tokenizer: TokenizerFiles | None = None) -> Iterator[None]:
-    """Context in which Megatron saves and loads checkpoints.
+    """Context in which Megatron saves and loads checkpoints safely.
 
-    A kill or a full disk leaves the tracker as it was: Megatron alone would empty it first.
+    A kill or a full disk leaves the tracker unchanged. Megatron alone would first truncate it.
 
     Args:
-        hashes: write the sums of each checkpoint's files before the tracker moves, of an
-            asynchronous save too, and check them before tensors are read (integrity.py). Without,
-            sums of a checkpoint that was saved over are removed.
-        tokenizer: to be kept beside the checkpoints, before the tracker moves; given on the first
-            rank, which writes the tracker.
+        hashes: whether to write checksums of each checkpoint's files before the tracker moves (also
+            in asynchronous saves), and to check them before tensors are read (integrity.py). If
+            not, the checksums of an overwritten checkpoint are removed.
+        tokenizer: tokenizer to copy beside the checkpoints before the tracker moves; given only on
+            the first rank, which writes the tracker.
     """
     with ExitStack() as stack:
         files = _WholeTracker(checkpointing.maybe_msc, tokenizer)
@@ -43,7 +43,7 @@ def safe_checkpoints(hashes: bool, tokenizer: TokenizerFiles | None = None) -> I
 
 
 class _WholeTracker:
-    """Megatron's access to files, except that a tracker is written and then renamed."""
+    """Megatron's access to files; a tracker is written under a temporary name and then renamed."""
 
     def __init__(self, files: Any, tokenizer: TokenizerFiles | None) -> None:
         self._files = files
@@ -75,11 +75,11 @@ def _with_sums(save: Any, hashes: bool) -> Any:
         request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if is_remote(str(checkpoint_dir)):
             return request
-        # Until then the sums of a checkpoint that is saved over tell that its files are mixed.
+        # Until then, the old checksums of an overwritten checkpoint show that its files are mixed.
         finish = write_sums if hashes else remove_sums
         if request is None:
             finish(Path(checkpoint_dir))
-        else:  # Megatron calls these on all ranks, and moves the tracker in a later one
+        else:  # Megatron calls finalize functions on all ranks; a later one moves the tracker
             request.add_finalize_fn(lambda: finish(Path(checkpoint_dir)))
         return request
 

@@ -1,8 +1,8 @@
-"""Where the tokenizer of a checkpoint is, on this machine.
+"""Finds the tokenizer of a checkpoint on this machine.
 
-A checkpoint's arguments name the tokenizer by its path. On another machine, or once the original
-has gone, that path names nothing, or something else. The copy that the run has kept beside its
-checkpoints (kept_tokenizer.py) is therefore what is looked for first.
+A checkpoint's arguments name the tokenizer by its path. On another machine, or after the original
+was removed, that path may not exist or may hold something else. Therefore this module first looks
+for the copy that the run kept beside its checkpoints (kept_tokenizer.py).
 """
 
 import os
@@ -31,14 +31,14 @@ from megatron_mdm.mcore.device import replaced
 
 
 def kept_tokenizer(directory: str, args: Namespace) -> str | None:
-    """The tokenizer that lies beside checkpoints, None if there is none.
+    """The copy of the tokenizer beside checkpoints; None if there is none.
 
-    A run that was allowed to change its tokenizer has replaced the copy. For a checkpoint from
-    before, whose tokenizer still is at its path, the copy does not count.
+    A run that was allowed to change its tokenizer has replaced the copy. For an earlier checkpoint,
+    the result is None if its tokenizer is still at the original path.
 
     Args:
-        directory: that --save named.
-        args: of one of its checkpoints, or of a run with such a tokenizer.
+        directory: directory that --save named.
+        args: arguments of one of its checkpoints, or of a run with such a tokenizer.
     """
     kind, path = args.tokenizer_type, args.tokenizer_model
     if path is None or kind not in (DIRECTORY, *FILE) or is_remote(directory):
@@ -59,7 +59,7 @@ def kept_tokenizer(directory: str, args: Namespace) -> str | None:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two tokenizers, both files or both directories, are alike byte for byte."""
+    """Whether two tokenizers, both files or both directories, are equal byte for byte."""
     if os.path.isfile(one):
         return cmp(one, other, shallow=False)
     first, second = (
@@ -71,28 +71,30 @@ def _same(one: str, other: str) -> bool:
 
 
 def _data(path: str) -> TokenizerData | None:
-    """A tokenizer as preprocessing knows it, None if it does not know it; no code there runs."""
+    """A tokenizer in the form that preprocessing uses; None if it supports no such tokenizer.
+
+    It runs no code from the tokenizer's directory.
+    """
     if os.path.isfile(path):
         with suppress(UserError):
             return load_sentencepiece(path)
         return None
     try:
         tokenizer = open_hugging_face(path)
-    except Exception:  # of many kinds; whoever then opens the one that is chosen says what is wrong
+    except Exception:  # of many kinds; the code that opens the chosen tokenizer reports the error
         return None
     return hugging_face_data(tokenizer) if tokenizer.is_fast else None
 
 
 def tokenizer_of(directory: str, args: Namespace) -> str | None:
-    """Where the tokenizer of a checkpoint is, on this machine: nothing is fetched.
+    """The path of a checkpoint's tokenizer on this machine. Nothing is downloaded.
 
     Args:
-        directory: of the checkpoint.
-        args: of the checkpoint.
+        directory: directory of the checkpoint.
+        args: arguments in the checkpoint.
 
     Returns:
-        The copy beside the checkpoint, else the path that its run had, if that is there; None if
-        it is nowhere.
+        The copy beside the checkpoint, else the path in its arguments if that exists, else None.
     """
     kind, path = args.tokenizer_type, args.tokenizer_model
     own = kept_tokenizer(directory, args)
@@ -104,13 +106,14 @@ def tokenizer_of(directory: str, args: Namespace) -> str | None:
 
 
 def check_tokenizer_path(args: Namespace) -> None:
-    """Checks, before Megatron opens it, that --tokenizer-model is there or may be on the hub.
+    """Checks, before Megatron opens --tokenizer-model, that it exists or may be on the hub.
 
     Args:
-        args: as parsed.
+        args: parsed arguments.
 
     Raises:
-        UserError: it is not; names the copy beside the checkpoint that is about to be loaded.
+        UserError: neither is the case; the line names the copy beside the checkpoint to be loaded,
+            if there is one.
     """
     path, kind = args.tokenizer_model, args.tokenizer_type
     is_from_checkpoint = args.use_checkpoint_args and args.use_tokenizer_model_from_checkpoint_args
@@ -129,14 +132,14 @@ def check_tokenizer_path(args: Namespace) -> None:
 
 
 def tokenizer_rejection(error: Exception, args: Namespace) -> UserError | None:
-    """One line for an exception of Megatron about a --tokenizer-model that is no path.
+    """One line for Megatron's exception about a --tokenizer-model that does not exist.
 
     Args:
-        error: that Megatron raised.
-        args: as parsed.
+        error: exception that Megatron raised.
+        args: parsed arguments.
 
     Returns:
-        None if the exception is about something else, or there is no copy to be named.
+        None if the exception is about something else, or if there is no copy to name.
     """
     path = args.tokenizer_model
     is_about_it = path is not None and f"AutoTokenizer for {path}." in str(error)
@@ -160,7 +163,7 @@ def _may_be_on_hub(path: str) -> bool:
 
 
 def _copy_to_load(args: Namespace) -> str | None:
-    """The copy beside the checkpoint that a run is about to load, None if there is none."""
+    """The copy beside the checkpoint that a run is about to load; None if there is none."""
     places = (args.load, args.pretrained_checkpoint)
     found = (kept_tokenizer(place, args) for place in places if place)
     return next((own for own in found if own), None)
@@ -168,9 +171,9 @@ def _copy_to_load(args: Namespace) -> str | None:
 
 @contextmanager
 def checkpoints_bring_tokenizers() -> Iterator[None]:
-    """Context in which --use-checkpoint-args takes the tokenizer that lies beside the checkpoint.
+    """Context in which --use-checkpoint-args uses the copy of the tokenizer beside the checkpoint.
 
-    Megatron takes the path that the run had.
+    Megatron uses the path in the checkpoint's arguments.
     """
     load_arguments = checkpointing.load_args_from_checkpoint
 
@@ -178,7 +181,7 @@ def checkpoints_bring_tokenizers() -> Iterator[None]:
         found = load_arguments(args, load_arg=load_arg, **options)
         directory = getattr(args, load_arg)
         if directory is not None and args.use_tokenizer_model_from_checkpoint_args:
-            saved = found[1] if isinstance(found, tuple) else None  # there is no checkpoint
+            saved = found[1] if isinstance(found, tuple) else None  # None: no checkpoint
             trained_with = getattr(saved, "mdm_tokenizer", None)
             own = kept_tokenizer(
                 directory, Namespace(**vars(args) | {"mdm_tokenizer": trained_with})

@@ -1,7 +1,7 @@
-"""Pickles in a checkpoint: read with a list of what they may hold, before anything trusts them.
+"""Checks a checkpoint's pickles against a list of allowed classes before other code reads them.
 
 A pickle can call any function while it is read. PyTorch reads `.metadata`, and every object that is
-no tensor, without a limit; Megatron's own list of harmless classes is not asked there.
+not a tensor, without restrictions. Megatron's own list of harmless classes does not apply there.
 """
 
 import io
@@ -16,19 +16,19 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_mdm.errors import UserError
 
-METADATA = ".metadata"  # or, of one rank alone, __0.metadata
-COMMON = "common.pt"  # of earlier versions of Megatron: what is not sharded
-OF_RANKS = "mp_rank_*/*.pt"  # of Megatron's `torch` format
+METADATA = ".metadata"  # or __0.metadata, which holds the metadata of one rank only
+COMMON = "common.pt"  # unsharded state, written by earlier versions of Megatron
+OF_RANKS = "mp_rank_*/*.pt"  # files of Megatron's `torch` format
 
 _DCP = "torch.distributed.checkpoint"
-# Classes that hold data and do nothing, and functions that look something up.
+# Classes that only hold data, and functions that only look something up.
 ALLOWED = {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
     *((f"{_DCP}.metadata", name) for name in ("BytesStorageMetadata", "TensorStorageMetadata")),
     *((f"{_DCP}.metadata", name) for name in ("ChunkStorageMetadata", "TensorProperties")),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     *((f"{_DCP}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
-    # Plans, which Megatron keeps with --ckpt-assume-constant-structure.
+    # Save plans, which Megatron stores with --ckpt-assume-constant-structure.
     *((f"{_DCP}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
     *((f"{_DCP}.planner", name) for name in ("TensorWriteData", "BytesIOWriteData")),
     ("torch", "Size"),
@@ -40,14 +40,13 @@ ALLOWED = {
 
 
 def check_pickles(directory: Path) -> None:
-    """Checks that reading the pickles of a checkpoint runs nothing.
+    """Checks that reading the pickles of a checkpoint runs no code.
 
     Args:
-        directory: of one checkpoint. It need not exist.
+        directory: directory of one checkpoint. It need not exist.
 
     Raises:
-        UserError: names the file, and the class or function that it must not hold; or the file is
-            damaged.
+        UserError: a file holds a forbidden class or function, or is damaged; the line names both.
     """
     if not directory.is_dir():
         return
@@ -59,13 +58,13 @@ def check_pickles(directory: Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what PyTorch writes into `.metadata`, and nothing else."""
+    """Reads only the classes that PyTorch writes into `.metadata`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """As of `pickle.Unpickler`.
+        """Overrides `pickle.Unpickler.find_class`.
 
         Raises:
-            _NotAllowedError: it is not on the list.
+            _NotAllowedError: the class or function is not on the list.
         """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in ALLOWED and not is_dtype:
@@ -78,14 +77,14 @@ class _NotAllowedError(Exception):
 
 
 class DamagedError(UserError):
-    """A file of a checkpoint that is cut short or holds something else."""
+    """A file of a checkpoint is truncated or has other contents than expected."""
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a `.metadata` holds, read safely.
+    """The contents of a `.metadata` file, read safely.
 
     Raises:
-        UserError: it holds what could run code.
+        UserError: it holds a class or function that could run code.
         DamagedError: it cannot be read.
     """
     try:
@@ -93,7 +92,7 @@ def read_metadata(path: Path) -> Metadata:
             metadata = _MetadataUnpickler(stream).load()
     except _NotAllowedError as error:
         raise _refusal(path, str(error)) from error
-    except Exception as error:  # whatever bytes that are no pickle, or a wrong one, make of it
+    except Exception as error:  # damaged bytes can raise any exception
         raise _damage(path, error) from error
     if not isinstance(metadata, Metadata):
         raise _refusal(path, type(metadata).__name__)
@@ -101,10 +100,10 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def _check_objects(path: Path, metadata: Metadata) -> None:
-    """Checks every object that is no tensor, which PyTorch unpickles when it is asked for.
+    """Checks every object that is not a tensor. PyTorch unpickles such objects when it loads them.
 
     Args:
-        path: of the `.metadata`.
+        path: path of the `.metadata` file.
         metadata: its contents.
 
     Raises:
@@ -116,24 +115,24 @@ def _check_objects(path: Path, metadata: Metadata) -> None:
             for index, info in metadata.storage_data.items()
             if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
         ]
-    except Exception as error:  # of a metadata whose parts are of other kinds
+    except Exception as error:  # the parts of a damaged metadata may have any type
         raise _damage(path, error) from error
     for file, offset, length, transforms in objects:
         if transforms:
             raise _refusal(file, f"an object behind {transforms}")
         if not file.is_file():
-            continue  # the one who reads the tensors says so
+            continue  # the code that reads the tensors reports a missing file
         with file.open("rb") as stream:
             stream.seek(offset)
             _check_saved(file, io.BytesIO(stream.read(length)))
 
 
 def _check_saved(path: Path, source: str | io.BytesIO) -> None:
-    """Checks what torch.save wrote, by reading it as torch.load does by default.
+    """Checks data of torch.save by reading it with torch.load's default `weights_only=True`.
 
     Args:
-        path: of the file, for messages.
-        source: the same, of which tensors stay on the disk, or a part of it.
+        path: path of the file, for messages.
+        source: the same path, whose tensors then stay on disk; or the bytes of a part of the file.
 
     Raises:
         UserError: see `check_pickles`.
@@ -150,8 +149,8 @@ def _check_saved(path: Path, source: str | io.BytesIO) -> None:
 
 def _refusal(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path} holds {name}, which no checkpoint of Megatron's needs and which could run code: "
-        "nothing of it was read; get the checkpoint from those you trust"
+        f"{path} holds {name}, which no checkpoint of Megatron needs and which could run code: "
+        "nothing of it was read; get the checkpoint from a source that you trust"
     )
 
 

@@ -1,7 +1,8 @@
-"""The processes that write checkpoints in the background (--async-save), and none without it.
+"""The processes that write checkpoints in the background with --async-save; none without it.
 
-Megatron's own worker is used, with what it lacks: it ends with its rank and its rank with it, a
-signal to the process group does not reach it, and on a CPU it copies what it has to write.
+This module extends Megatron's worker: the worker ends when its rank ends, and the rank ends when
+the worker dies; a signal to the process group does not reach the worker; and on a CPU the tensors
+that it writes are copied first.
 """
 
 import multiprocessing
@@ -28,8 +29,9 @@ def checkpoint_workers(is_async: bool) -> Iterator[None]:
     """Context in which Megatron writes checkpoints of torch_dist.
 
     Args:
-        is_async: of --async-save. Without, the rank writes by itself, and no process is started:
-            Megatron's would hold half a gigabyte for a queue between the rank and itself.
+        is_async: whether --async-save is given. Without it, the rank writes checkpoints itself and
+            no process is started. Megatron would start one that takes half a gigabyte, only for a
+            queue from the rank to itself.
     """
     if not is_async:
         with replaced(filesystem_async, "_results_queue", queue.Queue()):
@@ -50,32 +52,32 @@ def checkpoint_workers(is_async: bool) -> Iterator[None]:
 
 
 class CheckpointWorker(PersistentAsyncCaller):
-    """Megatron's worker, one of a rank, whose death ends the rank."""
+    """Megatron's worker, one per rank; its death ends the rank."""
 
     async_loop = staticmethod(write_checkpoints)
     _may_end = threading.Event()
 
     @classmethod
     def _get_process(cls, rank: int, mp_mode: str = "spawn", *priorities: Any, **named: Any) -> Any:
-        """Starts the worker as a child of this rank, not of a server between them."""
+        """Starts the worker as a direct child of this rank, without a fork server between them."""
         if cls._persistent_process is None:
             cls._may_end = threading.Event()
             with children_without_signals():
                 process = super()._get_process(rank, "spawn", *priorities, **named)
-            # Megatron waits for the worker's answers in four places, in each of them for ever.
+            # Megatron waits for the worker's answers in four places, each without a timeout.
             threading.Thread(
                 target=_end_with_worker, args=(process, cls._may_end, rank), daemon=True
             ).start()
         return cls._persistent_process
 
     def close(self, abort: bool = False) -> None:
-        """Waits for the worker's end."""
+        """Waits until the worker ends."""
         type(self)._may_end.set()
         super().close(abort)
 
     @classmethod
     def kill(cls) -> None:
-        """Ends a worker that nobody has closed: of a run that failed, or saved nothing."""
+        """Ends a worker that was not closed, because the run failed or saved nothing."""
         cls._may_end.set()
         if cls._persistent_process is not None:
             cls._persistent_process.kill()
@@ -97,4 +99,4 @@ def _end_with_worker(process: Any, may_end: threading.Event, rank: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)  # the main thread may wait for the dead
+    os._exit(1)  # the main thread may be waiting for the dead worker

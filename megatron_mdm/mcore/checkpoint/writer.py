@@ -1,6 +1,6 @@
 """The program of the process that writes the checkpoints of a rank in the background.
 
-Imports Megatron only once the environment is prepared for it.
+It imports Megatron only after it has prepared the environment.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ def write_checkpoints(rank: int, *queues_and_settings: Any) -> None:
     """Runs the loop of Megatron's worker, on the device of its rank.
 
     Args:
-        rank: whose checkpoints it writes; the process ends with it.
-        queues_and_settings: what `PersistentAsyncCaller.async_loop` takes after the rank.
+        rank: the rank whose checkpoints it writes; the process ends when the rank ends.
+        queues_and_settings: the arguments of `PersistentAsyncCaller.async_loop` after the rank.
     """
     end_with_parent()
     device = requested_device()
@@ -36,9 +36,9 @@ def write_checkpoints(rank: int, *queues_and_settings: Any) -> None:
 
 
 def preload_copies(preload: Callable, write_buckets: list, non_blocking: bool = True) -> list:
-    """Megatron's copies to the host's memory, of tensors that are there already too.
+    """Copies tensors to host memory as Megatron does, including tensors that are already there.
 
-    Those are shared with the rank, which goes on to change them once this returns.
+    Tensors in host memory are shared with the rank, which changes them after this function returns.
     """
     copied = [
         (name, key, (data, [(item, x.clone() if x.is_cpu else x) for item, x in tensors]))

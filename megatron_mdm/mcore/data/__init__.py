@@ -1,1 +1,1 @@
-"""Rows: datasets, and the micro-batches that ranks make of them."""
+"""Rows: datasets, and the micro-batches that ranks load from them."""

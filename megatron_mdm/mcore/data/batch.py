@@ -1,4 +1,4 @@
-"""A batch of rows: its columns, and what the settings of the objective make of them."""
+"""A batch of rows: its columns, and the values that follow from them and the settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,14 +15,14 @@ from megatron_mdm.mcore.data.row_dataset import row_columns
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b rows of s positions, and what follows from them, computed once.
+    """b rows of s positions, and derived values, each computed once.
 
     Attributes:
         mdm: settings of the objective.
         eod_id: end-of-document token.
-        training: whether the rows are of the training data, and not of an evaluation's.
-        tokens: this column, and the other ones, as `RowDataset` gives them for one row: int64
-            [b, s] or [b].
+        training: whether the rows are training rows, not evaluation rows.
+        tokens: clean tokens, int64 [b, s]. This and all following attributes are the stacked
+            columns of `RowDataset`'s rows, int64 [b, s] or [b].
     """
 
     mdm: MDMConfig
@@ -61,7 +61,7 @@ class Batch:
 
     @cached_property
     def padding(self) -> torch.Tensor:
-        """Positions that hold no token, bool [b, s]."""
+        """Positions that hold padding, bool [b, s]."""
         return self._from(self.num_tokens)
 
     @cached_property
@@ -71,7 +71,7 @@ class Batch:
 
     @cached_property
     def documents(self) -> torch.Tensor:
-        """The document of its row that each position is of, int64 [b, s]; padding is one more."""
+        """The number of each position's document, int64 [b, s]; padding counts as one more."""
         document = self.document
         if document is None:
             document = document_numbers(self.tokens, self.eod_id)
@@ -80,7 +80,7 @@ class Batch:
 
     @cached_property
     def attention_segments(self) -> torch.Tensor | None:
-        """The parts of rows that attention does not leave, int64 [b, s]; None: whole rows."""
+        """The parts of rows that attention stays within, int64 [b, s]; None: whole rows."""
         if self.mdm.isolate_documents:
             return self.documents
         if self.mdm.random_length_fraction:
@@ -89,9 +89,9 @@ class Batch:
 
     @property
     def rate_segments(self) -> torch.Tensor | None:
-        """The parts of rows that have masking rates of their own, int64 [b, s]; None: whole rows.
+        """The parts of rows that have separate masking rates, int64 [b, s]; None: whole rows.
 
-        See objective/segments.py. Evaluations have one rate a row.
+        See objective/segments.py. Evaluations have one rate per row.
         """
         return self.documents if self.training and self.mdm.rate_per == "document" else None
 
@@ -122,10 +122,10 @@ def load_batch(
     """The next micro-batch on every tensor-parallel rank, by one broadcast of one tensor.
 
     Args:
-        data_iterator: of a `RowDataset`; None on tensor-parallel ranks other than 0.
+        data_iterator: iterator of a `RowDataset`; None on tensor-parallel ranks other than 0.
         mdm: settings of the objective.
         eod_id: end-of-document token.
-        training: whether the micro-batch is training's, and not an evaluation's.
+        training: whether the micro-batch is for training, not for an evaluation.
         micro_batch_size: b.
         seq_length: s.
     """
@@ -153,10 +153,12 @@ def load_batch(
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Tensors [b, n], int64, in one [b, sum of n], pinned like them: else the host waits in .to().
+    """Concatenates int64 tensors [b, n] to one tensor [b, sum of n].
+
+    The result is pinned if the parts are. With unpinned memory the host would wait in `.to()`.
 
     Args:
-        parts: on the CPU, pinned by Megatron's loader where there is a GPU.
+        parts: tensors on the CPU, which Megatron's loader pins if there is a GPU.
     """
     b, n = parts[0].shape[0], sum(part.shape[1] for part in parts)
     whole = torch.empty((b, n), dtype=torch.int64, pin_memory=parts[0].is_pinned())

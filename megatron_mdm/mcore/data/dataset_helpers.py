@@ -4,9 +4,9 @@ from megatron.core.datasets import utils as dataset_utils
 
 
 def use_shipped_dataset_helpers() -> None:
-    """Lets Megatron use the compiled helpers of its wheel.
+    """Makes Megatron use the compiled helpers in its wheel.
 
-    It would call make first, for which the wheel has no Makefile, and exit.
+    Megatron would first call make, find no Makefile in the wheel, and exit.
     """
     import megatron.core.datasets.helpers_cpp  # noqa: F401  (fails here, in one line, if missing)
 

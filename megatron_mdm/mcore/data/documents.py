@@ -1,4 +1,4 @@
-"""Documents of packed rows: their numbers, the positions in them, and what may be masked."""
+"""Documents in packed rows: document numbers, positions in documents, and eligible positions."""
 
 import torch
 
@@ -6,21 +6,27 @@ from megatron_mdm.config import MDMConfig
 
 
 def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
-    """The documents that attention does not leave, int64 [b, s], in rows of text without padding.
+    """Numbers of the documents that attention stays within, int64 [b, s], for rows without padding.
 
-    None: attention reaches over whole rows.
+    None: attention spans whole rows.
     """
     return document_numbers(tokens, eod_id) if mdm.isolate_documents else None
 
 
 def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Which document of its row each position is of, int64 [b, s]; a document ends with EOD."""
+    """The number, within its row, of each position's document, int64 [b, s].
+
+    A document ends with its end-of-document token.
+    """
     ends = (tokens == eod_id).long()
     return ends.cumsum(dim=1) - ends
 
 
 def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Positions for learned embeddings, int64 [b, s]; rotary ones are relative anyhow."""
+    """Positions for learned embeddings, int64 [b, s]; they start over in each document.
+
+    Rotary embeddings are relative, so they do not need them.
+    """
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if documents is None:
         return positions
@@ -28,7 +34,7 @@ def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.
 
 
 def begins_of(segments: torch.Tensor) -> torch.Tensor:
-    """Positions where a part of a row begins, bool [b, s], of the numbers of the parts, [b, s]."""
+    """Positions where a segment begins, bool [b, s], from the segment numbers [b, s]."""
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return begins
@@ -41,20 +47,20 @@ def eligible_positions(
     mdm: MDMConfig,
     documents: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Positions of text without a prompt that may be masked, bool [b, s].
+    """Positions that may be masked in text without a prompt, bool [b, s].
 
     Args:
         tokens: clean tokens, int64 [b, s].
         padding: bool [b, s].
         eod_id: end-of-document token.
         mdm: settings of the objective.
-        documents: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+        documents: the parts of rows that attention stays within, int64 [b, s]; None: whole rows.
     """
     eligible = ~padding
     if not mdm.eod_eligible:
         eligible &= tokens != eod_id
     if mdm.pad_eligible:
         eligible |= padding
-    if mdm.shift:  # nothing predicts the first token of what attention sees
+    if mdm.shift:  # no position predicts the first token of a document or row
         eligible &= position_ids(tokens, documents) > 0
     return eligible

@@ -1,8 +1,8 @@
-"""Megatron's cache of indices, keyed by what the data hold, and made anew where it is damaged.
+"""Megatron's index cache, keyed by the content of the data and rebuilt if it is damaged.
 
-Megatron keys it by the name of the data: data that were replaced under their old name would be read
-in the old order, of which no new document is part. A full disk leaves a file that is cut short,
-which would end every later start.
+Megatron keys the cache by the name of the data. If data were replaced under their old name, they
+would be read in the old order, which contains no new document. A full disk leaves a truncated file
+in the cache, which would end every later start.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from megatron_mdm.mcore.ranks import notice
 
 @dataclass
 class KeyedDatasetConfig(GPTDatasetConfig):
-    """Megatron's, and the keys of its data.
+    """Megatron's dataset configuration, with keys for the content of the data.
 
     Attributes:
-        cache_keys: prefix of a .bin/.idx pair -> what tells its content.
+        cache_keys: maps the prefix of a .bin/.idx pair to a digest of its content.
     """
 
     cache_keys: dict[str, str] = field(default_factory=dict)
 
 
 class KeyedIndex(GPTDataset):
-    """Its index is that of data with this content, and is whole or made anew."""
+    """GPTDataset whose cached index matches the content of the data, and is rebuilt if damaged."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         self.unique_identifiers["data"] = self.config.cache_keys.get(self.dataset_path)
@@ -54,7 +54,7 @@ class KeyedIndex(GPTDataset):
 
 
 class WholeBlendedDataset(BlendedDataset):
-    """Megatron's mixture, whose index is whole or made anew."""
+    """Megatron's mixture of datasets, whose cached index is rebuilt if it is damaged."""
 
     def _build_indices(self) -> Any:
         if self.config.path_to_cache:
@@ -63,9 +63,10 @@ class WholeBlendedDataset(BlendedDataset):
 
 
 class DatasetBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron's, for `WholeBlendedDataset`, with files that are there whole or not at all.
+    """Megatron's builder, for `WholeBlendedDataset`, with cache files that are complete or absent.
 
-    Runs that share a cache would otherwise read, or take for damaged, what another one writes.
+    Otherwise runs that share a cache would read files that another run is still writing, or treat
+    them as damaged.
     """
 
     def build(self) -> Any:
@@ -76,13 +77,13 @@ class DatasetBuilder(BlendedMegatronDatasetBuilder):
 
     @staticmethod
     def build_generic_dataset(cls: Any, *args: Any) -> Any:  # Megatron's names
-        """Builds a dataset, on the first rank before the others."""
+        """Builds a dataset; the first rank builds it before the others."""
         kind = WholeBlendedDataset if cls is BlendedDataset else cls
         return BlendedMegatronDatasetBuilder.build_generic_dataset(kind, *args)
 
 
 class _WholeFiles:
-    """NumPy, except that an array is written under another name and then renamed."""
+    """NumPy, except that `save` writes an array under a temporary name and then renames it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -95,15 +96,15 @@ class _WholeFiles:
 
 
 def remove_damaged(directory: str, key: str) -> None:
-    """Removes the index files of a key that are cut short, on the first rank.
+    """Removes the truncated index files of a key, on the first rank.
 
-    Megatron builds on this rank before any other, and makes anew what is not there.
+    Megatron builds on this rank before any other, and rebuilds missing files.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     for path in glob(f"{escape(os.path.join(directory, key))}-*.npy"):
         try:
             np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):  # NumPy's words for a file that is cut short
+        except (ValueError, EOFError):  # NumPy raises these for a truncated file
             os.unlink(path)
-            notice(f"{path} was damaged, and is made anew")
+            notice(f"{path} was damaged, and is rebuilt")

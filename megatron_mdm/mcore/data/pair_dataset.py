@@ -1,4 +1,4 @@
-"""Rows for supervised fine-tuning: a prompt and its response each, from a Megatron dataset."""
+"""Rows for supervised fine-tuning: pairs of a prompt and a response, from a Megatron dataset."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,23 +19,23 @@ from megatron_mdm.mcore.data.index_cache import KeyedDatasetConfig
 
 @dataclass
 class PairDatasetConfig(KeyedDatasetConfig):
-    """Megatron's, and what packed pairs need beside.
+    """Megatron's dataset configuration, with a setting of packed pairs.
 
     Attributes:
-        response_multiple: of which the length of every response is to be.
+        response_multiple: the length of every response is padded to a multiple of it.
     """
 
     response_multiple: int = 1
 
 
 class PairDataset(MegatronDataset):
-    """A row for each document of two sequences, as tools/preprocess_data.py writes pairs.
+    """One row per document of two sequences, the format of pairs from tools/preprocess_data.py.
 
-    Every epoch passes over all rows in another order, a function of the seed alone. Pairs longer
-    than a row are left out, and their number is printed.
+    Every epoch passes over all rows in a different order, a function of the seed and the epoch.
+    Pairs longer than a row are left out, and their number is printed.
 
     Raises:
-        UserError: a document is no pair, or no pair is short enough.
+        UserError: a document is not a pair, or no pair is short enough.
     """
 
     packs = False
@@ -70,7 +70,7 @@ class PairDataset(MegatronDataset):
                 f"--seq-length {config.sequence_length} tokens ({len(lengths)} in all): add data, "
                 "change --split, or choose longer rows"
             )
-        # Row r has the pairs from starts[r] on to starts[r + 1].
+        # Row r has the pairs starts[r] to starts[r + 1] - 1.
         self.starts: npt.NDArray[np.int64] = np.arange(len(self.pairs) + 1)
         if self.packs and index_split is MegatronSplit.train and len(self.pairs):
             shuffled = self._permutation(len(self.pairs), epoch=0)
@@ -86,24 +86,25 @@ class PairDataset(MegatronDataset):
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Pairs, which a split takes whole."""
+        """The number of pairs. Megatron's split never divides a pair."""
         return len(low_level_dataset.document_indices) - 1
 
     build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
 
     @property
     def texts_per_epoch(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return len(self.starts) - 1
 
     def __len__(self) -> int:
         return max(self.texts_per_epoch, self.num_samples or 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row, whose tokens, int64 [L], are ends of documents from `num_tokens` on.
+        """One row.
 
-        `prompt`, bool [L], is true at the tokens of prompts; `document`, int64 [L], is the number
-        of each token's pair in the row, and `text` that of the row in every epoch.
+        `tokens`, int64 [L], are end-of-document tokens from `num_tokens` on. `prompt`, bool [L], is
+        true at the tokens of prompts. `document`, int64 [L], is the number of each token's pair in
+        the row. `text` is the number of the row, the same in every epoch.
         """
         epoch, place = divmod(int(index), self.texts_per_epoch)
         row = self._order(epoch)[place]
@@ -128,7 +129,7 @@ class PairDataset(MegatronDataset):
         }
 
     def _padded(self, length: Any) -> Any:
-        """Lengths of responses with their padding, an array or a number."""
+        """Lengths of responses with their padding; `length` is an array or a number."""
         return -(-length // self.multiple) * self.multiple
 
     def _permutation(self, count: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -137,13 +138,14 @@ class PairDataset(MegatronDataset):
 
 
 class PackedPairDataset(PairDataset):
-    """As many pairs in each row of training as fit; evaluations have one in each.
+    """Packs as many pairs as fit into each training row; evaluation rows hold one pair.
 
-    A response goes on with its end until its length is a multiple of `config.response_multiple`,
-    in evaluations too. These ends are tokens of the pair, and no padding.
+    In training and in evaluations, each response is extended with end-of-document tokens until its
+    length is a multiple of `config.response_multiple`. These tokens belong to the pair and are not
+    padding.
 
-    Which pairs share a row is a function of the data and the seed, and the same in every epoch:
-    none sees another, so that nothing but the use of the room depends on it.
+    The packing is a function of the data and the seed, and the same in every epoch. Pairs do not
+    attend to each other, so the packing affects only how well the rows are filled.
     """
 
     packs = True

@@ -1,8 +1,8 @@
-"""Rows of training data: Megatron's GPTDataset with the random numbers of each row beside it.
+"""Rows of training data: Megatron's GPTDataset, with random numbers for each row.
 
 Blending, splitting, shuffling and caching stay Megatron's. A row carries its clean tokens and its
-own random numbers, but neither its rate t nor its mask: these depend on the rate sampler, which may
-move while a prefetched row waits in a loader.
+random numbers, but neither its rate t nor its mask. These depend on the rate sampler, which may
+change while a prefetched row waits in a loader.
 """
 
 from argparse import Namespace
@@ -40,14 +40,14 @@ from megatron_mdm.objective.randomness import (
 )
 from megatron_mdm.objective.views import view_uniforms
 
-TEXT_BITS = 40  # of the number of a text within its file
+TEXT_BITS = 40  # bits for the number of a text within its file
 
-# Rows of training, validation and test; None where this rank or this run has none.
+# Rows of training, validation and test; None if this rank or this run has none.
 Datasets = tuple["RowDataset | None", "RowDataset | ValidationSets | None", "RowDataset | None"]
 
 
 def row_columns(mdm: MDMConfig, training: bool) -> dict[str, bool]:
-    """The tensors of a row, and whether each is a vector or a number; see RowDataset."""
+    """The tensors of a row; True for vectors, False for numbers. See RowDataset."""
     columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
     columns |= {"tokens": True, "uniforms": True}
     columns["quantile"] = training and mdm.rate_per == "document"
@@ -66,33 +66,36 @@ class RowDataset(torch.utils.data.Dataset):
     A row is a dict of int64 tensors:
         tokens [L]: clean tokens, padding as `pad_id`.
         num_tokens []: positions from here on are padding.
-        length []: positions from here on are not of the row, which ends early
-            (--mdm-random-length-fraction); at least num_tokens.
+        length []: the row ends early (--mdm-random-length-fraction), and positions from here on
+            are not part of it; at least num_tokens.
         split [], row []: part of the data (objective's Split, or a named validation set's number,
             see `part_of_set`), and position in the run or the set.
         uniforms [L], quantile []: grid integers (objective/randomness.py). With --mdm-rate-per
-            document quantile [L], number d for document d of the row; evaluations have one rate a
-            row.
-        text []: in evaluations, which of their texts it is, since a few may be taken many times.
-        maskable [L]: in fine-tuning, 0 at the tokens of a prompt but those that SyRM picks, which
-            are masked like the response's; else 1.
-        document [L]: in fine-tuning with isolation, which pair each token is of; elsewhere
-            documents end with their end-of-document token.
+            document, quantile is [L] and entry d belongs to document d of the row; evaluations have
+            one rate per row.
+        text []: in evaluations, the number of the row's text, because a text may be evaluated many
+            times.
+        maskable [L]: in fine-tuning, 0 at prompt tokens, else 1. Prompt tokens that SyRM picks have
+            1 and are masked like response tokens.
+        document [L]: in fine-tuning with isolated documents, the number of each token's pair.
+            Otherwise documents end with their end-of-document token.
 
-    With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i: one text,
-    one quantile and so one t, and the uniforms of the draw seen from K sides. Evaluations take
-    every text once, and their quantiles always from the lattice.
+    With K views (--mdm-views; 2 is MIRROR) rows Ki to Ki + K - 1 are the views of draw i. They
+    share one text and one quantile, and so one t; `view_uniforms` derives their uniforms from the
+    draw's. Evaluations have one view per text, and always take quantiles from the lattice.
 
     Args:
         dataset: top-level dataset (a BlendedDataset passes its own numbers inward).
         mdm: settings of the objective.
         seed: seed of the run.
-        mask_token_id: must not occur in the data; None: the model has none.
-        vocab_size: larger than every id in the data.
-        pad_id: id that stands at padding, inside the vocabulary.
-        period: for validation and test: the rows start over after this many, so that every
-            evaluation sees the same rows under the same masks, wherever Megatron's loader stands.
-        text_offset: of the draws, in a run that began with another number of views.
+        mask_token_id: id that must not occur in the data; None: the model has no mask token.
+        vocab_size: number that is larger than every id in the data.
+        pad_id: id at padding positions, inside the vocabulary.
+        period: for validation and test, the number of rows after which they repeat. Every
+            evaluation then sees the same rows with the same masks, whatever the position of
+            Megatron's loader.
+        text_offset: number that is added to draws, in a run that began with another number of
+            views.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class RowDataset(torch.utils.data.Dataset):
         text_offset: int = 0,
     ) -> None:
         self.dataset = dataset
-        # Megatron's loader takes the evaluation batch size for the splits `valid` and `test`.
+        # Megatron's loader uses the evaluation batch size for the splits `valid` and `test`.
         self.split = getattr(dataset, "split", None) or dataset.index_split
         self.mdm = mdm
         self.seed = seed
@@ -120,7 +123,7 @@ class RowDataset(torch.utils.data.Dataset):
         self.training = split is Split.TRAIN
         if self.training:
             self.views = mdm.views
-            # A window is given in rows, and the quantiles belong to draws.
+            # --mdm-strata-window counts rows, but quantiles belong to draws.
             window = (mdm.strata_window or self.views) // self.views
             strata = mdm.strata or 1
             self.quantiles = Quantiles(mdm.quantiles, seed, split, window, strata)
@@ -129,7 +132,7 @@ class RowDataset(torch.utils.data.Dataset):
             self.quantiles = Quantiles("lattice", seed, split)
 
     def __len__(self) -> int:
-        # Evaluations may go on for ever; 2^62 keeps sums with it inside int64.
+        # Evaluation rows repeat without end. Sums with 2^62 still fit into int64.
         if self.period:
             return 2**62
         return (len(self.dataset) - self.text_offset) * self.views
@@ -170,14 +173,14 @@ class RowDataset(torch.utils.data.Dataset):
         return columns
 
     def _length(self, draw: int, longest: int) -> int:
-        """Positions that the row has; training only."""
+        """The length of a row that may end early. Only training rows do."""
         fraction = self.mdm.random_length_fraction
         if not (self.training and fraction):
             return longest
         return row_length(self.seed, Split.TRAIN, draw, longest, fraction)
 
     def _syrm(self, draw: int, tokens: np.ndarray) -> np.ndarray:
-        """Tokens that SyRM would make eligible in a prompt, bool [L]; training only."""
+        """Tokens that SyRM makes eligible in a prompt, bool [L]; none outside training."""
         if not self.training:
             return np.zeros(len(tokens), dtype=bool)
         return syrm(
@@ -197,7 +200,7 @@ class RowDataset(torch.utils.data.Dataset):
         file = f"at position {place} ({self._path(draw)})"
         if is_mask[place]:
             raise UserError(
-                f"{where} the mask token {self.mask_token_id} {file}: the model would take it for "
+                f"{where} the mask token {self.mask_token_id} {file}: the model would treat it as "
                 "a masked position. Tokenize the data again, or give another --mdm-mask-token-id"
             )
         raise UserError(
@@ -206,7 +209,7 @@ class RowDataset(torch.utils.data.Dataset):
         )
 
     def _path(self, draw: int) -> str:
-        """The .bin/.idx pair that a draw is from."""
+        """The .bin/.idx pair that a draw comes from."""
         dataset = self.dataset
         if hasattr(dataset, "datasets"):
             dataset = dataset.datasets[int(dataset.dataset_index[draw])]
@@ -216,13 +219,13 @@ class RowDataset(torch.utils.data.Dataset):
 def datasets_provider(
     args: Namespace, mdm: MDMConfig
 ) -> Callable[[list[int], int | None], Datasets]:
-    """Megatron's `train_valid_test_dataset_provider`, which builds the three datasets.
+    """Megatron's `train_valid_test_dataset_provider`, a function that builds the three datasets.
 
-    It takes the numbers of rows of training, all evaluations and the test, and the virtual pipeline
-    stage.
+    The function takes the numbers of rows of training, all evaluations and the test, and the
+    virtual pipeline stage.
 
     Args:
-        args: of the run, as they stand when the function is called.
+        args: arguments of the run; the function reads them when it is called.
         mdm: settings of the objective.
     """
 
@@ -231,7 +234,7 @@ def datasets_provider(
         of_set = eval_rows // len(args.mdm_validation_sets or [None])
         return build_datasets(args, mdm, [num_samples[0], of_set, eval_rows], vp_stage)
 
-    # Megatron then calls it on every rank, and `loads_rows` decides where rows are needed.
+    # Megatron then calls it on every rank, and `loads_rows` decides which ranks load rows.
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
 
@@ -243,17 +246,18 @@ def build_datasets(
     vp_stage: int | None = None,
     on_all_ranks: bool = False,
 ) -> Datasets:
-    """Builds the training, validation and test datasets of so many rows each.
+    """Builds the training, validation and test datasets.
 
     Args:
-        args: of the run.
+        args: arguments of the run.
         mdm: settings of the objective.
-        num_rows: of the three; where validation sets have names, of each of these.
+        num_rows: number of rows of each of the three. With named validation sets, the second number
+            is the number of rows of each set.
         vp_stage: virtual pipeline stage.
-        on_all_ranks: build them on every rank, and not only where training loads rows.
+        on_all_ranks: whether every rank builds them, not only ranks that load rows in training.
 
     Raises:
-        UserError: a split shorter than one row, or data that do not last.
+        UserError: a split is shorter than one row, or the data have too few rows for the run.
     """
     share_identities(args)
     dataset_config = _dataset_config(args, mdm)
@@ -267,7 +271,7 @@ def build_datasets(
     if datasets[0] is not None and len(datasets[0]) < texts:
         raise UserError(
             f"the run takes {texts} texts and --data-path has {len(datasets[0])}: several files "
-            "without weights are passed over once; give a weight before each file, or train for "
+            "without weights are read only once; give a weight before each file, or train for "
             "fewer iterations"
         )
     sets = datasets[1] if isinstance(datasets[1], list) else [datasets[1]]
@@ -280,12 +284,12 @@ def build_datasets(
             )
     if datasets[0] is not None and not args.mock_data and not vp_stage:
         _print_epochs(datasets[0], texts, mdm.views)
-    # A response that is over goes on with its end (LLaDA, arXiv 2502.09992).
+    # After a response, the row continues with end-of-document tokens (LLaDA, arXiv 2502.09992).
     pad = dataset_config.tokenizer.eod if mdm.sft else pad_id(dataset_config.tokenizer)
 
     def rows_of(dataset: Any, period: int | None, first: int = 0) -> RowDataset | None:
-        # Megatron makes no loader of a mixture without rows. Several files without weights have
-        # each text once, which may be fewer than an evaluation takes.
+        # Megatron makes no loader for a mixture without rows. Several files without weights hold
+        # each text once; there may be fewer texts than an evaluation takes.
         if dataset is None or period == 0:
             return None
         return _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
@@ -297,7 +301,7 @@ def build_datasets(
 
 
 def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:
-    """All pairs of one file as a training dataset, on every rank and unsplit; --mdm-sft only.
+    """All pairs of one file as an unsplit training dataset on every rank; --mdm-sft only.
 
     Raises:
         UserError: no pair is short enough.
@@ -324,7 +328,7 @@ def _rows(
 
 
 def _print_epochs(dataset: Any, texts: int, views: int) -> None:
-    """Says how often training will pass over its data, whose rows are taken in `views` each."""
+    """Prints how often training passes over its data; each text becomes `views` rows."""
     parts = getattr(dataset, "datasets", [dataset])
     weights = dataset.weights if len(parts) > 1 else [1.0]
     for part, weight in zip(parts, weights, strict=True):
@@ -352,7 +356,7 @@ def loads_rows(mdm: MDMConfig, vp_stage: int | None) -> bool:
 def needs_rows(mdm: MDMConfig, vp_stage: int | None) -> bool:
     """Whether this stage needs rows: the first for its input, the last for the loss.
 
-    Stages between need them too where an attention mask follows from the tokens.
+    Stages between them need rows too if the attention mask depends on the tokens.
     """
     return (
         not mdm.attends_everywhere
@@ -362,7 +366,7 @@ def needs_rows(mdm: MDMConfig, vp_stage: int | None) -> bool:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that stands at padding: the tokenizer's, or else its end of document."""
+    """The id at padding positions: the tokenizer's padding token, else its end of document."""
     for name in ("pad", "eod"):
         value = getattr(tokenizer, name, None)
         if value is not None and value >= 0:
@@ -389,7 +393,7 @@ def _dataset_config(args: Namespace, mdm: MDMConfig) -> PairDatasetConfig:
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # A row is L tokens: nothing is predicted from its predecessor.
+        # No token is predicted from its predecessor, so rows have L tokens and no extra one.
         add_extra_token_to_sequence=False,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,

@@ -1,6 +1,6 @@
 """Rows of packed documents, from Megatron's GPTDataset.
 
-Splitting, the order of the documents, and the cache stay Megatron's.
+Splitting, document order and the index cache stay Megatron's.
 """
 
 from functools import cached_property, lru_cache
@@ -25,10 +25,10 @@ SPLITS = {
 
 
 class _CleanTokens:
-    """Rows as tokens and their count, instead of GPTDataset's shifted labels and causal masks.
+    """Returns rows as tokens and their number, without GPTDataset's shifted labels and causal mask.
 
-    GPTDataset itself overwrites every token that equals the tokenizer's padding id with 0, which
-    destroys the end-of-document tokens of the many tokenizers that pad with them.
+    GPTDataset overwrites every token that equals the tokenizer's padding id with 0. Many tokenizers
+    pad with the end-of-document token, so this would destroy their end-of-document tokens.
     """
 
     def __getitem__(self: Any, index: int) -> dict[str, Any]:
@@ -37,11 +37,11 @@ class _CleanTokens:
 
 
 class CleanTokensDataset(_CleanTokens, KeyedIndex):
-    """Rows in Megatron's order, which depends on how many the run takes (--mdm-row-order run).
+    """Rows in Megatron's order, which depends on the length of the run (--mdm-row-order run).
 
     Raises:
-        UserError: rows are asked of fewer tokens than one row has. (Megatron would repeat the few
-            tokens inside one row, and loop for ever over none.)
+        UserError: the data have fewer tokens than one row. (Megatron would repeat the tokens inside
+            one row, and loop forever if there are none.)
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CleanTokensDataset(_CleanTokens, KeyedIndex):
         index_split: MegatronSplit,
         config: GPTDatasetConfig,
     ) -> None:
-        # Without indices (--dataloader-fast-cache-load) the rows were built, and checked, before.
+        # Without indices (--dataloader-fast-cache-load) an earlier run built and checked the rows.
         if num_samples != 0 and indexed_indices is not None:
             tokens = int(indexed_dataset.sequence_lengths[indexed_indices].sum())
             if tokens < config.sequence_length:
@@ -68,16 +68,16 @@ class CleanTokensDataset(_CleanTokens, KeyedIndex):
 
     @property
     def texts_per_epoch(self) -> int:
-        """Whole rows of its tokens."""
+        """The number of complete rows in one epoch."""
         return self._get_num_tokens_per_epoch() // self.config.sequence_length
 
 
 class _Epoch(NamedTuple):
-    """How an epoch of n rows over a ring of tokens differs from the others.
+    """The order and the shift of one epoch of n rows over a ring of tokens.
 
     Attributes:
         stride, start: row i of the epoch is number (start + i stride) mod n of the shuffled order.
-        shift: tokens by which all rows lie further on along the ring.
+        shift: number of tokens by which all rows are shifted along the ring.
     """
 
     stride: int
@@ -86,12 +86,12 @@ class _Epoch(NamedTuple):
 
 
 class EpochDataset(CleanTokensDataset):
-    """Rows in an order of each epoch, whatever the length of the run (--mdm-row-order epoch).
+    """Rows whose order in each epoch does not depend on the run's length (--mdm-row-order epoch).
 
-    The documents, in Megatron's shuffled order of one epoch, make a ring of T tokens. An epoch has
-    n = T // L rows of L tokens. It passes through all of them in an order of its own, and cuts the
-    ring elsewhere than the others: what is left over, less than a row, lies elsewhere too. Where
-    whole rows fill the ring, as in data that was packed into rows, no cut moves.
+    The documents, in Megatron's shuffled order of one epoch, form a ring of T tokens. An epoch has
+    n = T // L rows of L tokens. Each epoch has a different row order, and cuts the ring into rows
+    at different positions, so the unused remainder (less than a row) is also in a different place.
+    If T is a multiple of L, as in data that was packed into rows, the cuts stay the same.
 
     Evaluations pass over the same rows in every epoch.
     """
@@ -105,7 +105,7 @@ class EpochDataset(CleanTokensDataset):
         index_split: MegatronSplit,
         config: GPTDatasetConfig,
     ) -> None:
-        # None is one epoch for Megatron, whose cache then serves runs of every length.
+        # For Megatron None means one epoch. Its cache then serves runs of any length.
         size = None if num_samples else num_samples
         super().__init__(indexed_dataset, dataset_path, indexed_indices, size, index_split, config)
         self.num_rows = num_samples or 0
@@ -113,14 +113,14 @@ class EpochDataset(CleanTokensDataset):
 
     @cached_property
     def texts_per_epoch(self) -> int:
-        """Whole rows of its tokens."""
+        """The number of complete rows in one epoch."""
         return super().__len__()
 
     def __len__(self) -> int:
         return max(self.texts_per_epoch, self.num_rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A row; `text` is the number of the same tokens in every epoch of an evaluation."""
+        """One row; in evaluations `text` identifies the same tokens in every epoch."""
         self._load_index()
         n, length = self.texts_per_epoch, self.config.sequence_length
         number, place = divmod(int(index), n)
@@ -134,7 +134,7 @@ class EpochDataset(CleanTokensDataset):
         words = random_bits(seed, split, Purpose.EPOCH, number, 130).tolist()
         n, length, ring = self.texts_per_epoch, self.config.sequence_length, self._ring
         start, shift, *candidates = words
-        # Any stride that has no divisor in common with n reaches every row.
+        # Any stride that is coprime to n reaches every row.
         stride = next((word % n for word in candidates if gcd(word % n, n) == 1), 1)
         shift = shift % ring if ring % length else shift % n * length
         return _Epoch(stride, start % n, shift if self.index_split is MegatronSplit.train else 0)
@@ -145,13 +145,13 @@ class EpochDataset(CleanTokensDataset):
 
     @cached_property
     def _ring(self) -> int:
-        """Tokens of an epoch."""
+        """The number of tokens in one epoch, T."""
         document, offset = map(int, self.sample_index[-1])
         rest = self.dataset.sequence_lengths[self.document_index[document:]].sum()
         return self.texts_per_epoch * self.config.sequence_length + int(rest) - offset
 
     def _read(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """So many tokens of the ring from a place on."""
+        """Reads `count` tokens of the ring, beginning at token `first`."""
         row, skipped = divmod(first, self.config.sequence_length)
         document, offset = map(int, self.sample_index[row])
         offset += skipped
@@ -169,4 +169,4 @@ class EpochDataset(CleanTokensDataset):
 
 
 class MockCleanTokensDataset(_CleanTokens, MockGPTDataset):
-    """Rows of made-up data, for --mock-data."""
+    """Rows of Megatron's synthetic data, for --mock-data."""

@@ -1,4 +1,4 @@
-"""The named sets of a validation as one dataset, which Megatron evaluates in one loop."""
+"""Named validation sets as one dataset, which Megatron evaluates in one loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,21 @@ from megatron_mdm.objective.randomness import Split
 
 
 class ValidationSets(torch.utils.data.Dataset):
-    """Equally many rows of each set, one set after another, over and over.
+    """The same number of rows from each set, one set after another, repeated without end.
 
-    A row is that of a run which validates on its set alone, with its number, masks and rates; only
-    `split` tells the sets apart. A set fills whole global batches, so these hold the same rows too.
+    Each row has the number, masks and rates that it has in a run that validates only on its set;
+    only `split` tells the sets apart. A set fills whole global batches, so a global batch also
+    holds the same rows as in such a run.
 
     Args:
-        sets: a `RowDataset` of each.
-        rows: that an evaluation takes of each.
+        sets: one `RowDataset` per set.
+        rows: number of rows that an evaluation takes from each set.
     """
 
     def __init__(self, sets: Sequence[Any], rows: int) -> None:
         self.sets = sets
         self.rows = rows
-        self.split = sets[0].split  # by which Megatron's loader takes the evaluation batch size
+        self.split = sets[0].split  # tells Megatron's loader to use the evaluation batch size
 
     def __len__(self) -> int:
         return len(self.sets[0])
@@ -33,5 +34,5 @@ class ValidationSets(torch.utils.data.Dataset):
 
 
 def part_of_set(number: int) -> int:
-    """The number of a named validation set among the parts of the data, after those of `Split`."""
+    """The part number of a named validation set; the numbers follow those of `Split`."""
     return len(Split) + number

@@ -1,1 +1,1 @@
-"""The command line: our flags, Megatron's, and what does not go together."""
+"""The command line: this package's flags, and checks of combinations with Megatron's flags."""

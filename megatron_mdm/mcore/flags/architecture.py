@@ -1,8 +1,8 @@
-"""A check that the flags describe the model of the checkpoint that is loaded.
+"""Checks that the flags describe the same model as the checkpoint that is loaded.
 
 Megatron loads the keys that the model asks for and ignores the others, and its
---use-checkpoint-args leaves out some of the arguments: a forgotten flag would train another model
-than the checkpoint's, silently.
+--use-checkpoint-args skips some of the arguments. With a forgotten flag, a run would silently train
+another model than the checkpoint's.
 """
 
 from argparse import Namespace
@@ -14,12 +14,12 @@ from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names, sam
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
-    """Says which arguments describe another model, empty if none.
+    """Lists the arguments that describe another model; empty if there are none.
 
     Args:
         saved: the checkpoint's arguments.
-        given: the others; an argument that either lacks is not compared.
-        source: what the others come from.
+        given: the arguments to compare with. Arguments that are missing on one side are skipped.
+        source: where `given` comes from, for the text.
     """
     found = []
     for name in names(Group.MODEL):
@@ -31,17 +31,17 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str)
 
 
 def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    if name == "num_query_groups":  # ungrouped attention has one group a head
+    if name == "num_query_groups":  # ungrouped attention has one group for each head
         one, other = (
             args[name] if args.get("group_query_attention") else args.get("num_attention_heads")
             for args in (saved, given)
         )
         return one == other
-    if name == "group_query_attention":  # what counts is the number of groups
+    if name == "group_query_attention":  # only the number of groups matters
         return True
-    if name == "max_position_embeddings":  # rotary embeddings go on beyond it
+    if name == "max_position_embeddings":  # rotary embeddings continue beyond it
         return saved[name] == given[name] or given.get("position_embedding_type") == "rope"
-    if name == "hybrid_layer_pattern":  # a pattern may continue a model without, not the reverse
+    if name == "hybrid_layer_pattern":  # a HybridModel may continue a GPTModel, not the reverse
         return bool(given[name] or not saved[name]) and _layers(saved) == _layers(given)
     if name == "num_layers" and given.get("hybrid_layer_pattern"):  # follows from the pattern
         return True
@@ -51,7 +51,7 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
 
 
 def _layers(args: Mapping[str, Any]) -> str | None:
-    """The layers as a pattern of HybridModel's without its stages; None if no pattern says it."""
+    """The layers as a HybridModel pattern without stages; None if no pattern describes them."""
     if args.get("hybrid_layer_pattern"):
         return str(args["hybrid_layer_pattern"]).replace("|", "")
     if not args.get("num_experts"):
@@ -63,9 +63,9 @@ def check_model(args: Namespace, saved: Mapping[str, Any], source: str | None) -
     """Compares the model of the flags with that of the checkpoint that is about to be loaded.
 
     Args:
-        args: of this run.
-        saved: of the checkpoint; empty if there is none.
-        source: its directory.
+        args: arguments of this run.
+        saved: arguments in the checkpoint; empty if there is none.
+        source: directory of the checkpoint.
 
     Raises:
         UserError: names every flag that differs.

@@ -1,4 +1,4 @@
-"""The `--mdm-*` flags beside Megatron's, and what is refused in one line before anything starts."""
+"""Adds the `--mdm-*` flags to Megatron's, and refuses bad flags in one line before a run starts."""
 
 import importlib.util
 import os
@@ -62,7 +62,7 @@ from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 from megatron_mdm.sizing.flops import UNKNOWN
 
-# Megatron flags that make no sense here, or are not supported, and what to do instead.
+# Megatron flags that make no sense here or are not supported, and the remedy for each.
 REFUSED = {
     "yaml_cfg": "give the settings as flags",
     "mtp_num_layers": "multi-token prediction is causal; leave it out",
@@ -77,26 +77,27 @@ REFUSED = {
     "perform_rl_step": "reinforcement learning is not supported",
     "hybrid_override_pattern": "use --hybrid-layer-pattern",
     "mtp_hybrid_override_pattern": "multi-token prediction is causal; leave it out",
-    "hybrid_context_parallel": "it packs rows by length, which would renumber them",
+    "hybrid_context_parallel": "it packs rows by length, which changes the row numbers that masks "
+    "depend on; leave it out",
     "experimental_attention_variant": "these variants are causal; leave it out",
     "full_validation": "validation uses fixed rows; set --eval-iters",
     "multiple_validation_sets": "name the files of --valid-data-path with --validation-set-names",
     "phase_transition_iterations": "a phase restarts the numbering of rows and repeats their masks",
     "rampup_batch_size": "use --step-batch-size-schedule",
     "iterations_to_skip": "Megatron skips with its own GPT batches; leave it out",
-    "moe_expert_capacity_factor": "dropping tokens makes the loss of a row depend on the other "
-    "rows of its micro-batch; leave it out",
-    "ddp_average_in_collective": "gradients are sums here, divided by a count over all ranks; "
+    "moe_expert_capacity_factor": "token dropping makes the loss of a row depend on the other rows "
+    "in its micro-batch; leave it out",
+    "ddp_average_in_collective": "gradients are summed here and divided by a count over all ranks; "
     "leave it out",
-    "overlap_moe_expert_parallel_comm": "its schedule needs a step of its own; leave it out",
-    "non_persistent_ckpt_type": "a run that is started again does not look for its checkpoints; "
-    "use --save-interval with --save-retain-interval",
-    "verify_integrity": "without it, all ranks share the work of hashing and checking files; leave "
-    "it out",
+    "overlap_moe_expert_parallel_comm": "its schedule needs another forward step; leave it out",
+    "non_persistent_ckpt_type": "a restarted run ignores its checkpoints; use --save-interval with "
+    "--save-retain-interval",
+    "verify_integrity": "files are hashed and checked without it, by all ranks together; leave it "
+    "out",
     "spec": "the layers come from Megatron's own specs; leave it out",
 }
 
-# Help for flags of Megatron's that mean something else here.
+# Help texts for flags of Megatron that mean something else here.
 HELP = {
     "validation_set_names": "Names of the files of --valid-data-path, one for each. Every file is "
     "then a validation set of its own instead of a part of a mixture. Every set is evaluated on "
@@ -110,9 +111,9 @@ HELP = {
     "functions of the seed and the row number.",
 }
 
-# Defaults that the objective needs. --calculate-per-token-loss sums gradients and divides them by
-# the global count of eligible tokens (or rows). Without the persistent worker Megatron ignores
-# --async-save, and the strategy `mcore` needs no other library for it.
+# Defaults that the objective needs. With --calculate-per-token-loss gradients are summed and divided
+# by the global count of eligible tokens (or rows). Without a persistent worker Megatron turns
+# --async-save off. The strategy `mcore` uses Megatron's own worker, which needs no other library.
 NEEDED = {
     "calculate_per_token_loss": True,
     "use_persistent_ckpt_worker": True,
@@ -122,22 +123,23 @@ NEEDED = {
 # Titles of our groups of flags in --help.
 TITLE = "masked diffusion: {}"
 
-# The module of NVIDIA's apex with which Megatron's own layers accumulate gradients of weights.
+# The apex module that Megatron's own layers use for gradient accumulation fusion.
 ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 
-# What Megatron fuses by default, and which libraries can: Transformer Engine, modules of apex.
+# Fusions that Megatron turns on by default, and the modules that provide each: Transformer Engine,
+# or modules of apex.
 FUSED_BY = {
     "apply_rope_fusion": ["transformer_engine"],
     "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
     "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
 }
 
-# Megatron flags, with their value, under which all micro-batches must have logits of one shape.
+# Megatron flags, with the value at which all micro-batches must have logits of the same shape.
 FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
 
 
 class _FlagFactory(ArgumentGroupFactory):
-    """Megatron's factory of flags, with our prefix before the names of `MDMConfig`'s fields.
+    """Megatron's factory of flags, which adds our prefix to the names of `MDMConfig`'s fields.
 
     The help of every flag ends with its default.
     """
@@ -152,7 +154,7 @@ class _FlagFactory(ArgumentGroupFactory):
             default = f" Default: {text[0].lower()}{text[1:]}"
         elif attribute.default is False:
             default = " Default: off."
-        else:  # the text of a field that is None says it in words
+        else:  # if the default is None, the field's text describes it in words
             default = "" if attribute.default is None else " Default: %(default)s."
         if "type" in kwargs and "choices" not in kwargs:
             kwargs.setdefault("metavar", {int: "N", float: "X"}.get(kwargs["type"]))
@@ -172,8 +174,8 @@ class _FlagFactory(ArgumentGroupFactory):
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
 
-    Also sets the defaults of Megatron's flags that the objective, the libraries that are installed
-    and the device need.
+    It also sets the defaults of Megatron's flags that the objective, the installed libraries and the
+    device need.
     """
     _FlagFactory(MDMConfig).add_to(parser)
     set_recipe_defaults(parser)
@@ -190,7 +192,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _escape_help(parser: ArgumentParser) -> None:
-    """Mends help texts of Megatron in which a bare % makes --help fail."""
+    """Escapes a bare % in Megatron's help texts, which would make --help fail."""
     for action in parser._actions:
         try:
             parser._get_formatter()._expand_help(action)
@@ -199,18 +201,18 @@ def _escape_help(parser: ArgumentParser) -> None:
 
 
 def parse() -> Namespace:
-    """Parses and validates sys.argv as Megatron does, with one clear line for what we refuse.
+    """Parses and validates sys.argv as Megatron does; each refused flag gives one clear line.
 
-    Afterwards Megatron's globals are set and the arguments hold resolved values: the id of the mask
-    token and the window of the strata, so that a checkpoint records what was really used.
+    Afterwards Megatron's globals are set, and the arguments hold resolved values such as the id of
+    the mask token and the window of the strata. A checkpoint thus records the values in use.
 
     Raises:
-        UserError: a flag, or a combination, that cannot work.
+        UserError: a flag or a combination of flags cannot work.
     """
-    # Megatron replaces all flags by the file's settings while it parses.
+    # With --yaml-cfg Megatron replaces all flags by the file's settings while it parses.
     if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
         raise _refused_flag_error("yaml_cfg")
-    # Megatron validates with assertions and builds the tokenizer on the way, so ours comes first.
+    # Megatron validates with assertions and also builds the tokenizer, so our checks come first.
     given = parse_args(_quiet_parser)
     validate_flags(given)
     if given.use_checkpoint_args:
@@ -235,7 +237,7 @@ def to_user_error(error: Exception) -> UserError:
 
 
 def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
-    """One line for an exception about the directory of the logs, which the last rank makes."""
+    """One line for an exception about the log directory, which only the last rank creates."""
     if not directory or not isinstance(error, OSError) or not isinstance(error.filename, str):
         return None
     own, other = os.path.abspath(directory), os.path.abspath(error.filename)
@@ -246,9 +248,9 @@ def _log_rejection(error: Exception, directory: str | None) -> UserError | None:
 
 @contextmanager
 def megatron_errors_as_user_errors() -> Iterator[None]:
-    """Makes a line of what Megatron itself raises against flags while it prepares the model.
+    """Context that turns Megatron's own errors about flags into one line while it builds the model.
 
-    Exceptions that come from other code, ours included, are bugs, and keep their traceback.
+    Exceptions from other code, including ours, are bugs and keep their traceback.
     """
     try:
         yield
@@ -260,7 +262,7 @@ def megatron_errors_as_user_errors() -> Iterator[None]:
 
 
 def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
-    """Adds our flags and our text above them; a wrong flag is one line, without the usage."""
+    """Adds our flags and our introduction; reports a wrong flag in one line, without the usage."""
 
     def error(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags)")
@@ -274,25 +276,25 @@ def _quiet_parser(parser: ArgumentParser) -> ArgumentParser:
 
 
 def finalize_args(args: Namespace) -> Namespace:
-    """Fills in what depends on the tokenizer and the batch size, and checks a resume.
+    """Sets arguments that depend on the tokenizer and the batch size, and checks a resume.
 
-    For scripts of your own: call it on what `parse_and_validate_args` returned.
+    In your own script, call it on the result of `parse_and_validate_args`.
 
-    On ranks but the first `mdm_data` and `mdm_tokenizer` stay None: the datasets set them, by a
-    collective call, when the ranks are connected (`share_identities`).
+    Only the first rank sets `mdm_data` and `mdm_tokenizer`. On other ranks they stay None until the
+    datasets set them by a collective call (`share_identities`), when the ranks are connected.
 
     Args:
-        args: of the run; changed.
+        args: arguments of the run; changed in place.
 
     Returns:
         The same arguments.
 
     Raises:
-        UserError: no mask token or end of document, or objective flags that differ from the
-            checkpoint's.
+        UserError: a mask token or an end-of-document token is missing, objective flags differ from
+            the checkpoint's, or flags, data and checkpoint do not fit each other.
     """
-    # Megatron asserts --multiple-validation-sets beside the names, under which it evaluates set
-    # after set. Here one evaluation goes through all sets.
+    # With --validation-set-names Megatron requires --multiple-validation-sets, and then runs one
+    # evaluation per set. Here one evaluation goes through all sets.
     args.mdm_validation_sets, args.validation_set_names = args.validation_set_names, None
     args.eval_iters *= len(args.mdm_validation_sets or [None])
     validate_flags(args)
@@ -347,15 +349,15 @@ def finalize_args(args: Namespace) -> Namespace:
 
 
 def check_data(args: Namespace) -> Identities:
-    """Checks the files that --data-path and its like name.
+    """Checks the files that --data-path and similar flags name.
 
     Returns:
-        What they and the tokenizer hold, which checkpoints record.
+        The identities of the files and of the tokenizer, which checkpoints record.
 
     Raises:
-        UserError: one is missing or damaged, was made with another tokenizer, holds pairs without
-            --mdm-sft, or its documents have no end that a flag needs; or the names of validation
-            sets do not fit.
+        UserError: a file is missing or damaged, was made with another tokenizer, or holds pairs
+            without --mdm-sft; or its documents lack the end-of-document token that a flag needs; or
+            the names of validation sets do not match their files.
     """
     _check_end_of_document(args)
     names = getattr(args, "mdm_validation_sets", None)
@@ -375,13 +377,13 @@ def check_data(args: Namespace) -> Identities:
         check_single_texts(blend, parts)
     found = identities(args, blend, parts, get_tokenizer())
     divided = args.mdm_isolate_documents or args.mdm_rate_per == "document"
-    if divided and not args.mdm_sft:  # whose rows say themselves where pairs end
+    if divided and not args.mdm_sft:  # rows of pairs record where each pair ends
         check_ends_of_documents(blend, parts, get_tokenizer().eod)
     return found
 
 
 def _check_end_of_document(args: Namespace) -> None:
-    """Checks that the tokenizer has an end of document if a flag needs one."""
+    """Checks that the tokenizer has an end-of-document token if a flag needs one."""
     if tokenizer_end_id(get_tokenizer()) is not None:
         return
     needed_by = {
@@ -440,13 +442,13 @@ def _validate_flags(args: Namespace) -> None:
             "--eval-global-batch-size"
         )
     if args.global_batch_size is None and not args.step_batch_size_schedule:
-        raise UserError("--global-batch-size is missing: rows that one step takes in all")
+        raise UserError("--global-batch-size is missing: rows in one step, over all ranks")
     if args.mdm_head == "masked":
         for name, value in FIXED_SHAPES.items():
             if getattr(args, name) == value:
                 raise UserError(
-                    f"{flag(name)} needs logits of one shape, and those at masked positions change "
-                    "theirs with every micro-batch: add --mdm-head full"
+                    f"{flag(name)} needs logits of one shape, but the number of masked positions "
+                    "changes with every micro-batch: add --mdm-head full"
                 )
     if args.log_throughput:
         for name in UNKNOWN:
@@ -454,7 +456,7 @@ def _validate_flags(args: Namespace) -> None:
                 raise UserError(
                     f"--log-throughput does not count {flag(name)}: leave one of them out"
                 )
-    # Megatron looks up Transformer Engine's FP8 state there, whether it is FP8 or not.
+    # For these modules Megatron reads Transformer Engine's FP8 state, even without FP8.
     for module in {"layernorm", "moe_act"} & set(args.recompute_modules or ()):
         if args.transformer_impl == "local":
             raise UserError(
@@ -479,8 +481,8 @@ def _validate_flags(args: Namespace) -> None:
         )
     if args.mdm_ppots_refit_interval and args.ckpt_format != "torch_dist":
         raise UserError(
-            f"--ckpt-format {args.ckpt_format} would leave out what --mdm-ppots-refit-interval has "
-            "measured: use torch_dist"
+            f"--ckpt-format {args.ckpt_format} does not save the measurements of "
+            "--mdm-ppots-refit-interval: use torch_dist"
         )
     _check_transformer_engine(args, mdm)
     check_data_flags(args)
@@ -489,7 +491,7 @@ def _validate_flags(args: Namespace) -> None:
 
 
 def _check_log_directory(directory: str | None) -> None:
-    """Checks on all ranks what only the last one would find, which writes the logs."""
+    """Checks --tensorboard-dir on all ranks; otherwise only the last rank would find an error."""
     path = directory or ""
     while path and not os.path.lexists(path):
         path = os.path.dirname(path)
@@ -507,8 +509,8 @@ def _refused_flag_error(name: str) -> UserError:
 def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
     if args.transformer_impl == "local":
         raise UserError(
-            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: in "
-            "Megatron's local attention a position would see its own rank's part of the row only"
+            "--context-parallel-size above 1 needs --transformer-impl transformer_engine: with "
+            "Megatron's local attention a position sees only its own rank's part of the row"
         )
     if not mdm.attends_everywhere:
         raise UserError(
@@ -523,24 +525,26 @@ def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
             if getattr(args, name):
                 raise UserError(
                     f"--{name}-format needs Transformer Engine, which is not installed (Megatron "
-                    "would silently ignore the flag): README says how to install it"
+                    "would silently ignore the flag): README.md (section Install) says how to "
+                    "install it"
                 )
         if args.transformer_impl == "transformer_engine":
             raise UserError(
                 "--transformer-impl transformer_engine needs Transformer Engine, which is not "
-                "installed: README says how to, or use --transformer-impl local"
+                "installed: install it (README.md, section Install), or use --transformer-impl "
+                "local"
             )
     check_fp8(args)
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
             raise UserError(
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "
-                "local only: Transformer Engine takes a padding mask for a length"
+                "local only: Transformer Engine reads a padding mask as the length of a row"
             )
         if mdm.divides_rows and args.cuda_graph_impl not in (None, "none"):
             raise UserError(
-                f"--cuda-graph-impl {args.cuda_graph_impl} needs shapes that stay, and the number "
-                "of documents changes: leave it out, or --mdm-isolate-documents and "
+                f"--cuda-graph-impl {args.cuda_graph_impl} needs fixed shapes, but the number of "
+                "documents changes: leave it out, or leave out --mdm-isolate-documents and "
                 "--mdm-random-length-fraction"
             )
         if args.mdm_anneal_attention_iters:
@@ -559,7 +563,7 @@ def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
 
 
 def _mask_token_id(args: Namespace) -> int:
-    """The id given by the flag, else the tokenizer's, checked against the embedding table."""
+    """The mask token id from the flag, else from the tokenizer, checked against the vocabulary."""
     mask = args.mdm_mask_token_id
     if mask is None:
         mask = tokenizer_mask_id(get_tokenizer())

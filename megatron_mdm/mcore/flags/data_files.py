@@ -1,4 +1,4 @@
-"""The .bin/.idx pairs of training data: damaged or unsuitable ones are refused in one line."""
+"""Checks the .bin/.idx pairs of training data, and refuses damaged or unsuitable pairs."""
 
 import os
 import re
@@ -22,15 +22,15 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import is_remote
 from megatron_mdm.mcore.ranks import is_first_rank
 
-INDEX_PART = 1 << 20  # sequences of an index that are checked at a time: there may be billions
+INDEX_PART = 1 << 20  # sequences of an index checked at a time; an index may hold billions
 FIRST_DOCUMENTS = 16
 
-# The prefixes of files and their weights, as Megatron parses them.
+# File prefixes and their weights, in the form that Megatron parses.
 Blend = tuple[list[str], list[float] | None] | None
 
 
 def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
-    """Checks every .bin/.idx pair of what Megatron's get_blend_and_blend_per_split returned.
+    """Checks every .bin/.idx pair in the result of Megatron's get_blend_and_blend_per_split.
 
     Raises:
         UserError: names the file.
@@ -44,18 +44,18 @@ def check_data_files(blend: Blend, blend_per_split: list[Any] | None) -> None:
 
 
 def check_split(split: str | None) -> None:
-    """Checks --split, of which Megatron takes whatever looks like a number.
+    """Checks --split. Megatron would use whatever looks like a number in it.
 
     Raises:
-        UserError: it is not up to three shares that are not all 0.
+        UserError: --split is not one to three shares, at least one of them above 0.
     """
-    if split is None:  # each part has data of its own
+    if split is None:  # training, validation and test have separate files
         return
     numbers = re.findall(r"[.0-9]+", split)
     between = re.sub(r"[.0-9]+", "", split)
     if (
         not 1 <= len(numbers) <= 3
-        or re.search(r"[-+\w]", between)  # a sign or an exponent, which Megatron would not see
+        or re.search(r"[-+\w]", between)  # a sign or an exponent, which Megatron would ignore
         or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", number) for number in numbers)
         or not any(map(float, numbers))
     ):
@@ -66,12 +66,13 @@ def check_split(split: str | None) -> None:
 
 
 def check_data_flags(args: Namespace) -> None:
-    """Checks that the flags name the data once, and say how they are split.
+    """Checks that the flags name the data only once, and how they are split.
 
-    Megatron reads one kind and ignores the other, or fails once the model has been built.
+    Megatron would read one kind of flags and ignore the other, or fail after it has built the
+    model.
 
     Args:
-        args: parsed arguments, before Megatron validates them or after.
+        args: parsed arguments, before or after Megatron validates them.
 
     Raises:
         UserError: names the flags.
@@ -90,7 +91,7 @@ def check_data_flags(args: Namespace) -> None:
     if parts and args.split is not None:
         raise UserError(
             f"--split {args.split} does not go with {parts[0]}, which names the data of one part: "
-            "leave it out"
+            "leave out --split"
         )
 
 
@@ -99,11 +100,11 @@ def check_validation(eval_iters: int, split: str | None, blend_per_split: list[A
 
     Args:
         eval_iters: iterations of an evaluation, more than 0.
-        split: that `check_split` has accepted.
+        split: value of --split that `check_split` has accepted.
         blend_per_split: see `check_data_files`.
 
     Raises:
-        UserError: the data flags leave none.
+        UserError: the data flags leave no validation rows.
     """
     if blend_per_split is None:
         has_rows = parse_and_normalize_split(split)[Split.valid.value] > 0
@@ -121,11 +122,11 @@ def check_validation_sets(names: list[str] | None, blend_per_split: list[Any] | 
     """Checks --validation-set-names against the files of the sets.
 
     Args:
-        names: of the sets; None: they have none.
+        names: names of the sets; None: the flag is not given.
         blend_per_split: see `check_data_files`.
 
     Raises:
-        UserError: a set has no name of its own that TensorBoard can show, or no file.
+        UserError: a set has no file, or no unique name that TensorBoard can show.
     """
     if names is None:
         return
@@ -156,12 +157,12 @@ def check_validation_sets(names: list[str] | None, blend_per_split: list[Any] | 
 
 
 def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod_id: int) -> None:
-    """Checks that documents end with their token, without which rows cannot be divided.
+    """Checks that documents end with the end-of-document token, which marks them off in a row.
 
-    Looks at the first documents of each .bin/.idx pair: preprocessing ends all or none.
+    It reads only the first documents of each .bin/.idx pair: preprocessing ends all or none.
 
     Args:
-        blend: see `check_data_files`, which has found the files whole.
+        blend: see `check_data_files`, which has already accepted the files.
         blend_per_split: likewise.
         eod_id: end-of-document token.
 
@@ -177,18 +178,18 @@ def check_ends_of_documents(blend: Blend, blend_per_split: list[Any] | None, eod
             raise UserError(
                 f"no document at the beginning of {get_bin_path(prefix)} ends with the tokenizer's "
                 f"end of document, {eod_id}, which --mdm-isolate-documents and --mdm-rate-per "
-                "document divide rows by: run tools/preprocess_data.py again without "
-                "--no-append-eod (Megatron's: with --append-eod)"
+                "document need to divide rows: run tools/preprocess_data.py again without "
+                "--no-append-eod (Megatron's tool: with --append-eod)"
             )
 
 
 def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
-    """Checks that every document is one sequence, as running text is.
+    """Checks that every document is one sequence, as in running text.
 
-    Rows of text take the sequences in any order: a prompt and its response would be torn apart.
+    Rows of text take sequences in any order, so a prompt and its response would be separated.
 
     Args:
-        blend: see `check_data_files`, which has found the files whole.
+        blend: see `check_data_files`, which has already accepted the files.
         blend_per_split: likewise.
 
     Raises:
@@ -203,7 +204,7 @@ def check_single_texts(blend: Blend, blend_per_split: list[Any] | None) -> None:
 
 
 def has_several_sequences(prefix: str) -> bool:
-    """Whether the documents of a .bin/.idx pair, which is whole, have several sequences each."""
+    """Whether the documents of an undamaged .bin/.idx pair have several sequences each."""
     with open(get_idx_path(prefix), "rb") as stream:
         stream.seek(len(_INDEX_HEADER))
         _, _, sequences, bounds = struct.unpack("<QBQQ", stream.read(25))
@@ -237,18 +238,18 @@ def _check_data_file(prefix: str) -> None:
     if os.path.getsize(bin_path) != expected:
         raise UserError(
             f"{bin_path} has {os.path.getsize(bin_path)} bytes where its index says {expected}: it "
-            "is cut short or of another index; run tools/preprocess_data.py again"
+            "is cut short or belongs to another index; run tools/preprocess_data.py again"
         )
 
 
 def indexed_bytes(idx_path: str) -> int:
-    """The size that an index implies for its .bin.
+    """The size in bytes that an index implies for its .bin.
 
-    Megatron's IndexedDataset reads the same, but trusts what it finds, and prints an ignored
-    exception when it is dropped after a failure.
+    Megatron's IndexedDataset reads the same fields without checking them, and prints an "exception
+    ignored" message when it is deleted after a failure.
 
     Raises:
-        ValueError, struct.error: not an index, or one that contradicts itself.
+        ValueError, struct.error: the file is not an index, or contradicts itself.
     """
     with open(idx_path, "rb") as stream:
         if stream.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
@@ -269,7 +270,7 @@ def indexed_bytes(idx_path: str) -> int:
     if documents == 0 or ends[-1] != sequences:
         raise ValueError("its counts of documents and sequences differ")
     starts = range(0, sequences, INDEX_PART)
-    if not is_first_rank():  # one reader is enough: others look at the end alone
+    if not is_first_rank():  # one full reader is enough: other ranks check only the end
         starts = starts[-1:]
     end = int(pointers[starts[0]]) if starts[0] else 0
     for i in starts:

@@ -1,4 +1,4 @@
-"""FP8 flags that the model, the GPU and the checkpoint allow."""
+"""Checks that the model, the GPU and the checkpoint allow the FP8 flags."""
 
 import os
 from argparse import Namespace
@@ -10,21 +10,21 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.layout_checks import head_size
 
-UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # of Transformer Engine
-# Least compute capability of each --fp8-recipe in Transformer Engine.
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # read by Transformer Engine
+# Minimum compute capability of each --fp8-recipe in Transformer Engine.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
-SIZE_MULTIPLE = 16  # what FP8 products take: rows, and both sides of a weight
+SIZE_MULTIPLE = 16  # FP8 products need multiples of it: rows, and both dimensions of a weight
 
 
 def check_fp8(args: Namespace) -> None:
-    """Checks that what --fp8-format asks for can be had here; Transformer Engine is installed.
+    """Checks that --fp8-format can work here. Transformer Engine is known to be installed.
 
     Args:
-        args: parsed arguments, validated or not.
+        args: parsed arguments, before or after Megatron validates them.
 
     Raises:
-        UserError: no device or layers for it, or sizes that its products do not take.
+        UserError: the device or the layers do not support it, or a size is not a multiple of 16.
     """
     if not args.fp8:
         return
@@ -37,8 +37,8 @@ def check_fp8(args: Namespace) -> None:
         )
     if args.use_transformer_engine_op_fuser and args.fp8_recipe == "delayed":
         raise UserError(
-            "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed where "
-            "evaluations would move them: leave it out, or use --fp8-recipe tensorwise"
+            "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed in a place "
+            "where evaluations would change them: leave it out, or use --fp8-recipe tensorwise"
         )
     needed = CAPABILITY.get(args.fp8_recipe, (8, 9))
     found = torch.cuda.get_device_capability()
@@ -58,7 +58,7 @@ def check_fp8(args: Namespace) -> None:
 
 
 def _sizes(args: Namespace) -> Iterator[tuple[str, int, int]]:
-    """(flags, size, ranks that share it) of what FP8 products take; 0 where no flag says it."""
+    """(flags, size, ranks that share it) of each size in FP8 products; 0 if no flag sets it."""
     tensor, heads = args.tensor_model_parallel_size, args.num_attention_heads or 0
     rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
     parts = args.context_parallel_size * (tensor if args.sequence_parallel else 1)
@@ -77,16 +77,17 @@ def check_scales(args: Namespace, saved: dict[str, Any], source: str | None) -> 
     """Checks that Transformer Engine will read the scales of the checkpoint to be loaded.
 
     Args:
-        args: of this run.
-        saved: of the checkpoint; empty if there is none.
-        source: its directory.
+        args: arguments of this run.
+        saved: arguments in the checkpoint; empty if there is none.
+        source: directory of the checkpoint.
 
     Raises:
-        UserError: it keeps them as a pickle, and has not been told that it may read them.
+        UserError: the scales are a pickle, and the environment does not allow to read it.
     """
     delayed = all(x.get("fp8") and x.get("fp8_recipe") == "delayed" for x in (vars(args), saved))
     if delayed and os.environ.get(UNSAFE_PICKLES) != "1":
         raise UserError(
             f"the checkpoint in {source} has scales of --fp8-recipe delayed, which Transformer "
-            f"Engine keeps as a pickle: set {UNSAFE_PICKLES}=1 in the environment if you trust it"
+            f"Engine keeps as a pickle: if you trust the checkpoint, set {UNSAFE_PICKLES}=1 in the "
+            "environment"
         )

@@ -1,8 +1,8 @@
-"""The layers that --hybrid-layer-pattern may name."""
+"""Checks the layers in --hybrid-layer-pattern."""
 
 from megatron_mdm.errors import UserError
 
-# Layers that Megatron has beside `*`, `-` and `E`, and why they cannot be used.
+# Megatron's layers other than `*`, `-` and `E`, and the reason why they cannot be used.
 REFUSED_LAYERS = {
     "M": "a Mamba layer, which is causal",
     "G": "a gated delta net, which is causal",
@@ -16,7 +16,7 @@ def check_pattern(pattern: str, num_experts: int | None) -> None:
     """Checks --hybrid-layer-pattern.
 
     Raises:
-        UserError: a layer that cannot be used, by its symbol.
+        UserError: names the symbol of a layer that cannot be used, or --num-experts is missing.
     """
     for symbol in pattern:
         if symbol not in "*-E|":

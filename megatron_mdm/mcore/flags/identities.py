@@ -1,8 +1,8 @@
-"""What the data and the tokenizer of a run are, beyond the names of their files.
+"""Identifies the data and the tokenizer of a run by content, not only by file names.
 
-A checkpoint holds `mdm_data` and `mdm_tokenizer`, so that a run that resumes can tell whether its
-files still are the ones that it began with. The first rank alone reads the files, and the others
-learn from it when the ranks are connected.
+A checkpoint holds `mdm_data` and `mdm_tokenizer`, so a run that resumes can tell whether its files
+are still those that it began with. Only the first rank reads the files. It sends the result to the
+other ranks when they are connected.
 """
 
 from argparse import Namespace
@@ -22,23 +22,24 @@ from megatron_mdm.mcore.ranks import is_first_rank, notice
 from megatron_mdm.mcore.tokenizer import tokenizer_data
 
 PARTS = ("train", "valid", "test")
-# The values of `mdm_data` and `mdm_tokenizer`; None: not known on this rank.
+# The values of `mdm_data` and `mdm_tokenizer`; None: unknown on this rank.
 Identities = tuple[list[dict[str, Any]] | None, dict[str, Any] | None]
 
 
 def identities(
     args: Namespace, blend: Blend, parts: list[Blend] | None, tokenizer: Any
 ) -> Identities:
-    """What the data and the tokenizer are, on the first rank; on others None.
+    """The identities of the data and the tokenizer on the first rank; None on other ranks.
 
     Args:
-        args: of the run, which stay as they are.
-        blend: the files of all parts of the data, and their weights, or
-        parts: those of each part (Megatron's get_blend_and_blend_per_split).
-        tokenizer: Megatron's.
+        args: arguments of the run; not changed.
+        blend: files for all parts of the data together, with weights; or None.
+        parts: files for each part of the data, or None. `blend` and `parts` are the results of
+            Megatron's get_blend_and_blend_per_split.
+        tokenizer: Megatron's tokenizer.
 
     Raises:
-        UserError: a file was made with another tokenizer, unless --mdm-allow-flag-change.
+        UserError: a file was made with another tokenizer, and --mdm-allow-flag-change is missing.
     """
     if not is_first_rank():
         return None, None
@@ -61,7 +62,7 @@ def identities(
     ]
     compared: list[dict[str, Any] | None] = []
     for entry in data:
-        if entry.get("tokenizer") in compared:  # of thousands of files most have the same
+        if entry.get("tokenizer") in compared:  # among thousands of files most have the same one
             continue
         compared.append(entry.get("tokenizer"))
         line = other_tokenizer_of_data(entry["prefix"], entry.get("tokenizer"), known)
@@ -73,7 +74,7 @@ def identities(
 
 
 def _shares(prefixes: list[str], weights: list[float] | None) -> list[float | None]:
-    """Weights of files that add to 1; None for files without, which count by their lengths."""
+    """Weights of files, which sum to 1; None for files without weights, which count by length."""
     if len(prefixes) == 1:
         return [1.0]
     if weights is None:
@@ -88,28 +89,31 @@ def _identity(prefix: str) -> dict[str, Any]:
 def other_tokenizer_of_data(
     prefix: str, made_with: Mapping[str, Any] | None, tokenizer: TokenizerData | Fingerprint | None
 ) -> str:
-    """Says with which other tokenizer data were made, empty if not or if it is not known.
+    """Describes the other tokenizer that a file was made with.
 
     Args:
-        prefix: of the .bin/.idx pair.
-        made_with: the fingerprint in its record, None without one.
+        prefix: prefix of the .bin/.idx pair.
+        made_with: the fingerprint in its record; None if there is none.
         tokenizer: see `tokenizer_data`.
+
+    Returns:
+        A line; empty if the tokenizer is the same or unknown.
     """
     if made_with is None or tokenizer is None:
         return ""
     difference = differs(Fingerprint(**made_with), tokenizer)
     return difference and (
         f"{prefix} was made with another tokenizer than this one: {difference}. Run "
-        "tools/preprocess_data.py with this tokenizer, or give the one that the data has"
+        "tools/preprocess_data.py with this tokenizer, or give the tokenizer of the data"
     )
 
 
 def other_tokenizer(saved: Mapping[str, Any], tokenizer: Any) -> str:
-    """Says how a tokenizer differs from that of a checkpoint, empty if not or if it is not known.
+    """Describes how a tokenizer differs from a checkpoint's; empty if it is the same or unknown.
 
     Args:
         saved: the checkpoint's arguments.
-        tokenizer: Megatron's.
+        tokenizer: Megatron's tokenizer.
     """
     trained_with, known = saved.get("mdm_tokenizer"), tokenizer_data(tokenizer)
     if trained_with is None or known is None:
@@ -118,10 +122,10 @@ def other_tokenizer(saved: Mapping[str, Any], tokenizer: Any) -> str:
 
 
 def check_tokenizer(args: Namespace, saved: Mapping[str, Any], source: str, tokenizer: Any) -> None:
-    """Compares the tokenizer with that of the checkpoint that is about to be loaded.
+    """Compares the tokenizer with the tokenizer of the checkpoint that is about to be loaded.
 
     Raises:
-        UserError: it is another one, unless --mdm-allow-flag-change.
+        UserError: they differ, and --mdm-allow-flag-change is missing.
     """
     difference = other_tokenizer(saved, tokenizer) if is_first_rank() else ""
     if difference:
@@ -132,10 +136,10 @@ def check_tokenizer(args: Namespace, saved: Mapping[str, Any], source: str, toke
 
 
 def check_same_data(args: Namespace, saved: Mapping[str, Any]) -> None:
-    """Compares the data with those of the checkpoint that is about to be resumed.
+    """Compares the data with the data of the checkpoint that is about to be resumed.
 
     Raises:
-        UserError: they are others, unless --mdm-allow-flag-change.
+        UserError: they differ, and --mdm-allow-flag-change is missing.
     """
     before = saved.get("mdm_data")
     is_resumed = args.load is not None and not args.finetune
@@ -153,7 +157,7 @@ def check_same_data(args: Namespace, saved: Mapping[str, Any]) -> None:
 
 def _other_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
     if len(before) != len(now):
-        return f"there were {len(before)} files and are {len(now)}"
+        return f"there were {len(before)} files and are {len(now)} now"
     for one, other in zip(before, now, strict=True):
         where = f"{other['prefix']} (in the checkpoint {one['prefix']})"
         if one["prefix"] == other["prefix"]:
@@ -170,7 +174,7 @@ def _other_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
 
 
 def share_identities(args: Namespace) -> None:
-    """Tells all ranks what the first one has found; a collective call where there are several."""
+    """Broadcasts the identities from the first rank to all ranks; a collective call."""
     if torch.distributed.is_initialized():
         found = [getattr(args, "mdm_data", None), getattr(args, "mdm_tokenizer", None)]
         torch.distributed.broadcast_object_list(found, src=0)
@@ -178,6 +182,6 @@ def share_identities(args: Namespace) -> None:
 
 
 def cache_keys(args: Namespace) -> dict[str, str]:
-    """Prefix -> what tells its content, for the keys of Megatron's index cache."""
-    entries = getattr(args, "mdm_data", None) or []  # a checkpoint may be older than this
+    """Maps each prefix to a digest of its content, for the keys of Megatron's index cache."""
+    entries = getattr(args, "mdm_data", None) or []  # older checkpoints do not have it
     return {e["prefix"]: e.get("full") or e["quick"] for e in entries if e.get("quick")}

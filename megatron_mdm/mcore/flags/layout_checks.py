@@ -1,6 +1,7 @@
-"""Whether model and batch can be divided as the flags say; what cannot is refused in one line.
+"""Checks that ranks, model and batch can be divided as the flags say, and refuses in one line.
 
-Megatron would find some of this in the first step only, and end every rank with a traceback.
+Megatron would find some of these errors only in the first step, and end every rank with a
+traceback.
 """
 
 import os
@@ -15,7 +16,8 @@ def check_sizes(args: Namespace) -> None:
     """Checks that ranks, rows and positions can be divided as the flags say.
 
     Args:
-        args: parsed arguments; what Megatron derives from them is checked once they are validated.
+        args: parsed arguments. Values that Megatron derives are checked only after it has validated
+            the arguments.
 
     Raises:
         UserError: names the flags.
@@ -42,7 +44,7 @@ def check_sizes(args: Namespace) -> None:
         )
     if world % experts:
         raise UserError(
-            f"{world} ranks cannot be divided into replicas of the experts of {experts}: change "
+            f"{world} ranks cannot be divided into expert replicas of {experts} ranks: change "
             "--nproc-per-node, --expert-model-parallel-size or --expert-tensor-parallel-size"
         )
     parts = args.tensor_model_parallel_size * args.context_parallel_size
@@ -66,7 +68,7 @@ def check_sizes(args: Namespace) -> None:
                 "the views of a text must lie in one micro-batch"
             )
         if not prefix and args.step_batch_size_schedule:
-            total = None  # Megatron derives a stand-in from the ranks; the schedule says the sizes
+            total = None  # a placeholder that Megatron derives; the schedule sets the sizes
         if total is None:
             continue
         if total < 1 or total % (micro * replicas):
@@ -79,7 +81,7 @@ def check_sizes(args: Namespace) -> None:
             _check_virtual_stages(args, name, total // (micro * replicas))
     for entry in (args.step_batch_size_schedule or "").replace(",", " ").split():
         size = entry.rpartition(":")[2]
-        if not size.isdigit():  # Megatron says so
+        if not size.isdigit():  # Megatron reports it
             continue
         name = f"--step-batch-size-schedule: {size} of {entry}"
         if int(size) % (args.micro_batch_size * replicas):
@@ -96,23 +98,24 @@ def _check_virtual_stages(args: Namespace, name: str, micro_batches: int) -> Non
     Args:
         args: parsed arguments.
         name: the flag that gives the number, with its value.
-        micro_batches: of a data-parallel rank in a step.
+        micro_batches: number of micro-batches of a data-parallel rank in a step.
     """
-    if not getattr(args, "virtual_pipeline_model_parallel_size", None):  # derived in validation
+    # Megatron derives this value when it validates the arguments.
+    if not getattr(args, "virtual_pipeline_model_parallel_size", None):
         return
     stages = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage or stages
     left = micro_batches % group
     if micro_batches < group or 0 < left < stages:
         raise UserError(
-            f"{name} makes {micro_batches} micro-batches a rank, which virtual stages cannot take: "
-            f"they go through them {group} at a time, and {stages} "
-            "(--pipeline-model-parallel-size) at least must be left at the end, or none"
+            f"{name} makes {micro_batches} micro-batches a rank, which virtual stages cannot "
+            f"process: they take one or more full groups of {group}, and then at most one smaller "
+            f"group, of at least {stages} (--pipeline-model-parallel-size)"
         )
 
 
 def head_size(args: Namespace) -> int:
-    """Channels of an attention head; 0 where no flag says it yet."""
+    """Channels of an attention head; 0 if no flag sets it yet."""
     heads = args.num_attention_heads
     return int(args.kv_channels or ((args.hidden_size or 0) // heads if heads else 0))
 
@@ -121,14 +124,14 @@ def _check_head_size(args: Namespace) -> None:
     size, rotated = head_size(args), 1.0 if args.rotary_percent is None else args.rotary_percent
     if args.position_embedding_type == "rope" and size and int(size * rotated) % 2:
         raise UserError(
-            f"--position-embedding-type rope turns pairs of channels: {int(size * rotated)} of a "
+            f"--position-embedding-type rope rotates pairs of channels: {int(size * rotated)} of a "
             "head (--kv-channels, by default --hidden-size / --num-attention-heads, times "
             "--rotary-percent) must be even"
         )
 
 
 def check_experts(args: Namespace) -> None:
-    """Checks what --num-experts goes with.
+    """Checks the flags that --num-experts depends on.
 
     Args:
         args: parsed arguments.
@@ -146,12 +149,12 @@ def check_experts(args: Namespace) -> None:
         )
     if "sinkhorn" in args.moe_router_load_balancing_type:  # a word, or a list of them
         raise UserError(
-            "--moe-router-load-balancing-type sinkhorn routes a row by what else is in its "
-            "micro-batch: use seq_aux_loss"
+            "--moe-router-load-balancing-type sinkhorn makes the routing of a row depend on the "
+            "other rows in its micro-batch: use seq_aux_loss"
         )
     balances_quantiles = "quantile_balancing" in args.moe_router_load_balancing_type
     if balances_quantiles and args.mdm_random_length_fraction:
         raise UserError(
             "--moe-router-load-balancing-type quantile_balancing does not go with "
-            "--mdm-random-length-fraction: Megatron cannot leave the ends of rows out of it"
+            "--mdm-random-length-fraction: Megatron cannot exclude positions after the end of a row"
         )

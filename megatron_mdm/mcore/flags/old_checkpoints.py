@@ -1,6 +1,6 @@
-"""Settings that a checkpoint is older than: for it they have the value that its version behaved by.
+"""Settings that are newer than a checkpoint: it gets values that match its version's behaviour.
 
-A new run gets the default of today instead.
+A new run gets today's default instead.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from megatron_mdm.config import MDMConfig, destination, flag
 _DEFAULTS = MDMConfig().arguments()
 _BELLS = ("logit_normal", "beta", "bell_uniform_share", "bell_role", "bell_fade")
 
-# The behaviour of be7fed4, the last version without these settings; bells do nothing by default.
+# The behaviour of commit be7fed4, the last version without these settings. The defaults of the
+# bell settings have no effect.
 BEFORE: dict[str, Any] = {
     "mdm_row_order": "run",
     **{name: _DEFAULTS[name] for name in map(destination, _BELLS)},
@@ -19,20 +20,20 @@ BEFORE: dict[str, Any] = {
 
 
 def complete(saved: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Adds the settings that a checkpoint does not know.
+    """Adds the settings that a checkpoint does not have.
 
     Args:
-        saved: the arguments in it.
+        saved: the arguments in the checkpoint.
 
     Returns:
-        The arguments with these settings, and a line that names those that are not the default of
-        today, empty if there are none.
+        The arguments with the added settings, and a line that names the added settings that differ
+        from today's defaults; the line is empty if there are none.
     """
     known = dict(saved)
-    if "padded_vocab_size" in known:  # all rows took part in the softmax, Megatron's own likewise
+    if "padded_vocab_size" in known:  # padding rows took part in the softmax, as in Megatron itself
         known.setdefault("mdm_vocab_size", known["padded_vocab_size"])
     if any(name.startswith("mdm_") for name in saved):
         known = {**BEFORE, **known}
     added = {name: x for name, x in known.items() if name not in saved and x != _DEFAULTS[name]}
     line = ", ".join(f"{flag(name)} {value}" for name, value in added.items())
-    return known, f"the checkpoint is older than some settings, and goes by {line}" if line else ""
+    return known, f"the checkpoint is older than some settings, and uses {line}" if line else ""

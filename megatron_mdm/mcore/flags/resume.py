@@ -1,4 +1,4 @@
-"""Whether the settings of a run agree with those of the checkpoint that it resumes."""
+"""Checks that the settings of a run agree with those of the checkpoint that it resumes."""
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -10,10 +10,10 @@ from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 
-# Beginnings of the flags that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
+# Prefixes of the arguments that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
 _SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
 
-# The settings on which a measured value of P-POTS depends, and the bins that it is counted in.
+# The settings that P-POTS measurements depend on, and the bins in which they are summed.
 MEASURED = (
     *("mdm_ppots_target", "mdm_ppots_bins", "mdm_normalization", "mdm_rate_per"),
     *("mdm_mask", "mdm_eps", "mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"),
@@ -22,19 +22,20 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """What a run takes over from the checkpoint that it resumes, or has from its flags.
+    """Settings that a run takes from the checkpoint that it resumes, or from its flags.
 
     Attributes:
-        sampler_state_in_checkpoint: whether P-POTS goes on with the checkpoint's measurements.
-        log_state: the settings of the control variate's state that this run saves; None: it saves
-            none.
-        log_state_in_checkpoint: whether the control variate goes on with the checkpoint's state.
-        ppots_file: of the density to begin with; None: uniform, or the checkpoint's.
-        ppots_digest: of that density, since the file may move, or hold something else by now.
-        text_offset: what is added to the number of a text, row // views.
-        row_order: `epoch` or `run`, as the flag --mdm-row-order.
-        bell_fade_at: after how many of its iterations, or samples, a bell begins to fade, and is
-            gone, and which of the two these are, "iters" or "samples"; None: no bell fades.
+        sampler_state_in_checkpoint: whether P-POTS continues with the checkpoint's measurements.
+        log_state: settings under which this run saves the control variate's state; None: it saves
+            no such state.
+        log_state_in_checkpoint: whether the control variate continues with the checkpoint's state.
+        ppots_file: file of the initial density; None: uniform, or the checkpoint's density.
+        ppots_digest: digest of that density, because the file may move or change later.
+        text_offset: number that is added to the number of a text, row // views.
+        row_order: `epoch` or `run`, as in the flag --mdm-row-order.
+        bell_fade_at: [start, end, unit]: the fade of a bell begins after `start` and is complete
+            after `end` iterations or samples; the unit is "iters" or "samples". None: no bell
+            fades.
     """
 
     sampler_state_in_checkpoint: bool
@@ -47,36 +48,36 @@ class ResumePlan:
     bell_fade_at: list[Any] | None
 
     def arguments(self) -> dict[str, Any]:
-        """The same as arguments of the run, by the names that they have in checkpoints."""
+        """The plan as arguments of the run, under their names in checkpoints."""
         return {f"mdm_{name}": value for name, value in asdict(self).items()}
 
 
 def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
     """Compares the arguments with those of the checkpoint that is about to be resumed.
 
-    Masks and rates are functions of the seed, the flags and the row number: a change of objective
-    or data would train something else from here on, and is refused. A change of how the run is
-    optimised is printed.
+    Masks and rates are functions of the seed, the flags and the row number. A change of the
+    objective or the data would train something else from here on, so it is refused. Changes of the
+    optimisation are allowed and printed.
 
     Args:
-        args: of this run, which stay as they are.
-        saved: of the checkpoint; empty if there is none.
+        args: arguments of this run; not changed.
+        saved: arguments in the checkpoint; empty if there is none.
 
     Raises:
-        UserError: names every flag of the objective or the data that differs, unless
-            --mdm-allow-flag-change.
+        UserError: names every flag of the objective or the data that differs, if
+            --mdm-allow-flag-change is missing.
     """
     is_resumed = args.load is not None and not args.finetune
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
-        other.append(f"--mdm-bell-fade {args.mdm_bell_fade}")  # P-POTS begins at its end
+        other.append(f"--mdm-bell-fade {args.mdm_bell_fade}")  # P-POTS begins when the fade ends
     has_sampler_state = is_resumed and fits and not other
-    # Other formats keep parameters alone.
+    # Other formats save only parameters.
     is_kept = args.ckpt_format == "torch_dist"
     log_state = _log_settings(args) if is_kept else None
     before = saved.get("mdm_log_state") if is_resumed else None
-    # With a state in the checkpoint the run has a density of its own by now.
+    # If the checkpoint has a state, its density replaces the file's.
     file = None if has_sampler_state else args.mdm_ppots_file
     kept_order = saved.get("mdm_row_order") if is_resumed else None
     plan = ResumePlan(
@@ -100,13 +101,13 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
 
 
 def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list[str]) -> None:
-    """Compares the arguments as they will be; see `plan_resume`.
+    """Compares the final arguments with the checkpoint's; see `plan_resume`.
 
     Args:
-        args: of this run, with those of the plan.
-        saved: of the checkpoint.
-        is_resumed: whether the run goes on from the checkpoint.
-        other: settings of P-POTS that differ, so that its measurements are of no use.
+        args: arguments of this run, with those of the plan.
+        saved: arguments in the checkpoint.
+        is_resumed: whether the run continues from the checkpoint.
+        other: P-POTS settings that differ, so that the checkpoint's measurements are useless.
     """
     if not is_resumed:
         before = saved.get("mdm_mask_token_id")
@@ -118,7 +119,7 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
         return
     settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
-    # Runs that fit their own density go on with the one in the checkpoint.
+    # Runs that fit their density during training continue with the one in the checkpoint.
     keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint
     if keeps_density and saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
         was = f"the density that {saved.get('mdm_ppots_file')} held"
@@ -133,7 +134,7 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     if other:
         notice(
             "P-POTS begins to measure anew, from the density that the flags say: the checkpoint's "
-            f"measurements are of another {'; '.join(other)}"
+            f"measurements were made with another {'; '.join(other)}"
         )
     if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
@@ -143,17 +144,19 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
 
 
 def _log_settings(args: Namespace) -> list[Any]:
-    """The settings that the average of the control variate is of: bins, and the density of t."""
+    """The settings that the control variate's average depends on: bins, and the density of t."""
     settings = [args.mdm_rate_bins, args.mdm_clip]
     mdm = MDMConfig.from_args(args)
-    if mdm.bell is not None or mdm.rate_sampler == "flat":  # younger than the state
+    # These densities are newer than the state. Other densities leave the list as it is in older
+    # checkpoints.
+    if mdm.bell is not None or mdm.rate_sampler == "flat":
         density = mdm.rate_sampler, mdm.logit_normal, mdm.beta
         settings += [*density, mdm.bell_uniform_share, mdm.bell_role, mdm.bell_fade]
     return settings
 
 
 def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
-    """What is added to the number of a text, row // views, so that texts go on where they were.
+    """The number to add to the number of a text, row // views, so that texts continue in order.
 
     Raises:
         UserError: the next row would not be the first view of a data row.
@@ -165,8 +168,8 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
     if rows % views:
         raise UserError(
             f"--mdm-views {views} (checkpoint: {before}): the {rows} rows that the run has trained "
-            "on are not a multiple of it, so that its next row would not be the first view of a "
-            "data row"
+            "on are not a multiple of --mdm-views, so the next row would not be the first view of "
+            "a data row"
         )
     return int(offset + rows // before - rows // views)
 
@@ -174,8 +177,8 @@ def _text_offset(args: Namespace, saved: dict[str, Any]) -> int:
 def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     """The fractions of --mdm-bell-fade in iterations or samples; see `ResumePlan`.
 
-    Those of a run that resumes stay, however much longer it has become. Other fractions, which
-    --mdm-allow-flag-change lets pass, are of the whole run as it is now.
+    A run that resumes keeps its old values, even if the run has become longer. If
+    --mdm-allow-flag-change allows new fractions, they refer to the whole run with its new length.
     """
     if args.mdm_bell_fade is None:
         return None
@@ -189,12 +192,12 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
 
 
 def _training(args: Namespace) -> list[str]:
-    """The arguments of optimisation that this run's flags decide on."""
+    """The arguments of optimisation that this run's flags determine."""
     left_out: set[str] = set()
     if args.use_checkpoint_opt_param_scheduler:
         left_out = {name for name in names(Group.TRAINING) if name.startswith(_SCHEDULE)}
     if args.weight_decay_incr_style == "constant":  # Megatron sets both to --weight-decay
         left_out |= {"start_weight_decay", "end_weight_decay"}
-    if args.step_batch_size_schedule:  # Megatron sets it to the micro-batches of all ranks
+    if args.step_batch_size_schedule:  # Megatron then sets it to one micro-batch per rank
         left_out.add("global_batch_size")
     return [name for name in names(Group.TRAINING) if name not in left_out]

@@ -1,6 +1,6 @@
-"""The length of a run, its rates and its intervals; what cannot work is refused in one line.
+"""Checks the length of a run, its learning rates and its intervals, and refuses in one line.
 
-Megatron looks at them once the model has been built, and ends every rank with a traceback.
+Megatron checks them only after it has built the model, and ends every rank with a traceback.
 """
 
 import math
@@ -9,15 +9,15 @@ from argparse import Namespace
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
 
-# Larger ones overflow a generator of numpy's, to which Megatron adds numbers of ranks.
+# Megatron adds rank numbers to the seed. A larger seed would overflow NumPy's generator.
 MOST_SEED = 4_000_000_000
 
 
 def check_schedule(args: Namespace) -> None:
-    """Checks the flags that say how long a run is, what it does when, and at which rates.
+    """Checks the flags for the length of a run, its intervals and its learning rates.
 
     Args:
-        args: parsed arguments, before Megatron validates them or after.
+        args: parsed arguments, before or after Megatron validates them.
 
     Raises:
         UserError: names the flag and what to do.
@@ -61,7 +61,7 @@ def _check_rates(args: Namespace) -> None:
         if not 0.0 <= least <= args.lr < math.inf:
             raise UserError(
                 f"{flag(name)} {least} and --lr {args.lr}: give numbers from 0 on, of which --lr "
-                "is the larger"
+                "must be the largest"
             )
     for name in ("decoupled_lr", "decoupled_min_lr"):
         if not 0.0 <= (getattr(args, name) or 0.0) < math.inf:
@@ -77,13 +77,13 @@ def _check_rates(args: Namespace) -> None:
             )
     if not 0.0 <= first <= last < math.inf:
         raise UserError(
-            f"the weight decay goes from {first} to {last}: it must not be negative, nor fall "
-            "(--weight-decay, --start-weight-decay, --end-weight-decay)"
+            f"the weight decay goes from {first} to {last}: it must be neither negative nor "
+            "decreasing (--weight-decay, --start-weight-decay, --end-weight-decay)"
         )
 
 
 def _check_decay(args: Namespace) -> None:
-    """Checks the parts of the schedule against each other."""
+    """Checks warm-up, decay and length of the schedule against each other."""
     unit, other = ("samples", "iters") if args.train_samples is not None else ("iters", "samples")
     for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
         if getattr(args, f"{name}_{other}"):

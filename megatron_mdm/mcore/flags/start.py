@@ -1,7 +1,8 @@
-"""Which checkpoint a run starts from, and whether it may save where --save says.
+"""Decides which checkpoint a run starts from, and whether it may save into --save.
 
-Megatron starts from random weights where --load names nothing, and saves over whatever is there.
-A scheduler that gives the same command again would lose a run that way, or begin it anew each time.
+Megatron starts from random weights if the directory of --load has no checkpoint, and overwrites
+whatever --save holds. If a scheduler repeats the same command, the run would be lost or would begin
+again each time.
 """
 
 import os
@@ -22,21 +23,21 @@ from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint, find_checkpoint
 from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
 from megatron_mdm.mcore.ranks import equal_on_all_ranks, notice
 
-SUMMED = "torch_dist"  # the format whose files have sums (saving.py)
-# How a run begins, and does not go on.
+SUMMED = "torch_dist"  # the checkpoint format whose files have checksums (saving.py)
+# Arguments that apply when a run begins, not when it continues.
 _CHANGEABLE = ("finetune", "no_load_optim", "no_load_rng")
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins or goes on.
+    """How a run begins or continues.
 
     Attributes:
-        source: the directory of the checkpoint that it loads; None: it starts from random weights.
-        saved: the arguments in the checkpoint, empty if it has none.
-        arguments: the values that the run's own arguments take, by name. --load, --ckpt-step,
-            --finetune, --no-load-optim and --no-load-rng may be among them; `mdm_started_from`
-            records how the run began.
+        source: directory of the checkpoint that the run loads; None: it starts from random weights.
+        saved: the arguments in the checkpoint; empty if it has none.
+        arguments: new values for the run's own arguments, by name. --load, --ckpt-step, --finetune,
+            --no-load-optim and --no-load-rng may be among them; `mdm_started_from` records how the
+            run began.
     """
 
     source: str | None
@@ -45,18 +46,18 @@ class Start:
 
 
 def choose_start(args: Namespace) -> Start:
-    """Decides on the checkpoint to load.
+    """Chooses the checkpoint to load.
 
-    A command that begins from one directory, or from one iteration of it, and saves into another
-    finds checkpoints of its own there when it is given again, and then goes on from these. From a
-    converted model and from --pretrained-checkpoint a new run begins.
+    A command may begin from one directory, or from one iteration in it, and save into another. When
+    the same command is given again, it finds its own checkpoints in --save and continues from them.
+    A converted model or --pretrained-checkpoint begins a new run.
 
     Args:
-        args: of this run, which stay as they are.
+        args: arguments of this run; not changed.
 
     Raises:
-        UserError: a flag names no checkpoint, or a damaged one; or --save holds checkpoints of
-            another run, or later ones than this run starts from.
+        UserError: a flag names no checkpoint or a damaged one; or --save holds checkpoints of
+            another run, or later ones than the start of this run.
     """
     _say_what_is_not_checked(args)
     changed: dict[str, Any] = {"mdm_started_from": _beginning(vars(args))}
@@ -68,7 +69,7 @@ def choose_start(args: Namespace) -> Start:
     chosen = Namespace(**{**vars(args), **changed})
     source, found = _source(chosen)
     is_converted = found is not None and found.iteration is None
-    if is_converted or source not in (None, chosen.load):  # as Megatron will, once it loads it
+    if is_converted or source not in (None, chosen.load):  # Megatron sets it when it loads these
         changed["finetune"] = chosen.finetune = True
     if source is None:
         return Start(None, {}, changed)
@@ -79,12 +80,12 @@ def choose_start(args: Namespace) -> Start:
 
 
 def check_same_start(args: Namespace) -> None:
-    """Checks that all ranks start from one checkpoint; a collective call.
+    """Checks that all ranks start from the same checkpoint; a collective call.
 
-    Each rank has looked at its own disk, and a shared one need not show all nodes the same.
+    Each rank has read its own view of the disk, and a shared disk may show nodes different files.
 
     Raises:
-        SharedError: they do not.
+        SharedError: ranks would start from different checkpoints.
     """
     names = ("load", "pretrained_checkpoint", "ckpt_step", *_CHANGEABLE)
     start = {name: getattr(args, name) for name in names}
@@ -92,8 +93,8 @@ def check_same_start(args: Namespace) -> None:
         where = args.load or args.pretrained_checkpoint or "random weights"
         raise SharedError(
             f"the ranks see different checkpoints: this one would start from {where}, others from "
-            "elsewhere or otherwise. Check that --save and --load are the same directories on all "
-            "nodes, and start again"
+            "another checkpoint or with other flags. Check that --save and --load are the same "
+            "directories on all nodes, and start again"
         )
 
 
@@ -101,7 +102,7 @@ def check_checkpoints(args: Namespace) -> None:
     """Checks the checkpoints that Megatron reads while it parses --use-checkpoint-args.
 
     Raises:
-        UserError: one of them is damaged or could run code, or --ckpt-step names none.
+        UserError: a checkpoint is damaged or could run code, or --ckpt-step names none.
     """
     for directory in (args.load, args.pretrained_checkpoint):
         if _find(directory, None, args) is not None:
@@ -115,8 +116,9 @@ def _say_what_is_not_checked(args: Namespace) -> None:
         directory = getattr(args, name)
         if directory is not None and is_remote(directory):
             notice(
-                f"{flag(name)} {directory} is in an object storage: nobody looks whether the "
-                "checkpoints there are whole, unchanged and harmless, or another run's"
+                f"{flag(name)} {directory} is in an object storage: nothing checks that the "
+                "checkpoints there are complete, unchanged and harmless, or that they are this "
+                "run's"
             )
     if args.save is not None and args.ckpt_format != SUMMED and args.mdm_checkpoint_hashes:
         notice(
@@ -128,9 +130,15 @@ def _say_what_is_not_checked(args: Namespace) -> None:
 def _go_on_or_refuse(
     args: Namespace, own: SavedCheckpoint, saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The values that arguments take where --save holds a checkpoint, with these arguments in it.
+    """Chooses new values of arguments if --save holds a checkpoint; see `choose_start`.
 
-    See `choose_start`.
+    Args:
+        args: arguments of this run.
+        own: the checkpoint in --save.
+        saved: the arguments in that checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of a run that this command does not continue.
     """
     in_place = args.load is not None and _place(args.load) == _place(args.save)
     begins, began = _beginning(vars(args)), saved.get("mdm_started_from") or _beginning(saved)
@@ -148,7 +156,7 @@ def _go_on_or_refuse(
                 f"--ckpt-step {args.ckpt_step} goes back from {own} of {args.save}: the run saves "
                 "over later iterations"
             )
-    elif not in_place or own.iteration is not None:  # a release is not saved over
+    elif not in_place or own.iteration is not None:  # saving does not overwrite a release
         remedy = "leave out --finetune" if in_place else f"give --load {args.save}"
         raise UserError(
             f"--save {args.save} holds {own} of a run that this command does not continue: "
@@ -159,18 +167,19 @@ def _go_on_or_refuse(
 
 
 def _source(args: Namespace) -> tuple[str | None, SavedCheckpoint | None]:
-    """The directory that the run starts from, and the checkpoint that is there.
+    """The directory that the run starts from, and the checkpoint in it.
 
     Returns:
-        None for a start from random weights; no checkpoint for one in an object storage.
+        The directory is None for a start from random weights. The checkpoint is None if the
+        directory is in an object storage.
 
     Raises:
-        UserError: there is none, and nothing says that this is the first start of a run.
+        UserError: a directory has no checkpoint, and this is not the first start of a run.
     """
     pretrained, is_given = args.pretrained_checkpoint, args.load is not None
     if is_given and is_remote(args.load):
         return args.load, None
-    # At the first start --ckpt-step is of the other checkpoint.
+    # At the first start --ckpt-step refers to --pretrained-checkpoint.
     if is_given and (pretrained is None or _find(args.load, None, args) is not None):
         found = _find(args.load, args.ckpt_step, args)
         if found is not None:
@@ -204,13 +213,13 @@ def _no_checkpoint(name: str, directory: str) -> UserError:
 
 
 def _beginning(args: Mapping[str, Any]) -> dict[str, Any]:
-    """How a command says that its run begins; equal for the same command given again."""
+    """The arguments of a command that say how its run begins; equal if the command is repeated."""
     pretrained = args.get("pretrained_checkpoint")
     return {
         "load": _place(args.get("load")),
         "pretrained_checkpoint": _place(pretrained),
         "ckpt_step": args.get("ckpt_step"),
-        # Megatron sets it by itself after a start from --pretrained-checkpoint.
+        # Megatron sets it itself after a start from --pretrained-checkpoint.
         "finetune": bool(args.get("finetune")) and pretrained is None,
         "no_load_optim": bool(args.get("no_load_optim")),
         "no_load_rng": bool(args.get("no_load_rng")),
@@ -227,11 +236,11 @@ def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, A
     """The arguments that a checkpoint holds; empty if it has none.
 
     Args:
-        args: of this process, which say how Megatron reads it.
-        checkpoint: that `find_checkpoint` found, or one in an object storage.
+        args: arguments of this process, which tell Megatron how to read the checkpoint.
+        checkpoint: result of `find_checkpoint`, or a checkpoint in an object storage.
 
     Raises:
-        UserError: they cannot be read, or the checkpoint could run code.
+        UserError: the arguments cannot be read, or the checkpoint could run code.
     """
     directory = checkpoint.directory
     if not is_remote(directory):

@@ -1,8 +1,8 @@
-"""Rows of the vocabulary: those that are tokens, and the padding after them.
+"""The number of vocabulary rows that are tokens; the rows after them are padding.
 
 Megatron pads the vocabulary to a multiple of --make-vocab-size-divisible-by times the
-tensor-parallel size, so that the padding depends on the layout. It takes no part in the softmax
-here: one checkpoint gives one loss under every layout.
+tensor-parallel size, so the padding depends on the layout. Here padding rows take no part in the
+softmax, so a checkpoint gives the same loss under every layout.
 """
 
 from argparse import Namespace
@@ -21,19 +21,19 @@ def vocabulary_size(
 ) -> int:
     """The number of rows that are tokens.
 
-    It is the checkpoint's: a converted model has trained rows beyond its tokenizer's. In a new run
-    it is that of the tokenizer, and of the mask token if that comes after it. A new run that begins
-    from a checkpoint (--finetune) may make tokens of rows of its padding, if it says so.
+    With a checkpoint it is the checkpoint's number: a converted model has trained rows beyond its
+    tokenizer's. In a new run it follows from the tokenizer and from the mask token, whose id may be
+    larger. With --finetune, --mdm-vocab-size may turn padding rows of the checkpoint into tokens.
 
     Args:
-        args: of this run, with the id of the mask token.
-        tokenizer: Megatron's.
+        args: arguments of this run, with the id of the mask token.
+        tokenizer: Megatron's tokenizer.
         saved: arguments of the checkpoint that is loaded, `mdm_vocab_size` among them (see
             old_checkpoints.py); empty if there is none.
-        source: its directory.
+        source: directory of the checkpoint.
 
     Raises:
-        UserError: the checkpoint has another vocabulary, or the padded vocabulary no room for it.
+        UserError: the checkpoint has another vocabulary, or the padded vocabulary is too small.
     """
     needed = max(tokenizer_rows(tokenizer), args.mdm_mask_token_id + 1)
     size, given = saved.get("mdm_vocab_size"), args.mdm_vocab_size
@@ -79,12 +79,12 @@ def vocabulary_size(
 
 
 def _is_of_another_tokenizer(args: Namespace, tokenizer: Any, saved: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint without a fingerprint of its tokenizer looks like one of another.
+    """Whether a checkpoint without a tokenizer fingerprint seems to be of another tokenizer.
 
-    Its vocabulary is then not what this tokenizer's would have been padded to.
+    The check is that this tokenizer's vocabulary would be padded to another size.
     """
     if saved.get("mdm_tokenizer") is not None:
-        return False  # which is compared with this one's
+        return False  # `check_tokenizer` compares the fingerprints
     names = ("tokenizer_type", "tokenizer_model")
     if all(saved.get(name) == getattr(args, name) for name in names):
         return False

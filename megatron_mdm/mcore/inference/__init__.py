@@ -1,1 +1,1 @@
-"""A checkpoint as a model without its training run, and what is measured with it."""
+"""A checkpoint as a model without its training run, and measurements of that model."""

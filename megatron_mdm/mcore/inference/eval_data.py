@@ -1,4 +1,4 @@
-"""Texts to measure a checkpoint on, as token ids: a JSONL or text file, or a .bin/.idx pair."""
+"""Reads texts for evaluations as token ids, from a JSONL or text file or a .bin/.idx pair."""
 
 import datetime
 import functools
@@ -30,7 +30,8 @@ from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
 
-# Rows that are read for each one that is measured, so that those of long documents are from many.
+# Rows read for each row measured, so that the measured rows come from many documents even if
+# documents are long.
 POOL = 8
 
 
@@ -40,7 +41,7 @@ class Documents:
 
     Attributes:
         ids: token ids of each document, an integer array of one dimension.
-        num_bytes: their length in UTF-8; None where the tokenizer knows no text.
+        num_bytes: length of all documents in UTF-8; None if the tokenizer knows no text.
     """
 
     ids: list[np.ndarray]
@@ -55,21 +56,21 @@ def read_tokens(
     seed: int,
     file_format: str = "auto",
 ) -> Documents:
-    """Draws whole documents from all over the data until they have `enough` tokens.
+    """Draws whole documents at random from the whole data until they have `enough` tokens.
 
     Args:
         loaded: the checkpoint, whose tokenizer is used.
         data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
-        json_key: where a JSONL line holds its text.
-        enough: see above.
-        seed: of the choice.
-        file_format: of a file, see `read_documents`.
+        json_key: key of the text in a JSONL line.
+        enough: number of tokens.
+        seed: seed of the sample.
+        file_format: format of a file; see `read_documents`.
 
     Returns:
         The documents, in the order of the data.
 
     Raises:
-        UserError: no such data, or data that cannot be read.
+        UserError: the data do not exist or cannot be read.
     """
     if os.path.isfile(data):
         found = _documents_of_file(loaded, data, json_key, enough, seed, file_format)
@@ -84,7 +85,7 @@ def read_tokens(
 def _documents_of_file(
     loaded: LoadedModel, data: str, json_key: str, enough: int, seed: int, file_format: str
 ) -> list[tuple[np.ndarray, int | None]]:
-    """Token ids of documents of a text or JSONL file, and the bytes of each."""
+    """Token ids of documents of a text or JSONL file, and the number of bytes of each."""
     has_text = loaded.args.tokenizer_type != "NullTokenizer"
     ending = [] if loaded.end_token_id is None else [loaded.end_token_id]
     encode = encoder(loaded)
@@ -107,7 +108,7 @@ def _documents_of_file(
 def _indexed_documents(
     loaded: LoadedModel, data: str, enough: int, seed: int
 ) -> list[tuple[np.ndarray, int | None]]:
-    """Token ids of documents of a .bin/.idx pair, and the bytes of each."""
+    """Token ids of documents of a .bin/.idx pair, and the number of bytes of each."""
     if is_pair_dataset(data):
         raise UserError(
             f"{data} consists of prompts and responses, which have no likelihood as one text: "
@@ -128,27 +129,26 @@ def _indexed_documents(
 
 
 def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[int]]:
-    """The checkpoint's tokenizer as preprocessing uses it: it puts nothing before a text.
+    """The checkpoint's tokenizer as preprocessing uses it, which adds no token before a text.
 
     Args:
         loaded: the checkpoint.
-        special: whether text that spells a special token is that token, as where preprocessing
-            renders conversations with a chat template; else it is ordinary text.
+        special: whether text that spells a special token becomes that token, as when preprocessing
+            renders conversations with a chat template. If not, it is ordinary text.
     """
     data = tokenizer_data(loaded.tokenizer)
     return data.load(special) if isinstance(data, TokenizerData) else loaded.tokenizer.tokenize
 
 
 def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairEncoder:
-    """Encodes conversations as preprocessing does for training.
+    """An encoder of conversations that works like preprocessing for training.
 
-    A template that asks for today's date gets the one that it wrote in the checkpoint's data, if
-    that is known.
+    A template that asks for today's date gets the date in the checkpoint's data, if it is known.
 
     Args:
         loaded: the checkpoint.
-        key: where an object holds its messages.
-        ignored: keys that are left out.
+        key: key of the messages in a JSON object.
+        ignored: keys to ignore.
 
     Raises:
         UserError: the checkpoint's tokenizer has no chat template.
@@ -165,15 +165,15 @@ def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairE
 
 
 def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
-    """Whether text that spells a special token is that token in the data of a checkpoint.
+    """Whether text that spells a special token became that token in the data of a checkpoint.
 
     Args:
-        args: of the checkpoint, which says of its data how they were encoded.
-        asked: the answer where a user gives it (--special-tokens).
+        args: arguments of the checkpoint, which record how its data were encoded.
+        asked: the user's answer (--special-tokens), if there is one.
 
     Returns:
-        True too where it is not known of all of them, or where they differ: conversations come
-        rendered, with their special tokens spelled out.
+        The answer. It is also True if it is unknown for some data, or if data differ, because
+        rendered conversations spell out their special tokens.
     """
     if asked is not None:
         return asked
@@ -182,19 +182,19 @@ def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
 
 
 def vocab_size(loaded: LoadedModel) -> int:
-    """One more than the tokenizer's largest id, which has more of them than tokens if some lack."""
+    """One more than the tokenizer's largest id. Some smaller ids may name no token."""
     return tokenizer_rows(loaded.tokenizer)
 
 
 def decoder_of(
     loaded: LoadedModel, eos_token_ids: int | Sequence[int] | None = None, **settings: Any
 ) -> Decoder:
-    """The decoder of texts of a checkpoint.
+    """The decoder for a checkpoint's texts.
 
     Args:
         loaded: the checkpoint.
-        eos_token_ids: tokens that end a text; default: the end of document, if there is one.
-        settings: of `Decoder`.
+        eos_token_ids: tokens that end a text; default: the end-of-document token, if there is one.
+        settings: other arguments of `Decoder`.
 
     Raises:
         UserError: a value is out of range, or the model has no mask token.
@@ -207,10 +207,11 @@ def decoder_of(
 
 
 def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool) -> list[ScoredRow]:
-    """Rows of documents, at most as long as the model's, as it was trained on them.
+    """Cuts documents into rows of at most the length of training rows, as in training.
 
-    A shifted model does not predict the first token of a row. Its rows begin with the last token of
-    the row before, or with the end of document, so that every token is scored in one row.
+    A shifted model does not predict the first token of a row. Its rows therefore begin with the
+    last token of the previous row, or with the end-of-document token, so that every token is scored
+    in one row.
 
     Args:
         loaded: the checkpoint.
@@ -232,7 +233,8 @@ def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool)
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
         apart = isolated_documents(row[None], eod_id, mdm)
         eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
-        if apart is None and not mdm.eod_attended:  # hidden are the ends as they were
+        # The hidden end-of-document tokens follow from the unmasked row.
+        if apart is None and not mdm.eod_attended:
             apart = torch.zeros_like(row[None])
         texts.append(ScoredRow(row, eligible[0], None if apart is None else apart[0], origin))
     return texts
@@ -247,14 +249,14 @@ def shuffled(rows: list[ScoredRow], seed: int) -> list[ScoredRow]:
 def scored_per_byte(
     loaded: LoadedModel, rows: list[ScoredRow], documents: Documents
 ) -> float | None:
-    """Tokens that are scored for each byte of text.
+    """The number of scored tokens per byte of text.
 
-    None where bytes are not known, or where tokens that have bytes are not scored: a shifted model
-    without an opening token leaves out the first one of a document.
+    None if the number of bytes is unknown, or if tokens that have bytes are not scored: a shifted
+    model without an opening token does not score the first token of a document.
 
     Args:
         loaded: the checkpoint.
-        rows: all of the documents.
+        rows: all rows of the documents.
         documents: the documents.
     """
     if not documents.num_bytes or (loaded.mdm.shift and loaded.opening_token_id is None):
@@ -283,16 +285,17 @@ def _check_made_with(loaded: LoadedModel, prefix: str) -> None:
 def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[ScoredRow]:
     """Rows of prompts and responses, as fine-tuning would take them from this file.
 
-    They come from all over it, since fine-tuning takes them in a random order. The settings of the
-    objective are those of the checkpoint's run, as to padding and SyRM too.
+    Fine-tuning takes rows in a random order, so the rows come from the whole file. The settings of
+    the objective, including padding and SyRM, are those of the checkpoint's run.
 
     Args:
         loaded: the checkpoint.
-        prefix: of a .bin/.idx pair that `is_pair_dataset`.
-        limit: most rows.
+        prefix: prefix of a .bin/.idx pair for which `is_pair_dataset` is true.
+        limit: largest number of rows.
 
     Raises:
-        UserError: the checkpoint's settings do not go with pairs, or the data's tokens not with it.
+        UserError: the checkpoint's settings do not allow pairs, or the model lacks a token id of
+            the data, or the data were made with another tokenizer.
     """
     mdm, eod_id = replace(loaded.mdm, sft=True), loaded.tokenizer.eod
     if not (mdm.eod_attended and mdm.pad_attended):
@@ -314,11 +317,11 @@ def rows_from_pairs(loaded: LoadedModel, prefix: str, limit: int) -> list[Scored
 
 
 def _check_ids(loaded: LoadedModel, data: str, ids: np.ndarray) -> None:
-    """Raises a `UserError` for token ids that the model does not have."""
+    """Raises a `UserError` if the data contain token ids that the model does not have."""
     size = loaded.args.mdm_vocab_size
     if len(ids) and not 0 <= ids.min() <= ids.max() < size:
         wrong = ids.max() if ids.max() >= size else ids.min()
         raise UserError(
-            f"{data} contains the token id {wrong} and the model has {size} of them: tokenize the "
-            "data with the model's tokenizer"
+            f"{data} contains the token id {wrong} and the model has only {size} token ids: "
+            "tokenize the data with the model's tokenizer"
         )

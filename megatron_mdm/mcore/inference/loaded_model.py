@@ -1,4 +1,4 @@
-"""A trained checkpoint as a function from tokens to logits, with nothing to give but its path."""
+"""Loads a trained checkpoint from its path as a function from tokens to logits."""
 
 import contextlib
 import json
@@ -47,9 +47,9 @@ from megatron_mdm.mcore.model.inputs import ModelInputs
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id
 
-# Arguments of the run that stay: where its tokenizer and data are, how the checkpoint's tensors are
-# named and shaped, and those whose type Megatron's validation changes. All others of Group.RUN get
-# their default.
+# Arguments in Group.RUN that keep the training run's value: paths of tokenizer and data, names and
+# shapes of the checkpoint's tensors, and arguments whose type Megatron's validation changes. All
+# others in Group.RUN get their default.
 KEPT = """
 ckpt_format data_args_path data_cache_path data_path inference_cuda_graph_scope
 make_vocab_size_divisible_by mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
@@ -62,9 +62,9 @@ tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_sentencepiece_legacy 
 train_iters train_samples transformer_impl valid_data_path vocab_file
 """.split()
 
-# Arguments that are otherwise here than they were in the run, whatever they bear on.
+# Arguments that inference overrides, whatever group they are in.
 INFERENCE_OVERRIDES = {
-    # Derived from the tensor-parallel size of that run, and None derives them anew.
+    # Megatron derived these from that run's tensor-parallel size. None makes it derive them again.
     "tensor_parallel_num_weight_shards": None,
     "expert_tensor_parallel_num_weight_shards": None,
     "gtp_weight_remat_size": 1,
@@ -74,15 +74,15 @@ INFERENCE_OVERRIDES = {
     "micro_batch_size": 1,
     "global_batch_size": 1,
     "step_batch_size_schedule": None,
-    "overlap_p2p_comm": False,  # as without virtual stages
+    "overlap_p2p_comm": False,  # Megatron's value without virtual stages
     "align_param_gather": False,
-    "gradient_accumulation_fusion": False,  # it would keep gradients from torch.autograd.grad
+    "gradient_accumulation_fusion": False,  # with it, torch.autograd.grad returns no gradients
     "skip_train": True,
     "finetune": True,
     "no_load_optim": True,
     "no_load_rng": True,
     "exit_on_missing_checkpoint": True,
-    "mdm_views": 1,  # rows are counted as texts
+    "mdm_views": 1,  # one row per text
     "mdm_text_offset": 0,
     "mdm_rate_sampler": "uniform",
     "mdm_clip": None,
@@ -95,8 +95,8 @@ INFERENCE_OVERRIDES = {
         if f.name.startswith(("bell_", "ppots_"))
     },
     "wandb_project": "",
-    # FP8 and FP4 products take some numbers of rows and no others, and texts have any length. The
-    # weights are in the checkpoint in the precision of the run's other tensors.
+    # FP8 and FP4 products need certain multiples of rows, but texts have any length. The checkpoint
+    # holds the weights in the precision of the run's other tensors.
     "fp8": None,
     "fp8_param_gather": False,
     "fp8_output_proj": False,
@@ -109,12 +109,12 @@ INFERENCE_OVERRIDES = {
 class LoadedModel:
     """A model in evaluation mode.
 
-    For other settings of the objective make another one (`dataclasses.replace(loaded, args=...)`):
-    `mdm` is made of the arguments once.
+    `mdm` is computed from the arguments only once. For other settings of the objective, create
+    another object with `dataclasses.replace(loaded, args=...)`.
 
     Attributes:
         model: Megatron's module.
-        args: the arguments of the run that trained it, with this process' layout.
+        args: the arguments of the run that trained it, with this process's layout.
         tokenizer: Megatron's tokenizer.
     """
 
@@ -127,7 +127,7 @@ class LoadedModel:
         """Settings of the objective.
 
         Raises:
-            UserError: they contradict each other.
+            UserError: the settings contradict each other.
         """
         return MDMConfig.from_args(self.args)
 
@@ -136,7 +136,7 @@ class LoadedModel:
         """Id of the mask token.
 
         Raises:
-            UserError: the model has none.
+            UserError: the model has no mask token.
         """
         mask = self.args.mdm_mask_token_id
         if mask is None:
@@ -148,21 +148,21 @@ class LoadedModel:
 
     @property
     def end_token_id(self) -> int | None:
-        """Id of the end-of-document token, None if the tokenizer has none."""
+        """Id of the end-of-document token; None if the tokenizer has none."""
         return tokenizer_end_id(self.tokenizer)
 
     @property
     def opening_token_id(self) -> int | None:
-        """The token after which texts began in the rows of training: the end of document.
+        """The token that preceded each text in training rows: the end-of-document token.
 
-        A shifted model predicts the first token of a text from it. None if the tokenizer has none,
-        or if no text saw the end of another (--mdm-isolate-documents).
+        A shifted model predicts the first token of a text from it. None if the tokenizer has no
+        such token, or if texts did not see the end of the text before (--mdm-isolate-documents).
         """
         return None if self.args.mdm_isolate_documents else self.end_token_id
 
     @property
     def max_length(self) -> int:
-        """Most tokens in a row: what the model has positions for, in training or not."""
+        """The largest number of tokens in a row: the number of positions that the model has."""
         return int(self.args.max_position_embeddings)
 
     @torch.no_grad()
@@ -177,15 +177,16 @@ class LoadedModel:
 
         Args:
             tokens: int64 [b, s], the same on all ranks.
-            clean: the tokens before masking, where they are known [b, s]: which of them are hidden
-                from attention follows from these.
-            documents: what attention stays inside, int64 [b, s], and where positions start over;
-                None: a text to fill in is one document, whose end is still to be found.
-            causal: whether the model is autoregressive: causal, and shifted.
+            clean: the tokens before masking, if they are known, [b, s]. They determine which
+                positions are hidden from attention.
+            documents: the parts of rows that attention stays within and that number their positions
+                from 0, int64 [b, s]; None: each row is one document (a text to fill in, whose end
+                is still unknown).
+            causal: whether the model runs as an autoregressive one: causal and shifted.
 
         Returns:
-            float [b, s, V], V the padded vocabulary, the same on all ranks; those of position i are
-            for token i, also where position i - 1 predicts it (--mdm-shift, or `causal`).
+            float [b, s, V], V the padded vocabulary, the same on all ranks. Logits at position i
+            are for token i, even if position i - 1 predicts it (--mdm-shift, or `causal`).
 
         Raises:
             UserError: the first token is masked, and the model is shifted.
@@ -216,15 +217,15 @@ class LoadedModel:
                 group=mpu.get_pipeline_model_parallel_group(),
             )
         logits = gather_from_tensor_model_parallel_region(outputs[0])
-        if inputs.shift:  # the first position has only its own
+        if inputs.shift:  # no position predicts the first token, so it keeps its own logits
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
     def _check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
-        """Checks that a shifted model is not asked for what its training never predicted.
+        """Checks that a shifted model need not predict a token that training never predicted.
 
         Raises:
-            UserError: the first token of a row, or of a document that sees no other, is masked.
+            UserError: the first token of a row, or of an isolated document, is masked.
         """
         if ((tokens == self.args.mdm_mask_token_id) & (positions == 0)).any():
             raise UserError(
@@ -242,22 +243,22 @@ def loaded_model(
     hashes: bool = True,
     trust: bool = False,
 ) -> Iterator[LoadedModel]:
-    """Loads a checkpoint, whatever layout wrote it, over all ranks.
+    """Context with a checkpoint loaded over all ranks, whatever layout wrote it.
 
-    To be entered inside `training_device(device)`; without torchrun it is a single process.
+    Enter it inside `training_device(device)`. Without torchrun there is a single process.
 
     Args:
         checkpoint: directory that the run named as --save.
         device: `cuda` or `cpu`.
-        pipeline_parallel: pipeline stages; the ranks of a stage are tensor-parallel ones.
-        edit_args: is called with the arguments that the checkpoint recorded, before the model is
-            built, and changes them.
-        hashes: compare its files with the sums that were saved with them.
-        trust: run Python code that lies beside the tokenizer.
+        pipeline_parallel: number of pipeline stages; the ranks of a stage are tensor-parallel.
+        edit_args: called with the arguments in the checkpoint before the model is built, to change
+            them.
+        hashes: whether to compare the files with the checksums that were saved with them.
+        trust: whether to run Python code that is beside the tokenizer.
 
     Raises:
         UserError: there is no checkpoint, it is damaged or has no arguments, or the model cannot be
-            divided so.
+            divided into these stages and ranks.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
@@ -289,8 +290,9 @@ def load_other_weights(loaded: LoadedModel, checkpoint: str) -> LoadedModel:
     """The same network with the weights of another checkpoint, beside the first.
 
     Args:
-        loaded: a model, whose layout and tokenizer stay.
-        checkpoint: of the same network, trained with --mdm-shift or without.
+        loaded: a model, whose layout and tokenizer the result shares.
+        checkpoint: directory of a checkpoint of the same network, trained with or without
+            --mdm-shift.
 
     Raises:
         UserError: there is no checkpoint, or it is of another network.
@@ -329,14 +331,14 @@ def _model(args: Namespace) -> torch.nn.Module:
 
 
 def _check_finite(module: torch.nn.Module, checkpoint: str) -> None:
-    """Checks, on all ranks together, that the weights are numbers.
+    """Checks on all ranks together that the weights are finite.
 
     Args:
         module: this rank's part of the model.
-        checkpoint: where the weights are from.
+        checkpoint: directory that the weights come from.
 
     Raises:
-        SharedError: names the first tensor that holds NaN or infinity; on every rank.
+        SharedError: on every rank; names the first tensor that holds NaN or infinity.
     """
     own = {
         name: tensor.detach()
@@ -356,10 +358,10 @@ def _check_finite(module: torch.nn.Module, checkpoint: str) -> None:
 
 
 def _checkpoint_args(checkpoint: SavedCheckpoint) -> Namespace:
-    """The checkpoint's own arguments, which Megatron saved validated.
+    """The checkpoint's own arguments, which Megatron validated before it saved them.
 
     Raises:
-        UserError: it has none, or they cannot be read.
+        UserError: the checkpoint has none, or they cannot be read.
     """
     saved = saved_arguments(_defaults(), checkpoint)
     if not saved:
@@ -392,26 +394,28 @@ def _named(directory: str) -> SavedCheckpoint:
 def args_for_inference(
     args: Namespace, checkpoint: SavedCheckpoint, device: str, pipeline_parallel: int
 ) -> Namespace:
-    """Arguments that a checkpoint recorded, changed in place for the process that loads it.
+    """Changes the arguments in a checkpoint, in place, for the process that loads it.
 
-    They say what the model is. Where that run loaded from, how it was laid out and what it logged
-    does not concern this process.
+    Arguments that describe the model stay. The run's layout, its logs and the checkpoint that it
+    started from are replaced.
 
     Args:
-        args: of the run that wrote the checkpoint, perhaps with an earlier version of the plugin.
+        args: arguments of the run that wrote the checkpoint, perhaps with an earlier version of the
+            plugin.
         checkpoint: the checkpoint.
         device: `cuda` or `cpu`.
-        pipeline_parallel: pipeline stages.
+        pipeline_parallel: number of pipeline stages.
 
     Raises:
-        UserError: the tokenizer is not where it was, or the model cannot be divided so.
+        UserError: the tokenizer is missing, or the model cannot be divided into these stages and
+            ranks.
     """
     args.tokenizer_model = _tokenizer_model(args, checkpoint.directory)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     tensor_parallel = _tensor_parallel(args, world, pipeline_parallel)
     defaults = vars(_defaults())
     own = {
-        # What Megatron and the plugin have learnt since the checkpoint was written.
+        # Arguments that Megatron or the plugin added after the checkpoint was written.
         **{name: value for name, value in defaults.items() if not hasattr(args, name)},
         **{
             name: value
@@ -440,17 +444,17 @@ def args_for_inference(
 
 
 def _limit_code(args: Namespace, trust: bool) -> None:
-    """Keeps Python code that the checkpoint's arguments name from running unless it is trusted.
+    """Prevents untrusted Python code that the checkpoint's arguments name from running.
 
     Args:
-        args: of the checkpoint; changed.
-        trust: run the code of its tokenizer.
+        args: arguments of the checkpoint; changed in place.
+        trust: whether to run the code of its tokenizer.
 
     Raises:
-        UserError: the code would be fetched from elsewhere.
+        UserError: the code would be downloaded from another repository.
     """
     args.trust_remote_code = trust
-    args.spec = None  # names a module to import; the plugin has layers of its own
+    args.spec = None  # it names a module to import, but the plugin builds the layers itself
     if trust and args.tokenizer_type == "HuggingFaceTokenizer":
         for name in ("tokenizer_config.json", "config.json"):  # transformers reads both
             elsewhere = [
@@ -461,26 +465,30 @@ def _limit_code(args: Namespace, trust: bool) -> None:
             if elsewhere:
                 raise UserError(
                     f"{Path(args.tokenizer_model, name)} names Python code of another repository "
-                    f"({elsewhere[0]}), which is not fetched: put the code beside it, and name that"
+                    f"({elsewhere[0]}), which is not fetched: put the code beside this file, and "
+                    "name it there"
                 )
 
 
 def _check_tokenizer(saved: Mapping[str, Any], tokenizer: Any, args: Namespace) -> None:
-    """Compares the tokenizer that is loaded with that of a checkpoint, whose arguments are `saved`.
+    """Compares the loaded tokenizer with that of the checkpoint whose arguments are `saved`.
 
     Raises:
-        UserError: it is another one.
+        UserError: they differ.
     """
     difference = other_tokenizer(saved, tokenizer)
     if difference:
         raise UserError(
             f"the tokenizer {args.tokenizer_model or args.tokenizer_type} is not the one that the "
-            f"checkpoint was trained with: {difference}. Put that one there"
+            f"checkpoint was trained with: {difference}. Put the checkpoint's tokenizer there"
         )
 
 
 def _settings(args: Namespace, name: str) -> dict[str, Any]:
-    """What a file beside a Hugging Face tokenizer says; empty where transformers will complain."""
+    """The contents of a JSON file beside a Hugging Face tokenizer; empty if it cannot be read.
+
+    In that case transformers reports the error.
+    """
     try:
         settings = json.loads(Path(args.tokenizer_model, name).read_bytes())
     except (OSError, ValueError):
@@ -489,7 +497,7 @@ def _settings(args: Namespace, name: str) -> dict[str, Any]:
 
 
 def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
-    """One line for an exception with which Megatron rejects the tokenizer, or other arguments."""
+    """One line for an exception with which Megatron rejects the tokenizer or other arguments."""
     is_code = args.tokenizer_type == "HuggingFaceTokenizer" and not args.trust_remote_code
     code = named_code(_settings(args, "tokenizer_config.json")) if is_code else []
     if not code:
@@ -497,15 +505,15 @@ def _tokenizer_rejection(error: Exception, args: Namespace) -> UserError:
     return UserError(
         f"the tokenizer in {args.tokenizer_model} is Python code ({code[0]}), which runs with "
         "--trust-remote-code only: add it if you trust the code, or convert the model again, which "
-        "takes its tokenizer.json"
+        "uses its tokenizer.json"
     )
 
 
 def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
-    """Where the tokenizer is, on this machine: beside the checkpoint first.
+    """The path of the tokenizer on this machine: beside the checkpoint, else the original path.
 
     Raises:
-        UserError: it is neither there nor where it was.
+        UserError: it is in neither place.
     """
     path = tokenizer_of(checkpoint, args)
     if path is None and args.tokenizer_model is not None:
@@ -518,10 +526,10 @@ def _tokenizer_model(args: Namespace, checkpoint: str) -> str | None:
 
 
 def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int:
-    """Tensor-parallel ranks of a stage, checked against the model.
+    """The number of tensor-parallel ranks of a stage, checked against the model.
 
     Raises:
-        UserError: ranks, layers, heads or vocabulary cannot be divided so.
+        UserError: ranks, layers, heads or vocabulary cannot be divided by these sizes.
     """
     name = "--pipeline-model-parallel-size"
     if pipeline_parallel < 1 or world % pipeline_parallel:
@@ -541,6 +549,6 @@ def _tensor_parallel(args: Namespace, world: int, pipeline_parallel: int) -> int
         if count % tensor_parallel:
             raise UserError(
                 f"{tensor_parallel} tensor-parallel ranks do not divide the {count} {what}: start "
-                f"another number of ranks, or, where the tool has it, give {name}"
+                f"another number of ranks, or give {name} if the tool has this flag"
             )
     return tensor_parallel

@@ -1,7 +1,7 @@
 """Measures a checkpoint: second moments per rate, for P-POTS (arXiv 2511.18159), and gradients.
 
-Nothing of the training run is touched: the model is a copy of its own, loaded from the checkpoint,
-in evaluation mode, so FP8 scales and optimizer stay as they are.
+The training run is not affected: the model is a separate copy, loaded from the checkpoint in
+evaluation mode, so FP8 scales and optimizer state do not change.
 """
 
 from collections.abc import Iterator
@@ -42,28 +42,28 @@ def measure(
 ) -> Iterator[tuple[int, int, TextMoments]]:
     """Measures E[value^2 | t in a bin] over rows of the training data and fresh masks.
 
-    Masks are drawn by their number of masked tokens (objective/rate_bins.py).
+    The number of masked tokens of each mask is drawn first (objective/rate_bins.py).
 
     Args:
         loaded: the model.
-        target: value of a row, or of a document with a rate of its own: its loss l (nats per
-            eligible token), or the norm of dl/dh with h the final hidden states; weighed as in
-            training.
-        num_bins: equal bins of t; the draws of a bin are stratified over its numbers of masked
-            tokens.
-        num_rows: rows of the training data.
-        masks_per_bin: draws for each row in each bin.
-        micro_batch_size: draws in one call of the model.
+        target: the value of a row, or of a document with --mdm-rate-per document: its loss l (nats
+            per eligible token), or the norm of dl/dh, where h are the final hidden states. Values
+            are weighted as in training.
+        num_bins: number of equal bins of t. The draws of a bin are stratified over its numbers of
+            masked tokens.
+        num_rows: number of rows of the training data.
+        masks_per_bin: number of draws for each row in each bin.
+        micro_batch_size: number of draws in one call of the model.
 
     Returns:
-        Iterator of (draws done, draws in all, moments of each row so far); the last has everything.
-        Second moments only: the first moments are none of the value.
+        Iterator of (draws done, draws in total, moments of each row so far); the last item is
+        complete. Only the second moments are valid; the first moments are not those of the value.
 
     Raises:
         UserError: the data cannot be trained on.
     """
     args = loaded.args
-    args.mdm_data, args.mdm_tokenizer = check_data(args)  # now, before anything is drawn
+    args.mdm_data, args.mdm_tokenizer = check_data(args)  # at the call, before the iterator starts
     dataset = build_datasets(args, loaded.mdm, [num_rows, 0, 0], on_all_ranks=True)[0]
     assert dataset is not None  # since it is on all ranks
     return _measure(loaded, dataset, target, num_bins, num_rows, masks_per_bin, micro_batch_size)
@@ -82,8 +82,9 @@ def _measure(
     mdm, eod_id = dataset.mdm, loaded.tokenizer.eod
     draws_per_row = num_bins * masks_per_bin
     total = num_rows * draws_per_row
-    # Every row, or each of its documents from a bin of its own on, goes through all bins. Where a
-    # bin has its numbers of masked tokens from is the lattice, turned by an angle of its own.
+    # Each row goes through all bins; with rates per document, each document starts at a different
+    # bin. Within a bin, the lattice selects the number of masked tokens, shifted (modulo 1) by a
+    # different offset for each bin.
     lattice = Quantiles("lattice", args.seed, Split.TEST)
     turns = torch.tensor([lattice(total + index) for index in range(num_bins)])
     texts = tuple(RateMoments(num_bins) for _ in range(num_rows))
@@ -113,12 +114,13 @@ def _measure(
 class ParallelSketch(Sketch):
     """A sketch of the whole gradient on every tensor-parallel rank.
 
-    Sharded parameters add their parts on all ranks, replicated ones count once, on the first.
+    All ranks add their shards of sharded parameters. Replicated parameters count once, on the first
+    rank.
 
     Args:
-        parameters: this rank's.
-        size: as for `Sketch`.
-        seed: as for `Sketch`.
+        parameters: this rank's parameters.
+        size: see `Sketch`.
+        seed: see `Sketch`.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], size: int | None, seed: int = 0):
@@ -126,21 +128,22 @@ class ParallelSketch(Sketch):
         rank, ranks = mpu.get_tensor_model_parallel_rank(), self.group.size()
         self.counted = [not rank or getattr(p, "tensor_model_parallel", False) for p in parameters]
         own = [p for p, counted in zip(parameters, self.counted, strict=True) if counted]
-        super().__init__(own, size, seed + (rank << 32))  # a projection of its own for each rank
+        super().__init__(own, size, seed + (rank << 32))  # another projection on each rank
         self.parameters = parameters
         counts = torch.zeros(ranks, dtype=torch.int64, device=torch.cuda.current_device())
         counts[rank] = sum(p.numel() for p in own)
         torch.distributed.all_reduce(counts, group=self.group)
         self.count = int(counts.sum())
-        self._first = int(counts[:rank].sum())  # this rank's place in the whole gradient
+        self._first = int(counts[:rank].sum())  # offset of this rank's part in the whole gradient
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        """As `Sketch.gradient`; a collective call."""
-        # All of them, so that every rank takes the same way back through the collectives.
+        """See `Sketch.gradient`; a collective call."""
+        # Every rank needs all of its gradients, so that all ranks run the same collectives in the
+        # backward pass.
         return self.project(gradients(loss, self.parameters))
 
     def project(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """As `Sketch.project`, of all parameters of this rank; a collective call."""
+        """See `Sketch.project`; `parts` are gradients of all own parameters; a collective call."""
         part = self._sums([g for g, own in zip(parts, self.counted, strict=True) if own])
         whole = part.to(parts[0].device)
         if self.size is None:
@@ -151,11 +154,11 @@ class ParallelSketch(Sketch):
 
 
 def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
-    """The mean loss of masked rows of a text, and its gradient, the same on all ranks.
+    """A function for the mean loss of a text's masked rows and its gradient, equal on all ranks.
 
     Args:
         loaded: the model.
-        sketch: of the parameters that the gradient is of.
+        sketch: sketch of the gradient with respect to its parameters.
     """
     device = torch.cuda.current_device()
     at_head: list[torch.Tensor] = []
@@ -180,14 +183,14 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
 
 
 def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
-    """The next-token loss of a text by the same network under a causal mask, and its gradient.
+    """A function for a text's next-token loss under a causal mask, and its gradient.
 
-    The loss is the mean cross entropy of the eligible tokens but the first of each document, which
-    nothing predicts, nats per token.
+    The loss is the mean cross entropy of the eligible tokens, in nats per token. It leaves out the
+    first token of each document, which no position predicts.
 
     Args:
-        loaded: the model.
-        sketch: of the parameters that the gradient is of.
+        loaded: the model, which runs with a causal mask.
+        sketch: sketch of the gradient with respect to its parameters.
     """
 
     def step(text: ScoredRow) -> tuple[float, torch.Tensor]:
@@ -204,7 +207,10 @@ def causal_step(loaded: LoadedModel, sketch: Sketch) -> CausalStep:
 def _text_inputs(
     loaded: LoadedModel, text: ScoredRow, views: int, causal: bool = False
 ) -> tuple[ModelInputs, torch.Tensor]:
-    """A text for the model, `views` times, and its eligible tokens [views, s], on the device."""
+    """The model inputs of a text, repeated `views` times, and its eligible tokens [views, s].
+
+    Both are on the device.
+    """
     device = torch.cuda.current_device()
     clean, eligible = (x.to(device).expand(views, -1) for x in (text.tokens, text.eligible))
     documents = text.documents
@@ -223,12 +229,12 @@ def _draw(
     bins: torch.Tensor,
     places: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """t, value and presence of what has rates of its own in a micro-batch; see `accumulate`.
+    """Rate t, value and presence of each row or document in a micro-batch; see `accumulate`.
 
     For `bins` and `places` see `mask_for_bins`.
     """
     mdm = batch.mdm
-    # Masks as the run trains on, ISAD's apart.
+    # The kind of mask that the run trains with, but without ISAD.
     corruption = mask_for_bins(
         batch.tokens,
         batch.eligible,
@@ -245,7 +251,7 @@ def _draw(
     micro_batch = MicroBatch(batch, corruption)
 
     def value(hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
-        """Loss or gradient at the final hidden states [s, b, h], instead of logits."""
+        """Replaces `head`: the loss, or the gradient norm at the final hidden states [s, b, h]."""
         with torch.enable_grad():
             hidden = hidden_states.detach().requires_grad_()
             cross_entropy = logits_to_tokens(head(hidden, **rest), mdm.shift)

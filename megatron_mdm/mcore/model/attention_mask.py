@@ -5,7 +5,7 @@ import torch
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.data.documents import begins_of
 
-OPENING_TIME_BITS = 20  # of the 52 of a uniform
+OPENING_TIME_BITS = 20  # low bits of the 52 bits of a uniform
 
 
 def attention_mask_argument(
@@ -18,25 +18,26 @@ def attention_mask_argument(
     visible_ahead: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor | None:
-    """The model's argument `attention_mask`: a mask, or the places where documents begin.
+    """The model's argument `attention_mask`: a mask, or the positions where documents begin.
 
-    Megatron hands this argument down to every attention layer as it is. Transformer Engine's layers
-    take no mask here, so that the argument is used for another thing: it carries `cu_seqlens` to
-    `DocumentAttention`. Nothing but documents can divide a row there.
+    Megatron passes this argument unchanged to every attention layer. Transformer Engine's layers
+    take no mask here, so the argument carries `cu_seqlens` to `DocumentAttention` instead. With
+    Transformer Engine only segments limit attention.
 
     Args:
         tokens: clean tokens, int64 [b, s].
         padding: bool [b, s]; None: no padding.
         eod_id: end-of-document token.
         mdm: settings of the objective.
-        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
-        transformer_impl: of the model.
+        segments: the parts of rows that attention stays within, int64 [b, s]; None: whole rows.
+        transformer_impl: the model's --transformer-impl.
         visible_ahead: see `dense_attention_mask`; not with `causal`.
         causal: whether the model is called inside `causal_attention`.
 
     Returns:
-        As `document_cu_seqlens` for Transformer Engine, else as `causal_attention_mask` or
-        `dense_attention_mask`; None if attention reaches over whole rows, or all before in them.
+        The result of `document_cu_seqlens` for Transformer Engine, else of `causal_attention_mask`
+        or `dense_attention_mask`. None if positions attend to whole rows, or (causal) to all
+        earlier positions of whole rows.
     """
     if transformer_impl == "transformer_engine":
         return document_cu_seqlens(segments)
@@ -48,16 +49,16 @@ def attention_mask_argument(
 def causal_attention_mask(segments: torch.Tensor | None) -> torch.Tensor | None:
     """Positions that an autoregressive model does not attend to, in Megatron's convention.
 
-    It hides neither padding nor ends of documents, whatever the flags say. The first position of a
-    segment attends to itself alone. With nothing left to attend to, it would attend to every
-    position alike, later ones too.
+    The mask hides neither padding nor ends of documents, whatever the flags say. The first position
+    of a segment can attend only to itself. If the mask hid it, the softmax would spread its
+    attention over every position, later ones included.
 
     Args:
-        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+        segments: the parts of rows that attention stays within, int64 [b, s]; None: whole rows.
 
     Returns:
-        bool [b, 1, s, s], True = not attended to; None for whole rows, whose causal mask Megatron's
-        local layers make themselves where they are given none.
+        bool [b, 1, s, s], True = not attended to; None for whole rows, because Megatron's local
+        layers make the causal mask themselves if they get none.
     """
     if segments is None:
         return None
@@ -79,8 +80,8 @@ def dense_attention_mask(
         padding: bool [b, s]; None: no padding.
         eod_id: end-of-document token.
         mdm: settings of the objective.
-        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
-        visible_ahead: positions that earlier ones attend to, bool [b, s] (see
+        segments: the parts of rows that attention stays within, int64 [b, s]; None: whole rows.
+        visible_ahead: positions that earlier positions attend to, bool [b, s] (see
             `annealed_future_positions`); None: all.
 
     Returns:
@@ -112,21 +113,21 @@ def _later(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _elsewhere(segments: torch.Tensor) -> torch.Tensor:
-    """Whether two positions are of two segments, bool [b, 1, s, s]."""
+    """Whether two positions belong to different segments, bool [b, 1, s, s]."""
     return segments[:, None, :, None] != segments[:, None, None, :]
 
 
 def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
-    """Where the segments of a micro-batch begin, its rows one after another, and their end.
+    """The starts of all segments in the concatenated rows of a micro-batch, and the total length.
 
-    The host waits for the device once: kernels are told how many segments there are.
+    The host waits for the device once, because kernels need the number of segments.
 
     Args:
-        segments: the parts of rows that attention does not leave, int64 [b, s]; None: whole rows.
+        segments: the parts of rows that attention stays within, int64 [b, s]; None: whole rows.
 
     Returns:
-        int32 [segments + 1], from 0 to b s: `cu_seqlens` of Transformer Engine; None where rows are
-        one segment each, as most of random lengths are, and need no varying lengths.
+        int32 [segments + 1], from 0 to b s: `cu_seqlens` of Transformer Engine. None if every row
+        is one segment (common with --mdm-random-length-fraction), which needs no varying lengths.
     """
     if segments is None:
         return None
@@ -137,17 +138,17 @@ def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.Tensor | None:
-    """Positions that earlier ones attend to on the way from causal to full attention.
+    """Future positions visible to earlier ones while attention is annealed from causal to full.
 
-    Each position of a row opens at a time of its own, and then stays open, as the annealing of
-    DiffuLLaMA (arXiv 2410.17891) opens more and more of the positions ahead.
+    Each position of a row opens at its own time and then stays open. In the same way, the annealing
+    of DiffuLLaMA (arXiv 2410.17891) opens more and more of the future positions.
 
     Args:
         uniforms: grid integers of the row, int64 [b, s].
-        progress: 0 is causal, 1 full attention.
+        progress: 0 is causal, 1 is full attention.
 
     Returns:
-        bool [b, s]; None at the end.
+        bool [b, s]; None at full attention.
     """
     if progress >= 1.0:
         return None
@@ -155,11 +156,11 @@ def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.
 
 
 def opening_times_from_uniforms(uniforms: torch.Tensor) -> torch.Tensor:
-    """The time at which each position opens to the ones before it: the low bits of its uniform.
+    """The time at which each position opens to earlier positions: the low bits of its uniform.
 
-    The uniforms are drawn for masks. Their high bits decide the mask, and these low bits decide
-    none. So the times are functions of (seed, row) too, and a row carries no more numbers for them.
-    A stream of their own would change the attention of a run that is resumed.
+    The uniforms are drawn for masks. Their high bits decide the mask, and the low bits do not. The
+    times are therefore functions of (seed, row) too, without additional numbers per row. A separate
+    random stream would change the attention of a run that is resumed.
 
     Args:
         uniforms: grid integers of the row, int64 [b, s].

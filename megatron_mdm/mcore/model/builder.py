@@ -1,6 +1,7 @@
-"""The model: Megatron's GPTModel or, with --hybrid-layer-pattern, its HybridModel.
+"""Builds the model: Megatron's GPTModel or, with --hybrid-layer-pattern, its HybridModel.
 
-Megatron marks GPTModel as deprecated in favour of HybridModel, into which its checkpoints load.
+Megatron marks GPTModel as deprecated in favour of HybridModel. HybridModel loads GPTModel's
+checkpoints.
 """
 
 from argparse import Namespace
@@ -32,17 +33,18 @@ from megatron_mdm.objective.ppots.fit_file import load_sampler
 
 @dataclass(frozen=True)
 class TrainingHooks:
-    """What training adds to the model, which itself knows nothing of training.
+    """Functions that training adds to the model. The model code does not import training code.
 
-    Plain functions: of a bound method or a `partial` Megatron's copies of its configuration would
-    copy the object too. Copies by `copy.deepcopy` share them. `dataclasses.replace` loses them, and
-    a configuration that has them cannot be pickled: change it before `model_config`, or in place.
+    They must be plain functions. Megatron deep-copies its configuration: copies share a plain
+    function, but would copy the object behind a bound method or a `partial`. `dataclasses.replace`
+    loses the functions, and a configuration that holds them cannot be pickled. Change Megatron's
+    arguments before `model_config`, or change the configuration in place.
 
     Attributes:
-        after_gradients: in the place of Megatron's `finalize_model_grads`.
-        before_model: called once, when Megatron is initialised and no stage is built.
-        modules: the modules beside the weights that a stage has, by attribute; its arguments are
-            Megatron's transformer configuration and the virtual pipeline stage.
+        after_gradients: replaces Megatron's `finalize_model_grads`.
+        before_model: called once, after Megatron is initialised and before any stage is built.
+        modules: returns the modules that a stage holds beside the weights, by attribute name. Its
+            arguments are Megatron's transformer configuration and the virtual pipeline stage.
     """
 
     after_gradients: Callable[..., None]
@@ -51,14 +53,14 @@ class TrainingHooks:
 
 
 class MDMBuilder(GPTModelBuilder):
-    """Megatron's builder, with what training has beside the weights.
+    """Megatron's GPTModel builder; `_finish_stage` adapts each stage that it builds.
 
-    Checkpoints of local and of Transformer Engine's layers have the same keys, and evaluations
-    leave FP8 scales as they are.
+    Local layers and Transformer Engine's layers then have the same keys in checkpoints, evaluations
+    leave FP8 scales unchanged, and stages hold the modules of `TrainingHooks`.
     """
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Builds the stages of a rank."""
+        """Builds the stages of this rank."""
         self._model_config.before_model()
         return super().build_distributed_models(*args, **kwargs)
 
@@ -70,10 +72,10 @@ class MDMBuilder(GPTModelBuilder):
 
 
 class MDMHybridBuilder(HybridModelBuilder):
-    """The same for HybridModel, whose class Megatron's builder fixes."""
+    """The same for HybridModel. Megatron's builder fixes the class, so `build_model` changes it."""
 
     def build_distributed_models(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """Builds the stages of a rank."""
+        """Builds the stages of this rank."""
         self._model_config.before_model()
         return super().build_distributed_models(*args, **kwargs)
 
@@ -106,16 +108,17 @@ def _finish_stage(
 
 
 def accumulate_in_place(model: torch.nn.Module) -> None:
-    """Makes Transformer Engine's layers add gradients of weights to the sum that Megatron keeps.
+    """Turns on gradient accumulation fusion in Transformer Engine's layers.
 
-    The product that makes a gradient then accumulates in float32 itself, with no tensor and no
-    addition of its own. Megatron has one switch for these layers and its own, and will not build
-    the output layer with it where apex is missing, which the others do not need. So `model_config`
-    builds without, and this sets what the switch sets in Transformer Engine's layers; the output
-    layer's gradient goes the ordinary way, through autograd.
+    The matrix product of a weight gradient then adds its result to Megatron's float32 gradient
+    buffer, without a separate tensor and a separate addition. Megatron has one switch for
+    Transformer Engine's layers and its own. With the switch, its output layer needs apex, which
+    Transformer Engine's layers do not need. Without apex `model_config` therefore builds with the
+    switch off, and this function sets the attribute in Transformer Engine's layers only. The
+    gradient of the output layer then goes through autograd.
 
     Args:
-        model: with layers of either implementation.
+        model: model with layers of either implementation.
     """
     module: Any
     for module in model.modules():
@@ -124,25 +127,26 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
 
 
 def _check_ranks_agree(args: Namespace, mdm: MDMConfig) -> None:
-    """Compares what ranks have read from files, which may lie on different disks.
+    """Compares the contents that ranks have read from files, which may be on different disks.
 
-    Before the first stage is built: ranks with several stages exchange tied embeddings while they
-    build them, at times of their own.
+    It must run before the first stage is built: ranks with several stages exchange tied embeddings
+    while they build them, at different times.
 
     Raises:
-        SharedError: they would start from different checkpoints.
-        UserError: stages would mask the same row differently.
+        SharedError: ranks would start from different checkpoints.
+        UserError: ranks have different P-POTS files, so stages would mask the same row differently.
     """
     check_same_start(args)
     path = mdm.ppots_file
     if path and not equal_on_all_ranks(load_sampler(path).sampler().digest()):
         raise UserError(
-            f"--mdm-ppots-file {path} is not the same file on all nodes: copy one to all of them"
+            f"--mdm-ppots-file {path} is not the same file on all nodes: copy one file to all of "
+            "them"
         )
 
 
 def _missing(*_: Any) -> NoReturn:
-    """Stands where a copy of a configuration has lost what `model_config` gave it.
+    """Default of the hooks below: an error for a configuration that has lost its hooks.
 
     Raises:
         RuntimeError: always.
@@ -154,7 +158,7 @@ def _missing(*_: Any) -> NoReturn:
 
 
 class _BuilderHooks:
-    """What `model_config` gives a builder: no fields, which Megatron would copy and save."""
+    """Hooks that `model_config` sets; no dataclass fields, which Megatron would copy and save."""
 
     before_model: Callable[[], None] = _missing
     finish_stage: Callable[[Any, int | None], Any] = _missing
@@ -162,14 +166,14 @@ class _BuilderHooks:
 
 @dataclass(kw_only=True)
 class MDMModelConfig(_BuilderHooks, GPTModelConfig):
-    """Names the builder."""
+    """Megatron's GPTModel configuration, whose `builder` names `MDMBuilder`."""
 
     builder: ClassVar[str] = f"{__name__}.MDMBuilder"
 
 
 @dataclass(kw_only=True)
 class MDMHybridModelConfig(_BuilderHooks, HybridModelConfig):
-    """Names the builder."""
+    """Megatron's HybridModel configuration, whose `builder` names `MDMHybridBuilder`."""
 
     builder: ClassVar[str] = f"{__name__}.MDMHybridBuilder"
 
@@ -182,7 +186,7 @@ def model_config(
     Args:
         args: parsed and resolved arguments (mcore/flags/arguments.py).
         mdm: settings of the objective.
-        hooks: of training; None: the model is not trained.
+        hooks: hooks of training; None: the model is not trained.
     """
     fused = args.gradient_accumulation_fusion and find_spec(ACCUMULATES_GRADIENTS) is not None
     flags = Namespace(**vars(args) | {"gradient_accumulation_fusion": fused})
@@ -192,11 +196,11 @@ def model_config(
         config.hybrid_stack_spec = bidirectional_stack(config.transformer, mdm)
     else:
         config = gpt_config_from_args(flags, model_config_cls=MDMModelConfig)
-        # Megatron parses --rope-scaling-factor and, on this way to the model, leaves it at 8.
+        # Megatron parses --rope-scaling-factor, but gpt_config_from_args leaves it at 8.
         config.rope_scaling_factor = args.rope_scaling_factor
         config.transformer_layer_spec = partial(_layer_spec, mdm=mdm)
 
-    # Plain functions, which Megatron's copies of its configuration share.
+    # Plain functions, because Megatron's copies of its configuration share them (`TrainingHooks`).
     def before_model() -> None:
         _check_ranks_agree(args, mdm)
         if hooks is not None:

@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 @contextlib.contextmanager
 def causal_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block no position of `model` attends to a later one."""
+    """Context in which the attention of `model` is causal."""
     kinds = {m: m.attn_mask_type for m in model.modules() if hasattr(m, "attn_mask_type")}
     for module in kinds:
         module.attn_mask_type = AttnMaskType.causal

@@ -1,8 +1,8 @@
-"""Context parallelism: the ranks of a group have the same rows, and each a part of the positions.
+"""Context parallelism: ranks of a group have the same rows, and each rank a part of the positions.
 
-Rates and masks are drawn for whole rows on every rank, and then cut as Megatron cuts tokens, so
-that they are those of any other layout. What belongs to a row as a whole, its loss and the norm of
-its gradient, is summed over the group.
+Every rank draws rates and masks for whole rows and then shards them as Megatron shards tokens, so
+they are the same as in any other layout. Values of whole rows, such as the loss and the norm of the
+gradient, are summed over the group.
 """
 
 import torch
@@ -13,7 +13,8 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 def shard_sequence(whole: torch.Tensor) -> torch.Tensor:
     """This rank's positions of whole rows: [b, s] to [b, s / ranks], in Megatron's zig-zag order.
 
-    Full attention does not mind the order, but the rotary embedding is cut alike.
+    Bidirectional attention does not depend on the order. Megatron shards the rotary embedding in
+    the same zig-zag order.
     """
     if mpu.get_context_parallel_world_size() == 1:
         return whole
@@ -33,7 +34,7 @@ def unshard_sequence(part: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_cp_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sums what the ranks of the group found in their parts of the same rows; no gradient."""
+    """Sums values that the ranks of the group computed on their parts of rows; no gradient."""
     values = values.detach().clone()
     if mpu.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(values, group=mpu.get_context_parallel_group())
@@ -41,5 +42,5 @@ def sum_over_cp_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def is_first_cp_rank() -> bool:
-    """Whether this rank is the one of its group that counts what belongs to whole rows."""
+    """Whether this rank is the first of its group. Only that rank counts values of whole rows."""
     return mpu.get_context_parallel_rank() == 0

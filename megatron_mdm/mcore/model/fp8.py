@@ -1,11 +1,13 @@
-"""FP8: evaluations leave its scales alone, and models without it load checkpoints with them.
+"""FP8: evaluations leave the scales unchanged, and models without FP8 load checkpoints with scales.
 
-Scales go into checkpoints as Transformer Engine keeps them, and are left there by models without.
+Checkpoints hold the scales in Transformer Engine's format. Models without delayed scaling ignore
+them.
 
-Transformer Engine's delayed scaling follows the largest entries that tensors had. Without gradients
-it does not update scales, but each tensor that it rounds still enters its largest entry into the
-history, from which the next training step's scale then follows: rows of an evaluation would have a
-say in training, and two runs that evaluate at different times would differ.
+Transformer Engine's delayed scaling computes scales from a history of the largest entries (amax) of
+each tensor. Without gradients it does not update scales, but each tensor that it rounds still adds
+its largest entry to the history, and the next training step computes its scale from that history.
+The rows of an evaluation would thus influence training, and two runs that evaluate at different
+times would differ.
 """
 
 from collections.abc import Iterator
@@ -17,10 +19,10 @@ import torch
 def ignore_fp8_state_on_load(model: torch.nn.Module) -> None:
     """Makes a model without delayed scaling load checkpoints of models with it.
 
-    Transformer Engine would refuse their scales, a pickle, although nothing needs them.
+    Transformer Engine would refuse the scales, which are a pickle, although nothing needs them.
 
     Args:
-        model: with layers of either implementation.
+        model: model with layers of either implementation.
     """
 
     def leave_out(_: Any, state: dict[str, Any], *__: Any) -> None:
@@ -32,13 +34,13 @@ def ignore_fp8_state_on_load(model: torch.nn.Module) -> None:
 
 
 def keep_scales_in_evaluation(model: torch.nn.Module) -> None:
-    """Makes forward passes in evaluation mode leave the state of delayed scaling as it was.
+    """Makes forward passes in evaluation mode leave the state of delayed scaling unchanged.
 
-    They compute in FP8 as training does, with the scales of training. What they enter is taken back
-    afterwards, with two small copies for each layer; other recipes have no such state.
+    Evaluations compute in FP8 with the scales of training. The state is restored afterwards, from
+    two small copies for each layer. Other FP8 recipes have no such state.
 
     Args:
-        model: holds Transformer Engine's modules.
+        model: model with Transformer Engine's modules.
     """
     kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
@@ -54,7 +56,7 @@ def keep_scales_in_evaluation(model: torch.nn.Module) -> None:
             tensor.copy_(value)
         known = {id(tensor) for tensor, _ in earlier}
         for tensor, initial in _delayed_scaling(module):
-            if id(tensor) not in known:  # made by this pass
+            if id(tensor) not in known:  # created by this forward pass
                 tensor.fill_(initial)
 
     model.register_forward_pre_hook(before)
@@ -62,7 +64,7 @@ def keep_scales_in_evaluation(model: torch.nn.Module) -> None:
 
 
 def _delayed_scaling(module: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
-    """Scales and histories of the forward pass, with what Transformer Engine begins them with."""
+    """Scales and amax histories of the forward pass, each with its initial value."""
     for layer in module.modules():
         state: Any = getattr(layer, "fp8_meta", {}).get("scaling_fwd")
         if hasattr(state, "amax_history"):

@@ -1,7 +1,7 @@
-"""Megatron's HybridModel, the successor of GPTModel, with layers that attend in both directions.
+"""Megatron's HybridModel, the successor of GPTModel, with bidirectional attention.
 
-A pattern names its layers: `*` attention, `-` MLP, `E` mixture of experts. `*-` is GPTModel's dense
-layer in two, with the same weights: Megatron loads GPTModel's checkpoints into it.
+A pattern names the layers: `*` attention, `-` MLP, `E` mixture of experts. `*-` is GPTModel's dense
+layer as two layers with the same weights, so Megatron loads GPTModel's checkpoints into it.
 """
 
 import copy
@@ -38,10 +38,10 @@ class HybridModelWithHead(HybridModel):
         output_processor_context: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As HybridModel's; the two new arguments mean what they mean in GPTModel's."""
+        """HybridModel's `forward`, with two arguments of GPTModel's that mean the same here."""
         if output_processor is None or not self.post_process:
             return super().forward(*args, labels=labels, **kwargs)
-        # A stage that is not the last one ends where the head would begin.
+        # Without `post_process` the forward pass returns before the head, with the hidden states.
         self.post_process = False
         try:
             hidden_states = super().forward(*args, **kwargs)
@@ -61,7 +61,7 @@ class HybridModelWithHead(HybridModel):
 
 
 class LocalHybridStack(HybridStack):
-    """HybridStack, whose last norm is Transformer Engine's, with a norm that needs no GPU."""
+    """HybridStack with a final norm that needs no GPU. Megatron's is Transformer Engine's norm."""
 
     def __init__(self, config: TransformerConfig, submodules: Any, **kwargs: Any) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
@@ -71,7 +71,7 @@ class LocalHybridStack(HybridStack):
 
 
 def bidirectional_stack(config: TransformerConfig, mdm: MDMConfig) -> ModuleSpec:
-    """Spec of the layers with attention in both directions.
+    """Spec of the layers with bidirectional attention.
 
     Args:
         config: Megatron's transformer configuration.
@@ -84,7 +84,10 @@ def bidirectional_stack(config: TransformerConfig, mdm: MDMConfig) -> ModuleSpec
 
 
 def _fused_stack() -> ModuleSpec:
-    """Megatron's own, with its attention copied: the others hold what cannot be."""
+    """Megatron's own spec, with a copy of its attention spec that may be changed.
+
+    A deep copy of the whole spec is impossible: other parts hold objects that cannot be copied.
+    """
     layers = hybrid_stack_spec.submodules
     parts = layers.attention_layer.submodules
     attention = replace(
@@ -97,7 +100,7 @@ def _fused_stack() -> ModuleSpec:
 
 
 def _local_stack(config: TransformerConfig) -> ModuleSpec:
-    """GPTModel's local layers, each taken apart into attention and MLP."""
+    """GPTModel's local layers, each split into an attention layer and an MLP layer."""
 
     def gpt_layer(num_experts: int | None) -> TransformerLayerSubmodules:
         layer = get_gpt_layer_local_submodules(

@@ -1,6 +1,6 @@
-"""The call of the model: everything that it takes beside the masked tokens, in one place.
+"""Calls the model: builds all of its arguments beside the masked tokens, in one place.
 
-Training, validation, measurements, inference and the reproduction all call it here.
+Training, validation, measurements, inference and the reproduction all use this module.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from megatron_mdm.mcore.model.routers import shard_for_stage
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The arguments of a call for b rows of s positions, which no choice of masks changes.
+    """The arguments of a model call for b rows of s positions. They do not depend on the masks.
 
     Attributes:
         clean: the tokens before masking, int64 [b, s].
         position_ids: int64 [b, s].
         attention_mask: see `attention_mask_argument`.
         shift: whether a position predicts the token after it (--mdm-shift).
-        past_end: positions that the routers of experts leave out, bool [b, s]; None: none.
-        causal: whether no position attends to a later one, for comparisons.
+        past_end: positions that the losses of expert routers leave out, bool [b, s]; None: none.
+        causal: whether attention is causal, for comparisons with autoregressive models.
     """
 
     clean: torch.Tensor
@@ -55,7 +55,7 @@ class ModelInputs:
             batch: the rows.
             model: the stage that will be called.
             annealing: progress from causal to full attention (see `annealed_future_positions`).
-            causal: whether the model is to be autoregressive: causal, and shifted.
+            causal: whether the model runs as an autoregressive one: causal and shifted.
         """
         return cls.of_tokens(
             batch.tokens,
@@ -86,15 +86,15 @@ class ModelInputs:
 
         Args:
             clean: the tokens before masking, int64 [b, s].
-            segments: the parts of rows that attention does not leave, and where positions start
-                over, int64 [b, s]; None: whole rows.
+            segments: the parts of rows that attention stays within and that number their positions
+                from 0, int64 [b, s]; None: whole rows.
             mdm: settings of the objective.
             eod_id: end-of-document token.
             model: the stage that will be called.
             padding: bool [b, s]; None: no padding.
-            past_end: as the attribute.
+            past_end: see the attribute.
             visible_ahead: see `dense_attention_mask`; not with `causal`.
-            causal: whether the model is to be autoregressive: causal, and shifted.
+            causal: whether the model runs as an autoregressive one: causal and shifted.
         """
         attention_mask = attention_mask_argument(
             clean,
@@ -110,7 +110,7 @@ class ModelInputs:
         return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """Runs a stage on masked tokens; the last one returns the logits of each position.
+        """Runs a stage on masked tokens; the last stage returns the logits of each position.
 
         Args:
             model: the stage.
@@ -130,21 +130,21 @@ class ModelInputs:
         on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None,
         processor: Callable[..., torch.Tensor] = head,
     ) -> torch.Tensor:
-        """Runs a stage on masked tokens; the last one returns cross entropies of clean tokens.
+        """Runs a stage on masked tokens; the last stage returns cross entropies of clean tokens.
 
         Args:
             model: the stage.
             tokens: int64 [b, s].
-            mask: tokens that the head works at, bool [b, s]; the others get 0. None: all.
-            on_grad_sq_norm: called in the backward pass with the square of the norm of the gradient
-                of the micro-batch's loss sum at the final hidden state that predicts each token,
-                float32 [b, s], 0 at the positions of other context-parallel ranks; None: not at
-                all.
-            processor: is called in the place of `head`, with the same arguments.
+            mask: tokens for which the head runs, bool [b, s]; the others get cross entropy 0. None:
+                all tokens.
+            on_grad_sq_norm: called in the backward pass with the squared norm of the gradient of
+                the micro-batch's loss sum at the final hidden state that predicts each token,
+                float32 [b, s], 0 at the positions of other context-parallel ranks; None: no call.
+            processor: called in place of `head`, with the same arguments.
 
         Returns:
-            float [b, s / context-parallel ranks], nats, at the last stage, where the logits are
-            (see `logits_to_tokens`); else hidden states.
+            At the last stage float [b, s / context-parallel ranks], nats, at the positions of the
+            logits (see `logits_to_tokens`); else hidden states.
         """
         config = get_model_config(model)
         positions = None
@@ -183,12 +183,13 @@ class ModelInputs:
 
 
 def tokens_to_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
-    """Moves what belongs to tokens to the positions of this rank whose logits predict them.
+    """Moves each token's value to the position whose logits predict it; returns this rank's part.
 
-    With --mdm-shift these are one to the left. The first token, which is never masked, goes last.
+    With --mdm-shift these positions are one to the left. The value of the first token, which is
+    never masked, moves to the last position.
 
     Args:
-        values: [b, s].
+        values: one value per token, [b, s].
         shift: see `ModelInputs`.
 
     Returns:
@@ -198,10 +199,10 @@ def tokens_to_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
 
 
 def logits_to_tokens(values: torch.Tensor, shift: bool) -> torch.Tensor:
-    """The inverse of `tokens_to_logits`, with 0 for what other context-parallel ranks predict.
+    """The inverse of `tokens_to_logits`; tokens that other context-parallel ranks predict get 0.
 
     Args:
-        values: [b, s / context-parallel ranks].
+        values: one value per logits position of this rank, [b, s / context-parallel ranks].
         shift: see `ModelInputs`.
 
     Returns:

@@ -16,13 +16,13 @@ from megatron_mdm.errors import UserError
 
 
 def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: int | None) -> Any:
-    """Megatron's layer spec for this configuration, with attention in both directions.
+    """Megatron's layer spec for this configuration, with bidirectional attention.
 
     Args:
-        model_config: as made by Megatron's `gpt_config_from_args`.
-        mdm: settings of the objective: with `attends_everywhere` no mask at all, so that fused
-            kernels stay available; else a mask, or, by Transformer Engine, attention inside
-            documents (see `attention_mask_argument`).
+        model_config: configuration from Megatron's `gpt_config_from_args`.
+        mdm: settings of the objective. With `attends_everywhere` the spec uses no mask, so fused
+            kernels stay available. Otherwise it uses a mask or, with Transformer Engine, attention
+            inside documents (see `attention_mask_argument`).
         vp_stage: virtual pipeline stage.
 
     Returns:
@@ -51,10 +51,10 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
 def make_bidirectional(
     attention: ModuleSpec, mdm: MDMConfig, transformer: TransformerConfig
 ) -> None:
-    """Tells the spec of a self-attention that its mask is not causal.
+    """Changes the spec of a self-attention so that its mask is not causal.
 
     Args:
-        attention: to be changed.
+        attention: the spec, changed in place.
         mdm: see `bidirectional_spec`.
         transformer: Megatron's configuration.
     """
@@ -80,9 +80,9 @@ def use_torch_norms(submodules: Any) -> None:
 class TorchNorm:
     """RMSNorm or LayerNorm of torch for the local spec, also under sequence parallelism.
 
-    Megatron's wrapper of the torch norms refuses sequence parallelism because their gradients are
-    sums over a part of the sequence; marking the parameters lets Megatron all-reduce these over the
-    tensor-parallel group, as it does for its own norms.
+    Megatron's wrapper of the torch norms refuses sequence parallelism, because each rank's
+    gradients are sums over its part of the sequence. This class marks the parameters, so that
+    Megatron all-reduces their gradients over the tensor-parallel group, as for its own norms.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5) -> Any:
@@ -100,12 +100,13 @@ class TorchNorm:
 
 
 def drop_norm_extra_state(model: torch.nn.Module) -> None:
-    """Takes Transformer Engine's extra state of norms, which is empty, out of checkpoints.
+    """Removes the extra state of Transformer Engine's norms, which is empty, from checkpoints.
 
-    Norms of local layers have none, and a checkpoint of theirs would lack it.
+    The norms of local layers have no extra state. With it, models with local layers and models with
+    Transformer Engine could not load each other's checkpoints.
 
     Args:
-        model: with layers of either implementation.
+        model: model with layers of either implementation.
     """
 
     def leave_out(_: Any, state: dict[str, Any], prefix: str, *__: Any) -> None:

@@ -1,7 +1,7 @@
-"""The head as GPTModel runs it, at masked positions only, with a look at the gradient below it.
+"""GPTModel's head at masked positions only, and a hook on the gradient at its input.
 
-Only masked positions count in the loss, so logits, the largest tensor of all, are made for those
-alone. Around the head nothing changes: cross entropies come out as [b, s], 0 where not masked.
+Only masked positions contribute to the loss, so logits, the largest tensor, are computed only for
+them. The interface does not change: cross entropies have shape [b, s] and are 0 elsewhere.
 """
 
 from collections.abc import Callable
@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-ROW_MULTIPLE = 32  # what FP8 matrix products take: 16 rows, 32 under MXFP8
+ROW_MULTIPLE = 32  # FP8 matrix products need multiples of 16 rows, MXFP8 of 32
 
 
 class MaskedPositions:
-    """Picks the masked positions out of [s, b, ...], and puts what became of them back.
+    """Selects the masked positions of [s, b, ...], and scatters results back to all positions.
 
-    Sequence parallelism cuts s into a part for each tensor-parallel rank. Each part is compacted by
-    itself, all to equally many rows, and Megatron's output layer then gathers (and reduces in the
-    backward pass) the compacted parts as it would whole ones, with less to send. Rows left over
-    hold positions that are not masked, whose gradient is 0.
+    Sequence parallelism divides s into one part for each tensor-parallel rank. Each part is
+    compacted separately, to the same number of rows. Megatron's output layer gathers the compacted
+    parts (and reduces them in the backward pass) like whole ones, with less traffic. Surplus rows
+    hold positions that are not masked; their gradient is 0.
 
-    The number of rows depends on the mask, so the host has to learn it from the device. It asks
-    when this is made, before the layers run, and reads the answer when the head needs it: by then
-    the device has the layers queued, and has no cause to wait for the host.
+    The number of rows depends on the mask, so the host must copy it from the device. The copy
+    starts in the constructor, before the layers run, and the host reads it when the head needs it.
+    By then the layers are queued on the device, so the device does not wait for the host.
 
     Args:
-        mask: of the whole rows, bool [b, s]; the same on all tensor-parallel ranks.
+        mask: mask of the whole rows, bool [b, s]; the same on all tensor-parallel ranks.
         parts: number of parts of s: the tensor-parallel size under sequence parallelism, else 1.
-        part: which of them the hidden states of this rank are.
+        part: index of the part that holds this rank's hidden states.
     """
 
     def __init__(self, mask: torch.Tensor, parts: int = 1, part: int = 0) -> None:
@@ -44,7 +44,10 @@ class MaskedPositions:
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows of a part: its masked positions, at most, rounded up to a multiple; at least one."""
+        """Rows of a part: the largest number of masked positions in any part, rounded up.
+
+        It is a positive multiple of `ROW_MULTIPLE`.
+        """
         if self._copied is not None:
             self._copied.synchronize()
         return max(1, -(-int(self._most) // ROW_MULTIPLE)) * ROW_MULTIPLE
@@ -53,21 +56,21 @@ class MaskedPositions:
     def _chosen(self) -> torch.Tensor:
         """Positions in each part, masked ones first, int64 [parts, num_rows]."""
         order = self._mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.num_rows]
-        # Micro-batches smaller than the multiple repeat their first position.
+        # In parts that are smaller than num_rows, surplus rows repeat the part's first position.
         return torch.nn.functional.pad(order, (0, self.num_rows - order.shape[1]))
 
     def compact(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """This rank's part [s / parts, b, h] to [num_rows, 1, h]."""
+        """Maps this rank's part [s / parts, b, h] to [num_rows, 1, h]."""
         chosen = self._chosen[self.part]
         return hidden_states.flatten(0, 1).index_select(0, chosen).unsqueeze(1)
 
     def compact_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Whole rows [b, s] to [1, parts num_rows], all parts in a line."""
+        """Maps whole rows [b, s] to the concatenated parts [1, parts num_rows]."""
         by_part = labels.t().reshape(self._mask.shape)
         return by_part.gather(1, self._chosen).reshape(1, -1)
 
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
-        """All parts in a line [1, parts num_rows] to whole rows [b, s], 0 where not masked."""
+        """Maps concatenated parts [1, parts num_rows] to whole rows [b, s], 0 where not masked."""
         by_part = values.view(self._mask.shape[0], -1)
         place = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
         whole = torch.where(self._mask, by_part.gather(1, place), 0.0)
@@ -77,13 +80,13 @@ class MaskedPositions:
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What the head does beside logits and cross entropies.
+    """Options of `head`.
 
     Attributes:
-        positions: where to compute them; None: everywhere.
-        on_grad_sq_norm: called in the backward pass with the square of the norm of the gradient of
-            the micro-batch's loss sum at the final hidden state of each position, float32 [b, s],
-            the same on all tensor-parallel ranks; None: not at all.
+        positions: positions at which logits are computed; None: all.
+        on_grad_sq_norm: called in the backward pass with the squared norm of the gradient of the
+            micro-batch's loss sum at the final hidden state of each position, float32 [b, s], the
+            same on all tensor-parallel ranks; None: no call.
     """
 
     positions: MaskedPositions | None = None
@@ -105,13 +108,13 @@ def head(
 
     Args:
         hidden_states: [s, b, h], or a part of the positions under sequence parallelism.
-        output_layer: Megatron's.
-        output_weight: shared with the embedding, or None.
+        output_layer: Megatron's output layer.
+        output_weight: weight shared with the embedding, or None.
         labels: clean tokens, int64 [b, s].
-        compute_language_model_loss: GPTModel's.
-        scale_logits: GPTModel's.
+        compute_language_model_loss: GPTModel's method.
+        scale_logits: GPTModel's method.
         config: Megatron's transformer configuration.
-        context: `output_processor_context`.
+        context: Megatron's argument `output_processor_context`.
 
     Returns:
         Cross entropies, float [b, s], nats; 0 outside `context.positions`.
@@ -133,9 +136,10 @@ def _register_grad_norm_hook(
     config: Any,
     record: Callable[[torch.Tensor], None],
 ) -> None:
-    """Looks at the gradient when backward passes by: no pass of its own, it is on its way anyhow.
+    """Registers a backward hook on the final hidden states.
 
-    It is looked at below the selection of positions, where it has all of them.
+    The hook reads a gradient that is computed anyway, so there is no extra pass. It is registered
+    before positions are selected, so the gradient covers all positions.
     """
 
     def look(gradient: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts: the scale of their own losses, and rows that end early."""
+"""Routers of mixtures of experts: the scale of the routers' losses, and rows that end early."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from megatron.core.utils import unwrap_model
 def router_loss_scale(
     transformer: TransformerConfig, seq_length: int, normalization: str
 ) -> torch.Tensor:
-    """What multiplies the gradients of a router's own losses (balance, z) in the backward pass.
+    """The factor on the gradients of a router's own losses (balance, z) in the backward pass.
 
-    Megatron multiplies these losses by the positions of the micro-batch, expecting that all
-    gradients are divided by the number of positions of the global batch. With --mdm-normalization
-    rows they are divided by its rows, seq-length times fewer, or by its documents, whose number is
-    not known before the backward pass.
+    Megatron multiplies these losses by the number of positions of the micro-batch, because it
+    expects gradients to be divided by the number of positions of the global batch. With
+    --mdm-normalization rows, gradients are divided by the number of rows, which is smaller by
+    seq-length, or by the number of documents, which is not known before the backward pass.
 
     Args:
-        transformer: the configuration that Megatron's schedule looks at.
+        transformer: the configuration that Megatron's schedule reads.
         seq_length: tokens in a row.
         normalization: `tokens` or `rows`.
 
@@ -34,16 +34,16 @@ def router_loss_scale(
 
 
 def shard_for_stage(positions: torch.Tensor, model: Any) -> torch.Tensor:
-    """`padding_mask` as a stage of the model takes it.
+    """The argument `padding_mask` in the form that a stage of the model expects.
 
-    Of all stages GPTModel's first one alone cuts it for sequence parallelism.
+    Only GPTModel's first stage shards it for sequence parallelism itself.
 
     Args:
-        positions: what the routers' losses leave out, bool [b, s].
+        positions: positions that the routers' losses leave out, bool [b, s].
         model: the stage.
 
     Returns:
-        bool [b, s], or this tensor rank's [b, s / ranks].
+        bool [b, s], or this tensor rank's part [b, s / ranks].
     """
     stage = unwrap_model(model)
     cuts = isinstance(stage, GPTModel) and stage.pre_process
@@ -54,20 +54,20 @@ def shard_for_stage(positions: torch.Tensor, model: Any) -> torch.Tensor:
 
 
 class ShortRowRouter(TopKRouter):
-    """Megatron's router, with losses of rows that end early that no layout changes.
+    """Megatron's router, whose losses for rows that end early are the same in every layout.
 
-    With positions left out Megatron (0.19.2) multiplies a loss by as many times too much as there
-    are parts of a row, under sequence and context parallelism; and `seq_aux_loss` balances each row
-    as if it had the mean length of the micro-batch's. With both mended rows count with as many
-    positions as they have.
+    It corrects two faults of Megatron 0.19.2 that appear when positions are left out. Under
+    sequence and context parallelism, a loss is too large by the number of parts of a row.
+    `seq_aux_loss` balances each row as if it had the mean length of the micro-batch's rows. With
+    both corrections each row is weighted by its own number of positions.
     """
 
-    lengths: torch.Tensor | None = None  # of the rows in the call that runs, int64 [b]
+    lengths: torch.Tensor | None = None  # row lengths of the current call, int64 [b]
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Routes logits [s, b, experts]; what `padding_mask` [s, b] marks is left out of losses."""
+        """Routes logits [s, b, experts]; losses omit the positions in `padding_mask` [s, b]."""
         self.lengths = None
         if padding_mask is not None:
             self.lengths = (~padding_mask).sum(dim=0)
@@ -78,10 +78,11 @@ class ShortRowRouter(TopKRouter):
     def _apply_seq_aux_loss(
         self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The balance of each row; what is left out has no scores."""
+        """The balance loss of each row; positions that are left out have scores of 0."""
         if self.lengths is not None:
             by_row = scores_for_aux_loss.view(-1, len(self.lengths), scores_for_aux_loss.shape[-1])
-            # Divided by the square of the mean length, where that of its own times the mean is due.
+            # Megatron divides by the square of the mean length. The correct divisor is the row's
+            # own length times the mean length.
             by_row = by_row * (self.lengths.float().mean() / self.lengths)[:, None]
             scores_for_aux_loss = by_row.view_as(scores_for_aux_loss)
         return super()._apply_seq_aux_loss(probs, scores_for_aux_loss, *args, **kwargs)
@@ -89,7 +90,10 @@ class ShortRowRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, *args: Any, valid_token_count: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Attaches a loss, times the positions that count and not `valid_token_count`."""
+        """Attaches a loss, multiplied by the number of positions that are not left out.
+
+        That number replaces Megatron's `valid_token_count`.
+        """
         if self.lengths is not None:
             valid_token_count = self.lengths.sum() / self.tp_cp_group.size()
         return super().attach_and_log_load_balancing_loss(
@@ -98,7 +102,7 @@ class ShortRowRouter(TopKRouter):
 
 
 def use_short_row_routers(model: torch.nn.Module) -> None:
-    """Makes the routers of a model `ShortRowRouter`s."""
+    """Turns the routers of a model into `ShortRowRouter`s."""
     for module in model.modules():
         if type(module) is TopKRouter:
             module.__class__ = ShortRowRouter

@@ -1,4 +1,4 @@
-"""The rows of a micro-batch laid one after another, as kernels for varying lengths take them."""
+"""Concatenates the rows of a micro-batch, as attention kernels for varying lengths expect them."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ def attend_in_documents(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> torch.Tensor:
-    """Lays the rows of a micro-batch one after another for attention, and back.
+    """Concatenates the rows of a micro-batch, attends, and restores the layout.
 
     Args:
-        attend: from three tensors [b s, heads, head size] to one [b s, ...].
+        attend: maps query, key and value [b s, heads, head size] to one tensor [b s, ...].
         query: [s, b, heads, head size].
         key: [s, b, groups, head size].
         value: [s, b, groups, head size].

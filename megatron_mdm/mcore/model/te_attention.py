@@ -1,6 +1,6 @@
-"""Attention inside documents by Transformer Engine's kernels for sequences of varying lengths.
+"""Attention inside documents with Transformer Engine's kernels for sequences of varying lengths.
 
-Imported only where Transformer Engine is in use.
+This module is imported only if Transformer Engine is in use.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from megatron_mdm.mcore.model.row_layout import attend_in_documents
 
 
 class DocumentAttention(TEDotProductAttention):
-    """Megatron's attention, where the attention mask is where documents begin.
+    """Megatron's attention, whose argument `attention_mask` holds the starts of documents.
 
-    Hidden states stay [s, b, h] everywhere else, so that the head, pipeline stages and sequence
-    parallelism see nothing of it; Megatron's own packed sequences flatten the whole model.
+    Hidden states stay [s, b, h] outside this layer, so the head, pipeline stages and sequence
+    parallelism are not affected. Megatron's own packed sequences flatten the rows in every layer.
     """
 
     def forward(
@@ -37,11 +37,11 @@ class DocumentAttention(TEDotProductAttention):
             query: [s, b, heads, head size].
             key: [s, b, groups, head size].
             value: [s, b, groups, head size].
-            attention_mask: where documents begin (see `document_cu_seqlens`); None: every position
-                sees its whole row.
-            attn_mask_type: `causal`, or else in both directions.
-            packed_seq_params: follows from `attention_mask`.
-            rest: as Megatron gives it.
+            attention_mask: starts of documents (see `document_cu_seqlens`); None: every position
+                attends to its whole row.
+            attn_mask_type: `causal` for causal attention; any other type means bidirectional.
+            packed_seq_params: ignored; computed from `attention_mask`.
+            rest: Megatron's other arguments.
 
         Returns:
             [s, b, heads * head size].
@@ -57,10 +57,10 @@ class DocumentAttention(TEDotProductAttention):
                 qkv_format="thd",
                 cu_seqlens_q=attention_mask,
                 cu_seqlens_kv=attention_mask,
-                max_seqlen_q=query.shape[0],  # a bound: no document is longer than a row
+                max_seqlen_q=query.shape[0],  # an upper bound: no document is longer than a row
                 max_seqlen_kv=query.shape[0],
             )
-            # What Transformer Engine calls causal and full attention here.
+            # Transformer Engine's names for causal and full attention inside packed documents.
             inside = AttnMaskType.padding_causal if causal else AttnMaskType.padding
             return attend(q, k, v, None, attn_mask_type=inside, packed_seq_params=bounds, **rest)
 

@@ -1,4 +1,4 @@
-"""Rows of the vocabulary that are padding take no part in the softmax."""
+"""Excludes padding rows of the vocabulary from the softmax."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from megatron.core import mpu
 
 
 def mask_padded_vocabulary(model: torch.nn.Module, vocab_size: int) -> None:
-    """Gives the logits of padding the least value there is, so that the softmax leaves them out.
+    """Sets the logits of padding rows to the dtype's minimum, so their softmax probability is 0.
 
-    Their gradient is then 0, which the cross entropy computes as such: nothing has to be added to
-    the backward pass. A rank that holds nothing but padding still has finite logits.
+    The cross entropy then computes a gradient of 0 for them, so the backward pass needs no change.
+    The minimum is finite, so a rank that holds only padding rows still has finite logits.
 
     Args:
-        model: Megatron's, one stage of it.
-        vocab_size: rows that are tokens.
+        model: one stage of Megatron's model.
+        vocab_size: number of rows that are tokens.
     """
     if getattr(model, "output_layer", None) is None or not model.post_process:
         return

@@ -15,10 +15,10 @@ from megatron_mdm.objective.ppots.state import PpotsState
 def carried_states(
     state: TrainingState, config: Any, vp_stage: int | None
 ) -> dict[str, CarriedState]:
-    """The modules that a stage of the model has for them, by attribute.
+    """The modules through which a stage of the model saves these parts, by attribute name.
 
     Args:
-        state: of the run.
+        state: state of the run.
         config: Megatron's transformer configuration.
         vp_stage: virtual pipeline stage.
     """
@@ -48,14 +48,14 @@ class SamplerState(CarriedState):
         return self.sampler.state.state_vector()
 
     def gather(self) -> None:
-        """Takes in what all ranks have measured."""
+        """Adds the measurements of all ranks to the state."""
         self.sampler.reduce()
 
     def restore(self, vector: npt.NDArray[np.int64]) -> None:
-        """Goes on from a checkpoint.
+        """Restores the state from a checkpoint.
 
         Raises:
-            UserError: the state is damaged, or of more rows than the run has trained on.
+            UserError: the state is damaged, or counts more rows than the run has trained on.
         """
         mdm = self.run.mdm
         documents = self.run.seq_length if mdm.rate_per == "document" else 1
@@ -65,10 +65,10 @@ class SamplerState(CarriedState):
 
 
 class LogState(CarriedState):
-    """Carries the control variate of the last rank, which logs.
+    """Carries the control variate of the last rank, which writes the logs.
 
-    The sums of a log interval that has only begun are not kept: its line, after a resume, is of the
-    rows since then.
+    The sums of an unfinished log interval are not saved. After a resume, the first log line covers
+    only the rows since the resume.
     """
 
     KEY = "mdm_log_state"
@@ -78,20 +78,20 @@ class LogState(CarriedState):
         super().__init__(run, config, vp_stage, run.log_state_in_checkpoint)
 
     def vector(self) -> npt.NDArray[np.int64]:
-        """The average loss of each rate bin; NaN where there is none yet."""
+        """The bits of the average loss of each rate bin; NaN if there is no average yet."""
         baseline = np.full(self.control_variate.num_bins, np.nan)
         if self.control_variate.baseline is not None:
             baseline = self.control_variate.baseline.copy()
         return baseline.view(np.int64)
 
     def gather(self) -> None:
-        """Tells all ranks the average of the last one."""
+        """Broadcasts the averages of the last rank to all ranks."""
         last = torch.distributed.get_world_size() - 1
         bits = torch.from_numpy(self.vector()).to(torch.cuda.current_device())
         torch.distributed.broadcast(bits, src=last)
         self.restore(bits.cpu().numpy())
 
     def restore(self, vector: npt.NDArray[np.int64]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores the averages from a checkpoint."""
         baseline = vector.view(np.float64).copy()
         self.control_variate.baseline = None if np.isnan(baseline).any() else baseline

@@ -1,4 +1,4 @@
-"""What masks the rows of a run, in training and in evaluations."""
+"""The corrupters that mask the rows of a run, in training and in evaluations."""
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.objective.corruption import Corrupter, Sampler
@@ -6,7 +6,12 @@ from megatron_mdm.objective.samplers import Uniform
 
 
 def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
-    """What masks the rows of training, with any density of t."""
+    """The corrupter of training rows.
+
+    Args:
+        mdm: settings of the objective.
+        sampler: maps quantiles to rates t and importance weights, for any density of t.
+    """
     assert mdm.mask_token_id is not None  # after `finalize_args`
     return Corrupter(
         sampler=sampler,
@@ -20,10 +25,11 @@ def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
 
 
 def evaluation_corrupter(mdm: MDMConfig) -> Corrupter:
-    """What masks the rows of evaluations.
+    """The corrupter of evaluation rows.
 
-    Evaluations estimate the NELBO always alike, with uniform rates and exact-count masks, which
-    have the least variance: numbers of runs that train differently can then be compared.
+    Every evaluation estimates the NELBO with uniform rates and exact-count masks, whatever the
+    training uses. NELBOs of runs with different training settings can therefore be compared.
+    Exact-count masks have the least variance.
     """
     assert mdm.mask_token_id is not None
     return Corrupter(Uniform(), "exact-count", mdm.mask_token_id, mdm.eps)

@@ -23,8 +23,8 @@ def forward_step(
     """Runs one micro-batch through this pipeline stage.
 
     Args:
-        state: of the run.
-        data_iterator: of this virtual stage's RowDataset; used on tensor rank 0 only.
+        state: state of the run.
+        data_iterator: iterator of this virtual stage's RowDataset; used on tensor rank 0 only.
         model: the stage.
 
     Returns:
@@ -57,9 +57,9 @@ def next_batch(state: TrainingState, data_iterator: Iterator | None, training: b
     """The next micro-batch of a run; see `load_batch`.
 
     Args:
-        state: of the run.
-        data_iterator: of a RowDataset; used on tensor rank 0 only.
-        training: whether the micro-batch is training's, and not an evaluation's.
+        state: state of the run.
+        data_iterator: iterator of a RowDataset; used on tensor rank 0 only.
+        training: whether the micro-batch is for training, not for an evaluation.
     """
     b = state.micro_batch_size(training)
     return load_batch(data_iterator, state.mdm, state.eod_id, training, b, state.seq_length)
@@ -71,22 +71,22 @@ def loss_func(
     """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
 
     Args:
-        state: of the run.
+        state: state of the run.
         micro_batch: rows and their masks.
-        cross_entropy: of the token that each position predicts, nats, float [b, s], or of this
-            rank's part of the positions under context parallelism.
+        cross_entropy: cross entropy of the token that each position predicts, nats, float [b, s];
+            under context parallelism, at this rank's positions only.
 
     Returns:
         Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
-        pair of both as `mdm loss`, which Megatron adds up over micro-batches and ranks.
+        pair of both as `mdm loss`, which Megatron sums over micro-batches and ranks.
     """
     mdm, batch, corruption = state.mdm, micro_batch.batch, micro_batch.corruption
     cross_entropy = logits_to_tokens(cross_entropy, mdm.shift)
     losses = micro_batch.losses(cross_entropy, mdm.normalization)
-    # Numerator and losses are of this rank's part of the positions, all else is of whole rows.
+    # The numerator and `losses` cover this rank's positions. All other values cover whole rows.
     denominator = losses.denominator * is_first_cp_rank()
     per_row = sum_over_cp_ranks(losses.per_row)
-    # As in Megatron's own loss functions: the host waits for the loss, in each micro-batch.
+    # As in Megatron's own loss functions, the host waits here for the loss of each micro-batch.
     if state.checks_finite:
         whole_rows = per_row if per_row.dim() == 1 else per_row.sum(dim=1)
         check_finite(whole_rows, batch.row, batch.training)

@@ -1,4 +1,4 @@
-"""What happens once in an iteration and once in an evaluation, on all ranks, in this order."""
+"""The hooks that Megatron calls once per iteration and once per evaluation, on all ranks."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from megatron_mdm.objective.randomness import Split
 def after_gradients(
     state: TrainingState, model: list, num_tokens: torch.Tensor | None = None, **kwargs: Any
 ) -> None:
-    """Megatron's `finalize_model_grads`, before the optimizer's step; then P-POTS, then the log.
+    """Runs Megatron's `finalize_model_grads`, then P-POTS, then the log, before the optimizer step.
 
-    Megatron's rerun machine may repeat an iteration. A repetition is logged no second time.
+    Megatron's rerun machine may repeat an iteration. A repetition is not logged again.
     """
     finalize_model_grads(model, num_tokens, **kwargs)
     iteration = state.training_iteration
     sampler = state.fitting_sampler
-    if sampler is not None:  # where the density q(t) changes
+    if sampler is not None:  # the density q(t) changes here
         refit = sampler.end_iteration(iteration)
         if refit is not None and is_last_rank():
             log_refit(refit, sampler.state.moments.skipped, iteration)
@@ -41,7 +41,7 @@ def after_gradients(
 
 
 def after_evaluation(state: TrainingState, model: list) -> None:
-    """Megatron's `non_loss_data_func`, at the end of every evaluation: its NELBO."""
+    """Logs the NELBO of an evaluation; Megatron calls it as `non_loss_data_func` at its end."""
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return
     recorder = state.recorder(training=False)

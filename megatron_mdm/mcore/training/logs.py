@@ -1,6 +1,6 @@
-"""What the logs say beside Megatron's own line, printed and to TensorBoard and Weights & Biases.
+"""Log lines beside Megatron's own, printed and written to TensorBoard and Weights & Biases.
 
-Called on the last rank alone, which has the writers.
+Only the last rank calls these functions, because it has the writers.
 """
 
 import math
@@ -22,18 +22,18 @@ def log_training(
     seconds: float,
     flops: float | None = None,
 ) -> None:
-    """One line of a log interval.
+    """Writes the line of a log interval.
 
     Args:
-        state: of the run.
-        summary: of the rows of the interval.
-        iteration: the last one.
-        seconds: that it took.
-        flops: useful operations of all ranks in it; None without --log-throughput.
+        state: state of the run.
+        summary: statistics of the rows of the interval.
+        iteration: last iteration of the interval.
+        seconds: duration of the interval.
+        flops: useful operations of all ranks in the interval; None without --log-throughput.
     """
     rows_per_s = summary.rows / seconds
     tokens_per_s = rows_per_s * state.seq_length
-    # Megatron counts this iteration's rows after it.
+    # Megatron adds this iteration's rows to its count only after the iteration.
     rows = state.consumed_rows + get_current_global_batch_size()
     data_rows = rows // state.mdm.views + state.text_offset
     per_gpu = {}
@@ -48,7 +48,7 @@ def log_training(
         controlled = state.control_variate(
             summary.loss_sums, summary.weight_sums, summary.draws, masses
         )
-    # A loss is the mean over the interval, and so is the density that it is a mean over.
+    # The logged loss is a mean over the interval, so the density's share is a mean as well.
     reason = why_no_bound(state.mdm, summary.uniform_share)
     bound = "yes" if reason is None else f"no ({reason})"
     print(
@@ -78,12 +78,12 @@ def log_training(
 
 
 def log_refit(result: PpotsFit | FitError, skipped: int, iteration: int) -> None:
-    """One line of a new density of P-POTS, or why there is none.
+    """Writes the line of a new density of P-POTS, or of the reason why there is none.
 
     Args:
-        result: of the fit.
-        skipped: rows that have been left out since their value was not finite.
-        iteration: after which it was.
+        result: result of the fit.
+        skipped: number of rows that were left out because their value was not finite.
+        iteration: iteration after which the fit was made.
     """
     if isinstance(result, FitError):
         print(
@@ -110,14 +110,15 @@ def log_refit(result: PpotsFit | FitError, skipped: int, iteration: int) -> None
 def log_evaluation(
     name: str, summary: Summary, error_by_text: tuple[float, int], iteration: int
 ) -> None:
-    """One line of an evaluation.
+    """Writes the line of an evaluation.
 
     Args:
-        name: of what was evaluated: `validation`, `validation NAME` for a named set of it, `test`.
-        summary: of its rows.
-        error_by_text: standard error of the mean, and how many rows of the data these are; see
-            `Recorder.by_text`.
-        iteration: after which it was.
+        name: name of the evaluated data: `validation`, `validation NAME` for a named set, or
+            `test`.
+        summary: statistics of its rows.
+        error_by_text: standard error of the mean, and the number of different texts among the rows;
+            see `Recorder.by_text`.
+        iteration: iteration after which the evaluation was made.
     """
     stderr, texts = error_by_text
     of = f"{summary.rows} rows"

@@ -1,8 +1,8 @@
-"""A connection to another rank that breaks, or stays silent for too long, ends the run with a line.
+"""Ends a run with one line if the connection to another rank breaks or times out.
 
 Megatron would end with the traceback of the collective call that waited. Nothing is wrong with that
 call: another rank has ended, or its machine is lost. With NCCL, PyTorch's watchdog may end the
-process before this line.
+process before the line is printed.
 """
 
 import re
@@ -14,30 +14,30 @@ import torch
 
 from megatron_mdm.errors import LostRankError
 
-# What gloo says of its connections, after the place in its source, unless a tensor has another size
-# than the other rank's ("enforce fail"), and NCCL's text of a remote error.
+# gloo's connection errors, after the position in its source, and NCCL's text of a remote error.
+# "enforce fail" is excluded: it means that two ranks' tensors have different sizes.
 _GLOO = re.compile(r"^(?!.*enforce fail).*gloo/transport/\S+\] (?P<reason>.*)")
 _NCCL = re.compile(r"(?P<reason>remote process exited or there was a network error)")
 
 _START = (
-    "Its log may say why; if not: each machine's own name has to resolve to an address that the "
-    "others reach (examples/scale/README.md)"
+    "Its log may say why. If not, check that each machine's name resolves to an address that the "
+    "others can reach (examples/scale/README.md)"
 )
 _TRAINING = (
-    "The log of the node that ended first says why, if it still could. The same command goes on "
-    "from the last checkpoint"
+    "The log of the node that ended first may say why. The same command goes on from the last "
+    "checkpoint"
 )
 
 
 @contextmanager
 def lost_ranks_in_a_line(args: Namespace) -> Iterator[None]:
-    """Context in which a collective call that lost another rank raises one line.
+    """Context in which a collective call that lost another rank raises a one-line error.
 
     Args:
         args: Megatron's arguments.
 
     Raises:
-        LostRankError: says the iteration and the reason that gloo or NCCL gives.
+        LostRankError: names the iteration and the reason that gloo or NCCL gives.
     """
     try:
         yield
@@ -55,9 +55,9 @@ def lost_ranks_in_a_line(args: Namespace) -> Iterator[None]:
 
 
 def lost_rank(error: RuntimeError) -> str | None:
-    """The reason by which gloo, NCCL or the store of the ranks says so; None: another error."""
+    """The reason of gloo, NCCL or the ranks' store for a lost rank; None for any other error."""
     text = " ".join(str(error).split())
-    if "failed to listen" in text:  # the port of this rank is taken
+    if "failed to listen" in text:  # another process uses this rank's port
         return None
     if isinstance(error, torch.distributed.DistNetworkError):
         return text

@@ -1,4 +1,4 @@
-"""Lines of Megatron's log that say nothing here, or the same over and over."""
+"""Removes lines of Megatron's log that are meaningless here or that only repeat."""
 
 import contextlib
 import logging
@@ -16,14 +16,14 @@ from megatron_mdm.mcore.device import replaced
 def readable_log(device: str) -> Iterator[None]:
     """Context in which a run logs without these lines.
 
-    The rerun machine warns twice in every validation that it is switched off and on again.
+    In every validation the rerun machine warns twice, because it is switched off and on again.
 
-    After the first iterations Megatron prints the memory of the GPU, which a CPU has none of, and
-    what it expects that to be. In front of that it prints numbers of parameters in billions, with
-    two decimals. It has printed them whole when it has built the model.
+    After the first iterations Megatron prints the GPU memory in use and the memory that it expects;
+    neither exists on a CPU. Before that it prints parameter counts in billions with two decimals.
+    It has already printed the full counts after it built the model.
 
     Args:
-        device: that the run trains on, `cuda` or `cpu`.
+        device: the device that the run trains on, `cuda` or `cpu`.
     """
     expected = training.report_theoretical_memory
 

@@ -1,8 +1,9 @@
 """The statistics that the logs show: loss per rate bin, masked fraction, seconds of training.
 
-The rate t dominates the loss of a single step, so everything is accumulated over the log interval.
-Recording costs no synchronisation with the device; once per interval it costs two all-reduces, of
-3 (2 bins + 6) numbers and of one, over the data-parallel ranks of the last pipeline stage.
+The rate t dominates the loss of a single step, so all statistics are accumulated over a log
+interval. Recording needs no synchronisation with the device. Once per interval it needs two
+all-reduces over the data-parallel ranks of the last pipeline stage: 3 (2 bins + 6) numbers, and one
+number.
 """
 
 import math
@@ -21,12 +22,13 @@ Finish = Callable[[torch.Tensor], torch.Tensor]
 
 
 class OverInterval:
-    """What the iterations of a log interval come to, on the device.
+    """A total over the iterations of a log interval, on the device.
 
-    Megatron's rerun machine may repeat an iteration to validate its result: that is dropped.
+    Megatron's rerun machine may repeat an iteration to validate its result. Repetitions are not
+    added.
 
     Args:
-        combine: makes one of two values.
+        combine: combines two values into one.
     """
 
     def __init__(self, combine: Combine = torch.add) -> None:
@@ -36,15 +38,15 @@ class OverInterval:
         self._iteration: int | None = None
 
     def add(self, value: torch.Tensor) -> None:
-        """Adds what a micro-batch gives; no synchronisation with the device."""
+        """Adds the value of a micro-batch; no synchronisation with the device."""
         self._pending = self._with(self._pending, value)
 
     def commit(self, iteration: int | None, finish: Finish = lambda value: value) -> None:
-        """Takes what an iteration has added.
+        """Adds an iteration's value, the combination of its micro-batches, to the total.
 
         Args:
-            iteration: its number; None where it is no repetition in any case.
-            finish: makes of that what is taken.
+            iteration: number of the iteration; None: it cannot be a repetition.
+            finish: transforms the iteration's value before it is added.
         """
         is_new = iteration is None or iteration != self._iteration
         if self._pending is not None and is_new:
@@ -52,9 +54,9 @@ class OverInterval:
         self._iteration, self._pending = iteration, None
 
     def take(self) -> torch.Tensor:
-        """The total, with which it starts over; there is one."""
+        """Returns the total, which must exist, and resets it."""
         total, self.total = self.total, None
-        assert total is not None  # the caller looks before
+        assert total is not None  # the caller checks `total` first
         return total
 
     def _with(self, before: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
@@ -64,15 +66,15 @@ class OverInterval:
 class Recorder:
     """Sums over draws of a rate, on the device; lives on the last pipeline stage.
 
-    A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix with a line
-    for each split of the data and these columns: weighted loss per rate bin, importance weight per
-    rate bin, weighted loss per eligible token, the numbers of masked and of eligible tokens, of
-    draws, of rows, and the sum over draws of the uniform share of their density. Evaluations also
-    keep each row's text and loss. Named validation sets have lines of their own, after the others.
+    A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix. Its rows are
+    the splits of the data, followed by the named validation sets. Its columns are: weighted loss
+    per rate bin, importance weight per rate bin, weighted loss per eligible token, number of masked
+    tokens, of eligible tokens, of draws and of rows, and the sum over draws of the uniform share of
+    their density. Evaluations also keep the text number and loss of each row.
 
     Args:
         num_bins: number of equal bins of the masking rate.
-        num_sets: named validation sets.
+        num_sets: number of named validation sets.
     """
 
     def __init__(self, num_bins: int, num_sets: int = 0) -> None:
@@ -85,7 +87,7 @@ class Recorder:
 
     @property
     def total(self) -> torch.Tensor | None:
-        """The sums of the iterations since the last `reduce`; None: there was none."""
+        """The sums of the iterations since the last `reduce`; None: no iteration was added."""
         return self._sums.total
 
     def add(
@@ -103,20 +105,22 @@ class Recorder:
 
         Args:
             split: part of the data, int64 [b]; see `RowDataset`.
-            t: masking rates of rows, float64 [b], or documents [b, s], as all that follows.
+            t: masking rates of rows, float64 [b], or of documents, [b, s]. The arguments from
+                `rate_weight` to `num_eligible` have the same shape, except `max_token_weight`.
             rate_weight: importance weights 1/q(t), float64.
             max_token_weight: largest weight of a masked token in each row, 1/q(t) times the mask's,
                 float64 [b].
             loss: weighted loss of each draw, nats per eligible token.
-            num_masked: masked positions.
-            num_eligible: eligible positions; a document without any is no draw, a row is one.
-            text: which text each row is of, int64 [b], in evaluations.
+            num_masked: number of masked positions.
+            num_eligible: number of eligible positions. A document without any is not a draw; a row
+                without any is one.
+            text: number of the text that each row comes from, int64 [b], in evaluations.
         """
         if text is not None:
             self.texts.append(torch.stack([split, text, _as_bits(loss)]))
         in_row = t[0].numel()
         draws = torch.ones_like(num_eligible) if t.dim() == 1 else (num_eligible > 0).long()
-        share = torch.full_like(t, 1.0 / in_row)  # of a row: all of them make one
+        share = torch.full_like(t, 1.0 / in_row)  # sums to 1 over a row, so it counts rows
         split = split.repeat_interleave(in_row)
         t, rate_weight, loss = t.flatten(), (rate_weight * draws).flatten(), loss.flatten()
         bins = (t * self.num_bins).long().clamp(max=self.num_bins - 1)
@@ -131,11 +135,11 @@ class Recorder:
         self._largest.add(max_token_weight.max())
 
     def commit(self, iteration: int | None, uniform_share: float = 1.0) -> None:
-        """Takes what an iteration has added; a repetition of the iteration is dropped.
+        """Adds an iteration to the sums; a repetition of the iteration is dropped.
 
         Args:
-            iteration: its number; None: that was an evaluation, which is never repeated.
-            uniform_share: of the density that its rates came from; 1 where that is no bell.
+            iteration: number of the iteration; None: an evaluation, which is never repeated.
+            uniform_share: uniform share of the density of its rates; 1 if that is no bell.
         """
 
         def with_share(sums: torch.Tensor) -> torch.Tensor:
@@ -146,13 +150,14 @@ class Recorder:
         self._largest.commit(iteration)
 
     def by_text(self) -> dict[int, tuple[float, int]]:
-        """The standard error of the mean loss of rows and the number of texts; a collective call.
+        """The standard error of the mean loss of rows, and the number of texts; a collective call.
 
-        Rows of one text are no independent witnesses: the error is that of the texts' sums. All
-        data-parallel ranks have equally many rows. Starts over.
+        Rows of the same text are not independent, so the error is computed from sums per text. All
+        data-parallel ranks must have equally many rows. The call clears the kept rows.
 
         Returns:
-            For each part that has rows, as `reduce`; the error of a single text is NaN.
+            (standard error, number of texts) for each part that has rows, with the keys of
+            `reduce`; the error of a single text is NaN.
         """
         own = torch.cat(self.texts, dim=1)
         self.texts = []
@@ -170,13 +175,14 @@ class Recorder:
         return {Split.VALID: error_over_sets(sets), **found} if sets else found
 
     def reduce(self) -> dict[int, "Summary"]:
-        """Sums over the data-parallel ranks and starts over; a collective call.
+        """Sums over the data-parallel ranks and resets the sums; a collective call.
 
         Context-parallel ranks have the same rows, and so the same sums.
 
         Returns:
-            A summary for each split that has rows, and for each named validation set. That of the
-            validation is then over all sets, which have equally many rows.
+            A summary for each split that has rows, and for each named validation set. With named
+            sets, the summary of the validation split is over all sets, which have equally many
+            rows.
         """
         total, largest = self._sums.take(), self._largest.take()
         group = mpu.get_data_parallel_group()
@@ -190,21 +196,22 @@ class Recorder:
 
 
 def _as_bits(values: torch.Tensor) -> torch.Tensor:
-    """Numbers as int64, which travel beside others without a loss."""
+    """The bits of float64 values as int64, so that one integer tensor can hold them exactly."""
     return values.detach().double().view(torch.int64)
 
 
 def error_by_text(loss: np.ndarray, text: np.ndarray) -> tuple[float, int]:
-    """The standard error of the mean of rows that are drawn from texts, some from the same.
+    """The standard error of the mean loss of rows, some of which come from the same text.
 
-    As of a ratio of sums over texts, each text a cluster of rows.
+    The mean is a ratio of sums over texts, and each text is a cluster of rows. The error is the
+    cluster-robust standard error of that ratio.
 
     Args:
-        loss: of each row [n].
-        text: which one it is of, integers [n].
+        loss: loss of each row [n].
+        text: number of the text that each row comes from, integers [n].
 
     Returns:
-        The error, NaN for one text, and the number of texts.
+        The error (NaN for one text) and the number of texts.
     """
     _, of, counts = np.unique(text, return_inverse=True, return_counts=True)
     residuals = np.bincount(of, weights=loss) - counts * loss.mean()
@@ -217,10 +224,10 @@ def error_by_text(loss: np.ndarray, text: np.ndarray) -> tuple[float, int]:
 def error_over_sets(sets: list[tuple[float, int]]) -> tuple[float, int]:
     """The standard error of the mean over sets of equally many rows, and the number of texts.
 
-    The sets are fixed: the differences between them are no noise.
+    The sets are fixed, so differences between them do not count as noise.
 
     Args:
-        sets: of each, see `error_by_text`.
+        sets: error and number of texts of each set; see `error_by_text`.
     """
     error = math.sqrt(sum(error**2 for error, _ in sets)) / len(sets)
     return error, sum(texts for _, texts in sets)
@@ -230,13 +237,13 @@ class Summary:
     """Means over the draws of one split: its rows, or documents with --mdm-rate-per document.
 
     Attributes:
-        loss_per_bin: mean loss of those in each rate bin, nats per token, NaN if there is none.
+        loss_per_bin: mean loss of the draws in each rate bin, nats per token; NaN for empty bins.
         loss: mean loss, an estimate of the NELBO, nats per token.
-        loss_sums, weight_sums: sums over those in each rate bin of weighted loss and of 1/q(t).
+        loss_sums, weight_sums: sums of weighted loss and of 1/q(t) over the draws in each rate bin.
         masked_fraction: masked / eligible tokens.
-        draws, rows: their numbers.
-        largest_weight: of a masked token's loss, over the rows of all splits.
-        uniform_share: mean over the draws, 1 where the density is no bell.
+        draws, rows: number of draws and of rows.
+        largest_weight: largest weight of a masked token's loss, over the rows of all splits.
+        uniform_share: mean uniform share of the density over the draws; 1 if it is no bell.
     """
 
     def __init__(self, line: list[float], num_bins: int, largest_weight: float) -> None:
@@ -252,7 +259,7 @@ class Summary:
         self.masked_fraction = masked / eligible if eligible else 0.0
 
     def text(self) -> str:
-        """`0.05: 3.1416` and so on: the middle of each bin of t and its loss."""
+        """The middle of each bin of t and its loss, as `0.05: 3.1416 0.15: ...`."""
         n = len(self.loss_per_bin)
         return " ".join(f"{(i + 0.5) / n:.2f}: {x:.4f}" for i, x in enumerate(self.loss_per_bin))
 
@@ -260,7 +267,7 @@ class Summary:
 class TrainingClock:
     """Seconds of training, without evaluations and checkpoints.
 
-    By Megatron's own timer, which stands still during these.
+    It reads Megatron's own timer, which is stopped during evaluations and checkpoints.
     """
 
     def __init__(self) -> None:

@@ -15,8 +15,8 @@ from megatron_mdm.objective.segments import counts
 class MicroBatch:
     """A batch and its masks.
 
-    What belongs to rows is [b]; where documents have masking rates of their own it belongs to them,
-    [b, s], as objective/segments.py says.
+    Values per row have the shape [b]. With --mdm-rate-per document, values belong to documents and
+    have the shape [b, s]; objective/segments.py describes that layout.
     """
 
     batch: Batch
@@ -44,14 +44,14 @@ class MicroBatch:
 
     @property
     def present(self) -> torch.Tensor | None:
-        """Which documents there are to count, bool [b, s]; None: every row."""
+        """Which entries of [b, s] are documents that count, bool; None: values are per row."""
         return None if self.batch.rate_segments is None else self.num_eligible > 0
 
     def losses(self, cross_entropy: torch.Tensor, normalization: Normalization) -> RowLosses:
         """The losses of rows or documents, and their sum; see `row_losses`.
 
         Args:
-            cross_entropy: of clean tokens, nats, float [b, s].
+            cross_entropy: cross entropies of the clean tokens, nats, float [b, s].
             normalization: `tokens` or `rows`.
         """
         return row_losses(
@@ -64,12 +64,13 @@ class MicroBatch:
         )
 
     def contribution_to_batch_loss(self, value: torch.Tensor) -> torch.Tensor:
-        """What P-POTS squares of rows or documents: how much they disturb the sum over a batch.
+        """The quantity whose second moment P-POTS fits: the contribution to the batch loss.
 
-        Under `tokens` they do so as L_e l, so that long ones say more of the best density.
+        Under `tokens` normalization a row or document contributes L_e l, so long ones have more
+        influence on the fitted density.
 
         Args:
-            value: of rows or documents, per eligible token.
+            value: loss or gradient norm of each row or document, per eligible token.
         """
         if self.batch.mdm.normalization == "tokens":
             return value * (self.num_eligible.double() / self.batch.tokens.shape[1])

@@ -1,8 +1,8 @@
-"""A loss or gradient that is NaN or infinite ends the run before it is trained on or saved.
+"""Ends the run at a NaN or infinite loss or gradient, before an optimizer step or a checkpoint.
 
-Megatron's rerun machine finds it and computes the iteration a second time. Megatron would then save
-a checkpoint, from which another GPU can repeat the iteration. This becomes the latest one, so that
-the run ends at it again at every start.
+Megatron's rerun machine finds such a value and computes the iteration a second time. Megatron would
+then save a checkpoint so that another GPU can repeat the iteration. That checkpoint would be the
+latest one, so every restart would end at the same iteration.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,14 @@ from megatron_mdm.errors import SharedError, UserError
 from megatron_mdm.mcore.device import replaced
 
 _RESTART = (
-    "Nothing of this iteration is saved: the same command goes on from the last checkpoint. A "
-    "lower --lr (with --override-opt_param-scheduler) or --clip-grad keeps a run from diverging; "
-    "--no-check-for-nan-in-loss-and-grad trains on"
+    "Nothing of this iteration is saved: the same command goes on from the last checkpoint. If the "
+    "run diverges, lower --lr (with --override-opt_param-scheduler) or --clip-grad; "
+    "--no-check-for-nan-in-loss-and-grad trains on despite such values"
 )
 _AGAIN = {
     RerunState.WILL_RERUN_FROM_CHECKPOINT: "and again when it was computed a second time",
-    RerunState.RERUNNING_IN_PLACE: "and another value when it was computed a second time, as "
-    "where a GPU is faulty",
+    RerunState.RERUNNING_IN_PLACE: "and another value when it was computed a second time, which "
+    "suggests a faulty GPU",
 }
 _FROM_CHECKPOINT = (
     "in the checkpoint that Megatron saved to repeat the iteration: take an earlier one with "
@@ -38,15 +38,15 @@ _FROM_CHECKPOINT = (
 
 
 def check_finite(loss: torch.Tensor, rows: torch.Tensor, training: bool) -> None:
-    """Has Megatron's rerun machine check the losses of a micro-batch.
+    """Passes the losses of a micro-batch to Megatron's rerun machine, which checks them.
 
     Args:
-        loss: of each row, float [b].
-        rows: their numbers, int64 [b].
-        training: whether they are training's or an evaluation's.
+        loss: loss of each row, float [b].
+        rows: row numbers, int64 [b].
+        training: whether the rows are training rows, not evaluation rows.
 
     Raises:
-        UserError: one is not finite, where nothing is computed a second time: in evaluations, and
+        UserError: a loss is not finite and nothing is computed a second time: in evaluations, and
             with --rerun-mode disabled.
     """
     machine = get_rerun_state_machine()
@@ -68,10 +68,10 @@ def check_finite(loss: torch.Tensor, rows: torch.Tensor, training: bool) -> None
 
 @contextmanager
 def stops_when_not_finite() -> Iterator[None]:
-    """Context in which such an iteration ends the run with one line and is not saved.
+    """Context in which an iteration with such a value ends the run with one line, unsaved.
 
     Raises:
-        SharedError: says the iteration, and the row or where the gradient was found.
+        SharedError: names the iteration, and the row or the place where the gradient was checked.
     """
     begin = _from_the_first_iteration(RerunStateMachine.should_run_forward_backward)
     decide = _with_a_line(RerunStateMachine.should_checkpoint_and_exit)
@@ -84,7 +84,7 @@ def stops_when_not_finite() -> Iterator[None]:
 
 def _from_the_first_iteration(begin: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     def should_run_forward_backward(machine: RerunStateMachine, data_iterator: Any) -> bool:
-        # Megatron checks nothing in the first iteration, since it could not save after it.
+        # Megatron checks nothing in the first iteration, because it could not save a checkpoint.
         machine.first_iteration_complete = True
         return begin(machine, data_iterator)
 
@@ -100,7 +100,7 @@ def _with_a_line(decide: Callable[[Any], tuple[bool, bool, int]]) -> Callable[[A
         found = [mine] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(found, mine)
         first = next((f"rank {i}: {x}" for i, x in enumerate(found) if x), "the loss is not finite")
-        maybe_finalize_async_save(blocking=True)  # of an earlier iteration
+        maybe_finalize_async_save(blocking=True)  # the save of an earlier iteration
         again = _AGAIN.get(machine.state, _FROM_CHECKPOINT)
         raise SharedError(f"iteration {machine.current_iteration}, {first}, {again}. {_RESTART}")
 
@@ -108,7 +108,7 @@ def _with_a_line(decide: Callable[[Any], tuple[bool, bool, int]]) -> Callable[[A
 
 
 def _found(machine: RerunStateMachine) -> str:
-    """What this rank has found."""
+    """Describes the value that this rank's check rejected."""
     result = machine.initial_result
     if isinstance(result, torch.Tensor) and result.dim() == 2:
         return _description(result)

@@ -1,4 +1,4 @@
-"""The objective as Megatron's `pretrain` takes it: functions that share one `TrainingState`."""
+"""The functions that Megatron's `pretrain` takes. They share one `TrainingState`."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ from megatron_mdm.mcore.training.state import TrainingState
 
 @dataclass(frozen=True)
 class Objective:
-    """What a script passes to Megatron.
+    """The objects that a script passes to Megatron.
 
     Attributes:
-        state: of this run, which the others share.
+        state: state of this run, shared by the functions below.
         model_config: Megatron's configuration of the model, with its builder.
-        datasets_provider: its `train_valid_test_dataset_provider`.
-        forward_step: its `forward_step_func`.
-        after_gradients: its `finalize_model_grads`, which `model_config` has already.
-        after_evaluation: its `non_loss_data_func`.
+        datasets_provider: Megatron's argument `train_valid_test_dataset_provider`.
+        forward_step: Megatron's argument `forward_step_func`.
+        after_gradients: replaces Megatron's `finalize_model_grads`; `model_config` already has it.
+        after_evaluation: Megatron's argument `non_loss_data_func`.
     """
 
     state: TrainingState
@@ -43,16 +43,16 @@ class Objective:
 
 
 def build_objective(args: Namespace) -> Objective:
-    """Builds an objective from what `finalize_args` returned, with a `TrainingState` of its own.
+    """Builds an objective with a new `TrainingState`.
 
-    A run takes one. A process may train another one, with other arguments, when the run is over and
-    Megatron's own globals are reset (megatron.training.training.destroy_global_state).
+    A run needs one objective. After the run, a process may train another one with other arguments,
+    once it has reset Megatron's globals (megatron.training.training.destroy_global_state).
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, as `finalize_args` returned them.
     """
     state = TrainingState(args, get_tokenizer().eod)
-    # The state's own count takes the place of Megatron's (throughput.py).
+    # WorkRecorder (throughput.py) replaces Megatron's own count of operations.
     args.log_throughput = False
 
     def step(iterator: Iterator | None, model: Any) -> Any:

@@ -1,11 +1,12 @@
-"""P-POTS while training: measure, reduce, refit alike on every rank, and resume bit for bit.
+"""P-POTS while training: measure, reduce, refit equally on every rank, and resume bit for bit.
 
-The losses of the rows, or the norms of their gradients at the final hidden states, are squared and
-summed per rate bin on the device, at no extra pass. Every --mdm-ppots-refit-interval iterations one
-all-reduce of 4 bins + 1 exact sums of 32 bytes (objective/ppots/exact_sums.py; 3872 bytes at 30
-bins) over data-parallel ranks of the last pipeline stage, and one broadcast of as many to the other
-tensor ranks and stages, give all ranks the same numbers, from which each fits the same density. A
-checkpoint between two fits takes the sums of all ranks as well, and changes no bit of the next fit.
+The losses of rows, or the norms of their gradients at the final hidden states, are squared and
+summed per rate bin on the device, without an extra pass. Every --mdm-ppots-refit-interval
+iterations, one all-reduce over the data-parallel ranks of the last pipeline stage adds 4 bins + 1
+exact sums of 32 bytes (objective/ppots/exact_sums.py; 3872 bytes at 30 bins). A broadcast of the
+same size sends them to the other tensor ranks and stages. All ranks then have the same numbers and
+fit the same density. A checkpoint between two fits also holds the sums of all ranks; saving it
+changes no bit of the next fit.
 """
 
 from collections.abc import Callable
@@ -28,9 +29,10 @@ from megatron_mdm.objective.segments import totals
 
 
 class OnlineSampler:
-    """The density in use, and what was measured since it was fitted.
+    """The density in use, and the moments measured since it was fitted.
 
-    Megatron's rerun machine has to know of it: `follow_reruns`, once there is one.
+    Call `follow_reruns` once Megatron's rerun machine exists, so that a repeated iteration also
+    restores this state.
 
     Args:
         mdm: settings of the objective.
@@ -48,41 +50,44 @@ class OnlineSampler:
         self.iteration = -1
 
     def record_losses(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
-        """Takes the losses of rows or documents, where --mdm-ppots-target is `loss`.
+        """Records the losses of rows or documents if --mdm-ppots-target is `loss`.
 
         Args:
             micro_batch: rows of training and their masks.
-            losses: with the importance weight, nats per eligible token, [b] or [b, s].
+            losses: losses times their importance weight, nats per eligible token, [b] or [b, s].
         """
         if self.mdm.ppots_target == "loss":
             self._record_values(micro_batch, losses / micro_batch.corruption.rate_weight)
 
     def gradient_observer(self, micro_batch: MicroBatch) -> Callable[[torch.Tensor], None] | None:
-        """`on_grad_sq_norm` of the model's call, where --mdm-ppots-target is `gradient`.
+        """The argument `on_grad_sq_norm` of `ModelInputs.cross_entropy`.
 
         Args:
             micro_batch: rows of training and their masks.
+
+        Returns:
+            `record_gradients` for this micro-batch if --mdm-ppots-target is `gradient`, else None.
         """
         if self.mdm.ppots_target == "gradient":
             return partial(self.record_gradients, micro_batch)
         return None
 
     def record_gradients(self, micro_batch: MicroBatch, squares: torch.Tensor) -> None:
-        """Takes ||dl/dh|| of each row or document, from the gradient of the sum.
+        """Records ||dl/dh|| of each row or document, from the gradient of the loss sum.
 
         Args:
             micro_batch: rows and their masks.
-            squares: squared norms of the gradient of the loss sum at the final hidden states that
-                predict tokens [b, s], 0 at other context-parallel ranks' positions.
+            squares: squared norms of the gradient of the loss sum at the final hidden state that
+                predicts each token [b, s]; 0 at the positions of other context-parallel ranks.
         """
         norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
         value = norms / micro_batch.corruption.rate_weight
-        if self.mdm.normalization == "tokens":  # where the sum holds L_e l, and not l
+        if self.mdm.normalization == "tokens":  # the loss sum then consists of L_e l, not of l
             value = value / micro_batch.num_eligible.clamp(min=1)
         self._record_values(micro_batch, value)
 
     def _record_values(self, micro_batch: MicroBatch, value: torch.Tensor) -> None:
-        """Takes the values of rows or documents, per eligible token."""
+        """Records a value per eligible token of each row or document."""
         corruption = micro_batch.corruption
         value = micro_batch.contribution_to_batch_loss(value)
         self.record(corruption.t, value, corruption.rate_weight, micro_batch.present)
@@ -94,15 +99,15 @@ class OnlineSampler:
         rate_weight: torch.Tensor,
         present: torch.Tensor | None = None,
     ) -> None:
-        """Adds rows of one micro-batch; on the last stage, without waiting for the device.
+        """Adds the rows of one micro-batch on the last stage, without waiting for the device.
 
-        Of context-parallel ranks, which have the same rows, one counts them.
+        Context-parallel ranks have the same rows, so only the first of them adds.
 
         Args:
             t: masking rates of rows [b] or documents [b, s].
             value: loss or gradient norm of each, without the importance weight.
             rate_weight: 1/q(t) of each.
-            present: which documents there are, bool [b, s]; None: all.
+            present: which entries are documents, bool [b, s]; None: all entries count.
         """
         if not is_first_cp_rank():
             return
@@ -110,14 +115,15 @@ class OnlineSampler:
         self.pending = sums if self.pending is None else self.pending + sums
 
     def end_iteration(self, iteration: int) -> PpotsFit | FitError | None:
-        """Takes what an iteration has measured, on all ranks alike, and refits when it is time.
+        """Adds the measurements of an iteration, and refits at the refit interval, on all ranks.
 
         Returns:
-            The new fit; why there is none, a bin without rows for example, so that the run measures
-            on under the density in use; or None: it is not time.
+            The new fit; or a FitError that says why there is none (a bin without rows, for
+            example), after which the run keeps its density and its measurements; or None: no refit
+            is due.
 
         Raises:
-            RuntimeError: ranks have come to different densities.
+            RuntimeError: ranks have fitted different densities.
         """
         pending, self.pending = self.pending, None
         self.iteration = iteration
@@ -142,15 +148,16 @@ class OnlineSampler:
         if not equal_on_all_ranks(self.state.sampler.digest()):
             raise RuntimeError(
                 f"rank {torch.distributed.get_rank()} fitted another density of the masking rate "
-                f"than others at iteration {self.iteration}: the machines compute differently, or "
-                "their memory is faulty; train with --mdm-ppots-file instead"
+                f"than others at iteration {self.iteration}: the machines compute different "
+                "results, or a memory is faulty. Train with --mdm-ppots-file instead"
             )
         return result
 
     def reduce(self) -> None:
-        """Moves what was measured into the state of all ranks; a collective call.
+        """Moves the measurements of all ranks into the state of each rank; a collective call.
 
-        Of the tensor ranks, which measured the same up to rounding, the first alone adds.
+        Tensor-parallel ranks hold equal sums up to rounding, so only tensor rank 0 contributes to
+        the all-reduce.
         """
         shape, device = self.state.pending.shape, torch.cuda.current_device()
         sums = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -163,17 +170,18 @@ class OnlineSampler:
             torch.distributed.all_reduce(sums, group=group)
         group = mpu.get_model_parallel_group()
         if group.size() > 1:
-            # Tensor ranks lie next to each other, those of the last stage at the end.
+            # Tensor ranks are contiguous in the group, and the last stage's ranks are at its end.
             adds = mpu.get_tensor_model_parallel_world_size()
             source = torch.distributed.get_process_group_ranks(group)[-adds]
             torch.distributed.broadcast(sums, src=source, group=group)
         self.state.pending += sums.cpu().numpy()
 
     def follow_reruns(self) -> None:
-        """Goes back with Megatron's rerun machine, which repeats an iteration to validate a result.
+        """Saves and restores this state whenever Megatron's rerun machine does so.
 
-        A repetition sees the density of the first attempt and counts its rows once, and so does the
-        checkpoint that the machine asks for, from which the iteration is to be repeated elsewhere.
+        The machine repeats an iteration to validate a result. A repetition then uses the density of
+        the first attempt, and its rows count once. The same holds for the checkpoint from which the
+        machine repeats the iteration elsewhere.
         """
         machine = get_rerun_state_machine()
         save, restore = machine.state_save_func, machine.state_restore_func

@@ -1,7 +1,7 @@
-"""What the objective keeps while it trains: one object, made where the program starts.
+"""The state of the objective while it trains: one object, created at the start of the program.
 
-Megatron's callables get it as an argument (objective.py). None of it is global, so one process can
-train one objective after another, and none of it is an argument or a setting that Megatron saves.
+objective.py passes it to the functions that Megatron calls. No part of it is global, so one process
+can train one objective after another. Megatron saves no part of it as an argument or a setting.
 """
 
 from argparse import Namespace
@@ -23,28 +23,28 @@ from megatron_mdm.sizing.flops import ModelShape
 
 
 class TrainingState:
-    """The settings of a run, and what changes while it trains.
+    """The settings of a run, and its state while it trains.
 
     Args:
-        args: Megatron's arguments, as `finalize_args` leaves them. The state keeps them for the
-            properties below, whose values Megatron changes while it trains.
+        args: Megatron's arguments, as `finalize_args` returns them. The state keeps a reference,
+            because Megatron changes the values behind the properties below while it trains.
         eod_id: token that ends a document; None if the tokenizer has none.
 
     Attributes:
         mdm: settings of the objective.
         eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
-        evaluated: names of what is evaluated, by its number among the parts of the data.
-        world_size: ranks of the run, each of which has a GPU where there are some.
+        evaluated: name of each evaluated part of the data, by part number.
+        world_size: number of ranks. On a machine with GPUs each rank has one.
         checks_finite: whether a loss that is not finite ends the run.
-        log_interval: iterations between lines of the log.
-        text_offset: what is added to the number of a text, row // views.
+        log_interval: iterations between log lines.
+        text_offset: number that is added to the number of a text, row // views.
         sampler_state_in_checkpoint, log_state_in_checkpoint: whether the checkpoint that the run
-            resumes holds such a state.
-        sampler: P-POTS that is refitted while the run trains; None if no flag asks for it.
-        control_variate: of the reported training loss.
-        clock: seconds of training.
-        work: operations of training, with --log-throughput.
+            resumes holds that state.
+        sampler: the P-POTS sampler that is refitted during training; None if no flag asks for it.
+        control_variate: control variate of the reported training loss.
+        clock: measures seconds of training.
+        work: counts operations of training; None without --log-throughput.
     """
 
     def __init__(self, args: Namespace, eod_id: int) -> None:
@@ -78,9 +78,10 @@ class TrainingState:
 
     @property
     def uniform_share(self) -> float:
-        """Share of the uniform density beside a bell, in the iteration that is trained; 1: no bell.
+        """Share of the uniform density beside a bell in the current iteration; 1: no bell.
 
-        A function of the iterations, or the samples, that are finished: every layout has the same.
+        It depends only on the number of finished iterations, or of finished samples, so it is the
+        same in every layout.
         """
         if self._bell_fade_at is None:
             return 1.0 if self.mdm.bell is None else self.mdm.bell_uniform_share
@@ -90,12 +91,12 @@ class TrainingState:
 
     @property
     def fitting_sampler(self) -> OnlineSampler | None:
-        """`sampler` in the iterations that it has a part in: none before a bell has faded out."""
+        """`sampler`, or None as long as a bell has not faded out: P-POTS measures only then."""
         return self.sampler if self.uniform_share == 1.0 else None
 
     @property
     def rate_sampler(self) -> RateSampler:
-        """Where the rates of the iteration that is trained come from."""
+        """The density from which the rates of the current iteration are drawn."""
         fitting, fixed = self.fitting_sampler, self._fixed_sampler
         if fitting is not None:
             return fitting.state.sampler
@@ -106,14 +107,15 @@ class TrainingState:
         """Mass of the objective in each rate bin [rate_bins]; see `bin_masses`.
 
         Args:
-            uniform_share: mean over draws; masses are linear in it.
+            uniform_share: mean uniform share over the draws. A mean suffices because the masses are
+                linear in the share.
         """
         fixed = self._fixed_sampler or Uniform()  # P-POTS leaves the objective as it is
         sampler = fixed.with_share(uniform_share) if isinstance(fixed, Bell) else fixed
         return bin_masses(sampler, self.mdm.rate_bins)
 
     def corrupter(self, training: bool) -> Corrupter:
-        """What masks the rows of training, or of evaluations."""
+        """The corrupter that masks the rows of training, or of evaluations."""
         return self._corrupters[training]
 
     def recorder(self, training: bool) -> Recorder:
@@ -125,30 +127,31 @@ class TrainingState:
         return self._micro_batch_sizes[training]
 
     def attention_annealing(self, training: bool) -> float:
-        """Progress from causal attention, 0, to full attention, 1, which evaluations have."""
+        """Progress from causal attention (0) to full attention (1); evaluations always have 1."""
         iterations = self.mdm.anneal_attention_iters
         return (self.training_iteration - 1) / iterations if training and iterations else 1.0
 
     @property
     def only_evaluates(self) -> bool:
-        """Whether the run is one of --skip-train."""
+        """Whether the run has --skip-train."""
         return self._args.skip_train
 
     @property
     def has_begun(self) -> bool:
-        """Whether the first iteration has begun: what is loaded is loaded before."""
+        """Whether the first iteration has begun. Checkpoints are loaded before it."""
         return hasattr(self._args, "curr_iteration")
 
     @property
     def training_iteration(self) -> int:
-        """Number of the iteration that is trained, inside a step; the first is 1."""
+        """Number of the current iteration during a training step; the first is 1."""
         return self._args.curr_iteration + 1  # Megatron counts from 0
 
     @property
     def iteration(self) -> int:
         """Number of the last iteration that has trained the weights, for evaluations.
 
-        That of the checkpoint in a run that trains none: with --skip-train, or finished before.
+        It is the checkpoint's iteration if the run trains nothing: with --skip-train, or if the
+        training was already complete.
         """
         args = self._args
         trains = not args.skip_train and args.iteration < (args.train_iters or 0)
@@ -156,5 +159,5 @@ class TrainingState:
 
     @property
     def consumed_rows(self) -> int:
-        """Rows of the iterations that are finished, over all data-parallel ranks."""
+        """Rows of all finished iterations, over all data-parallel ranks."""
         return self._args.consumed_train_samples

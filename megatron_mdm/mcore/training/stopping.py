@@ -1,4 +1,4 @@
-"""Ends the training at the end of an iteration, on all ranks, once one of them is asked to stop."""
+"""Ends training on all ranks at the end of an iteration, once a signal asks any rank to stop."""
 
 import functools
 import multiprocessing
@@ -16,7 +16,7 @@ from megatron_mdm.mcore.device import replaced
 
 
 class StopTogether:
-    """Megatron's signal handler, as --exit-signal-handler asks it in every iteration."""
+    """Replaces Megatron's signal handler, which --exit-signal-handler reads in every iteration."""
 
     def __init__(self, interruption: Interruption) -> None:
         self._interruption = interruption
@@ -31,7 +31,10 @@ class StopTogether:
         return [self.has_agreed]
 
     def begun_by(self, forward_step: Callable) -> Callable:
-        """A forward step that ends, in training, the time of signals that end a run at once."""
+        """Wraps a forward step so that its first training call marks the run as begun.
+
+        Until then a signal ends the run at once; afterwards it ends the run after an iteration.
+        """
 
         @functools.wraps(forward_step)
         def begin(data_iterator: Any, model: Any, *args: Any) -> Any:
@@ -43,10 +46,10 @@ class StopTogether:
 
 @contextmanager
 def stops_together(args: Namespace, interruption: Interruption) -> Iterator[StopTogether]:
-    """Context in which Megatron saves and leaves after an iteration when a signal asks for it."""
-    # Megatron has set a handler of its own if there is --exit-signal-handler.
+    """Context in which a signal makes Megatron save and exit after the current iteration."""
+    # With --exit-signal-handler Megatron has already set its own handler. This replaces it.
     interruption.listen(*SIGNALS, args.exit_signal)
-    # Loader workers ignore this one then, which reaches them too; the others they inherit.
+    # Loader workers then ignore SIGTERM, which reaches them too. They inherit the other handlers.
     args.exit_signal_handler, args.exit_signal = True, signal.SIGTERM
     stop = StopTogether(interruption)
     with replaced(global_vars, "_GLOBAL_SIGNAL_HANDLER", stop):
@@ -55,14 +58,15 @@ def stops_together(args: Namespace, interruption: Interruption) -> Iterator[Stop
 
 @contextmanager
 def no_workers_left() -> Iterator[None]:
-    """Context after which no child of this process is left.
+    """Context that kills the remaining child processes of this process when it ends.
 
-    Loader workers do not answer to SIGTERM, by which multiprocessing would end them, and wait for
-    them, as the interpreter exits.
+    At interpreter exit multiprocessing sends SIGTERM to loader workers and waits for them. They
+    ignore SIGTERM, so the wait would not end.
     """
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
+        # torch's handler of SIGCHLD raises for each worker that dies.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()

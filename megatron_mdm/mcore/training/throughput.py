@@ -1,8 +1,8 @@
 """Useful floating-point operations of training, for --log-throughput.
 
-Megatron's own figure takes half of the attention for causal, and the head for one at all positions.
-Here rows say what was of use: positions, pairs of positions of which one attends to the other, and
-masked positions. `ModelShape` says what each of them costs.
+Megatron's own count assumes causal attention, which costs half, and a head at all positions. This
+one counts useful positions, pairs of positions where one attends to the other, and masked
+positions. `ModelShape` gives the cost of each.
 """
 
 import torch
@@ -18,7 +18,7 @@ class WorkRecorder:
     """Counts over a log interval, on the device; lives on the last pipeline stage.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -28,8 +28,9 @@ class WorkRecorder:
     def add(self, micro_batch: MicroBatch) -> None:
         """Adds a micro-batch of training; no synchronisation with the device.
 
-        Padding and what follows the end of a row are of no use, unless they are predicted. Where
-        attention opens step by step (--mdm-anneal-attention-iters), all of it is counted.
+        Padding is not useful unless it is predicted (pad_eligible). Positions after the end of a
+        row are never useful. While attention is annealed (--mdm-anneal-attention-iters), all pairs
+        count as in full attention.
         """
         batch = micro_batch.batch
         useful = ~batch.past_end
@@ -40,15 +41,15 @@ class WorkRecorder:
         self._sums.add(torch.stack([useful.sum(), pairs, masked]))
 
     def commit(self, iteration: int) -> None:
-        """Takes what an iteration has added; a repetition of the iteration is dropped.
+        """Adds an iteration to the counts; a repetition of the iteration is dropped.
 
         Args:
-            iteration: its number.
+            iteration: number of the iteration.
         """
         self._sums.commit(iteration)
 
     def reduce(self) -> float:
-        """Operations of all ranks since the last call; a collective call."""
+        """Floating-point operations of all ranks since the last call; a collective call."""
         total = self._sums.take()
         torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
         return self._shape.training_flops_of(*total.tolist())

@@ -132,7 +132,7 @@ def test_what_the_distributed_optimizer_saves(changed):
     with pytest.raises(UserError) as caught:
         check_optimizer_state(args, saved)
     message = str(caught.value)
-    assert "fits the layout that saved it alone: --" in message and "(checkpoint: " in message
+    assert "fits only the layout that saved it: --" in message and "(checkpoint: " in message
     assert "to which --dist-ckpt-optim-fully-reshardable may be added" in message
     check_optimizer_state(args, {**saved, "dist_ckpt_optim_fully_reshardable": True})
 

@@ -59,7 +59,7 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         (f"{ONLINE} --mdm-ppots-uniform-share 0", "--mdm-ppots-uniform-share must lie in (0, 1]"),
         (f"{ONLINE} --mdm-ppots-bins 0", "--mdm-ppots-bins must lie in 1..1022, got 0"),
         (f"{ONLINE} --mdm-ppots-bins 5000", "--mdm-ppots-bins must lie in 1..1022, got 5000"),
-        (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch would leave out what"),
+        (f"{ONLINE} --ckpt-format torch", "--ckpt-format torch does not save the measurements of"),
         ("--mdm-rate-sampler beta", "--mdm-rate-sampler beta needs --mdm-beta"),
         ("--mdm-beta 2 2", "--mdm-beta needs --mdm-rate-sampler beta"),
         ("--mdm-logit-normal 0 1", "--mdm-logit-normal needs --mdm-rate-sampler logit-normal"),
@@ -133,7 +133,8 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--num-experts 4 --moe-router-topk 8", "--moe-router-topk 8 exceeds --num-experts 4"),
         (
             "--num-experts 4 --moe-router-load-balancing-type seq_aux_loss sinkhorn",
-            "sinkhorn routes a row by what else is in its micro-batch: use seq_aux_loss",
+            "sinkhorn makes the routing of a row depend on the other rows in its micro-batch: "
+            "use seq_aux_loss",
         ),
         (
             "--num-experts 4 --moe-router-load-balancing-type quantile_balancing "
@@ -170,9 +171,9 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--lr-warmup-fraction 0.1 --lr-warmup-iters 1", "say the same: leave one of them out"),
         ("--lr-decay-style WSD", "WSD needs --lr-wsd-decay-iters, the length of its decay"),
         ("--optimizer sgd --use-distributed-optimizer", "--optimizer sgd has no state that"),
-        ("--kv-channels 15", "rope turns pairs of channels: 15 of a head"),
+        ("--kv-channels 15", "rope rotates pairs of channels: 15 of a head"),
         ("--hidden-size 30 --num-attention-heads 2", "15 of a head (--kv-channels, by default"),
-        ("--kv-channels 12 --rotary-percent 0.25", "rope turns pairs of channels: 3 of a head"),
+        ("--kv-channels 12 --rotary-percent 0.25", "rope rotates pairs of channels: 3 of a head"),
     ],
 )
 def test_flags_that_cannot_work(flags, message, monkeypatch):
@@ -311,8 +312,9 @@ def test_sequence_parallel_cuts_rows_evenly(monkeypatch):
         ("--step-batch-size-schedule 0:4,99:6", "--step-batch-size-schedule: 6 of 99:6 makes 3"),
         (
             "--global-batch-size 14 --microbatch-group-size-per-virtual-pipeline-stage 3",
-            "makes 7 micro-batches a rank, which virtual stages cannot take: they go through them "
-            "3 at a time, and 2 (--pipeline-model-parallel-size) at least must be left",
+            "makes 7 micro-batches a rank, which virtual stages cannot process: they take one or "
+            "more full groups of 3, and then at most one smaller group, of at least 2 "
+            "(--pipeline-model-parallel-size)",
         ),
         ("--global-batch-size 10 --microbatch-group-size-per-virtual-pipeline-stage 3", None),
     ],

@@ -74,7 +74,7 @@ def test_an_index_that_was_cut_short_is_made_anew(data, run, tmp_path):
         os.truncate(path, (0, 60, sizes[path] - 1)[number % 3])
     again = run("again", data=data, count=2)
     assert tokens(again) == expected
-    assert again.output[0].count(" was damaged, and is made anew") == len(files)
+    assert again.output[0].count(" was damaged, and is rebuilt") == len(files)
     assert {path: path.stat().st_size for path in files} == sizes
 
 

@@ -174,7 +174,9 @@ def test_views_that_would_begin_within_a_text_are_refused(four_steps, tmp_path):
     flags, _ = four_steps
     more = "--mdm-views 3 --mdm-allow-flag-change --micro-batch-size 3 --global-batch-size 3"
     run = ranks.launch(tmp_path, 1, *flags, *more.split(), check=False)
-    assert "the 32 rows that the run has trained on are not a multiple of it" in run.output[0]
+    assert (
+        "the 32 rows that the run has trained on are not a multiple of --mdm-views" in run.output[0]
+    )
 
 
 def test_the_controlled_loss_goes_on(four_steps, base, tmp_path):
