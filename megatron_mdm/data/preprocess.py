@@ -9,8 +9,7 @@ Documents with faults:
 * A document without tokens (an empty file, `{"text": ""}`) is left out and counted. It is not an
   error: source trees have many empty files.
 * A document that cannot be read (not UTF-8, bad JSON, no such key, not a string, a lone surrogate,
-a
-  conversation that its template does not render completely), or whose text would be encoded as a
+  a conversation that its template does not render completely), or whose text would be encoded as a
   special token that it spells, stops the run. With `skip_bad_lines` it is left out and counted.
 """
 
