@@ -57,8 +57,7 @@ def adjusted(finals: Finals, baseline: str, family: Sequence[str]) -> dict[str, 
     """Returns Holm's adjusted p values of a family of contenders' differences from a baseline.
 
     A contender may have no test, because one of its runs diverged or is missing. It still counts in
-    the
-    family: the others are adjusted for the planned number of tests.
+    the family: the others are adjusted for the planned number of tests.
     """
     base = finals.get(baseline, {})
     p = {name: t_test(differences(finals.get(name, {}), base)) for name in family}

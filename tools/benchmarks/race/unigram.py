@@ -63,8 +63,7 @@ def best_losses_of(rows: Integers, symbols: int, concentration: float) -> Floats
     """Returns the same as `best_losses` for given rows: the mean over the rows and all their masks.
 
     If the symbol of a masked token occurs n times in its row, its count among the m visible tokens
-    is
-    hypergeometric: m draws from L - 1 tokens, n - 1 of which are this symbol.
+    is hypergeometric: m draws from L - 1 tokens, n - 1 of which are this symbol.
 
     Args:
         rows: int64 [N, L].
