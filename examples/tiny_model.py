@@ -2,7 +2,7 @@
 
     python examples/tiny_model.py --family qwen2 --output runs/tiny/qwen2
 
-It stands in for the real one, whose directory the examples take as their argument.
+The examples use this model if they get no model directory as an argument.
 """
 
 import argparse
@@ -60,7 +60,7 @@ CONFIGS = {
 
 
 def tokenizer(with_mask: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of Python source."""
+    """Trains a byte-level BPE tokenizer on Python source code."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def tokenizer(with_mask: bool) -> PreTrainedTokenizerFast:
 
 
 def shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors."""
+    """Returns the names and shapes of all tensors."""
     if family == "llada":
         root, blocks = "model.transformer.", "model.transformer.blocks"
         names = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm"]

@@ -1,13 +1,14 @@
-# Sourced by the project's scripts: makes .venv in the checkout, with the tested versions, and
-# enters it. Usage: source tools/setup.sh EXTRAS (of setup.py, with commas). Does nothing a second time, and
-# nothing with SETUP=no in the environment: the active one is taken, such as that of a container.
+# Sourced by the project's scripts: creates .venv in the checkout, installs the tested versions into it, and
+# activates it. Usage: source tools/setup.sh EXTRAS (extras of setup.py, separated by commas). A second call installs
+# nothing. With SETUP=no in the environment this file does nothing, and the active environment (such as that of a
+# container) is used.
 
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.12 \
         "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python \
         "$(command -v uv >/dev/null && uv python find 3.12 2>/dev/null)" python3 python; do
-        # A pyenv shim may exist and answer with an error: ask, do not look.
+        # Run each candidate: a pyenv shim may exist and still fail.
         if [ -n "$candidate" ] && "$candidate" -c \
             'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; then
             echo "$candidate"
@@ -17,7 +18,7 @@ find_python() {
     return 1
 }
 
-pip_install() { # ROOT WORDS: into its .venv, in the tested versions
+pip_install() { # ROOT ARGUMENTS: runs pip install in ROOT/.venv, with the tested versions as constraints
     local root=$1
     shift
     "$root/.venv/bin/python" -m pip install -q --disable-pip-version-check \
@@ -35,7 +36,7 @@ setup() {
                 "or pyenv install 3.12), or name one with PYTHON=/path/to/python3.12" >&2
             return 1
         fi
-        # An environment whose interpreter is gone or another is made anew.
+        # Create the environment again if its interpreter is gone or is not Python 3.12.
         "$root/.venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
             2>/dev/null || "$python" -m venv --clear "$root/.venv" || return 1
         echo "installing into .venv (a few minutes, some GB for torch)" >&2
@@ -45,8 +46,8 @@ setup() {
         others=${others%,}
         pip_install "$root" -e "$root${others:+[$others]}" || return 1
         if [ "$others" != "$extra" ]; then
-            # A part of Transformer Engine is compiled against the torch that is there by now. In an
-            # environment of its own pip would take the newest torch for that.
+            # A part of Transformer Engine is compiled against torch, which is installed by now. With build
+            # isolation pip would compile it against the newest torch instead.
             pip_install "$root" wheel ninja || return 1
             pip_install "$root" --no-build-isolation -e "$root[$extra]" || return 1
         fi

@@ -1,13 +1,18 @@
-# Sourced by the examples that continue from a model of Hugging Face, with their arguments. Expects RUN, a
-# directory, and FAMILY; sets MODEL and TEXT, and RUN to a part of it that belongs to these two alone. Without
-# arguments: a small random model, Python's own source, the CPU. What is there is not made again unless its model,
-# texts or flags have changed, and a training that broke off goes on from its last checkpoint: run the same command
-# again.
+# The examples that continue from a Hugging Face model source this file with their own arguments. They set RUN (a
+# directory) and FAMILY first. This file sets MODEL and TEXT, and changes RUN to a subdirectory for this model and
+# these texts. Without arguments it takes a small random model, Python's own source code and the CPU. A step is not
+# repeated unless its model, texts or flags have changed. To resume a training that was interrupted, run the same
+# command again.
 #
-# Environment: GPUS of the machine (8); TP, over how many each copy of the model is spread (4: it has to divide
-# the attention heads and the query groups, of which Qwen2.5-7B has 28 and 4); ITERS, of a new training; RUNS,
-# where to write (runs); RUN, the name of the run there (that of the example), with which another experiment begins
-# anew, and which belongs to one example alone; SETUP=no takes the active environment instead of .venv.
+# Environment variables, with their defaults in parentheses:
+#   GPUS   number of GPUs of the machine (8)
+#   TP     tensor-parallel size (4); it has to divide the attention heads and the query groups, which are 28 and 4
+#          for Qwen2.5-7B
+#   ITERS  iterations of a new training
+#   RUNS   directory of all runs (runs)
+#   RUN    name of the run in it (the name of the example); another name starts a new experiment, and two examples
+#          must not share a name
+#   SETUP  SETUP=no uses the active Python environment instead of .venv
 
 source examples/progress.sh
 
@@ -18,17 +23,17 @@ stop() {
 
 MODEL=${1:-}
 TEXT=${2:-}
-if [ -n "$MODEL" ]; then # the real thing, on GPUs
+if [ -n "$MODEL" ]; then # a real model, on GPUs
     REAL=yes
     GPUS=${GPUS:-8}
     TP=${TP:-4}
-    HARDWARE=(--tensor-model-parallel-size "$TP" --sequence-parallel --bf16) # the launch line has the rest
-    [ -e "$MODEL/config.json" ] || stop "$MODEL is no model directory of Hugging Face: it has no config.json"
+    HARDWARE=(--tensor-model-parallel-size "$TP" --sequence-parallel --bf16) # launch.txt has the other flags
+    [ -e "$MODEL/config.json" ] || stop "$MODEL is not a Hugging Face model directory: it has no config.json"
     [ -f "$TEXT" ] || stop "name a file with the paths of your texts after $MODEL"
     RUN=$RUN/$(basename "$MODEL")-$({ realpath "$MODEL" && cat "$TEXT"; } | sha256sum | cut -c1-8)
     source tools/setup.sh hf,gpu
     mkdir -p "$RUN"
-else # the same steps
+else # the same steps with a small model, on the CPU
     REAL=
     GPUS=2
     TP=2
@@ -45,23 +50,23 @@ for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("[a-f]*.py
         >"$TEXT"
 fi
 
-convert() { # FLAGS: to Megatron, with these flags
+convert() { # FLAGS: converts the model to Megatron, with these flags
     echo "== conversion"
     local replace=--replace
-    [ ! -e "$RUN/checkpoint" ] || replace= # never what a training began with
+    [ ! -e "$RUN/checkpoint" ] || replace= # never replace the model that a training started from
     python tools/convert_checkpoint.py --to megatron --input "$MODEL" --output "$RUN/megatron" \
         --pad-vocab-to-multiple-of "$TP" --verify --unless-done $replace "$@"
 }
 
-preprocess() { # FLAGS: tokenizes the files that $TEXT lists with the converted model's tokenizer
+preprocess() { # FLAGS: tokenizes the files listed in $TEXT with the converted model's tokenizer
     echo "== data"
     local replace=
-    [ ! -e "$RUN/checkpoint" ] || replace=--no-replace # never what a training began with
+    [ ! -e "$RUN/checkpoint" ] || replace=--no-replace # never replace the data that a training started from
     python tools/preprocess_data.py --input-list "$TEXT" --hf-tokenizer "$RUN/megatron/huggingface" \
         --output-prefix "$RUN/text" --unless-done $replace "$@"
 }
 
-train() { # FLAGS: runs the launch line of the conversion, with these flags after its own
+train() { # FLAGS: runs the command of the conversion's launch.txt, followed by these flags
     echo "== training"
     local command
     command=$(sed -e 's#MY_RUN#"$RUN/checkpoint"#g' -e 's#MY_DATA#"$RUN/text"#' \
@@ -75,13 +80,13 @@ train() { # FLAGS: runs the launch line of the conversion, with these flags afte
         set -- --seq-length 64 --micro-batch-size 8 --global-batch-size 16 --train-iters "$iters" --lr 1e-3 \
             --lr-warmup-iters $((iters / 6)) --log-interval 10 --save-interval "$iters" \
             --eval-interval "$iters" --eval-iters 4 "$@"
-        run_command() { eval "$command"; } # which refers to "$@"
+        run_command() { eval "$command"; } # the command refers to "$@"
         run_logged "$RUN/train.log" run_command "$@"
         grep -E "validation NELBO" "$RUN/train.log" | tail -n 1
     fi
 }
 
-convert_back() { # anew if the training has gone on since
+convert_back() { # repeated if the training has continued since the last conversion
     echo "== back to Hugging Face"
     python tools/convert_checkpoint.py --to huggingface --input "$RUN/checkpoint" --output "$RUN/hf" \
         --unless-done --replace

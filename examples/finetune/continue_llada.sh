@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Continues the pretraining of a LLaDA model:
 #   bash examples/finetune/continue_llada.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_TEXTS]
-# for example with a LLaDA-8B-Base directory on 8 GPUs. Without arguments it takes a small random model and
-# Python's own source, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under
-# runs/continue_llada, in a directory for each model and list of texts; the same command goes on where it was.
-# common.sh says what may stand in the environment.
+# for example with a LLaDA-8B-Base directory on 8 GPUs. Without arguments the script trains a small random model on
+# Python's own source code, on the CPU, in a minute or two. It writes {megatron,checkpoint,hf} under
+# runs/continue_llada, in a directory for each model and list of texts. The same command resumes. common.sh lists
+# the environment variables.
 #
-# LLaDA was trained with row lengths of 4096 and learning rates down to 1e-5: warm up again from there.
+# LLaDA was trained with rows of 4096 tokens, and its learning rate ended at 1e-5. This script warms up to 1e-5 again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=${RUNS:-runs}/${RUN:-continue_llada}

@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
-# Fine-tunes a model on conversations, of which it learns the last answers:
+# Fine-tunes a model on conversations; the model learns the last answer of each:
 #   bash examples/finetune/sft.sh [MODEL_DIRECTORY FILE_WITH_PATHS_OF_JSONL]
-# for example with a LLaDA-8B-Base directory on 8 GPUs; each line of the JSONL files is
-# {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, rendered by the chat template of
-# the model's tokenizer. Without arguments it takes a small random model and made-up
-# conversations, and runs on the CPU in a minute or two. Writes {megatron,checkpoint,hf} under runs/sft, in a
-# directory for each model and list of files; the same command goes on where it was. common.sh says what may stand
-# in the environment.
+# for example with a LLaDA-8B-Base directory on 8 GPUs. Each line of the JSONL files is
+# {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}; the chat template of the model's
+# tokenizer renders it. Without arguments the script trains a small random model on generated conversations, on the
+# CPU, in a minute or two. It writes {megatron,checkpoint,hf} under runs/sft, in a directory for each model and list
+# of files. The same command resumes. common.sh lists the environment variables.
 #
-# A row holds one conversation and is filled up with its end, which is predicted too, as LLaDA does. With PACK=yes a
-# row holds as many as fit, none of which sees another: answers are filled up to whole blocks of BLOCK
-# tokens (64), which generation then takes as --block-length.
+# By default a row holds one conversation and is padded with end tokens, which the model also learns to predict, as
+# in LLaDA. With PACK=yes a row holds as many conversations as fit, without attention between them; each answer is
+# padded to whole blocks of BLOCK tokens (64), and generation uses the same --block-length.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=${RUNS:-runs}/${RUN:-sft}
@@ -18,7 +17,7 @@ FAMILY=llada
 [ "${PACK:-no}" = no ] || RUN=$RUN-packed
 source examples/finetune/common.sh
 
-if [ -z "$REAL" ]; then # short ones, instead of the source code that the other examples take
+if [ -z "$REAL" ]; then # short conversations, instead of the source code that the other examples use
     BLOCK=${BLOCK:-16}
     python - >"$RUN/chats.jsonl" <<'PYTHON'
 import json, random
@@ -41,12 +40,12 @@ else
     BLOCK=${BLOCK:-64}
     ROWS+=(--mdm-isolate-documents --mdm-rate-per document --mdm-pad-response-to-multiple-of "$BLOCK")
     CANVAS=(--length "$BLOCK" --block-length "$BLOCK")
-    LENGTH=128 # of the small model's rows
+    LENGTH=128 # row length of the small model
 fi
 
 convert
 preprocess --messages-key messages
-if [ -n "$REAL" ]; then # LLaDA's learning rate and batch; choose ITERS for three epochs
+if [ -n "$REAL" ]; then # LLaDA's learning rate and batch size; choose ITERS for three epochs
     train "${ROWS[@]}" --seq-length 4096 --micro-batch-size 2 --global-batch-size 256 \
         --train-iters "${ITERS:-3000}" --lr 2.5e-5 --min-lr 2.5e-6 --lr-warmup-iters 50 --lr-decay-style WSD \
         --lr-wsd-decay-style linear --lr-wsd-decay-iters 300 --weight-decay 0.1 --save-interval 500 --eval-interval 250

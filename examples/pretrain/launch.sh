@@ -3,20 +3,20 @@
 #SBATCH --time=24:00:00 --signal=USR1@600 --requeue --open-mode=append
 # Pretrains a masked-diffusion model of one of the sizes beside this file, on one node or many:
 #   bash examples/pretrain/launch.sh MODEL DATA TOKENIZER [FLAGS...]
-# MODEL: 170m, 1b, 8b or moe: the file of flags. DATA: prefix of a .bin/.idx pair, or "0.7 A 0.3 B" for a blend; with -
-# the FLAGS name the data, as --train-data-path A --valid-data-path B, or --data-args-path FILE --split 999,1,0.
-# TOKENIZER: a sentencepiece .model, or a Hugging Face directory. FLAGS win over those of the file.
+# MODEL: 170m, 1b, 8b or moe, the name of a .flags file. DATA: prefix of a .bin/.idx pair, or "0.7 A 0.3 B" for a blend.
+# If DATA is -, the FLAGS name the data, for example --train-data-path A --valid-data-path B, or --data-args-path FILE
+# --split 999,1,0. TOKENIZER: a sentencepiece .model, or a Hugging Face directory. FLAGS override those of the file.
 #   one node:     bash examples/pretrain/launch.sh 1b my_text my.model
 #   four nodes:   on each, NODES=4 MASTER=node0 bash examples/pretrain/launch.sh 8b my_text my.model
 #   under Slurm:  sbatch --nodes 4 examples/pretrain/launch.sh 8b my_text my.model   (from the checkout)
-# The run's checkpoints, index cache and logs are in runs/RUN, which all nodes have to see. RUN is the name of the run
-# (default: MODEL). The same command resumes, and another RUN begins anew.
-# GPUS: of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
-# Transformer Engine, as FP8=tensorwise or blockwise on H100 and mxfp8 on Blackwell; with delayed comes the margin that
-# README recommends. PORT: of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, as
-# TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
-# Options of sbatch win over those above. examples/scale/README.md says how Slurm has a run save before its time is up.
-# Environment: one with Transformer Engine, as README installs it, is taken to be active.
+# The run's checkpoints, index cache and logs are in runs/RUN, on a disk that all nodes share. RUN is the name of the
+# run (default: MODEL). The same command resumes; another RUN starts a new run.
+# GPUS: GPUs of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
+# Transformer Engine, for example FP8=tensorwise or blockwise on H100, and mxfp8 on Blackwell; FP8=delayed also sets the
+# margin that README recommends. PORT: port of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, for
+# example TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
+# Options of sbatch override those above. examples/scale/README.md explains how a run under Slurm saves before its time
+# limit. Activate an environment with Transformer Engine first; README explains how to install it.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain
@@ -60,8 +60,8 @@ rendezvous=(--rdzv-backend c10d --rdzv-endpoint)
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     nodes=$SLURM_JOB_NUM_NODES
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    host=${hosts%%$'\n'*} # head would end before scontrol has written the names of many nodes
-    # One task a node, with all its cores: Slurm would bind it to one, on which all ranks would run.
+    host=${hosts%%$'\n'*} # not "scontrol | head": head ends early, and scontrol fails if it has more to write
+    # One task a node, with all cores of the node: by default Slurm binds the task, and so all ranks, to one core.
     srun=(srun --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" --cpu-bind=none)
     launch=("${srun[@]}" "${launch[@]}" --nnodes "$nodes"
         --rdzv-id "$SLURM_JOB_ID" "${rendezvous[@]}" "$host:${PORT:-29500}")
@@ -69,13 +69,13 @@ elif [ "$nodes" -gt 1 ]; then
     [ -n "${MASTER:-}" ] || stop "NODES=$nodes needs MASTER, the name of one of the nodes"
     launch+=(--nnodes "$nodes" --rdzv-id mdm "${rendezvous[@]}" "$MASTER:${PORT:-29500}")
 else
-    # With an address, since not all machines know that of their own name.
+    # With an explicit address, since some machines cannot resolve their own host name.
     launch+=(--standalone --local-addr 127.0.0.1)
 fi
 python -m megatron_mdm.sizing.nodes "$nodes" "$gpus" "${flags[@]}" "$@"
 
-# The masked head makes logits of another size in each micro-batch, which would leave gaps between blocks of memory.
-# Megatron looks for the setting under the older of its two names, which torch reads first.
+# The masked head computes logits of a different size in each micro-batch, which would fragment the allocator's memory.
+# The setting has two names. Megatron looks for the older one, which torch reads first.
 if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 fi

@@ -1,4 +1,4 @@
-"""The results as a picture: answers of every seed, deviations, and where the noise comes from."""
+"""Draws the results: right answers of every seed, deviations, and the sources of the noise."""
 
 import math
 import statistics
@@ -34,12 +34,12 @@ from megatron_mdm.pictures import (
     use_log_scale,
 )
 
-ROW = 0.55  # inches, of a method
-SPREAD = 0.8  # of a row, over which its seeds are spread
+ROW = 0.55  # height of a method's row in inches
+SPREAD = 0.8  # part of a row's height over which its seeds are spread
 
 
 def draw(results: Result, path: str) -> None:
-    """Draws to a .png or .svg file."""
+    """Draws results to a .png or .svg file."""
     with blank_figure() as figure:
         fill(figure, results)
         save(figure, path)
@@ -60,7 +60,8 @@ def fill(figure: Any, results: Result) -> None:
         axes.set(title=setting.title, xlabel="right answers (%)")
     label_rows(upper[0], names)
     legend_below(upper[0])
-    # The setting with most seeds, and that with the paper's two claims, unless it was not run.
+    # The scarce setting has the most seeds and tests the paper's two claims. It may not have been
+    # run.
     setting = SCARCE if SCARCE in found else next(iter(found))
     below.suptitle(setting.title)
     if not measured(found[setting]):
@@ -73,13 +74,13 @@ def fill(figure: Any, results: Result) -> None:
 
 
 def label_rows(axes: Any, names: list[str]) -> None:
-    """Names one below the other."""
+    """Labels the rows of a plot with names, one below the other."""
     axes.set_yticks([-place for place in range(len(names))], names)
     axes.set_ylim(0.5 - len(names), 0.5)
 
 
 def _answers(axes: Any, entries: Entries, names: list[str]) -> None:
-    """Every seed by itself, one below the other, joined to the same seed of `standard`."""
+    """Draws each seed of each method, joined by a line to the same seed of `standard`."""
     base = {run["seed"]: 100 * run["answers"] for run in entries.get("standard", [])}
     seeds = dict.fromkeys(run["seed"] for runs in entries.values() for run in runs)
     order = sorted(seeds, key=lambda seed: -base.get(seed, math.inf))
@@ -107,7 +108,7 @@ def _answers(axes: Any, entries: Entries, names: list[str]) -> None:
 
 
 def _whole(axes: Any, x: float, zorder: float = 3.0) -> dict[str, Any]:
-    """How a mark at x is drawn: over the frame, which does not cut it where it is at the edge."""
+    """Returns the style of a mark at x: above the frame, and not clipped if it is at the edge."""
     low, high = axes.get_xlim()
     return {"clip_on": not low <= x <= high, "zorder": zorder}
 
@@ -115,7 +116,7 @@ def _whole(axes: Any, x: float, zorder: float = 3.0) -> dict[str, Any]:
 def _intervals(
     axes: Any, found: Mapping[str, Interval], number: int = 0, shift: float = 0.0
 ) -> None:
-    """Intervals one below the other; the ends of the x axis are set."""
+    """Draws intervals one below the other; the limits of the x axis are already set."""
     color = COLORS[number]
     for place, interval in enumerate(found.values()):
         y = shift - place
@@ -126,7 +127,7 @@ def _intervals(
 
 
 def _ends(found: list[Interval]) -> list[float]:
-    """All numbers of intervals that are known."""
+    """Returns all finite values and ends of intervals."""
     return [x for interval in found for x in interval if math.isfinite(x)]
 
 
@@ -143,7 +144,7 @@ def _deviations(axes: Any, entries: Entries) -> None:
 
 
 def _parts(axes: Any, entries: Entries) -> None:
-    """A, B and C side by side: an estimate of a small one can be negative."""
+    """Draws A, B and C side by side, not stacked: estimates of small shares can be negative."""
     for place, what in enumerate(("loss", "gradient")):
         for x, moment in enumerate(MOMENTS):
             for number, (part, share) in enumerate(parts(entries, what, moment).items()):

@@ -1,4 +1,4 @@
-"""What is compared, at which size, and the runs that this takes."""
+"""The compared methods, the scales, and the runs of each scale."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ Regime = Literal["fresh", "scarce"]
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of problems.
+    """A kind of problem.
 
     Attributes:
-        title: in tables and figures.
-        text: makes a problem of the base's running text.
-        pair: makes a problem to fine-tune on, or to solve.
-        length: tokens of a row: those of the longest pair, and its end.
+        title: title in tables and figures.
+        text: makes a problem for the text that the base model is pretrained on.
+        pair: makes a problem for fine-tuning or testing.
+        length: tokens of a row: those of the longest pair, and its end token.
     """
 
     title: str
@@ -38,14 +38,14 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-        name: of the objective's methods, as `settings_of` reads it.
-        token_ids: words that it masks as well: fields of MDMConfig.
-        rows: of a step, in multiples of the others'.
-        causal: the autoregressive network.
-        stopped: after so few steps that it solves as much as `standard`.
+        name: name of the objective's method, as `settings_of` reads it.
+        token_ids: field of MDMConfig -> words whose token ids are the field's value.
+        rows: rows of a step, as a multiple of the usual number.
+        causal: whether it trains the autoregressive network.
+        stopped: whether training is stopped early, when the network solves as much as `standard`.
     """
 
     name: str = "standard"
@@ -56,25 +56,25 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings of the objective: fields of MDMConfig, with words for ids of tokens."""
+        """All settings of the objective: fields of MDMConfig, with words in place of token ids."""
         if self.causal:
             return {"shift": True}
-        # Only the method of that name has a control variate.
+        # ema_decay 1 turns the control variate off, unless the method sets it.
         return {"ema_decay": 1, **settings_of(self.name), **self.token_ids}
 
     @property
     def views(self) -> int:
-        """Rows made of one text."""
+        """Number of rows that are made from one text."""
         return int(self.settings.get("views", 1))
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether its loss is of another scale than that of `standard`, and so its gradients."""
+        """Whether its loss and gradients have another scale than those of `standard`."""
         return self.name in ("clipped", "syrm")
 
     @property
     def is_steady(self) -> bool:
-        """Whether batches are drawn alike all along, so that their noise is known at a moment."""
+        """Whether batches are drawn in the same way throughout, so that noise can be measured."""
         return not self.causal and "bell_fade" not in self.settings
 
 
@@ -82,8 +82,8 @@ BOTH, BOTH_EPOCHS = "P-POTS + MIRROR", "P-POTS + MIRROR, equal epochs"
 RECOMMENDED = "P-POTS gradient + lattice + exact-count"
 DOUBLED, STOPPED = "standard, rows x 2", "autoregressive, stopped"
 BELL = "bell, then exact"
-# The keys are the names in tables and results. "equal epochs": every text is taken as often as
-# by `standard`, as the paper counts; all others take as many rows.
+# The keys are the names in tables and results. With "equal epochs" every text is used as often as
+# by `standard`, as in the paper; all other methods train on as many rows as `standard`.
 METHODS = {
     "standard": Method(),
     "clipped": Method("clipped"),
@@ -97,13 +97,13 @@ METHODS = {
     DOUBLED: Method(rows=2),
     "autoregressive": Method(causal=True),
     STOPPED: Method(causal=True, stopped=True),
-    # Rates from a bell that fades into the uniform, where this program has it.
+    # Rates from a bell-shaped density that changes into the uniform one, if this version has it.
     **({BELL: Method("bell-fade")} if "bell-fade" in KNOWN else {}),
 }
 
 
 class Setting(NamedTuple):
-    """Where runs are comparable: they have the problems, the texts and the base in common."""
+    """Runs of one setting are comparable: they share the problems, the texts and the base model."""
 
     task: str
     regime: Regime
@@ -111,13 +111,13 @@ class Setting(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What it is called in tables."""
+        """Title in tables."""
         more = f", base {self.base}" if self.base > 1 else ""
         return f"{TASKS[self.task].title}, {self.regime}{more}"
 
 
 class Run(NamedTuple):
-    """A fine-tuning. Order of texts, masks and all else that is random follow from the seed."""
+    """A fine-tuning run; the seed determines the order of texts, the masks and all other draws."""
 
     setting: Setting
     method: str
@@ -130,20 +130,20 @@ SECOND_BASE, TABLES = Setting("stories", "scarce", 2), Setting("tables", "scarce
 # The paper's seeds first.
 SEEDS = (42, 731, 20231, *range(1, 18))
 EIGHT, TWENTY = 8, 20
-# Where the autoregressive network is stopped is interpolated between runs of so many parts of the
-# steps, on seeds that no other run has.
+# The step at which the autoregressive network is stopped is interpolated between runs of 1/16, 1/8,
+# ... of the steps, with seeds that no other run has.
 PARTS = (16, 8, 4, 2, 1)
 CALIBRATION_SEEDS = (101, 102, 103, 104)
 
 
 class Cost(NamedTuple):
-    """Core-seconds of a scale's runs, as measured: what `--plan` estimates with.
+    """Measured core-seconds of a scale's runs, from which `--plan` estimates the cost.
 
     Attributes:
-        start: of a process.
-        token: trained.
-        problem: solved.
-        measurement: of the noise of training, for each run that is measured.
+        start: start of a process.
+        token: training on a token.
+        problem: decoding a problem.
+        measurement: measuring the noise of training in one run.
     """
 
     start: float
@@ -154,26 +154,27 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """The sizes of models, data and runs.
 
     Attributes:
-        layers, hidden, heads: of the network.
-        texts: problems to pretrain on.
-        pretraining: optimizer steps of a base.
-        causal_pretraining: those of the autoregressive network's base.
-        pairs: problems to fine-tune on, in each regime.
+        layers, hidden, heads: sizes of the network.
+        texts: number of problems for pretraining.
+        pretraining: optimizer steps of a base model.
+        causal_pretraining: optimizer steps of the autoregressive network's base model.
+        pairs: number of problems for fine-tuning, in each regime.
         steps: optimizer steps of a fine-tuning, for each task.
         batch: rows in a step.
-        held_out, tests: problems for the NELBO, and to solve.
+        held_out, tests: number of problems for the NELBO, and for testing.
         gradients: batches of each method whose gradients are measured.
         nested: rows on which A, B and C are measured.
-        measured: seeds whose `standard` is measured on its way.
-        calibration: seeds of the runs that say where the autoregressive network is stopped.
-        entries: methods of each setting, and the number of seeds of each.
-        cost: of its runs, where it has been measured.
-        accepts: between which shares of right answers the first run of `standard` must end, or
-            the other runs of its setting are not done; None does them all.
-        is_smoke_test: whether it shows only that everything runs.
+        measured: number of seeds whose `standard` run is measured during training.
+        calibration: number of seeds of the calibration runs, which determine the step at which the
+            autoregressive network is stopped.
+        entries: setting -> method -> number of seeds.
+        cost: measured cost of the runs; None if it has not been measured.
+        accepts: smallest and largest share of right answers of the first run of `standard`; if it
+            is outside, the other runs of its setting are not done. None: all runs are done.
+        is_smoke_test: whether the scale only shows that everything runs.
     """
 
     layers: int
@@ -251,8 +252,8 @@ SCALES = {
         cost=Cost(start=3.0, token=27e-6, problem=3.5e-3, measurement=160.0),
         accepts=(0.4, 0.8),
     ),
-    # One question, that of an H100 for 150 seconds: is MIRROR's second view worth more than a
-    # second epoch of `standard` to a network of 25 times the size?
+    # One question, for an H100 in 150 seconds: does a network of 25 times the size gain more from
+    # MIRROR's second view than from a second epoch of `standard`?
     "gpu": Scale(
         layers=4,
         hidden=256,
@@ -275,7 +276,7 @@ SCALES = {
 
 
 def runs(scale: Scale) -> list[Run]:
-    """All fine-tunings but those of the calibration: seed by seed."""
+    """Returns all fine-tuning runs, without the calibration runs, seed by seed."""
     return [
         Run(setting, method, seed)
         for place, seed in enumerate(SEEDS)
@@ -286,14 +287,14 @@ def runs(scale: Scale) -> list[Run]:
 
 
 def stopped_in(scale: Scale) -> list[Setting]:
-    """The settings in which the autoregressive network is stopped."""
+    """Returns the settings with a stopped autoregressive network."""
     return [s for s, methods in scale.entries.items() if any(METHODS[m].stopped for m in methods)]
 
 
 def calibration_runs(scale: Scale, setting: Setting) -> list[tuple[Run, int]]:
-    """The runs, and their steps, that say where the autoregressive network is stopped.
+    """Returns the calibration runs and their steps.
 
-    Those of `standard` come first, with 25% more steps after those with its own.
+    The runs of `standard` come first: with its own number of steps, then with 25% more.
     """
     seeds = CALIBRATION_SEEDS[: scale.calibration]
     whole = scale.steps[setting.task]
@@ -306,18 +307,18 @@ def calibration_runs(scale: Scale, setting: Setting) -> list[tuple[Run, int]]:
 
 
 def gate(setting: Setting) -> Run:
-    """The run that decides whether the others of its setting are done; see `Scale.accepts`."""
+    """Returns the run that decides whether a setting's other runs are done; see `Scale.accepts`."""
     return Run(setting, "standard", SEEDS[0])
 
 
 def is_measured(scale: Scale, run: Run) -> bool:
-    """Whether the noise of training is measured at the start, middle and end of a run."""
+    """Whether the noise of training is measured at the start, the middle and the end of a run."""
     first = run.seed in SEEDS[: scale.measured] and run.setting.base == 1
     return first and run.method == "standard"
 
 
 def core_hours(scale: Scale) -> float | None:
-    """What a scale takes, about; None where no run of it has been measured."""
+    """Estimates the core-hours of a scale; None if its cost has not been measured."""
     cost = scale.cost
     if cost is None:
         return None

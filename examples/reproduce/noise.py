@@ -1,11 +1,11 @@
-"""Variance of a batch's gradient under each method, at one checkpoint of a fine-tuning.
+"""Measures the variance of a batch's gradient under each method, at one fine-tuning checkpoint.
 
     python examples/reproduce/noise.py --load CHECKPOINT --methods JSON --json noise.json
 
-draws batches as training does, from the checkpoint's own data with other random numbers, and takes
-the trace of the covariance of their gradients, in the units of each method's own loss. JSON is an
-object of objects: by name, the settings of a method's objective and the rows of its batch.
-P-POTS has the density that suits this checkpoint.
+The program draws batches as training does, from the checkpoint's own data with other random
+numbers, and computes the trace of the covariance of their gradients, in the units of each method's
+own loss. JSON maps the name of a method to an object with the settings of its objective and the
+rows of its batch. P-POTS uses a density that is fitted at this checkpoint.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from megatron_mdm.files import write_json
 if TYPE_CHECKING:
     from megatron_mdm.mcore.training.micro_batch import MicroBatch
 
-SKETCH = 65_536  # numbers that gradients are projected on: traces within half a percent
-RATE_ROWS = 100  # on which the density of P-POTS is measured, once in each bin of t
+SKETCH = 65_536  # dimension that gradients are projected to: traces within half a percent
+RATE_ROWS = 100  # rows that P-POTS is fitted on, each once in each bin of t
 
 
 def main() -> None:
-    """Measures every method, and writes the variances."""
+    """Measures every method and writes the variances."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +45,7 @@ def main() -> None:
         raise UserError('--methods: not of the form {"NAME": {"batch": 32, ...}}') from error
     if options.batches < 2:
         raise UserError(f"--batches {options.batches}: must be at least 2")
-    # Megatron tells where its data are.
+    # Megatron prints the paths of its data to stdout.
     with open_asked_for(options) as loaded, contextlib.redirect_stdout(sys.stderr):
         variances = {
             name: variance(
@@ -59,11 +59,11 @@ def main() -> None:
 
 
 def variance(loaded: Any, batches: Iterator["MicroBatch"]) -> float:
-    """The trace of the covariance of the gradients of batches, unbiased.
+    """Computes an unbiased estimate of the trace of the covariance of batch gradients.
 
     Args:
-        loaded: the model.
-        batches: as `training_batches` draws them, at least two.
+        loaded: the loaded checkpoint.
+        batches: at least two batches from `training_batches`.
     """
     import torch
 
@@ -84,13 +84,13 @@ def variance(loaded: Any, batches: Iterator["MicroBatch"]) -> float:
 def training_batches(
     loaded: Any, settings: dict[str, Any], size: int, count: int
 ) -> Iterator["MicroBatch"]:
-    """Batches, on the device, as training with these settings would draw them.
+    """Draws batches on the device, as training with these settings would.
 
     Args:
-        loaded: the checkpoint's model.
-        settings: of the objective, fields of MDMConfig.
+        loaded: the loaded checkpoint.
+        settings: settings of the objective, fields of MDMConfig.
         size: rows of a batch.
-        count: batches.
+        count: number of batches.
 
     Yields:
         The rows of a batch and their masks.
@@ -107,8 +107,8 @@ def training_batches(
 
     args = copy.copy(loaded.args)
     args.micro_batch_size = args.global_batch_size = size
-    args.seed += 1  # not the masks that the checkpoint was trained on
-    args.eval_interval = 1  # a run has one; nothing is validated here
+    args.seed += 1  # other masks than those that the checkpoint was trained on
+    args.eval_interval = 1  # required, although nothing is validated here
     for name, value in settings.items():
         setattr(args, destination(name), value)
     loaded = dataclasses.replace(loaded, args=finalize_args(args))
@@ -124,13 +124,13 @@ def training_batches(
 
 
 def fitted(loaded: Any) -> Any:
-    """The density of P-POTS that suits a checkpoint, for its settings of masks and target."""
+    """Fits the density of P-POTS at a checkpoint, for its settings of masks and target."""
     from megatron_mdm.mcore.inference.measure import measure
     from megatron_mdm.objective.ppots.fit import fit
 
     mdm = loaded.mdm
     args = copy.copy(loaded.args)
-    args.mdm_views = 1  # every row is another text
+    args.mdm_views = 1  # every row is a different text
     *_, (_, _, measured) = measure(
         dataclasses.replace(loaded, args=args),
         mdm.ppots_target,

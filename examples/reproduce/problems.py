@@ -1,4 +1,4 @@
-"""Problems of graded difficulty, as prompts and responses: arithmetic stories, and tables.
+"""Generates problems of graded difficulty, as prompts and responses: arithmetic stories and tables.
 
 Sam has 5 apples . buys 7 . eats 4 . ?
 5 + 7 = 12 - 4 = 8
@@ -17,8 +17,8 @@ from random import Random
 NAMES = "Ann Ben Eva Ian Kim Leo Mia Sam".split()
 THINGS = "apples coins cups pens".split()
 VERBS = {"+": "buys finds gets wins".split(), "-": "eats gives loses sells".split()}
-# The largest number of a problem, results included. Each is as frequent as the others, so that a
-# sum of large numbers is met more seldom than one of small numbers: learning goes on for long.
+# Upper limits of the numbers in a problem, including results. Each limit is drawn equally often, so
+# that a given sum of large numbers is rarer than one of small numbers, and learning takes long.
 SIZES = (6, 12, 24, 48)
 CELLS = [row + column for row in "abc" for column in "xy"]  # coordinates in a table
 
@@ -28,7 +28,7 @@ class Problem:
     """A prompt and its only right response.
 
     Attributes:
-        prompt: words with spaces between them.
+        prompt: words, separated by spaces.
         response: the steps; the answer is the last word.
     """
 
@@ -37,7 +37,7 @@ class Problem:
 
 
 def answer(response: str) -> str | None:
-    """The last word of a response if it is a number, else None."""
+    """Returns the last word of a response if it is a number, else None."""
     last = response.rpartition(" ")[2]
     return last if last.isdigit() else None
 
@@ -45,12 +45,12 @@ def answer(response: str) -> str | None:
 def distinct(
     make: Callable[[Random], Problem], count: int, seed: int, without: Set[str] = frozenset()
 ) -> list[Problem]:
-    """Different problems, a function of the seed.
+    """Makes problems with different prompts, as a function of the seed.
 
     Args:
-        make: makes one.
-        count: how many.
-        seed: of all choices.
+        make: makes a problem.
+        count: number of problems.
+        seed: seed of all choices.
         without: prompts that are left out.
     """
     random_ = Random(seed)
@@ -65,7 +65,7 @@ def distinct(
 
 
 def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
-    """Somebody gets and loses things, one step after the other: no two have the same result."""
+    """Makes a story: somebody gets and loses things, and no two steps have the same result."""
     largest = random_.choice(SIZES)
     value = random_.randint(1, largest)
     told = [f"{random_.choice(NAMES)} has {value} {random_.choice(THINGS)} ."]
@@ -85,7 +85,7 @@ def story(random_: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
 
 
 def table(random_: Random) -> Problem:
-    """The sum of a column, asked for by its coordinate or, which is harder, by its name."""
+    """Makes a table; asks for a column's sum by its coordinate or, which is harder, by its name."""
     largest = random_.choice(SIZES)
     names, things = random_.sample(NAMES, random_.choice((2, 3))), random_.sample(THINGS, 2)
     columns = []
@@ -109,5 +109,5 @@ def table(random_: Random) -> Problem:
 
 
 def cell(row: int, column: int) -> str:
-    """The coordinates of a number in a table, such as "by"."""
+    """Returns the coordinates of a number in a table, such as "by"."""
     return CELLS[2 * row + column]

@@ -1,11 +1,12 @@
-"""The paper's claims in small: its methods on generated problems, many seeds from one base.
+"""Tests the paper's claims at a small scale, on generated problems with many seeds from one base.
 
     python examples/reproduce/reproduce.py --scale laptop
 
-makes the problems of each task, trains a tokenizer and a base on them, fine-tunes the base with
-every method and seed, lets each solve held-out problems, and prints tables. Finished runs are kept
-in --directory: the same command goes on after an interruption. --plan says what will be run.
---report prints, draws and inserts what --json has.
+The program makes the problems of each task, trains a tokenizer and a base model on them, fine-tunes
+the base model with every method and seed, tests each run on held-out problems, and prints tables.
+Finished runs are kept in --directory, so the same command resumes after an interruption. --plan
+prints the runs without running them. --report prints, draws and inserts the results of --json
+files.
 """
 
 import argparse
@@ -46,10 +47,10 @@ from megatron_mdm.experiments.program import program
 from megatron_mdm.experiments.runs import run_parallel
 from megatron_mdm.files import check_picture, termination_raises, write_errors, write_json
 
-PAUSE = 60.0  # seconds between lines that say how far the runs are
-# What the results are, each of its place. `closed` are the settings of which no more is run.
+PAUSE = 60.0  # seconds between lines about the progress of the runs
+# The lists of the results. `closed` has the settings whose other runs are not done.
 LISTS = ("stopped", "closed", "diverged", "runs")
-# What the tables need of a result.
+# The entries of a result that the tables need.
 RESULTS = {
     **{"scale": str, "machine": str, "date": str, "program": str, "jobs": int},
     **dict.fromkeys(LISTS, list),
@@ -63,7 +64,7 @@ RUN = {
 
 
 def main() -> None:
-    """Runs what is missing, prints, writes, draws."""
+    """Does the missing runs; prints, writes and draws the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,10 +72,10 @@ def main() -> None:
         "--scale",
         choices=SCALES,
         help="ci: a smoke test of a minute, which says nothing about methods; laptop: hours on two "
-        "cores; gpu: minutes on one",
+        "cores; gpu: minutes on one GPU",
     )
     parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, help="do these alone (default: all of the scale)"
+        "--tasks", nargs="+", choices=TASKS, help="only these tasks (default: all of the scale)"
     )
     parser.add_argument(
         "--directory", default="runs/reproduce", metavar="DIR", help="(default: %(default)s)"
@@ -84,7 +85,7 @@ def main() -> None:
         "--jobs", type=int, default=2, help="runs at a time, one core each (default: %(default)s)"
     )
     parser.add_argument(
-        "--plan", action="store_true", help="say how many runs --scale has, and what they cost"
+        "--plan", action="store_true", help="print the number of runs of --scale and their cost"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results here, run by run")
     parser.add_argument("--figure", metavar="FILE", help="also draw them: .png or .svg")
@@ -92,14 +93,15 @@ def main() -> None:
         "--report",
         nargs="+",
         metavar="FILE",
-        help="of the results in these files, as of two calls with --tasks: train nothing",
+        help="train nothing; report the results in these files, such as those of two calls with "
+        "different --tasks",
     )
     parser.add_argument(
         "--insert",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="also put the tables into these Markdown files, where they have places for them",
+        help="also insert the tables into these Markdown files, between their markers",
     )
     options = parser.parse_args()
     if options.figure:
@@ -126,7 +128,7 @@ def main() -> None:
 
 
 def check_writable(path: str) -> None:
-    """Finds out before hours of work whether a file can be written after them."""
+    """Checks that a file can be written, before hours of work."""
     directory = os.path.dirname(os.path.abspath(path))
     with write_errors(path):
         os.makedirs(directory, exist_ok=True)
@@ -134,10 +136,10 @@ def check_writable(path: str) -> None:
 
 
 def read_results(path: str) -> dict[str, Any]:
-    """Reads what --json wrote.
+    """Reads a file that --json wrote.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or is not such a file.
     """
     try:
         results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -156,7 +158,7 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def lacking(value: Any, form: dict[str, type]) -> str:
-    """What a value lacks of an object with entries of these types; empty if nothing."""
+    """Names the entries that a value lacks or that have another type; empty if there are none."""
     if not isinstance(value, dict):
         return "an object is missing"
     names = [name for name, kind in form.items() if not isinstance(value.get(name), kind)]
@@ -164,10 +166,10 @@ def lacking(value: Any, form: dict[str, type]) -> str:
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of several calls for one scale as one.
+    """Joins the results of several calls for one scale.
 
     Raises:
-        UserError: they are of different scales, or have a run in common.
+        UserError: the results are of different scales, or have a run in common.
     """
     for name in LISTS:
         places = [
@@ -191,7 +193,7 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def scale_of(options: argparse.Namespace) -> Scale:
-    """The scale that is asked for, with the settings of the tasks that are asked for alone."""
+    """Returns the requested scale, with only the settings of the requested tasks."""
     scale = SCALES[options.scale]
     if not options.tasks:
         return scale
@@ -202,13 +204,13 @@ def scale_of(options: argparse.Namespace) -> Scale:
 
 
 def wrong_names(run: dict[str, Any]) -> str:
-    """What a run is called that is not known here; empty if nothing."""
+    """Names the first unknown name in a run's result; empty if all are known."""
     known = {"task": TASKS, "regime": ("fresh", "scarce"), "method": METHODS}
     return next((f"no {name} {run[name]}" for name in known if run[name] not in known[name]), "")
 
 
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Does every run, and writes all results to --json after each."""
+    """Does all runs, and writes all results to --json after each run."""
     scale = scale_of(options)
     directory = pathlib.Path(options.directory, options.scale)
     with write_errors(str(directory)):
@@ -257,7 +259,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
             return
         result = study.fine_tune(run)
         if run.seed != SEEDS[0]:
-            result.pop("flags", None)  # nothing new but the seed
+            result.pop("flags", None)  # only the seed differs from the first seed's flags
         named = {**run.setting._asdict(), "method": run.method, "seed": run.seed}
         with lock:
             done[run] = {**named, **result}
@@ -285,7 +287,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def shown(study: Study) -> Iterator[None]:
-    """Context in which stderr shows every minute what runs, and how far it is."""
+    """Shows the running processes and their progress on stderr every minute, in its context."""
     over = threading.Event()
 
     def show() -> None:
@@ -304,7 +306,7 @@ def shown(study: Study) -> Iterator[None]:
 
 
 def plan(scale: Scale) -> str:
-    """How many runs there are of what, and the core-hours that they take where that is known."""
+    """Describes the runs of a scale, and their core-hours if these are known."""
     lines = []
     for setting, methods in scale.entries.items():
         task, regime, _ = setting
@@ -326,7 +328,7 @@ def plan(scale: Scale) -> str:
 
 
 def machine(device: str) -> str:
-    """What ran it: the name of the GPU, or the number of cores and theirs."""
+    """Describes the machine: the name of the GPU, or the number and name of the CPU's cores."""
     if device == "cuda":
         import torch
 

@@ -1,11 +1,12 @@
-"""Share of held-out problems that a checkpoint solves under greedy decoding.
+"""Measures the share of held-out problems that a checkpoint solves with greedy decoding.
 
     python examples/reproduce/score.py --load CHECKPOINT --problems test.jsonl --json score.json
 
-A call of masked diffusion keeps the likeliest of all predictions, and with --threshold all of at
-least this probability; an autoregressive model (--causal) writes from left to right. `answers`
-counts problems whose answer is right, `solutions` those of which every step is right as well, and
-`right` says of each problem, in their order, whether its answer is: bits as hexadecimal digits.
+In each call a masked-diffusion model fills in its most probable prediction; with --threshold also
+all predictions of at least this probability. An autoregressive model (--causal) decodes from left
+to right. `answers` is the share of problems whose answer is right, and `solutions` the share of
+those whose steps are all right as well. `right` has a bit for each problem, in order, that tells
+whether the answer is right; the bits are written as hexadecimal digits.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from megatron_mdm.files import write_json
 
 
 def main() -> None:
-    """Loads, decodes all problems, counts."""
+    """Loads a checkpoint, decodes all problems and counts the right ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,7 +34,7 @@ def main() -> None:
         "--threshold",
         type=float,
         metavar="P",
-        help="keep all predictions of at least this probability (default: the likeliest alone)",
+        help="keep all predictions of at least this probability (default: only the most probable)",
     )
     parser.add_argument("--json", required=True, metavar="FILE", help="file to write")
     options = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
         rows = torch.tensor([row + [mask] * (length - len(row)) for row in prompts])
         rows = rows.to(torch.cuda.current_device())
         logits = partial(loaded.logits, causal=options.causal)
-        # Rows that want as much are done after as many calls.
+        # Rows of equal prompt length need about the same number of calls, so decode them together.
         order = torch.tensor(list(map(len, prompts))).argsort(stable=True).tolist()
         written = [torch.empty(0)] * len(rows)
         for part in torch.tensor(order).split(256):
@@ -87,7 +88,7 @@ def read_pairs(path: str) -> list[dict[str, str]]:
     """Reads problems with their solutions.
 
     Raises:
-        UserError: there is no such file, or it is not JSONL of pairs.
+        UserError: the file cannot be read, or is not JSONL of pairs.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -103,17 +104,17 @@ def read_pairs(path: str) -> list[dict[str, str]]:
 
 
 def matches(found: Iterable[str | None], right: Iterable[str | None]) -> list[bool]:
-    """Which of the found ones are the right ones; None is none."""
+    """Returns, for each found text, whether it equals the right one; None never does."""
     return [a is not None and a == b for a, b in zip(found, right, strict=True)]
 
 
 def as_hex(bits: Sequence[bool]) -> str:
-    """Bits as hexadecimal digits, four a digit; the last digit is filled with zeros."""
+    """Writes bits as hexadecimal digits, four a digit; the last digit is padded with zeros."""
     return np.packbits(bits).tobytes().hex()[: -(-len(bits) // 4)]
 
 
 def from_hex(digits: str, count: int) -> list[bool]:
-    """The first bits of what `as_hex` wrote."""
+    """Reads the first `count` bits of a text from `as_hex`."""
     values = bytes.fromhex(digits + "0" * (len(digits) % 2))
     bits: list[bool] = (
         np.unpackbits(np.frombuffer(values, np.uint8), count=count).astype(bool).tolist()

@@ -1,4 +1,4 @@
-"""The runs of the study, each in processes of its own and kept: data, pretraining, fine-tuning."""
+"""The runs of the study: data, pretraining, fine-tuning. Each runs once, in its own processes."""
 
 import collections
 import itertools
@@ -42,10 +42,10 @@ SFT = {"sft": True, "pad_eligible": True, "normalization": "rows"}
 
 @dataclass
 class Study:
-    """One scale in one directory, on one device.
+    """The runs of one scale in one directory, on one device.
 
-    Data and checkpoints are named by what they follow from, so that a run whose flags are the same
-    has the same data and the same base. Who asks for something that another thread is making waits
+    Data and checkpoints are named by a digest of their inputs, so that runs with the same flags
+    share data and base model. A thread that needs a result which another thread is computing waits
     for it.
     """
 
@@ -58,11 +58,11 @@ class Study:
         self._data: dict[str, pathlib.Path] = {}
         self._unseen: dict[tuple[str, str], list[bool]] = {}
         self._first_lock = threading.Lock()
-        # Processes that run: their logs, the names of the runs and when they began.
+        # Log of each running process -> name of its run and start time.
         self._running: dict[pathlib.Path, tuple[str, float]] = {}
 
     def data(self, task: str) -> pathlib.Path:
-        """Where problems, tokenizer and datasets of a task are; makes what is missing."""
+        """Returns the directory of a task's problems, tokenizer and data; makes missing ones."""
         with self._lock("data", task):
             if task not in self._data:
                 self._data[task] = self._make_data(task)
@@ -104,7 +104,7 @@ class Study:
         return directory
 
     def pretrain(self, task: str, base: int, causal: bool) -> pathlib.Path:
-        """Trains a base on running text, once: the directory of its checkpoint."""
+        """Trains a base model, if that was not done; returns the directory of its checkpoint."""
         scale = self.scale
         steps = scale.causal_pretraining if causal else scale.pretraining
         method = METHODS["autoregressive" if causal else "standard"]
@@ -125,22 +125,23 @@ class Study:
 
         with self._lock(path):
             if not (checkpoint / LATEST).exists():
-                path.with_suffix(".json").unlink(missing_ok=True)  # good for its checkpoint alone
+                # The cached result is useless without its checkpoint.
+                path.with_suffix(".json").unlink(missing_ok=True)
             run_cached(self.directory, flags, work)
         return checkpoint
 
     def steps(self, run: Run) -> int:
-        """Optimizer steps of a fine-tuning."""
+        """Returns the number of optimizer steps of a fine-tuning."""
         if METHODS[run.method].stopped:
             return int(self.stopped(run.setting)["steps"])
         return self.scale.steps[run.setting.task]
 
     def batch(self, run: Run) -> int:
-        """Rows of a step."""
+        """Returns the number of rows in a step."""
         return self.scale.batch * METHODS[run.method].rows
 
     def fine_tuning(self, run: Run, steps: int, base: pathlib.Path) -> list[str]:
-        """The flags of a run that starts from a checkpoint."""
+        """Returns the flags of a run that starts from a checkpoint."""
         task, regime, _ = run.setting
         return [
             *self._flags(task, steps, self.batch(run), 1e-3, run.seed),
@@ -151,14 +152,14 @@ class Study:
         ]
 
     def fine_tune(self, run: Run, steps: int | None = None) -> dict[str, Any]:
-        """Trains and scores a run, unless that was done; measures some of `standard` on their way.
+        """Trains and scores a run, unless that was done; measures noise in some `standard` runs.
 
         Args:
-            run: which one.
-            steps: optimizer steps, if they are others than the run's own.
+            run: the run.
+            steps: optimizer steps, if not the run's own number.
 
         Returns:
-            What was found; of a run that diverged, only `diverged`: one line that says so.
+            The results; for a run that diverged, only `diverged`, a line that says so.
         """
         (task, _, base), causal = run.setting, METHODS[run.method].causal
         steps = self.steps(run) if steps is None else steps
@@ -212,19 +213,20 @@ class Study:
         return result | self._unseen_answers(run.setting, result) | {"flags": " ".join(flags)}
 
     def _unseen_answers(self, setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
-        """Of the problems whose response is in no text that was trained on: all, those solved."""
+        """Counts the problems whose response is in no training text, and those of them solved."""
         self.data(setting.task)
         kept = self._unseen[setting.task, setting.regime]
         right = list(itertools.compress(from_hex(result["right"], len(kept)), kept))
         return {"unseen": len(right), "unseen_right": sum(right)}
 
     def stopped(self, setting: Setting) -> dict[str, Any]:
-        """How many steps of the autoregressive network solve as much as `standard`.
+        """Finds the steps after which the autoregressive network solves as much as `standard`.
 
         Returns:
-            `steps`; `target`, the mean share of answers of `standard`; `reached`, that of the
-            autoregressive network after these steps, interpolated; `slopes` of both there, shares
-            per 25% more steps; `lengths`, pairs of steps and the autoregressive network's share.
+            `steps`; `target`, the mean share of right answers of `standard`; `reached`, the
+            interpolated share of the autoregressive network after these steps; `slopes`, the change
+            of both shares with 25% more steps; `lengths`, pairs of steps and the autoregressive
+            network's share.
         """
         found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
         for run, steps in calibration_runs(self.scale, setting):
@@ -247,9 +249,9 @@ class Study:
         }
 
     def accepts(self, setting: Setting) -> bool:
-        """Whether a setting's first run of `standard` solves neither too little nor too much.
+        """Whether the share that a setting's first run of `standard` solves is within the limits.
 
-        It is trained if it is missing.
+        Trains the run if it is missing.
         """
         if self.scale.accepts is None:
             return True
@@ -258,7 +260,7 @@ class Study:
         return least <= answers <= most
 
     def _noise(self, setting: Setting) -> list[str]:
-        """The command that measures the gradients of all methods at one checkpoint."""
+        """Returns the command that measures the gradients of all methods at one checkpoint."""
         methods = {
             name: {
                 "batch": self.scale.batch * method.rows,
@@ -271,7 +273,7 @@ class Study:
         return [*command, "--methods", json.dumps(methods)]
 
     def _report(self, run: Run) -> list[str]:
-        """The command that takes the variance of one row apart at a checkpoint."""
+        """Returns the command that measures A, B and C of one row's variance at a checkpoint."""
         data = f"{self.data(run.setting.task)}/{run.setting.regime}"
         words = f"--data {data} --rows {self.scale.nested} --methods none --seed {run.seed}"
         return [str(TOOLS / "variance_report.py"), *words.split()]
@@ -279,14 +281,14 @@ class Study:
     def _tool(
         self, path: pathlib.Path, command: list[str], checkpoint: pathlib.Path, name: str
     ) -> dict[str, Any]:
-        """What a tool finds at a checkpoint."""
+        """Runs a tool on a checkpoint and returns its results."""
         tool = pathlib.Path(command[0]).stem
         found = path.with_name(f"{path.name}.{tool}.json")
         output = "--output" if tool == "variance_report" else "--json"
         figure = found.with_suffix(".png")
         places = [*f"--load {checkpoint} --device {self.device} {output} {found}".split()]
         places += ["--figure", str(figure)] if tool == "variance_report" else []
-        # Of a checkpoint that was there before an interruption, which the report would refuse.
+        # A partial report of an earlier checkpoint, from before an interruption, would be refused.
         found.with_name(f"{found.name}.partial").unlink(missing_ok=True)
         self._run([*command, *places], found.with_suffix(".log"), name)
         result: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
@@ -297,7 +299,7 @@ class Study:
         return result
 
     def _run(self, command: list[str], log: pathlib.Path, name: str) -> str:
-        """`run_python`, which `progress` shows meanwhile."""
+        """Calls `run_python`; `progress` shows the process meanwhile."""
         self._running[log] = name, time.monotonic()
         try:
             return run_python(command, log, name)
@@ -305,10 +307,10 @@ class Study:
             del self._running[log]
 
     def progress(self, least: float) -> list[str]:
-        """A line of each process that has run for a while: whose it is, how far, where its log is.
+        """Returns a line for each process that has run for some time: its run, progress and log.
 
         Args:
-            least: seconds.
+            least: smallest running time in seconds.
         """
         now = time.monotonic()
         return [
@@ -326,7 +328,7 @@ class Study:
         name: str,
         saves: int = 1,
     ) -> dict[str, Any]:
-        """Trains to a checkpoint beside `path`, and saves it so often on the way: the NELBO."""
+        """Trains a run; its checkpoints are beside `path`, `saves` of them. Returns the NELBO."""
         board, checkpoint = (path.with_suffix(end) for end in (".tensorboard", ".checkpoint"))
         for old in (board, checkpoint):
             shutil.rmtree(old, ignore_errors=True)
@@ -337,7 +339,7 @@ class Study:
         try:
             output = self._run([*program, *flags, *places.split()], log, name)
         except UserError:
-            # The same run would end there again: that is its result.
+            # The run diverged. It would diverge again, so this is its result.
             if not NOT_FINITE.search(log.read_text(encoding="utf-8")):
                 raise
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -352,9 +354,9 @@ class Study:
         words = f"{self.data(task)}/words.model"
         return [
             *f"--mdm-device {self.device} --transformer-impl local".split(),
-            # A small model takes rows from a GPU's host faster than one process makes them.
+            # On a GPU a small model trains faster than one process loads rows.
             *f"--num-workers {0 if self.device == 'cpu' else 4}".split(),
-            # What Megatron takes from Transformer Engine or apex unless it is told not to.
+            # By default Megatron needs Transformer Engine or apex for these.
             *"--attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion".split(),
             "--no-persist-layer-norm",
             *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {words}".split(),
@@ -363,7 +365,7 @@ class Study:
             *f"--num-layers {scale.layers} --hidden-size {scale.hidden}".split(),
             *f"--num-attention-heads {scale.heads}".split(),
             *f"--ffn-hidden-size {scale.hidden * 8 // 3} --normalization RMSNorm --swiglu".split(),
-            # Of Megatron's 0.02 a narrow model does not leave the plateau for long.
+            # With Megatron's default of 0.02 a narrow model stays on the initial plateau for long.
             *f"--init-method-std {1 / math.sqrt(scale.hidden):.3g}".split(),
             *"--disable-bias-linear --position-embedding-type rope --attention-dropout 0".split(),
             *f"--hidden-dropout 0 --seq-length {length} --max-position-embeddings {length}".split(),
@@ -381,7 +383,7 @@ class Study:
         return f"--train-data-path {data}/{train} --valid-data-path {data}/{valid}".split()
 
     def method_flags(self, task: str, settings: Mapping[str, Any]) -> list[str]:
-        """Settings of the objective as flags, with ids for words."""
+        """Returns settings of the objective as flags, with token ids in place of words."""
         found = []
         for name, value in self._with_ids(task, settings).items():
             found += [flag_of(name)] if value is True else as_flags({name: value})
@@ -404,15 +406,16 @@ class Study:
 
 
 LATEST = "latest_checkpointed_iteration.txt"
-# What a run that diverged ends with, the program's words and Megatron's.
+# The error messages of a run that diverged: this package's and Megatron's.
 NOT_FINITE = re.compile(r"NaN or infinite|found (NaN|Inf)")
 PAIR_KEYS = "--prompt-key prompt"
-# A run of one step that leaves the weights as they are: a base with the settings of its runs.
+# A run of one step that leaves the weights unchanged: it saves the base model with a run's
+# settings.
 STANDSTILL = "--train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --eval-interval 1".split()
 
 
 def at_iteration(checkpoint: pathlib.Path, iteration: int, view: pathlib.Path) -> None:
-    """Makes a directory that shows a checkpoint at an earlier iteration that was saved."""
+    """Makes a directory of links whose latest checkpoint is an earlier saved iteration."""
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir()
     for entry in checkpoint.iterdir():
@@ -422,15 +425,15 @@ def at_iteration(checkpoint: pathlib.Path, iteration: int, view: pathlib.Path) -
 
 
 def where_reached(target: float, shares: Mapping[int, float]) -> tuple[int, float, float]:
-    """Where a share first reaches a target, interpolated over the logarithm of steps.
+    """Finds the steps at which a share first reaches a target, by log-linear interpolation.
 
     Args:
-        target: the share.
-        shares: of runs, by their steps in ascending order.
+        target: the share to reach.
+        shares: number of steps, ascending -> share of the runs with these steps.
 
     Returns:
-        The steps, the share there, and how much it rises with 25% more steps. The least number of
-        steps where that one reaches the target already, the greatest where none does.
+        The steps, the share there, and its rise with 25% more steps. If already the smallest
+        number of steps reaches the target, that number; if none does, the largest.
     """
     points = list(shares.items())
     pairs = list(itertools.pairwise(points))
@@ -446,13 +449,13 @@ def where_reached(target: float, shares: Mapping[int, float]) -> tuple[int, floa
 
 
 def unseen(tests: list[Problem], *trained: list[Problem]) -> list[bool]:
-    """Which tests have a response that none of the problems to train on has."""
+    """Returns, for each test, whether no training problem has the same response."""
     seen = {problem.response for problems in trained for problem in problems}
     return [problem.response not in seen for problem in tests]
 
 
 def as_json(name: str, found: list[Problem]) -> str:
-    """Problems as JSONL: running text to pretrain on (`text`), or pairs."""
+    """Writes problems as JSONL: texts for pretraining (if `name` is "text"), or pairs."""
     if name == "text":
         lines = [{"text": f" {p.prompt} {p.response}"} for p in found]
     else:

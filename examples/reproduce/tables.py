@@ -1,11 +1,12 @@
-"""From the results of all runs to tables, answers to the paper's claims and Markdown.
+"""Turns the results of all runs into tables, answers to the paper's claims, and Markdown.
 
-Runs are compared where base and texts are the same (a `Setting`), on the same seeds: the mean of
-the differences has Student's interval, and a method *gains* or *loses* where the p value, adjusted
-by Holm over all methods of the setting, is below 5%; elsewhere there is no clear difference. The
-autoregressive network is no method of masked diffusion and has no verdict. Deviations have the
-interval of chi-square, ratios of deviations that of F, as if the two groups were independent. All
-intervals are those of 95%.
+Runs are compared if they have the same base model and texts (a `Setting`), seed by seed. The
+interval of the mean difference is Student's. A method *gains* or *loses* if the p value, adjusted
+by Holm's method over all methods of the setting, is below 5%; otherwise there is no clear
+difference. The autoregressive network is not a masked-diffusion method and has no verdict.
+Intervals of standard deviations come from the chi-square distribution, and intervals of their
+ratios from the F distribution, as if the two groups were independent. All intervals are 95%
+intervals.
 """
 
 import math
@@ -42,12 +43,12 @@ Result = dict[str, Any]
 Entries = dict[str, list[Result]]
 MOMENTS = ("start", "middle", "end")
 LEVEL = 0.05
-NEAR = 2.0  # points that mean answers may be apart where deviations are compared
-WIDTH = 42  # of the first column
+NEAR = 2.0  # largest difference of mean answers, in points, at which deviations are compared
+WIDTH = 42  # width of the first column
 
 
 def by_setting(results: Result) -> dict[Setting, Entries]:
-    """The runs of each method of each setting, in the order of the scale and of the seeds."""
+    """Groups runs by setting and method, in the order of the scale and of the seeds."""
     found: dict[Setting, Entries] = {}
     for setting, methods in SCALES[results["scale"]].entries.items():
         own = [run for run in results["runs"] if setting_of(run) == setting]
@@ -59,25 +60,25 @@ def by_setting(results: Result) -> dict[Setting, Entries]:
 
 
 def setting_of(run: Result) -> Setting:
-    """Where a run is comparable with others."""
+    """Returns the setting of a run."""
     return Setting(run["task"], run["regime"], run["base"])
 
 
 def answers(runs: Sequence[Result]) -> list[float]:
-    """Right answers of each run, in percent."""
+    """Returns the right answers of each run in percent."""
     return [100 * run["answers"] for run in runs]
 
 
 def differences(
     runs: Sequence[Result], baseline: Sequence[Result], key: str = "answers"
 ) -> list[float]:
-    """Of each run from that of the baseline with the same seed, where there is one."""
+    """Returns the difference of each run from the baseline's run of the same seed, if it exists."""
     base = {run["seed"]: run[key] for run in baseline}
     return [run[key] - base[run["seed"]] for run in runs if run["seed"] in base]
 
 
 def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
-    """What the answers say of each method of masked diffusion but the baseline."""
+    """Returns the verdict on each masked-diffusion method's answers against the baseline's."""
     values = {
         name: differences(runs, entries.get(baseline, []))
         for name, runs in entries.items()
@@ -93,7 +94,7 @@ def verdicts(entries: Entries, baseline: str = "standard") -> dict[str, str]:
 
 
 def smoke_test(results: Result) -> str:
-    """What has to be known of results that say nothing about methods; empty for others."""
+    """Returns a warning if the results are those of a smoke test, else an empty text."""
     scale = results["scale"]
     if not SCALES[scale].is_smoke_test:
         return ""
@@ -104,7 +105,7 @@ def smoke_test(results: Result) -> str:
 
 
 def as_text(results: Result) -> str:
-    """All tables."""
+    """Returns all tables as text."""
     blocks = []
     found = by_setting(results)
     for setting in SCALES[results["scale"]].entries:
@@ -147,13 +148,13 @@ def _means(results: Result, setting: Setting, entries: Entries) -> list[str]:
 
 
 def _unseen(runs: Sequence[Result]) -> str:
-    """The answers on problems whose response is in no text that was trained on."""
+    """Returns the share of right answers on problems whose response is in no training text."""
     count = sum(run["unseen"] for run in runs)
     return f"{sum(run['unseen_right'] for run in runs) / count:.1%}" if count else "none"
 
 
 def _notes(results: Result, setting: Setting) -> list[str]:
-    """What has to be known of a setting's runs: which are missing, and where one was stopped."""
+    """Returns notes on a setting's runs: missing runs, and where the network was stopped."""
 
     def own(name: str) -> list[Result]:
         return [one for one in results[name] if setting_of(one) == setting]
@@ -166,7 +167,7 @@ def _notes(results: Result, setting: Setting) -> list[str]:
 
 
 def closed(one: Result) -> str:
-    """Why no more runs of a setting are done."""
+    """Returns the reason why the other runs of a setting are not done."""
     least, most = one["accepts"]
     return (
         f"{setting_of(one).title}: the first run of `standard` solves {one['answers']:.1%}, which "
@@ -175,7 +176,7 @@ def closed(one: Result) -> str:
 
 
 def stop(one: Result) -> str:
-    """Where the autoregressive network was stopped, and how steep both networks are there."""
+    """Describes where the autoregressive network was stopped, and both networks' slopes there."""
     miss = 100 * (one["reached"] - one["target"])
     slopes = one["slopes"]
     return (
@@ -225,11 +226,11 @@ def _deviations(entries: Entries) -> list[str]:
 
 
 def deviation_of_runs(runs: Sequence[Result]) -> float:
-    """The deviation of answers, in points, that other problems would show as well.
+    """Estimates the deviation of answers between runs, without the noise of the choice of problems.
 
-    Accuracies over two halves of the problems have only this in common: their covariance over the
-    seeds is its square. The mean over all ways to halve is the mean covariance of two problems. 0
-    where that is negative.
+    The result is in percentage points. The accuracies on two halves of the problems share only the
+    deviation of the runs, so their covariance over the seeds is its square. Averaged over all ways
+    to halve, this is the mean covariance of two problems. A negative covariance gives 0.
     """
     right = np.array([from_hex(run["right"], run["problems"]) for run in runs], dtype=float)
     count = right.shape[1]
@@ -239,7 +240,7 @@ def deviation_of_runs(runs: Sequence[Result]) -> float:
 
 
 def ratio_of(entries: Entries, name: str, baseline: str) -> Interval | None:
-    """The ratio of two methods' deviations; None where one of them is not known."""
+    """Returns the ratio of two methods' deviations; None if one of them is not known."""
     a, b = (answers(entries.get(entry, [])) for entry in (name, baseline))
     if min(len(a), len(b)) < 2 or len(set(b)) < 2:
         return None
@@ -257,12 +258,12 @@ def _seeds(entries: Entries) -> list[str]:
 
 
 def measured(entries: Entries) -> list[Result]:
-    """What was measured at the moments of each seed of `standard`."""
+    """Returns the measurements during the runs of `standard`, one for each measured seed."""
     return [run["moments"] for run in entries.get("standard", []) if "moments" in run]
 
 
 def parts(entries: Entries, what: str, moment: str) -> dict[str, Interval]:
-    """A, B and C as shares of the variance of one row, of `loss` or `gradient`, over seeds."""
+    """Returns A, B and C as shares of one row's variance of `loss` or `gradient`, over seeds."""
     found = [moments[moment][what] for moments in measured(entries)]
     return {
         part: mean_interval([one[part][0] / one["total"][0] for one in found]) for part in "ABC"
@@ -285,7 +286,7 @@ def _parts(entries: Entries) -> list[str]:
 
 
 def noise(entries: Entries, moment: str) -> dict[str, Interval]:
-    """The variance of a batch's gradient, relative to `standard`: geometric means over seeds."""
+    """Returns a batch gradient's variance relative to `standard`, as geometric mean over seeds."""
     found = [moments[moment]["noise"] for moments in measured(entries)]
     names = found[0] if found else ()
     return {
@@ -312,7 +313,7 @@ def _noise(entries: Entries) -> list[str]:
 
 
 def with_ends(interval: Interval, form: str) -> str:
-    """In a format such as "+.1f", the ends in brackets; without where they are not known."""
+    """Formats an interval ("+.1f", say) with its ends in brackets, or without unknown ends."""
     value = f"{interval.value:{form}}"
     if math.isnan(interval.low):
         return value
@@ -320,12 +321,12 @@ def with_ends(interval: Interval, form: str) -> str:
 
 
 def points(shares: Sequence[float]) -> str:
-    """Mean difference of shares in percentage points, with its interval."""
+    """Formats the mean difference of shares in percentage points, with its interval."""
     return with_ends(mean_interval([100 * share for share in shares]), "+.1f")
 
 
 def claims(results: Result) -> str:
-    """The paper's two claims, each answered in sentences with numbers and intervals."""
+    """Answers the paper's two claims in sentences with numbers and intervals."""
     if smoke_test(results):
         return f"The paper's claims are not judged: {smoke_test(results)}."
     found = by_setting(results)
@@ -361,7 +362,7 @@ SPREADS = (
 
 
 def _spread(entries: Entries) -> list[str]:
-    """A sentence on each ratio of deviations; their tests are one family of Holm's."""
+    """Returns a sentence on each ratio of deviations; Holm's method adjusts all tests together."""
     ratios = {pair: ratio for pair in SPREADS if (ratio := ratio_of(entries, *pair)) is not None}
     means = {name: statistics.fmean(answers(runs)) for name, runs in entries.items()}
     near = [(a, b) for a, b in ratios if abs(means[a] - means[b]) <= NEAR]
@@ -385,7 +386,7 @@ def _gain(entries: Entries, name: str, baseline: str) -> str:
 
 
 def as_markdown(results: Result) -> str:
-    """One table, for a page that says no more."""
+    """Returns one table with the main results."""
     lines = [f"**{warning}.**", ""] if (warning := smoke_test(results)) else []
     lines += ["| | answers | minus `standard`'s | deviation, max - min |", "|---|---|---|---|"]
     for setting, entries in by_setting(results).items():
@@ -404,7 +405,7 @@ def as_markdown(results: Result) -> str:
 
 
 def caption(results: Result) -> str:
-    """Where the results come from."""
+    """Describes the origin of the results: scale, machine, date, program and number of runs."""
     done = results["runs"]
     wanted = sum(sum(m.values()) for m in SCALES[results["scale"]].entries.values())
     missing = f" ({wanted - len(done)} more have not been run)" if wanted > len(done) else ""
@@ -426,10 +427,10 @@ BLOCKS: Mapping[str, Callable[[Result], str]] = {
 
 
 def insert(results: Result, path: str) -> None:
-    """Puts results into the places `reproduce` of a file; see `experiments.pages.insert`."""
+    """Inserts results at the markers `reproduce` of a file; see `experiments.pages.insert`."""
     pages.insert(path, "reproduce", blocks(results))
 
 
 def blocks(results: Result) -> dict[str, Callable[[], str]]:
-    """What makes the Markdown of each place."""
+    """Returns, for each marker, the function that makes its Markdown."""
     return {name: partial(make, results) for name, make in BLOCKS.items()}

@@ -1,1 +1,1 @@
-"""Checkpoints between Hugging Face safetensors and Megatron's torch_dist format."""
+"""Conversion of checkpoints between Hugging Face safetensors and Megatron's torch_dist format."""

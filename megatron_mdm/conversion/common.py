@@ -1,4 +1,4 @@
-"""What both directions share: which tensor is made of which, and how they are compared."""
+"""Code that both directions of a conversion share: the pairing of tensors and their comparison."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from megatron_mdm.conversion.torch_dist import Place, locate
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary
 from megatron_mdm.errors import UserError, escaped
 
-# Elements that are looked at together, so that what is found about them takes little memory.
+# Elements that are checked at a time. Small chunks keep the temporary tensors small.
 _CHUNK = 1 << 20
 
 
@@ -28,10 +28,11 @@ class Pair:
     """One Megatron tensor and the Hugging Face tensors that make it up.
 
     Attributes:
-        target: the table's name of the Megatron tensor.
-        places: where it lies in the checkpoint, under each name that layer specifications give it.
-        names: the Hugging Face tensors.
-        shapes: theirs.
+        target: name of the Megatron tensor in the family's table.
+        places: places of the Megatron tensor in the checkpoint, one for each name that a layer
+            specification (local, Transformer Engine) gives it.
+        names: names of the Hugging Face tensors.
+        shapes: shapes of the Hugging Face tensors.
     """
 
     target: str
@@ -53,18 +54,18 @@ def pair_tensors(
     rows: int,
     where: str,
 ) -> list[Pair]:
-    """Pairs every Megatron tensor with its sources.
+    """Pairs every Megatron tensor with its Hugging Face tensors.
 
     Args:
-        family: the table.
-        config: config.json.
+        family: the model family.
+        config: content of config.json.
         shapes: key -> shape of the model's tensors in the checkpoint.
-        heads: of the attention.
-        rows: of the Hugging Face model's embedding.
-        where: the checkpoint, for messages.
+        heads: numbers of attention heads.
+        rows: number of rows of the Hugging Face model's embedding.
+        where: name of the checkpoint, for messages.
 
     Raises:
-        UserError: a tensor is missing, or not in the table.
+        UserError: the checkpoint lacks a tensor, or has one that the table does not list.
     """
     paired = []
     layers = family.expert_layers(config)
@@ -95,15 +96,15 @@ def pair_tensors(
 
 
 def escaping(log: Callable[[str], object]) -> Callable[[str], object]:
-    """Makes what prints a line show names of others without their line ends and escapes."""
+    """Wraps a printing function: control characters in foreign names are printed as escapes."""
     return lambda line: log(escaped(line))
 
 
 def check_space(directory: str, needed: int) -> None:
-    """Checks that `needed` bytes are free on the disk of a directory.
+    """Checks that the disk of a directory has `needed` free bytes.
 
     Raises:
-        UserError: they are not.
+        UserError: it has fewer.
     """
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -114,7 +115,7 @@ def check_space(directory: str, needed: int) -> None:
 
 
 def _size(num_bytes: float) -> str:
-    """A number of bytes in the unit that suits it."""
+    """Formats a number of bytes with a suitable unit."""
     for unit in ("bytes", "kB", "MB"):
         if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
@@ -125,7 +126,7 @@ def _size(num_bytes: float) -> str:
 def write_hub_files(
     source: Path, target: Path, family: Family, config: Config, vocab: Vocabulary
 ) -> None:
-    """Writes config.json for this vocabulary, and copies tokenizer, model code and card.
+    """Writes config.json for this vocabulary, and copies tokenizer, modeling code and model card.
 
     Raises:
         UserError: a file cannot be read.
@@ -145,12 +146,12 @@ def write_hub_files(
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """A tensor in another dtype, in which all its numbers are finite as they were.
+    """Casts a tensor and checks that all its numbers are finite before and after.
 
     Args:
         tensor: floats of any shape.
-        dtype: of the result.
-        name: of the tensor, for the message.
+        dtype: dtype of the result.
+        name: name of the tensor, for the message.
 
     Raises:
         UserError: a number is not finite, or too large for the dtype.
@@ -172,7 +173,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 def _not_finite(before: torch.Tensor, after: torch.Tensor) -> float | None:
-    """The first number of `before` that is not finite in `after`, None if all are."""
+    """Returns the first number of `before` that is not finite in `after`, None if there is none."""
     parts = (tensor.flatten().split(_CHUNK) for tensor in (before, after))
     for numbers, converted in zip(*parts, strict=True):
         lost = numbers[~converted.isfinite()]
@@ -182,7 +183,7 @@ def _not_finite(before: torch.Tensor, after: torch.Tensor) -> float | None:
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bitwise equality, of NaNs and of signed zeros too."""
+    """Whether two tensors are bitwise equal; NaNs and signed zeros are compared by their bits."""
     return (
         one.dtype == other.dtype
         and one.shape == other.shape
@@ -198,15 +199,15 @@ def verify(
     read: Callable[[Pair], Iterable[tuple[str, torch.Tensor, torch.Tensor]]],
     log: Callable[[str], object],
 ) -> None:
-    """Compares bitwise what was written with what it was made of.
+    """Checks that the written tensors are bitwise equal to the tensors that they were made from.
 
     Args:
-        tensor_pairs: the tensors.
-        read: for each of them, (name, tensor as written, tensor as it should be).
+        tensor_pairs: the tensors to compare.
+        read: yields (name, written tensor, expected tensor) for a pair.
         log: prints a line for the user.
 
     Raises:
-        UserError: names the first tensor that differs.
+        UserError: a tensor differs; the message names the first one.
     """
     with progress(sum(pair.parameters for pair in tensor_pairs), "verifying", "") as advance:
         for pair in tensor_pairs:
@@ -222,6 +223,6 @@ def verify(
 
 @contextmanager
 def progress(total: int, text: str, unit: str = "B") -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Shows a progress bar on a terminal, and nothing elsewhere."""
     with tqdm(total=total, desc=text, unit=unit, unit_scale=True, disable=None, leave=False) as bar:
         yield bar.update

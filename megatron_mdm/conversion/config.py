@@ -1,4 +1,4 @@
-"""What config.json says whatever the family: the kind of each value, and the rotary embedding."""
+"""Parts of config.json that all families share: types of values, and the rotary embedding."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,7 +27,8 @@ def _each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-# Kind in words -> how it is told, and the keys that are of it. Null is as good as no key at all.
+# Type in words -> the function that checks it, and the keys that have it. A null value counts as
+# a missing key.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a text": (_is_a(str), "model_type torch_dtype dtype"),
     "a list of texts": (_each(_is_a(str)), "architectures layer_types"),
@@ -39,10 +40,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_kinds(config: Config) -> None:
-    """Checks that values are of the kind that the code relies on.
+    """Checks that values of config.json have the types that the code relies on.
 
     Raises:
-        UserError: one is not.
+        UserError: a value has another type.
     """
     for kind, (check, keys) in _KINDS.items():
         for key in keys.split():
@@ -51,15 +52,16 @@ def check_kinds(config: Config) -> None:
 
 
 def wrong_kind(key: str, kind: str, value: object) -> UserError:
-    """The error about a value that is not of its kind."""
+    """Returns the error about a value of the wrong type."""
     return UserError(f"config.json: {key!r} should be {kind}, got {value!r}")
 
 
 def rotary_base(config: Config) -> Any:
-    """The base of the rotary embedding (theta), None if config.json does not say.
+    """Returns the base of the rotary embedding (theta), None if config.json does not give it.
 
     Raises:
-        UserError: it says two things, or a kind of rotation that Megatron does not compute.
+        UserError: config.json gives two different bases, or a rotation that Megatron does not
+            compute.
     """
     values = [config.get("rope_theta"), _rotary(config).get("rope_theta")]
     given = [value for value in values if value is not None]
@@ -73,10 +75,12 @@ def rotary_base(config: Config) -> Any:
 
 
 def rope_scaling_flags(config: Config) -> list[str]:
-    """Llama 3.1's scaling; Megatron knows its factor alone, the rest is built in.
+    """Returns Megatron's flags for Llama 3.1's rope scaling; only its factor has a flag.
+
+    The other parameters are constants in Megatron.
 
     Raises:
-        UserError: another scaling.
+        UserError: config.json asks for another scaling.
     """
     scaling = _rotary(config)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -87,7 +91,7 @@ def rope_scaling_flags(config: Config) -> list[str]:
         "high_freq_factor": 4,
         "original_max_position_embeddings": 8192,
     }
-    # transformers prefers a length that stands outside.
+    # transformers prefers a length at the top level of config.json to one in the scaling.
     length = config.get("original_max_position_embeddings", 8192)
     if (
         kind != "llama3"
@@ -95,8 +99,8 @@ def rope_scaling_flags(config: Config) -> list[str]:
         or any(scaling.get(key) != value for key, value in built_in.items())
     ):
         raise UserError(
-            f"config.json: rope scaling {dict(scaling)} is not supported: Megatron computes llama3 "
-            f"with {built_in}, and no other"
+            f"config.json: rope scaling {dict(scaling)} is not supported: Megatron only computes "
+            f"llama3 with {built_in}"
         )
     if not is_positive(scaling.get("factor")):
         raise wrong_kind("factor", "a number above 0 in the rope scaling", scaling.get("factor"))
@@ -104,7 +108,7 @@ def rope_scaling_flags(config: Config) -> list[str]:
 
 
 def _rotary(config: Config) -> Config:
-    """The settings of the rotary embedding, under the name of transformers 4 or of 5."""
+    """Returns the settings of the rotary embedding, under transformers 4's or 5's key."""
     scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
     if scaling and parameters and scaling != parameters:
         raise UserError(

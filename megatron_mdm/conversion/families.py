@@ -1,4 +1,4 @@
-"""The model families: one declarative table each, from config.json and tensor names to Megatron's.
+"""The model families: a table for each maps config.json and tensor names to Megatron's.
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
 transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_dream.py`
@@ -12,7 +12,7 @@ from megatron_mdm.conversion.config import Config, check_kinds
 from megatron_mdm.conversion.family import NEEDED, Family
 from megatron_mdm.errors import UserError
 
-# Keys by which other models of the same tensors compute something else, and what leaves them out.
+# Keys that change the computation of models with the same tensors, and their neutral values.
 _ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
@@ -22,7 +22,7 @@ _ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
     "embedding_multiplier": (None, 1),
     "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1),
-    # Weights that are no plain numbers until they are put together.
+    # Quantized or compressed weights, which have to be decoded first.
     "quantization_config": (None,),
     "compression_config": (None,),
     "transformers_weights": (None,),  # the file that transformers would read instead
@@ -30,10 +30,10 @@ _ELSEWHERE: Mapping[str, tuple[Any, ...]] = {
 
 
 def detect(config: Config) -> Family:
-    """The family of a config.json: by its architecture, else by `model_type` and keys.
+    """Finds the family of a config.json by its architecture, else by `model_type` and keys.
 
     Raises:
-        UserError: no table describes it; the message names the key that does not fit.
+        UserError: no table describes the model; the message names the key that does not fit.
     """
     check_kinds(config)
     architectures = config.get("architectures") or []
@@ -52,8 +52,8 @@ def detect(config: Config) -> Family:
             raise UserError(f"config.json: {name} is not converted: {REFUSED[name]}")
     if family is None:
         raise UserError(
-            f"config.json: no table for the architecture "
-            f"{', '.join(architectures) or config.get('model_type')} (known: {', '.join(names)})"
+            f"config.json: {', '.join(architectures) or config.get('model_type')} is not a "
+            f"supported architecture (supported: {', '.join(names)})"
         )
     for key in family.required:
         if config.get(key) is None:
@@ -94,7 +94,7 @@ _LAYER = "decoder.layers.{n}."
 def _tensors(
     embedding: str, layer: str, norm: str, output: str, names: Mapping[str, str | tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:
-    """Spells out a table of one decoder: `names` are those inside a layer."""
+    """Builds the table of a decoder; `names` are the tensors inside a layer."""
     tensors: dict[str, tuple[str, ...]] = {"embedding.word_embeddings.weight": (embedding,)}
     for target, sources in names.items():
         sources = (sources,) if isinstance(sources, str) else sources
@@ -230,7 +230,7 @@ LLADA = Family(
             "self_attention.linear_qkv.weight": tuple(f"{x}_proj.weight" for x in "qkv"),
             "self_attention.linear_proj.weight": "attn_out.weight",
             "mlp.linear_fc1.layer_norm_weight": "ff_norm.weight",
-            # ff_proj goes through the activation: it is the gate.
+            # The activation is applied to ff_proj, so ff_proj is the gate.
             "mlp.linear_fc1.weight": ("ff_proj.weight", "up_proj.weight"),
             "mlp.linear_fc2.weight": "ff_out.weight",
         },
@@ -259,7 +259,7 @@ LLADA_MOE = Family(
         "num_experts": ("num_experts", NEEDED),
         "moe_router_topk": ("num_experts_per_tok", NEEDED),
         "moe_ffn_hidden_size": ("expert_intermediate_size", NEEDED),
-        # Without dense layers nothing depends on it.
+        # Only dense layers have this size. Without them, any value will do.
         "ffn_hidden_size": (
             "dense_intermediate_size",
             lambda config: config["expert_intermediate_size"],
@@ -274,7 +274,7 @@ LLADA_MOE = Family(
         "qk_layernorm": (True,),
         "partial_rotary_factor": (1,),
         "shared_expert_intermediate_size": (None,),
-        # Softmax over all experts, whose largest values are the weights as they are.
+        # Softmax over all experts; the top-k probabilities are not renormalized.
         "moe_router_score_function": ("softmax",),
         "norm_topk_prob": (None, False),
         "moe_router_enable_expert_bias": (None, False),
@@ -291,7 +291,7 @@ LLADA_MOE = Family(
 
 FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM)
 
-# Models whose weights would convert, and would then compute something else.
+# Models whose weights would convert, but whose converted model would compute something else.
 REFUSED = {
     "LLaDA2MoeModelLM": (
         "its attention is block-causal, and it is trained to fill one block after clean ones; with "

@@ -1,4 +1,4 @@
-"""A model family: how Hugging Face writes it, and the flags with which Megatron builds it."""
+"""A model family: its form in Hugging Face files, and the flags with which Megatron builds it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,42 +14,43 @@ from megatron_mdm.conversion.config import (
 )
 from megatron_mdm.errors import UserError
 
-# Absent from config.json, and no default: the model cannot be described without it.
+# The default of a size without a default: config.json has to give it.
 NEEDED = object()
 
-# Training starts with rows of at most this many tokens, unless the user says otherwise. A model
-# with rotary positions reads longer ones too, up to its --max-position-embeddings.
+# The largest --seq-length that the launch line gives. The user may raise it: a model with rotary
+# positions reads rows of up to --max-position-embeddings tokens.
 DEFAULT_SEQ_LENGTH = 4096
 
-# The sizes that need not be whole.
+# The sizes that need not be integers.
 _REAL = ("rotary_base", "norm_epsilon")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a model family is written by Hugging Face, and how Megatron builds it.
+    """A model family: its form in Hugging Face files, and Megatron's arguments for it.
 
     Attributes:
-        name: for messages.
+        name: name of the family in messages.
         architecture: class name in config.json's `architectures`.
         model_type: config.json's `model_type`; several families may share it.
         sizes: Megatron argument -> (config.json key, default; a callable default reads the config).
-        fixed: config.json key -> values that this table describes. Any other value means another
-            computation, and is refused.
-        required: keys of `fixed`, or `tied_key`, without which the model's class computes something
-            else; another absent key passes.
-        tensors: Megatron's tensor -> the Hugging Face tensors that make it up, `{n}` the layer and
-            `{e}` the expert.
-        flags: Megatron's switches that all models of the family need.
-        mask_token_id: mask token where config.json does not name it; None for an autoregressive
+        fixed: config.json key -> supported values. Any other value means another computation, and
+            is refused.
+        required: keys that config.json must have: keys of `fixed`, or `tied_key`, whose default in
+            the model's class is not the supported value. Other keys of `fixed` may be absent.
+        tensors: Megatron tensor -> the Hugging Face tensors that make it up; `{n}` stands for the
+            layer and `{e}` for the expert.
+        flags: Megatron's flags that all models of the family need.
+        mask_token_id: the mask token if config.json does not name one; None for an autoregressive
             family.
-        shifted: the logits of position i - 1 predict token i.
-        other_architectures: further names of the same class.
-        experts_key: config.json's list of 1 (a layer of experts) and 0 (a dense one), one a layer;
-            None for a family without experts.
-        in_transformers: its class is part of Hugging Face transformers, with causal attention.
-        rope_scaling: its class scales rotary embeddings where config.json says so, and does not
-            ignore it.
+        shifted: whether the logits of position i - 1 predict token i.
+        other_architectures: further class names of the family.
+        experts_key: config.json key of a list with one number a layer, 1 for a layer with experts
+            and 0 for a dense one; None for a family without experts.
+        in_transformers: whether the class is part of Hugging Face transformers; such a class has
+            causal attention.
+        rope_scaling: whether the class obeys a rope scaling in config.json; False: it ignores it.
+        tied_key: config.json key that says whether the output layer shares the embedding's weights.
     """
 
     name: str
@@ -69,10 +70,10 @@ class Family:
     tied_key: str = "tie_word_embeddings"
 
     def value(self, config: Config, argument: str) -> Any:
-        """The value that config.json gives to a Megatron argument of `sizes`.
+        """Returns the value that config.json gives for a Megatron argument of `sizes`.
 
         Raises:
-            UserError: config.json has no such key, or its value is no number, or none above 0.
+            UserError: config.json lacks the key, or its value is not a number above 0.
         """
         key, default = self.sizes[argument]
         value = rotary_base(config) if key == "rope_theta" else config.get(key)
@@ -88,14 +89,14 @@ class Family:
         return value
 
     def tied(self, config: Config) -> bool:
-        """Whether the output layer is the embedding."""
+        """Whether the output layer shares the embedding's weights."""
         return bool(config.get(self.tied_key))
 
     def expert_layers(self, config: Config) -> list[bool]:
-        """Which layers have experts.
+        """Returns, for each layer, whether it has experts.
 
         Raises:
-            UserError: config.json's list is none, or of another length.
+            UserError: config.json's value is not such a list, or has another length.
         """
         layers = self.value(config, "num_layers")
         if self.experts_key is None:
@@ -111,10 +112,10 @@ class Family:
 
 
 def model_flags(family: Family, config: Config) -> list[str]:
-    """Megatron's flags that build this model, vocabulary and tokenizer left out.
+    """Returns Megatron's flags for this model, without those of vocabulary and tokenizer.
 
     Raises:
-        UserError: config.json says something that Megatron has no flag for.
+        UserError: config.json asks for something that Megatron has no flag for.
     """
     flags = [
         *"--position-embedding-type rope --normalization RMSNorm --swiglu".split(),
@@ -134,7 +135,8 @@ def model_flags(family: Family, config: Config) -> list[str]:
         flags += [f"--{name.replace('_', '-')}", str(value)]
     flags += ["--group-query-attention"]
     pattern = family.expert_layers(config)
-    if any(pattern) and not all(pattern):  # all alike is Megatron's default, with other keys
+    # Without the list, layers share keys; with a list, Megatron gives each layer keys of its own.
+    if any(pattern) and not all(pattern):
         flags += ["--moe-layer-freq", "[" + ",".join(str(int(x)) for x in pattern) + "]"]
     flags += ["--seq-length", str(min(values["max_position_embeddings"], DEFAULT_SEQ_LENGTH))]
     if not family.tied(config):
@@ -149,16 +151,16 @@ def model_flags(family: Family, config: Config) -> list[str]:
 
 
 def mask_token_id(family: Family, config: Config) -> int | None:
-    """The mask token of a model, None for an autoregressive one."""
+    """Returns the id of a model's mask token, None for an autoregressive model."""
     declared = config.get("mask_token_id")
     return family.mask_token_id if declared is None else declared
 
 
 def shifted(family: Family, config: Config) -> bool:
-    """Whether the logits of position i - 1 predict token i in a model with a mask token.
+    """Whether, in a model with a mask token, the logits of position i - 1 predict token i.
 
-    What was trained autoregressively goes on predicting the token after each position, unless
-    config.json, as `to_hugging_face` writes it, says otherwise.
+    A model that was trained autoregressively keeps predicting the token after each position, unless
+    config.json has the key `mdm_shift`, which `to_hugging_face` writes.
     """
     declared = config.get("mdm_shift")
     if declared is not None:

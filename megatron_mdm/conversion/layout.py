@@ -1,8 +1,9 @@
-"""How Megatron arranges the tensors that Hugging Face keeps apart: pure tensor arithmetic.
+"""Fuses Hugging Face tensors into Megatron's tensors and splits them again.
 
 `linear_qkv` holds, per query group, its queries, then its key, then its value (Megatron's
-SelfAttention.get_query_key_value_tensors); `linear_fc1` holds the gate above the up projection
-(its gated MLP activates the first half). Everything else is the same on both sides.
+SelfAttention.get_query_key_value_tensors). `linear_fc1` holds the gate projection and then the up
+projection (Megatron's gated MLP activates the first half). All other tensors are the same on both
+sides.
 """
 
 from collections.abc import Sequence
@@ -15,17 +16,21 @@ Shape = tuple[int, ...]
 # Megatron's tensors that only one kind of layer has.
 _OF_EXPERTS = (".mlp.router.", ".mlp.experts.")
 _OF_DENSE = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")
-# A norm that the local layers keep with the experts, and Transformer Engine's by itself.
+# The same norm has two names in a layer with experts: in the local layer specification, and in
+# Transformer Engine's.
 LOCAL_NORM = "mlp.linear_fc1.layer_norm_weight"
 TE_NORM = "pre_mlp_layernorm.weight"
 
 
 def names_in_layer(target: str, experts: bool) -> list[str]:
-    """Megatron's names of a tensor in one layer: none, one, or one a layer specification.
+    """Returns Megatron's names of a tensor in one layer.
+
+    There is no name if this kind of layer lacks the tensor, and there are two if the local layer
+    specification and Transformer Engine's differ.
 
     Args:
-        target: from a table.
-        experts: whether the layer has experts or is a dense one.
+        target: name of the tensor in a family's table.
+        experts: whether the layer has experts; False for a dense layer.
     """
     if any(part in target for part in _OF_EXPERTS):
         return [target] if experts else []
@@ -38,20 +43,20 @@ def names_in_layer(target: str, experts: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads: `queries` query heads share `groups` key-value heads."""
+    """Numbers of attention heads: `queries` query heads share `groups` key-value heads."""
 
     queries: int
     groups: int
 
 
 def part_shapes(target: str, shape: Shape, parts: int, heads: Heads) -> list[Shape]:
-    """Shapes of the Hugging Face tensors that make up a Megatron tensor.
+    """Returns the shapes of the Hugging Face tensors that make up a Megatron tensor.
 
     Args:
-        target: its name, which says how the parts are arranged.
-        shape: its shape; rows are output features.
+        target: name of the Megatron tensor, which determines how the parts are arranged.
+        shape: shape of the Megatron tensor; rows are output features.
         parts: number of the Hugging Face tensors.
-        heads: of the attention.
+        heads: numbers of attention heads.
     """
     rows, rest = shape[0], tuple(shape[1:])
     if ".linear_qkv." in target and parts == 3:
@@ -63,7 +68,7 @@ def part_shapes(target: str, shape: Shape, parts: int, heads: Heads) -> list[Sha
 
 
 def join(target: str, parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tensor:
-    """Megatron's tensor from the Hugging Face tensors, both [output features, ...]."""
+    """Builds a Megatron tensor from its Hugging Face tensors, all [output features, ...]."""
     if len(parts) == 1:
         return parts[0]
     if ".linear_qkv." in target:
@@ -73,7 +78,7 @@ def join(target: str, parts: Sequence[torch.Tensor], heads: Heads) -> torch.Tens
 
 
 def split(target: str, tensor: torch.Tensor, parts: int, heads: Heads) -> list[torch.Tensor]:
-    """The inverse of `join`."""
+    """Splits a Megatron tensor into its Hugging Face tensors: the inverse of `join`."""
     if parts == 1:
         return [tensor]
     if ".linear_qkv." in target:

@@ -1,4 +1,4 @@
-"""What the model of a directory computes, by Hugging Face's class and by Megatron's."""
+"""Compares the logits of a model in Hugging Face's class and in Megatron's."""
 
 import importlib.util
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from megatron_mdm.conversion.modeling_code import WORKS_WITH, class_name, model_
 from megatron_mdm.conversion.vocabulary import TENSORS
 from megatron_mdm.errors import UserError
 
-# Weights in float32, of which there are two sets while the logits are compared.
+# Upper limit of the float32 weights of one model. Both models are in memory during the comparison.
 MAX_BYTES = 4 * 10**9
-# Of the largest logit. Rounding alone gives some 1e-6; wrong arrangements change all digits.
+# Relative to the largest logit. Rounding gives about 1e-6; a wrong tensor layout gives about 1.
 TOLERANCE = 1e-4
 ROWS, LENGTH = 2, 16
 
@@ -35,26 +35,26 @@ def compare_logits(
     log: Callable[[str], object],
     added: int | None = None,
 ) -> None:
-    """Compares the logits of both models, read from their files, in float32 with full attention.
+    """Compares the logits of both models in float32 with full attention, from their files.
 
-    Says what was compared, or why nothing was.
+    Logs what was compared, or why nothing was compared.
 
     Args:
-        family: the table.
-        config: config.json.
-        hub_directory: with the Hugging Face model.
+        family: the model family.
+        config: content of config.json.
+        hub_directory: directory of the Hugging Face model.
         checkpoint: directory with the files of one iteration.
-        rows: tokens that both models have.
+        rows: number of tokens that both models have.
         padded: rows of Megatron's vocabulary.
-        parameters: of the model.
-        dtype: that was written, and to which the weights of both are rounded; None for the same
-            on both sides.
+        parameters: number of the model's parameters.
+        dtype: dtype of the written weights; the weights of both models are rounded to it. None:
+            both have the same dtype, and no weights are rounded.
         trust: run the modeling code of the directory.
         log: prints a line for the user.
-        added: a token whose rows only Megatron's model has; it is left out.
+        added: a token that only Megatron's model has, which is not compared; None: there is none.
 
     Raises:
-        UserError: they differ by more than `TOLERANCE` of the largest.
+        UserError: the logits differ by more than `TOLERANCE` times the largest logit.
     """
     reason = _obstacle(family, config, hub_directory, trust)
     if 4 * parameters > MAX_BYTES:
@@ -69,7 +69,7 @@ def compare_logits(
     if not reason:
         try:
             theirs = _hub_logits(family, config, hub_directory, tokens, dtype)
-        except Exception as error:  # whatever code of the directory may raise
+        except Exception as error:  # the directory's code may raise anything
             first = str(error).strip().partition("\n")[0]
             reason = f"Hugging Face's class does not load: {type(error).__name__}: {first}"
             reason += _advice(family)
@@ -92,7 +92,7 @@ def compare_logits(
 
 
 def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> str:
-    """Why Hugging Face's class cannot be built, empty if it can."""
+    """Returns why Hugging Face's class cannot be built, or an empty text."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed (pip install transformers)"
     if family.in_transformers:
@@ -110,7 +110,7 @@ def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> s
 
 
 def _advice(family: Family) -> str:
-    """Which version of transformers the code of a family was written for."""
+    """Names the transformers version that a family's code was written for, if another is used."""
     import transformers
 
     if family.in_transformers or transformers.__version__ == WORKS_WITH:
@@ -129,13 +129,13 @@ def _hub_logits(
     tokens: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """Logits [b, s, vocabulary] of Hugging Face's class, float32."""
+    """Computes the logits of Hugging Face's class, float32 [b, s, vocabulary]."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     inputs: dict[str, Any] = {}
-    if family.in_transformers:  # a causal model, whose mask is added to the scores: none is hidden
+    if family.in_transformers:  # a causal model: a mask of zeros hides no position
         inputs["attention_mask"] = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory,

@@ -1,7 +1,7 @@
-"""What Megatron itself asks a checkpoint for: arguments from flags, keys and shapes from a model.
+"""Megatron's own view of a model: its arguments, its checkpoint's keys and shapes, its logits.
 
-The arguments are parsed from the very flags that are printed for the user, and the model is
-Megatron's, built without memory on PyTorch's meta device, or with it to see what it computes.
+Megatron parses the flags that the launch line prints, and builds the model from them: on PyTorch's
+meta device, without memory, for keys and shapes; on the CPU for logits.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ from megatron_mdm.mcore.ranks import one_rank
 
 _ROUTER = "mlp.router.weight"
 
-# Whatever is not the model's is left to the run that loads the checkpoint.
+# Required flags that do not describe the model. The run that loads the checkpoint sets its own.
 _RUN = "--micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-5".split()
 
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What a checkpoint of a model has to hold.
+    """The tensors and objects that a checkpoint of a model has to hold.
 
     Attributes:
         shapes: key -> shape of every tensor.
-        objects: keys of the extra states.
+        objects: keys of the extra states, which are no tensors.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -51,13 +51,13 @@ class CheckpointContents:
 
 
 def arguments(flags: Sequence[str]) -> Namespace:
-    """Megatron's validated arguments for these flags, as a checkpoint on GPUs records them."""
+    """Returns Megatron's validated arguments, as a checkpoint written on GPUs records them."""
     with training_device("cpu"):
         return _parse(flags)
 
 
 def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
-    """The keys and shapes of a checkpoint of the model that these flags build."""
+    """Returns the keys and shapes of a checkpoint of the model that these flags build."""
     with _model(flags, "meta") as model:
         state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         apply_factories(state)
@@ -70,7 +70,7 @@ def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
     for key in [key for key in shapes if key.endswith(_ROUTER)]:
         layer = key.removesuffix(_ROUTER)
         shapes[layer + TE_NORM] = shapes[layer + LOCAL_NORM]
-    # Transformer Engine's norms have an extra state too; Megatron's own have none.
+    # Transformer Engine's norms have an extra state; Megatron's own norms have none.
     for key, shape in shapes.items():
         if key.endswith("layernorm.weight"):
             name = key.removesuffix("weight") + "_extra_state"
@@ -83,13 +83,13 @@ def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
 def logits(
     flags: Sequence[str], checkpoint: Path, tokens: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """What Megatron's model computes from a checkpoint in float32, with full attention.
+    """Computes logits with Megatron's model from a checkpoint, in float32 with full attention.
 
     Args:
-        flags: of the model, without those of a precision.
+        flags: flags of the model, without precision flags.
         checkpoint: directory with the files of one iteration.
         tokens: int64 [b, s].
-        dtype: the weights are rounded to it first; None: they are not.
+        dtype: the weights are first rounded to this dtype; None: they are not rounded.
 
     Returns:
         float32 [b, s, padded vocabulary].
@@ -97,10 +97,10 @@ def logits(
     with _model(flags, "cpu") as model:
         state = model.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         names = set(state)
-        loaded = dist_checkpointing.load(state, str(checkpoint))  # with the arguments, among others
+        loaded = dist_checkpointing.load(state, str(checkpoint))  # has more than the model's names
         model.load_state_dict({name: loaded[name] for name in names})
         round_weights(model, dtype)
-        # Attention asks for a generator of its own, although it drops nothing.
+        # Attention asks for its dropout generator even if the dropout rate is 0.
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         logits: torch.Tensor = model.eval()(tokens, positions, None)
@@ -108,7 +108,7 @@ def logits(
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    """Rounds float32 weights to the values that `dtype` has, in place; None: leaves them."""
+    """Rounds float32 weights in place to values of `dtype`; None leaves them unchanged."""
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
@@ -116,7 +116,7 @@ def round_weights(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
 
 @contextlib.contextmanager
 def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
-    """Megatron's model on one rank, its weights not initialised."""
+    """Builds Megatron's model on one rank, with uninitialized weights."""
     with training_device("cpu"), one_rank(), _quiet():
         args = _parse([*flags, "--mdm-device", "cpu"])
         args.perform_initialization = False
@@ -147,7 +147,7 @@ def _parse(flags: Sequence[str]) -> Namespace:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Megatron's listing of its arguments and its notices to itself."""
+    """Suppresses Megatron's list of arguments and its notices."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,8 @@
-"""A model of the Python code that lies beside its config.json, in float32.
+"""Builds a model in float32 from the Python code beside its config.json.
 
-The code of LLaDA, LLaDA-MoE and Dream was written for transformers 4. `from_pretrained` of
-transformers 5 stumbles over it while it loads weights, and so the class is called by itself here.
+The code of LLaDA, LLaDA-MoE and Dream was written for transformers 4. The `from_pretrained` of
+transformers 5 fails when it loads weights into these classes. Therefore this module calls the
+class itself and loads the weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,26 +15,26 @@ import torch
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.safetensors_model import HubModel
 
-# The version that the released classes were last published for, and load with as they are.
+# The last version of transformers that the released code was published for; it loads unchanged.
 WORKS_WITH = "4.57.1"
 
 
 def class_name(config: Config) -> str:
-    """The class that a directory's own code has for the model, as module.Class; empty without."""
+    """Returns the model class of a directory's own code as module.Class; empty if there is none."""
     names = config.get("auto_map") or {}
     return str(names.get("AutoModelForCausalLM") or names.get("AutoModel") or "")
 
 
 def model_of(directory: Path, config: Config, same: Sequence[str] = ()) -> Any:
-    """The model with the weights of its files; runs the code of the directory.
+    """Builds the model and loads its weights; runs the code of the directory.
 
     Args:
-        directory: with config.json, the code and the weights.
-        config: config.json.
-        same: two names of one tensor, of which the files may lack the second.
+        directory: directory with config.json, the code and the weights.
+        config: content of config.json.
+        same: two names of one tensor; the files may lack the second name.
 
     Raises:
-        Exception: of any kind, from the code.
+        Exception: the directory's code may raise any exception.
     """
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -43,7 +44,7 @@ def model_of(directory: Path, config: Config, same: Sequence[str] = ()) -> Any:
         settings = transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=True, **local
         )
-        settings.use_cache = False  # transformers 5 gives no default, and LLaDA's asks for it
+        settings.use_cache = False  # transformers 5 has no default, and LLaDA's code reads it
         model = get_class_from_dynamic_module(class_name(config), str(directory), **local)(settings)
     missing = _load(model.state_dict(), directory, same)
     if missing:
@@ -52,9 +53,9 @@ def model_of(directory: Path, config: Config, same: Sequence[str] = ()) -> Any:
 
 
 def _load(own: dict[str, torch.Tensor], directory: Path, same: Sequence[str]) -> list[str]:
-    """Copies the tensors of a directory into those of a model; returns the names that it lacks.
+    """Copies the tensors of a directory into a model; returns the names that the files lack.
 
-    By the library of their format, and not by our own reader, which wrote or read them before.
+    The safetensors library reads them, so that the check does not depend on this package's reader.
     """
     from safetensors import safe_open
 
@@ -74,9 +75,9 @@ def _load(own: dict[str, torch.Tensor], directory: Path, same: Sequence[str]) ->
 
 @contextmanager
 def _rotary_embedding_without_scaling() -> Iterator[None]:
-    """Context with the entry `default` of transformers' table, which transformers 5 has not.
+    """Adds the entry `default` to transformers' table of rotary embeddings inside the context.
 
-    LLaDA-MoE's and Dream's code look their frequencies up there.
+    The code of LLaDA-MoE and Dream looks the entry up; transformers 5 lacks it.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -94,10 +95,10 @@ def _rotary_embedding_without_scaling() -> Iterator[None]:
 def _frequencies(
     config: Any, device: torch.device | None = None, **_: Any
 ) -> tuple[torch.Tensor, float]:
-    """Computes the frequencies of the rotary embedding.
+    """Computes the frequencies of a rotary embedding without scaling.
 
     Returns:
-        The frequencies, float32 [dimensions of a head / 2], and a factor of the result.
+        The frequencies, float32 [head dimension / 2], and the factor that scales the attention.
     """
     size = config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size

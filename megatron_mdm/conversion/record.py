@@ -1,4 +1,4 @@
-"""What a converted model was made from, so that a conversion is not repeated for nothing."""
+"""The record of a conversion's sources: a conversion from the same sources is not repeated."""
 
 import os
 from collections.abc import Sequence
@@ -13,27 +13,28 @@ from megatron_mdm.hub_files import HUB_FILES
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 
 TOOL = "tools/convert_checkpoint.py"
-RECORD = ".conversion.json"  # of a hidden name, so that it is not taken along as a model's file
+RECORD = ".conversion.json"  # a hidden file, so that it is not copied along with a model's files
 
 
 def hugging_face_sources(directory: str) -> list[Path]:
-    """The files of a model directory that a conversion to Megatron depends on."""
+    """Returns the files of a model directory that a conversion to Megatron depends on."""
     others = tuple(suffix for suffix in safetensors_model.WEIGHTS if suffix != ".safetensors")
     return [path for path in _files(Path(directory)) if not path.name.endswith(others)]
 
 
 def megatron_sources(directory: str, iteration: int | None, hf_config: str | None) -> list[Path]:
-    """The files that a conversion to Hugging Face depends on.
+    """Returns the files that a conversion to Hugging Face depends on.
 
     Args:
-        directory: Of the checkpoint.
-        iteration: Which checkpoint; None for the last.
+        directory: The checkpoint directory.
+        iteration: Iteration of the checkpoint; None for the last.
         hf_config: Directory with config.json and tokenizer; None for the checkpoint's own.
 
     Raises:
         UserError: There is no checkpoint.
     """
-    checkpoint = DistCheckpoint(Path(directory), iteration, hashes=False)  # which come later
+    # The conversion compares the hashes.
+    checkpoint = DistCheckpoint(Path(directory), iteration, hashes=False)
     found = sorted(path for path in checkpoint.path.iterdir() if path.is_file())
     tokenizer = tokenizer_of(directory, checkpoint.args)
     places = [hf_config, os.path.join(directory, HUB_FILES)]
@@ -44,11 +45,11 @@ def megatron_sources(directory: str, iteration: int | None, hf_config: str | Non
 
 
 def is_made_from(output: str, source: str) -> bool:
-    """Whether a conversion is there, all of it, that was made from this.
+    """Whether a directory holds a complete conversion of these sources.
 
     Args:
-        output: Its directory.
-        source: What `made_from` (data/record.py) says of what it should be made from.
+        output: The directory of the conversion.
+        source: Digest of the sources, from `made_from` (data/record.py).
     """
     found = read_record(os.path.join(output, RECORD), TOOL)
     return (
@@ -59,10 +60,10 @@ def is_made_from(output: str, source: str) -> bool:
 
 
 def check_replaceable(output: str) -> None:
-    """Checks that a directory holds nothing but what this tool wrote.
+    """Checks that a directory holds only the files that this tool wrote.
 
     Raises:
-        UserError: It does.
+        UserError: It holds other files, or files of other sizes.
     """
     found = read_record(os.path.join(output, RECORD), TOOL)
     if found is None or found.get("files") != _sizes(output):
@@ -73,7 +74,7 @@ def check_replaceable(output: str) -> None:
 
 
 def write_record(output: str, source: str, command: Sequence[str]) -> None:
-    """Notes in the directory of a conversion what it was made from.
+    """Writes the record into the directory of a conversion.
 
     Raises:
         UserError: The record cannot be written.
@@ -83,13 +84,13 @@ def write_record(output: str, source: str, command: Sequence[str]) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    """A model's files that are not hidden; none if there is no such directory."""
+    """Returns a model's files without hidden ones; none if the directory does not exist."""
     found = [*directory.glob("*"), *safetensors_model.chat_templates(directory)]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def _sizes(directory: str) -> dict[str, int]:
-    """Bytes of every file below a directory, the record left out."""
+    """Returns the size in bytes of every file below a directory, without the record."""
     paths = [path for path in sorted(Path(directory).rglob("*")) if path.is_file()]
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in paths}
     return {name: size for name, size in sizes.items() if name != RECORD}

@@ -1,7 +1,7 @@
-"""Hugging Face model directories: config.json and safetensors files, read and written in a stream.
+"""Reads and writes Hugging Face model directories, one tensor at a time.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, the header
-in JSON with the dtype, shape and place of every tensor, then the tensors' bytes.
+The safetensors format (github.com/huggingface/safetensors): 8 bytes with the length of the header,
+the header in JSON with the dtype, shape and position of every tensor, then the tensors' bytes.
 """
 
 import json
@@ -22,11 +22,11 @@ from megatron_mdm.hub_files import CHAT_TEMPLATES
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Bytes of tensors in one file, as transformers does it.
+# Upper limit of the tensors' bytes in one file; the same as in transformers.
 MAX_FILE_BYTES = 5 * 10**9
-# Files of an adapter (LoRA and the like), which adds to the weights that lie beside it.
+# Files of an adapter (such as LoRA), which changes the weights beside it.
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# Weights, which are not copied along with the tokenizer and the model's code.
+# Suffixes of weight files, which are not copied along with the tokenizer and the modeling code.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -35,11 +35,11 @@ class Entry:
     """A tensor in a safetensors file.
 
     Attributes:
-        path: of the file.
-        dtype: of the tensor.
-        shape: of the tensor.
-        start: where its numbers begin, bytes from the beginning of the file.
-        size: bytes of its numbers.
+        path: path of the file.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        start: offset of the tensor's data in the file, in bytes.
+        size: size of the tensor's data in bytes.
     """
 
     path: Path
@@ -50,10 +50,10 @@ class Entry:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, or does not hold a JSON object.
     """
     with read_errors(path):
         content = path.read_bytes()
@@ -67,10 +67,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_no_adapter(directory: Path) -> None:
-    """Checks that no adapter lies beside a model.
+    """Checks that there is no adapter beside a model.
 
     Raises:
-        UserError: names its file.
+        UserError: there is one; the message names its file.
     """
     for name in ADAPTER:
         if (directory / name).exists():
@@ -83,10 +83,10 @@ def check_no_adapter(directory: Path) -> None:
 class HubModel:
     """The tensors of a Hugging Face model directory, read one at a time.
 
-    Opening it reads the headers and checks that every file is there and whole.
+    The constructor reads the headers and checks that every file is there and complete.
 
     Attributes:
-        entries: name -> where the tensor lies.
+        entries: name -> position of the tensor in the files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -108,7 +108,7 @@ class HubModel:
             if (directory / SINGLE).exists() and SINGLE not in files:
                 raise UserError(
                     f"{directory} has {SINGLE}, which {INDEX} does not name: transformers would "
-                    "take the former for the model; remove the one that is not"
+                    "load the former; remove the one that does not belong to the model"
                 )
         else:
             files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -133,7 +133,7 @@ class HubModel:
                 raise UserError(f"{directory / file} lacks the tensor {name} that {INDEX} promises")
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
+        """Reads one tensor into new memory."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with read_errors(entry.path), open(entry.path, "rb") as file:
@@ -144,10 +144,10 @@ class HubModel:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The entries of a safetensors file.
+    """Reads the header of a safetensors file: name -> entry.
 
     Raises:
-        UserError: it cannot be read, is cut short, or has a dtype that is not a float.
+        UserError: the file cannot be read, is cut short, or has a tensor that is not of floats.
     """
     damaged = UserError(f"{path} is cut short or not a safetensors file: download it again")
     entries = {}
@@ -181,13 +181,13 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Output:
-    """Tensors that are made together, by one call.
+    """Tensors that one call makes.
 
     Attributes:
-        names: of the tensors.
-        shapes: of the tensors.
-        dtype: of all of them.
-        make: returns them.
+        names: names of the tensors.
+        shapes: shapes of the tensors.
+        dtype: dtype of all of them.
+        make: returns the tensors.
     """
 
     names: Sequence[str]
@@ -197,15 +197,15 @@ class Output:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(torch.Size(shape).numel() for shape in self.shapes) * self.dtype.itemsize
 
 
 def write_model(directory: Path, outputs: Sequence[Output]) -> Iterator[int]:
-    """Writes safetensors files and, for several, their index; one `Output` in memory at a time.
+    """Writes safetensors files, with an index if there are several; holds one `Output` in memory.
 
     Yields:
-        Bytes of tensors written since the last time.
+        The bytes of the tensors that were written since the last yield.
     """
     files: list[list[Output]] = [[]]
     for output in outputs:
@@ -253,12 +253,12 @@ def _write_file(path: Path, outputs: Sequence[Output]) -> Iterator[int]:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Returns a view of the memory of a contiguous tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies what lies beside the weights into another directory, config.json left out.
+    """Copies the files beside the weights, except config.json, into another directory.
 
     Raises:
         UserError: a file cannot be read.
@@ -277,12 +277,12 @@ def _is_text(value: object) -> bool:
 
 
 def chat_templates(directory: Path) -> list[Path]:
-    """A tokenizer's chat templates other than the default."""
+    """Returns the files of a tokenizer's chat templates, without the default one."""
     return sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
 
 
 def side_files(directory: Path) -> list[Path]:
-    """What lies beside the weights: tokenizer, model code, model card; config.json left out."""
+    """Returns the files beside the weights, except config.json: tokenizer, code, model card."""
     return [
         path
         for path in [*sorted(directory.iterdir()), *chat_templates(directory)]

@@ -1,4 +1,4 @@
-"""Megatron -> Hugging Face safetensors, from whatever layout wrote the checkpoint."""
+"""Converts Megatron checkpoints, written under any parallel layout, to Hugging Face safetensors."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -46,22 +46,23 @@ def to_hugging_face(
     hashes: bool = True,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Megatron torch_dist, written under any layout -> Hugging Face safetensors.
+    """Converts a Megatron torch_dist checkpoint to Hugging Face safetensors.
 
     Args:
         source: checkpoint directory.
-        output: model directory to be made.
-        config_from: directory with config.json and tokenizer; None for the one that the converted
-            checkpoint, or the run's tokenizer, has.
-        iteration: which checkpoint; None for the last.
+        output: model directory to create.
+        config_from: directory with config.json and tokenizer; None for the one in the checkpoint,
+            or the directory of the run's tokenizer.
+        iteration: iteration of the checkpoint; None for the last.
         dtype: dtype to write; None for the checkpoint's.
-        verify: read everything again and compare, logits too.
-        trust: run the modeling code that belongs to config.json for that.
-        hashes: compare the checkpoint's files with the sums that were saved with them.
+        verify: read the output again and compare its tensors and logits.
+        trust: the comparison may run the modeling code beside config.json.
+        hashes: compare the checkpoint's files with the checksums that were saved with them.
         log: prints a line for the user.
 
     Raises:
-        UserError: the checkpoint is not the model that config.json describes, or is damaged.
+        UserError: config.json describes another model than the checkpoint, or the checkpoint is
+            damaged.
     """
     log_line = escaping(log)
     with new_directory(output) as temporary:
@@ -158,11 +159,11 @@ def to_hugging_face(
 def _check_same_model(
     family: Family, config: Config, args: Namespace, directory: Path, source: str
 ) -> None:
-    """The checkpoint's arguments build the model that config.json describes."""
+    """Checks that the checkpoint's arguments build the model that config.json describes."""
     expected = megatron_model.arguments(
         [*model_flags(family, config), "--padded-vocab-size", str(args.padded_vocab_size)]
     )
-    # Which token a position predicts is the run's own choice, and not in the weights' shapes.
+    # The run chooses which token a position predicts; it is not a property of the model's shapes.
     described = {name: value for name, value in vars(expected).items() if name != "mdm_shift"}
     wrong = differences(vars(args), described, "config.json")
     if wrong:
@@ -173,7 +174,7 @@ def _check_same_model(
 
 
 def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
-    """Where the run's tokenizer lies, None if it has none on this disk."""
+    """Returns the path of the run's tokenizer, None if it is not on this disk."""
     if args.tokenizer_type not in ("SentencePieceTokenizer", "HuggingFaceTokenizer"):
         return None
     path = tokenizer_of(str(source), args)
@@ -181,17 +182,17 @@ def _run_tokenizer(args: Namespace, source: Path) -> Path | None:
 
 
 def _check_unchanged(args: Namespace, path: Path) -> None:
-    """Checks that a tokenizer is the one that the run was trained with, if the checkpoint tells.
+    """Checks that a tokenizer is the one of the training, if the checkpoint has its fingerprint.
 
     Raises:
-        UserError: another one has taken its place since.
+        UserError: it is another tokenizer.
     """
     saved, tokenizer = getattr(args, "mdm_tokenizer", None), data_of(path)
     if saved is None or tokenizer is None:
         return
     trained_with = Fingerprint(**saved)
     if tokenizer.kind != trained_with.kind:
-        return  # it may have the same tokens, which are compared next
+        return  # another kind may have the same tokens; `_compare_tokenizers` compares them
     difference = differs(trained_with, tokenizer)
     if difference:
         raise UserError(
@@ -203,14 +204,14 @@ def _check_unchanged(args: Namespace, path: Path) -> None:
 def check_rows(
     args: Namespace, tokens: Mapping[str, int], rows: int, padded: int, directory: Path
 ) -> None:
-    """Checks that no row of a token is left out.
+    """Checks that the conversion leaves out no row of a token.
 
     Args:
-        args: of the run.
-        tokens: token -> id of its tokenizer, empty if that is not known.
-        rows: that config.json describes.
-        padded: rows of the checkpoint.
-        directory: of config.json.
+        args: arguments of the run.
+        tokens: token -> id of the run's tokenizer, empty if it is not known.
+        rows: number of rows in config.json.
+        padded: number of rows in the checkpoint.
+        directory: directory of config.json.
 
     Raises:
         UserError: config.json has fewer rows than the run has tokens, or more than the checkpoint.
@@ -222,7 +223,7 @@ def check_rows(
             "model with --hf-config"
         )
     trained = getattr(args, "mdm_vocab_size", None)
-    if trained is None:  # a checkpoint that does not say it
+    if trained is None:  # an older checkpoint, which lacks the number
         trained = max(tokens.values()) + 1 if tokens else getattr(args, "vocab_size", None)
     if trained is None and rows < padded:
         raise UserError(
@@ -241,21 +242,21 @@ def check_rows(
 def _compare_tokenizers(
     args: Namespace, tokens: Mapping[str, int], directory: Path, mask: int | None
 ) -> Iterator[str]:
-    """Compares the run's tokenizer with the one that is written beside config.json.
+    """Compares the run's tokenizer with the one that the conversion writes beside config.json.
 
-    The mask token may be missing on one side, since config.json names its id.
+    One of the two may lack the mask token, since config.json names its id.
 
     Args:
-        args: of the run.
-        tokens: token -> id of its tokenizer, empty if that is not known.
-        directory: of config.json.
+        args: arguments of the run.
+        tokens: token -> id of the run's tokenizer, empty if it is not known.
+        directory: directory of config.json.
         mask: id of the mask token.
 
     Yields:
-        Lines for the user about what was not compared.
+        Lines that tell the user that nothing was compared, and why.
 
     Raises:
-        UserError: names the first token that has two ids.
+        UserError: a token has two ids; the message names the first such token.
     """
     written = tokens_of(directory)
     if not written:
@@ -279,10 +280,10 @@ def _compare_tokenizers(
 def _mask_token(
     family: Family, config: Config, args: Namespace, rows: int, directory: Path
 ) -> int | None:
-    """The mask token of the run, which config.json has to have a row for.
+    """Returns the mask token of the run, for which config.json has to have a row.
 
     Raises:
-        UserError: it has none, or names another token.
+        UserError: config.json has no row for it, or names another token.
     """
     declared = mask_token_id(family, config)
     trained: int | None = getattr(args, "mdm_mask_token_id", None)
@@ -304,7 +305,7 @@ def _mask_token(
 
 
 def _shift(family: Family, config: Config, args: Namespace, mask: int | None) -> Config:
-    """What config.json has to say of the shift, nothing if its family says it all."""
+    """Returns the entry `mdm_shift` for config.json, nothing if the family's default is right."""
     shift = bool(getattr(args, "mdm_shift", False))
     if mask is None or (family.mask_token_id is not None and shift == shifted(family, config)):
         return {}

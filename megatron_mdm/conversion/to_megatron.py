@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> Megatron: every tensor is read, arranged and written on its own."""
+"""Converts Hugging Face safetensors to Megatron checkpoints, one tensor at a time."""
 
 import os
 import shlex
@@ -43,12 +43,12 @@ from megatron_mdm.files import new_directory
 from megatron_mdm.hub_files import HUB_FILES
 
 LAUNCH_FILE = "launch.txt"
-# Tensors that some releases carry along, computed from the configuration.
+# Tensors of some releases that are computed from the configuration; they are not converted.
 COMPUTED = (".rotary_emb.inv_freq",)
 _PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
-# What a training needs and the model does not say: a user's to change, in the line that trains it.
-# LLaDA's pretraining ended with a learning rate of 1e-5. It falls from there to a tenth, and not to
-# 0: a run with more --train-iters goes on from there. The ranks share the optimizer's state.
+# Flags of the launch line that training needs and that the user may change. LLaDA's pretraining
+# ended with a learning rate of 1e-5. The rate decays from there to a tenth and not to 0, so that
+# more --train-iters can extend the run. The ranks shard the optimizer's state.
 _CHOICES = """
 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --overlap-grad-reduce
 --micro-batch-size 1 --global-batch-size 64 --train-iters 10000
@@ -68,21 +68,21 @@ def to_megatron(
     trust: bool = False,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Hugging Face safetensors -> Megatron torch_dist.
+    """Converts a Hugging Face safetensors model to a Megatron torch_dist checkpoint.
 
     Args:
         source: model directory.
-        output: checkpoint directory to be made.
+        output: checkpoint directory to create.
         add_mask: give an autoregressive model a mask token.
-        multiple: Megatron's vocabulary is padded to a multiple of it.
+        multiple: Megatron's vocabulary is padded to a multiple of this number.
         dtype: dtype to write; None for the source's.
-        verify: read everything again and compare, logits too.
-        trust: the Python code of the directory may run: its modeling code for that, and, when the
-            checkpoint is used, its tokenizer's.
+        verify: read the output again and compare its tensors and logits.
+        trust: the Python code of the directory may run: its modeling code in the comparison, and
+            its tokenizer's code whenever the checkpoint is used.
         log: prints a line for the user.
 
     Raises:
-        UserError: the model cannot be converted exactly, or the output not written.
+        UserError: the model cannot be converted exactly, or the output cannot be written.
     """
     log_line = escaping(log)
     with new_directory(output) as temporary:
@@ -122,7 +122,7 @@ def to_megatron(
         parameters = sum(pair.parameters for pair in tensor_pairs)
 
         def sources(pair: Pair) -> list[torch.Tensor]:
-            """The Hugging Face tensors as they are written, for Megatron's vocabulary."""
+            """Reads the Hugging Face tensors, in the written dtype and with Megatron's rows."""
             tensors = map(model.read, pair.names)
             if pair.target in TENSORS:
                 tensors = map(vocab.widen, tensors)
@@ -150,7 +150,7 @@ def to_megatron(
             checkpoint = DistCheckpoint(Path(temporary))
 
             def read_back(pair: Pair) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-                """Takes what was written apart again."""
+                """Reads the written tensors and splits them into Hugging Face tensors."""
                 wanted = sources(pair)
                 for place in pair.places:
                     parts = split(pair.target, checkpoint.read(place), len(wanted), heads)
@@ -177,8 +177,9 @@ def to_megatron(
     log_line(f"{output}: {family.name}, {parameters:,} parameters, {dtype}")
     if launch is not None:
         log(
-            "train it, or go on, with this line (also in launch.txt), MY_RUN and MY_DATA named by "
-            "you; batch, schedule and layout are yours to change, see README:\n\n"
+            "this command starts or resumes the training (also in launch.txt); put your own paths "
+            "for MY_RUN and MY_DATA, and change batch, schedule and layout as you need, see README:"
+            "\n\n"
             f"{launch}\n"
         )
 
@@ -190,7 +191,7 @@ def _check_sources(
     family: Family,
     tied: bool,
 ) -> None:
-    """Every tensor is there, in the right shape, and none is left over."""
+    """Checks that every tensor is there in the right shape, and that none is left over."""
     used: set[str] = set()
     for pair in tensor_pairs:
         for name, shape in zip(pair.names, pair.shapes, strict=True):
@@ -216,7 +217,11 @@ def _check_sources(
 
 
 def _check_tied(model: safetensors_model.HubModel, family: Family) -> set[str]:
-    """A tied model may be saved with its output layer, if that is the embedding."""
+    """Checks a tied model: if the files have an output layer, it must equal the embedding.
+
+    Returns:
+        The name of the output layer, if the files have it.
+    """
     (embedding,), (output,) = (family.tensors[name] for name in TENSORS)
     if output not in model.entries:
         return set()
@@ -243,7 +248,7 @@ def _common_dtype(model: safetensors_model.HubModel) -> torch.dtype:
 
 
 def tokenizer_flags(hub_files: Path, output: Path, vocab: Vocabulary, config: Config) -> list[str]:
-    """Megatron's flags for the tokenizer that lies beside the converted model."""
+    """Returns Megatron's flags for the tokenizer beside the converted model."""
     if tokenizer_size(hub_files) is None:
         flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab.size)]
         end = config.get("eos_token_id")
@@ -256,7 +261,7 @@ def tokenizer_flags(hub_files: Path, output: Path, vocab: Vocabulary, config: Co
 
 
 def launch_line(output: str, flags: Sequence[str]) -> str:
-    """The command that trains the converted model, or resumes that, a few flags to a line."""
+    """Returns the command that trains the converted model or resumes that training."""
     words = [
         *["--pretrained-checkpoint", str(Path(output).absolute())],
         *["--load", "MY_RUN", "--save", "MY_RUN"],
@@ -274,7 +279,7 @@ def launch_line(output: str, flags: Sequence[str]) -> str:
 
 
 def bash_quoted(word: str) -> str:
-    """A word for bash, of printable characters."""
+    """Quotes a word for bash, with printable characters only."""
     if word.isprintable():
         return shlex.quote(word)
     shown = ""
@@ -313,6 +318,6 @@ def _remarks(
         yield "the logits of position i - 1 predict token i: --mdm-shift"
     if family.experts_key:
         yield (
-            "how the experts are kept balanced is a choice of the training: --moe-aux-loss-coeff "
+            "the training chooses how to balance the load of the experts: --moe-aux-loss-coeff "
             f"(config.json: {config.get('router_aux_loss_coef')!r})"
         )

@@ -1,6 +1,6 @@
-"""A tokenizer's files in a Hugging Face directory: ids, a mask token, a missing tokenizer.json.
+"""Reads and changes the tokenizer files of a Hugging Face directory.
 
-`tokenizer.json` is what the `tokenizers` library reads, and with it preprocessing and Megatron.
+The `tokenizers` library, and with it preprocessing and Megatron, reads `tokenizer.json`.
 """
 
 import importlib.util
@@ -21,30 +21,30 @@ from megatron_mdm.data.encoding import (
 from megatron_mdm.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
-# Classes that read vocab.json and merges.txt as Qwen2's does.
+# Tokenizer classes that read vocab.json and merges.txt as Qwen2's class does.
 QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
 
 Pairs = Iterable[tuple[Any, Any]]
 
 
 def tokenizer_size(directory: Path) -> int | None:
-    """One more than the largest id that the tokenizer's files name, None without a tokenizer.
+    """Returns the largest token id in the tokenizer's files plus 1, None without a tokenizer.
 
     Raises:
-        UserError: one of the files is damaged.
+        UserError: a file is damaged.
     """
     ids = tokens_of(directory).values()
     return max(ids) + 1 if ids else None
 
 
 def tokens_of(path: Path) -> dict[str, int]:
-    """Token -> id of a tokenizer on disk; empty without one.
+    """Reads token -> id of a tokenizer on disk; empty if there is none.
 
     Args:
         path: a directory with a tokenizer's files, or a sentencepiece model.
 
     Raises:
-        UserError: one of the files is damaged.
+        UserError: a file is damaged.
     """
     if path.is_dir():
         tokens = dict(_named_tokens(path))
@@ -68,7 +68,7 @@ def _pieces(model: Path) -> dict[str, int]:
 
 
 def _named_tokens(directory: Path) -> Iterator[tuple[str, int]]:
-    """Every token that a file names, with its id; some twice."""
+    """Yields every token of every file with its id; a token may occur twice."""
     for name, read in _READERS.items():
         path = directory / name
         if not path.exists():
@@ -104,7 +104,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Pairs]] = {
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with contents of another form into a line about the file."""
+    """Turns errors from contents of an unexpected form into a `UserError` about the file."""
     try:
         yield
     except UserError:
@@ -116,11 +116,11 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def add_mask_token(directory: Path, mask: int) -> None:
-    """Adds the mask token to the tokenizer files of a directory, which may have none.
+    """Adds the mask token to the tokenizer files of a directory; without a tokenizer, does nothing.
 
     Raises:
-        UserError: the tokenizer has no tokenizer.json, knows the token, or would give it another
-            id.
+        UserError: the tokenizer has no tokenizer.json, has the token already, or would give it
+            another id.
     """
     path = directory / "tokenizer.json"
     if tokenizer_size(directory) is None:
@@ -162,13 +162,13 @@ def add_mask_token(directory: Path, mask: int) -> None:
 
 
 def write_fast_tokenizer(directory: Path) -> None:
-    """Writes the tokenizer.json of a tokenizer that has Qwen2's vocab.json and merges.txt instead.
+    """Writes tokenizer.json for a tokenizer that only has Qwen2's vocab.json and merges.txt.
 
-    So Dream is released, with Python code that reads them, which preprocessing does not run. Every
-    token keeps its id. Other tokenizers are left as they are.
+    Dream is released in this form, with Python code that reads the files. Preprocessing does not
+    run that code. Every token keeps its id. Other tokenizers stay unchanged.
 
     Args:
-        directory: with the tokenizer's files; changed.
+        directory: directory with the tokenizer's files, which are changed.
 
     Raises:
         UserError: the files do not describe one tokenizer.
@@ -184,7 +184,7 @@ def write_fast_tokenizer(directory: Path) -> None:
     named = list(_named_tokens(directory))
     try:
         built = transformers.Qwen2TokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # of many kinds, depending on what is wrong with which file
+    except Exception as error:  # the type of the exception depends on the fault
         raise UserError(
             "the tokenizer's vocab.json and merges.txt make no byte-level BPE "
             f"({' '.join(str(error).split())}): copy them again"
@@ -194,8 +194,8 @@ def write_fast_tokenizer(directory: Path) -> None:
     for token, i in [*named, *nowhere]:
         if ids.get(token) != i:
             raise UserError(
-                f"{token!r} has {i} in one of the tokenizer's files and {ids.get(token)} by all of "
-                "them: copy the files of one tokenizer"
+                f"{token!r} has {i} in one of the tokenizer's files and {ids.get(token)} in the "
+                "tokenizer that all of them make: copy the files of one tokenizer"
             )
     built.backend_tokenizer.save(str(directory / "tokenizer.json"))
     settings.pop("auto_map", None)
@@ -209,24 +209,24 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 
 def code_of(directory: Path) -> str | None:
-    """The Python class, `module.Class`, that lies beside a tokenizer and is it; None without."""
+    """Returns the tokenizer's own Python class as `module.Class`, None if it has none."""
     with _damage(directory / "tokenizer_config.json"):
         return next(iter(named_code(_settings(directory))), None)
 
 
 def leave_out_code(directory: Path) -> str | None:
-    """Makes tokenizer.json the tokenizer of a directory whose settings name Python code instead.
+    """Makes a directory use tokenizer.json instead of the Python code that its settings name.
 
-    The files with the code stay, and nothing names them.
+    The files with the code stay, but the settings no longer name them.
 
     Args:
-        directory: with the tokenizer's files; changed.
+        directory: directory with the tokenizer's files, which are changed.
 
     Returns:
-        The class that is left out, None if there is none.
+        The class that is no longer used, None if there is none.
 
     Raises:
-        UserError: there is no tokenizer.json.
+        UserError: the directory has Python code and no tokenizer.json.
     """
     code = code_of(directory)
     if code is None:
@@ -246,17 +246,18 @@ def leave_out_code(directory: Path) -> str | None:
 
 
 def data_of(path: Path) -> TokenizerData | None:
-    """A tokenizer as training loads it.
+    """Loads a tokenizer's data as training does.
 
     Args:
-        path: a directory with the tokenizer's files, of which no Python code is run, or a
-            sentencepiece model.
+        path: a directory with the tokenizer's files, or a sentencepiece model. Python code in the
+            directory is not run.
 
     Returns:
-        None without a tokenizer, without transformers, or for one that preprocessing does not know.
+        The data. None if there is no tokenizer, if transformers is not installed, or if
+        preprocessing does not support the tokenizer.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the tokenizer cannot be loaded.
     """
     if path.is_file():
         return sentencepiece_data(_processor(path))
@@ -265,7 +266,7 @@ def data_of(path: Path) -> TokenizerData | None:
         return None
     try:
         tokenizer = open_hugging_face(str(path))
-    except Exception as error:  # of many kinds, depending on what is wrong with which file
+    except Exception as error:  # the type of the exception depends on the fault
         raise UserError(
             f"transformers cannot load the tokenizer ({' '.join(str(error).split())}): copy its "
             "files again, or take them away to train on token ids (--tokenizer-type NullTokenizer)"
@@ -274,7 +275,7 @@ def data_of(path: Path) -> TokenizerData | None:
 
 
 def _transformers() -> Any:
-    """The package, with `tokenizers` beside it."""
+    """Imports transformers, which also brings the `tokenizers` package."""
     try:
         import transformers
     except ImportError as error:

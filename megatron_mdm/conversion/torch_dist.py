@@ -1,8 +1,9 @@
-"""Megatron's torch_dist checkpoints without a model: tensors written and read one at a time.
+"""Reads and writes Megatron's torch_dist checkpoints, one tensor at a time and without a model.
 
-Megatron's own writer wants all tensors in memory and, on the CPU, calls CUDA. Here PyTorch's
-distributed checkpointing writes the same files from a plan whose tensors are made when their turn
-comes; reading asks for one slice at a time, whatever layout wrote the checkpoint.
+Megatron's own writer needs all tensors in memory and calls CUDA, even on the CPU. Here PyTorch's
+distributed checkpointing writes the same files from a plan that makes each tensor just before it is
+written. The reader reads one slice at a time, under whatever parallel layout the checkpoint was
+written.
 """
 
 import io
@@ -49,19 +50,19 @@ from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
 COMMON_STATE = "common_state/shard_0_1"
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
-# What Megatron's saver records of how it laid out the keys, and goes by when it loads them.
+# Megatron's saver records how it laid out the keys; its loader reads this record.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor of the model in a checkpoint.
+    """The position of a tensor of the model in a checkpoint.
 
     Attributes:
-        key: name in the checkpoint.
-        index: on the first dimensions of the key: the layer, if all layers share it, and the
-            expert, since those of a layer do.
-        shape: without these dimensions.
+        key: name of the checkpoint's tensor that contains it.
+        index: index into the first dimensions of the key's tensor: the layer, if all layers share
+            the key, and the expert, since the experts of a layer share a key.
+        shape: shape of the tensor, without these dimensions.
     """
 
     key: str
@@ -72,13 +73,16 @@ class Place:
 def locate(
     template: str, layer: int, shapes: dict[str, tuple[int, ...]], expert: int | None = None
 ) -> Place | None:
-    """Where a tensor lies, None if nowhere: layers share a key if Megatron saw them all alike.
+    """Finds a tensor in a checkpoint; None if it is not there.
+
+    In Megatron's checkpoints layers of the same kind share a key, with the layer as the first
+    dimension.
 
     Args:
         template: name of a tensor, with `{n}` for the layer if it belongs to one.
         layer: number of the layer.
-        shapes: key -> shape of the checkpoint.
-        expert: number of the expert, None if it belongs to none.
+        shapes: key -> shape of the checkpoint's tensors.
+        expert: number of the expert, None if the tensor belongs to none.
     """
     inner = () if expert is None else (expert,)
     candidates = [(template.format(n=layer), inner)]
@@ -93,13 +97,13 @@ def locate(
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
-        place: where to.
-        total: shape of the whole key.
-        dtype: of the tensor.
-        make: returns it, in the shape of the place.
+        place: position of the tensor in the checkpoint.
+        total: shape of the key's whole tensor.
+        dtype: dtype of the tensor.
+        make: returns the tensor, in the shape of the place.
     """
 
     place: Place
@@ -109,9 +113,10 @@ class Piece:
 
 
 class _Files(FileSystem):
-    """Files that report a failed write between tensors.
+    """A file system that reports a failed write only between tensors.
 
-    torch.save crashes the interpreter when a write fails under it: it cannot abandon its archive.
+    A write that fails inside torch.save crashes the interpreter, since torch.save cannot abandon
+    its archive.
     """
 
     def __init__(self) -> None:
@@ -129,16 +134,16 @@ class _Files(FileSystem):
             if self._error is None:
                 call(*args)
         except OSError as error:
-            self._error = OSError(error.errno, error.strerror)  # without the frames
+            self._error = OSError(error.errno, error.strerror)  # a copy without the traceback
 
     def check(self) -> None:
-        """Raises the first `OSError` of a write, if there was one."""
+        """Raises the first `OSError` that a write raised, if any."""
         if self._error is not None:
             raise self._error
 
 
 class _Stream:
-    """A stream whose writes do not fail; see `_Files`."""
+    """A stream whose writes do not raise; `_Files` keeps the error."""
 
     def __init__(self, stream: Any, patient: Callable[..., None]) -> None:
         self._stream = stream
@@ -156,7 +161,7 @@ class _Stream:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans without tensors: each one is made when it is written."""
+    """A plan that makes each tensor when it is written."""
 
     def __init__(
         self,
@@ -188,7 +193,7 @@ class _StreamingPlanner(DefaultSavePlanner):
             torch.save([self._objects[write_item.index.fqn]], buffer)
             return buffer
         self._files.check()
-        # The plan's index has been given a number on the way.
+        # PyTorch has added a number to the plan's index.
         piece = self._pieces[replace(write_item.index, index=None)]
         tensor = piece.make()
         assert tuple(tensor.shape) == piece.place.shape and tensor.dtype == piece.dtype, piece.place
@@ -197,7 +202,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def _chunk(place: Place) -> ChunkStorageMetadata:
-    """The part of its key that a tensor takes."""
+    """Returns the part of its key's tensor that a tensor takes."""
     return ChunkStorageMetadata(
         torch.Size((*place.index, *[0] * len(place.shape))),
         torch.Size((*[1] * len(place.index), *place.shape)),
@@ -224,13 +229,13 @@ def write(
     args: Namespace,
     progress: Callable[[int], object],
 ) -> None:
-    """Writes a checkpoint that Megatron loads as a release: weights, and nothing of a run.
+    """Writes a checkpoint that Megatron loads as a release: weights without the state of a run.
 
     Args:
-        directory: an existing one, as `--load` names it.
+        directory: an existing directory, the value of `--load`.
         pieces: the tensors.
         objects: keys of Megatron's extra states, which are empty.
-        args: what the checkpoint says of the run that wrote it.
+        args: the arguments that the checkpoint records.
         progress: called with the bytes of each tensor.
 
     Raises:
@@ -248,13 +253,13 @@ def write(
     files = _Files()
     state = dict.fromkeys(objects) | {COMMON_STATE: common}
     planner = _StreamingPlanner(pieces, state, progress, files)
-    # One thread: a tensor at a time.
+    # One thread, so that one tensor at a time is in memory.
     writer = dcp.FileSystemWriter(release, thread_count=1)
     writer.fs = files
     try:
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except dcp.api.CheckpointException as error:
-        # PyTorch wraps whatever went wrong, Ctrl-C included.
+        # PyTorch wraps every exception, KeyboardInterrupt included.
         raise next(iter(error.failures.values()))[0] from error
     save_config(CheckpointingConfig("torch_dist", 1), str(release))
     write_sums(release)
@@ -262,15 +267,15 @@ def write(
 
 
 class DistCheckpoint:
-    """The model's tensors in a Megatron checkpoint, whatever layout wrote it.
+    """Reads the model's tensors in a Megatron checkpoint, written under any parallel layout.
 
     Args:
-        directory: as `--save` named it.
-        iteration: which of its checkpoints; None for the last.
-        hashes: compare its files with the sums that were saved with them.
+        directory: the value of the run's `--save`.
+        iteration: iteration of the checkpoint; None for the last.
+        hashes: compare the files with the checksums that were saved with them.
 
     Raises:
-        UserError: it is not a torch_dist checkpoint, or is damaged.
+        UserError: the directory has no torch_dist checkpoint, or the checkpoint is damaged.
     """
 
     def __init__(self, directory: Path, iteration: int | None = None, hashes: bool = True) -> None:
@@ -307,7 +312,7 @@ class DistCheckpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key -> shape of the model's tensors."""
+        """Maps the keys of the model's tensors to their shapes."""
         return {key: tuple(item.size) for key, item in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -315,10 +320,10 @@ class DistCheckpoint:
         return self._tensors[key].properties.dtype
 
     def read(self, place: Place) -> torch.Tensor:
-        """A tensor, in memory of its own.
+        """Reads a tensor into new memory.
 
         Raises:
-            UserError: its file is damaged.
+            UserError: the tensor's file is damaged.
         """
         chunk = _chunk(place)
         tensor = torch.empty(chunk.sizes, dtype=self.dtype(place.key))
@@ -336,7 +341,7 @@ class DistCheckpoint:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Copies the data that is read into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The rows of the embedding and the output layer: a mask token to be added, padding."""
+"""The rows of the embedding and the output layer, with an added mask token and padding."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,21 @@ from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.tokenizer import tokenizer_size
 from megatron_mdm.errors import UserError
 
-# The Megatron tensors with a row for each token.
+# The Megatron tensors that have a row for each token.
 TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ROWS = 8192
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of a model, on both sides.
+    """The numbers of vocabulary rows in the Hugging Face model and in Megatron's.
 
     Attributes:
-        source: rows of the Hugging Face model that is read.
-        size: rows that mean something: `source`, or more with an added mask token.
-        padded: rows of Megatron's model; those from `size` on are zeros.
+        source: rows of the Hugging Face model.
+        size: rows without padding: `source`, or more if a mask token is added.
+        padded: rows of Megatron's model; rows from `size` on are zeros.
         mask: id of the mask token, None if the model has none.
-        added: the mask token is new, and its row is the mean of those before it.
+        added: whether the mask token is new; its row is the mean of the rows before it.
     """
 
     source: int
@@ -33,7 +33,7 @@ class Vocabulary:
     added: bool = False
 
     def widen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Megatron's rows [padded, h] from the source's [source, h]."""
+        """Makes Megatron's rows [padded, h] from the Hugging Face rows [source, h]."""
         if self.padded == self.source and not self.added:
             return tensor
         wide = tensor.new_zeros(self.padded, tensor.shape[1])
@@ -42,14 +42,14 @@ class Vocabulary:
             assert self.mask is not None
             known = tensor[: self.mask]
             total = torch.zeros(tensor.shape[1], dtype=torch.float64)
-            for rows in known.split(_ROWS):  # a double copy of a few rows at a time
+            for rows in known.split(_ROWS):  # float64 copies of a few rows at a time
                 total += rows.double().sum(dim=0)
             wide[self.mask] = total / len(known)
         return wide
 
 
 def embedding_rows(config: Config) -> int:
-    """Rows of the embedding that a config.json describes (LLaDA may have more than tokens)."""
+    """Returns the number of embedding rows in config.json (LLaDA may have more than tokens)."""
     rows = config.get("embedding_size") or config.get("vocab_size")
     if rows is None:
         raise UserError("config.json has no 'vocab_size', which every family needs")
@@ -59,17 +59,18 @@ def embedding_rows(config: Config) -> int:
 def vocabulary(
     config: Config, directory: Path, mask: int | None, add_mask: bool, multiple: int
 ) -> Vocabulary:
-    """Decides on the rows.
+    """Determines the numbers of rows.
 
     Args:
-        config: config.json.
-        directory: the Hugging Face model's, for its tokenizer.
-        mask: the mask token that the model has.
-        add_mask: add one.
-        multiple: of which Megatron's number of rows is to be.
+        config: content of config.json.
+        directory: directory of the Hugging Face model, for its tokenizer.
+        mask: id of the model's mask token, None if it has none.
+        add_mask: add a mask token.
+        multiple: Megatron's number of rows is padded to a multiple of this number.
 
     Raises:
-        UserError: the vocabulary is smaller than the tokenizer's, or there is a mask token already.
+        UserError: the model has fewer rows than the tokenizer has tokens, a mask token is to be
+            added to a model that has one, or the mask token has no row.
     """
     rows = size = embedding_rows(config)
     tokens = tokenizer_size(directory)

@@ -1,11 +1,12 @@
-"""Conversations as prompts and responses, rendered by a chat template, in worker processes.
+"""Turns conversations into prompts and responses with a chat template, in worker processes.
 
-Whatever a row says has to reach what is trained, or the row is refused: content that is no text, a
-key that the template does not look at, a role that it leaves out. Keys that are to be left out are
-named on the command line. A null value says nothing, and is passed over. A special token that
-a string of a row spells stays text; see `megatron_mdm.data.special_tokens`.
+Everything in a row has to reach the rendered text, or the row is refused. So a row is refused if
+its content is not text, if the template ignores one of its keys, or if the template leaves out a
+role. The command line names the keys to leave out (--ignore-keys). Null values are ignored. If a
+string of a row spells a special token, it is encoded as text; see
+`megatron_mdm.data.special_tokens`.
 
-A template that asks for today's date gets a fixed one, so that the same rows are the same tokens on
+A template that asks for today's date gets a fixed date, so that the same rows give the same tokens
 every day.
 """
 
@@ -30,12 +31,12 @@ from megatron_mdm.data.special_tokens import MARK, SpecialTokens, change_strings
 
 Message = dict[str, Any]
 Turns = Literal["last", "every"]
-# What Llama 3.1's template writes where it cannot ask for today's date.
+# The date that Llama 3.1's template writes if it cannot ask for today's date.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 ASKS_FOR_DATE = "strftime_now"
-# Values that a template may well render as it renders none.
+# Empty values: a template may render them as it renders a missing key.
 EMPTY: tuple[Any, ...] = ("", [], {})
-# Arguments of apply_chat_template that a row may give.
+# Arguments of apply_chat_template that a row may set.
 GIVEN_BY_ROWS = {"tools", "documents"}
 # Roles that every template renders.
 SPEAKERS = {"user", "assistant"}
@@ -45,11 +46,11 @@ _IGNORE_KEYS = "--ignore-keys leaves out the keys that it names"
 
 
 class Pair(NamedTuple):
-    """A turn of the assistant's as a template renders it.
+    """A turn of the assistant, rendered by a template.
 
     Attributes:
-        prompt: All messages before it, and the header of an answer.
-        response: What its message adds to it.
+        prompt: All messages before the answer, and the header of an answer.
+        response: The text that the answer adds to the prompt.
         has_marks: Whether special tokens that the row spells have marks in both texts, see
             `megatron_mdm.data.special_tokens`.
     """
@@ -60,13 +61,13 @@ class Pair(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A conversation up to an answer of the assistant's.
+    """A conversation up to an answer of the assistant.
 
     Attributes:
-        messages: All of them, the answer last.
+        messages: The messages; the answer is the last one.
         prompt: As in `Pair`.
-        whole: What the template renders the conversation as.
-        tail: What the template appends to every conversation; None if it cannot be found.
+        whole: The rendered conversation.
+        tail: The text that the template appends to every conversation; None if it cannot be found.
     """
 
     messages: list[Message]
@@ -76,12 +77,12 @@ class Turn(NamedTuple):
 
 
 class Rendering(NamedTuple):
-    """What a template makes of the first messages of a row, or all.
+    """The rendered text of the first messages of a row, or of all of them.
 
     Attributes:
-        messages: These.
-        text: What they become.
-        asked: Whether the header of an answer follows them.
+        messages: The messages.
+        text: The rendered text.
+        asked: Whether the text ends with the header of an answer (add_generation_prompt).
     """
 
     messages: list[Message]
@@ -90,22 +91,22 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """Splits conversations before answers of the assistant's.
+    """Splits conversations into prompts and answers of the assistant.
 
-    A row is an object with a list of messages, each with `role` and `content`. Its other keys are
-    variables of the template.
+    A row is an object with a list of messages, each with `role` and `content`. The other keys of
+    the row are variables of the template.
 
     Args:
-        tokenizer: Of Hugging Face, with a chat template.
-        key: Where a row holds its messages.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        key: The key of a row's messages.
         special: The special tokens of this tokenizer.
         ignored: Keys of rows, messages and their parts that are left out.
-        date: What the template gets for today's date.
-        turns: Which answers become pairs: the last message, or every answer to a message, as if the
-            conversation ended with it.
+        date: The date that the template gets for today's date.
+        turns: Which answers become pairs: "last", the last message; "every", every answer to a
+            message, each as if the conversation ended with it.
 
     Attributes:
-        is_dated: Whether the date stands in a pair that was rendered.
+        is_dated: Whether a rendered pair contains the date.
     """
 
     def __init__(
@@ -130,15 +131,15 @@ class ChatTemplate:
         self._unavailable = {"messages", *arguments} - GIVEN_BY_ROWS
 
     def pairs(self, document: Document) -> list[Pair]:
-        """The prompt and the response of each turn of a row that is to be learnt.
+        """Makes the prompt and the response of each turn of a row that is to be learned.
 
-        What an answer adds to the messages before it, rendered with the header of an answer after
-        them, is its response.
+        The prompt is the rendered text of the messages before an answer, with the header of an
+        answer. The response is the rest of the rendered text with the answer.
 
         Raises:
-            BadDocumentError: The row is no conversation, the template refuses it or leaves out a
-                part of it, a response cannot be told from its prompt, or a special token that the
-                row spells cannot stay text.
+            BadDocumentError: The row is not a conversation, the template refuses it or leaves out a
+                part of it, a response cannot be separated from its prompt, or a special token that
+                the row spells cannot be encoded as text.
         """
         messages, variables, has_marks = self._opened(document)
         if messages[-1]["role"] != "assistant":
@@ -163,13 +164,13 @@ class ChatTemplate:
         return pairs
 
     def prompt(self, document: Document) -> tuple[str, bool]:
-        """The prompt of a row whose last message is to be answered, as `pairs` would make it.
+        """Makes the prompt of a row whose last message is to be answered, as `pairs` would.
 
         Returns:
-            The prompt; and whether it has marks, see `Pair`.
+            The prompt, and whether it has marks, see `Pair`.
 
         Raises:
-            BadDocumentError: As in `pairs`, or the last message is an answer.
+            BadDocumentError: As in `pairs`; also if the last message is an answer.
         """
         messages, variables, has_marks = self._opened(document)
         if messages[-1]["role"] == "assistant":
@@ -184,7 +185,7 @@ class ChatTemplate:
         return prompt, has_marks
 
     def _opened(self, document: Document) -> tuple[list[Message], dict[str, Any], bool]:
-        """The messages and other keys of a row, with marks, and whether there are any marks."""
+        """Reads a row; returns messages and other keys, with marks, and whether there are marks."""
         messages, variables = self._read(document)
         has_marks = any(map(self._special.spelled_in, strings_of([messages, variables])))
         if has_marks:
@@ -192,11 +193,11 @@ class ChatTemplate:
         return messages, variables, has_marks
 
     def _ends(self, messages: list[Message]) -> list[int]:
-        """Where the turns end that are to be learnt, each as a number of messages."""
+        """Returns, for each turn to be learned, the number of messages up to its end."""
         if self._turns == "last":
             return [len(messages)]
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        # A greeting answers nothing: it is context alone, as what the assistant is told before is.
+        # A greeting answers no message. Like the instructions before it, it is only context.
         spoken = INSTRUCTIONS | {"assistant"}
         asked = [n for n in answers if any(m["role"] not in spoken for m in messages[:n])]
         return [n + 1 for n in asked or answers[-1:]]
@@ -212,12 +213,12 @@ class ChatTemplate:
         return Turn(messages, prompt, whole, tail)
 
     def _response(self, document: Document, turn: Turn, end: int) -> str:
-        """What an answer, message `end` of its row, adds to its prompt."""
+        """Returns the text that an answer, message number `end` of its row, adds to its prompt."""
         if turn.tail is None:
             raise bad_document(
                 document,
-                "the chat template ignores add_generation_prompt, and what it appends to the last "
-                "answer cannot be told from it: give prompt and response as texts instead",
+                "the chat template ignores add_generation_prompt, and the text that it appends to "
+                "the last answer cannot be found: give prompt and response as texts instead",
             )
         whole = turn.whole.removesuffix(turn.tail)
         if not whole.startswith(turn.prompt):
@@ -229,7 +230,7 @@ class ChatTemplate:
                 f"prompt and response as texts instead{'' if last else ', or take --turns last'}",
             )
         response = whole[len(turn.prompt) :]
-        # Some templates go on to the next line after the end of every message (Qwen's).
+        # Some templates (Qwen's) start a new line after the end of every message.
         if self._end and response.rstrip().endswith(self._end):
             response = response.rstrip()
         return response
@@ -242,13 +243,13 @@ class ChatTemplate:
         rendered: list[Rendering],
         has_marks: bool,
     ) -> None:
-        """Checks that the template renders what a row says, and special tokens in it as text.
+        """Checks that the template renders all of a row, and special tokens in it as text.
 
         Args:
             document: The row.
-            messages: Of the row, None where one has no content.
-            variables: Keys of the row beside its messages.
-            rendered: What the template renders of the row; all messages first.
+            messages: Messages of the row, with content None if a message has no content.
+            variables: Keys of the row other than its messages.
+            rendered: All texts that were rendered from the row; that of all messages first.
             has_marks: Whether special tokens that the row spells have marks.
         """
         if has_marks:
@@ -282,7 +283,7 @@ class ChatTemplate:
         variables: dict[str, Any],
         conversations: list[Rendering],
     ) -> None:
-        """Checks that each key and role has an effect on one of the rendered conversations."""
+        """Checks that each key and role changes at least one of the rendered conversations."""
         idle = dict(self._without_effect(variables, conversations))
         if idle:
             raise bad_document(
@@ -294,11 +295,12 @@ class ChatTemplate:
     def _marked(
         self, document: Document, messages: list[Message], variables: dict[str, Any]
     ) -> tuple[list[Message], dict[str, Any]]:
-        """A row with marks in the special tokens that it spells."""
+        """Puts marks into the special tokens that a row spells."""
         strings = strings_of([messages, variables])
         if any(MARK in text or self._special.marked(text) is None for text in strings):
             raise bad_document(
-                document, "it spells a special token of the tokenizer, and that cannot stay text"
+                document,
+                "it spells a special token of the tokenizer, which cannot be encoded as text",
             )
         marked = change_strings([messages, variables], self._special.marked)
         return marked[0], marked[1]
@@ -309,19 +311,19 @@ class ChatTemplate:
         variables: dict[str, Any],
         rendering: Rendering,
     ) -> None:
-        """Checks that a template renders messages as it would without the marks, but for these."""
+        """Checks that a template renders the same text with and without the marks."""
         messages, variables, text = change_strings(
             [rendering.messages, variables, rendering.text], lambda string: string.replace(MARK, "")
         )
         if self._rendered(messages, variables, add_generation_prompt=rendering.asked) != text:
             raise bad_document(
                 document,
-                "it spells a special token of the tokenizer, and that cannot stay text: the chat "
-                "template looks for it, or changes it",
+                "it spells a special token of the tokenizer, which cannot be encoded as text: the "
+                "chat template looks for it, or changes it",
             )
 
     def _read(self, document: Document) -> tuple[list[Message], dict[str, Any]]:
-        """The messages of a row, the content of each a text or None, and its other keys."""
+        """Reads the messages of a row, each with a text or None as content, and its other keys."""
         row = document_object(document)
         messages = row.get(self._key)
         if not isinstance(messages, list) or not messages:
@@ -345,7 +347,7 @@ class ChatTemplate:
         return {k: v for k, v in value.items() if k not in self._ignored and v is not None}
 
     def _text(self, document: Document, name: str, content: Any) -> str:
-        """The text of a message, whose content may be a list of parts of text."""
+        """Returns the text of a message; its content is a string, or a list of parts with text."""
         if isinstance(content, str):
             return content
         parts = content if type(content) is list else []
@@ -353,13 +355,13 @@ class ChatTemplate:
         if not texts or len(texts) < len(parts):
             raise bad_document(
                 document,
-                f"the content of {name} is a JSON {json_type(content)} that is no text: give a "
+                f"the content of {name} is a JSON {json_type(content)} that is not text: give a "
                 'string, or a list of {"type": "text", "text": ...}',
             )
         return "".join(texts)
 
     def _text_of_part(self, part: Any) -> str | None:
-        """The text of a part, None if it is something else, or more."""
+        """Returns the text of a part, None if the part is not text, or holds more than text."""
         part = self._kept(part) if isinstance(part, dict) else {}
         is_text = part.keys() == {"type", "text"} and part["type"] == "text"
         return part["text"] if is_text and isinstance(part["text"], str) else None
@@ -385,16 +387,16 @@ class ChatTemplate:
     def _rendered(
         self, messages: list[Message], variables: dict[str, Any], **options: Any
     ) -> str | None:
-        """What the template makes of a conversation, None where it raises."""
+        """Renders a conversation; returns None if the template raises."""
         try:
             return self._render(messages, variables, **options)
-        except Exception:  # of any kind, see `pair`
+        except Exception:  # a template may raise any exception
             return None
 
     def _without_none(self, messages: list[Message], variables: dict[str, Any]) -> list[Message]:
-        """The messages with empty texts for null content, if the template cannot do with null.
+        """Replaces null content by empty texts, if the template cannot render null.
 
-        Some templates look for null before they render tool calls; others would write "None".
+        Some templates test for null before they render tool calls; others would write "None".
         """
         texts = [{**m, "content": "" if m["content"] is None else m["content"]} for m in messages]
         if texts == messages:
@@ -407,15 +409,16 @@ class ChatTemplate:
     def _without_effect(
         self, variables: dict[str, Any], conversations: list[Rendering]
     ) -> Iterator[tuple[str, str]]:
-        """Names what a row says and the template does not render, and how to leave it out.
+        """Yields each part of a row that the template does not render, and how to leave it out.
 
-        Nothing changes where it is left out, nor where it says something else: a template may put
-        the same in its place by itself (Qwen2's system prompt). A key of messages may be without
-        effect in some of them: templates leave out the reasoning of earlier answers.
+        A part is without effect if the rendered text stays the same both when the part is left out
+        and when its value changes. Leaving it out is not enough: a template may insert the same
+        text by itself (Qwen2's system prompt). A key may be without effect in some of the messages:
+        templates leave out the reasoning of earlier answers.
 
         Args:
-            variables: Keys of the row beside its messages.
-            conversations: What the template renders of the row; the longest first.
+            variables: Keys of the row other than its messages.
+            conversations: All texts that were rendered from the row; the longest first.
         """
         messages = conversations[0].messages
 
@@ -462,26 +465,27 @@ class ChatTemplate:
                 yield f'the messages of the role "{role}"', "take these messages out of the file"
 
     def _tail(self, messages: list[Message], variables: dict[str, Any], whole: str) -> str | None:
-        """What the template appends to every conversation, whatever it is asked for.
+        """Finds the text that the template appends to every conversation, even without being asked.
 
-        LLaDA's appends the header of another answer, with which a response must not end. It is
-        what stands there without any message.
+        LLaDA's template appends the header of another answer, which must not be a part of a
+        response. This text is the rendered text of a conversation without messages.
 
         Args:
             messages: The conversation.
             variables: The other keys of its row.
-            whole: What the template renders it as.
+            whole: The rendered conversation.
 
         Returns:
-            None if it cannot be found.
+            The text, None if it cannot be found.
         """
         continued = self._render([*messages, {"role": "user", "content": "x"}], variables)
         if continued.startswith(whole):
             return ""
-        # A batch of one, since a conversation alone may not be empty; rendered, it is one of texts.
+        # A batch of one conversation, since transformers does not accept an empty conversation
+        # alone. The result is a list of one text.
         batch: Any = [[]]
         texts: Any = self._rendered(batch, variables)
-        if texts is None:  # of a template that looks at the first message
+        if texts is None:  # the template reads the first message, which is not there
             return None
         (tail,) = texts
         is_tail = whole.endswith(tail) and continued.startswith(whole.removesuffix(tail))
@@ -490,7 +494,7 @@ class ChatTemplate:
 
 @contextmanager
 def _refusal(document: Document) -> Iterator[None]:
-    """Turns what a template raises, of any kind and in a language of its own, into one line."""
+    """Turns any exception of a template into an error of one line."""
     try:
         yield
     except Exception as error:
@@ -499,10 +503,10 @@ def _refusal(document: Document) -> Iterator[None]:
 
 
 def template_digest(directory: str) -> str:
-    """A digest of the chat template of a Hugging Face tokenizer, and of the tokens that it writes.
+    """Returns a digest of the chat template and the special tokens of a Hugging Face tokenizer.
 
     Args:
-        directory: Of the tokenizer.
+        directory: Directory of the tokenizer.
     """
     tokenizer = open_hugging_face(directory)
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -510,12 +514,12 @@ def template_digest(directory: str) -> str:
 
 
 def undated(template: str) -> str:
-    """A chat template that writes the date of `TEMPLATE_DATE` for today's."""
+    """Changes a chat template so that it writes `TEMPLATE_DATE` for today's date."""
     return _with_date(template, TEMPLATE_DATE.strftime)
 
 
 def _another(value: Any) -> Any:
-    """A value of the same kind that says something else; lists and objects stay as they are."""
+    """Returns a different value of the same type; lists and objects stay unchanged."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -525,13 +529,14 @@ def _another(value: Any) -> Any:
 
 @functools.cache
 def _with_date(template: str, write_date: Callable[[str], str]) -> str:
-    """A template in which `strftime_now` writes another date than today's.
+    """Changes a template so that `strftime_now` writes a date other than today's.
 
-    A variable of that name would not do: transformers takes plain values only.
+    The template defines a macro of that name. A variable would not work, since transformers only
+    accepts plain values.
 
     Args:
         template: A chat template.
-        write_date: Format -> the date, as `datetime.date.strftime`.
+        write_date: Maps a format to the date, like `datetime.date.strftime`.
     """
     if ASKS_FOR_DATE not in template:
         return template
@@ -539,14 +544,14 @@ def _with_date(template: str, write_date: Callable[[str], str]) -> str:
 
     tokens = jinja2.Environment().lex(template)
     strings = [text[1:-1] for _, kind, text in tokens if kind == "string" and "%" in text]
-    # As jinja reads them.
+    # Resolve escapes as jinja does.
     formats = [s.encode("ascii", "backslashreplace").decode("unicode-escape") for s in strings]
     dates = json.dumps({text: write_date(text) for text in formats})
     return (
         f"{{% macro strftime_now(format) %}}{{% set dates = {dates} %}}"
         "{% if format in dates %}{{ dates[format] }}{% else %}"
         "{{ raise_exception('strftime_now(' ~ format ~ '): write the format out there') }}"
-        # The end of the line goes away, and the template begins a line as it did.
+        # Jinja removes this line end, so that the template still begins at the start of a line.
         "{% endif %}{% endmacro %}\n" + template
     )
 

@@ -1,13 +1,13 @@
-r"""Documents from text and JSONL files, plain or gzipped.
+r"""Reads documents from text and JSONL files, plain or gzipped.
 
-Two formats: in a *text* file the whole file is one document, verbatim; in a *JSONL* file every
-line is a JSON object that holds one document under a key. Blank JSONL lines hold no document and
-are passed over. Files are read as streams, so that only one document at a time is in memory.
+There are two formats. A *text* file is one document, verbatim. In a *JSONL* file every line is a
+JSON object that holds one document under a key; blank lines are skipped. Files are read as
+streams, so that only one document at a time is in memory.
 
-One rule says which format a file has, for every tool that reads one. `--format` decides where it
-is given. Else a file is JSONL if its name says so (`JSON_SUFFIXES`, with or without `.gz`), or if
+All tools determine the format of a file by the same rule. If `--format` is given, it decides.
+Otherwise a file is JSONL if its name ends in one of `JSON_SUFFIXES` (with or without `.gz`), or if
 its first line that is not blank is a JSON object. A file that holds a JSON array is refused. A byte
-order mark at the start of a file belongs to neither format. Lines end at \n or \r\n only.
+order mark at the start of a file is ignored. Lines end at \n or \r\n only.
 
 Imports nothing beyond the standard library, because worker processes import this module.
 """
@@ -30,15 +30,15 @@ from megatron_mdm.errors import UserError
 FORMATS = ("auto", "jsonl", "text")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _BOM = b"\xef\xbb\xbf"
-# An array of objects, as far as its first two lines show one. Many a text begins with a bracket.
+# An array of objects, by its first two lines. A bracket alone is not enough: texts begin with it.
 _ARRAY_OF_OBJECTS = re.compile(rb"\[\s*\{\s*([\"}]|\Z)")
 
 
 class Document(NamedTuple):
-    """One document, as bytes that nobody has looked into yet.
+    """One document, as bytes that are not parsed yet.
 
-    `line` is its line, from 1, in a JSONL file, or 0 where the file is the document. `position`
-    counts the bytes of all input files, as they lie on disk, that were read up to its end.
+    `line` is its line number, from 1, in a JSONL file, and 0 for a text file. `position` is the
+    number of bytes of all input files, as stored on disk, that were read up to its end.
     """
 
     path: str
@@ -55,7 +55,7 @@ def resolve_inputs(inputs: Sequence[str], input_list: str | None = None) -> list
     """Returns the paths in `inputs`, then those in the file `input_list`, one per line.
 
     Raises:
-        UserError: Nothing is named, or something that is named is not a file.
+        UserError: There are no paths, or a path is not a file.
     """
     paths = list(inputs)
     for path in paths:
@@ -88,7 +88,7 @@ def add_format_argument(parser: argparse._ActionsContainer, files: str) -> None:
     """Adds --format to the command line of a tool.
 
     Args:
-        parser: of the tool, or a group of it.
+        parser: the tool's parser, or a group of it.
         files: whose format the flag names, such as "format of the file of --data".
     """
     parser.add_argument(
@@ -102,17 +102,18 @@ def add_format_argument(parser: argparse._ActionsContainer, files: str) -> None:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of a text without their ends, \n or \r\n.
+    r"""Splits a text into lines without their ends, \n or \r\n.
 
-    str.splitlines would also break lines at form feeds and other characters that belong to them.
+    str.splitlines would also break lines at form feeds and other characters that do not end a line.
     """
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 class InputsDigest:
-    """A digest of input files: of their contents in order, and of what their names decide.
+    """A digest of input files: of their contents in order, and of what their names imply.
 
-    Files add themselves while they are read, to the end and without going back.
+    A file that is opened here is added to the digest while it is read. It has to be read to its end
+    and without seeking.
     """
 
     def __init__(self) -> None:
@@ -125,7 +126,7 @@ class InputsDigest:
         return io.BufferedReader(_DigestedFile(path, self._hash.update), 1 << 18)
 
     def read(self, paths: Iterable[str]) -> str:
-        """Reads files for their digest alone.
+        """Reads files only for their digest.
 
         Raises:
             UserError: A file cannot be read.
@@ -137,12 +138,12 @@ class InputsDigest:
         return self.hex()
 
     def hex(self) -> str:
-        """The digest so far, in hexadecimal digits."""
+        """Returns the digest so far, in hexadecimal digits."""
         return self._hash.hexdigest()
 
 
 class _DigestedFile(io.FileIO):
-    """A file that hands on what is read of it."""
+    """A file that passes all bytes that are read to a function."""
 
     def __init__(self, path: str, update: Callable[[memoryview], object]) -> None:
         super().__init__(path)
@@ -161,7 +162,7 @@ class _DigestedFile(io.FileIO):
 
 @contextmanager
 def _read_errors(path: str) -> Iterator[None]:
-    """Turns what goes wrong with the file `path` in the block into a `UserError`."""
+    """Turns an error of reading the file `path` in the block into a `UserError`."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -176,12 +177,12 @@ def read_documents(
     """Yields the documents of `paths` in order.
 
     Args:
-        paths: Files; those that end in `.gz` are decompressed on the way.
+        paths: Files; files whose names end in `.gz` are decompressed.
         file_format: `jsonl`, `text`, or `auto`: see the rule above.
-        digest: To which all files are added, once all documents are read.
+        digest: Gets the contents of all files; complete when all documents are read.
 
     Raises:
-        UserError: A file cannot be read, is not the gzip file that its name promises, or holds a
+        UserError: A file cannot be read, has the suffix `.gz` and is not a gzip file, or holds a
             JSON array.
     """
     start = 0
@@ -205,7 +206,7 @@ def _begin(stream: io.BufferedIOBase) -> tuple[list[bytes], bytes]:
     """Reads the beginning of a file, without a byte order mark.
 
     Returns:
-        Its lines up to the second one that is not blank, and those of them that are not blank.
+        All lines up to the second line that is not blank; and these lines without the blank ones.
     """
     begun = [stream.readline().removeprefix(_BOM)]
     head = [line for line in begun if line.strip()]
@@ -219,12 +220,12 @@ def _is_jsonl(path: str, head: bytes, file_format: str) -> bool:
     """Whether a file is JSONL, by the rule above.
 
     Args:
-        path: Of the file.
-        head: Its first two lines that are not blank.
+        path: Path of the file.
+        head: The first two lines of the file that are not blank.
         file_format: `jsonl`, `text` or `auto`.
 
     Raises:
-        UserError: It holds a JSON array.
+        UserError: The file holds a JSON array.
     """
     if file_format == "text":
         return False
@@ -232,8 +233,8 @@ def _is_jsonl(path: str, head: bytes, file_format: str) -> bool:
     is_named = file_format == "jsonl" or _has_json_name(path)
     if content.startswith(b"[") if is_named else _ARRAY_OF_OBJECTS.match(content):
         raise UserError(
-            f"{path} holds a JSON array, and JSONL is one object a line: write its objects so, for "
-            "example with jq -c '.[]' (--format text takes the file for one text)"
+            f"{path} holds a JSON array, and JSONL is one object a line: write it so, for "
+            "example with jq -c '.[]' (--format text reads the whole file as one text)"
         )
     if is_named or not content.startswith(b"{"):
         return is_named
@@ -251,12 +252,12 @@ def document_text(document: Document, json_key: str) -> str:
     """Returns the text of a document; it may be empty.
 
     Args:
-        document: What `read_documents` yielded.
-        json_key: Where a JSONL line holds its text.
+        document: A document from `read_documents`.
+        json_key: The key of the text in a JSONL line.
 
     Raises:
-        BadDocumentError: Not UTF-8, not a JSON object, no such key, not a string, or a string
-            with lone surrogates, which no tokenizer can take.
+        BadDocumentError: The document is not UTF-8, not a JSON object, has no such key, its value
+            is not a string, or the string has lone surrogates, which no tokenizer can encode.
     """
     if document.line == 0:
         return _decode(document, document.data)
@@ -267,20 +268,21 @@ def document_object(document: Document) -> dict[str, Any]:
     """Returns the JSON object of a line.
 
     Raises:
-        BadDocumentError: Not a line, not UTF-8, or not a JSON object.
+        BadDocumentError: The document is a text file, not UTF-8, or not a JSON object.
     """
     data = document.data
     if document.line == 0:
         raise bad_document(document, "a text file where JSONL is needed (see --format)")
-    content = _decode(document, data.rstrip(b"\r\n"))  # or errors at the end are on line 2
+    # Without its line end: a JSON error at the end of the line would be reported for line 2.
+    content = _decode(document, data.rstrip(b"\r\n"))
     try:
         value = json.loads(content)
     except json.JSONDecodeError as error:
         reason = f"bad JSON: {error.msg} (column {error.colno})"
         if content.strip() == "{":
-            reason = "an object that goes on on the next line: write each on one, as jq -c . does"
+            reason = "the object continues on the next line: write one object a line (jq -c . does)"
         raise bad_document(document, reason) from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise bad_document(document, f"bad JSON: {error}") from None
     if not isinstance(value, dict):
         raise bad_document(document, f"a JSON {json_type(value)} where an object is needed")
@@ -288,28 +290,30 @@ def document_object(document: Document) -> dict[str, Any]:
 
 
 def string_value(document: Document, value: dict[str, Any], key: str, flag: str) -> str:
-    """Returns the string under `key`, which the command line names with `flag`.
+    """Returns the string under `key`; the command line sets the key with `flag`.
 
     Raises:
-        BadDocumentError: No such key, not a string, or one with lone surrogates, which no
-            tokenizer can take.
+        BadDocumentError: There is no such key, its value is not a string, or the string has lone
+            surrogates, which no tokenizer can encode.
     """
     if key not in value:
         by_content = flag == "--json-key" and not _has_json_name(document.path)
-        or_text = ", or take the file for one text with --format text" if by_content else ""
+        or_text = ", or read the file as one text with --format text" if by_content else ""
         raise bad_document(document, f'no key "{key}" (see {flag}{or_text})')
     text = value[key]
     if not isinstance(text, str):
-        raise bad_document(document, f'the value of "{key}" is a JSON {json_type(text)}, no string')
+        raise bad_document(
+            document, f'the value of "{key}" is a JSON {json_type(text)}, not a string'
+        )
     check_surrogates(document, text)
     return text
 
 
 def check_surrogates(document: Document, text: str) -> None:
-    """Checks that a text from JSON has no lone surrogates, which no tokenizer can take.
+    """Checks that a text from JSON has no lone surrogates, which no tokenizer can encode.
 
     Raises:
-        BadDocumentError: It has one.
+        BadDocumentError: The text has one.
     """
     try:
         text.encode()
@@ -327,11 +331,11 @@ def _decode(document: Document, data: bytes) -> str:
 
 
 def bad_document(document: Document, reason: str, line: int = 0) -> BadDocumentError:
-    """Makes the error; `line`, from 0, counts from the start of the document."""
+    """Makes the error about a document; `line` counts from 0 at the start of the document."""
     return BadDocumentError(f"{document.path}:{max(document.line, 1) + line}: {reason}")
 
 
 def json_type(value: object) -> str:
-    """What JSON calls a value."""
+    """Returns JSON's name for the type of a value."""
     names = {list: "array", dict: "object", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

@@ -1,6 +1,6 @@
-"""Text to token ids, in worker processes.
+"""Encodes text as token ids, in worker processes.
 
-Imports neither torch nor megatron nor transformers, so that a worker starts in a moment.
+Imports neither torch nor megatron nor transformers, so that workers start quickly.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from megatron_mdm.data.documents import (
 )
 from megatron_mdm.data.special_tokens import SpecialTokens
 
-# Pieces that released masked-diffusion models use: ours, BERT's and MDLM's, LLaDA's, Dream's.
+# Mask tokens by their text: this project's, BERT's and MDLM's, LLaDA's, Dream's.
 MASK_PIECES = ("<mask>", "[MASK]", "<|mdm_mask|>", "<|mask|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerData:
-    """A tokenizer in a form that travels to worker processes.
+    """A tokenizer in a form that can be sent to worker processes.
 
     Exactly one of `sentencepiece_model` (the bytes of a `.model` file) and `tokenizer_json` (the
     JSON of a `tokenizers.Tokenizer`) is set. `vocab_size` is larger than every id; `eod` is the
     id of the end-of-document token, and `mask` that of the mask token, if there is one. `special`
-    are the ids of special tokens, without the one for what the tokenizer does not know.
+    are the ids of special tokens, without the token for unknown text.
     """
 
     vocab_size: int
@@ -41,12 +41,12 @@ class TokenizerData:
 
     @property
     def kind(self) -> str:
-        """What Megatron calls the tokenizer's type."""
+        """Megatron's name for the type of the tokenizer."""
         is_pieces = self.sentencepiece_model is not None
         return "SentencePieceTokenizer" if is_pieces else "HuggingFaceTokenizer"
 
     def digest(self) -> str:
-        """A digest of all that the tokenizer does; two that agree encode every text alike."""
+        """Returns a digest of the tokenizer; equal digests mean equal ids for every text."""
         model = self.sentencepiece_model
         if model is None:
             assert self.tokenizer_json is not None
@@ -56,10 +56,10 @@ class TokenizerData:
         return content.hexdigest()
 
     def load(self, special: bool = False) -> Callable[[str], list[int]]:
-        """Returns a function from a text to its ids; the tokenizer adds no special tokens.
+        """Returns a function that maps a text to its ids and adds no special tokens.
 
-        Text that spells a special token, such as "<mask>", is encoded like any other text, unless
-        `special` (which sentencepiece cannot do).
+        By default text that spells a special token, such as "<mask>", is encoded like any other
+        text. With `special` it becomes that token, which sentencepiece cannot do.
         """
         if self.sentencepiece_model is not None:
             import sentencepiece
@@ -86,11 +86,12 @@ class TokenizerData:
 
 
 def open_hugging_face(directory: str, trust: bool = False) -> Any:
-    """The Hugging Face tokenizer in a local directory.
+    """Opens the Hugging Face tokenizer in a local directory.
 
     Args:
-        directory: with its files.
-        trust: run Python code that is there; else nobody is asked about it either.
+        directory: directory with the tokenizer's files.
+        trust: run Python code in the directory. If False, the code is not run, and the user is not
+            asked about it either.
     """
     from transformers import AutoTokenizer
 
@@ -98,11 +99,11 @@ def open_hugging_face(directory: str, trust: bool = False) -> Any:
 
 
 def named_code(settings: Mapping[str, Any], *kinds: str) -> list[str]:
-    """The Python classes, `module.Class`, that a file of a model has in place of transformers' own.
+    """Returns the Python classes, `module.Class`, that replace transformers' own classes.
 
     Args:
-        settings: contents of a tokenizer_config.json or config.json.
-        kinds: classes of transformers that they take the place of; by default AutoTokenizer.
+        settings: content of a tokenizer_config.json or config.json.
+        kinds: classes of transformers that are replaced; by default AutoTokenizer.
     """
     names = settings.get("auto_map") or {}
     if not isinstance(names, dict):
@@ -115,7 +116,7 @@ def named_code(settings: Mapping[str, Any], *kinds: str) -> list[str]:
 
 
 def mask_id(tokenizer: Any) -> int | None:
-    """The id of a tokenizer's mask token, None if it has none.
+    """Returns the id of a tokenizer's mask token, None if it has none.
 
     Args:
         tokenizer: a sentencepiece processor, or a Hugging Face tokenizer.
@@ -133,7 +134,7 @@ def mask_id(tokenizer: Any) -> int | None:
 
 
 def sentencepiece_data(processor: Any) -> TokenizerData:
-    """Of a sentencepiece processor."""
+    """Makes the data of a sentencepiece processor."""
     eod = processor.eos_id()
     return TokenizerData(
         vocab_size=processor.get_piece_size(),
@@ -144,10 +145,10 @@ def sentencepiece_data(processor: Any) -> TokenizerData:
 
 
 def hugging_face_data(tokenizer: Any) -> TokenizerData:
-    """Of a fast Hugging Face tokenizer.
+    """Makes the data of a fast Hugging Face tokenizer.
 
-    The end-of-document token is its eos token, and its sep token if it has no eos token, as in
-    Megatron's own class for these tokenizers.
+    The end-of-document token is the tokenizer's eos token, or its sep token if it has no eos token,
+    as in Megatron's own class for these tokenizers.
     """
     eos = tokenizer.eos_token_id
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -162,17 +163,17 @@ def hugging_face_data(tokenizer: Any) -> TokenizerData:
 
 
 class EncodedChunk(NamedTuple):
-    """The tokens of successive documents.
+    """The tokens of consecutive documents.
 
     Attributes:
         tokens: One array with all documents, each with its end-of-document token.
-        lengths: Tokens of each sequence of each document.
+        lengths: Number of tokens of each sequence of each document.
         text_bytes: Length of the documents as UTF-8.
-        empty: How many documents without any token were left out.
+        empty: Number of documents that were left out because they have no tokens.
         bad: `FILE:LINE: REASON` of the documents that could not be read.
-        position: Where the input had been read to, as `Document.position`.
-        is_dated: Whether a chat template has written the date that it was given.
-        spelling: How many conversations spell a special token, which stays text there.
+        position: Position in the input after these documents, as `Document.position`.
+        is_dated: Whether a chat template has written the fixed date.
+        spelling: Number of conversations that spell a special token, which is encoded as text.
     """
 
     tokens: np.ndarray
@@ -189,10 +190,10 @@ class ChunkEncoder:
     """Maps lists of documents to `EncodedChunk`.
 
     Args:
-        tokenizer: What to encode with.
-        json_key: Where a JSONL line holds its text.
+        tokenizer: The tokenizer.
+        json_key: The key of the text in a JSONL line.
         append_eod: Whether to end each document with `tokenizer.eod`.
-        special: Whether text that spells a special token is that token.
+        special: Whether text that spells a special token is encoded as that token.
     """
 
     def __init__(
@@ -206,7 +207,8 @@ class ChunkEncoder:
         if append_eod:
             assert tokenizer.eod is not None
             self._ending = [tokenizer.eod]
-        # Small, because it travels to the parent, which converts it to Megatron's choice.
+        # A small dtype, because the tokens are sent to the parent, which converts them to
+        # Megatron's.
         self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
 
     def __call__(self, documents: Sequence[Document]) -> EncodedChunk:
@@ -222,7 +224,7 @@ class ChunkEncoder:
             except RecursionError:
                 bad.append(str(bad_document(document, "its JSON is nested too deeply")))
                 continue
-            except Exception as error:  # a mistake of ours, whose traceback goes to the user
+            except Exception as error:  # a bug of this program: the user sees the traceback
                 error.add_note(str(bad_document(document, "while this was encoded")))
                 raise
             for texts, sequences in encoded:
@@ -238,29 +240,30 @@ class ChunkEncoder:
         return EncodedChunk(tokens, lengths, text_bytes, empty, bad, documents[-1].position)
 
     def _encoded(self, document: Document) -> list[tuple[Sequence[str], list[list[int]]]]:
-        """The texts of what is written for a document, and their ids, which may be empty."""
+        """Encodes a document as groups of sequences: (texts, ids of each text) for each group."""
         texts = self._texts(document)
         return [(texts, self._ids(document, texts, self._encode))]
 
     def _ids(
         self, document: Document, texts: Sequence[str], encode: Callable[[str], list[int]]
     ) -> list[list[int]]:
-        """The ids of a document's texts, which have been checked."""
+        """Encodes the texts of a document and checks the ids."""
         try:
             sequences = [encode(text) for text in texts]
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # what a library raises; Rust's panics are no Exception
+        except BaseException as error:  # panics of Rust code are not subclasses of Exception
             reason = " ".join(str(error).split())
             raise bad_document(document, f"the tokenizer refuses it: {reason}") from error
         self._check(document, sequences)
         return sequences
 
     def _check(self, document: Document, sequences: Sequence[list[int]]) -> None:
-        """Checks that no text has become a special token.
+        """Checks that no text was encoded as a special token.
 
-        Some tokenizers have these in their vocabulary too, and make them of text that spells them.
-        Training would stop at a mask token, and a document would end at another one.
+        Some tokenizers also have special tokens in their ordinary vocabulary, and encode text that
+        spells them as these tokens. Training would stop at a mask token, and an end token would end
+        a document.
         """
         if any(self._mask in ids for ids in sequences):
             raise bad_document(
@@ -276,5 +279,5 @@ class ChunkEncoder:
                 )
 
     def _texts(self, document: Document) -> Sequence[str]:
-        """The sequences of a document; without the last one there is nothing to learn from it."""
+        """Returns the texts of a document's sequences; if the last one is empty, it is left out."""
         return [document_text(document, self._json_key)]

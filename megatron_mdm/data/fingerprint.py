@@ -1,7 +1,7 @@
-"""What the meaning of token ids depends on, as a few numbers and digests.
+"""Fingerprints of tokenizers: numbers and digests that determine the meaning of token ids.
 
-Data and checkpoints carry the fingerprint of their tokenizer, so that a run can tell whether its
-tokenizer still means the same by the same ids. An extension that moves no id is no difference.
+Data and checkpoints hold the fingerprint of their tokenizer, so that a run can check that its own
+tokenizer gives the ids the same meaning. A tokenizer that only adds ids is not different.
 
 Imports neither torch nor megatron.
 """
@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable
 from megatron_mdm.data.encoding import TokenizerData
 from megatron_mdm.data.record import digest
 
-# Characters and spaces that the usual normalisations change, for sentencepiece models, which give
-# no other account of what they do.
+# Characters and spaces that common normalizations change. A sentencepiece model does not describe
+# its normalization, so its fingerprint holds the normalized form of this text.
 PROBE = (
     "  Two  spaces\ttab\nline\r\nend \u00a0\u3000\u200b\ufeff CAPITALS \u0130\u00df \u00e9 e\u0301 "
     "\ufb01 \uff21\uff11 \u2460 \u00bd \u212b \u2026 \u201cquotes\u201d \u2014 \u0000\u0007 "
@@ -25,18 +25,19 @@ PROBE = (
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """What the ids of a tokenizer mean, in a few plain values that go into records and checkpoints.
+    """The meaning of a tokenizer's ids, as plain values for records and checkpoints.
 
-    `dataclasses.asdict` makes a dict of it, which `**` takes back.
+    `dataclasses.asdict` turns a fingerprint into a dict, and `Fingerprint(**dict)` turns it back.
 
-    The mask token is no part of it: it is added to tokenizers, and stands in no text.
+    The digests leave out the mask token, because it is often added to a tokenizer later and does
+    not occur in text.
 
     Attributes:
-        kind: What Megatron calls the tokenizer's type: SentencePieceTokenizer,
+        kind: Megatron's name for the tokenizer's type: SentencePieceTokenizer,
             HuggingFaceTokenizer, or NullTokenizer, which has ids without text.
-        size: One more than the largest id.
-        eod: Id of the end of document, None without one.
-        mask: Id of the mask token, None without one.
+        size: The largest id, mask token left out, plus 1.
+        eod: Id of the end-of-document token, None if there is none.
+        mask: Id of the mask token, None if there is none.
         vocabulary: Digest of all ids below `size` with their tokens; empty without text.
         normalizer: Digest of how text is normalized; empty without text.
         pre_tokenizer: Digest of how text is split before tokens are looked up; empty without text.
@@ -52,24 +53,25 @@ class Fingerprint:
 
 
 def fingerprint(tokenizer: TokenizerData) -> Fingerprint:
-    """The fingerprint of a tokenizer."""
+    """Computes the fingerprint of a tokenizer."""
     return _fingerprint(tokenizer, None, {tokenizer.mask})
 
 
 def differs(old: Fingerprint, tokenizer: TokenizerData | Fingerprint) -> str:
-    """Says how a tokenizer reads texts and ids otherwise than the one of an old fingerprint.
+    """Describes how a tokenizer differs from the tokenizer of an old fingerprint.
 
     Args:
-        old: Of the tokenizer that data or a checkpoint was made with.
-        tokenizer: That is to be used now; a fingerprint is enough for one without text.
+        old: Fingerprint of the tokenizer that made the data or trained the checkpoint.
+        tokenizer: The tokenizer to use now; for a tokenizer without text, its fingerprint.
 
     Returns:
-        Parts of a sentence about the tokenizer, "; " between them. Empty if it reads them alike.
+        Clauses about the tokenizer, joined by "; ". Empty if there is no difference.
     """
     if isinstance(tokenizer, Fingerprint):
         news = [tokenizer]
     else:
-        # One of the two may have a mask token where the other has a hole, or a token of that name.
+        # A mask token may have been added at an unused id, or an existing token may have become the
+        # mask token. So compare without the old mask id, and without both mask ids.
         left_out = ({old.mask}, {old.mask, tokenizer.mask})
         news = [_fingerprint(tokenizer, old.size, ids) for ids in left_out]
     new = news[-1]
@@ -81,9 +83,9 @@ def differs(old: Fingerprint, tokenizer: TokenizerData | Fingerprint) -> str:
     elif all(new.vocabulary != old.vocabulary for new in news):
         found.append(f"its ids below {old.size} stand for other tokens")
     if new.normalizer != old.normalizer:
-        found.append("it normalizes text otherwise")
+        found.append("it normalizes text differently")
     if new.pre_tokenizer != old.pre_tokenizer:
-        found.append("it splits text otherwise before it looks up tokens")
+        found.append("it splits text differently before it looks up tokens")
     if new.eod != old.eod:
         found.append(f"its end of document is {_id(new.eod)} and not {_id(old.eod)}")
     return "; ".join(found)
@@ -96,7 +98,13 @@ def _id(token: int | None) -> str:
 def _fingerprint(
     tokenizer: TokenizerData, below: int | None, left_out: Collection[int | None]
 ) -> Fingerprint:
-    """The fingerprint with a vocabulary of the ids below a number, None for all, but for some."""
+    """Computes a fingerprint whose vocabulary digest covers some ids only.
+
+    Args:
+        tokenizer: The tokenizer.
+        below: The digest covers the ids below this number; None for all ids.
+        left_out: Ids that the digest leaves out.
+    """
     if tokenizer.sentencepiece_model is not None:
         import sentencepiece
 

@@ -1,8 +1,8 @@
-"""Which data a .bin/.idx pair holds, and what is known of how they were made.
+"""The identity of the data in a .bin/.idx pair, and the record of how they were made.
 
-`tools/preprocess_data.py` writes a record, PREFIX.json, beside PREFIX.bin and PREFIX.idx. It is of
-use to whoever reads these files, and nobody needs it: pairs that Megatron's own tools made have
-none, and one that lies beside files which were replaced is as good as none.
+`tools/preprocess_data.py` writes a record, PREFIX.json, beside PREFIX.bin and PREFIX.idx. The
+record is optional: pairs from Megatron's own tools have none. A record that does not match its
+files, because they were replaced, is ignored.
 
 Imports neither torch nor megatron.
 """
@@ -24,19 +24,19 @@ TOOL = "tools/preprocess_data.py"
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Which data a .bin/.idx pair holds, in plain values that go into checkpoints.
+    """The identity of the data in a .bin/.idx pair, as plain values for checkpoints.
 
-    Everything but `quick` is None without a record.
+    Without a record, all attributes except `quick` are None.
 
     Attributes:
         quick: Digest of the sizes, of the whole .idx, and of the first, the middle and the last
             MiB of the .bin.
-        full: Digest of every byte of both files, when they were made.
+        full: Digest of every byte of both files, computed when they were written.
         kind: "text" or "pairs".
-        tokenizer: Its `Fingerprint`, as a dict.
-        refused_mask: Id of the mask token, if texts that make one were refused.
+        tokenizer: `Fingerprint` of the tokenizer, as a dict.
+        refused_mask: Id of the mask token, if texts that encode to it were refused.
         special_tokens: Whether text that spells a special token was encoded as that token.
-        template_date: The date that a chat template wrote for today's, if it wrote one.
+        template_date: The date that a chat template wrote for today's date, None if it wrote none.
     """
 
     quick: str
@@ -49,11 +49,10 @@ class Identity:
 
 
 def data_identity(prefix: str) -> Identity:
-    """The identity of the pair PREFIX.bin, PREFIX.idx.
+    """Reads the identity of the pair PREFIX.bin, PREFIX.idx.
 
-    Trusts PREFIX.json only where its sizes and its quick digest are those of the files: a record
-    that lies beside files which were replaced is passed over. Reads the whole .idx and at most
-    3 MiB of the .bin.
+    Uses PREFIX.json only if its quick digest is that of the files; otherwise the files were
+    replaced, and the record is ignored. Reads the whole .idx and at most 3 MiB of the .bin.
 
     Raises:
         UserError: A file is missing or cannot be read.
@@ -67,7 +66,7 @@ def data_identity(prefix: str) -> Identity:
 
 
 def quick_digest(bin_path: str, idx_path: str) -> str:
-    """A digest that tells pairs apart without reading all of them; see `Identity.quick`.
+    """Computes a digest of a pair without reading all of it; see `Identity.quick`.
 
     Raises:
         UserError: A file is missing or cannot be read.
@@ -92,14 +91,14 @@ def quick_digest(bin_path: str, idx_path: str) -> str:
 
 
 def record_of(files: tuple[str, str], tokenizer: TokenizerData, **content: Any) -> str:
-    """The record of a .bin/.idx pair that was just made.
+    """Makes the record of a .bin/.idx pair that was just written.
 
     Args:
-        files: The .bin and the .idx, perhaps under temporary names.
-        tokenizer: That made them.
-        content: What else there is to say: `kind`, `special_tokens` and `template_date` as in
-            `Identity`; `inputs`, an `InputsDigest`, and `options`, see `is_made_from`; and
-            whatever a reader may like to know.
+        files: The .bin and the .idx; their names may be temporary.
+        tokenizer: The tokenizer that encoded them.
+        content: Further entries: `kind`, `special_tokens` and `template_date` as in `Identity`;
+            `inputs`, the hexadecimal digest of an `InputsDigest`; `options`, see `is_made_from`;
+            and any others, which only inform the reader.
 
     Raises:
         UserError: A file cannot be read.
@@ -118,11 +117,11 @@ def record_of(files: tuple[str, str], tokenizer: TokenizerData, **content: Any) 
 
 
 def is_made_from(prefix: str, inputs: Sequence[str], options: dict[str, Any]) -> bool:
-    """Whether a .bin/.idx pair is there that was made from these files with these options.
+    """Whether a .bin/.idx pair exists that was made from these files with these options.
 
     Args:
-        prefix: Of the pair.
-        inputs: Files, whose contents count, and not their names.
+        prefix: Prefix of the pair.
+        inputs: Input files; their contents are compared, not their names.
         options: Everything else that has an effect on the pair.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tokenizers from disk as preprocessing takes them: of sentencepiece, or of Hugging Face."""
+"""Loads tokenizers for preprocessing: a sentencepiece model or a Hugging Face tokenizer."""
 
 import os
 
@@ -15,7 +15,7 @@ def load_sentencepiece(path: str) -> TokenizerData:
     """Reads a sentencepiece model file.
 
     Raises:
-        UserError: The file is missing or is no such model.
+        UserError: The file is missing or is not a sentencepiece model.
     """
     import sentencepiece
 
@@ -37,12 +37,12 @@ def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
     The end-of-document token is the tokenizer's eos token, as in Megatron.
 
     Args:
-        directory: With the tokenizer's files.
-        trust: Whether to run Python code that is there.
+        directory: Directory with the tokenizer's files.
+        trust: Whether to run Python code in the directory.
 
     Raises:
-        UserError: transformers is not installed, the directory is missing or holds no tokenizer,
-            or the tokenizer is one of the few without a `tokenizers` backend.
+        UserError: transformers is not installed, the directory is missing or has no tokenizer, or
+            the tokenizer has no `tokenizers` backend (it is not a fast one).
     """
     if not os.path.isdir(directory):
         raise UserError(f"--hf-tokenizer {directory}: no such directory")
@@ -54,7 +54,7 @@ def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
         ) from error
     try:
         tokenizer = open_hugging_face(directory, trust)
-    except Exception as error:  # of many kinds, depending on what is wrong with which file
+    except Exception as error:  # the type of the exception depends on the fault
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"--hf-tokenizer {directory}: cannot be loaded ({lines[0].rstrip(' :')}); it needs the "

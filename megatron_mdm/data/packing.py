@@ -1,4 +1,4 @@
-"""Puts texts of given lengths into rows of one length."""
+"""Packs texts of given lengths into rows of one length."""
 
 from bisect import bisect_left, insort
 
@@ -9,22 +9,22 @@ from megatron_mdm.objective.types import Integers
 
 
 def pack(lengths: npt.ArrayLike, row_length: int) -> tuple[Integers, Integers]:
-    """Packs texts greedily, each into the fullest row that has room for it (best fit).
+    """Packs texts greedily: each goes into the fullest row that has room for it (best fit).
 
     Args:
-        lengths: of the texts, in the order in which they are placed, int [n], each in 1 to
+        lengths: lengths of the texts in the order in which they are placed, int [n], each from 1 to
             `row_length`.
         row_length: tokens in a row.
 
     Returns:
-        The numbers of the texts in the order of rows, int64 [n], and where each row begins among
-        them, int64 [rows + 1]. Inside a row texts keep their order.
+        The indices of the texts, sorted by row, int64 [n]; and the offset of each row's first text
+        in them, int64 [rows + 1]. Inside a row the texts keep their order.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     shortest = int(sizes.min(initial=row_length))
     row_of = np.empty(len(sizes), dtype=np.int64)
-    rooms: list[int] = []  # of open rows, ascending, each once
-    open_rows: dict[int, list[int]] = {}  # by room
+    rooms: list[int] = []  # the different free sizes of open rows, ascending
+    open_rows: dict[int, list[int]] = {}  # free size -> open rows
     num_rows = 0
     for text, size in enumerate(sizes.tolist()):
         place = bisect_left(rooms, size)
@@ -38,7 +38,7 @@ def pack(lengths: npt.ArrayLike, row_length: int) -> tuple[Integers, Integers]:
             num_rows += 1
         row_of[text] = row
         left = room - size
-        if left >= shortest:  # else it is full
+        if left >= shortest:  # otherwise no text fits, and the row is closed
             if left not in open_rows:
                 insort(rooms, left)
                 open_rows[left] = []

@@ -1,4 +1,4 @@
-"""Prompts and responses from JSONL, in worker processes."""
+"""Encodes prompts and responses from JSONL, in worker processes."""
 
 import dataclasses
 import datetime
@@ -13,12 +13,13 @@ from megatron_mdm.data.special_tokens import MARK
 
 @dataclasses.dataclass(frozen=True)
 class PairKeys:
-    """Where a JSONL line holds its pair.
+    """The keys under which a JSONL line holds its prompt and response.
 
-    Either a prompt and a response under two keys, or, with `messages`, a conversation: a list of
-    objects with `role` and `content`, the last one the assistant's. The chat template of the
-    Hugging Face tokenizer in the directory `template` renders it, without the keys in `ignored` and
-    with `date` for today's; `turns` says which answers become pairs. See `ChatTemplate`.
+    A line holds either a prompt and a response under the keys `prompt` and `response`, or a
+    conversation under the key `messages`: a list of objects with `role` and `content`, the last one
+    the assistant's. The chat template of the Hugging Face tokenizer in the directory `template`
+    renders a conversation, without the keys in `ignored` and with `date` for today's date. `turns`
+    selects the answers that become pairs. See `ChatTemplate`.
     """
 
     prompt: str = "prompt"
@@ -30,31 +31,31 @@ class PairKeys:
     turns: Turns = "last"
 
     def options(self) -> dict[str, Any]:
-        """What has an effect on the pairs, in JSON's types."""
+        """Returns all settings that have an effect on the pairs, as JSON values."""
         if self.messages is None:
             return {"prompt_key": self.prompt, "response_key": self.response}
         assert self.template is not None
         return {
             "messages_key": self.messages,
             "template": template_digest(self.template),
-            "special_tokens_in_rows": "text",  # earlier versions made special tokens of it
+            "special_tokens_in_rows": "text",  # earlier versions encoded them as special tokens
             "ignore_keys": sorted(self.ignored),
             "template_date": self.date.isoformat(),
-            # Earlier versions knew the last turn alone, and their data are the same.
+            # Absent for "last": earlier versions only had this setting and wrote no key for it.
             **({} if self.turns == "last" else {"turns": self.turns}),
         }
 
 
 class PairEncoder(ChunkEncoder):
-    """Maps lists of documents to `EncodedChunk`, two sequences a pair: prompt and response.
+    """Maps lists of documents to `EncodedChunk`; each pair is two sequences, prompt and response.
 
     Args:
-        tokenizer: What to encode with.
-        keys: Where the pair is.
-        append_eod: Whether to end each response with `tokenizer.eod`, unless it does already.
-        special: Whether text that spells a special token is that token. For conversations it
-            always is, since a template writes special tokens. What a string of a row spells is
-            text.
+        tokenizer: The tokenizer.
+        keys: The keys of the pair.
+        append_eod: Whether to append `tokenizer.eod` to each response that does not end with it.
+        special: Whether text that spells a special token is encoded as that token. Always True
+            for conversations, since a template writes special tokens; a special token that a
+            string of the row spells is still encoded as text.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PairEncoder(ChunkEncoder):
         return chunk._replace(is_dated=is_dated, spelling=self._spelling)
 
     def prompt(self, document: Document) -> list[int]:
-        """The ids of the prompt of a conversation whose last message is to be answered.
+        """Encodes the prompt of a conversation whose last message is to be answered.
 
         Raises:
             BadDocumentError: See `ChatTemplate.prompt`.

@@ -1,16 +1,16 @@
-"""Text to Megatron's indexed datasets (`.bin` and `.idx`), with several processes.
+"""Turns text into Megatron's indexed datasets (`.bin` and `.idx`), with several processes.
 
-The parent reads the files and hands chunks of documents to workers, which parse and tokenize
-them; it writes the results in the order of the input, hence the same bytes for every number of
-workers. Chunks bound the memory: a few per worker are in progress at a time.
+The parent reads the files and sends chunks of documents to workers, which parse and tokenize
+them. The parent writes the results in the order of the input, so the output does not depend on the
+number of workers. Only a few chunks per worker are in memory at a time.
 
-What is done with documents that are not as they should be:
+Documents with faults:
 
-* A document without any token (an empty file, `{"text": ""}`) is left out and counted, since
-  there is nothing to learn from it. It is not an error: source trees have many empty files.
-* A document that cannot be read (not UTF-8, bad JSON, no such key, no string, a lone surrogate, a
-  conversation that its template does not render whole), or that would become a special token which
-  it spells, stops the run, or is left out and counted with `skip_bad_lines`.
+* A document without tokens (an empty file, `{"text": ""}`) is left out and counted. It is not an
+  error: source trees have many empty files.
+* A document that cannot be read (not UTF-8, bad JSON, no such key, not a string, a lone surrogate,
+  a conversation that its template does not render completely), or whose text would be encoded as a
+  special token that it spells, stops the run. With `skip_bad_lines` it is left out and counted.
 """
 
 import dataclasses
@@ -33,29 +33,30 @@ from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError, escaped
 from megatron_mdm.files import complete_or_absent, termination_raises, write_errors
 
-# Large enough that handing it over costs nothing beside tokenizing it, small enough that the
-# workers finish together.
+# Bytes of text in a chunk: large enough that sending it costs little compared to tokenizing it, and
+# small enough that the workers finish at about the same time.
 CHUNK_BYTES = 1 << 18
 _BAD_SHOWN = 5
 
 
 @dataclasses.dataclass
 class PreprocessSummary:
-    """What `preprocess` wrote.
+    """A summary of the files that `preprocess` wrote.
 
     Attributes:
-        output_prefix: The files are this with `.bin`, `.idx` and, for the record, `.json`.
-        dtype: Type of a token in the `.bin` file.
+        output_prefix: Prefix of the files; the suffixes are `.bin`, `.idx` and, for the record,
+            `.json`.
+        dtype: Data type of a token in the `.bin` file.
         workers: Number of worker processes.
         documents: Documents written.
-        tokens: Tokens written, end-of-document tokens included.
+        tokens: Tokens written, including end-of-document tokens.
         text_bytes: Length of the documents as UTF-8.
         empty_documents: Documents left out because they have no tokens.
         bad_documents: Documents left out because they cannot be read.
         bad_examples: `FILE:LINE: REASON` for the first few of those.
-        template_date: What a chat template was given for today's date, None if it wrote none.
+        template_date: The date that a chat template wrote for today's date, None if it wrote none.
         spelling: Conversations that spell special tokens, which were encoded as text.
-        seconds: Time it took.
+        seconds: Duration in seconds.
     """
 
     output_prefix: str
@@ -90,7 +91,7 @@ class PreprocessSummary:
             )
         if self.spelling:
             lines.append(
-                f"conversations that spell special tokens, which are ordinary text there: "
+                f"conversations that spell special tokens, which were encoded as ordinary text: "
                 f"{self.spelling:,}"
             )
         return "\n".join(lines)
@@ -118,38 +119,39 @@ def preprocess(
     replace: bool = True,
     command: Sequence[str] = (),
 ) -> PreprocessSummary | None:
-    """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`, complete or not at all.
+    """Tokenizes files into `OUTPUT_PREFIX.bin` and `.idx`; writes complete files or none.
 
-    Beside them goes their record, `OUTPUT_PREFIX.json`, see `megatron_mdm.data.identity`. Files
-    that exist are replaced. Starts processes by the `spawn` method, so that a script that calls
-    this needs the usual `if __name__ == "__main__"`.
+    Also writes their record, `OUTPUT_PREFIX.json`, see `megatron_mdm.data.identity`. Replaces
+    existing files by default. Starts processes by the `spawn` method, so a script that calls this
+    function needs the usual `if __name__ == "__main__"`.
 
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
-        output_prefix: The files without their suffixes.
-        tokenizer: From load_tokenizer.py.
+        output_prefix: Path of the files without suffixes.
+        tokenizer: A tokenizer from `load_tokenizer`.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
-        json_key: Where a JSONL line holds its text.
-        pairs: Where it holds a prompt and a response instead: documents of two sequences.
+        json_key: The key of the text in a JSONL line.
+        pairs: The keys of prompt and response in a JSONL line. If given, each document has two
+            sequences, and `json_key` is not used.
         append_eod: Whether to end each document with the end-of-document token.
-        special_tokens: Whether text that spells a special token is encoded as that token; None for
-            conversations alone, whose template writes special tokens. What a string of their rows
-            spells is text.
+        special_tokens: Whether text that spells a special token is encoded as that token; None:
+            only for conversations, whose template writes special tokens. A special token that a
+            string of a conversation's row spells is always encoded as text.
         workers: Number of processes; `default_workers()` if None. Does not change the output.
         skip_bad_lines: Whether to leave out documents that cannot be read instead of stopping.
         progress: Whether to show a progress bar on stderr.
-        unless_done: Whether to keep files that were made from the same inputs, by their contents,
-            with the same tokenizer and options.
-        replace: Whether to replace other files that are there.
+        unless_done: Whether to keep existing files that were made from inputs with the same
+            contents and with the same tokenizer and options.
+        replace: Whether to replace other existing files.
         command: The words of the command line, for the record.
 
     Returns:
-        None if the files were kept.
+        The summary, None if existing files were kept.
 
     Raises:
-        UserError: An unreadable document, no documents, no end-of-document token, an output that
-            cannot be written, would replace another file or is not to be replaced, or a worker that
-            died.
+        UserError: A document cannot be read, there are no documents, the tokenizer has no
+            end-of-document token, the output cannot be written, would replace a file that is not a
+            record or must not be replaced, or a worker died.
     """
     start = time.perf_counter()
     workers = default_workers() if workers is None else workers
@@ -182,7 +184,7 @@ def preprocess(
     encoder = (
         (ChunkEncoder, tokenizer, json_key) if pairs is None else (PairEncoder, tokenizer, pairs)
     )
-    # The record before the index, which is the sign that the others are valid.
+    # The index comes last: its presence means that the other files are complete.
     targets = [f"{output_prefix}{suffix}" for suffix in (".bin", ".json", ".idx")]
     read = InputsDigest()
     with termination_raises(), complete_or_absent(*targets) as (bin_path, record_path, idx_path):
@@ -225,10 +227,10 @@ def preprocess(
 def _special_tokens(
     asked_for: bool | None, tokenizer: TokenizerData, pairs: PairKeys | None
 ) -> bool:
-    """Whether text that spells a special token is that token.
+    """Determines whether text that spells a special token is encoded as that token.
 
     Raises:
-        UserError: It cannot be as it is asked for.
+        UserError: The tokenizer or the pairs do not allow the given choice.
     """
     are_conversations = pairs is not None and pairs.messages is not None
     if asked_for is False and are_conversations:
@@ -258,7 +260,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _count(summary: PreprocessSummary, result: EncodedChunk, skip_bad_lines: bool) -> None:
     if result.bad and not skip_bad_lines:
-        raise UserError(f"{result.bad[0]}; mend it or pass --skip-bad-lines")
+        raise UserError(f"{result.bad[0]}; fix it or pass --skip-bad-lines")
     summary.documents += len(result.lengths)
     summary.tokens += len(result.tokens)
     summary.text_bytes += result.text_bytes
@@ -282,7 +284,7 @@ def _write(builder: Any, result: EncodedChunk, output_prefix: str) -> None:
 def _indexed_dataset(
     bin_path: str, idx_path: str, vocab_size: int, output_prefix: str
 ) -> Iterator[Any]:
-    """Yields Megatron's builder, and finishes its files unless the block fails."""
+    """Yields Megatron's dataset builder, and finishes its files unless the block fails."""
     with silent_import():
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -295,19 +297,19 @@ def _indexed_dataset(
         with write_errors(f"{output_prefix}.idx"):
             builder.finalize(idx_path)
     finally:
-        with suppress(OSError):  # the disk is full, and what could not be written goes away
+        with suppress(OSError):  # the disk may be full; the unfinished file is removed anyway
             builder.data_file.close()
 
 
 class _Progress:
-    """Progress bar over the bytes of the input files, with the rate of documents."""
+    """A progress bar over the bytes of the input files, with the rate of documents."""
 
     def __init__(self, inputs: Sequence[str], enabled: bool) -> None:
         self._total = sum(os.path.getsize(path) for path in inputs)
         self._enabled = enabled
 
     def __enter__(self) -> "_Progress":
-        # In a log file every update is a line.
+        # In a log file every update is a line, so update less often.
         interval = 0.5 if sys.stderr.isatty() else 30
         self._bar = tqdm(
             total=self._total,

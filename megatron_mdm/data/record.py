@@ -1,7 +1,7 @@
-"""Records: small JSON files that say what a tool made its output from.
+"""Records: small JSON files with the inputs and options of a tool's output.
 
-A record holds digests and settings, no times and no places, so that a copy of the output is worth
-as much as the output. Whoever reads one checks that it is of the files beside it.
+A record holds digests and settings, but no times and no paths, so that it is also valid for a copy
+of the output. The reader of a record checks that it matches the files beside it.
 
 Imports nothing beyond the standard library and `megatron_mdm.errors`.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 
-# To be raised when the same inputs and options begin to give another output.
+# Version of the records. Raise it when the same inputs and options give another output.
 FORMAT = 1
 BLOCK, SAMPLE = 1 << 20, 4 << 10
 _BEGIN = re.compile(rb'\{\s*"format": \d+,\s*"made_by": "')
@@ -25,7 +25,7 @@ _BEGIN = re.compile(rb'\{\s*"format": \d+,\s*"made_by": "')
 
 @contextmanager
 def read_errors(path: str | Path) -> Iterator[None]:
-    """Turns an `OSError` of the block into a `UserError` about `path`, which it reads."""
+    """Turns an `OSError` in the block, which reads `path`, into a `UserError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -33,17 +33,17 @@ def read_errors(path: str | Path) -> Iterator[None]:
 
 
 def record(tool: str, **content: Any) -> str:
-    """The text of a record.
+    """Makes the text of a record.
 
     Args:
-        tool: That made the output.
-        content: What there is to say, in JSON's types.
+        tool: The tool that made the output.
+        content: The entries, as JSON values.
     """
     return json.dumps({"format": FORMAT, "made_by": tool, **content}, indent=2) + "\n"
 
 
 def read_record(path: str, tool: str) -> dict[str, Any] | None:
-    """Reads a record; None if there is no file, or one that this version of a tool did not write.
+    """Reads a record; None if there is no file, or if another version or tool wrote it.
 
     Raises:
         UserError: The file cannot be read.
@@ -55,18 +55,18 @@ def read_record(path: str, tool: str) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError:  # no JSON, or no UTF-8
+    except ValueError:  # not JSON, or not UTF-8
         return None
     ours = isinstance(content, dict) and content.get("made_by") == tool
     return content if ours and content.get("format") == FORMAT else None
 
 
 def check_free(path: str, flag: str) -> None:
-    """Checks that a record will not replace a file of another kind, such as an input.
+    """Checks that a record will not replace a file that is not a record, such as an input.
 
     Args:
-        path: Of the record.
-        flag: That leads to this path, with its value.
+        path: Path of the record.
+        flag: The flag, with its value, that determines this path.
 
     Raises:
         UserError: There is such a file.
@@ -80,27 +80,28 @@ def check_free(path: str, flag: str) -> None:
         begin = b""
     if not _BEGIN.match(begin):
         raise UserError(
-            f"{flag}: {path} is where the record of the output goes, and is another file: give "
-            "another name"
+            f"{flag}: {path} is where the record of the output goes, and another file is there: "
+            "give another name"
         )
 
 
 def digest(value: Any) -> str:
-    """A digest of a value in JSON's types."""
+    """Returns a digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: str) -> str:
-    """The sha256 of a file."""
+    """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def made_from(sources: Iterable[Path], options: dict[str, Any]) -> str:
-    """A digest of files, and of the options of what is made from them.
+    """Returns a digest of input files and of the options of the conversion.
 
-    Of a file count its name, its size, and a part of its contents: the first MiB, and 4 KiB of each
-    one after it. Training changes all weights, so that this tells models apart in a moment.
+    The digest covers the name and size of each file and a part of its contents: the first MiB, and
+    the first 4 KiB of each following MiB. This is fast, and it distinguishes models, since training
+    changes all weights.
 
     Raises:
         UserError: A file cannot be read.

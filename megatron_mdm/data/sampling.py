@@ -1,4 +1,4 @@
-"""Uniform samples of as many items as reach a size together."""
+"""Draws uniform samples of items, up to a given total size."""
 
 import heapq
 import random
@@ -10,19 +10,20 @@ CHUNK = 2**20  # items whose keys are drawn at once
 
 
 def drawn(sizes: np.ndarray, enough: int, seed: int = 0) -> list[int]:
-    """The sample that a `Reservoir` holds at the end of a stream, where all sizes are known.
+    """Draws the sample that a `Reservoir` would hold at the end, for items whose sizes are known.
 
-    There may be billions of items: nothing is done for each of them in Python.
+    There may be billions of items, so there is no Python loop over items.
 
     Args:
-        sizes: of all items, an integer array of shape [items].
-        enough: size that the items are to reach together; all of them if they do not.
-        seed: of the keys.
+        sizes: sizes of all items, an integer array of shape [items].
+        enough: total size that the sample has to reach. If all items together are smaller, the
+            sample is all items.
+        seed: seed of the random keys.
 
     Returns:
-        Their numbers, ascending.
+        The indices of the drawn items, ascending.
     """
-    # NumPy's legacy generator goes on with the state of Python's, and draws the same numbers.
+    # NumPy's legacy generator, with the state of Python's generator, draws the same numbers.
     _, state, _ = random.Random(seed).getstate()
     draws = np.random.RandomState()
     draws.set_state(("MT19937", np.array(state[:-1], np.uint32), state[-1], 0, 0.0))
@@ -42,19 +43,20 @@ def drawn(sizes: np.ndarray, enough: int, seed: int = 0) -> list[int]:
 
 
 class Reservoir[T]:
-    """A sample of a stream, in one pass and in bounded memory.
+    """A uniform sample of a stream, drawn in one pass and in bounded memory.
 
-    The items of a stream with the smallest of random keys, as many as reach a size together.
+    Each item gets a random key. The sample is the items with the smallest keys, as many as reach a
+    total size.
 
-    Which items these are depends on the seed and on the numbers and sizes of the items, and not on
-    what the items hold.
+    The sample depends on the seed and on the order and sizes of the items, but not on their
+    contents.
 
     Args:
-        enough: size that the items are to reach together, if those of the stream do.
-        seed: of the keys.
+        enough: total size that the sample has to reach, if the stream is large enough.
+        seed: seed of the random keys.
 
     Attributes:
-        size: of the items together; without the last one by its key it is below `enough`.
+        size: total size of the sample; without the item of the largest key it is below `enough`.
     """
 
     def __init__(self, enough: int, seed: int = 0) -> None:
@@ -62,13 +64,13 @@ class Reservoir[T]:
         self._enough = enough
         self._draw = random.Random(seed).random
         self._number = 0
-        self._heap: list[tuple[float, int, int, T]] = []  # the last one by its key first
+        self._heap: list[tuple[float, int, int, T]] = []  # the item of the largest key is first
 
     def offer(self, make: Callable[[], tuple[int, T] | None]) -> None:
-        """Takes the next item of the stream, if it belongs to the sample as things stand.
+        """Takes the next item of the stream, if it belongs to the sample so far.
 
         Args:
-            make: returns the size of the item and the item; None if it is not to count. Is not
+            make: returns the size of the item and the item; None to leave the item out. It is not
                 called for an item whose key is too large.
         """
         key = self._draw()
@@ -84,12 +86,12 @@ class Reservoir[T]:
             self._drop_last()
 
     def shrink(self, most: int) -> None:
-        """Drops items until the others have at most this size together."""
+        """Drops the items of the largest keys until the total size is at most `most`."""
         while self.size > most:
             self._drop_last()
 
     def items(self) -> list[T]:
-        """The sample, in the order of the stream."""
+        """Returns the sample in the order of the stream."""
         return [item for _, _, _, item in sorted(self._heap, key=lambda entry: entry[1])]
 
     def _drop_last(self) -> None:

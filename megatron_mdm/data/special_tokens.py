@@ -1,20 +1,21 @@
-"""Text that spells a special token, in the midst of special tokens that are meant.
+"""Encodes special tokens that the text of a conversation spells as ordinary text.
 
-A chat template writes special tokens around the contents of messages. A tokenizer would find them
-in the contents too: a conversation about `<|im_end|>` would end there. So a mark goes between the
-letters of each special token that a string of the row spells, before the template renders the row.
-Afterwards what is marked is encoded as text, without the marks.
+A chat template writes special tokens around the contents of messages. A tokenizer would also find
+special tokens in the contents: a conversation about `<|im_end|>` would end there. Therefore, before
+the template renders a row, a mark is put between the letters of each special token that a string of
+the row spells. After rendering, the marked text is encoded as ordinary text without the marks.
 
-Every other special token counts as the template's. It may come from strings that do not spell it:
-`<|{{ m.role }}|>` puts it together, and `m.content | lower` makes it of `<|IM_END|>`. Templates do
-the former on purpose, and what they render does not tell one from the other.
+Every other special token in the rendered text counts as the template's own. This includes special
+tokens that the template builds from strings of the row: `<|{{ m.role }}|>` puts one together, and
+`m.content | lower` makes one from `<|IM_END|>`. Templates do the former on purpose, and the
+rendered text does not show the difference.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# A character that Unicode keeps for such purposes, and that is part of no text.
+# A Unicode noncharacter: it is reserved for internal use and is not part of any text.
 MARK = "\ufdd0"
 
 
@@ -22,19 +23,20 @@ class SpecialTokens:
     """The special tokens of a tokenizer.
 
     Args:
-        tokenizer: A `tokenizers.Tokenizer` that neither pads nor truncates. Nobody else may use it.
-        refused: Ids that no text may become.
+        tokenizer: A `tokenizers.Tokenizer` that neither pads nor truncates. Its settings are
+            changed, so no other code may use it.
+        refused: Ids that no text may be encoded as.
     """
 
     def __init__(self, tokenizer: Any, refused: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._refused = frozenset(refused)
         tokens = [t for t in tokenizer.get_added_tokens_decoder().values() if t.special]
-        # A pattern finds the first alternative: of two tokens that begin alike, the longer one.
+        # The longest first: a regular expression takes the first alternative that matches.
         tokens.sort(key=lambda token: -len(token.content))
         self._ids = [tokenizer.token_to_id(token.content) for token in tokens]
         self._spelled = re.compile("|".join(re.escape(t.content) for t in tokens) or r"(?!)")
-        # Some tokens take the space beside them.
+        # Some tokens include the white space beside them (lstrip, rstrip).
         forms = (
             rf"{r'\s*' if t.lstrip else ''}({re.escape(t.content)}){r'\s*' if t.rstrip else ''}"
             for t in tokens
@@ -45,11 +47,11 @@ class SpecialTokens:
             self._normalize = tokenizer.normalizer.normalize_str
 
     def spelled_in(self, text: str) -> bool:
-        """Whether a tokenizer would find special tokens in a text."""
+        """Whether the tokenizer would find special tokens in a text."""
         return any(self._spelled.search(form) for form in (text, self._normalize(text)))
 
     def marked(self, text: str) -> str | None:
-        """The text with marks in all special tokens that it spells; None if that cannot be."""
+        """Puts marks into all special tokens that a text spells; None if one cannot be marked."""
         before = None
         while text != before:
             before = text
@@ -57,11 +59,11 @@ class SpecialTokens:
         return None if self.spelled_in(text) else text
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text with marks, in which what is marked is no special token.
+        """Encodes a text with marks; marked special tokens become ordinary text.
 
         Raises:
-            ValueError: The tokenizer cannot do that. It encodes the text between special tokens
-                otherwise than alone, or it makes special tokens of ordinary text too.
+            ValueError: The tokenizer cannot do this: it encodes the text between special tokens
+                differently from the same text alone, or it encodes ordinary text as special tokens.
         """
         with_marks: list[int] = []
         with_text: list[int] = []
@@ -90,7 +92,7 @@ class SpecialTokens:
 
 
 def change_strings(value: Any, change: Callable[[str], Any]) -> Any:
-    """A value of JSON's types with other strings, keys included."""
+    """Applies `change` to all strings of a JSON value, including keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -101,7 +103,7 @@ def change_strings(value: Any, change: Callable[[str], Any]) -> Any:
 
 
 def strings_of(value: Any) -> list[str]:
-    """All strings in a value of JSON's types, keys included."""
+    """Returns all strings of a JSON value, including keys."""
     found: list[str] = []
 
     def take(text: str) -> str:

@@ -1,13 +1,13 @@
-"""Training of a sentencepiece tokenizer for masked diffusion.
+"""Trains a sentencepiece tokenizer for masked diffusion.
 
-The vocabulary begins with `<pad>`, `<eod>` (sentencepiece's eos piece, where Megatron looks for
-the end-of-document token), `<unk>`, and the control symbol `<mask>`; there is no bos. Text never
-encodes to any of these: a control symbol has no surface form, and bytes stand in for characters
-that are not in the vocabulary.
+The vocabulary begins with `<pad>`, `<eod>` (sentencepiece's eos piece, which Megatron takes as the
+end-of-document token), `<unk>`, and the control symbol `<mask>`; there is no bos. Text never
+encodes to any of these: a control symbol has no surface form, and characters that are not in the
+vocabulary are encoded as bytes.
 
-Encoding is lossless: no normalisation, no added or removed spaces; tabs and line ends survive.
-The one exception is the character U+2581, sentencepiece's own sign for a space, which decodes to
-a space.
+Encoding is lossless: it does not normalize text or add or remove spaces, and it keeps tabs and line
+ends. The only exception is the character U+2581, sentencepiece's own sign for a space, which
+decodes to a space.
 """
 
 import dataclasses
@@ -39,25 +39,25 @@ MODEL_TYPES = ("bpe", "unigram")
 DEFAULT_VOCAB_SIZE = 8192
 DEFAULT_MAX_BYTES = 100_000_000
 
-# sentencepiece passes over lines of more than 4192 bytes; a character has at most 4.
+# sentencepiece skips lines of more than 4192 bytes; a character has at most 4 bytes.
 _LINE_CHARACTERS = 1000
-_QUIET = 2  # of sentencepiece's log levels: errors only, and those come as exceptions as well
+_QUIET = 2  # a sentencepiece log level: errors only, which are raised as exceptions as well
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSummary:
-    """What `train_tokenizer` did.
+    """A summary of what `train_tokenizer` did.
 
     Attributes:
         output: The model file.
         vocab_size: Number of pieces.
         eod_id: Id of the end-of-document piece.
         mask_id: Id of the mask piece.
-        documents: How many documents were read.
-        text_bytes: Length of the text, as UTF-8, that was read.
-        used_bytes: Length of the part that was trained on.
-        bad_documents: How many documents were skipped as unreadable.
-        seconds: Time it took.
+        documents: Number of documents that were read.
+        text_bytes: Length of the text that was read, as UTF-8.
+        used_bytes: Length of the part that the model was trained on.
+        bad_documents: Number of documents that were skipped because they cannot be read.
+        seconds: Duration in seconds.
     """
 
     output: str
@@ -95,34 +95,35 @@ def train_tokenizer(
     unless_done: bool = False,
     command: Sequence[str] = (),
 ) -> TokenizerSummary | None:
-    """Trains a sentencepiece model and writes it to `output`, complete or not at all.
+    """Trains a sentencepiece model and writes it to `output`; writes a complete file or none.
 
-    Beside it goes its record, `output` with `.json` after it. The same input gives the same model.
-    The work is done in a process of its own, so that Ctrl-C ends it at once.
+    Also writes a record, whose name is `output` followed by `.json`. The same input gives the same
+    model. A separate process trains the model, so that Ctrl-C ends the training at once.
 
     Args:
         inputs: Text and JSONL files, see `megatron_mdm.data.documents`.
         output: The model file, `SOMETHING.model`; replaced if it exists.
-        vocab_size: Number of pieces, special ones and the 256 bytes included.
+        vocab_size: Number of pieces, including the special ones and the 256 bytes.
         model_type: `bpe` or `unigram`.
         file_format: `auto`, `jsonl`, or `text`, see `read_documents`.
-        json_key: Where a JSONL line holds its text.
-        max_bytes: If there is more text, a random sample of its lines of this size is used.
-        skip_bad_lines: Whether to pass over documents that cannot be read.
-        unless_done: Whether to keep a model that was made from the same inputs, by their contents,
-            with the same options.
+        json_key: The key of the text in a JSONL line.
+        max_bytes: If there is more text than this, a random sample of its lines of this size is
+            used.
+        skip_bad_lines: Whether to skip documents that cannot be read.
+        unless_done: Whether to keep an existing model that was made from inputs with the same
+            contents and with the same options.
         command: The words of the command line, for the record.
 
     Returns:
-        None if the model was kept.
+        The summary, None if an existing model was kept.
 
     Raises:
-        UserError: No text, an unreadable document, a vocabulary size that does not suit the text,
-            or an output that cannot be written or would replace another file.
+        UserError: There is no text, a document cannot be read, the vocabulary size does not suit
+            the text, or the output cannot be written or would replace another file.
     """
     start = time.perf_counter()
     if not output.endswith(".model"):
-        # Also keeps a mixed-up command line from replacing a corpus.
+        # This also protects a corpus, if input and output are interchanged on the command line.
         raise UserError(f"--output {output}: must end in .model")
     if max_bytes < 1:
         raise UserError(f"--max-bytes {max_bytes}: must be at least 1")
@@ -155,7 +156,7 @@ def train_tokenizer(
 
 
 def _is_made_from(output: str, inputs: Sequence[str], options: dict[str, Any]) -> bool:
-    """Whether the model is there, and was made from these files with these options."""
+    """Whether the model exists and was made from these files with these options."""
     found = read_record(f"{output}.json", TOOL)
     return (
         found is not None
@@ -168,7 +169,7 @@ def _is_made_from(output: str, inputs: Sequence[str], options: dict[str, Any]) -
 
 @dataclasses.dataclass
 class _Corpus:
-    """The lines to train on; counts and digest are right once `lines` has returned."""
+    """The lines to train on; the counts and the digest are valid after `lines` has returned."""
 
     inputs: list[str]
     file_format: str
@@ -182,7 +183,7 @@ class _Corpus:
     digest: str = ""
 
     def lines(self) -> list[str]:
-        """Returns all lines, or a uniform sample of them that fits into `max_bytes`, in order."""
+        """Returns all lines, or a uniform sample of at most `max_bytes`, in order."""
         sample: Reservoir[str] = Reservoir(self.max_bytes)
         for line in self._all_lines():
             self.text_bytes += len(line.encode())
@@ -198,18 +199,18 @@ class _Corpus:
                 text = document_text(document, self.json_key)
             except BadDocumentError as error:
                 if not self.skip_bad_lines:
-                    raise UserError(f"{error}; mend it or pass --skip-bad-lines") from error
+                    raise UserError(f"{error}; fix it or pass --skip-bad-lines") from error
                 self.bad_documents += 1
                 continue
             self.documents += 1
-            for line in io.StringIO(text, newline="\n"):  # form feeds, say, end no line
+            for line in io.StringIO(text, newline="\n"):  # form feeds do not end a line
                 for begin in range(0, len(line), _LINE_CHARACTERS):
                     yield line[begin : begin + _LINE_CHARACTERS]
         self.digest = digest.hex()
 
 
 class _Trainer:
-    """Maps the name of the output to a summary, a model's bytes and the digest of its inputs."""
+    """Trains a model in a worker: output path -> (summary, bytes of the model, inputs' digest)."""
 
     def __init__(self, corpus: _Corpus, vocab_size: int, model_type: str) -> None:
         self._corpus = corpus
@@ -240,7 +241,7 @@ class _Trainer:
 
 
 def _sized(line: str) -> tuple[int, str]:
-    """A line with its length as UTF-8."""
+    """Returns the length of a line as UTF-8, and the line."""
     return len(line.encode()), line
 
 
@@ -258,7 +259,7 @@ def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # Indentation is common in source code.
+            # Source code has much indentation.
             allow_whitespace_only_pieces=True,
             pad_id=0,
             eos_id=1,
@@ -268,7 +269,7 @@ def _train(lines: Iterable[str], vocab_size: int, model_type: str) -> bytes:
             eos_piece=EOD_PIECE,
             unk_piece="<unk>",
             control_symbols=[MASK_PIECE],
-            # Fixed, because the order of the sums, hence a unigram model, depends on it.
+            # Fixed, because the order of summation in a unigram model depends on it.
             num_threads=4,
             minloglevel=_QUIET,
         )

@@ -1,9 +1,8 @@
-"""Worker processes that keep the order, hold little memory, and whose death is noticed.
+"""Worker processes: results in order, bounded memory, and an error if a worker dies.
 
-Neither `multiprocessing.Pool` nor `ProcessPoolExecutor` will do: the first waits for ever for a
-worker that was killed, and so does the second if the worker was killed while it wrote a result
-into the pipe that all of them share. Here every worker has a pipe of its own, which the kernel
-closes when the worker dies.
+`multiprocessing.Pool` waits for ever for a worker that was killed. So does `ProcessPoolExecutor`,
+if the worker was killed while it wrote a result into the pipe that all workers share. Here every
+worker has a pipe of its own, which the kernel closes when the worker dies.
 
 Imports nothing beyond the standard library, because worker processes import this module.
 """
@@ -19,22 +18,23 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 
-# Results that wait for an earlier one, and tasks in progress, per worker.
+# Per worker: the limit of the tasks in progress plus the results that wait for an earlier one.
 _AHEAD = 4
 
 
 class Workers:
-    """Context manager: processes that each run `make_function(*arguments)` on tasks.
+    """A context manager of processes that each apply `make_function(*arguments)` to tasks.
 
-    They are started by `map` with the `spawn` method, hence free of the parent's threads and large
-    libraries; a script that uses this needs the usual `if __name__ == "__main__"`. Leaving the
-    block, by an exception too, kills them. Should the parent be killed they end by themselves.
+    `map` starts the processes with the `spawn` method, so that they do not inherit the parent's
+    threads and large libraries. A script that uses this class needs the usual guard
+    `if __name__ == "__main__"`. The end of the block kills the processes, also after an exception.
+    If the parent is killed, they end by themselves.
 
     Args:
-        count: How many processes at most.
-        make_function: Called once in each process, with `arguments`; returns what maps a task to
-            its result. Everything has to be picklable.
-        arguments: See `make_function`.
+        count: Largest number of processes.
+        make_function: Called once in each process, with `arguments`; returns a function that maps a
+            task to its result. All of these have to be picklable.
+        arguments: Arguments of `make_function`.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Workers:
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        # Ctrl-C reaches the whole process group. Workers inherit the blocked signal, so that the
-        # parent alone answers to it. Starting this helper of multiprocessing's, which the first
-        # spawn would do, unblocks it again.
+        # Ctrl-C reaches the whole process group. Workers inherit the blocked signal, so that only
+        # the parent handles it. Start multiprocessing's resource tracker first: the first spawn
+        # would start it, and that would unblock the signal again.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
-                # A daemon ends with the parent even if an interruption falls in between here.
+                # A daemon ends with the parent even if an interrupt occurs before the next lines.
                 process = context.Process(target=_serve, args=(theirs, *self._served), daemon=True)
                 process.start()
                 theirs.close()
@@ -81,11 +81,11 @@ class Workers:
         self._processes.clear()
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """Yields the results of `tasks` in their order; takes few tasks in advance. Once only.
+        """Yields the results of `tasks` in order; takes few tasks in advance. Call it only once.
 
         Raises:
-            UserError: A worker died, or raised `UserError` itself.
-            RuntimeError: A worker raised something else; the message holds its traceback.
+            UserError: A worker died or raised a `UserError`.
+            RuntimeError: A worker raised another exception; the message holds its traceback.
         """
         tasks = iter(tasks)
         first = list(itertools.islice(tasks, self._count))
@@ -99,9 +99,9 @@ class Workers:
             while wanted in finished:
                 yield finished.pop(wanted)
                 wanted += 1
-            # A worker gets a task only when its last result has been taken: the two sides never
-            # both wait for the other to read. What is wanted next is running or not yet sent, so
-            # that the limit cannot stop everything.
+            # A worker gets a task only after its last result has been received, so the two sides
+            # never wait for each other to read. The next wanted task is running or not yet sent, so
+            # the limit cannot cause a deadlock.
             while idle and len(running) + len(finished) < _AHEAD * self._count:
                 number, task = next(numbered, (None, None))
                 if number is None:
@@ -144,7 +144,7 @@ def _serve(
     make_function: Callable[..., Callable[[Any], Any]],
     arguments: tuple[Any, ...],
 ) -> None:
-    """Runs in a worker: answers tasks until the parent closes its end or is gone."""
+    """The loop of a worker: answers tasks until the parent closes the connection or dies."""
     function = None
     answer: tuple[Any, Exception | None]
     try:

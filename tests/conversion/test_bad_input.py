@@ -72,7 +72,7 @@ CASES = {
     "a broken config": (lambda d: cut(d / "config.json"), "config.json is not valid JSON"),
     "another family": (
         lambda d: change_config(d, architectures=["MoEModelLM"]),
-        "no table for the architecture MoEModelLM",
+        "config.json: MoEModelLM is not a supported architecture",
     ),
     "a model of another attention": (
         lambda d: change_config(d, architectures=["LLaDA2MoeModelLM"]),
@@ -239,7 +239,7 @@ BACK = {
     ),
     "another family": (
         lambda c: shutil.copy(c / "release" / "metadata.json", c / "huggingface" / "config.json"),
-        "no table for the architecture None",
+        "config.json: None is not a supported architecture",
     ),
     "another mask token": (
         lambda c: change_config(c / "huggingface", mask_token_id=89),

@@ -141,11 +141,11 @@ def change(name, **values):
 DISAGREEING = {
     "an id that comes too late": (
         change("added_tokens.json", **{"<|extra|>": 269}),
-        "'<|extra|>' has 269 in one of the tokenizer's files and None by all of them",
+        "'<|extra|>' has 269 in one of the tokenizer's files and None in the tokenizer that all",
     ),
     "two ids": (
         change("added_tokens.json", **{"<|mask|>": 262}),
-        "'<|mask|>' has 262 in one of the tokenizer's files and 266 by all of them",
+        "'<|mask|>' has 262 in one of the tokenizer's files and 266 in the tokenizer that all of",
     ),
     "a special token without id": (
         change("tokenizer_config.json", mask_token="<|hole|>"),

@@ -14,14 +14,14 @@ from tests.data.texts import SOURCE, TEXTS, read, run, run_tool_here, write_json
 
 BAD_LINES = [
     (b'{"text": "a"', "bad JSON: Expecting ',' delimiter (column 13)"),
-    (b" {", "an object that goes on on the next line: write each on one, as jq -c . does"),
+    (b" {", "the object continues on the next line: write one object a line (jq -c . does)"),
     (b"text", "bad JSON: Expecting value (column 1)"),
     (b"[" * 100_000, "bad JSON: maximum recursion depth exceeded"),
     (b'{"text": ' + b"1" * 5000 + b"}", "bad JSON: Exceeds the limit (4300 digits)"),
     (b'["a"]', "a JSON array where an object is needed"),
     (b'{"txt": "a"}', 'no key "text" (see --json-key)'),
-    (b'{"text": null}', 'the value of "text" is a JSON null, no string'),
-    (b'{"text": 1}', 'the value of "text" is a JSON number, no string'),
+    (b'{"text": null}', 'the value of "text" is a JSON null, not a string'),
+    (b'{"text": 1}', 'the value of "text" is a JSON number, not a string'),
     (b'{"text": "\xff"}', "not UTF-8: byte 0xff (invalid start byte)"),
     (b'{"text": "a\\ud800b"}', "the text holds a lone surrogate (\\ud800)"),
     (b'{"text": "\\udc80"}', "the text holds a lone surrogate (\\udc80)"),
@@ -35,7 +35,7 @@ def test_bad_line_stops_with_its_place(tmp_path, tokenizer, line, reason):
     with pytest.raises(UserError) as error:
         run([str(source)], tmp_path / "out", tokenizer)
     assert str(error.value).startswith(f"{source}:3: {reason}")
-    assert str(error.value).endswith("; mend it or pass --skip-bad-lines")
+    assert str(error.value).endswith("; fix it or pass --skip-bad-lines")
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 

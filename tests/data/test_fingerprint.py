@@ -74,8 +74,8 @@ def test_a_mask_token_may_be_added_in_a_hole_or_declared_later():
         (hugging_face(WORDS[:3]), "it has 3 ids and not 4 or more"),
         (hugging_face(eod=None), "its end of document is no token and not token 3"),
         (hugging_face(eod=0), "its end of document is token 0 and not token 3"),
-        (hugging_face(normalizer=normalizers.Lowercase()), "it normalizes text otherwise"),
-        (hugging_face(splitter=pre_tokenizers.Whitespace), "it splits text otherwise before it"),
+        (hugging_face(normalizer=normalizers.Lowercase()), "it normalizes text differently"),
+        (hugging_face(splitter=pre_tokenizers.Whitespace), "it splits text differently before it"),
     ],
 )
 def test_what_moves_ids_is_said(changed, message):
@@ -112,7 +112,7 @@ def test_sentencepiece(tmp_path):
         {"add_dummy_prefix": False},
         {"remove_extra_whitespaces": False},
     ):
-        assert "it normalizes text otherwise" in differs(made, pieces(tmp_path, **options))
+        assert "it normalizes text differently" in differs(made, pieces(tmp_path, **options))
     assert differs(made, hugging_face()) == (
         "it is a HuggingFaceTokenizer and not a SentencePieceTokenizer"
     )

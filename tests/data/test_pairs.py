@@ -195,10 +195,10 @@ def test_bad_pairs_are_named(tmp_path, directory, line, message):
         (answer({"a": 1}), 'the content of message 2 of "m" is a JSON object'),
         (answer(3), 'the content of message 2 of "m" is a JSON number'),
         (answer([]), 'the content of message 2 of "m" is a JSON array'),
-        (answer(["b"]), "a JSON array that is no text: give a string, or a list of {"),
-        (answer([{"type": "image", "text": "b"}]), "a JSON array that is no text"),
-        (answer([{"type": "text", "text": "b", "cache": 1}]), "a JSON array that is no text"),
-        (answer([{"type": "text", "text": None}]), "a JSON array that is no text"),
+        (answer(["b"]), "a JSON array that is not text: give a string, or a list of {"),
+        (answer([{"type": "image", "text": "b"}]), "a JSON array that is not text"),
+        (answer([{"type": "text", "text": "b", "cache": 1}]), "a JSON array that is not text"),
+        (answer([{"type": "text", "text": None}]), "a JSON array that is not text"),
         (answer(None), 'message 2 of "m" has no content, and no other key that the chat'),
         (answer(None, name="d"), 'message 2 of "m" has no content, and no other key that the'),
         ([{"role": "user"}, CHAT[1]], 'message 1 of "m" has no content'),
@@ -712,7 +712,7 @@ def test_a_template_that_looks_for_special_tokens_in_messages(tmp_path, chat_tem
         assert chunk.bad == []
     else:
         assert len(chunk.bad) == 1
-        assert chunk.bad[0].startswith("x.jsonl:1: it spells a special token of the tokenizer, and")
+        assert chunk.bad[0].startswith("x.jsonl:1: it spells a special token of the tokenizer, whi")
         assert message in chunk.bad[0]
 
 

@@ -220,7 +220,7 @@ def test_the_same_command_goes_on_and_another_model_starts_anew(example):
 def test_mistakes_end_in_one_line(example):
     model, nothing = example.model("model", {}), str(example.here / "nothing")
     for arguments, message in (
-        ([nothing], f"error: {nothing} is no model directory of Hugging Face: it has no config"),
+        ([nothing], f"error: {nothing} is not a Hugging Face model directory: it has no conf"),
         ([model], f"error: name a file with the paths of your texts after {model}"),
         ([model, nothing], f"error: name a file with the paths of your texts after {model}"),
     ):

@@ -1,1 +1,1 @@
-"""Measurements of this package, run with tools/benchmark.py."""
+"""Benchmarks of this package; tools/benchmark.py runs them."""

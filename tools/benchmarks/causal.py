@@ -1,8 +1,8 @@
-"""Megatron's own GPT objective in its smallest form: what `throughput` compares with.
+"""Megatron's own GPT objective in its smallest form, for the comparison in `throughput`.
 
-The next token's cross entropy at all positions of GPTDataset's rows, as Megatron's pretraining
-script, which its wheel does not ship, computes it: loss mask, checks for NaN and infinity, sums of
-loss and tokens.
+The loss is the cross entropy of the next token at all positions of GPTDataset's rows. It is
+computed as in Megatron's pretraining script, which Megatron's wheel does not contain: with the loss
+mask, the checks for NaN and infinity, and the sums of loss and tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from megatron.training.global_vars import get_tokenizer
 
 
 def causal_datasets(num_samples: list[int]) -> list[Any]:
-    """Megatron's `dataset_provider`: GPTDataset, whose attention masks are left to the model."""
+    """Megatron's `dataset_provider` for GPTDataset; the model makes the attention masks."""
     args = get_args()
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -39,7 +39,7 @@ causal_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def causal_forward_step(rows: Iterator, model: Any) -> tuple[torch.Tensor, Callable]:
-    """Megatron's `forward_step` on one rank."""
+    """Megatron's `forward_step` for one rank."""
     device = torch.cuda.current_device()
     batch = {name: value.to(device, non_blocking=True) for name, value in next(rows).items()}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

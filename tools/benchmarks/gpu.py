@@ -1,27 +1,27 @@
-"""Tokens/s, TFLOP/s and MFU on one GPU, in BF16 and FP8, against Megatron's GPT objective.
+"""Measures tokens/s, TFLOP/s and MFU on one GPU, in BF16 and FP8, against Megatron's GPT objective.
 
-For each size of model and each precision a process of its own takes whole training steps of
-Megatron's, data and optimizer included, in turns: `gpt`, Megatron's next-token objective with
-attention to all positions; `full_head` and `masked_head`, this objective with logits at all and at
-masked positions; `causal`, GPT as it is. See sides.py.
+For each model size and precision, a separate process runs whole training steps of Megatron, with
+data and optimizer. The steps alternate between four sides (see sides.py): `gpt`, Megatron's
+next-token objective with attention to all positions; `full_head` and `masked_head`, this objective
+with logits at all positions and at masked ones; `causal`, GPT with its causal attention.
 
-    MFU = FLOPs that are useful, per token, x tokens/s / peak FLOP/s of the GPU, dense
+    MFU = useful FLOPs per token x tokens/s / dense peak FLOP/s of the GPU
 
-Useful are the matrix products of a forward pass, three times: see sizing/flops.py. For both
-heads of this objective these are the logits at masked positions, half of all; recomputed or padded
-work does not count. The peak is that of the precision of the layers: in FP8, whose attention and
-output layer stay in BF16, FP8's, so that the MFU of BF16 and FP8 are not of one measure, while
-tokens/s are.
+Useful FLOPs are three times the matrix products of a forward pass (see sizing/flops.py). For both
+heads of this objective only the logits at masked positions, half of all positions, are useful.
+Recomputed and padded work does not count. The peak is that of the layers' precision. In FP8,
+attention and output layer stay in BF16, but the peak is FP8's: compare BF16 and FP8 by tokens/s,
+not by MFU.
 
-The last size is the largest of the list that fits with Adam, in all precisions asked for; sizes
-whose weights, gradients and moments alone are too much are not tried. --sizes takes the sizes that
-it names instead. Every measurement is kept in the file as soon as it is there, before its profile
-is tried; one that failed is kept as such, and tried again by the next call. A call begins none that
-may not end before --minutes; the same command, also with more --precisions or --sizes, then goes on
-where it was.
+By default the last size is the largest of the list that fits with Adam in all requested precisions.
+A size whose weights, gradients and moments alone exceed the memory is not tried. With --sizes only
+the given sizes are measured. Each measurement is written to the file at once, before its profile. A
+failed measurement is recorded as failed, and the next call tries it again. A call does not start a
+measurement that may not end within --minutes. The same command continues; --precisions and --sizes
+may then name more.
 
-This process never touches the GPU, so that each measurement has all of its memory: processes of
-their own measure, and say which devices there are.
+This process does not use the GPU, so that each measurement has all of the GPU's memory. Separate
+processes find the devices and measure.
 """
 
 import argparse
@@ -63,7 +63,7 @@ from megatron_mdm.sizing.flops import ModelShape, mfu
 from megatron_mdm.sizing.memory import layer_bytes_per_token
 
 DESCRIPTION = "tokens/s and MFU on one GPU, BF16 and FP8, against Megatron's GPT objective"
-# Rows are those of a micro-batch; large models take several for a step of the optimizer.
+# `rows` are the rows of a micro-batch; large models accumulate several micro-batches in a step.
 SIZES: dict[str, dict[str, int]] = {
     "0.5B": {"layers": 24, "hidden": 1024, "heads": 16, "rows": 4, "micro_batches": 2},
     "1B": {"layers": 22, "hidden": 1536, "heads": 12, "rows": 4, "micro_batches": 2},
@@ -73,12 +73,12 @@ SIZES: dict[str, dict[str, int]] = {
     "3.5B": {"layers": 24, "hidden": 3072, "heads": 24, "rows": 1, "micro_batches": 8},
     "2.7B": {"layers": 26, "hidden": 2560, "heads": 20, "rows": 1, "micro_batches": 8},
 }
-LARGEST = ("7B", "6B", "5B", "3.5B", "2.7B")  # the first that fits is measured
-# Of a parameter under Adam in bfloat16, on one rank: see sizing/memory.py.
+LARGEST = ("7B", "6B", "5B", "3.5B", "2.7B")  # the first size that fits is measured
+# Bytes of a parameter with Adam in bfloat16, on one rank: see sizing/memory.py.
 STATE_BYTES = 6 + 12
-# Of a logit where the head works at all positions: bfloat16 from the output layer, float32 in
-# Megatron's fused cross entropy, and as much once more for the exponentials, which torch.compile
-# may not write in place.
+# Bytes of a logit if the head works at all positions: bfloat16 from the output layer, float32 in
+# Megatron's fused cross entropy, and float32 for the exponentials, since torch.compile may not
+# write them in place.
 LOGIT_BYTES = 2 + 4 + 4
 LENGTH = 4096
 TINY = {
@@ -87,73 +87,73 @@ TINY = {
 }
 FP8 = "--fp8-format hybrid --fp8-recipe".split()
 PRECISIONS = {
-    "bf16": [],  # where there is a GPU
+    "bf16": [],  # on a CPU this is float32
     "tensorwise": [*FP8, "tensorwise"],
     "blockwise": [*FP8, "blockwise"],
     "delayed": [*FP8, *"delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max".split()],
 }
 DEFAULT_PRECISIONS = ("bf16", "tensorwise", "blockwise")
-# Files of a measurement.
+# Files that a measurement writes.
 RESULT, PROFILE = "result.json", "profile.txt"
-POLL = 0.2  # seconds between looks at them
-# Dense peaks of NVIDIA's data sheets, in TFLOP/s: (name in the device's, BF16, FP8).
+POLL = 0.2  # seconds between checks for these files
+# Dense peaks from NVIDIA's data sheets, in TFLOP/s: (part of the device's name, BF16, FP8).
 PEAKS = (("H100 PCIe", 756, 1513), ("H100", 989, 1979), ("H200", 989, 1979), ("A100", 312, 0))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options."""
-    parser.add_argument("--json", metavar="FILE", required=True, help="keeps the results")
+    """Adds the options of this benchmark."""
+    parser.add_argument("--json", metavar="FILE", required=True, help="file of the results")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=PRECISIONS,
-        help=f"(default: of {' '.join(DEFAULT_PRECISIONS)} those that the GPU and Transformer "
-        "Engine can compute)",
+        help=f"precisions to measure (default: those of {' '.join(DEFAULT_PRECISIONS)} that the "
+        "GPU and Transformer Engine support)",
     )
     parser.add_argument(
         "--sizes",
         nargs="+",
         choices=[*SIZES, *TINY],
         metavar="SIZE",
-        help=f"of {', '.join(SIZES)}, or with --tiny {', '.join(TINY)} (default: 0.5B, 1B and the "
-        "largest that fits)",
+        help=f"sizes to measure: {', '.join(SIZES)}; with --tiny: {', '.join(TINY)} (default: "
+        "0.5B, 1B and the largest that fits)",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=8,
         metavar="N",
-        help=f"steps of a side, a multiple of {len(MEGATRON_SIDES)} (default: 8)",
+        help=f"steps of each side, a multiple of {len(MEGATRON_SIDES)} (default: 8)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, metavar="M", help="of a call (default: 9)"
+        "--minutes", type=float, default=9.0, metavar="M", help="time limit of a call (default: 9)"
     )
     parser.add_argument(
         "--peak-tflops",
         type=float,
         nargs=2,
         metavar=("BF16", "FP8"),
-        help="of the GPU, dense (default: known for H100, H200 and A100)",
+        help="dense peak of the GPU (default: known for H100, H200 and A100)",
     )
     parser.add_argument(
-        "--flags", default="", metavar="TEXT", help="more of Megatron's flags, for all sides"
+        "--flags", default="", metavar="TEXT", help="more Megatron flags, for all sides"
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="add the kernels that a step of each side spends most time in to FILE.profile.txt, "
-        "for what this call measures",
+        help="for the measurements of this call, append the kernels that take the most time in a "
+        "step of each side to FILE.profile.txt",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="two tiny models, also on a CPU: shows that it runs"
+        "--tiny", action="store_true", help="two tiny models, also on a CPU: a test of the program"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures what is missing, prints a table, and writes `args.json` after each measurement.
+    """Makes the missing measurements, prints a table, and writes `args.json` after each one.
 
     Raises:
-        UserError: no GPU, settings that cannot work, or, at the end, a measurement that failed.
+        UserError: there is no GPU, a setting is not possible, or (at the end) a measurement failed.
     """
     start = time.monotonic()
     check_numbers(args, "rounds")
@@ -166,14 +166,15 @@ def run(args: argparse.Namespace) -> None:
     for name in args.sizes or ():
         if name not in known:
             tiny = "with" if args.tiny else "without"
-            raise UserError(f"--sizes {name}: {tiny} --tiny they are {', '.join(known)}")
-    # Micro-batches with different numbers of masked positions would leave fragments.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # under the older name, the user's own choice
+            raise UserError(f"--sizes {name}: {tiny} --tiny the sizes are {', '.join(known)}")
+            # Different numbers of masked positions in micro-batches would fragment the allocator's
+            # memory.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name: the user's own setting
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     machine = _machine(asks_library=args.precisions is None)
     device = machine["kind"]
     if device == "cpu" and not args.tiny:
-        raise UserError("no CUDA device was found: --tiny shows on a CPU that it runs")
+        raise UserError("no CUDA device was found: on a CPU only --tiny runs")
     if device == "cpu" and set(args.precisions or ()) - {"bf16"}:
         raise UserError("--precisions: FP8 needs a GPU; give bf16, which is float32 on a CPU")
     precisions = args.precisions or machine["precisions"]
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         spent = time.monotonic() - start
         if spent + 1.3 * longest > 60 * args.minutes and longest:
-            print("time is up: the same command goes on", file=sys.stderr)
+            print("time is up: run the same command again to continue", file=sys.stderr)
             break
         before = time.monotonic()
         patience = 60 * args.minutes - spent
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     print(_table(results, args.peak_tflops or _peaks(about["device"])))
     failed = [key for key, measurement in done.items() if "failed" in measurement]
     if failed:
-        raise UserError(f"{', '.join(failed)} failed, {args.json} says why: the same command tries")
+        raise UserError(f"{', '.join(failed)} failed, see {args.json}; run the command again")
 
 
 def _keep(path: str, results: dict[str, Any], key: str, measurement: dict[str, Any]) -> None:
@@ -210,11 +211,11 @@ def _keep(path: str, results: dict[str, Any], key: str, measurement: dict[str, A
 
 
 def header(machine: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures are of, beside the measurements themselves.
+    """Returns the description of the results: device, versions and settings.
 
     Args:
         machine: see `_machine`.
-        args: of the command.
+        args: arguments of the command.
     """
     return {
         "benchmark": "gpu",
@@ -230,16 +231,16 @@ def header(machine: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@functools.cache  # what calls in one process ask again does not change
+@functools.cache  # the machine does not change during the process
 def _machine(asks_library: bool) -> dict[str, Any]:
-    """What this machine has to measure on, asked in a process of its own.
+    """Describes this machine's device, in a separate process.
 
     Args:
-        asks_library: whether to ask Transformer Engine, whose import takes seconds, as well.
+        asks_library: whether to import Transformer Engine as well, which takes seconds.
 
     Returns:
         `kind`, `cuda` or `cpu`; `device`, its name; `memory`, its bytes, None on a CPU; `torch`,
-        the version; `precisions`, those of `DEFAULT_PRECISIONS` that can be measured.
+        the version of torch; `precisions`, those of `DEFAULT_PRECISIONS` that can be measured.
 
     Raises:
         UserError: the process failed.
@@ -250,7 +251,7 @@ def _machine(asks_library: bool) -> dict[str, Any]:
         process.join()
         if not path.exists():
             raise UserError(
-                "torch could not say which devices there are: it ended with exit status "
+                "the process that asks torch for devices failed with exit status "
                 f"{process.exitcode}"
             )
         return json.loads(path.read_text(encoding="utf-8"))
@@ -279,17 +280,17 @@ def _describe(asks_library: bool, path: str) -> None:
 
 
 def _start(target: Callable[..., None], *args: Any) -> BaseProcess:
-    """Starts a function of this module in a process that leaves nothing behind on the GPU."""
+    """Runs a function of this module in a new process, which frees the GPU when it ends."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     return process
 
 
 def _earlier(path: str, about: dict[str, Any]) -> dict[str, Any]:
-    """The results so far.
+    """Reads the results so far.
 
     Raises:
-        UserError: they are of something else.
+        UserError: the file holds results of another program, device or setting.
     """
     if not os.path.exists(path):
         return {**about, "measurements": {}}
@@ -313,17 +314,17 @@ def _is_missing(
     done: dict[str, Any],
     memory: int | None,
 ) -> bool:
-    """Whether a measurement is to be made.
+    """Whether a measurement has to be made.
 
     Args:
-        name: of a size.
-        precision: to measure it in.
-        precisions: all that are asked for, of which the largest size that fits is searched; None:
-            the size was named and is measured in any case.
+        name: name of a size.
+        precision: the precision.
+        precisions: all requested precisions, in all of which the largest size has to fit; None:
+            the size was requested by name and is measured in any case.
         done: measurements so far.
-        memory: bytes of the device; None: not known.
+        memory: memory of the device in bytes; None: not known.
     """
-    ran_out = "out_of_memory" in done.get(f"{name} bf16", {})  # FP8 keeps more
+    ran_out = "out_of_memory" in done.get(f"{name} bf16", {})  # FP8 needs more memory
     settled = "failed" not in done.get(f"{name} {precision}", {"failed": "not measured"})
     if settled or ran_out:
         return False
@@ -336,17 +337,17 @@ def _is_missing(
 
 
 def num_parameters(name: str) -> int:
-    """Parameters of one of `SIZES`."""
+    """Returns the number of parameters of one of `SIZES`."""
     return _shape(name).num_parameters
 
 
 def expected_bytes(name: str) -> int:
-    """What one of `SIZES` takes of the GPU's memory at its fullest, with logits everywhere.
+    """Estimates the peak GPU memory of one of `SIZES`, with logits at all positions.
 
-    An estimate: weights, gradients and moments, what the layers keep of a micro-batch, and its
-    logits; see sizing/memory.py. The CUDA context and workspaces come on top. 0.5B with its 8
-    rows in one micro-batch would take 78 GB of the 80 of an H100, and have more logits than 2^31,
-    beyond which kernels with 32-bit indices fail; with 4 rows it takes 44 GB, and has 2.07e9.
+    The estimate has weights, gradients, moments, the activations of a micro-batch, and its logits;
+    see sizing/memory.py. The CUDA context and workspaces are not included. With 8 rows in a
+    micro-batch, 0.5B would take 78 of the 80 GB of an H100, and would have more than 2^31 logits,
+    for which kernels with 32-bit indices fail. With 4 rows it takes 44 GB and has 2.07e9 logits.
     """
     shape, tokens = _shape(name), SIZES[name]["rows"] * LENGTH
     layers = tokens * shape.num_layers * layer_bytes_per_token(shape)
@@ -375,19 +376,21 @@ def _in_a_process(
     patience: float,
     keep: Callable[[dict[str, Any]], None],
 ) -> str | None:
-    """A measurement in a process of its own, which leaves nothing in Megatron's globals.
+    """Runs a measurement in a new process, so that Megatron's global state starts empty.
 
     Args:
-        name: of a size.
+        name: name of a size.
         precision: one of `PRECISIONS`.
         about: see `header`.
         device: `cuda` or `cpu`.
         profile: whether to profile a step of each side after the measurement.
-        patience: seconds until it is ended.
-        keep: takes what was measured as soon as it is there, or under `failed` why nothing is.
+        patience: seconds after which the process is ended.
+        keep: called with the measurement as soon as it is there, or with the reason of a failure
+            under `failed`.
 
     Returns:
-        The profile, or why there is none; None where none was asked for, or nothing measured.
+        The profile, or the reason why there is none; None if no profile was requested or nothing
+        was measured.
     """
     print(f"{name} in {precision} ...", file=sys.stderr, flush=True)
     deadline, measured = time.monotonic() + patience, None
@@ -405,7 +408,7 @@ def _in_a_process(
 
 
 def _end(process: BaseProcess, deadline: float) -> str:
-    """Waits for a process until a time of the clock, and ends it there; says how it ended."""
+    """Waits for a process until a deadline, then kills it; returns how it ended."""
     process.join(max(0.0, deadline - time.monotonic()))
     if process.is_alive():
         process.kill()
@@ -417,7 +420,7 @@ def _end(process: BaseProcess, deadline: float) -> str:
 def _measure(
     name: str, precision: str, about: dict, device: str, profile: bool, directory: str
 ) -> None:
-    """What a process measures: times, and after them a profile, in files of its directory."""
+    """Runs in a new process: writes the measurement, then the profile, into a directory."""
     prepare_environment(device)
     from megatron_mdm.mcore.device import training_device
 
@@ -486,7 +489,7 @@ def _sides(
 
 
 def _profiles(steps: dict[str, Callable[[], None]], seconds: dict, device: str) -> str:
-    """Tables of what a step of each side spends its time in, on the device."""
+    """Returns tables of the time that a step of each side spends in each kernel on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
@@ -502,7 +505,7 @@ def _profiles(steps: dict[str, Callable[[], None]], seconds: dict, device: str) 
 
 
 def _peaks(device: str) -> tuple[float, float] | None:
-    """Peak TFLOP/s of a device in BF16 and FP8; None if it is not known."""
+    """Returns the peak TFLOP/s of a device in BF16 and FP8; None if they are not known."""
     return next(((bf16, fp8) for name, bf16, fp8 in PEAKS if name in device), None)
 
 

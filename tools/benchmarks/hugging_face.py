@@ -1,9 +1,9 @@
-"""A plain training loop on a Hugging Face model: what a user writes without Megatron.
+"""A plain training loop on a Hugging Face model, as a user might write it without Megatron.
 
-The loop follows the released recipe of LLaDA: rates t uniform for each row, Bernoulli masks with
+The loop follows LLaDA's released recipe: a uniform rate t for each row, Bernoulli masks with
 p = (1 - eps) t + eps, logits at all positions, cross entropies of masked tokens weighted by 1/p,
-AdamW, gradients clipped at 1. The model is transformers' Llama with attention in both directions
-(torch's scaled_dot_product_attention); on CUDA the loop runs under autocast to bfloat16.
+AdamW, and gradients clipped at 1. The model is transformers' Llama with bidirectional attention
+(torch's scaled_dot_product_attention). On CUDA the loop runs under autocast to bfloat16.
 """
 
 import torch
@@ -16,11 +16,11 @@ EPS = 1e-3
 
 
 class PlainLoop:
-    """The loop, a step at a time.
+    """The training loop, one step at a time.
 
     Args:
-        sizes: values of `sides.SIZES`.
-        vocabulary: rows of the embedding.
+        sizes: the size of each of `sides.SIZES`.
+        vocabulary: number of rows of the embedding.
         device: `cuda` or `cpu`.
     """
 
@@ -45,7 +45,7 @@ class PlainLoop:
         )
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The objective of LLaDA's pretraining on clean tokens [b, s], nats per token."""
+        """Returns the loss of LLaDA's pretraining on clean tokens [b, s], in nats per token."""
         b, s = tokens.shape
         t = torch.rand(b, device=self.device)
         p = ((1 - EPS) * t + EPS)[:, None].expand(b, s)
@@ -55,7 +55,7 @@ class PlainLoop:
         return (losses / p[mask]).sum() / (b * s)
 
     def step(self, tokens: torch.Tensor) -> None:
-        """One optimizer step on clean tokens [b, s]."""
+        """Takes one optimizer step on clean tokens [b, s]."""
         tokens = tokens.to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             loss = self.loss(tokens)

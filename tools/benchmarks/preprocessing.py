@@ -1,10 +1,10 @@
-"""Preprocessing throughput: the package's worker processes against a plain loop.
+"""Measures preprocessing throughput: the package's worker processes against a plain loop.
 
 The text is Python's standard library, which every machine has. Both sides tokenize the same JSONL
-file with the same sentencepiece model into a Megatron dataset; the loop does so in one process
-with nothing but `json`, sentencepiece, and Megatron's builder. The time to import Megatron counts
-for neither, the time to start the workers counts. The two alternate, so that a disturbance of the
-machine meets both.
+file with the same sentencepiece model into a Megatron dataset. The loop runs in one process and
+only uses `json`, sentencepiece and Megatron's builder. The times include the start of the workers,
+but not the import of Megatron. The two sides alternate, so that other load on the machine affects
+both.
 """
 
 import argparse
@@ -40,23 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="N",
-        help="text to tokenize, in MB, at least 1; beyond the size of the standard library (about "
-        "30) its files repeat (default: %(default)s)",
+        help="text to tokenize, in MB, at least 1; above the size of the standard library (about "
+        "30 MB) its files repeat (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=default_workers(),
         metavar="N",
-        help="worker processes (default: the CPUs that are available, here %(default)s)",
+        help="worker processes (default: the number of available CPUs, here %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints a table, and writes `args.json` if it is set.
+    """Measures, prints a table, and writes the file `args.json` if it is given.
 
     Raises:
-        UserError: a size that cannot work.
+        UserError: a size is not possible.
     """
     check_numbers(args, "mb")
     results = measure(args.mb, args.workers)
@@ -75,7 +75,7 @@ def measure(megabytes: float, workers: int) -> dict:
     """
     import sentencepiece
 
-    with silent_import():  # now, so that neither side pays for it
+    with silent_import():  # here, so that neither side's time includes the import
         import megatron.core.datasets.indexed_dataset  # noqa: F401
 
     with tempfile.TemporaryDirectory() as directory:
@@ -112,7 +112,7 @@ def measure(megabytes: float, workers: int) -> dict:
 
 
 def _write_corpus(path: str, wanted: int) -> int:
-    """Writes the standard library's files in random order as JSONL; returns their text bytes."""
+    """Writes the standard library's files in random order as JSONL; returns the bytes of text."""
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts)
     random.Random(0).shuffle(files)
@@ -123,7 +123,7 @@ def _write_corpus(path: str, wanted: int) -> int:
                 return size
             try:
                 text = file.read_bytes().decode()
-            except UnicodeDecodeError:  # the library's own tests of encodings
+            except UnicodeDecodeError:  # files of the library's own tests of encodings
                 continue
             if text:
                 size += len(text.encode())

@@ -1,4 +1,4 @@
-"""The source of Python's standard library as bytes, a text that every machine has."""
+"""The source code of Python's standard library as bytes: a text that every machine has."""
 
 import pathlib
 import sysconfig
@@ -10,18 +10,18 @@ from megatron_mdm.files import complete_or_absent
 if TYPE_CHECKING:
     import torch
 
-MASK = 256  # beside the 256 bytes
+MASK = 256  # the first id after the 256 bytes
 VOCABULARY = MASK + 1
 
 
 def modules() -> list[bytes]:
-    """The texts of the library's modules; packages are left out."""
+    """Returns the texts of the library's top-level modules, without packages."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     return [path.read_bytes() for path in sorted(root.glob("*.py"))]
 
 
 def rows(length: int, seed: int) -> "torch.Tensor":
-    """All modules one after the other, cut into rows, which are shuffled: int64 [N, length]."""
+    """Concatenates all modules, cuts them into rows and shuffles the rows: int64 [N, length]."""
     import torch
 
     data = torch.frombuffer(bytearray(b"".join(modules())), dtype=torch.uint8).long()
@@ -30,14 +30,15 @@ def rows(length: int, seed: int) -> "torch.Tensor":
 
 
 def write_data(directory: pathlib.Path) -> None:
-    """Writes the modules as a Megatron dataset, `text` in the directory, each as a document."""
+    """Writes the Megatron dataset `text` into a directory, with a document for each module."""
     write_documents(directory / "text", [text for text in modules() if text])
 
 
 def write_documents(prefix: pathlib.Path, texts: Iterable[bytes]) -> None:
-    """Writes texts that are not empty as a Megatron dataset, each as a document.
+    """Writes non-empty texts as a Megatron dataset, with a document for each text.
 
-    Files that have these texts already are left alone: a run may be reading them.
+    If the files hold these texts already, they are not written again, since a run may be reading
+    them.
     """
     import numpy as np
     import torch
@@ -46,7 +47,7 @@ def write_documents(prefix: pathlib.Path, texts: Iterable[bytes]) -> None:
     texts = list(texts)
     if IndexedDataset.exists(str(prefix)):
         data = np.frombuffer(b"".join(texts), np.uint8)
-        kept = IndexedDataset(str(prefix))  # its arrays end with it
+        kept = IndexedDataset(str(prefix))  # keeps its memory-mapped arrays alive
         is_same = np.array_equal(np.fromfile(f"{prefix}.bin", np.uint16), data)
         if is_same and np.array_equal(kept.sequence_lengths, [len(text) for text in texts]):
             return

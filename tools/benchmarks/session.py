@@ -1,4 +1,4 @@
-"""Megatron's training step by hand, for benchmarks that take turns between kinds of steps."""
+"""Runs single training steps of Megatron, for benchmarks that alternate between kinds of steps."""
 
 import contextlib
 import os
@@ -31,13 +31,13 @@ from megatron_mdm.mcore.training.objective import Objective, build_objective
 
 @dataclass
 class Session:
-    """A model in training, on one rank.
+    """A model and its optimizer in training, on one rank.
 
     Attributes:
         args: Megatron's arguments.
-        objective: what `megatron_mdm.pretrain` passes to Megatron.
-        model: its model chunks.
-        optimizer, scheduler: its own.
+        objective: the objective that `megatron_mdm.pretrain` passes to Megatron.
+        model: Megatron's model chunks.
+        optimizer, scheduler: Megatron's optimizer and learning-rate scheduler.
         config: the model's transformer configuration.
         iteration: number of steps taken.
     """
@@ -52,24 +52,24 @@ class Session:
     _forward_backward: Callable = field(default_factory=get_forward_backward_func)
 
     def rows(self, provider: Callable) -> Iterator:
-        """Megatron's loader over the training rows of a `dataset_provider`."""
+        """Returns Megatron's loader over the training rows of a `dataset_provider`."""
         return build_train_valid_test_data_iterators(provider)[0]
 
     def with_head(self, head: str) -> Objective:
-        """Another objective, with the head at `masked` positions or `full`, for the same model.
+        """Builds another objective for the same model, with the head `masked` or `full`.
 
-        It has a state of its own: neither recorded sums nor a density of t go from one to another.
+        It has its own state: objectives share neither recorded sums nor a density of t.
         """
         self.args.mdm_head = head
         return build_objective(self.args)
 
     def step(self, forward_step: Callable, rows: Iterator, finalize: Callable) -> None:
-        """One step of Megatron's, optimizer included.
+        """Takes one training step of Megatron, including the optimizer.
 
         Args:
-            forward_step: as `pretrain` takes it.
+            forward_step: a forward step as Megatron's `pretrain` takes it.
             rows: a loader.
-            finalize: Megatron's `finalize_model_grads`, or one in its place.
+            finalize: Megatron's `finalize_model_grads`, or a replacement.
         """
         self.args.curr_iteration = self.iteration
         self.config.finalize_model_grads_func = finalize
@@ -89,16 +89,16 @@ class Session:
 
 @contextlib.contextmanager
 def training_session(flags: list[str]) -> Iterator[Session]:
-    """Model and optimizer as `megatron_mdm.pretrain` makes them of these flags, on one rank.
+    """Makes model and optimizer as `megatron_mdm.pretrain` does with these flags, on one rank.
 
-    To be entered inside `training_device`, once in a process.
+    Enter this context inside `training_device`, and once in a process.
 
     Raises:
-        UserError: a flag, or a combination, that cannot work.
+        UserError: a flag or a combination of flags is not possible.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
-    sys.argv = [sys.argv[0], *flags]  # where Megatron looks for them
+    sys.argv = [sys.argv[0], *flags]  # Megatron parses the command line itself
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     use_shipped_dataset_helpers()
     args = parse()
@@ -113,7 +113,7 @@ def training_session(flags: list[str]) -> Iterator[Session]:
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.timers = get_timers()
-    get_timers()("interval-time", log_level=0).start(barrier=True)  # what our log line reads
+    get_timers()("interval-time", log_level=0).start(barrier=True)  # read by our log line
     for chunk in model:
         chunk.train()
     try:

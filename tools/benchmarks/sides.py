@@ -1,11 +1,11 @@
-"""Kinds of training steps, the sides, that take turns on one model: what two benchmarks share.
+"""The sides of two benchmarks: kinds of training steps that alternate on one model.
 
-`gpt` is a step with Megatron's next-token loss over its GPTDataset. `full_head` and `masked_head`
-are steps with this objective, with logits at all positions and at masked ones. Each is a whole
-training step of Megatron's with its data, its loss checks and its optimizer. The three have one
-model, and attend to all positions: what is compared is the objective. `causal` is GPT with the
-causal attention that it really has, which the local layers on a CPU pay for with a mask, and fused
-kernels on a GPU turn to profit.
+`gpt` is a step with Megatron's next-token loss over GPTDataset. `full_head` and `masked_head` are
+steps with this objective, with logits at all positions and at masked ones. Each is a whole training
+step of Megatron with data, loss checks and optimizer. These three use the same model and attend to
+all positions, so the comparison is between objectives only. `causal` is GPT with its usual causal
+attention. Causal attention is slower on a CPU, where the local layers apply a mask, and faster on a
+GPU, where fused kernels skip masked scores.
 """
 
 import statistics
@@ -22,21 +22,21 @@ SIZES = ("layers", "hidden", "heads", "rows", "length")
 
 
 def ffn_size(hidden: int, device: str) -> int:
-    """Llama's width of the feed-forward layer, 8/3 of the hidden size.
+    """Returns Llama's feed-forward width, 8/3 of the hidden size.
 
-    In multiples of 32, and on CUDA of 128: these fill the tiles of its matrix products, and
-    blockwise FP8 has scales for blocks of 128.
+    It is rounded up to a multiple of 32, and on CUDA of 128: multiples of 128 fill the tiles of
+    matrix products, and blockwise FP8 has scales for blocks of 128.
     """
     multiple = 128 if device == "cuda" else 32
     return -(-hidden * 8 // 3 // multiple) * multiple
 
 
 def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str]:
-    """Flags of a Llama-like model, its rows and its optimizer.
+    """Returns Megatron's flags for a Llama-like model, its rows and its optimizer.
 
     Args:
-        sizes: values of `SIZES`.
-        vocabulary: rows of the output layer.
+        sizes: the size of each of `SIZES`.
+        vocabulary: number of rows of the output layer.
         device: `cuda` or `cpu`.
     """
     layers, hidden, heads, rows, length = (sizes[name] for name in SIZES)
@@ -57,10 +57,10 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
 
 
 def megatron_steps(session: Any) -> dict[str, Callable[[], None]]:
-    """A training step of each of `MEGATRON_SIDES`, with rows of its own.
+    """Returns a training step for each of `MEGATRON_SIDES`.
 
     Args:
-        session: of session.py.
+        session: a `session.Session`.
     """
     from megatron.core.distributed import finalize_model_grads
 
@@ -92,38 +92,38 @@ def megatron_steps(session: Any) -> dict[str, Callable[[], None]]:
 def interleave(
     steps: dict[str, Callable[[], None]], window: int, rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Lets sides take turns.
+    """Runs the steps of several sides alternately and measures them.
 
-    In a multiple of as many rounds as there are sides each comes first, second and so on equally
-    often.
+    If the number of rounds is a multiple of the number of sides, each side comes first, second and
+    so on equally often.
 
     Args:
         steps: a step of each side.
-        window: steps of a side in a round.
-        rounds: number of measurements.
+        window: steps of each side in a round.
+        rounds: number of rounds.
         device: `cuda` or `cpu`.
 
     Returns:
-        For each side the seconds of a step in every round, and the median of the most bytes that
-        a step takes, None where nothing says it.
+        For each side the seconds of a step in every round, and the median of a step's peak memory
+        in bytes, None if it cannot be measured.
     """
     sides = list(steps)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     peaks: dict[str, list[int | None]] = {side: [] for side in sides}
-    for round_ in range(-1, rounds):  # the first one warms up
+    for round_ in range(-1, rounds):  # round -1 is a warm-up
         first = round_ % len(sides)
         for side in (*sides[first:], *sides[:first]):
             spent = seconds_of(partial(_repeat, steps[side], window), device)
             if round_ >= 0:
                 seconds[side].append(spent / window)
-    for _ in range(3):  # apart, since it sends freed memory back to the system
+    for _ in range(3):  # not in the timed rounds: it returns freed memory to the system
         for side in sides:
             peaks[side].append(time_and_peak_memory(steps[side], device)[1])
     return seconds, {side: _median(values) for side, values in peaks.items()}
 
 
 def _median(peaks: list[int | None]) -> float | None:
-    """None if one of them is not known."""
+    """Returns the median, None if a value is not known."""
     known = [peak for peak in peaks if peak is not None]
     return statistics.median(known) if len(known) == len(peaks) else None
 
@@ -134,11 +134,11 @@ def _repeat(step: Callable[[], None], times: int) -> None:
 
 
 def speed_ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, Any]]:
-    """Tokens/s of each side relative to a reference: median and quartiles over the rounds.
+    """Returns tokens/s of each side relative to a reference: median and quartiles over rounds.
 
     Args:
-        seconds: see `interleave`.
-        reference: one of its sides.
+        seconds: seconds of each side, from `interleave`.
+        reference: one of these sides.
     """
     return {
         side: quartiles([r / x for r, x in zip(seconds[reference], values, strict=True)])

@@ -1,6 +1,6 @@
-"""Tokens/s and memory of a training step with this objective against others, on one device.
+"""Compares tokens/s and memory of training steps with this objective and others, on one device.
 
-The first of --sides is what the others are compared with:
+The first of --sides is the reference that the others are compared with:
 
     gpt            Megatron's next-token objective, with attention to all positions
     full_head      this objective, with logits at all positions
@@ -8,17 +8,17 @@ The first of --sides is what the others are compared with:
     causal         Megatron's next-token objective with its causal attention
     hugging_face   a plain training loop on a Hugging Face Llama, by the released recipe of LLaDA
 
-They take turns in one process, in which all sides but the last train one model: see sides.py and
-hugging_face.py. Megatron's rows are loaded in the process itself, so that their cost counts; those
-of the loop lie ready in memory. On CUDA they train in bfloat16 with Transformer Engine if there is
-a GPU, else on the CPU in float32. Time is the clock's on CUDA, and on the CPU that of the
-processor, which other work on the machine disturbs less. Ratios are medians over rounds, in each
-of which all sides take a window of steps.
+The sides alternate in one process, and all sides except `hugging_face` train the same model: see
+sides.py and hugging_face.py. Megatron loads its rows in the process itself, so that the time of
+loading counts; the plain loop has its rows in memory. On a GPU the sides train in bfloat16 with
+Transformer Engine, on a CPU in float32. Times are wall-clock times on CUDA; on the CPU they are
+processor times, which other work on the machine disturbs less. In each round every side takes a
+window of steps; ratios are medians over rounds.
 
-Memory is told in two parts: `resting_bytes` are those of weights, gradients and the optimizer's
-state, by their number; `peak_bytes` are what a step takes beyond what was there before it. Both
-kinds of side keep weights and two moments; Megatron keeps gradients as well, which the loop frees
-between steps.
+Memory has two parts. `resting_bytes` is the memory of weights, gradients and the optimizer's state,
+computed from the number of parameters. `peak_bytes` is the peak memory of a step beyond the memory
+before it. All sides keep weights and two moments between steps; Megatron also keeps gradients,
+which the plain loop frees.
 """
 
 import argparse
@@ -54,14 +54,14 @@ DEFAULT_SIZES = {
     "cuda": {"layers": 12, "hidden": 1024, "heads": 16, "rows": 8, "length": 2048},
 }
 OPTIONS = {
-    "layers": "of the model",
-    "hidden": "size",
-    "heads": "of attention",
-    "rows": "in a batch, one micro-batch",
-    "length": "of a row",
+    "layers": "layers of the model",
+    "hidden": "hidden size",
+    "heads": "attention heads",
+    "rows": "rows of a batch, which is one micro-batch",
+    "length": "tokens of a row",
 }
-# Bytes of a parameter between steps. The loop: weights and two moments in float32. Megatron: these
-# and gradients in float32, on CUDA weights in bfloat16 as well.
+# Bytes of a parameter between steps. The plain loop keeps weights and two moments in float32.
+# Megatron also keeps gradients in float32, and on CUDA weights in bfloat16.
 LOOP_BYTES = 12
 MEGATRON_BYTES = {"cpu": 16, "cuda": 18}
 
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=SIDES,
         default=list(MEGATRON_SIDES),
         metavar="SIDE",
-        help=f"of {', '.join(SIDES)}; others are compared with the first (default: "
+        help=f"some of {', '.join(SIDES)}; the others are compared with the first (default: "
         f"{' '.join(MEGATRON_SIDES)})",
     )
     parser.add_argument(
@@ -83,32 +83,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=LLADA_VOCABULARY,
         metavar="N",
-        help="size (default: %(default)s, LLaDA's)",
+        help="vocabulary size (default: %(default)s, LLaDA's)",
     )
     for name, text in OPTIONS.items():
         default = ", ".join(f"{sizes[name]} on {device}" for device, sizes in DEFAULT_SIZES.items())
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--window", type=int, default=1, metavar="N", help="steps of a side in a round (default: 1)"
+        "--window",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps of each side in a round (default: 1)",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=12,
         metavar="N",
-        help="best a multiple of the number of sides (default: %(default)s)",
+        help="rounds; a multiple of the number of sides is best (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures, prints a table, and writes `args.json` if it is set.
+    """Measures, prints a table, and writes the file `args.json` if it is given.
 
     Raises:
-        UserError: a size that cannot work, or transformers is missing.
+        UserError: a size is not possible, or transformers is missing.
     """
     check_numbers(args, *OPTIONS, "window", "rounds")
     if args.vocabulary <= MASK:
-        raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, bytes and mask")
+        raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, for bytes and mask")
     device = use_device()
     if PLAIN in args.sides:
         try:
@@ -133,10 +137,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def sizes_of(args: argparse.Namespace, device: str) -> dict[str, int]:
-    """The value of each of `OPTIONS`, given or the default of the device.
+    """Returns the value of each of `OPTIONS`: the given one, or the device's default.
 
     Raises:
-        UserError: heads of no size that a rotary embedding can turn.
+        UserError: the head size is odd or not whole, so that there is no rotary embedding for it.
     """
     sizes = {name: getattr(args, name) or DEFAULT_SIZES[device][name] for name in OPTIONS}
     if sizes["hidden"] % (2 * sizes["heads"]):
@@ -147,7 +151,7 @@ def sizes_of(args: argparse.Namespace, device: str) -> dict[str, int]:
 
 
 def use_device() -> str:
-    """Prepares this process for Megatron on the GPU if there is one, or else on the CPU."""
+    """Prepares this process for Megatron on the GPU if there is one, else on the CPU."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,16 +168,16 @@ def measure(
     window: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Times and peaks of all sides.
+    """Measures times and peak memory of all sides.
 
     Args:
         device: `cuda` or `cpu`.
-        directory: for the data.
+        directory: directory for the data.
         sides: some of `SIDES`.
-        sizes: see `OPTIONS`.
-        vocabulary: rows of the output layer.
-        window: steps of a side in a round.
-        rounds: number of measurements.
+        sizes: the size of each of `OPTIONS`.
+        vocabulary: number of rows of the output layer.
+        window: steps of each side in a round.
+        rounds: number of rounds.
     """
     import torch
 
@@ -186,7 +190,7 @@ def measure(
     ]
     with contextlib.ExitStack() as stack:
         steps, counts = {}, {}
-        if PLAIN in sides:  # before Megatron changes this thread
+        if PLAIN in sides:  # before Megatron's CPU mode changes this thread
             steps[PLAIN], counts[PLAIN] = _plain_step(sizes, vocabulary, device, stack)
         stack.enter_context(training_device(device))
         from benchmarks.session import training_session
@@ -226,7 +230,7 @@ def measure(
             }
             for side in sides
         },
-        # Of the other sides to the first one; memory is that of a step with what rests.
+        # Ratios of the other sides to the first one; "memory" is peak plus resting memory.
         "tokens_per_s_ratios": {side: ratios[side] for side in others},
         "peak_ratios": {side: _ratio(memory, side, reference, "peak") for side in others},
         "memory_ratios": {side: _ratio(memory, side, reference, "memory") for side in others},
@@ -236,13 +240,14 @@ def measure(
 def _plain_step(
     sizes: dict[str, int], vocabulary: int, device: str, stack: contextlib.ExitStack
 ) -> tuple[Callable[[], None], int]:
-    """A step of the plain loop, and the number of its model's parameters."""
+    """Returns a step of the plain loop, and the number of its model's parameters."""
     import torch
 
     from benchmarks.hugging_face import PlainLoop
 
     loop = PlainLoop(sizes, vocabulary, device)
-    # Megatron's CPU mode makes every torch call of its thread a little slower, and not of others.
+    # Megatron's CPU mode makes all torch calls of its own thread a little slower. So the loop runs
+    # in another thread.
     own_thread = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
 
     def step() -> None:

@@ -1,8 +1,8 @@
-"""Time and peak memory of a piece of work, in ways that other work on the machine disturbs little.
+"""Measures time and peak memory of a function; other work on the machine has little effect.
 
-On the CPU, time is that of the processor, of all threads of the process. Peak memory is what the
-work takes beyond what was there before, as torch's allocator says on CUDA, and on the CPU Linux of
-the process.
+On the CPU, time is the processor time of all threads of the process. Peak memory is the peak beyond
+the memory before the call: torch's allocator reports it on CUDA, and Linux reports it for the
+process on the CPU.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def device_name(device: str) -> str:
-    """What the figures are of: the GPU's name, or the processor's."""
+    """Returns the name of the GPU or of the processor."""
     if device == "cuda":
         import torch
 
@@ -30,7 +30,7 @@ def device_name(device: str) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
-    """Seconds of processor time of all threads; on CUDA of the clock, with the device's work."""
+    """Returns the processor time of all threads; on CUDA the wall-clock time, device included."""
     if device == "cuda":
         import torch
 
@@ -45,7 +45,7 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 def time_and_peak_memory(work: Callable[[], object], device: str) -> tuple[float, int | None]:
-    """`seconds_of` some work, and the most bytes that it had at a time; None if nothing says it."""
+    """Returns `seconds_of` a function and its peak memory in bytes, None if that is not known."""
     if device == "cuda":
         import torch
 
@@ -54,9 +54,9 @@ def time_and_peak_memory(work: Callable[[], object], device: str) -> tuple[float
         before = torch.cuda.memory_allocated()
         spent = seconds_of(work, device)
         return spent, torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(OSError, AttributeError):  # which are of Linux with glibc
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory would be taken again unseen
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
+    with contextlib.suppress(OSError, AttributeError):  # only Linux with glibc has these
+        ctypes.CDLL(None).malloc_trim(0)  # else reused memory would not show in the peak
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the recorded peak
     resident = resident_bytes("VmRSS")
     spent = seconds_of(work, device)
     peak = resident_bytes("VmHWM")
@@ -64,7 +64,7 @@ def time_and_peak_memory(work: Callable[[], object], device: str) -> tuple[float
 
 
 def resident_bytes(name: str) -> int | None:
-    """Bytes of memory of this process, from Linux: VmRSS now, VmHWM at most; None elsewhere."""
+    """Returns this process's memory from Linux: VmRSS now, VmHWM the peak; None elsewhere."""
     try:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def quartiles(values: list[float]) -> dict[str, Any]:
-    """Median and quartiles of repeated measurements."""
+    """Returns median and quartiles of repeated measurements."""
     low, middle, high = (
         statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     )

@@ -1,4 +1,4 @@
-"""A small transformer on bytes, trained in plain PyTorch, and what its gradients scatter by."""
+"""A small transformer on bytes, trained in plain PyTorch, and measurements of its gradients."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,10 +24,10 @@ EPS = 1e-3
 
 
 class Layer(nn.Module):
-    """A layer that attends to all positions.
+    """A transformer layer with bidirectional attention.
 
     Args:
-        is_rotary: whether attention turns queries and keys by their positions.
+        is_rotary: whether attention applies rotary position embeddings to queries and keys.
     """
 
     def __init__(self, is_rotary: bool) -> None:
@@ -41,7 +41,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, L, WIDTH] to hidden states."""
+        """Maps hidden states [B, L, WIDTH] to hidden states."""
         qkv = self.query_key_value(self.norms[0](hidden))
         q, k, v = qkv.unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(2, 0, 3, 1, 4)
         if self.is_rotary:
@@ -52,7 +52,7 @@ class Layer(nn.Module):
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of queries or keys [B, heads, L, size]."""
+    """Applies the rotary position embedding to queries or keys [B, heads, L, size]."""
     size = x.shape[-1]
     frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)
     angle = torch.arange(x.shape[2])[:, None] * frequency
@@ -65,7 +65,7 @@ class Model(nn.Module):
     """A bidirectional transformer of about 0.2M parameters.
 
     Args:
-        length: of learned absolute positions; None for rotary ones.
+        length: number of learned absolute positions; None for rotary ones.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -77,7 +77,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [B, L] to hidden states [B, L, WIDTH] and logits [B, L, VOCABULARY]."""
+        """Maps tokens [B, L] to hidden states [B, L, WIDTH] and logits [B, L, VOCABULARY]."""
         hidden = self.tokens(tokens) + self.positions
         for layer in self.layers:
             hidden = layer(hidden)
@@ -88,12 +88,12 @@ class Model(nn.Module):
 def losses(
     model: Model, tokens: torch.Tensor, corruption: Corruption
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of rows, importance weights included [B], and the final hidden states.
+    """Returns the losses of rows [B], with importance weights, and the final hidden states.
 
     Args:
         model: the model.
-        tokens: clean, int64 [B, L], all of them eligible.
-        corruption: of these tokens.
+        tokens: clean tokens, int64 [B, L], all of them eligible.
+        corruption: corruption of these tokens.
     """
     hidden, logits = model(corruption.tokens)
     cross_entropy = nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
@@ -103,14 +103,14 @@ def losses(
 
 
 def train(model: Model, texts: torch.Tensor, batch: int, steps: int, seed: int) -> float:
-    """Trains with the standard objective and Adam.
+    """Trains a model with the standard objective and Adam.
 
     Args:
         model: the model.
         texts: rows of tokens, int64 [N, L].
         batch: rows of a batch.
-        steps: of the optimizer.
-        seed: of the choice of rows, rates and masks.
+        steps: optimizer steps.
+        seed: seed of the choice of rows, rates and masks.
 
     Returns:
         The mean loss of the last 100 steps, in nats per token.
@@ -132,7 +132,7 @@ def train(model: Model, texts: torch.Tensor, batch: int, steps: int, seed: int) 
 def _take(
     texts: torch.Tensor, batch: int, steps: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Corruption]]:
-    """As many batches of the standard objective; see `variance.methods.batches`."""
+    """Yields `steps` batches of the standard objective; see `variance.methods.batches`."""
     everywhere = torch.ones_like(texts, dtype=torch.bool)
     source = batches(texts, everywhere, METHODS["standard"], Uniform(), MASK, EPS, batch, seed)
     for _ in range(steps):
@@ -146,7 +146,7 @@ def settings(
     seed: int,
     isad_token_ids: tuple[int, ...] = (),
 ) -> Settings:
-    """What to measure of the model; see `variance.report.Settings`."""
+    """Returns the settings of a measurement on the model; see `variance.report.Settings`."""
     return Settings(
         rows=rows,
         rates=4,
@@ -164,12 +164,12 @@ def settings(
 def measured(
     model: Model, texts: torch.Tensor, what: Settings
 ) -> tuple[State, Settings, list[ScoredRow]]:
-    """Nested draws of the first texts, as `variance.report.report` takes them.
+    """Measures nested draws of the first texts; returns the arguments of `variance.report.report`.
 
     Args:
         model: the model.
         texts: rows of tokens, int64 [N, L].
-        what: how much is measured.
+        what: settings of the measurement.
     """
     sketch = Sketch(list(model.parameters()), MOST_WHOLE)
 
@@ -187,7 +187,7 @@ def measured(
 
 
 def fitted_densities(model: Model, texts: torch.Tensor, seed: int) -> FittedDensities:
-    """Densities of t for each target of P-POTS and kind of mask, fitted to the model."""
+    """Fits a density of t to the model, for each target of P-POTS and kind of mask."""
     methods = ("ppots-loss", COMBINATIONS["recommended"])
     state, what, _ = measured(model, texts, settings(200, 2, methods, seed))
     return densities(state, what, texts.shape[1])

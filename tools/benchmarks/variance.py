@@ -1,12 +1,12 @@
-"""How much each method lowers the variance of the gradient, on a small model trained here.
+"""Measures how much each method reduces the gradient variance, on a small model trained here.
 
-A byte-level model is trained on the source of Python's standard library with the standard
-objective; then, with its weights fixed, losses and gradients of rows under nested rates and masks
-give the shares of masking and data noise, and what every method leaves of the variance of a batch
-(see tools/variance_report.py), relative to `standard`. Batches hold equally many rows, which is
-equal compute; MIRROR and other views stand in the table a second time at equal texts, where they
-have more rows. One training run and one kind of text: the shares of masking and data noise move
-with the length of a row and with training.
+The program trains a byte-level model on the source code of Python's standard library with the
+standard objective. Then the weights are fixed. Losses and gradients of rows under nested rates and
+masks give the shares of masking noise and data noise, and the variance of a batch under each method
+relative to `standard` (see tools/variance_report.py). All batches have the same number of rows,
+which means equal compute. MIRROR and other methods with several views have a second line at equal
+texts, for which they have more rows. The result is for one training run and one kind of text: the
+shares of masking noise and data noise depend on the row length and change during training.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron_mdm.experiments.program import program
 from megatron_mdm.files import check_output, check_picture, write_json
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
-DELIMITERS = tuple(b"\n:()")  # what ISAD masks more often
+DELIMITERS = tuple(b"\n:()")  # the tokens that ISAD masks more often
 SEED = 1234
 
 
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--positions",
         choices=["learned_absolute", "rope"],
         default="learned_absolute",
-        help="with learned ones long rows stay on the plateau without context "
-        "(default: %(default)s)",
+        help="position embeddings; with learned ones, training on long rows stays on the plateau "
+        "of predictions without context (default: %(default)s)",
     )
     parser.add_argument("--rows", type=int, help="rows measured (default: 400; quick: 100)")
     parser.add_argument(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["important"],
         metavar="NAME",
-        help="`important`, `all` (every combination), or names out of these (default: important)",
+        help="`important`, `all` (every combination), or names of methods (default: important)",
     )
 
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains, measures, prints a table, and writes `args.json` if it is set; or draws results.
 
     Raises:
-        UserError: settings that cannot work.
+        UserError: a setting is not possible.
     """
     if args.report or args.figure:
         _draw(args.report, args.figure)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps or (600 if args.quick else 2000)
     rows = args.rows or (100 if args.quick else 400)
     methods = choose(args.methods, isad=True)
-    # Complains before anything is trained.
+    # Check the settings before the training.
     settings = toy_model.settings(rows, args.batch, methods, SEED, DELIMITERS)
     texts = python_text.rows(args.length, SEED)
     model = toy_model.Model(args.length if args.positions == "learned_absolute" else None)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""`tools/benchmark.py gpu` for pairs of size and precision, in the order in which they are given.
+"""Runs `tools/benchmark.py gpu` for pairs of size and precision, in the given order.
 
     bench.py --json gpu.json --minutes 4 --profile-of 1B:bf16 -- 1B:bf16 1B:tensorwise
 
-A pair that stands in the JSON is not measured again, whether it has figures or has failed; one that
-only ran out of time is. Of `gpu.LARGEST` a size is passed over if a larger one has figures. No pair
-begins in less than --least seconds, or less than the longest one so far has taken; exit status 3
-says that some are missing. Other flags are those of the benchmark.
+A pair with an entry in the JSON file is not measured again, unless the entry only says that it took
+too long. A size of `gpu.LARGEST` is skipped if a larger one has results. The program ends with
+exit status 3 before a pair for which too little time is left: less than --least seconds, or less
+than 0.85 times the longest pair so far. The other flags are those of the benchmark.
 """
 
 import argparse
@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 def main() -> None:
-    """Measures all pairs that there is time for."""
+    """Measures as many pairs as the time allows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +48,7 @@ def main() -> None:
         settings |= {"minutes": left / 60, "profile": pair in args.profile_of}
         try:
             gpu.run(argparse.Namespace(**{**vars(args), **settings}))
-        except Exception as error:  # the others go on
+        except Exception as error:  # measure the other pairs nevertheless
             print(f"{pair}: {type(error).__name__}: {error}", file=sys.stderr)
             status = 1
         took = time.monotonic() - begin
@@ -58,13 +58,13 @@ def main() -> None:
 
 
 def kept(path: str) -> dict[str, dict]:
-    """The measurements so far: "SIZE PRECISION" -> figures, or why there are none."""
+    """Reads the measurements so far: "SIZE PRECISION" -> results, or the reason for a failure."""
     file = pathlib.Path(path)
     return json.loads(file.read_text("utf-8"))["measurements"] if file.exists() else {}
 
 
 def is_wanted(size: str, precision: str, done: dict[str, dict]) -> bool:
-    """Whether a pair is still to be measured."""
+    """Whether a pair still has to be measured."""
     larger = gpu.LARGEST[: gpu.LARGEST.index(size)] if size in gpu.LARGEST else ()
     if any("sides" in done.get(f"{x} {precision}", {}) for x in larger):
         return False

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Tests and measures this project on one GPU, in at most so many seconds (545 if none are given).
+# Tests and measures this project on one GPU, in at most SECONDS seconds (default 545).
 #
-#   bash device.sh [SECONDS]          from the root of the checkout, or with PROJECT=its folder
+#   bash device.sh [SECONDS]          in the root of the checkout, or with PROJECT=path of the checkout
 #
-# The stages below run one after the other, each within a limit of its own. $GPUKIT_STATE remembers
-# on the machine which are done: the same command goes on with the rest. After each stage $OUT has
-# what there is, summary.txt to be read first, all.tar.gz with all logs.
+# The stages below run one after the other, each with a time limit of its own. The folder
+# $GPUKIT_STATE records which stages are done, and the same command continues with the rest. After
+# each stage the results so far are in $OUT: read summary.txt first; all.tar.gz has all logs.
 #
-#   DRY=1                 on a CPU, with tiny models: shows that the stages run
-#   STAGES="train bench"  these only, after `install`
-#   AGAIN="train"         these once more
-#   KEEP_GOING=1          goes on although no way of training works
+#   DRY=1                 runs on a CPU with tiny models, to show that the stages work
+#   STAGES="train bench"  runs only these stages, after `install`
+#   AGAIN="train"         repeats these stages
+#   KEEP_GOING=1          continues although no way of training works
 #   WORKERS, ROUNDS       processes of pytest; rounds of the benchmark
 set -uo pipefail
 begun=$(date +%s)
@@ -24,7 +24,7 @@ STATE=${GPUKIT_STATE:-/tmp/gpukit}
 LOGS=$STATE/logs
 SITE=$STATE/site # the libraries that the machine lacks
 DRY=${DRY:-}
-if [ -n "$DRY" ]; then slower=6; else slower=1; fi # than on a machine with a GPU
+if [ -n "$DRY" ]; then slower=6; else slower=1; fi # time limits on a CPU are this many times longer
 PYTHON=$(command -v python3 || command -v python)
 mkdir -p "$STATE/done" "$LOGS" "$SITE"
 touch "$STATE/environment.sh" "$STATE/flags" "$STATE/summary.txt"
@@ -33,10 +33,10 @@ export WHEELS PROJECT OUT DRY GPUKIT_STATE=$STATE
 export PYTHONPATH=$SITE:$PROJECT:$PROJECT/tools${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export HOME=${HOME:-/root}
-# A single rank needs the loopback and nothing else.
+# A single rank only needs the loopback interface.
 export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_NVLS_ENABLE=0
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# All processes share what was compiled. They are many, and so each compiles with few workers.
+# All processes share the compiler's caches. There are many processes, so each compiles with few workers.
 export TORCHINDUCTOR_CACHE_DIR=$STATE/inductor TRITON_CACHE_DIR=$STATE/triton
 export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
 export CUDA_CACHE_PATH=$STATE/cuda
@@ -53,7 +53,7 @@ wanted() { [ "$1" = install ] || [ -z "${STAGES:-}" ] || listed "$1" "$STAGES"; 
 is_done() { [ -e "$STATE/done/$1" ]; }
 mark_done() { touch "$STATE/done/$1"; }
 
-# Copies what there is to $OUT, in few files.
+# Copies the results so far to $OUT, in few files.
 collect() {
     local name
     cp "$STATE/summary.txt" "$OUT/"
@@ -68,14 +68,14 @@ collect() {
         cd "$STATE" || exit
         find logs -type f -size +12M -exec sh -c 'tail -c 6000000 "$1" >"$1.end" && mv "$1.end" "$1"' _ {} \;
         find logs summary.txt environment.sh flags -type f >packed.txt
-        # The logs of ranks, of which pytest shows the end only.
+        # The complete logs of ranks; pytest only shows their ends.
         find pytest-* -name 'rank*.log' -size -3M >>packed.txt 2>/dev/null
         tar -czf "$OUT/all.tar.gz" -T packed.txt
     )
 }
 
-# stage NAME LIMIT LEAST COMMAND...: runs the command for LIMIT seconds at most, unless it is done,
-# not wanted, or fewer than LEAST seconds are left. Its output is in $LOGS/NAME.log.
+# stage NAME LIMIT LEAST COMMAND...: runs the command for at most LIMIT seconds, unless the stage is
+# done or not wanted, or fewer than LEAST seconds are left. Its output is in $LOGS/NAME.log.
 stage() {
     local name=$1 limit=$(($2 * slower)) least=$3 start status
     shift 3
@@ -83,7 +83,7 @@ stage() {
     if listed "$name" "${AGAIN:-}"; then rm -f "$STATE/done/$name"; fi
     is_done "$name" && return 0
     if [ "$(left)" -lt "$least" ]; then
-        note "$name: not begun, it takes $least s and $(left) are left"
+        note "$name: not started, it needs $least s and $(left) s are left"
         return 75
     fi
     [ "$limit" -le "$(($(left) - 6))" ] || limit=$(($(left) - 6))
@@ -104,8 +104,8 @@ stage() {
     return $status
 }
 
-# Ranks and workers are in sessions of their own, which no timeout reaches: what a stage left is
-# known by a mark in its environment.
+# Ranks and workers have sessions of their own, which `timeout` does not end. The remaining processes
+# of a stage are found by a mark in their environment.
 mark=$$.$begun
 end_leftovers() {
     local signal process found
@@ -120,15 +120,15 @@ end_leftovers() {
     done
 }
 
-# works CHECK STAGE: whether a check passed. Yes as well where nothing is known of it: the stage was
-# not asked for, or has no such check without a GPU. One that died counts as failed.
+# works CHECK STAGE: whether a check passed. Also true if there is no result because the stage was not
+# requested, or because it has no such check without a GPU. A check that died counts as failed.
 works() {
     [ -e "$LOGS/$2.log" ] || return 0
     if [ -n "$DRY" ] && ! grep -q "^CHECK .* $1 " "$LOGS/$2.log"; then return 0; fi
     grep -q "^CHECK ok   $1 " "$LOGS/$2.log"
 }
 
-# From here on: a line for the environment, or flags of Megatron's, for all that trains.
+# These settings hold for all later stages: an environment variable, or Megatron's flags for training.
 set_always() { echo "export $1" >>"$STATE/environment.sh"; }
 add_flags() { echo "$1" >>"$STATE/flags"; }
 flags() { tr '\n' ' ' <"$STATE/flags"; }
@@ -138,7 +138,7 @@ flags() { tr '\n' ' ' <"$STATE/flags"; }
 install() {
     if ! "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
         --target "$SITE" "$WHEELS"/*.whl; then
-        echo "pip failed: the wheels are unpacked by hand"
+        echo "pip failed: unpacking the wheels directly"
         for wheel in "$WHEELS"/*.whl; do
             "$PYTHON" -m zipfile -e "$wheel" "$SITE" || return 1
         done
@@ -160,8 +160,8 @@ write_data(pathlib.Path(sys.argv[1]))
 END
 }
 
-# use_library zeroed|compact: Transformer Engine's library as in the wheel, where other GPUs' code is
-# zeros, or rewritten without it.
+# use_library zeroed|compact: installs Transformer Engine's library. "zeroed": as in the wheel, where the
+# code of other GPUs is zeros. "compact": rewritten without that code.
 use_library() {
     local library=transformer_engine/wheel_lib/libtransformer_engine.so
     local unzipped=$STATE/unzipped
@@ -175,8 +175,8 @@ use_library() {
     fi
 }
 
-# train PORT FLAGS...: the program, 20 iterations and an evaluation. The port is given since
-# torch.distributed.run would look for the host's name to find one.
+# train PORT FLAGS...: trains for 20 iterations and evaluates. The port is given because
+# torch.distributed.run would resolve the host's name to find one.
 train() {
     local port=$1 hidden=512 heads=8 ffn=1408 length=1024 device=cuda
     shift
@@ -199,7 +199,7 @@ why_it_failed() { # LOG
     tail -n 25 "$1"
 }
 
-# Ways to train, the ordinary one first: name|environment|flags. All later stages take the first one
+# Ways to train, the ordinary one first: name|environment|flags. All later stages use the first way
 # that works.
 local_layers="--transformer-impl local --no-rope-fusion --no-masked-softmax-fusion"
 local_layers+=" --no-persist-layer-norm --no-gradient-accumulation-fusion --attention-backend unfused"
@@ -213,7 +213,7 @@ ways=(
     "local-layers-no-torch.compile|TORCH_COMPILE_DISABLE=1|$local_layers --no-bias-swiglu-fusion --no-bias-dropout-fusion"
 )
 
-# train_as NAME LIMIT PORT ENVIRONMENT FLAGS...: `train` within a time, its output in NAME.log.
+# train_as NAME LIMIT PORT ENVIRONMENT FLAGS...: runs `train` with a time limit; its output is in NAME.log.
 train_as() {
     local name=$1 limit=$(($2 * slower)) port=$3 environment=$4
     shift 4
@@ -227,7 +227,7 @@ find_a_way_to_train() {
     local precision=(--bf16) fp8=(--fp8-format hybrid --fp8-recipe tensorwise)
     if [ -n "$DRY" ]; then precision=() fp8=(--seed 5); fi
     works te-linear-fp8-current te || fp8=()
-    if [ ${#fp8[@]} -gt 0 ]; then # at the same time, since both wait long for their start
+    if [ ${#fp8[@]} -gt 0 ]; then # at the same time as BF16, since both take long to start
         train_as train-fp8 110 $port '' "${precision[@]}" "${fp8[@]}" &
         beside=$!
     fi
@@ -247,7 +247,7 @@ find_a_way_to_train() {
         echo "TRAINS $found"
         cp "$LOGS/train-bf16-$found.log" "$LOGS/train-bf16.log"
     fi
-    # What helped BF16 may help FP8; local layers have none.
+    # The settings that made BF16 work may also help FP8. Local layers do not support FP8.
     if [ -n "$found" ] && [ ${#fp8[@]} -gt 0 ] && [ -z "$fp8_trains" ] && [ "$found" != ordinary ] &&
         [[ $found != local-layers* ]] && [ $((end - $(date +%s))) -gt 30 ]; then
         mv "$LOGS/train-fp8.log" "$LOGS/train-fp8-ordinary.log"
@@ -255,7 +255,7 @@ find_a_way_to_train() {
         train_as train-fp8 60 29539 "$environment" "${precision[@]}" "${fp8[@]}" $more && fp8_trains=1
     fi
     if [ ${#fp8[@]} -eq 0 ]; then
-        echo "FAILS FP8: not tried, since it does not compute"
+        echo "FAILS FP8: not tried, since the check of an FP8 layer failed"
     elif [ -n "$fp8_trains" ]; then
         echo "TRAINS FP8"
     else
@@ -266,12 +266,12 @@ find_a_way_to_train() {
     [ -z "$more" ] || add_flags "$more"
 }
 
-# measure JSON SIZE:PRECISION...: `benchmark.py gpu`, in this order.
+# measure JSON SIZE:PRECISION...: runs `benchmark.py gpu` for these pairs in this order.
 measure() {
     local json=$STATE/$1 all status fallback=(--precisions bf16 tensorwise)
     shift
     all="$(flags)${BENCH_FLAGS:-}"
-    # Attention that keeps its scores has room for few rows.
+    # Unfused attention stores its scores, so only few rows fit into memory.
     if [[ $all == *unfused* ]]; then all+=" --micro-batch-size 1"; fi
     if [ -n "$DRY" ]; then fallback=(--precisions bf16 --tiny); fi
     cd "$PROJECT" || return 1
@@ -279,7 +279,7 @@ measure() {
     "$PYTHON" "$KIT/bench.py" "${common[@]}" --minutes "$(minutes 8)" --least "${LEAST:-40}" \
         --profile-of 1B:bf16 1B:tensorwise tiny:bf16 -- "$@"
     status=$?
-    if [ $status -eq 9 ]; then # the benchmark as it stands, in its own order
+    if [ $status -eq 9 ]; then # bench.py cannot import the benchmark: run it directly, in its own order
         "$PYTHON" tools/benchmark.py gpu "${common[@]}" --minutes "$(minutes 12)" \
             "${fallback[@]}"
         status=$?
@@ -287,7 +287,8 @@ measure() {
     return $status
 }
 
-minutes() { awk "BEGIN { print ($LIMIT - $1) / 60 }"; } # of the stage, but so many seconds
+# minutes SECONDS: the time limit of the stage less SECONDS, in minutes
+minutes() { awk "BEGIN { print ($LIMIT - $1) / 60 }"; }
 
 run_tests() {
     local workers=${WORKERS:-$(($(nproc) * 5 / 8))} parallel=() skipped=() files=() name
@@ -298,7 +299,7 @@ run_tests() {
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then
         parallel=(-n $((workers > 1 ? workers : 1)) --dist worksteal)
     fi
-    # What passed in an earlier call.
+    # Skip the tests that passed in an earlier call.
     while read -r name; do skipped+=(--deselect "$name"); done < <(
         grep -oE ' PASSED tests/[^ ]+::.*' "$LOGS/tests.log" | sed 's/^ PASSED //; s/ *$//' | sort -u
     )
@@ -333,7 +334,7 @@ describe_machine() {
     command -v gcc g++ nvcc ninja git
 }
 
-if [ "${1:-}" = --part ]; then # one of the functions above, in a process that a timeout can end
+if [ "${1:-}" = --part ]; then # runs one of the functions above in a process of its own, which a timeout can end
     shift
     "$@"
     exit
@@ -343,32 +344,32 @@ part=(bash "$KIT/device.sh" --part)
 # ---------------------------------------------------------------------------------------- all in order
 
 trap collect EXIT
-trap 'note "ended from outside"; exit 143' TERM INT
+trap 'note "ended by a signal"; exit 143' TERM INT
 describe_machine >"$LOGS/machine.log" 2>&1 &
 describing=$!
 card=$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null)
 commit=$(cat "$KIT/commit" 2>/dev/null || echo unknown)
 note "$seconds s, project $commit, ${card:-no GPU}"
 ulimit -n 65536 2>/dev/null
-if [ -z "$DRY" ] && ! is_done install; then # a cold disk gives large pieces faster than small ones
+if [ -z "$DRY" ] && ! is_done install; then # a cold disk reads whole files faster than many small pieces
     (
         cd "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || exit
         find torch transformers triton -name '*.so' -o -name '*.py' -o -name ptxas 2>/dev/null |
             timeout 30 xargs -n 16 -P 8 cat >/dev/null 2>&1
     ) &
 fi
-# A name that nobody resolves costs seconds each time, or fails.
+# If the host's name cannot be resolved, each attempt takes seconds or fails.
 if [ -z "$DRY" ] && ! timeout 5 getent hosts "$(hostname)" >/dev/null; then
     echo "127.0.0.1 $(hostname)" >>/etc/hosts && note "/etc/hosts has the name of the host now"
 fi
 
 if ! stage install 120 30 "${part[@]}" install; then
-    note "install failed: all.tar.gz says why"
+    note "install failed: see the logs in all.tar.gz"
     exit 3
 fi
 wait $describing
 
-for name in smoke te; do # done whether all checks passed or not
+for name in smoke te; do # these stages are done even if checks failed
     if listed $name "${AGAIN:-}"; then rm -f "$STATE/done/$name" "$LOGS/$name.log"; fi
 done
 AGAIN=" ${AGAIN:-} "
@@ -383,11 +384,11 @@ if wanted smoke && ! is_done smoke; then
     mark_done smoke
     if ! works torch.compile smoke; then
         set_always TORCH_COMPILE_DISABLE=1
-        note "torch.compile fails: without it from here on"
+        note "torch.compile fails: the later stages do not use it"
     fi
     if ! works nccl smoke; then
         add_flags "--distributed-backend gloo"
-        note "NCCL fails: gloo from here on"
+        note "NCCL fails: the later stages use gloo"
     fi
 fi
 
@@ -397,27 +398,27 @@ if wanted te && ! is_done te; then
     if ! works te-import te && [ "$(left)" -gt 60 ]; then
         libraries=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
         set_always "LD_LIBRARY_PATH=\${LD_LIBRARY_PATH:+\$LD_LIBRARY_PATH:}$libraries/cu13/lib:$libraries/cudnn/lib:$libraries/nccl/lib"
-        note "Transformer Engine does not load: once more with the libraries of $libraries"
+        note "Transformer Engine does not load: trying again with the libraries in $libraries"
         mv "$LOGS/te.log" "$LOGS/te-first.log"
         check_te
     fi
     if works te-import te && ! works te-rmsnorm te && [ "$(left)" -gt 60 ]; then
-        note "its own kernels fail: once more with the library as it is in the wheel"
+        note "Transformer Engine's own kernels fail: trying again with the library as in the wheel"
         mv "$LOGS/te.log" "$LOGS/te-compact.log"
         STAGES='' stage zeroed 60 30 "${part[@]}" use_library zeroed
         check_te
     fi
     mark_done te
     if ! works te-import te; then
-        note "without Transformer Engine from here on"
-        mkdir -p "$STATE/away" # Megatron would fail with it
+        note "the later stages do not use Transformer Engine"
+        mkdir -p "$STATE/away" # Megatron would try to import it and fail
         mv "$SITE"/transformer_engine* "$STATE/away/"
     fi
 fi
 
 stage train 200 45 "${part[@]}" find_a_way_to_train
 if wanted train && ! is_done train && [ -z "${KEEP_GOING:-}" ]; then
-    note "no way of training works: the rest of the time is left for a repair (KEEP_GOING=1 goes on)"
+    note "no way of training works: stopping, so that time is left for a repair (KEEP_GOING=1 continues)"
     exit 3
 fi
 
@@ -426,7 +427,7 @@ first=(1B:bf16 1B:tensorwise 1B:delayed) half=(0.5B:bf16 0.5B:tensorwise)
 largest=(2.7B:bf16 2.7B:tensorwise)
 if [ "${memory:-0}" -gt 100000 ]; then largest=(3.5B:bf16 3.5B:tensorwise 6B:bf16 6B:tensorwise); fi
 if ! works te-linear-fp8-current te; then
-    note "FP8 does not compute: BF16 alone"
+    note "the check of an FP8 layer failed: the later stages only use BF16"
     first=("${first[0]}") half=("${half[0]}") largest=("${largest[0]}")
 fi
 if [ -n "$DRY" ]; then first=(tiny:bf16) largest=(small:bf16) half=(); fi
@@ -435,18 +436,18 @@ bench() { stage bench "${BENCH_LIMIT:-230}" 70 "${part[@]}" measure gpu.json "${
 large() { stage large 330 90 "${part[@]}" measure gpu.json "${largest[@]}"; }
 tests() {
     SIGNAL=INT stage tests "${TESTS_LIMIT:-225}" 60 "${part[@]}" run_tests
-    # With status 1 pytest has come to its end, with failures; cut off it has another.
+    # With status 1 pytest has run all tests, and some failed. If it was cut off, it has another status.
     if [ $? -eq 1 ] && tail -n 3 "$LOGS/tests.log" | grep -qE '^=+ .*(passed|failed).*=+$'; then
         mark_done tests
     fi
 }
 if [ -e "$LOGS/bench.log" ]; then order=(large bench tests); else order=(bench tests large); fi
-for name in "${order[@]}"; do $name; done # a second call begins with what the first had no time for
-if [ ${#half[@]} -gt 0 ]; then # 8 rows at once would take some 79 GB
+for name in "${order[@]}"; do $name; done # a second call starts with what the first had no time for
+if [ ${#half[@]} -gt 0 ]; then # a micro-batch of 8 rows would take about 79 GB
     BENCH_FLAGS=" --micro-batch-size 4" stage half 150 60 "${part[@]}" measure gpu-half.json "${half[@]}"
 fi
 stage throughput 100 50 "${part[@]}" throughput
 if [ -z "$DRY" ]; then
     CUDA_MODULE_LOADING=EAGER stage all-kernels 60 25 "$PYTHON" "$KIT/smoke.py" all-kernels
 fi
-note "the end, $(left) s of $seconds left"
+note "done, $(left) s of $seconds s left"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the few lines of a stage that matter: `figures.py STAGE LOG STATE_DIRECTORY`."""
+"""Prints the main results of a stage: `figures.py STAGE LOG STATE_DIRECTORY`."""
 
 import json
 import pathlib
@@ -11,13 +11,13 @@ WIDTH, MOST = 230, 25
 
 
 def of_checks(log: str, _: pathlib.Path) -> list[str]:
-    """Every check, and the kernels of attention that Transformer Engine chose."""
+    """Returns every check, and the attention kernels that Transformer Engine chose."""
     chosen = sorted(set(re.findall(r"Selected backend = (.*)", log)))
     return re.findall(r"^CHECK (.*)$", log, re.M) + [f"attention: {name}" for name in chosen]
 
 
 def of_training(log: str, state: pathlib.Path) -> list[str]:
-    """Which way of training works, and the ends of the curves."""
+    """Returns which way of training works, and the first and last losses."""
     lines = re.findall(r"^(?:TRAINS|FAILS) .*$", log, re.M)
     for name in ("train-bf16", "train-fp8"):
         path = state / "logs" / f"{name}.log"
@@ -25,7 +25,7 @@ def of_training(log: str, state: pathlib.Path) -> list[str]:
             continue
         text = path.read_text("utf-8", errors="replace")
         losses = [float(x) for x in re.findall(r"mdm loss: ([\d.E+-]+)", text)]
-        # Lines of Megatron's log, or else ours.
+        # From the lines of Megatron's log, otherwise from this package's own lines.
         losses = losses or [float(x) for x in re.findall(r"mdm iteration .*? loss: ([\d.]+)", text)]
         if losses:
             ends = " ".join(f"{loss:.3f}" for loss in losses[:3] + losses[-3:])
@@ -39,19 +39,19 @@ def of_training(log: str, state: pathlib.Path) -> list[str]:
 
 
 def last(pattern: str, text: str) -> str:
-    """What the pattern found last, or a dash."""
+    """Returns the last match of a pattern, or a dash."""
     return ([*re.findall(pattern, text)] or ["-"])[-1]
 
 
 def of_bench(log: str, _: pathlib.Path) -> list[str]:
-    """The rows of the last table, and what each pair took."""
+    """Returns the rows of the last table, and the time of each pair."""
     table = re.split(r"^size +precision.*$", log, flags=re.M)
     rows = re.findall(r"^[\w.]+ +\w+ .*$", table[-1], re.M) if len(table) > 1 else []
     return rows + re.findall(r"^(?:no time for .*|[\w.]+:\w+: .*)$", log, re.M)
 
 
 def of_tests(log: str, _: pathlib.Path) -> list[str]:
-    """How many tests ended how, and why some failed; all calls together."""
+    """Returns the number of tests by outcome, and the reasons of failures, over all calls."""
     words = "PASSED|FAILED|ERROR|SKIPPED"
     ends = {name: end for end, name in re.findall(rf" ({words}) (tests/\S+::.*?) *$", log, re.M)}
     counts = Counter(ends.values())
@@ -66,7 +66,7 @@ def of_tests(log: str, _: pathlib.Path) -> list[str]:
 
 
 def of_throughput(_: str, state: pathlib.Path) -> list[str]:
-    """Tokens/s of each side, and memory."""
+    """Returns tokens/s and memory of each side."""
     path = state / "throughput.json"
     if not path.exists():
         return []
@@ -80,7 +80,7 @@ def of_throughput(_: str, state: pathlib.Path) -> list[str]:
 
 
 def of_install(log: str, _: pathlib.Path) -> list[str]:
-    """What the library was made of, and trouble."""
+    """Returns what was kept of Transformer Engine's library, and errors."""
     return re.findall(r"^(?:kept|pip failed|ERROR).*$", log, re.M)
 
 
@@ -95,7 +95,7 @@ FIGURES = {
 
 
 def main() -> None:
-    """Prints the figures of the last run of a stage; of tests, those of all runs."""
+    """Prints the results of the last run of a stage; for `tests`, those of all runs."""
     stage, log, state = sys.argv[1:]
     text = pathlib.Path(log).read_text("utf-8", errors="replace")
     if stage != "tests":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""First contact with a GPU, a line for each check: `smoke.py torch|te|all-kernels [--dry]`.
+"""Checks a GPU machine, one line for each check: `smoke.py torch|te|all-kernels [--dry]`.
 
-A check stands for itself: one that fails says nothing of the others. The exit status is the number
-of failures. With --dry, for a machine without a GPU, modules are imported and nothing is computed.
+The checks are independent: after a failure the other checks still run. The exit status is the
+number of failures. With --dry, for a machine without a GPU, the program only imports the modules.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 Check = Callable[[], object]
-BIG = 8192  # rows and columns of the products that are timed
+BIG = 8192  # rows and columns of the matrices in the timed products
 
 
 def run(checks: dict[str, Check]) -> int:
-    """Runs all checks, and returns how many failed."""
+    """Runs all checks and returns the number of failures."""
     failures = 0
     for name, check in checks.items():
         start = time.perf_counter()
         try:
             said = check()
-        except BaseException as error:  # whatever a first contact brings
+        except BaseException as error:  # on an unknown machine anything may fail
             failures += 1
             traceback.print_exc()
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -40,7 +40,7 @@ def run(checks: dict[str, Check]) -> int:
 
 
 def milliseconds(work: Check) -> float:
-    """The median of ten repeats, after three that warm up."""
+    """Returns the median time of ten repeats, after three warm-up repeats."""
     times = []
     for repeat in range(13):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -54,10 +54,10 @@ def milliseconds(work: Check) -> float:
 
 
 def error_of(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Length of the difference over that of the reference.
+    """Returns the relative error: the norm of the difference over the norm of the reference.
 
     Raises:
-        ValueError: it is not below 0.2.
+        ValueError: the error is not below 0.2.
     """
     error = float((ours.double() - reference.double()).norm() / reference.double().norm())
     if not error < 0.2:
@@ -66,12 +66,12 @@ def error_of(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def random(*shape: int) -> torch.Tensor:
-    """A random tensor in bfloat16."""
+    """Returns a random tensor in bfloat16."""
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
 def loopback() -> str:
-    """Whether a process reaches itself, as ranks must; and what the host's name stands for."""
+    """Checks that a process can connect to itself, as ranks do; resolves the host's name."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
     name = socket.gethostname()
@@ -82,7 +82,7 @@ def loopback() -> str:
 
 
 def device() -> str:
-    """The card."""
+    """Describes the GPU."""
     card = torch.cuda.get_device_properties(0)
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
     return (
@@ -92,13 +92,13 @@ def device() -> str:
 
 
 def product_bf16() -> str:
-    """Speed of a product in BF16."""
+    """Measures the speed of a matrix product in BF16."""
     a, b = random(BIG, BIG), random(BIG, BIG)
     return f"{2 * BIG**3 / milliseconds(lambda: a @ b) / 1e9:.0f} TFLOP/s"
 
 
 def product_fp8() -> str:
-    """Speed of a product in FP8."""
+    """Measures the speed of a matrix product in FP8."""
     a, b = (random(BIG, BIG).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
 
@@ -109,7 +109,7 @@ def product_fp8() -> str:
 
 
 def copy() -> str:
-    """Speed of memory."""
+    """Measures the speed of a copy in GPU memory."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
     took = milliseconds(lambda: target.copy_(source))
@@ -117,7 +117,7 @@ def copy() -> str:
 
 
 def collectives() -> str:
-    """NCCL and gloo with a single rank."""
+    """Checks NCCL and gloo with a single rank."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", RANK="0", WORLD_SIZE="1")
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl")
@@ -130,7 +130,7 @@ def collectives() -> str:
 
 
 def compilation() -> str:
-    """Whether torch.compile makes a kernel."""
+    """Checks a kernel that torch.compile makes."""
 
     def gated(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x) * y
@@ -140,7 +140,7 @@ def compilation() -> str:
 
 
 def of_torch(dry: bool) -> dict[str, Check]:
-    """What torch needs of the machine."""
+    """Returns the checks of what torch needs from the machine."""
     if dry:
         return {"torch": lambda: torch.__version__}
     return {
@@ -155,7 +155,7 @@ def of_torch(dry: bool) -> dict[str, Check]:
 
 
 def te_import() -> str:
-    """Whether Transformer Engine loads, and what it can compute."""
+    """Checks that Transformer Engine loads, and reports which FP8 recipes it supports."""
     import transformer_engine
     import transformer_engine.pytorch as te
 
@@ -167,7 +167,7 @@ def te_import() -> str:
 
 
 def te_imports_dry() -> str:
-    """The same without a GPU, by way of Megatron."""
+    """Checks the same without a GPU, through Megatron."""
     import transformer_engine.pytorch  # noqa: F401
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -175,7 +175,7 @@ def te_imports_dry() -> str:
 
 
 def te_linear(name: str, recipe_name: str | None) -> str:
-    """A linear layer, forward and backward, against float64."""
+    """Checks a linear layer, forward and backward, against float64."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
@@ -183,7 +183,7 @@ def te_linear(name: str, recipe_name: str | None) -> str:
     torch.manual_seed(1)
     layer = getattr(te, name)(1024, 512, bias=False, params_dtype=torch.bfloat16, device="cuda")
     x = random(512, 1024).requires_grad_()
-    for _ in range(3):  # delayed scales are unknown at first
+    for _ in range(3):  # delayed scales are not known in the first step
         layer.zero_grad()
         x.grad = None
         with te.autocast(enabled=settings is not None, recipe=settings):
@@ -200,7 +200,7 @@ def te_linear(name: str, recipe_name: str | None) -> str:
 
 
 def te_norm() -> str:
-    """RMSNorm, a kernel of the library itself; products are cuBLAS's."""
+    """Checks RMSNorm, a kernel of Transformer Engine's own; matrix products are cuBLAS kernels."""
     import transformer_engine.pytorch as te
 
     x = random(512, 1024)
@@ -209,7 +209,7 @@ def te_norm() -> str:
 
 
 def te_adam() -> str:
-    """Three steps of Adam against torch's."""
+    """Checks three steps of fused Adam against torch's AdamW."""
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     start, gradient = torch.randn(2, 4096, device="cuda")
@@ -225,7 +225,7 @@ def te_adam() -> str:
 
 
 def te_rope() -> str:
-    """The fused rotary embedding, at angles of 0."""
+    """Checks the fused rotary embedding at angles of 0."""
     from megatron.core.extensions.transformer_engine import fused_apply_rotary_pos_emb
 
     x = random(64, 2, 4, 32)
@@ -234,15 +234,15 @@ def te_rope() -> str:
 
 
 def te_attention(kind: str, layout: str) -> str:
-    """Attention, forward and backward, against float64.
+    """Checks attention, forward and backward, against float64.
 
     Args:
-        kind: of mask, as Transformer Engine names it.
+        kind: kind of mask, by Transformer Engine's name.
         layout: `sbhd`, or `thd` with two documents in each row.
     """
     import transformer_engine.pytorch as te
 
-    os.environ |= dict(NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")  # prints the kernels that it chose
+    os.environ |= dict(NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="1")  # prints the chosen kernels
     s, b, heads, size = 256, 2, 8, 64
     ends = [0, 100, s, s + 17, 2 * s]
     q, k, v = (random(s, b, heads, size).requires_grad_() for _ in range(3))
@@ -277,7 +277,7 @@ def te_attention(kind: str, layout: str) -> str:
 
 
 def of_transformer_engine(dry: bool) -> dict[str, Check]:
-    """What training needs of Transformer Engine."""
+    """Returns the checks of what training needs from Transformer Engine."""
     if dry:
         return {"te-import": te_imports_dry}
     linears = {
@@ -301,12 +301,12 @@ def of_transformer_engine(dry: bool) -> dict[str, Check]:
 
 
 def call(function: Callable[..., Any], *given: Any) -> Check:
-    """The function as a check."""
+    """Turns a function with arguments into a check."""
     return lambda: function(*given)
 
 
 def all_kernels() -> str:
-    """Loads all machine code at once, under CUDA_MODULE_LOADING=EAGER."""
+    """Loads all GPU code at once; run with CUDA_MODULE_LOADING=EAGER."""
     import transformer_engine.pytorch as te
 
     te.RMSNorm(64, device="cuda")(torch.randn(4, 64, device="cuda"))
@@ -316,7 +316,7 @@ def all_kernels() -> str:
 
 
 def main() -> None:
-    """Runs the checks that were asked for."""
+    """Runs the requested checks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -330,7 +330,7 @@ def main() -> None:
     else:
         checks = {"all-kernels": all_kernels}
     if "te-import" in checks and run({"te-import": checks.pop("te-import")}):
-        sys.exit(1)  # the others would say the same
+        sys.exit(1)  # the other checks would fail for the same reason
     sys.exit(run(checks))
 
 

@@ -1,19 +1,19 @@
-"""SIMULATED: what the tail of the loss weight does to gradients in FP8, on the CPU.
+"""SIMULATED on the CPU: how large loss weights affect gradients in FP8.
 
     python examples/studies/fp8_simulation/simulate.py --json fp8.json
 
-A byte-level model is trained on the source of Python's standard library with the standard
-objective. Then, with its weights fixed, the tensors that enter the two backward products of every
-linear layer, x^T g and g W, are rounded to FP8 as Transformer Engine's per-tensor recipes do, and
-the products are compared with those in float32: the error of the gradient of the weights, summed
-over a batch, and of the input, and how many entries of g saturate or become 0. `current` scales a
-tensor by its own largest entry (--fp8-recipe tensorwise); `delayed` by the largest of earlier
-micro-batches, of the last one (Megatron's defaults) or of up to 1024 (--fp8-amax-history-len 1024
---fp8-amax-compute-algo max), with --fp8-margin 0 or 4. x and W are rounded to e4m3, and g to e5m2
-(--fp8-format hybrid) or e4m3.
+The program trains a byte-level model on the source code of Python's standard library with the
+standard objective. Then the weights are fixed, and the tensors of the two backward products of
+every linear layer, x^T g and g W, are rounded to FP8 as in Transformer Engine's per-tensor recipes.
+The products are compared with those in float32: the errors of the weight gradient, summed over a
+batch, and of the input gradient, and the shares of entries of g that saturate or become 0.
+`current` scales a tensor by its own largest entry (--fp8-recipe tensorwise). `delayed` scales it by
+the largest entry of earlier micro-batches: of the last one (Megatron's default) or of up to 1024
+(--fp8-amax-history-len 1024 --fp8-amax-compute-algo max), with --fp8-margin 0 or 4. x and W are
+rounded to e4m3, and g to e5m2 (--fp8-format hybrid) or e4m3.
 
-Errors are those of single layers with exact inputs: they do not add up over the layers, and no
-kernel of a GPU has run. Rows hold few tokens, so an exact count's largest weight is small.
+The errors are those of single layers with exact inputs, so they do not accumulate over layers. No
+GPU kernel has run. Rows have few tokens, so the largest weight of exact-count masks is small.
 """
 
 import argparse
@@ -38,16 +38,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "tools"))
 from benchmarks import python_text, toy_model
 
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
-ROWS = 32  # of a batch, in all its micro-batches
+ROWS = 32  # rows of a batch, over all its micro-batches
 SEED = 1234
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How tensors are scaled and rounded; x and W always to e4m3.
+    """A way of scaling and rounding tensors; x and W are always rounded to e4m3.
 
     Attributes:
-        history: micro-batches whose largest entries make the scale; 0: the tensor's own.
+        history: number of earlier micro-batches whose largest entries determine the scale; 0: the
+            tensor's own largest entry determines it.
         gradient: format of g, a key of `LARGEST`.
         margin: powers of two between the largest entry and the largest number of the format.
     """
@@ -69,12 +70,13 @@ SCALINGS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What draws rates, masks and weights.
+    """The objective that draws rates, masks and weights.
 
     Attributes:
         method: name of a method or recipe; see `recipes.settings_of`.
-        eps: least masking probability of Bernoulli masks.
-        normalization: of rows that differ in eligible tokens; None: all tokens are eligible.
+        eps: smallest masking probability of Bernoulli masks.
+        normalization: normalization for rows with different numbers of eligible tokens; None: all
+            tokens are eligible.
     """
 
     method: str
@@ -82,7 +84,7 @@ class Setting:
     normalization: Literal["tokens", "rows"] | None = None
 
 
-# Methods and recipes have their own names.
+# Settings that are a method or a recipe have its name.
 SETTINGS = {
     "standard": Setting("standard"),
     "standard, eps 0.01": Setting("standard", eps=1e-2),
@@ -98,12 +100,12 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the study."""
+    """Adds the command-line options of the study."""
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     for name, value, text in (
-        ("length", 128, "of a row"),
-        ("steps", 400, "of training"),
-        ("batches", 10, f"of {ROWS} rows that each setting is measured on"),
+        ("length", 128, "tokens of a row"),
+        ("steps", 400, "training steps"),
+        ("batches", 10, f"batches of {ROWS} rows that each setting is measured on"),
         ("micro-batch", 4, "rows that are scaled together"),
     ):
         parser.add_argument(
@@ -112,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, measures, prints tables, and writes `args.json` if it is set.
+    """Trains, measures, prints tables, and writes the file `args.json` if it is given.
 
     Raises:
-        UserError: settings that cannot work.
+        UserError: a setting is not possible.
     """
     check_numbers(args, "length", "steps", "batches")
     if args.micro_batch < 2 or args.micro_batch % 2 or ROWS % args.micro_batch:
@@ -141,14 +143,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Scale:
-    """The scale of one tensor of one layer, from micro-batch to micro-batch.
+    """The scale of one tensor of one layer, updated with each micro-batch.
 
-    As Transformer Engine's: it never follows from zeros or infinities, where the one before stays,
-    and the first of a delayed one is 1.
+    It follows Transformer Engine: if the largest entry is zero or infinite, the last scale stays;
+    the first delayed scale is 1.
 
     Args:
-        scaling: history and margin.
-        largest: number of the format.
+        scaling: the way of scaling, for its history and margin.
+        largest: largest number of the format.
     """
 
     def __init__(self, scaling: Scaling, largest: float) -> None:
@@ -158,7 +160,7 @@ class Scale:
         self._earlier: deque[float] | None = deque(maxlen=history) if history else None
 
     def __call__(self, amax: float) -> float:
-        """The scale for a tensor whose largest entry is `amax`, which is then remembered."""
+        """Returns the scale for a tensor whose largest entry is `amax`, and records `amax`."""
         known = [amax] if self._earlier is None else self._earlier
         top = max(known, default=0.0)
         if self._earlier is not None:
@@ -169,12 +171,12 @@ class Scale:
 
 
 def rounded(values: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
-    """Values as FP8 holds them: scaled, saturated, rounded, and scaled back.
+    """Rounds values to FP8: scales, saturates, rounds, and scales them back.
 
     Args:
         values: float32, of any shape.
         dtype: a key of `LARGEST`.
-        scale: of the tensor, see `Scale`.
+        scale: scale of the tensor, see `Scale`.
     """
     largest = LARGEST[dtype]
     scaled = (values * scale).clamp(-largest, largest)
@@ -182,16 +184,17 @@ def rounded(values: torch.Tensor, dtype: str, scale: float) -> torch.Tensor:
 
 
 class Meter:
-    """What the backward products of all linear layers lose under one way of rounding.
+    """Measures the errors of all linear layers' backward products under one way of rounding.
 
     Args:
-        scaling: the way.
+        scaling: the way of scaling and rounding.
 
     Attributes:
-        errors: of the gradient of the weights of each micro-batch: the length of the error over
-            that of the gradient, all layers together.
-        batch_errors: the same of the sum over the micro-batches of a batch.
-        batch_lengths: component of that sum along the exact one; below 1 it is too short.
+        errors: relative error of the weight gradient of each micro-batch: the norm of the error
+            over the norm of the gradient, over all layers together.
+        batch_errors: the same for the sum over the micro-batches of a batch.
+        batch_lengths: projection of that sum on the exact sum, in units of the exact sum; a value
+            below 1 means that the sum is too short.
     """
 
     def __init__(self, scaling: Scaling) -> None:
@@ -207,10 +210,10 @@ class Meter:
         self._batch: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, layer: str, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> None:
-        """Takes one layer of a micro-batch.
+        """Adds one layer of a micro-batch.
 
         Args:
-            layer: its name.
+            layer: name of the layer.
             x: input, float32 [n, i].
             w: weight, float32 [o, i].
             g: gradient at the output, float32 [n, o].
@@ -230,14 +233,15 @@ class Meter:
             exact = g @ w
             self._input_error += float((qg @ qw - exact).square().sum())
             self._input_exact += float(exact.square().sum())
-            # A scale by the largest entry itself can end a rounding error above the limit.
+            # With the tensor's own scale, the largest entry can exceed the limit by a rounding
+            # error.
             top = LARGEST[self._scaling.gradient] * (1.0 + 1e-6) / scales[2]
             self._entries += int((g != 0).sum())
             self._saturated += int((g.abs() > top).sum())
             self._zeroed += int(((qg == 0) & (g != 0)).sum())
 
     def end_micro_batch(self) -> None:
-        """All layers were added."""
+        """Ends a micro-batch after all its layers were added."""
         ours, exact = (torch.cat(parts) for parts in zip(*self._layers, strict=True))
         self._layers = []
         self._batch.append((ours, exact))
@@ -245,7 +249,7 @@ class Meter:
             self.errors.append(_relative(ours - exact, exact))
 
     def end_batch(self) -> None:
-        """All micro-batches were added; the optimizer would now see their sum."""
+        """Ends a batch after all its micro-batches; the optimizer would now use their sum."""
         ours, exact = (sum(parts) for parts in zip(*self._batch, strict=True))
         self._batch = []
         if self.counting:
@@ -253,10 +257,10 @@ class Meter:
             self.batch_lengths.append(float(ours @ exact / (exact @ exact)))
 
     def summary(self, largest_weights: list[float]) -> dict[str, float]:
-        """Means over what was added.
+        """Returns means over everything that was added.
 
         Args:
-            largest_weights: of a token in each micro-batch.
+            largest_weights: largest weight of a token in each micro-batch.
         """
         order = sorted(range(len(self.errors)), key=lambda i: -largest_weights[i])
         heavy = order[: max(1, len(order) // 10)]
@@ -281,7 +285,7 @@ def _relative(error: torch.Tensor, exact: torch.Tensor) -> float:
 def _measure(
     model: Any, texts: Any, samplers: dict, setting: Setting, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each way of rounding, on the same micro-batches."""
+    """Returns a table row for each way of rounding, measured on the same micro-batches."""
     method = Method.of(setting.method)
     sampler = method.sampler(samplers)
     eligible = torch.ones_like(texts, dtype=torch.bool)
@@ -294,7 +298,7 @@ def _measure(
     meters = {name: Meter(scaling) for name, scaling in SCALINGS.items()}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     weights: list[float] = []
-    for batch in range(args.batches + 1):  # in the first one delayed scales settle
+    for batch in range(args.batches + 1):  # the first one is not counted: delayed scales settle
         for _ in range(ROWS // args.micro_batch):
             tokens, able, corruption = next(source)
             captured = _captured(layers)
@@ -327,7 +331,7 @@ def _measure(
 
 
 def _captured(layers: dict[str, Any]) -> Callable[[], dict[str, list[torch.Tensor]]]:
-    """Records the next pass; what it returns gives (x [n, i], g [n, o]) of each layer after it."""
+    """Records the next pass; returns a function that returns each layer's x [n, i] and g [n, o]."""
     tensors: dict[str, list] = {}
     handles = []
 
@@ -364,7 +368,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Reads the flags, and measures."""
+    """Reads the flags and measures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -126,7 +126,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(gpu, "_in_a_process", in_a_process)
     for _ in range(2):
-        with pytest.raises(UserError, match=f"^tiny bf16 failed, {path} says why"):
+        with pytest.raises(UserError, match=f"^tiny bf16 failed, see {path}"):
             gpu.run(parsed("--tiny", "--precisions", "bf16", "--json", path))
         out = capsys.readouterr().out
         assert "tiny         bf16 ValueError: no" in out
@@ -151,11 +151,11 @@ def test_a_process_that_fails_says_why(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     json_file = ["--json", str(tmp_path / "x.json")]
-    with pytest.raises(UserError, match="no CUDA device was found: --tiny"):
+    with pytest.raises(UserError, match="no CUDA device was found: on a CPU only --tiny"):
         gpu.run(parsed(*json_file))
     with pytest.raises(UserError, match="--precisions: FP8 needs a GPU"):
         gpu.run(parsed(*json_file, "--tiny", "--precisions", "bf16", "blockwise"))
-    with pytest.raises(UserError, match="--sizes tiny: without --tiny they are 0.5B, 1B, 7B"):
+    with pytest.raises(UserError, match="--sizes tiny: without --tiny the sizes are 0.5B, 1B, 7B"):
         gpu.run(parsed(*json_file, "--sizes", "1B", "tiny"))
     with pytest.raises(UserError, match="--rounds 6: must be a multiple of 4"):
         gpu.run(parsed(*json_file, "--tiny", "--rounds", "6"))

@@ -1,11 +1,12 @@
-"""Training with each density of t at equal compute, through `-m megatron_mdm.pretrain`.
+"""Compares training with different densities of t at equal compute, with `megatron_mdm.pretrain`.
 
-Small byte-level models are trained on the source of Python's standard library. The stages follow
-rules that were written down before (RULES.md): learning rates are tuned on one seed, contenders are
-compared on fresh ones, the winner goes on to other lengths, a larger model and more steps.
-Finished runs are kept in --directory, so that an interrupted race goes on where it was; those of
-another program or of other data are trained anew, and stay in --json until then. Stages that are
-not asked for are read from --json. One race at a time works on a --directory and a --json.
+The race trains small byte-level models on the source code of Python's standard library. Its stages
+follow rules that were written down before (RULES.md): learning rates are tuned on one seed;
+contenders are compared on fresh seeds; the winner is tested with other row lengths, a larger model
+and more steps. Finished runs are kept in --directory, so that an interrupted race resumes. Runs of
+another program version or of other data are trained again; their results stay in --json until then.
+Results of stages that are not requested are read from --json. Only one race at a time may use a
+--directory and a --json.
 """
 
 import argparse
@@ -37,18 +38,18 @@ _SCALES = ("laptop", "ci")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this benchmark's options."""
+    """Adds the options of this benchmark."""
     parser.add_argument(
-        "--scale", choices=_SCALES, default="laptop", help="ci: seconds a run (default: laptop)"
+        "--scale", choices=_SCALES, default="laptop", help="ci: runs of seconds (default: laptop)"
     )
     parser.add_argument(
-        "--stages", nargs="+", metavar="NAME", help="of the race (default: all, in their order)"
+        "--stages", nargs="+", metavar="NAME", help="stages to run (default: all, in their order)"
     )
     parser.add_argument(
         "--directory",
         default="runs/race",
         metavar="DIR",
-        help="keeps the data and the finished runs (default: %(default)s)",
+        help="directory for the data and the finished runs (default: %(default)s)",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write the results here after each run (default: in DIR)"
@@ -58,22 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument("--plan", action="store_true", help="print the runs: train nothing")
-    parser.add_argument("--report", metavar="FILE", help="of the results in FILE: train nothing")
+    parser.add_argument("--report", metavar="FILE", help="report FILE's results: train nothing")
     parser.add_argument("--figure", metavar="FILE", help="also draw the results: .png or .svg")
     parser.add_argument(
         "--insert",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="also put the tables into these Markdown files, where they have places for them",
+        help="also insert the tables into these Markdown files, between their markers",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains what is missing, or prints what is kept.
+    """Does the missing runs, or reports the results of a file.
 
     Raises:
-        UserError: settings that cannot work, or a run that failed.
+        UserError: a setting is not possible, or a run failed.
     """
     from benchmarks.race.scales import SCALES
     from benchmarks.race.stages import STAGES
@@ -105,10 +106,10 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Keeps other races away from what this one writes.
+    """Locks a path, so that no other race writes to it.
 
     Raises:
-        UserError: another one is at work.
+        UserError: another race holds the lock.
     """
     with ExitStack() as stack:
         try:
@@ -124,13 +125,14 @@ def _alone(path: str) -> Iterator[None]:
 def _train(
     stages: "dict[str, Stage]", directory: pathlib.Path, args: argparse.Namespace, path: str
 ) -> Results:
-    """Does the runs of the stages, and writes all results after each."""
+    """Does the runs of the stages, and writes all results after each run."""
     from benchmarks.race.driver import drive
     from benchmarks.race.scales import SCALES
     from benchmarks.race.training import Trainer
 
     kept = _kept(path, args.scale)
-    # What follows from the stages that are asked for follows from runs of this program.
+    # Earlier records of the requested stages are left out, so that these stages only depend on runs
+    # of this program version.
     earlier = (record for record in kept if record.run.stage not in stages)
     results = Results(SCALES[args.scale], earlier)
     train = Trainer(results.scale, directory, args.device)
@@ -144,7 +146,7 @@ def _train(
 
 
 def _report(results: Results, args: argparse.Namespace) -> None:
-    """Prints, draws and inserts."""
+    """Prints, draws and inserts results."""
     from benchmarks.race import figure, report
 
     print(report.as_text(results))
@@ -164,10 +166,10 @@ def _as_json(args: argparse.Namespace, results: Results) -> dict[str, Any]:
 
 
 def _kept(path: str, scale: str) -> list[Record]:
-    """What an earlier call wrote to --json, if there is any.
+    """Reads the records that an earlier call wrote to --json, if there are any.
 
     Raises:
-        UserError: it is something else, or of another scale.
+        UserError: the file holds something else, or results of another scale.
     """
     from benchmarks.race.scales import SCALES
 
@@ -180,10 +182,10 @@ def _kept(path: str, scale: str) -> list[Record]:
 
 
 def _read(path: str) -> Results:
-    """Reads what --json wrote.
+    """Reads a file that --json wrote.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or is not such a file.
     """
     from benchmarks.race.scales import SCALES
 
@@ -195,7 +197,7 @@ def _read(path: str) -> Results:
 
 
 def _print_plan(results: Results, stages: "dict[str, Stage]") -> None:
-    """All runs, and the hours on one core that each stage takes and still needs."""
+    """Prints all runs, and the core-hours that each stage takes and still needs."""
     from benchmarks.race.driver import all_runs, seconds_of
 
     planned = all_runs(list(stages.values()), results)

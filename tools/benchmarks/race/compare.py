@@ -1,4 +1,4 @@
-"""Paired differences of contenders from one of them."""
+"""Paired differences of contenders from a baseline contender."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from benchmarks.race.results import Finals, differences
 from benchmarks.race.tables import Table, interval, number
 from megatron_mdm.experiments.statistics import holm, mean_interval, t_test
 
-LEAST_SEEDS = 3  # of a table with p values
+LEAST_SEEDS = 3  # smallest number of seeds for which a table has p values
 
 
 def against(
@@ -18,15 +18,15 @@ def against(
     is_family: bool = False,
     notes: Sequence[str] = (),
 ) -> Table:
-    """Every seed's final NELBO, the mean difference from the baseline, and its test.
+    """Makes a table of final NELBO by seed, mean difference from the baseline, and its test.
 
     Args:
-        title: of the table.
+        title: title of the table.
         finals: final NELBO by contender and seed.
         baseline: contender that the others are compared with.
-        names: of the others; those without results have no line.
-        is_family: RULES.md names the tests of all `names` as one family.
-        notes: below the table.
+        names: the other contenders; those without results have no line.
+        is_family: whether RULES.md declares the tests of all `names` as one family.
+        notes: notes below the table.
     """
     base = finals.get(baseline, {})
     pairs = {name: differences(finals.get(name, {}), base) for name in names}
@@ -54,10 +54,10 @@ def against(
 
 
 def adjusted(finals: Finals, baseline: str, family: Sequence[str]) -> dict[str, float]:
-    """Holm's adjusted p values of the differences of a family of contenders from a baseline.
+    """Returns Holm's adjusted p values of a family of contenders' differences from a baseline.
 
-    A contender without a test, since one of its runs has diverged or is missing, counts in the
-    family: the others are adjusted for as many as were planned.
+    A contender may have no test, because one of its runs diverged or is missing. It still counts in
+    the family: the others are adjusted for the planned number of tests.
     """
     base = finals.get(baseline, {})
     p = {name: t_test(differences(finals.get(name, {}), base)) for name in family}

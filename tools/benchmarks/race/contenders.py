@@ -1,6 +1,6 @@
-"""Who races: each a set of settings of the objective, spelled out of methods and not of recipes.
+"""The contenders of the race: settings of the objective, composed of methods, not of recipes.
 
-A recipe's name may come to mean something else, and the race decides what `recommended` means.
+The meaning of a recipe may change: the race decides what `recommended` means.
 """
 
 import dataclasses
@@ -12,20 +12,21 @@ from megatron_mdm.experiments.runs import as_flags
 from megatron_mdm.files import write_text
 from megatron_mdm.recipes import settings_of
 
-_QUIET = "lattice+exact-count"  # least variance at the same objective
+_QUIET = "lattice+exact-count"  # the smallest variance for the same objective
 _BELL = {"rate_sampler": "logit-normal", "bell_uniform_share": 0.01}
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One of those that race.
+    """A contender: the settings of an objective.
 
     Attributes:
-        text: what it is, for a table.
+        text: description for a table.
         methods: names of recipes.METHODS, joined by `+`.
-        is_exact: its objective is the bound on the likelihood, at least at the end of training.
-        fields: more fields of MDMConfig. DIRECTORY in a value stands for that of the race.
-        rate_of: whose tuned learning rate it takes; None: its own.
+        is_exact: whether its objective is the bound on the likelihood, at least at the end of
+            training.
+        fields: further fields of MDMConfig. DIRECTORY in a value stands for the race's directory.
+        rate_of: contender whose tuned learning rate it uses; None: it has its own.
     """
 
     text: str
@@ -35,12 +36,12 @@ class Contender:
     rate_of: str | None = None
 
     def flags(self, directory: pathlib.Path) -> list[str]:
-        """Its settings as flags of a run."""
+        """Returns the contender's settings as flags of a run."""
         words = as_flags({**settings_of(self.methods), **self.fields})
         return [word.replace("DIRECTORY", str(directory)) for word in words]
 
 
-# The claims are about these.
+# The contenders that the claims are about.
 MAIN = {
     "standard": Contender("t uniform, independent rates and masks", "standard", True),
     "uniform": Contender("t uniform", _QUIET, True),
@@ -60,11 +61,11 @@ MAIN = {
         {"bell_fade": [0.7, 0.9]},
     ),
 }
-# The settings of `recommended` when the race began, which the winner may replace.
+# The settings that `recommended` had when the race began; the winner may replace them.
 INCUMBENT = {
     "ppots": Contender("P-POTS on the gradient", f"ppots-gradient+{_QUIET}", True),
 }
-# One seed each, outside the claims.
+# Contenders with one seed each, outside the claims.
 OTHERS = {
     "paper": Contender("P-POTS on the loss, MIRROR", "ppots-loss+mirror", True, {}, "standard"),
     "flat": Contender("masked tokens count alike", f"flat+{_QUIET}", False, {}, rate_of="clipped"),

@@ -1,4 +1,4 @@
-"""Training and held-out bytes of Python's standard library, which differ by file."""
+"""Training and held-out bytes of Python's standard library, split by file."""
 
 import hashlib
 import pathlib
@@ -11,14 +11,14 @@ TOKENIZER = (
     "--tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 0 "
     f"--make-vocab-size-divisible-by 2 --mdm-mask-token-id {MASK}"
 )
-HELD_OUT = 16  # one file of so many is held out
+HELD_OUT = 16  # one of this many files is held out
 
 
 def texts(held_out: bool) -> list[bytes]:
-    """The library's modules, in the order of their paths, of one side of the split.
+    """Returns the library's modules of one side of the split, in the order of their paths.
 
-    A module's side follows from its path alone, so that it is the same on every machine that has
-    it. Installed packages are no part of the library.
+    The side of a module depends only on its path, so it is the same on every machine. Installed
+    packages are left out.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
@@ -35,13 +35,13 @@ def _hash(name: str) -> int:
 
 
 def training_flags(directory: pathlib.Path, tokens: int) -> list[str]:
-    """The training data as flags; see `write_training`.
+    """Returns the flags of the training data; see `write_training`.
 
     Raises:
-        UserError: a run of so many tokens passes over the data more than once.
+        UserError: a run of this many tokens needs more than one epoch.
     """
     prefix = directory / "training"
-    available = (directory / "training.bin").stat().st_size // 2  # of uint16
+    available = (directory / "training.bin").stat().st_size // 2  # tokens are uint16
     if tokens > available:
         raise UserError(
             f"a run takes {tokens} tokens, more than one epoch: this machine's standard library "
@@ -51,18 +51,18 @@ def training_flags(directory: pathlib.Path, tokens: int) -> list[str]:
 
 
 def write_training(directory: pathlib.Path) -> None:
-    """Writes the modules to train on as a Megatron dataset, each as a document."""
+    """Writes the training modules as a Megatron dataset, with a document for each module."""
     write_documents(directory / "training", [text for text in texts(held_out=False) if text])
 
 
 def held_out_flags(directory: pathlib.Path, length: int, rows: int) -> list[str]:
-    """Writes the rows that all runs of a length are measured on, and names them.
+    """Writes the held-out rows that all runs of a length are measured on; returns their flags.
 
-    They lie at equal distances in the held-out modules. Each is a document: a run of another seed
-    takes the same rows in another order.
+    The rows lie at equal distances in the held-out modules. Each row is a document, so that runs
+    with different seeds use the same rows in different orders.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are too few held-out rows.
     """
     text = b"".join(texts(held_out=True))
     available = len(text) // length

@@ -1,4 +1,4 @@
-"""The claims of RULES.md: reached or not, and `not worse` also undecided or refuted."""
+"""Decides the claims of RULES.md: reached or not; `not worse` may also be undecided or refuted."""
 
 import math
 
@@ -10,11 +10,11 @@ from benchmarks.race.tables import Table, interval
 from megatron_mdm.experiments.statistics import Interval, mean_interval
 
 STEPS, WORSE, LEVEL = 0.45, 0.01, 0.05
-ONE_SIDED = LEVEL / 2  # of an upper end
+ONE_SIDED = LEVEL / 2  # one-sided level of an interval's upper end
 
 
 def summary(results: Results) -> list[Table]:
-    """A table of claims, by shape; none before their last run is finished."""
+    """Makes the table of claims by shape; none before all their runs are finished."""
     winner = confirm.winner(results)
     needed = [run for stage in (confirm, transfer, steps) for run in stage.runs(results)]
     if winner is None or not all(run in results for run in needed):
@@ -27,7 +27,8 @@ def summary(results: Results) -> list[Table]:
         family = confirm.challengers(results) if is_main else [winner]
         everyone = [name for name in results.scale.contenders if name != "standard"]
         below.append(is_below(finals, winner, "standard", everyone if is_main else [winner]))
-        # The winner is chosen on the seeds of `confirm`, of as many as may win.
+        # The winner was chosen from the family on the same seeds, so the level is divided by its
+        # size.
         level = 1 - 2 * ONE_SIDED / len(family)
         loss = _less(finals, winner, "bell", level)
         found = steps.complete(results, shape)
@@ -85,7 +86,7 @@ def summary(results: Results) -> list[Table]:
 
 
 def is_below(finals: Finals, name: str, baseline: str, family: list[str]) -> bool:
-    """Whether a contender ends below a baseline, by a test of a family of contenders."""
+    """Whether a contender ends below a baseline, by a test adjusted for a family of contenders."""
     p = adjusted(finals, baseline, family)
     return p[name] < LEVEL and _less(finals, name, baseline).value < 0.0
 
@@ -105,7 +106,7 @@ def _word(is_reached: bool) -> str:
 
 
 def not_worse(loss: Interval) -> str:
-    """The word on the claim that a contender is not worse by WORSE, of its difference."""
+    """Returns the verdict on the claim that a contender is not worse by WORSE."""
     if math.isnan(loss.low):
         return "undecided"
     if loss.high < WORSE:

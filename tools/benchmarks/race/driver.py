@@ -1,4 +1,4 @@
-"""Does the runs of stages, some at a time, as they become known."""
+"""Does the runs of stages, several at a time, as soon as they are known."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from megatron_mdm.experiments.runs import run_parallel
 
 
 class Stage(Protocol):
-    """A module of stages/; see plan.py."""
+    """The interface of the modules in stages/; see plan.py."""
 
     def runs(self, results: Results) -> list[Run]:
-        """All runs of the stage that are known so far."""
+        """Returns all runs of the stage that are known so far."""
 
     def summary(self, results: Results) -> list[Table]:
-        """Tables of those that are finished."""
+        """Returns tables of the finished runs."""
 
 
 def drive(
@@ -27,13 +27,13 @@ def drive(
     jobs: int = 1,
     finished: Callable[[Record], object] = lambda record: None,
 ) -> None:
-    """Trains all runs of the stages that have no result yet, and adds their results.
+    """Does all runs of the stages that have no result yet, and adds their results.
 
     Args:
-        stages: the runs of the first one are begun first, while they are known.
-        results: so far.
-        train: does a run.
-        jobs: runs at a time.
+        stages: the stages; known runs of earlier stages start first.
+        results: the results so far; new results are added to them.
+        train: does a run and returns its result.
+        jobs: number of runs at a time.
         finished: called after each result, one call at a time.
     """
     changed = threading.Condition()
@@ -49,7 +49,7 @@ def drive(
         nonlocal going, failed
         while True:
             with changed:
-                # A run that is going on may make others known.
+                # The result of a run in progress may make further runs known.
                 while (run := next_run()) is None and going and not failed:
                     changed.wait()
                 if run is None or failed:
@@ -73,7 +73,7 @@ def drive(
 
 
 def seconds_of(run: Run, results: Results) -> float:
-    """An estimate of how long a run takes: of steps like its own, or else of as many tokens."""
+    """Estimates the seconds of a run from finished runs of its kind, else from its tokens."""
     like = [x for x in results.records if (_kind(x.run), x.run.judged) == (_kind(run), run.judged)]
     if like:
         return run.steps * sum(x.seconds for x in like) / sum(x.run.steps for x in like)
@@ -90,10 +90,11 @@ def _kind(x: Run | Shape) -> tuple[int, int, str]:
 
 
 def all_runs(stages: Sequence[Stage], results: Results) -> list[Run]:
-    """All runs that the stages will need, in the order in which they are begun.
+    """Returns all runs that the stages will need, in the order in which they start.
 
-    Of those that follow from results that are missing, as if the middle rate were best for all, and
-    the last contender that ends exact the winner.
+    Some runs depend on results that are still missing. For these, the forecast assumes that the
+    middle learning rate is best for all contenders, and that the last contender with an exact end
+    wins.
     """
     known = Results(results.scale, results.records)
     runs: list[Run] = []

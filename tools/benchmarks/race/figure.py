@@ -1,4 +1,4 @@
-"""A picture of results: curves of the contenders, and differences from `standard`."""
+"""Draws results: curves of the contenders, and differences from `standard`."""
 
 import math
 import statistics
@@ -24,10 +24,10 @@ _BASELINE = "standard"
 
 
 def draw(results: Results, path: str) -> None:
-    """Mean NELBO by steps; every seed's difference from `standard`, and the interval of the mean.
+    """Draws mean NELBO over steps, and differences from `standard` by seed with their mean.
 
     Args:
-        results: of any stages; what is missing is left out.
+        results: results of any stages; missing ones are left out.
         path: a .png or .svg file.
     """
     with blank_figure() as figure:
@@ -51,7 +51,7 @@ def fill(figure: Any, results: Results) -> None:
 
 
 def _draw_curves(axes: Any, results: Results) -> None:
-    """From the second evaluation on, after which curves are close to each other."""
+    """Draws the curves from the second evaluation on, where they are close to each other."""
     for name in results.scale.contenders:
         runs = [run for run in confirm.runs(results) if run in results and run.contender == name]
         curves = [
@@ -67,7 +67,7 @@ def _draw_curves(axes: Any, results: Results) -> None:
 
 
 def _differences(finals: Finals) -> dict[str, list[float]]:
-    """Of each contender from `standard`, by seed; of those that have any."""
+    """Returns each contender's differences from `standard`, by seed, if it has any."""
     base = finals.get(_BASELINE, {})
     return {
         name: found

@@ -1,6 +1,6 @@
-"""Trained models by more than their NELBO: at the ends of the rates, and by what they write.
+"""Judges trained models by more than their NELBO: by losses at extreme rates and written texts.
 
-The judge is an autoregressive model of the same training files, trained once in a race.
+The texts are judged by an autoregressive model, trained once in a race on the same training files.
 """
 
 import json
@@ -15,38 +15,40 @@ if TYPE_CHECKING:
     from benchmarks.race.training import Trainer
 
 TOOLS = pathlib.Path(__file__).parents[2]
-BINS = 10  # of the rate: the outer ones are below 0.1 and above 0.9
+BINS = 10  # bins of the rate: the outer ones are below 0.1 and above 0.9
 TEXTS = ("-m", "benchmarks.race.texts")
-# `random` samples from the model: every rate from 1 to 0 has its turn. `low-confidence`, the usual
-# setting, keeps likely tokens first, and is no sample.
+# `random` samples from the model: decoding passes through all rates from 1 to 0. `low-confidence`,
+# the usual setting, fills in probable tokens first, which does not give a sample from the model.
 REMASKING = ("random", "low-confidence")
-_SEED = 1  # of masks and texts
+_SEED = 1  # seed of masks and texts
 
 
 class Judge:
-    """Judges checkpoints, and trains the judge when the first one is there.
+    """Judges checkpoints; trains the autoregressive judge for the first one.
 
     Args:
-        trainer: of the race.
+        trainer: the trainer of the race.
     """
 
     def __init__(self, trainer: "Trainer") -> None:
         self.trainer = trainer
         self._lock = threading.Lock()
-        self._written: set[pathlib.Path] = set()  # files that other judgements may be reading
+        self._written: set[pathlib.Path] = set()  # files that other threads may be reading
 
     def __call__(self, checkpoint: pathlib.Path, length: int, name: str) -> dict[str, Any]:
-        """Judges a checkpoint of a run.
+        """Judges the checkpoint of a run.
 
         Args:
-            checkpoint: its directory; files of the same name, with endings, are this function's.
+            checkpoint: directory of the checkpoint; this function writes files with the same name
+                and further suffixes.
             length: tokens of a row.
-            name: of the run, for the message of a failure.
+            name: name of the run for error messages.
 
         Returns:
-            `nelbo`, and `below 0.1` and `above 0.9`, of these rates: each {value, stderr}, nats per
-            token on the held-out rows. `held out`, and the names of REMASKING, of what is written:
-            each {nll, stderr, distinct}, see `texts.read`.
+            `nelbo`, and `below 0.1` and `above 0.9` for the losses at these rates: each
+            {value, stderr}, in nats per token on the held-out rows. `held out` for held-out rows,
+            and the names of REMASKING for written rows: each {nll, stderr, distinct}, see
+            `texts.read`.
         """
         sizes = self.trainer.scale.judging
         held_out = self.trainer.directory / f"held_out_{length}"
@@ -78,7 +80,7 @@ class Judge:
         }
 
     def _trained(self, length: int) -> pathlib.Path:
-        """The judge's checkpoint. Who asks for it while it is trained waits."""
+        """Returns the judge's checkpoint; trains it if needed, while other threads wait."""
         sizes = self.trainer.scale.judging
         more = {"length": length, "flags": ("--mdm-shift",)}
         run = sizes.judge.run("judge", "standard", sizes.lr, 1, **more)
@@ -99,7 +101,7 @@ class Judge:
         return checkpoint
 
     def _held_out_rows(self, prefix: pathlib.Path, length: int, num: int) -> pathlib.Path:
-        """Some of the held-out rows, at equal distances, as a file for the judge."""
+        """Writes some held-out rows, at equal distances, to a file for the judge."""
         import numpy as np
 
         path = prefix.with_suffix(f".{num}.npy")

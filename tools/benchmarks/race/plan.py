@@ -1,8 +1,8 @@
-"""What a run is, and the sizes of a race.
+"""Runs, and the sizes of a race.
 
-A stage is a module with two functions. `runs(results)` lists all its runs that are known so far, in
-the order in which they are begun: learning rates follow from the results of `tune`, the winner from
-those of `confirm`. `summary(results)` makes tables of those that are finished.
+A stage is a module with two functions. `runs(results)` returns all its runs that are known so far,
+in the order in which they start: learning rates depend on the results of `tune`, and the winner on
+those of `confirm`. `summary(results)` makes tables of the finished runs.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ EVALUATIONS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run; all that its result follows from, beside the program and the data.
+    """A training run: everything that determines its result, except the program and the data.
 
     Attributes:
-        stage: for which it is made.
+        stage: name of the stage that needs it.
         contender: key of CONTENDERS.
         length: tokens of a row.
-        rows: of a batch.
+        rows: rows of a batch.
         model: key of `Scale.models`.
-        steps: of the whole schedule.
+        steps: steps of the whole schedule.
         lr: largest learning rate.
-        seed: at least 1.
-        flags: more flags; they win over those that follow from the rest.
-        data: what rows are of: `python`, or the tokens of unigram.py.
-        judged: judge the trained model, as judge.py does, before it is deleted.
+        seed: seed, at least 1.
+        flags: further flags, which override those from the other attributes.
+        data: source of the rows: `python`, or `unigram` for the tokens of unigram.py.
+        judged: whether judge.py judges the trained model before it is deleted.
     """
 
     stage: str
@@ -44,16 +44,16 @@ class Run:
 
     @property
     def evaluated(self) -> list[int]:
-        """Steps after which the NELBO is measured: every `interval`, and at the end."""
+        """Steps after which the NELBO is measured: every `interval` steps, and at the end."""
         return [*range(self.interval, self.steps + 1, self.interval), self.steps]
 
     @property
     def interval(self) -> int:
-        """Steps between evaluations, so that the last one, at the end, is the sixth."""
+        """Steps between evaluations, so that the sixth evaluation is at the end."""
         return self.steps // EVALUATIONS + 1
 
     def text(self) -> str:
-        """For a line of progress."""
+        """Returns a description for a progress line."""
         more = f", {' '.join(self.flags)}" if self.flags else ""
         return (
             f"{self.stage}: {self.contender}, {self.length} x {self.rows}, {self.model}, "
@@ -63,14 +63,14 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows, model and steps, which runs of all contenders have in common.
+    """Row length, batch, model and steps, which runs of all contenders have in common.
 
     Attributes:
         length: see `Run`.
         rows: see `Run`.
         model: see `Run`.
         steps: see `Run`.
-        seconds: of a run on one thread, for estimates.
+        seconds: seconds of a run on one thread, for estimates.
     """
 
     length: int
@@ -80,18 +80,18 @@ class Shape:
     seconds: float
 
     def run(self, stage: str, contender: str, lr: float, seed: int, **more: Any) -> Run:
-        """A run of this shape, other than it where `more` says so."""
+        """Makes a run of this shape; `more` replaces attributes of it."""
         run = Run(stage, contender, self.length, self.rows, self.model, self.steps, lr, seed)
         return dataclasses.replace(run, **more)
 
     def name(self) -> str:
-        """For a table: 128 x 16."""
+        """Returns a name for tables, such as "128 x 16, 0.2M, 1500 steps"."""
         return f"{self.length} x {self.rows}, {self.model}, {self.steps} steps"
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A Transformer; its feed-forward part is four times as wide."""
+    """A Transformer; its feed-forward width is four times its width."""
 
     layers: int
     width: int
@@ -99,21 +99,21 @@ class Model:
 
     @property
     def init_std(self) -> float:
-        """A size at which it learns from the start; Megatron's 0.02 keeps it on a plateau."""
+        """Initial standard deviation. With Megatron's 0.02 training stays on a plateau for long."""
         return float(self.width**-0.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-    """How trained models are judged.
+    """The settings for judging trained models.
 
     Attributes:
-        judge: shape of the runs of the judge, whose rows are as long as those that it judges.
-        lr: its largest learning rate.
-        draws: masks of each held-out row.
-        texts: rows that a model writes.
-        calls: of the model for a row.
-        seconds: of judging one model, for estimates.
+        judge: shape of the judge's runs, except that its rows are as long as the judged ones.
+        lr: the judge's largest learning rate.
+        draws: number of masks of each held-out row.
+        texts: number of rows that a model writes.
+        calls: number of calls of the model for a row.
+        seconds: seconds of judging one model, for estimates.
     """
 
     judge: Shape
@@ -129,21 +129,21 @@ class Scale:
     """Sizes of a race.
 
     Attributes:
-        models: by name.
-        main: shape at which rates are tuned and claims are tested.
-        transfer: shapes of other lengths.
-        larger: longer rows, a larger model, more steps.
+        models: models by name.
+        main: shape at which learning rates are tuned and claims are tested.
+        transfer: shapes with other row lengths.
+        larger: shapes with longer rows, a larger model, or more steps.
         rates: grid of learning rates, each twice the one before.
-        extensions: rates that may be added to the grid at each end.
-        tune_seed: of the runs that choose the rates, and of no others.
-        confirm_seeds, transfer_seeds, larger_seeds: of the other stages.
-        fractions: of the steps, for whole schedules that are shorter.
+        extensions: number of rates that may be added to the grid at each end.
+        tune_seed: seed of the runs that choose the learning rates; no other run has it.
+        confirm_seeds, transfer_seeds, larger_seeds: seeds of the stages of these names.
+        fractions: fractions of the steps, for shorter schedules.
         contenders: keys of MAIN.
         others: keys of OTHERS.
-        held_out: rows that all runs of a length are measured on.
-        judging: of the models of `ending`, which has the main shape.
-        ending_seeds, explain_seeds, local_seeds: of the stages of these names.
-        explain: shapes that differ in the size of a batch: a small one and a large one.
+        held_out: number of rows that all runs of a length are measured on.
+        judging: settings for judging the models of the stage `ending`, which has the main shape.
+        ending_seeds, explain_seeds, local_seeds: seeds of the stages of these names.
+        explain: two shapes that only differ in the batch size, the smaller one first.
         local: shape of the runs on independent tokens.
     """
 

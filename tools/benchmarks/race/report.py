@@ -1,4 +1,4 @@
-"""What is printed of results, and put into Markdown files."""
+"""Prints results, and inserts them into Markdown files."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +16,13 @@ _SUMMARIES: dict[str, Callable[[Results], list[Table]]] = {
 
 
 def as_text(results: Results) -> str:
-    """All tables."""
+    """Returns all tables as text."""
     tables = [table for summary in _SUMMARIES.values() for table in summary(results)]
     return "\n\n".join([*(table.as_text() for table in tables), caption(results)])
 
 
 def caption(results: Results) -> str:
-    """Where results come from."""
+    """Describes the origin of the results: number of runs, hours, machines and programs."""
     records = results.records
     hours = sum(record.seconds for record in records) / 3600
     programs = "; ".join(sorted({record.program for record in records}))
@@ -31,9 +31,9 @@ def caption(results: Results) -> str:
 
 
 def insert(results: Results, path: str) -> None:
-    """Puts results into the places `race` of a Markdown file; see `experiments.pages.insert`.
+    """Inserts results at the markers `race` of a Markdown file; see `experiments.pages.insert`.
 
-    A name is that of a stage, `claims`, or `caption`.
+    The name in a marker is that of a stage, `claims`, or `caption`.
     """
 
     def tables(name: str) -> str:

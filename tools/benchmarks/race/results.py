@@ -1,4 +1,4 @@
-"""The results of finished runs, and the questions that stages ask of them."""
+"""The results of finished runs, and queries on them."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ class Record:
     """The result of a run.
 
     Attributes:
-        run: what was trained.
-        nelbo: on the held-out rows after the steps of `run.evaluated`, nats per token; fewer where
-            the run has diverged.
-        bins: loss by the middle of a bin of t at the last evaluation.
-        seconds: that it took.
-        program: commit and libraries that it was made with.
-        machine: that it was made on.
-        name: what its files in --directory are called, without an ending.
-        judged: what judge.py says, of a run with `judged` that has not diverged.
+        run: the run.
+        nelbo: NELBO on the held-out rows after the steps of `run.evaluated`, in nats per token;
+            fewer values if the run diverged.
+        bins: middle of a bin of t -> loss in it at the last evaluation.
+        seconds: duration of the run in seconds.
+        program: commit and libraries of the run.
+        machine: machine of the run.
+        name: name of the run's files in --directory, without suffix.
+        judged: result of judge.py; empty if the run is not judged or diverged.
     """
 
     run: Run
@@ -37,19 +37,19 @@ class Record:
 
     @property
     def final(self) -> float:
-        """At the end; infinite for a run that has diverged."""
+        """NELBO at the end; infinite for a run that diverged."""
         return self.nelbo[-1] if len(self.nelbo) == len(self.run.evaluated) else math.inf
 
     def as_json(self) -> dict[str, Any]:
-        """For a file of --json."""
+        """Returns the record as an object for a file of --json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Record":
-        """From a file of --json.
+        """Makes a record from an object of a --json file.
 
         Raises:
-            KeyError, TypeError: it is something else.
+            KeyError, TypeError: the object is not a record.
         """
         run = dict(value["run"])
         run["flags"] = tuple(run["flags"])
@@ -58,10 +58,10 @@ class Record:
 
 
 class Results:
-    """Records by their runs.
+    """Records, indexed by their runs.
 
     Attributes:
-        scale: of the race.
+        scale: the scale of the race.
     """
 
     def __init__(self, scale: Scale, records: Iterable[Record] = ()) -> None:
@@ -69,7 +69,7 @@ class Results:
         self._records = {record.run: record for record in records}
 
     def add(self, record: Record) -> None:
-        """Adds the result of a run, in the place of an earlier one."""
+        """Adds the result of a run; replaces an earlier one."""
         self._records[record.run] = record
 
     def __contains__(self, run: Run) -> bool:
@@ -80,11 +80,11 @@ class Results:
 
     @property
     def records(self) -> list[Record]:
-        """All of them, in the order in which they were added."""
+        """All records, in the order in which they were added."""
         return list(self._records.values())
 
     def finals(self, runs: Iterable[Run]) -> Finals:
-        """Final NELBO by contender and seed, of those of the runs that are finished."""
+        """Returns final NELBO by contender and seed, for the finished ones of these runs."""
         found: Finals = {}
         for run in runs:
             if run in self:
@@ -92,7 +92,7 @@ class Results:
         return found
 
     def origins(self, runs: Iterable[Run]) -> list[str]:
-        """A note for a table of these runs if they are not of one program and of one machine."""
+        """Returns a note for a table if its runs have several program versions or machines."""
         records = [self[run] for run in runs if run in self]
         programs, machines = ({getattr(x, of) for x in records} for of in ("program", "machine"))
         if max(len(programs), len(machines)) <= 1:
@@ -104,5 +104,5 @@ class Results:
 
 
 def differences(of: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
-    """By seed, of the seeds that both have."""
+    """Returns the differences by seed, for the seeds that both have."""
     return [value - baseline[seed] for seed, value in of.items() if seed in baseline]

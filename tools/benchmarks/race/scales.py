@@ -1,4 +1,4 @@
-"""The race itself, and one of seconds a run that shows that the program works."""
+"""The scales: the race itself, and a test of the program with runs of seconds."""
 
 from benchmarks.race.contenders import MAIN, OTHERS
 from benchmarks.race.plan import Judging, Model, Scale, Shape

@@ -9,13 +9,13 @@ from megatron_mdm.experiments.statistics import Interval
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table: cells as text, and sentences below it.
+    """A table of text cells, with notes below it.
 
     Attributes:
-        title: what it is of.
-        header: of the columns.
-        rows: as many cells each.
-        notes: sentences below.
+        title: title of the table.
+        header: headings of the columns.
+        rows: rows of cells, as many as the header has.
+        notes: sentences below the table.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def as_text(self) -> str:
-        """The first column to the left, the others to the right."""
+        """Returns plain text; the first column is left-aligned, the others right-aligned."""
         lines = [list(self.header), *map(list, self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = [
@@ -34,7 +34,7 @@ class Table:
         return "\n".join([self.title, *aligned, *self.notes])
 
     def as_markdown(self) -> str:
-        """With its title above and the notes below."""
+        """Returns Markdown, with the title above and the notes below."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         body = [f"| {' | '.join(cells)} |" for cells in lines]
         notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
@@ -42,14 +42,14 @@ class Table:
 
 
 def number(value: float, form: str = ".4f") -> str:
-    """A number, or that there is none."""
+    """Formats a number; "-" if it is not known, "diverged" if it is infinite."""
     if math.isnan(value):
         return "-"
     return "diverged" if math.isinf(value) else f"{value:{form}}"
 
 
 def interval(value: Interval, form: str = "+.4f") -> str:
-    """A mean with the ends of its interval, which one value does not have."""
+    """Formats a mean with the ends of its interval; a single value has no interval."""
     if math.isnan(value.low) or math.isinf(value.value):
         return number(value.value, form)
     return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"

@@ -1,11 +1,12 @@
-"""Rows that a checkpoint writes from masks alone, and what an autoregressive judge makes of rows.
+"""Writes rows with a checkpoint, from masks only, and judges rows with an autoregressive model.
 
     python -m benchmarks.race.texts write --load CHECKPOINT --rows 256 --output rows.npy
     python -m benchmarks.race.texts read --load JUDGE --rows rows.npy held_out.npy --json read.json
 
-`write` samples rows of the model's length. `read` gives each file the mean over rows of the NLL per
-token under a model of megatron_mdm.experiments.autoregressive, from the second token on, and the
-share of different 4-grams among all, since a text that repeats itself has a low NLL.
+`write` samples rows of the model's length. `read` computes two numbers for each file: the mean over
+rows of the NLL per token, from the second token on, under a model of
+megatron_mdm.experiments.autoregressive; and the share of distinct 4-grams among all 4-grams,
+because a text that repeats itself has a low NLL.
 """
 
 import argparse
@@ -36,15 +37,15 @@ def write(
     seed: int,
     device: Any = "cpu",
 ) -> Integers:
-    """Decodes rows of masks, int64 [num_rows, length].
+    """Decodes rows from masks, int64 [num_rows, length].
 
     Args:
         logits: see `Decoder.states`.
-        decoder: of a model.
-        num_rows: rows to write.
-        length: of a row.
-        seed: of the random numbers, which a row has of its own.
-        device: of the tokens that `logits` takes.
+        decoder: the model's decoder.
+        num_rows: number of rows to write.
+        length: tokens of a row.
+        seed: seed of the random numbers; each row has its own random numbers.
+        device: device of the tokens that `logits` takes.
     """
     import torch
 
@@ -62,13 +63,13 @@ def write(
 def read(
     logits: Callable[["torch.Tensor"], "torch.Tensor"], rows: Integers, device: Any = "cpu"
 ) -> Floats:
-    """The NLL per token of each row, nats, without its first token, of which nothing is known [N].
+    """Computes the NLL per token of each row, in nats, without the first token [N].
 
     Args:
-        logits: tokens int64 [b, L] -> logits float [b, L, V], position i of token i given those
-            before it.
-        rows: int64 [N, L].
-        device: of the tokens that `logits` takes.
+        logits: maps tokens int64 [b, L] to logits float [b, L, V]; position i predicts token i from
+            the tokens before it.
+        rows: rows of tokens, int64 [N, L].
+        device: device of the tokens that `logits` takes.
     """
     import torch
 
@@ -84,9 +85,9 @@ def read(
 
 
 def distinct(rows: Integers, size: int = GRAM) -> float:
-    """The share of different n-grams among all n-grams within rows, in (0, 1].
+    """Returns the share of distinct n-grams among all n-grams within rows, in (0, 1].
 
-    It falls with the number of rows: compare equally many.
+    The share falls with the number of rows, so compare equal numbers of rows.
 
     Args:
         rows: integers [N, L].
@@ -97,12 +98,12 @@ def distinct(rows: Integers, size: int = GRAM) -> float:
 
 
 def main() -> None:
-    """Writes or reads."""
+    """Runs the command `write` or `read`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    writer = commands.add_parser("write", help="sample rows from masks alone")
+    writer = commands.add_parser("write", help="sample rows from masks only")
     writer.add_argument("--rows", type=int, default=256, metavar="N")
     writer.add_argument("--steps", type=int, default=64, help="calls of the model for a row")
     writer.add_argument("--remasking", choices=["random", "low-confidence"], default="random")

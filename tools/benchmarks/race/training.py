@@ -1,4 +1,4 @@
-"""Trains a run through `-m megatron_mdm.pretrain` on one thread, or finds it finished."""
+"""Does a run with `-m megatron_mdm.pretrain` on one thread, unless its result is kept."""
 
 import itertools
 import math
@@ -21,15 +21,15 @@ from megatron_mdm.experiments.runs import PROGRAM, run_cached, run_path, run_pyt
 
 _EVALUATION = re.compile(r" validation NELBO: (\S+) .*? per rate \(t: nats/token\) \| (.*)")
 _DIVERGED = re.compile(r"keeps a run from diverging|validation NELBO: (nan|inf)")
-_EVALUATED_TOKENS = 8192  # of a micro-batch
+_EVALUATED_TOKENS = 8192  # tokens of a micro-batch in an evaluation
 
 
 class Trainer:
-    """Trains runs, and keeps each result at once.
+    """Does training runs, and keeps each result as soon as it is there.
 
     Args:
-        scale: of the race.
-        directory: for data and results.
+        scale: the scale of the race.
+        directory: directory for data and results.
         device: cpu or cuda.
     """
 
@@ -45,13 +45,13 @@ class Trainer:
         write_density(directory)
 
     def __call__(self, run: Run) -> Record:
-        """The result of a run.
+        """Does a run, or reads its kept result.
 
         Raises:
-            UserError: it failed, other than by diverging.
+            UserError: the run failed for another reason than divergence.
         """
         flags = self.flags(run)
-        # How the model is judged is a part of the question.
+        # The settings for judging are a part of the run's identity.
         question = [*flags, "judged", str(self.scale.judging)] if run.judged else flags
         name = run_path(self.directory, question)
         kept = run_cached(self.directory, question, lambda path: self._train(run, flags, path))
@@ -67,7 +67,7 @@ class Trainer:
         )
 
     def flags(self, run: Run) -> list[str]:
-        """All flags of a run."""
+        """Returns all flags of a run."""
         model = self.scale.models[run.model]
         evaluated = min(self.scale.held_out, max(1, _EVALUATED_TOKENS // run.length))
         return [
@@ -105,7 +105,7 @@ class Trainer:
         ]
 
     def _once(self, write: Callable[..., list[str]], *question: Any) -> list[str]:
-        """Writes data once, since runs read them, and names them as flags."""
+        """Writes data only once, since runs may be reading them; returns their flags."""
         with self._lock:
             if (write, *question) not in self._written:
                 self._written[write, *question] = write(*question)
@@ -114,7 +114,7 @@ class Trainer:
     def _train(self, run: Run, flags: list[str], path: pathlib.Path) -> dict[str, Any]:
         log = path.with_suffix(".log")
         save = f"--save {path} --save-interval {run.steps}".split() if run.judged else []
-        shutil.rmtree(path, ignore_errors=True)  # of a run that was interrupted
+        shutil.rmtree(path, ignore_errors=True)  # from an interrupted run
         start = time.monotonic()
         try:
             output = run_python([*PROGRAM, *flags, *save], log, f"the run {run.text()}")
@@ -144,6 +144,6 @@ class Trainer:
 
 
 def _bins(text: str) -> dict[str, float]:
-    """From `0.05: 3.1416 0.15: ...` of a log."""
+    """Parses `0.05: 3.1416 0.15: ...` from a log."""
     words = text.split()
     return {t.rstrip(":"): float(value) for t, value in zip(words[::2], words[1::2], strict=True)}

@@ -1,12 +1,14 @@
-"""Rows of independent tokens, each row from a distribution of its own: the best loss is known.
+"""Rows of independent tokens whose best loss is known; each row has its own distribution.
 
-A row draws the probabilities of its symbols from a Dirichlet distribution, and its tokens from
-these. Where a token stands says nothing, and all seen tokens say equally much: nothing is local.
-Given m seen tokens, c of which are the symbol v, the best prediction of a masked one is
+Each row draws the probabilities of its symbols from a Dirichlet distribution, and its tokens from
+these probabilities. Positions carry no information, and all visible tokens carry the same amount,
+so there is no local structure. Given m visible tokens, c of which are the symbol v, the best
+prediction of a masked token is
 
     p(v) = (a + c) / (V a + m),    a the concentration, V the number of symbols.
 
-Averaged over the number of masked tokens, 1 to L, its loss is the negative log-likelihood of a row.
+Its loss, averaged over the number of masked tokens from 1 to L, is the negative log-likelihood of a
+row.
 """
 
 import pathlib
@@ -18,7 +20,7 @@ from benchmarks.python_text import write_documents
 from megatron_mdm.objective.rate_bins import count_weights
 from megatron_mdm.objective.types import Floats, Integers
 
-# Of the race. The first token of a row costs 3.47 nats, the last one of 64 costs 2.53.
+# The values of the race. The first token of a row costs 3.47 nats, the last one of 64 costs 2.53.
 SYMBOLS, CONCENTRATION = 32, 0.25
 
 
@@ -26,11 +28,11 @@ def make_rows(num: int, length: int, symbols: int, concentration: float, seed: i
     """Draws rows, int64 [num, length].
 
     Args:
-        num: of rows.
+        num: number of rows.
         length: L.
         symbols: V; tokens are 0 to V - 1.
-        concentration: a; smaller ones make rows of fewer symbols.
-        seed: of all that is drawn.
+        concentration: a; a smaller value gives rows with fewer different symbols.
+        seed: seed of all draws.
     """
     generator = np.random.default_rng(seed)
     probabilities = generator.dirichlet(np.full(symbols, concentration), num)
@@ -40,10 +42,10 @@ def make_rows(num: int, length: int, symbols: int, concentration: float, seed: i
 
 
 def best_losses(length: int, symbols: int, concentration: float) -> Floats:
-    """The best loss of a masked token where 0, 1, ... L - 1 others are seen, nats [L].
+    """Returns the best loss of a masked token given 0, 1, ... L - 1 visible tokens, in nats [L].
 
-    A token's probability in its row has the density Beta(a + 1, (V - 1) a). Its count among m seen
-    tokens is therefore beta-binomial.
+    The probability of a token's symbol in its row has the density Beta(a + 1, (V - 1) a). Therefore
+    the count of the symbol among m visible tokens is beta-binomial.
 
     Args:
         length: L.
@@ -51,17 +53,17 @@ def best_losses(length: int, symbols: int, concentration: float) -> Floats:
         concentration: a.
     """
     seen = np.arange(length)[:, None]
-    count = np.arange(length)[None, :]  # of the masked token's symbol
+    count = np.arange(length)[None, :]  # visible tokens with the masked token's symbol
     chances = stats.betabinom.pmf(count, seen, concentration + 1, (symbols - 1) * concentration)
     expected: Floats = (chances * np.log(concentration + count)).sum(axis=1)
     return np.log(symbols * concentration + seen[:, 0]) - expected
 
 
 def best_losses_of(rows: Integers, symbols: int, concentration: float) -> Floats:
-    """The same as `best_losses`, of given rows: the mean over these, and over all their masks.
+    """Returns the same as `best_losses` for given rows: the mean over the rows and all their masks.
 
-    A symbol that a row has n times is one of its masked tokens and, among the m that are seen, as
-    often as a hypergeometric draw says: m of L - 1 tokens, n - 1 of which are this symbol.
+    If the symbol of a masked token occurs n times in its row, its count among the m visible tokens
+    is hypergeometric: m draws from L - 1 tokens, n - 1 of which are this symbol.
 
     Args:
         rows: int64 [N, L].
@@ -70,7 +72,7 @@ def best_losses_of(rows: Integers, symbols: int, concentration: float) -> Floats
     """
     length = rows.shape[1]
     counts = (rows[:, :, None] == np.arange(symbols)).sum(axis=1)
-    # Share of tokens whose symbol is in its row n times, n = 1 ... L.
+    # Share of tokens whose symbol occurs n times in the row, n = 1 ... L.
     of_count = np.bincount(counts.ravel(), minlength=length + 1)[1:] * np.arange(1, length + 1)
     share = of_count / of_count.sum()
     present = share.nonzero()[0]  # n - 1
@@ -82,11 +84,11 @@ def best_losses_of(rows: Integers, symbols: int, concentration: float) -> Floats
 
 
 def per_bin(best: Floats, bins: int) -> Floats:
-    """Means over equal bins of the rate t, with exact-count masks [bins].
+    """Averages the best loss over equal bins of the rate t, for exact-count masks [bins].
 
     Args:
-        best: of `best_losses`, by the number of seen tokens [L].
-        bins: their number.
+        best: result of `best_losses`, by the number of visible tokens [L].
+        bins: number of bins.
     """
     means = []
     for index in range(bins):
@@ -96,18 +98,18 @@ def per_bin(best: Floats, bins: int) -> Floats:
 
 
 def held_out_rows(length: int, num: int) -> Integers:
-    """The rows that runs are measured on, int64 [num, length]."""
+    """Makes the held-out rows that runs are measured on, int64 [num, length]."""
     return make_rows(num, length, SYMBOLS, CONCENTRATION, seed=1)
 
 
 def training_flags(directory: pathlib.Path, length: int, num: int) -> list[str]:
-    """Writes so many rows to train on, and names them as flags."""
+    """Writes `num` training rows; returns their flags."""
     rows = make_rows(num, length, SYMBOLS, CONCENTRATION, seed=2)
     return ["--train-data-path", str(_write(directory / f"unigram_{length}_{num}", rows))]
 
 
 def held_out_flags(directory: pathlib.Path, length: int, num: int) -> list[str]:
-    """Writes `held_out_rows`, and names them as flags."""
+    """Writes `held_out_rows`; returns their flags."""
     rows = held_out_rows(length, num)
     return ["--valid-data-path", str(_write(directory / f"unigram_held_out_{length}", rows))]
 

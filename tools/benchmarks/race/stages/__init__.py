@@ -1,4 +1,4 @@
-"""The stages of the race by name, the most important ones first and the longest one last."""
+"""The stages of the race by name: the most important ones first, the longest one last."""
 
 from benchmarks.race.driver import Stage
 from benchmarks.race.stages import (

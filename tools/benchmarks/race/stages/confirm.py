@@ -1,4 +1,4 @@
-"""The contenders at their rates on fresh seeds, and the winner."""
+"""The stage `confirm`: the contenders at their tuned learning rates on fresh seeds; the winner."""
 
 import statistics
 
@@ -13,7 +13,7 @@ NAME = "confirm"
 
 
 def runs(results: Results) -> list[Run]:
-    """Seed by seed, so that what is finished can be compared."""
+    """Returns the runs seed by seed, so that finished ones can be compared early."""
     scale = results.scale
     rates = {name: tune.rate(results, name) for name in scale.contenders}
     return [
@@ -25,17 +25,17 @@ def runs(results: Results) -> list[Run]:
 
 
 def finals(results: Results) -> Finals:
-    """Final NELBO by contender and seed, of runs that are finished."""
+    """Returns final NELBO by contender and seed, for finished runs."""
     return results.finals(runs(results))
 
 
 def challengers(results: Results) -> list[str]:
-    """Contenders that may win: they end exact, and are not what the others are compared with."""
+    """Returns the contenders that may win: those with an exact end, except `standard`."""
     return [x for x in results.scale.contenders if MAIN[x].is_exact and x != "standard"]
 
 
 def winner(results: Results) -> str | None:
-    """The one of them with the least mean of final NELBO; None as long as a run is missing."""
+    """Returns the challenger with the lowest mean final NELBO; None while a run is missing."""
     known = finals(results)
     found = {name: list(known.get(name, {}).values()) for name in challengers(results)}
     if any(len(values) < len(results.scale.confirm_seeds) for values in found.values()):
@@ -44,7 +44,7 @@ def winner(results: Results) -> str | None:
 
 
 def summary(results: Results) -> list[Table]:
-    """Differences from `standard`; of those that may win from the two that do not end exact."""
+    """Makes tables of differences from `standard`, and of challengers from `clipped` and `bell`."""
     found = finals(results)
     title = f"{NAME}: {results.scale.main.name()}"
     exact = challengers(results)

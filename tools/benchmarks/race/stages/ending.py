@@ -1,9 +1,9 @@
-"""Ending exact: what a bell leaves out at the ends of the rates, and what schedules make good.
+"""The stage `ending`: losses of a bell at extreme rates, and schedules that end exact.
 
-The learning rate warms up, stays, and decays over the last fifth of the steps, so that most of the
-steps after the bell have a constant learning rate. All contenders have the tuned learning rate of
-the bell. `uniform` runs at its own as well, since that of another is a handicap. judge.py judges
-the trained models.
+The learning rate warms up, stays constant, and decays over the last fifth of the steps, so that
+most of the steps after the bell have a constant learning rate. All contenders use the bell's tuned
+learning rate. `uniform` also runs at its own, since the bell's rate is a handicap for it. judge.py
+judges the trained models.
 """
 
 import statistics
@@ -26,8 +26,8 @@ class Ending(NamedTuple):
 
     Attributes:
         contender: key of CONTENDERS.
-        flags: win over its own.
-        rate_of: the contender whose tuned learning rate it has.
+        flags: flags that override the contender's own.
+        rate_of: the contender whose tuned learning rate it uses.
     """
 
     contender: str
@@ -45,12 +45,12 @@ ENDINGS = {
 
 
 class Column(NamedTuple):
-    """A column of a table: a number of judge.py, its mean over seeds.
+    """A column of a table: the mean over seeds of a number from judge.py.
 
     Attributes:
-        heading: of the column.
-        measure, part: which number.
-        compared: whether a column of differences from the bell follows.
+        heading: heading of the column.
+        measure, part: keys of the number in the result of judge.py.
+        compared: whether a column with differences from the bell follows.
     """
 
     heading: str
@@ -72,13 +72,13 @@ TEXTS = [
         Column("distinct 4-grams", remasking, "distinct", compared=False),
     )
 ]
-Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # what judge.py says, by seed
+Judged = Mapping[int, Mapping[str, Mapping[str, float]]]  # seed -> result of judge.py
 
 
 def runs(results: Results) -> list[Run]:
-    """Seed by seed, once the learning rates are known."""
+    """Returns the runs seed by seed, once the learning rates are known."""
     found = [run for name in ENDINGS for run in _of_ending(results, name)]
-    # Two lines have the same runs where both learning rates are the same.
+    # If two learning rates are equal, two lines have the same runs.
     return sorted(dict.fromkeys(found), key=lambda run: run.seed)
 
 
@@ -96,7 +96,7 @@ def _of_ending(results: Results, name: str) -> list[Run]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Losses at all rates and at their ends, and what the judge makes of texts."""
+    """Makes tables of losses at all and at extreme rates, and of the judge's results on texts."""
     judged = {name: _judged(results, name) for name in ENDINGS}
     known = [found for by_seed in judged.values() for found in by_seed.values()]
     if not known:
@@ -138,7 +138,7 @@ def _table(
     notes: Sequence[str],
     held_out: Sequence[float] = (),
 ) -> Table:
-    """A line for each contender, and one for held-out text."""
+    """Makes a table with a line for each contender, and one for held-out text."""
     rows = [[name, str(len(judged[name]))] for name in ENDINGS]
     rows += [["held-out text", ""]] if held_out else []
     header = ["", "seeds"]

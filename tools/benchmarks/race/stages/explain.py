@@ -1,14 +1,14 @@
-"""Why a bell trains faster: objective and sampling apart, in small and in large batches.
+"""The stage `explain`: why a bell trains faster. It separates objective and sampling.
 
-Four cells: the objective is the bound or the bell's, masking rates are drawn uniformly or from the
-bell, and importance weights make up for the difference. Both bells have a uniform share of 0.1.
-Runs of both batches have equally many steps, so that large batches have seen more rows. Two
-learning rates are tried: half of the bell's tuned one and all of it in small batches, all of it and
-twice as much in large ones.
+There are four cells. The objective is the bound or the bell's objective; masking rates are drawn
+uniformly or from the bell; importance weights correct for the difference. Both bells have a uniform
+share of 0.1. There are small and large batches, with equal numbers of steps, so that large batches
+see more rows. Two learning rates are tried: the bell's tuned one times 0.5 and 1 in small batches,
+and times 1 and 2 in large batches.
 
-The rule of reading is about effects: differences of the NELBO at the end, below 0 where the bell is
-better, each a mean over seeds with a 95% Student interval. Each cell has the better of its learning
-rates unless another is named.
+The rule is about effects: differences of the NELBO at the end, below 0 if the bell is better. Each
+effect is a mean over seeds with a 95% Student interval. Each cell has the better of its two
+learning rates, unless the rule names another.
 
     variance     the effect of sampling is below 0 in the small batch, and it is lower there than in
                  the large one: their difference is below 0
@@ -51,7 +51,7 @@ CELLS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 class Case(NamedTuple):
-    """What runs differ by, beside their seeds."""
+    """The settings by which runs differ, apart from their seeds."""
 
     objective: str
     sampling: str
@@ -59,17 +59,18 @@ class Case(NamedTuple):
     lr: float
 
 
-Finals = Mapping[Case, Mapping[int, float]]  # a loss at the end, by seed
+Finals = Mapping[Case, Mapping[int, float]]  # case -> seed -> a loss at the end
 
 
 class Effects(NamedTuple):
-    """What one batch size shows, nats per token by seed; below 0 where the bell is better.
+    """The effects at one batch size by seed, in nats per token; below 0 if the bell is better.
 
     Attributes:
         sampling: bell minus uniform sampling, the mean over both objectives.
         objective: bell minus bound objective, the mean over both samplings.
-        tuned: bell and bell minus bound and uniform, each at its better learning rate.
-        common: the same where both have this learning rate.
+        tuned: bell objective with bell sampling minus bound with uniform sampling, each at its
+            better learning rate.
+        common: learning rate -> the same difference with this learning rate for both.
     """
 
     sampling: list[float]
@@ -79,7 +80,7 @@ class Effects(NamedTuple):
 
 
 def runs(results: Results) -> list[Run]:
-    """Small batches first, seed by seed, once the bell's learning rate is known."""
+    """Returns the runs, small batches first, once the bell's learning rate is known."""
     small, large = results.scale.explain
     return [*_of_shape(results, small, (0.5, 1.0)), *_of_shape(results, large, (1.0, 2.0))]
 
@@ -97,13 +98,13 @@ def _of_shape(results: Results, shape: Shape, factors: tuple[float, ...]) -> lis
 
 
 def case_of(run: Run) -> Case:
-    """The case that a run of this stage is of."""
+    """Returns the case of a run of this stage."""
     cells = {tuple(as_flags(settings)): cell for cell, settings in CELLS.items()}
     return Case(*cells[run.flags], run.rows, run.lr)
 
 
 def summary(results: Results) -> list[Table]:
-    """Losses of all cases, and effects with what they say once all runs are finished."""
+    """Makes tables of all cases' losses and, once all runs are finished, of the effects."""
     planned = runs(results)
     records = [results[run] for run in planned if run in results]
     if not records:
@@ -165,7 +166,7 @@ def _effects(name: str, finals: Finals, notes: Sequence[str]) -> Table:
 
 
 def bell_masses(bins: int) -> Floats:
-    """The mass of 0.9 bell + 0.1 in equal bins of the rate [bins]."""
+    """Returns the mass of the density 0.9 bell + 0.1 in equal bins of the rate [bins]."""
     import numpy as np
     from scipy.special import logit
     from scipy.stats import norm
@@ -176,12 +177,12 @@ def bell_masses(bins: int) -> Floats:
 
 
 def bell_loss(bins: list[float]) -> float:
-    """The loss under the bell's objective, of the mean losses in equal bins of the rate."""
+    """Computes the loss under the bell's objective from mean losses in equal bins of the rate."""
     return float(bell_masses(len(bins)) @ bins)
 
 
 def effects(finals: Finals, batch: int) -> Effects:
-    """The effects in batches of so many rows; all cases have the same seeds."""
+    """Computes the effects in batches of `batch` rows; all cases have the same seeds."""
     lrs = sorted({case.lr for case in finals if case.batch == batch})
 
     def better(objective: str, sampling: str) -> Mapping[int, float]:
@@ -202,7 +203,7 @@ def effects(finals: Finals, batch: int) -> Effects:
 
 
 def reading(finals: Finals) -> list[str]:
-    """The explanations that hold by the rule: of `variance`, `curriculum` and `step size`."""
+    """Returns which of `variance`, `curriculum` and `step size` hold by the rule."""
     of_small, of_large = (effects(finals, n) for n in sorted({case.batch for case in finals}))
     shrinks = [a - b for a, b in zip(of_small.sampling, of_large.sampling, strict=True)]
     tuned = mean_interval(of_small.tuned)

@@ -1,6 +1,7 @@
-"""The settings of `recommended` when the race began, beside those that may replace them.
+"""The stage `incumbent`: the settings that `recommended` had when the race began.
 
-It has a learning rate of its own, and the seeds of `confirm` and `transfer`.
+They are compared with those that may replace them. The stage tunes their learning rate, and uses
+the seeds of `confirm` and `transfer`.
 """
 
 from benchmarks.race.compare import against
@@ -15,7 +16,7 @@ NAME = "incumbent"
 
 
 def runs(results: Results) -> list[Run]:
-    """The grid of its learning rates, then its seeds at the best one, shape by shape."""
+    """Returns the grid of learning rates, then the seeds at the best one, shape by shape."""
     scale = results.scale
     seeds = [run for shape in (scale.main, *scale.transfer) for run in _of_shape(results, shape)]
     return [*_grid(results), *seeds]
@@ -34,17 +35,17 @@ def _of_shape(results: Results, shape: Shape) -> list[Run]:
 
 
 def is_complete(results: Results) -> bool:
-    """Whether no run is missing."""
+    """Whether all runs are finished."""
     return all(run in results for run in runs(results))
 
 
 def finals(results: Results, shape: Shape) -> Finals:
-    """Its final NELBO by seed, in one shape."""
+    """Returns the incumbent's final NELBO by seed, in one shape."""
     return results.finals(_of_shape(results, shape))
 
 
 def summary(results: Results) -> list[Table]:
-    """Its learning rate, and the differences of those that may replace it, by shape."""
+    """Makes tables of its learning rates, and of its challengers' differences from it by shape."""
     tables = tune.table(results, {CONTENDER: _grid(results)}, f"{NAME}, its learning rate")
     winner = confirm.winner(results)
     for shape in (results.scale.main, *results.scale.transfer):

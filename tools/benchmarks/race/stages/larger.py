@@ -1,4 +1,4 @@
-"""Longer rows, a larger model and more steps, on few seeds."""
+"""The stage `larger`: longer rows, a larger model and more steps, on few seeds."""
 
 from benchmarks.race.plan import Run, Shape
 from benchmarks.race.results import Results
@@ -10,13 +10,13 @@ CONTENDERS = ("uniform", "clipped")
 
 
 def runs(results: Results) -> list[Run]:
-    """Of these contenders and the winner, shape by shape and seed by seed."""
+    """Returns the runs of these contenders and the winner, shape by shape and seed by seed."""
     return [run for shape in results.scale.larger for run in _of_shape(results, shape)]
 
 
 def _of_shape(results: Results, shape: Shape) -> list[Run]:
     models = results.scale.models
-    # With Adam a wider model takes a rate that is smaller by its width.
+    # With Adam the best learning rate is inversely proportional to the width of the model.
     narrower = models[results.scale.main.model].width / models[shape.model].width
     rates = transfer.rates_of(results, CONTENDERS)
     return [
@@ -27,7 +27,7 @@ def _of_shape(results: Results, shape: Shape) -> list[Run]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Differences from `uniform`, by shape."""
+    """Makes tables of differences from `uniform`, by shape."""
     return [
         table
         for shape in results.scale.larger

@@ -1,10 +1,10 @@
-"""Control for locality: rows in which nothing is local, and of which the best loss is known.
+"""The stage `local`: a control on rows without local structure, whose best loss is known.
 
-If a bell trains faster because neighbours tell a token, it gains nothing on the rows of unigram.py.
-By the rule its gap to the best loss is read as a share of that of `uniform`, at the end and in the
-mean over the evaluations: the mean logarithm over seeds, with Student's 95% interval. The
-explanation stands if both intervals lie within STANDS. It falls if both lie below. Each contender
-has its own tuned learning rate.
+If a bell trains faster because neighbors predict a token, it gains nothing on the rows of
+unigram.py. The rule uses the bell's gap to the best loss as a share of `uniform`'s gap, at the end
+and in the mean over the evaluations: the mean logarithm over seeds, with Student's 95% interval.
+The explanation stands if both intervals lie within STANDS. It falls if both lie below. Each
+contender has its own tuned learning rate.
 """
 
 import math
@@ -23,14 +23,14 @@ NAME = "local"
 CONTENDERS = ("standard", "uniform", "bell")
 BASELINE = "uniform"
 STANDS = (0.9, 1.1)
-LEAST_GAP = 0.02  # nats per token of `uniform`, below which a share of it says little
+LEAST_GAP = 0.02  # nats per token: if `uniform`'s gap is smaller, a share of it says little
 DECISIVE = ("at the end", "mean over the run")
 HEADINGS = (*DECISIVE, "t below 0.1", "t above 0.9")
 Gaps = dict[str, dict[str, dict[int, float]]]
 
 
 def runs(results: Results) -> list[Run]:
-    """Seed by seed, once the learning rates are known."""
+    """Returns the runs seed by seed, once the learning rates are known."""
     rates = {name: tune.rate(results, name) for name in CONTENDERS}
     return [
         results.scale.local.run(NAME, name, lr, seed, data="unigram")
@@ -41,7 +41,7 @@ def runs(results: Results) -> list[Run]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Gaps to the best loss: at the end, over the run, at the ends of the rates."""
+    """Makes the table of gaps to the best loss: at the end, over the run, at extreme rates."""
     planned = runs(results)
     records = [results[run] for run in planned if run in results]
     if not records:
@@ -67,11 +67,11 @@ def summary(results: Results) -> list[Table]:
 
 
 def gaps_of(record: Record, best: Floats) -> list[float]:
-    """The gaps of HEADINGS, infinite for a run that has diverged.
+    """Computes the gaps of HEADINGS; they are infinite for a run that diverged.
 
     Args:
-        record: of the run.
-        best: of `best_losses_of` its held-out rows.
+        record: result of the run.
+        best: `best_losses_of` the held-out rows.
     """
     if math.isinf(record.final):
         return [math.inf] * len(HEADINGS)
@@ -83,7 +83,7 @@ def gaps_of(record: Record, best: Floats) -> list[float]:
 
 
 def reading(gaps: Gaps) -> str:
-    """What the rule says of locality, of the gaps of HEADINGS by contender and seed."""
+    """Applies the rule about locality to the gaps of HEADINGS by contender and seed."""
     found = [share(gaps[x]["bell"], gaps[x][BASELINE]) for x in DECISIVE]
     least = min(statistics.fmean(gaps[x][BASELINE].values()) for x in DECISIVE)
     low, high = STANDS
@@ -98,11 +98,13 @@ def reading(gaps: Gaps) -> str:
 
 
 def share(gaps: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
-    """The geometric mean over seeds of a gap's share of the baseline's; NaN if one is not above 0.
+    """Returns a gap's share of the baseline's gap, as geometric mean over seeds.
+
+    The share is NaN if one of the gaps is not above 0 or is infinite.
 
     Args:
-        gaps: by seed.
-        baseline: by seed.
+        gaps: gaps by seed.
+        baseline: the baseline's gaps by seed.
     """
     pairs = [(value, baseline[seed]) for seed, value in gaps.items() if seed in baseline]
     logs = [
@@ -113,7 +115,7 @@ def share(gaps: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
 
 
 def _cells(gaps: Mapping[str, Mapping[int, float]], name: str) -> list[str]:
-    """The mean over seeds, and its share of the baseline's."""
+    """Formats the mean gap over seeds, and its share of the baseline's."""
     if not gaps[name]:
         return ["", ""]
     mean = number(statistics.fmean(gaps[name].values()))

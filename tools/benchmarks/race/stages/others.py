@@ -1,4 +1,4 @@
-"""Variants and known recipes on one seed each, outside the claims."""
+"""The stage `others`: variants and known recipes on one seed each, outside the claims."""
 
 from benchmarks.race.compare import against
 from benchmarks.race.contenders import OTHERS
@@ -11,7 +11,7 @@ NAME = "others"
 
 
 def runs(results: Results) -> list[Run]:
-    """Each on the first seed of `confirm`, at the rate of the contender that it is a variant of."""
+    """Returns the runs on the first seed of `confirm`, each at the rate of its `rate_of`."""
     scale = results.scale
     rates = {name: tune.rate(results, name) for name in scale.others}
     seed = scale.confirm_seeds[0]
@@ -19,7 +19,7 @@ def runs(results: Results) -> list[Run]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Beside the contenders on the same seed."""
+    """Makes a table of these and of the contenders on the same seed."""
     seed = results.scale.confirm_seeds[0]
     found = {
         name: {seed: values[seed]}

@@ -1,4 +1,4 @@
-"""The share of its steps at which the winner has reached what `standard` has at its end."""
+"""The stage `steps`: the share of its steps after which the winner equals `standard`'s end."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ NAME = "steps"
 
 
 def runs(results: Results) -> list[Run]:
-    """Whole schedules of the winner with fewer steps, shape by shape and seed by seed."""
+    """Returns runs of the winner with shorter schedules, shape by shape and seed by seed."""
     scale = results.scale
     return [run for shape in (scale.main, *scale.transfer) for run in _of_shape(results, shape)]
 
@@ -32,14 +32,14 @@ def _of_shape(results: Results, shape: Shape) -> list[Run]:
 
 
 def _whole(results: Results, shape: Shape) -> list[Run]:
-    """The runs of `standard` and of the winner with all of the steps."""
+    """Returns the runs of `standard` and of the winner with all of the steps."""
     if shape == results.scale.main:
         return confirm.runs(results)
     return transfer.of_shape(results, shape)
 
 
 def fractions(results: Results, shape: Shape) -> dict[int, tuple[float, dict[float, float]]]:
-    """By seed the final NELBO of `standard`, and of the winner by its share of the steps."""
+    """Returns, by seed, `standard`'s final NELBO, and the winner's by its share of the steps."""
     winner = confirm.winner(results)
     whole = _whole(results, shape)
     targets = results.finals(whole).get("standard", {})
@@ -56,22 +56,22 @@ def fractions(results: Results, shape: Shape) -> dict[int, tuple[float, dict[flo
 
 
 def complete(results: Results, shape: Shape) -> dict[int, tuple[float, dict[float, float]]]:
-    """See `fractions`: the seeds of which no run is missing."""
+    """Returns `fractions` for the seeds without missing runs."""
     needed = len(results.scale.fractions) + 1
     found = fractions(results, shape).items()
     return {seed: (target, reached) for seed, (target, reached) in found if len(reached) == needed}
 
 
 def share_to(target: float, reached: Mapping[float, float]) -> float:
-    """The share of the steps at which a NELBO is reached, linear between those that were run.
+    """Returns the share of the steps at which a NELBO is reached, by linear interpolation.
 
     Args:
-        target: to reach.
-        reached: final NELBO by share of the steps, in rising order.
+        target: NELBO to reach.
+        reached: share of the steps, ascending -> final NELBO.
 
     Returns:
-        The least share that was run, where the target is reached there already; infinity where it
-        is not reached at all.
+        The share. If already the smallest share reaches the target, that share; infinity if none
+        reaches it.
     """
     before: tuple[float, float] | None = None
     for share, value in reached.items():
@@ -85,12 +85,12 @@ def share_to(target: float, reached: Mapping[float, float]) -> float:
 
 
 def share_text(share: Interval) -> str:
-    """A share of the steps, or that one of the seeds does not reach its target."""
+    """Formats a share of the steps; "not reached" if one of the seeds misses its target."""
     return interval(share, ".3f") if math.isfinite(share.value) else "not reached"
 
 
 def summary(results: Results) -> list[Table]:
-    """By shape: every seed's NELBO at each share, and the share that equals `standard`."""
+    """Makes a table by shape: NELBO by seed and share, and the share that equals `standard`."""
     tables = []
     for shape in (results.scale.main, *results.scale.transfer):
         found = complete(results, shape)

@@ -1,4 +1,4 @@
-"""Rows of other lengths at the rates of `tune`."""
+"""The stage `transfer`: rows of other lengths at the learning rates from `tune`."""
 
 from benchmarks.race.compare import against
 from benchmarks.race.plan import Run, Shape
@@ -11,20 +11,23 @@ CONTENDERS = ("standard", "uniform", "clipped", "bell")
 
 
 def runs(results: Results) -> list[Run]:
-    """Of these contenders and the winner, shape by shape and seed by seed."""
+    """Returns the runs of these contenders and the winner, shape by shape and seed by seed."""
     scale = results.scale
     return [run for shape in scale.transfer for run in of_shape(results, shape)]
 
 
 def of_shape(results: Results, shape: Shape) -> list[Run]:
-    """Those of one shape."""
+    """Returns the runs of one shape."""
     rates = rates_of(results, CONTENDERS)
     seeds = results.scale.transfer_seeds
     return [shape.run(NAME, name, lr, seed) for seed in seeds for name, lr in rates.items()]
 
 
 def rates_of(results: Results, names: tuple[str, ...]) -> dict[str, float]:
-    """Rates of those of these contenders that race and of the winner; none before there is one."""
+    """Returns the learning rates of the winner and of those of `names` that race.
+
+    Empty while the winner is not known.
+    """
     winner = confirm.winner(results)
     if winner is None:
         return {}
@@ -34,7 +37,7 @@ def rates_of(results: Results, names: tuple[str, ...]) -> dict[str, float]:
 
 
 def summary(results: Results) -> list[Table]:
-    """Differences from `standard`, by shape."""
+    """Makes tables of differences from `standard`, by shape."""
     return [
         table
         for shape in results.scale.transfer
@@ -45,12 +48,12 @@ def summary(results: Results) -> list[Table]:
 
 
 def finals(results: Results, shape: Shape) -> Finals:
-    """Final NELBO of those of one shape, by contender and seed."""
+    """Returns the final NELBO of one shape's runs, by contender and seed."""
     return results.finals(of_shape(results, shape))
 
 
 def compared(title: str, results: Results, runs: list[Run], baseline: str) -> list[Table]:
-    """Differences of these runs from those of a baseline, as soon as there is one."""
+    """Makes a table of the differences from a baseline, as soon as there is one."""
     found = results.finals(runs)
     names = [name for name in found if name != baseline]
     if baseline not in found or not names:

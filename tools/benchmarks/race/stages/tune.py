@@ -1,4 +1,4 @@
-"""The learning rate of each contender, on a seed that nothing else is measured on."""
+"""The stage `tune`: the learning rate of each contender, on a seed that is only for tuning."""
 
 from collections.abc import Mapping
 
@@ -11,17 +11,17 @@ NAME = "tune"
 
 
 def runs(results: Results) -> list[Run]:
-    """The grid of every contender, and what is added to it."""
+    """Returns each contender's grid of learning rates, with its extensions."""
     return [run for name in results.scale.contenders for run in grid(results, name)]
 
 
 def summary(results: Results) -> list[Table]:
-    """Final NELBO by learning rate."""
+    """Makes the table of final NELBO by learning rate."""
     return table(results, {name: grid(results, name) for name in results.scale.contenders}, NAME)
 
 
 def table(results: Results, grids: Mapping[str, list[Run]], title: str) -> list[Table]:
-    """Final NELBO by contender and learning rate, as soon as a run is finished."""
+    """Makes a table of final NELBO by contender and learning rate, once a run is finished."""
     finals = {
         name: {run.lr: results[run].final for run in runs if run in results}
         for name, runs in grids.items()
@@ -40,18 +40,18 @@ def table(results: Results, grids: Mapping[str, list[Run]], title: str) -> list[
 
 
 def rate(results: Results, name: str) -> float | None:
-    """The learning rate of a contender, None as long as it is not known.
+    """Returns the learning rate of a contender, None while it is not known.
 
-    A contender outside the claims has that of the one that it is a variant of.
+    A contender outside the claims uses that of the contender that it is a variant of.
     """
     name = CONTENDERS[name].rate_of or name
     return best(results, grid(results, name)) if name in results.scale.contenders else None
 
 
 def best(results: Results, grid: list[Run]) -> float | None:
-    """The learning rate with the least final NELBO, of equal ones the smaller one.
+    """Returns the learning rate with the lowest final NELBO; of equal ones, the smaller one.
 
-    None as long as a run of the grid is missing.
+    Returns None while a run of the grid is missing.
     """
     if not all(run in results for run in grid):
         return None
@@ -59,7 +59,7 @@ def best(results: Results, grid: list[Run]) -> float | None:
 
 
 def grid(results: Results, name: str, stage: str = NAME) -> list[Run]:
-    """The grid of learning rates, longer by a factor of 2 while the best one lies at its edge."""
+    """Returns the grid of learning rates, extended by factors of 2 while its edge is the best."""
     scale = results.scale
     runs = [scale.main.run(stage, name, lr, scale.tune_seed) for lr in scale.rates]
     least, most = scale.rates[0] / 2**scale.extensions, scale.rates[-1] * 2**scale.extensions
