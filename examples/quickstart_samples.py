@@ -66,7 +66,7 @@ PROMPTS = (
     "while teapot.is_warm():\n",
     "with open(menu_path) as menu:\n",
 )
-CUT_OFF = codeop.PyCF_ALLOW_INCOMPLETE_INPUT
+CUT_OFF: int = codeop.PyCF_ALLOW_INCOMPLETE_INPUT  # type: ignore[attr-defined]
 
 
 def main() -> None:
