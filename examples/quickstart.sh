@@ -38,8 +38,8 @@ python=.venv/bin/python
 
 run=runs/quickstart
 mkdir -p $run
-# A training step takes about 1/6 s on two quiet cores, and everything else about 100 s.
-steps=$(((minutes * 60 - 100) * 6 / 100 * 100))
+# On two quiet cores a training step takes about 0.1 s, and everything else about 120 s.
+steps=$(((minutes * 60 - 120) * 10))
 
 # The last twentieth of the files is held out.
 python - $run/training.txt $run/held_out.txt <<'PYTHON'
@@ -103,24 +103,30 @@ fi
 echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png
 
-sampling=(--length 48 --temperature 0.4 --block-length 8)
-gaps='def <mask><mask><mask>(path):
-    with open(<mask><mask>) as file:
-        return file.<mask><mask>()
-'
+sampling=(--length 48 --temperature 0.4 --block-length 12)
+gaps="class Teapot:
+    def<mask>init<mask>self, water):
+<mask>self.water =<mask>
+<mask>self.tea = None
+
+    def<mask>(self):
+        if self.water is<mask>:
+            raise<mask>('no water')
+        return self.tea
+"
 say() { # COMMAND...: runs it with its messages in a log
     "$@" 2>$run/tool.log || { say_failed $run/tool.log; exit 1; }
 }
 echo "== 20 samples, none chosen (their measures: python examples/quickstart_samples.py --help)"
 say python examples/quickstart_samples.py --load $run/checkpoint --device cpu --training $run/training.txt \
     --held-out $run/held_out "${sampling[@]}" --json $run/samples.json
-echo "== gaps filled from both sides (in order of the model's confidence: $run/decoding.png)"
-echo "$gaps"
-echo "-- becomes"
+echo "== gaps filled from the text before and after them, the surest first (the order: $run/decoding.png)"
+echo "$gaps" # a token has its space in front of it
+echo "becomes"
 say python tools/generate.py --load $run/checkpoint --device cpu --prompt "$gaps" --length 0 --picture $run/decoding.png
 cat <<NEXT
 == next
-$python tools/generate.py --load $run/checkpoint --device cpu --prompt "def " --length 64 ${sampling[*]:2} --show
+$python tools/generate.py --load $run/checkpoint --device cpu --prompt "def" --length 48 ${sampling[*]:2} --show
 $python tools/variance_report.py --load $run/checkpoint --device cpu --data $run/held_out --rows 50 --output $run/variance.json
 bash examples/quickstart.sh --minutes 60
 NEXT
