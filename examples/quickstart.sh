@@ -1,65 +1,132 @@
 #!/usr/bin/env bash
 # From a fresh machine with Python 3.12 to a trained masked-diffusion model, on the CPU, in one go:
-# sets up .venv, trains a tokenizer and a small model on the source code of Python's standard
-# library (tensor parallel over 2 processes), and shows the validation loss before and after, a
-# picture of it, and a sample of text. A second run reuses what is there, unless the library has changed.
+#   bash examples/quickstart.sh               five minutes on two cores, and some for the installation
+#   bash examples/quickstart.sh --minutes 60  the same model, trained for longer
+# It sets up .venv, trains a tokenizer and a small model on the source code of Python's standard library (2 data-parallel
+# ranks), draws the loss, measures 20 samples, fills a gap and draws the order of decoding. The same command reuses what
+# is there, and continues an interrupted training from its last checkpoint. Other minutes or a changed library train anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+minutes=5
+while [ $# -gt 0 ]; do
+    case $1 in
+        --minutes)
+            [[ ${2:-} =~ ^[1-9][0-9]{0,3}$ ]] || fail "--minutes${2:+ $2}: give a whole number from 3 to 9999"
+            minutes=$2
+            shift
+            ;;
+        -h | --help)
+            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' examples/quickstart.sh
+            exit
+            ;;
+        *) fail "$1: no such flag; the only one is --minutes N (5 without it)" ;;
+    esac
+    shift
+done
+[ "$minutes" -ge 3 ] || fail "--minutes $minutes: give a whole number from 3 to 9999"
+
 source tools/setup.sh plot
 source examples/progress.sh
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore # one thread a process: the processes share the cores
+python=.venv/bin/python
+[ "${SETUP:-yes}" != no ] || python=python # as the commands at the end name it
 
 run=runs/quickstart
 mkdir -p $run
+# On two quiet cores a training step takes about 0.1 s, and everything else about 120 s.
+steps=$(((minutes * 60 - 120) * 10))
 
-python - >$run/files.txt <<'PYTHON'
-import pathlib, sysconfig
+# The last twentieth of the files is held out.
+python - $run/training.txt $run/held_out.txt <<'PYTHON'
+import pathlib, sys, sysconfig
 root = pathlib.Path(sysconfig.get_paths()["stdlib"])
 skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-for path in sorted(root.rglob("*.py")):
-    if not skipped & set(path.relative_to(root).parts) and path.stat().st_size:
-        print(path)
+files = [
+    f"{path}\n"
+    for path in sorted(root.rglob("*.py"))
+    if not skipped & set(path.relative_to(root).parts) and path.stat().st_size
+]
+number = round(0.95 * len(files))
+for name, part in zip(sys.argv[1:], (files[:number], files[number:])):
+    pathlib.Path(name).write_text("".join(part))
 PYTHON
 echo "== tokenizer"
-python tools/train_tokenizer.py --input-list $run/files.txt --output $run/tokenizer.model \
-    --vocab-size 2048 --unless-done
+python tools/train_tokenizer.py --input-list $run/training.txt --output $run/tokenizer.model \
+    --vocab-size 1024 --unless-done
 echo "== data"
-python tools/preprocess_data.py --input-list $run/files.txt --output-prefix $run/text \
-    --tokenizer-model $run/tokenizer.model --unless-done
+for part in training held_out; do
+    python tools/preprocess_data.py --input-list $run/$part.txt --output-prefix $run/$part \
+        --tokenizer-model $run/tokenizer.model --unless-done 2>$run/data.log || { say_failed $run/data.log; exit 1; }
+done
 
-pretrain() { # the flags of both runs below; output goes to $run/$1.log, a summary to the terminal
-    # --init-method-std: at Megatron's 0.02 so narrow a model learns frequencies of tokens alone for long; about
-    # 1/sqrt(width) lets context reach the output from the start.
-    local log=$run/$1.log
-    shift
-    # Without an address torchrun would ask for that of the machine's name, which not all machines know.
-    run_logged "$log" torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_mdm.pretrain \
-        --mdm-device cpu --tensor-model-parallel-size 2 \
-        --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 \
-        --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope \
-        --normalization RMSNorm --swiglu --disable-bias-linear \
-        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.088 \
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model $run/tokenizer.model \
-        --data-path $run/text --data-cache-path $run/cache --split 95,5,0 --num-workers 1 \
-        --micro-batch-size 32 --global-batch-size 32 --train-iters 500 \
-        --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 50 --lr-decay-style cosine \
-        --weight-decay 0.1 --clip-grad 1.0 \
-        --log-interval 20 --eval-interval 500 --eval-iters 16 \
-        --tensorboard-dir $run/tensorboard "$@"
-}
-
-# The record of the data stands beside the checkpoint that was trained on them.
-if ! cmp -s $run/text.json $run/checkpoint/data.json; then
+# --init-method-std: with Megatron's 0.02 so narrow a model learns only the frequencies of tokens for long. With about
+# 1/sqrt(width) context reaches the output from the start.
+flags=(
+    --mdm-device cpu --mdm-recipe clipped
+    --num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352
+    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
+    --normalization RMSNorm --swiglu --disable-bias-linear
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.08
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model $run/tokenizer.model
+    --train-data-path $run/training --valid-data-path $run/held_out --data-cache-path $run/cache --num-workers 1
+    --micro-batch-size 8 --global-batch-size 16 --train-iters $steps
+    --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 50 --lr-decay-style cosine
+    --weight-decay 0.1 --clip-grad 1.0
+    --log-interval 20 --eval-interval $((steps / 4)) --eval-iters 16
+    --save-interval 500 --save-retain-interval $((500 * steps))
+)
+{
+    printf '%s\n' "${flags[@]}"
+    cat $run/training.json $run/held_out.json
+} >$run/settings.new
+if ! cmp -s $run/settings.new $run/settings.txt; then
     rm -rf $run/tensorboard $run/checkpoint
-    echo "== validation before training"
-    pretrain before --skip-train
-    grep "validation NELBO" $run/before.log | tail -n 1
-    echo "== training (500 steps; follow it with: tail -f $run/train.log)"
-    pretrain train --save $run/checkpoint --save-interval 500
-    cp $run/text.json $run/checkpoint/data.json
+    mv $run/settings.new $run/settings.txt
+fi
+latest=$run/checkpoint/latest_checkpointed_iteration.txt
+if [ "$(cat $latest 2>/dev/null)" != "$steps" ]; then
+    if [ -e $latest ]; then
+        flags+=(--load $run/checkpoint)
+    else
+        rm -rf $run/tensorboard # of a training that was interrupted before its first checkpoint
+    fi
+    echo "== training ($steps steps; follow it with: tail -f $run/train.log)"
+    # Without an address torchrun would ask for that of the machine's name, which not all machines know.
+    run_logged $run/train.log torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 \
+        -m megatron_mdm.pretrain "${flags[@]}" --tensorboard-dir $run/tensorboard --save $run/checkpoint
 fi
 echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png
-echo "== a sample"
-python tools/generate.py --load $run/checkpoint --device cpu --prompt "def " --length 96 \
-    --temperature 0.7 2>$run/generate.log || { say_failed $run/generate.log; exit 1; }
+
+sampling=(--length 48 --temperature 0.4 --block-length 12)
+gaps="class Teapot:
+    def<mask>init<mask>self, water):
+<mask>self.water =<mask>
+<mask>self.tea = None
+
+    def<mask>(self):
+        if self.water is<mask>:
+            raise<mask>('no water')
+        return self.tea
+"
+say() { # COMMAND...: runs it with its messages in a log
+    "$@" 2>$run/tool.log || { say_failed $run/tool.log; exit 1; }
+}
+echo "== 20 samples, none chosen (their measures: python examples/quickstart_samples.py --help)"
+say python examples/quickstart_samples.py --load $run/checkpoint --device cpu --training $run/training.txt \
+    --held-out $run/held_out "${sampling[@]}" --json $run/samples.json
+echo "== gaps filled from the text before and after them, the surest first (the order: $run/decoding.png)"
+echo "$gaps" # a token has its space in front of it
+echo "becomes"
+say python tools/generate.py --load $run/checkpoint --device cpu --prompt "$gaps" --length 0 --picture $run/decoding.png
+cat <<NEXT
+== next
+$python tools/generate.py --load $run/checkpoint --device cpu --prompt "def" --length 48 ${sampling[*]:2} --show
+$python tools/variance_report.py --load $run/checkpoint --device cpu --data $run/held_out --rows 50 --output $run/variance.json
+bash examples/quickstart.sh --minutes 60
+NEXT

@@ -1,0 +1,438 @@
+r"""Measures what a small model of Python code has learned, on 20 samples and on held-out text.
+
+    python examples/quickstart_samples.py --load runs/quickstart/checkpoint --device cpu \
+        --training runs/quickstart/training.txt --held-out runs/quickstart/held_out
+
+Sample i begins with prompt i and uses seed i. All 20 samples count. Each prompt is checked: the
+training text does not contain it. The measures are:
+
+statements  A sample is cut after its last line end, since the length cuts its last line off. It
+            passes if ast.parse accepts it. It also passes if Python only misses a continuation (of
+            a bracket, a string, a block) and ast.parse accepts it without its last statement.
+            Something that the model wrote must remain.
+names       In the longest run of first lines that ast.parse accepts: the share of the names read
+            after the prompt that are builtin or bound earlier in a scope that Python would search.
+copied      The longest run of characters that the model wrote and the training text contains.
+held out    The NELBO of the held-out text in nats per byte, which does not depend on the tokenizer.
+
+The median sample is the tenth of the twenty when they are ordered by the share of their complete
+lines that ast.parse accepts, then by the share of names, then by their number.
+"""
+
+import argparse
+import ast
+import builtins
+import codeop
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
+from megatron_mdm.data.documents import document_text, read_documents, resolve_inputs
+from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.files import check_output, write_json
+from megatron_mdm.generation.decoder_flags import (
+    DECODER_FLAGS,
+    SAMPLING_FLAGS,
+    add_decoder_arguments,
+    add_sampling_arguments,
+)
+from megatron_mdm.generation.display import shown_on
+
+if TYPE_CHECKING:
+    from megatron_mdm.mcore.inference.loaded_model import LoadedModel
+
+PROMPTS = (
+    "def count_words(sentence):\n",
+    "def is_palindrome(word):\n",
+    "def read_recipes(path):\n",
+    "def add_to_basket(basket, fruit):\n",
+    "def find_cheapest(offers, limit=None):\n",
+    "def rename_planets(planets, names):\n",
+    "def print_timetable(trains, station):\n",
+    "def mean_temperature(days):\n",
+    "def load_recipe(name, encoding='utf-8'):\n",
+    "def split_bill(total, guests):\n",
+    "class Teapot:\n",
+    "class Library:\n    def __init__(self, books):\n",
+    "class Robot:\n    def move(self, direction):\n",
+    "class Orchestra:\n    def tune(self, instrument, pitch):\n",
+    "class Lighthouse:\n    def is_lit(self):\n",
+    "class Greenhouse(object):\n    def water(self, plants):\n",
+    "for planet in planets:\n",
+    "if len(recipes) > 12:\n",
+    "while teapot.is_warm():\n",
+    "with open(menu_path) as menu:\n",
+)
+CUT_OFF: int = codeop.PyCF_ALLOW_INCOMPLETE_INPUT  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Loads, samples, measures, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_checkpoint_arguments(parser, pipeline=False)
+    what = parser.add_argument_group("texts")
+    what.add_argument(
+        "--training", required=True, metavar="LIST", help="names of the training files, one a line"
+    )
+    what.add_argument(
+        "--held-out", required=True, metavar="DATA", help="text file, or prefix of .bin/.idx"
+    )
+    what.add_argument("--rows", type=int, default=256, help="of held-out text (default: 256)")
+    what.add_argument("--draws", type=int, default=4, help="masks of a row (default: 4)")
+    what.add_argument("--length", type=int, default=96, help="tokens of a sample (default: 96)")
+    what.add_argument("--json", metavar="FILE", help="also write the measures and samples here")
+    decoder = parser.add_argument_group("decoder")
+    add_decoder_arguments(decoder)
+    add_sampling_arguments(decoder)
+    options = parser.parse_args()
+    if options.json:
+        check_output(options.json, "--json")
+    training = text_of(options.training)
+    for prompt in PROMPTS:
+        if prompt in training:
+            raise UserError(f"--training {options.training}: it contains the prompt {prompt!r}")
+    with open_asked_for(options) as loaded:
+        texts = write(loaded, options)
+        nats = nats_per_byte(loaded, options)
+    numbered = enumerate(zip(PROMPTS, texts, strict=True))
+    samples = [measured(number, *pair, training) for number, pair in numbered]
+    report(samples, nats, options.json)
+
+
+def text_of(path: str) -> str:
+    """The texts of the files that a file names, one a line.
+
+    Between two files stands a character that no Python source has, so that no run of characters
+    goes on from one file into the next.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    files = resolve_inputs([], path)
+    return "\0".join(document_text(file, "") for file in read_documents(files, "text"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample is like.
+
+    Attributes:
+        number: of the sample, its prompt and its seed.
+        prompt: its first lines.
+        text: the prompt and what the model wrote.
+        passes: whether the complete statements parse.
+        lines: complete lines that the model wrote.
+        parsed_lines: the most of them, from the first on, that ast.parse accepts.
+        names: that are read in these.
+        defined: of the names, those that are defined before.
+        copied: the longest run of characters that stands in the training text.
+    """
+
+    number: int
+    prompt: str
+    text: str
+    passes: bool
+    lines: int
+    parsed_lines: int
+    names: int
+    defined: int
+    copied: str
+
+    def rank(self) -> tuple[float, float, int]:
+        """By which samples are ordered to find the median one."""
+        share = self.parsed_lines / max(self.lines, 1)
+        return share, self.defined / max(self.names, 1), self.number
+
+
+def measured(number: int, prompt: str, text: str, training: str) -> Sample:
+    """Measures a sample; see the module for the measures."""
+    given = prompt.count("\n")
+    lines = text.splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    accepted = [n for n in range(given + 1, len(lines) + 1) if tree_of("".join(lines[:n]))]
+    parsed = max(accepted, default=given)
+    tree = tree_of("".join(lines[:parsed]))
+    names = list(names_read(tree, given)) if tree and parsed > given else []
+    return Sample(
+        number,
+        prompt,
+        text,
+        complete_statements_parse("".join(lines), given),
+        len(lines) - given,
+        parsed - given,
+        len(names),
+        sum(names),
+        longest_copy(text[len(prompt) :], training),
+    )
+
+
+def tree_of(text: str) -> ast.Module | None:
+    """The syntax tree of a text, None if ast.parse does not accept it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in strings
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether a text that does not parse could parse if it went on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(text, "sample", "exec", ast.PyCF_ONLY_AST | CUT_OFF)
+        except SyntaxError as error:
+            return "incomplete input" in str(error)
+        except (ValueError, RecursionError, MemoryError):
+            return False
+    return False
+
+
+def complete_statements_parse(text: str, given: int) -> bool:
+    """Whether the complete statements of a text pass ast.parse.
+
+    Args:
+        text: whole lines, of which the first ones alone are no complete statement.
+        given: number of these.
+    """
+    lines = text.splitlines(keepends=True)
+    for number in range(len(lines), given, -1):
+        part = "".join(lines[:number])
+        if tree_of(part):
+            return True
+        if not is_cut_off(part):
+            return False
+    return False
+
+
+def names_read(tree: ast.Module, given: int) -> Iterator[bool]:
+    """For each name that is read after the first lines: whether it is defined before.
+
+    Args:
+        tree: of a text.
+        given: number of the first lines.
+    """
+    reader = NameReader()
+    reader.visit(tree)
+    return (known for line, known in reader.found if line > given)
+
+
+# Fields in the order in which Python evaluates them, where this is not the order of the tree.
+ORDER: dict[type[ast.AST], tuple[str, ...]] = {
+    ast.Assign: ("value", "targets"),
+    ast.AnnAssign: ("annotation", "value", "target"),
+    ast.AugAssign: ("value", "target"),
+    ast.NamedExpr: ("value", "target"),
+    ast.For: ("iter", "target", "body", "orelse"),
+    ast.AsyncFor: ("iter", "target", "body", "orelse"),
+    ast.comprehension: ("iter", "target", "ifs"),
+    ast.ListComp: ("generators", "elt"),
+    ast.SetComp: ("generators", "elt"),
+    ast.GeneratorExp: ("generators", "elt"),
+    ast.DictComp: ("generators", "key", "value"),
+}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
+
+
+class NameReader:
+    """Walks over a tree in the order in which Python binds names.
+
+    Attributes:
+        found: line of each name that is read, and whether it is builtin or bound before.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, bool]] = []
+        self.scopes = [{*dir(builtins), "__file__"}]
+        self.is_class = [False]
+
+    def visit(self, node: Any) -> None:
+        """Visits a node, or a list of nodes; all else is passed over."""
+        match node:
+            case list():
+                for part in node:
+                    self.visit(part)
+            case ast.Name(id=name):
+                if isinstance(node.ctx, ast.Store):
+                    self.scopes[-1].add(name)
+                else:
+                    self._read(node)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                self._visit_function(node)
+            case ast.ClassDef(name=name):
+                self.visit([*node.decorator_list, *node.bases, *node.keywords])
+                self._bind(name)
+                self._visit_within(node.body, is_class=True)
+            case ast.AugAssign(target=ast.Name() as target):
+                self._read(target)
+                self._visit_fields(node)
+            case ast.alias():
+                self._bind(node.asname or node.name.partition(".")[0])
+            case ast.Global() | ast.Nonlocal():
+                self._bind(*node.names)
+            case ast.ExceptHandler():
+                self.visit(node.type)
+                self._bind(node.name)
+                self.visit(node.body)
+            case ast.MatchAs() | ast.MatchStar():
+                self._visit_fields(node)
+                self._bind(node.name)
+            case ast.AST() if isinstance(node, COMPREHENSIONS):
+                self._visit_within(*(getattr(node, name) for name in ORDER[type(node)]))
+            case ast.AST():
+                self._visit_fields(node)
+
+    def _visit_fields(self, node: ast.AST) -> None:
+        for name in ORDER.get(type(node), node._fields):
+            self.visit(getattr(node, name))
+
+    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
+        args = node.args
+        starred = [arg for arg in (args.vararg, args.kwarg) if arg]
+        every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *starred]
+        self.visit([*args.defaults, *args.kw_defaults, *(arg.annotation for arg in every)])
+        if not isinstance(node, ast.Lambda):
+            self.visit([*node.decorator_list, node.returns])
+            self._bind(node.name)
+        self._visit_within(node.body, bound=[arg.arg for arg in every])
+
+    def _visit_within(self, *nodes: Any, bound: Iterable[str] = (), is_class: bool = False) -> None:
+        """Visits nodes in a scope of their own, where some names are bound from the start."""
+        self.scopes.append(set(bound))
+        self.is_class.append(is_class)
+        self.visit(list(nodes))
+        self.scopes.pop()
+        self.is_class.pop()
+
+    def _bind(self, *names: str | None) -> None:
+        self.scopes[-1].update(name for name in names if name)
+
+    def _read(self, node: ast.Name) -> None:
+        """Looks a name up: in the innermost scope, and in those around it that are no classes."""
+        outer = zip(self.scopes[:-1], self.is_class, strict=False)
+        seen = [self.scopes[-1], *(names for names, is_class in outer if not is_class)]
+        self.found.append((node.lineno, any(node.id in names for names in seen)))
+
+
+def longest_copy(text: str, training: str) -> str:
+    """The longest run of characters of a text that another text contains; of several the first."""
+    best = ""
+    for start in range(len(text)):
+        while start + len(best) < len(text) and text[start : start + len(best) + 1] in training:
+            best = text[start : start + len(best) + 1]
+    return best
+
+
+def write(loaded: "LoadedModel", options: argparse.Namespace) -> list[str]:
+    """The samples: prompts and what the model writes after them."""
+    import torch
+
+    from megatron_mdm.generation.prompts import prompt_tokens, same_lengths, until_end
+    from megatron_mdm.mcore.inference.eval_data import decoder_of, encoder
+
+    tokenize, mask = encoder(loaded), loaded.mask_token_id
+    rows = [prompt_tokens(tokenize, text, options.length, "", "<mask>", mask) for text in PROMPTS]
+    if max(map(len, rows)) > loaded.max_length:
+        raise UserError(
+            f"--length {options.length}: with the longest prompt this makes {max(map(len, rows))} "
+            f"positions, and the model has {loaded.max_length}"
+        )
+    names = (*DECODER_FLAGS, *SAMPLING_FLAGS)
+    decoder = decoder_of(loaded, **{name: getattr(options, name) for name in names})
+    device = torch.cuda.current_device()
+    texts = {}
+    for batch in same_lengths(rows, len(rows)):
+        tokens = torch.tensor([rows[i] for i in batch], device=device)
+        generators = [torch.Generator(device).manual_seed(i) for i in batch]
+        for i, row in zip(batch, decoder(loaded.logits, tokens, generators).tolist(), strict=True):
+            given = [token != mask for token in rows[i]]
+            texts[i] = loaded.tokenizer.detokenize(until_end(row, given, decoder.end_token_ids))
+    return [texts[i] for i in range(len(PROMPTS))]
+
+
+def nats_per_byte(loaded: "LoadedModel", options: argparse.Namespace) -> tuple[float, float | None]:
+    """The NELBO of held-out text and its standard error, as tools/evaluate.py measures it.
+
+    Raises:
+        UserError: the data cannot be read, or their bytes are not known.
+    """
+    import torch
+
+    from megatron_mdm.evaluation.nelbo import evaluate
+    from megatron_mdm.mcore.inference.eval_data import (
+        POOL,
+        read_tokens,
+        rows_from_documents,
+        scored_per_byte,
+        shuffled,
+    )
+
+    enough = POOL * options.rows * loaded.args.seq_length
+    documents = read_tokens(loaded, options.held_out, "text", enough, seed=0)
+    every = rows_from_documents(loaded, documents, packed=True)
+    factor = scored_per_byte(loaded, every, documents)
+    if factor is None:
+        raise UserError(f"--held-out {options.held_out}: its length in bytes is not known")
+    nelbo = evaluate(
+        loaded.logits,
+        shuffled(every, seed=0)[: options.rows],
+        loaded.mask_token_id,
+        options.draws,
+        device=torch.cuda.current_device(),
+    ).nelbo
+    return factor * nelbo.value, None if nelbo.stderr is None else factor * nelbo.stderr
+
+
+def report(samples: list[Sample], nats: tuple[float, float | None], path: str | None) -> None:
+    """Prints the measures and the median sample, and writes them to a JSON file.
+
+    Args:
+        samples: all of them.
+        nats: per byte of held-out text, and its standard error.
+        path: of the file.
+    """
+    count = len(samples)
+    passing = sum(sample.passes for sample in samples)
+    names, defined = (sum(getattr(x, name) for x in samples) for name in ("names", "defined"))
+    copied = sorted((len(sample.copied), sample.copied) for sample in samples)
+    median = sorted(samples, key=Sample.rank)[(count - 1) // 2]
+    value, stderr = nats
+    rows = (
+        ("held-out text", f"{value:.3f}" + (f" +- {stderr:.3f}" if stderr else "") + " nats/byte"),
+        ("samples whose complete statements parse", f"{passing} of {count}"),
+        ("names defined before use", f"{defined} of {names} ({defined / max(names, 1):.0%})"),
+        (
+            "longest run copied from the training text",
+            f"{copied[-1][0]} characters (median sample: {copied[(count - 1) // 2][0]})",
+        ),
+    )
+    for name, found in rows:
+        print(f"{name:42}  {found}")
+    print(
+        f"the median of the {count} samples (prompt and seed {median.number}; "
+        f"ast.parse accepts {median.parsed_lines} of its {median.lines} lines):"
+    )
+    print(shown_on(sys.stdout, median.text.rstrip("\n")))
+    if path:
+        figures = {
+            "nats_per_byte": value,
+            "nats_per_byte_stderr": stderr,
+            "passing": passing,
+            "names": names,
+            "names_defined": defined,
+            "longest_copy": copied[-1][1],
+            "median_sample": median.number,
+            "samples": [asdict(sample) for sample in samples],
+        }
+        write_json(path, figures)
+
+
+if __name__ == "__main__":
+    run_tool(main)
