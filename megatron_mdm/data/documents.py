@@ -89,7 +89,7 @@ def add_format_argument(parser: argparse._ActionsContainer, files: str) -> None:
 
     Args:
         parser: the tool's parser, or a group of it.
-        files: whose format the flag names, such as "format of the file of --data".
+        files: the start of the help text, such as "format of the file of --data".
     """
     parser.add_argument(
         "--format",
