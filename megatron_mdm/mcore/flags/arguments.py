@@ -111,8 +111,8 @@ HELP = {
     "functions of the seed and the row number.",
 }
 
-# Defaults that the objective needs. With --calculate-per-token-loss gradients are summed and divided
-# by the global count of eligible tokens (or rows). Without a persistent worker Megatron turns
+# Defaults that the objective needs. With --calculate-per-token-loss gradients are summed and
+# divided by the global count of eligible tokens (or rows). Without a persistent worker Megatron turns
 # --async-save off. The strategy `mcore` uses Megatron's own worker, which needs no other library.
 NEEDED = {
     "calculate_per_token_loss": True,
@@ -174,8 +174,8 @@ class _FlagFactory(ArgumentGroupFactory):
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds the flags of `MDMConfig`; Megatron's `extra_args_provider`.
 
-    It also sets the defaults of Megatron's flags that the objective, the installed libraries and the
-    device need.
+    It also sets the defaults of Megatron's flags that the objective, the installed libraries and
+    the device need.
     """
     _FlagFactory(MDMConfig).add_to(parser)
     set_recipe_defaults(parser)
