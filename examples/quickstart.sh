@@ -126,7 +126,9 @@ echo "becomes"
 say python tools/generate.py --load $run/checkpoint --device cpu --prompt "$gaps" --length 0 --picture $run/decoding.png
 cat <<NEXT
 == next
-$python tools/generate.py --load $run/checkpoint --device cpu --prompt "def" --length 48 ${sampling[*]:2} --show
-$python tools/variance_report.py --load $run/checkpoint --device cpu --data $run/held_out --rows 50 --output $run/variance.json
+$python tools/generate.py --load $run/checkpoint --device cpu --length 0 --show \\
+    --prompt "if self.name is<mask>: raise<mask>('no name')"
+$python tools/variance_report.py --load $run/checkpoint --device cpu --data $run/held_out \\
+    --rows 50 --output $run/variance.json
 bash examples/quickstart.sh --minutes 60
 NEXT
