@@ -46,7 +46,7 @@ def test_the_readme_says_how_large_the_state_is():
 def test_state_of_another_number_of_bins_is_refused():
     vector = PpotsState.start(PiecewiseSampler([0, 1], [1, 1]), 30).state_vector()
     with pytest.raises(
-        UserError, match="not of 20 bins, or of another version.*: resume with the number"
+        UserError, match="do not have 20 bins, or another version.*: resume with .*'s number"
     ):
         PpotsState.from_state_vector(vector, 20)
 
