@@ -42,7 +42,7 @@ mkdir -p $run
 steps=$(((minutes * 60 - 120) * 10))
 
 # The last twentieth of the files is held out.
-python - $run/training.txt $run/held_out.txt <<'PYTHON'
+python - $run/text.txt $run/held_out.txt <<'PYTHON'
 import pathlib, sys, sysconfig
 root = pathlib.Path(sysconfig.get_paths()["stdlib"])
 skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
@@ -56,10 +56,10 @@ for name, part in zip(sys.argv[1:], (files[:number], files[number:])):
     pathlib.Path(name).write_text("".join(part))
 PYTHON
 echo "== tokenizer"
-python tools/train_tokenizer.py --input-list $run/training.txt --output $run/tokenizer.model \
+python tools/train_tokenizer.py --input-list $run/text.txt --output $run/tokenizer.model \
     --vocab-size 1024 --unless-done
 echo "== data"
-for part in training held_out; do
+for part in text held_out; do
     python tools/preprocess_data.py --input-list $run/$part.txt --output-prefix $run/$part \
         --tokenizer-model $run/tokenizer.model --unless-done 2>$run/data.log || { say_failed $run/data.log; exit 1; }
 done
@@ -73,7 +73,7 @@ flags=(
     --normalization RMSNorm --swiglu --disable-bias-linear
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.08
     --tokenizer-type SentencePieceTokenizer --tokenizer-model $run/tokenizer.model
-    --train-data-path $run/training --valid-data-path $run/held_out --data-cache-path $run/cache --num-workers 1
+    --train-data-path $run/text --valid-data-path $run/held_out --data-cache-path $run/cache --num-workers 1
     --micro-batch-size 8 --global-batch-size 16 --train-iters $steps
     --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 50 --lr-decay-style cosine
     --weight-decay 0.1 --clip-grad 1.0
@@ -82,7 +82,7 @@ flags=(
 )
 {
     printf '%s\n' "${flags[@]}"
-    cat $run/training.json $run/held_out.json
+    cat $run/text.json $run/held_out.json
 } >$run/settings.new
 if ! cmp -s $run/settings.new $run/settings.txt; then
     rm -rf $run/tensorboard $run/checkpoint
@@ -118,7 +118,7 @@ say() { # COMMAND...: runs it with its messages in a log
     "$@" 2>$run/tool.log || { say_failed $run/tool.log; exit 1; }
 }
 echo "== 20 samples, none chosen (their measures: python examples/quickstart_samples.py --help)"
-say python examples/quickstart_samples.py --load $run/checkpoint --device cpu --training $run/training.txt \
+say python examples/quickstart_samples.py --load $run/checkpoint --device cpu --training $run/text.txt \
     --held-out $run/held_out "${sampling[@]}" --json $run/samples.json
 echo "== gaps filled from the text before and after them, the surest first (the order: $run/decoding.png)"
 echo "$gaps" # a token has its space in front of it

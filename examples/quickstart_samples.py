@@ -1,7 +1,7 @@
 r"""Measures what a small model of Python code has learned, on 20 samples and on held-out text.
 
     python examples/quickstart_samples.py --load runs/quickstart/checkpoint --device cpu \
-        --training runs/quickstart/training.txt --held-out runs/quickstart/held_out
+        --training runs/quickstart/text.txt --held-out runs/quickstart/held_out
 
 Sample i begins with prompt i and uses seed i. All 20 samples count. Each prompt is checked: the
 training text does not contain it. The measures are:

@@ -289,7 +289,7 @@ def stage(tmp_path_factory):
     )
     for source, *copies in (
         ("llada", "runs/llada"),
-        ("LLaDA-8B-Base", "my-tokenizer", "my_tokenizer", "runs/tiny/llada"),
+        ("LLaDA-8B-Base", "my_tokenizer", "runs/tiny/llada"),
         ("Qwen2.5-7B", "runs/tiny/qwen2"),
         ("checkpoints", "runs/quickstart/checkpoint"),
         ("tb", "runs/quickstart/tensorboard"),
@@ -297,7 +297,7 @@ def stage(tmp_path_factory):
         for copy in copies:
             shutil.copytree(here / source, here / copy)
     for end in (".bin", ".idx", ".json"):
-        for copy in ("runs/quickstart/text", "package_text", "tests_text"):
+        for copy in ("runs/quickstart/held_out", "package_text", "tests_text"):
             shutil.copy(here / f"my_text{end}", here / f"{copy}{end}")
     return here
 

@@ -19,6 +19,7 @@ SCRIPTS = [
     *(f"tools/benchmark.py {name}" for name in BENCHMARKS),
     *(f"examples/reproduce/{name}.py" for name in ("reproduce", "score", "noise")),
     *("examples/studies/fp8_simulation/simulate.py", "examples/tiny_model.py"),
+    "examples/quickstart_samples.py",
 ]
 TRAINING = ("pretrain", "experiments.autoregressive")
 MODULES = [f"-m megatron_mdm.{name}" for name in (*TRAINING, "launch", "lm_eval", "sizing.nodes")]

@@ -1,6 +1,6 @@
 """Writes text with a checkpoint, or fills gaps in a text.
 
-    python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def "
+    python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def read(path):"
     python tools/generate.py --load checkpoints --prompt "f(<mask>):" --suffix " return" --length 8
     python tools/generate.py --load checkpoints --messages chat.json --length 128 --block-length 32
 
@@ -248,8 +248,8 @@ def opening(loaded: "LoadedModel", row: list[int], name: str) -> list[int]:
     if loaded.opening_token_id is None:
         raise UserError(
             f"{name}: a shifted model (--mdm-shift) cannot write the first token of a text: its "
-            "tokenizer has no end of document to begin after, or its documents never saw one "
-            "(--mdm-isolate-documents); give a --prompt that starts with a token"
+            "tokenizer has no end of document to begin after, or training never placed one before "
+            "a document (--mdm-isolate-documents); give a --prompt that starts with a token"
         )
     return [loaded.opening_token_id]
 

@@ -2,10 +2,10 @@ r"""Tokenizes text or JSONL files into a Megatron dataset: P.bin, P.idx and thei
 
     python tools/preprocess_data.py --input corpus.jsonl.gz --tokenizer-model code.model \
         --output-prefix data/corpus
-    python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my-tokenizer/ \
+    python tools/preprocess_data.py --input-list files.txt --hf-tokenizer my_tokenizer/ \
         --output-prefix data/source --skip-bad-lines
     python tools/preprocess_data.py --input chats.jsonl --messages-key messages \
-        --hf-tokenizer my-tokenizer/ --output-prefix data/chats
+        --hf-tokenizer my_tokenizer/ --output-prefix data/chats
 
 files.txt has one path per line: find src -name '*.py' | sort > files.txt
 
@@ -137,7 +137,7 @@ def main() -> None:
         action="store_true",
         help="skip and count bad documents instead of stopping at the first: documents that cannot "
         "be read (bad JSON, no such key, not a string, not UTF-8), and documents that spell a "
-        "special token which cannot stay text; in text files a document is the whole file",
+        "special token which cannot be encoded as text; in text files a document is the whole file",
     )
     args = parser.parse_args()
     inputs = resolve_inputs(args.input, args.input_list)

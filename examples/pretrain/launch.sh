@@ -13,10 +13,10 @@
 # run (default: MODEL). The same command resumes; another RUN starts a new run.
 # GPUS: GPUs of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
 # Transformer Engine, for example FP8=tensorwise or blockwise on H100, and mxfp8 on Blackwell; FP8=delayed also sets the
-# margin that README recommends. PORT: port of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, for
+# margin that megatron_mdm/mcore/FP8.md recommends. PORT: port of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, for
 # example TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
 # Options of sbatch override those above. examples/scale/README.md explains how a run under Slurm saves before its time
-# limit. Activate an environment with Transformer Engine first; README explains how to install it.
+# limit. Activate an environment with Transformer Engine first; README.md, section Install, explains how to install it.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain

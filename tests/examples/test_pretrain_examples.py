@@ -127,7 +127,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
         changes += "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 2".split()
         changes += ["--expert-model-parallel-size", "2"]
         words.remove("--moe-grouped-gemm")  # needs a GPU
-        # README says that the other kind depends on the micro-batch size.
+        # The guide of mcore says that the other kind depends on the micro-batch size.
         assert values_of(words, "--moe-router-load-balancing-type") == ["seq_aux_loss"]
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
     if DEVICE == "cuda" and not torch.cuda.is_available():
         lacks = "needs a CUDA device (MDM_TEST_DEVICE=cpu for a dry run)"
     elif DEVICE == "cuda" and not HAS_TRANSFORMER_ENGINE:
-        lacks = "Transformer Engine is not installed (README, Install)"
+        lacks = "Transformer Engine is not installed (README.md, Install)"
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)

@@ -112,8 +112,9 @@ HELP = {
 }
 
 # Defaults that the objective needs. With --calculate-per-token-loss gradients are summed and
-# divided by the global count of eligible tokens (or rows). Without a persistent worker Megatron turns
-# --async-save off. The strategy `mcore` uses Megatron's own worker, which needs no other library.
+# divided by the global count of eligible tokens (or rows). Without a persistent worker Megatron
+# turns --async-save off. The strategy `mcore` uses Megatron's own worker, which needs no other
+# library.
 NEEDED = {
     "calculate_per_token_loss": True,
     "use_persistent_ckpt_worker": True,

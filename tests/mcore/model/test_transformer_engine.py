@@ -17,7 +17,7 @@ from megatron_mdm.mcore.device import training_device
 from tests import HAS_TRANSFORMER_ENGINE, ranks
 
 pytestmark = pytest.mark.skipif(
-    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (README, Install)"
+    not HAS_TRANSFORMER_ENGINE, reason="Transformer Engine is not installed (README.md, Install)"
 )
 
 

@@ -135,7 +135,7 @@ class Scale:
         larger: shapes with longer rows, a larger model, or more steps.
         rates: grid of learning rates, each twice the one before.
         extensions: number of rates that may be added to the grid at each end.
-        tune_seed: seed of the runs that choose the learning rates; no other run has it.
+        tune_seed: seed of the runs that choose learning rates; no other run has it.
         confirm_seeds, transfer_seeds, larger_seeds: seeds of the stages of these names.
         fractions: fractions of the steps, for shorter schedules.
         contenders: keys of MAIN.
