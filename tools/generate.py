@@ -1,6 +1,6 @@
 """Writes text with a checkpoint, or fills gaps in a text.
 
-    python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def read(path):"
+    python tools/generate.py --load runs/quickstart/checkpoint --device cpu --prompt "def read(f):"
     python tools/generate.py --load checkpoints --prompt "f(<mask>):" --suffix " return" --length 8
     python tools/generate.py --load checkpoints --messages chat.json --length 128 --block-length 32
 

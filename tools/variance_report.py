@@ -207,7 +207,7 @@ def read_rows(loaded: "LoadedModel", options: argparse.Namespace) -> "list[Score
         rows = rows_from_documents(loaded, documents, packed=True)
         rows = [row for row in rows if len(row.tokens) == args.seq_length]  # all but the last
     if any((row.tokens == loaded.mask_token_id).any() for row in rows):
-        raise UserError(f"{options.data} contains the mask token: tokenize it again without the mask token")
+        raise UserError(f"{options.data} contains the mask token: tokenize texts without it")
     return shuffled(rows, options.seed)
 
 

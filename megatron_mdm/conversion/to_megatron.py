@@ -178,8 +178,8 @@ def to_megatron(
     if launch is not None:
         log(
             "this command starts or resumes the training (also in launch.txt); put your own paths "
-            "for MY_RUN and MY_DATA, and change batch, schedule and layout as you need, see examples/pretrain/README.md:"
-            "\n\n"
+            "for MY_RUN and MY_DATA, and change batch, schedule and layout as you need, "
+            "see examples/pretrain/README.md:\n\n"
             f"{launch}\n"
         )
 

@@ -224,7 +224,7 @@ def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
 
 
 def test_the_written_model_computes_the_same_as_it_is_told_to_be_used(tmp_path, megatron_logits):
-    """Uses it as the guide to conversion and the tool say: attention that hides nothing, and the shift."""
+    """Uses it as the tool and its guide say: attention that hides nothing, and the shift."""
     import transformers
 
     source = models.make("qwen2", tmp_path / "hf")
