@@ -9,16 +9,16 @@ from megatron_mdm.recipes import COMBINATIONS
 LABELS = {
     "lattice": "lattice of rates",
     "mirror": "MIRROR",
-    "ppots-loss+mirror": "P-POTS on the loss + MIRROR (`paper`)",
+    "ppots-loss+mirror": "recipe paper: P-POTS on the loss, MIRROR",
     "ppots-loss": "P-POTS on the loss",
     "exact-count": "exact counts",
     "mirror (texts)": "MIRROR, twice the rows",
     "ppots-gradient": "P-POTS on the gradient",
-    COMBINATIONS["recommended"]: "`recommended`",
-    "clipped": "`clipped`",
-    "bell": "`bell`",
+    COMBINATIONS["recommended"]: "recipe recommended",
+    "clipped": "recipe clipped",
+    "bell": "bell",
 }
-ROW = 0.5  # inches, of a method
+ROW = 0.42  # inches, of a method
 
 
 def draw(documents: list[dict[str, Any]], path: str) -> None:
@@ -54,11 +54,11 @@ def fill(figure: Any, documents: list[dict[str, Any]]) -> None:
     biased = {name for result in results for name in names if not _is_unbiased(result, name)}
     labels = [LABELS[name] + (" *" if name in biased else "") for name in names]
     axes.set_yticks([-place for place in range(len(names))], labels)
-    axes.set(ylim=(0.5 - len(names), 0.5), xlabel="variance of the gradient, `standard` = 1")
+    axes.set(ylim=(0.5 - len(names), 0.5), xlabel="relative to standard training")
     axes.axvline(1.0, color="black", lw=0.8)
     axes.grid(axis="y", visible=False)
-    star = "   (*: another objective)" if biased else ""
-    axes.set_title(f"Gradient noise that each method leaves{star}")
+    star = " (*: another objective)" if biased else ""
+    axes.set_title(f"Variance of the gradient of a batch{star}")
     legend_below(axes, columns=len(results))
 
 

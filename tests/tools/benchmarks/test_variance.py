@@ -53,7 +53,7 @@ def test_results_become_a_picture_with_a_bar_for_each(tmp_path):
         assert len(first) == len(variance_figure.LABELS)
         assert len(second) == len(set(IMPORTANT[:4]) & set(variance_figure.LABELS))
         names = [label.get_text() for label in axes.get_yticklabels()]
-    assert [name for name in names if name.endswith("*")] == ["`clipped` *"]
+    assert [name for name in names if name.endswith("*")] == ["recipe clipped *"]
 
 
 @pytest.mark.parametrize(
