@@ -66,15 +66,15 @@ class MDMConfig:
 
     clip: list[float] | None = field(default=None, metadata=_shown_as("LOW", "HIGH"))
     """Ends of the interval of masking rates of --mdm-rate-sampler clipped, 0 <= LOW < HIGH <= 1.
-    Default: none; that sampler requires this flag."""
+    Default: none; the sampler `clipped` requires this flag."""
 
     logit_normal: list[float] | None = field(default=None, metadata=_shown_as("MEAN", "STD"))
     """Mean and standard deviation of log(t / (1 - t)) for --mdm-rate-sampler logit-normal, MEAN in
-    [-3, 3] and STD in [0.1, 3]. Default: none; that sampler requires this flag."""
+    [-3, 3] and STD in [0.1, 3]. Default: none; the sampler `logit-normal` requires this flag."""
 
     beta: list[float] | None = field(default=None, metadata=_shown_as("A", "B"))
     """Parameters of the Beta density of t for --mdm-rate-sampler beta, proportional to t^(A-1)
-    (1-t)^(B-1), both in [1, 100]. Default: none; that sampler requires this flag."""
+    (1-t)^(B-1), both in [1, 100]. Default: none; the sampler `beta` requires this flag."""
 
     bell_uniform_share: float = 0.1
     """Share a of the uniform density in a bell-shaped density, w(t) = (1 - a) bell(t) + a, in (0,
@@ -96,8 +96,9 @@ class MDMConfig:
 
     ppots_file: str | None = field(default=None, metadata=_shown_as("FILE"))
     """Density of t that tools/fit_ppots.py has fitted, a JSON file. With --mdm-ppots-refit-interval
-    the run starts from this density. A resume with another density needs --mdm-allow-flag-change.
-    Default: none; the run then starts from the uniform density."""
+    the run starts from this density, and a resumed run continues with the density in its
+    checkpoint. Without it, a resume with another density needs --mdm-allow-flag-change. Default:
+    none; the run then starts from the uniform density."""
 
     ppots_refit_interval: int = 0
     """Number of iterations between two fits of the density of t to the rows of the run itself, at

@@ -68,10 +68,11 @@ def exit_with(error: UserError) -> NoReturn:
 def exit_rank_with(error: UserError) -> NoReturn:
     """Ends this rank of a training run with the one line of `error` and status 2.
 
-    Every rank finds most errors before the ranks are connected. Then only the first rank of each
-    node prints the error, and the other ranks wait until the launcher stops them. If nothing stops
-    them, the first rank has not found the error, and they print it with their own rank number. Only
-    the first rank prints a `SharedError`. Every later error is printed at once, with the number of
+    Before the ranks are connected, every rank finds most errors itself. The first rank of each node
+    prints the error, and the other ranks wait for the launcher to stop them. If nothing has stopped
+    a rank after `PATIENCE` seconds, the first rank has not found the error, and this rank prints it
+    with its own number. A `SharedError` is printed by the first rank of each node only, at any
+    time. Every other error after the ranks are connected is printed at once, with the number of
     this rank.
     """
     state = sys.modules.get("megatron.core.parallel_state")

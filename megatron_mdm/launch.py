@@ -1,4 +1,4 @@
-"""Starts a run like torchrun, with the same flags, and gives its ranks time to save when it ends.
+"""Starts a run like torchrun, with the same flags, and gives its ranks time to save on a signal.
 
     python -m megatron_mdm.launch --nproc-per-node 8 -m megatron_mdm.pretrain FLAGS
 

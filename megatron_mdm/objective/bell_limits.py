@@ -10,7 +10,7 @@ BELLS = {
     "beta": {"A": (1.0, 100.0), "B": (1.0, 100.0)},
 }
 # Lowest uniform share of a bell in the role `proposal`. It bounds the weights by 1/share. Without a
-# uniform share the weights have no finite mean.
+# uniform share their variance is infinite for most bells.
 LEAST_PROPOSAL_SHARE = 0.1
 
 

@@ -20,7 +20,7 @@ BellRole = Literal["objective", "proposal", "weight"]
 
 # All bells are tabulated at the same rates, which are equally spaced in logit t, and at 0 and 1.
 # The interpolation error of a logit-normal with STD 0.2 to 3 is below 1e-3 of its maximum; with STD
-# 0.1 it is 2e-3. `bell_limits.py` rejects other values of STD.
+# 0.1 it is 2e-3. `bell_limits.py` rejects an STD below 0.1 or above 3.
 _LOGITS = np.linspace(-24.0, 24.0, 4097)
 _EDGES: Floats = expit(np.concatenate([[-np.inf], _LOGITS, [np.inf]]))
 

@@ -71,9 +71,9 @@ def _same(one: str, other: str) -> bool:
 
 
 def _data(path: str) -> TokenizerData | None:
-    """A tokenizer in the form that preprocessing uses; None if it supports no such tokenizer.
+    """A tokenizer in the form that preprocessing uses; None if preprocessing does not support it.
 
-    It runs no code from the tokenizer's directory.
+    This function runs no code from the tokenizer's directory.
     """
     if os.path.isfile(path):
         with suppress(UserError):

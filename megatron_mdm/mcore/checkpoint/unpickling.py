@@ -46,7 +46,8 @@ def check_pickles(directory: Path) -> None:
         directory: directory of one checkpoint. It need not exist.
 
     Raises:
-        UserError: a file holds a forbidden class or function, or is damaged; the line names both.
+        UserError: a file holds a forbidden class or function, and the line names both; or a file is
+            damaged.
     """
     if not directory.is_dir():
         return

@@ -104,9 +104,9 @@ HELP = {
     "--eval-iters global batches. The logs show the NELBO of every set, and the mean over the sets "
     "with the standard error for fixed sets. The test set stays one set, with as many rows as all "
     "validation sets together.",
-    "log_throughput": "Log the useful TFLOP/s per GPU. Useful are the operations for positions "
-    "that are no padding, for pairs of positions that attend to each other, and for the logits at "
-    "masked positions.",
+    "log_throughput": "Log the useful TFLOP/s per GPU. The count includes the layers at all "
+    "positions, except for padding that is not predicted and for positions after the end of a row, "
+    "the pairs of positions that attend to each other, and the logits at masked positions.",
     "seed": "Seed of Megatron's random numbers, and of masking rates and masks. The last two are "
     "functions of the seed and the row number.",
 }

@@ -102,8 +102,8 @@ class TorchNorm:
 def drop_norm_extra_state(model: torch.nn.Module) -> None:
     """Removes the extra state of Transformer Engine's norms, which is empty, from checkpoints.
 
-    The norms of local layers have no extra state. With it, models with local layers and models with
-    Transformer Engine could not load each other's checkpoints.
+    The norms of local layers have no extra state. A model with Transformer Engine would look for it
+    in their checkpoints and not find it.
 
     Args:
         model: model with layers of either implementation.

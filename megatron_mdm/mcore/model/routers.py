@@ -18,7 +18,8 @@ def router_loss_scale(
     Megatron multiplies these losses by the number of positions of the micro-batch, because it
     expects gradients to be divided by the number of positions of the global batch. With
     --mdm-normalization rows, gradients are divided by the number of rows, which is smaller by
-    seq-length, or by the number of documents, which is not known before the backward pass.
+    a factor of seq-length, or by the number of documents, which is not known before the backward
+    pass.
 
     Args:
         transformer: the configuration that Megatron's schedule reads.
@@ -57,7 +58,7 @@ class ShortRowRouter(TopKRouter):
     """Megatron's router, whose losses for rows that end early are the same in every layout.
 
     It corrects two faults of Megatron 0.19.2 that appear when positions are left out. Under
-    sequence and context parallelism, a loss is too large by the number of parts of a row.
+    sequence and context parallelism, a loss is too large by a factor: the number of parts of a row.
     `seq_aux_loss` balances each row as if it had the mean length of the micro-batch's rows. With
     both corrections each row is weighted by its own number of positions.
     """

@@ -29,7 +29,7 @@ from megatron_mdm.objective.segments import totals
 
 
 class OnlineSampler:
-    """The density in use, and the moments measured since it was fitted.
+    """The density in use, and the measurements for its next fit.
 
     Call `follow_reruns` once Megatron's rerun machine exists, so that a repeated iteration also
     restores this state.

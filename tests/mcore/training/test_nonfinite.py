@@ -76,7 +76,7 @@ def test_the_first_iteration_after_a_start(base, tmp_path, rerun):
     line = ranks.the_error_line(run.output)
     assert line.startswith(
         "error: iteration 1, rank 0: the loss of row 0 is nan, and another value when it was "
-        "computed a second time, as where a GPU is faulty. "
+        "computed a second time, which suggests a faulty GPU. "
         if rerun
         else "error: iteration 1, training: the loss of row 0 is nan. Nothing of this"
     )

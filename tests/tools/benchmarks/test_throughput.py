@@ -121,7 +121,7 @@ def test_sizes_that_cannot_work_are_refused(sides, monkeypatch):
     for flags, message in (
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rows", "0"], "--rows 0: must be at least 1"),
-        (["--vocabulary", "10"], "--vocabulary 10: must be above 256, bytes and mask"),
+        (["--vocabulary", "10"], "--vocabulary 10: must be above 256, for bytes and mask"),
         (["--hidden", "128", "--heads", "3"], "--hidden 128: must be a multiple of 2 x --heads 3"),
         (["--hidden", "30", "--heads", "2"], "--hidden 30: must be a multiple of 2 x --heads 2"),
     ):
