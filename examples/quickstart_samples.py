@@ -275,7 +275,9 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 class NameReader:
     """Walks over a tree in the order in which Python binds names.
 
-    A name that `:=` binds in a comprehension counts as bound in the comprehension alone.
+    It differs from Python in two points: a name that `:=` binds in a comprehension counts as bound
+    in the comprehension alone, and the first iterable of a comprehension in the body of a class is
+    looked up without the names of that class.
 
     Attributes:
         found: line of each name that is read, and whether it is builtin or bound before.
