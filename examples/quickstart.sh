@@ -12,6 +12,12 @@ fail() {
     echo "error: $1" >&2
     exit 2
 }
+interrupted() { # bash runs this when the training has ended
+    # shellcheck disable=SC2046
+    kill $(jobs -p) 2>/dev/null || true # the progress
+    echo "interrupted: the same command continues from the last checkpoint" >&2
+    exit 130
+}
 minutes=5
 while [ $# -gt 0 ]; do
     case $1 in
@@ -33,6 +39,7 @@ done
 source tools/setup.sh plot
 source examples/progress.sh
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore # one thread a process: the processes share the cores
+python -c 'import matplotlib' 2>/dev/null || fail "the pictures need matplotlib: pip install matplotlib"
 python=.venv/bin/python
 [ "${SETUP:-yes}" != no ] || python=python # as the commands at the end name it
 
@@ -84,11 +91,15 @@ flags=(
     printf '%s\n' "${flags[@]}"
     cat $run/text.json $run/held_out.json
 } >$run/settings.new
-if ! cmp -s $run/settings.new $run/settings.txt; then
+latest=$run/checkpoint/latest_checkpointed_iteration.txt
+if cmp -s $run/settings.new $run/settings.txt; then
+    rm $run/settings.new
+else
+    [ ! -e $latest ] \
+        || echo "the minutes, the settings or the library have changed: trains anew, and replaces $run/checkpoint" >&2
     rm -rf $run/tensorboard $run/checkpoint
     mv $run/settings.new $run/settings.txt
 fi
-latest=$run/checkpoint/latest_checkpointed_iteration.txt
 if [ "$(cat $latest 2>/dev/null)" != "$steps" ]; then
     if [ -e $latest ]; then
         flags+=(--load $run/checkpoint)
@@ -97,8 +108,10 @@ if [ "$(cat $latest 2>/dev/null)" != "$steps" ]; then
     fi
     echo "== training ($steps steps; follow it with: tail -f $run/train.log)"
     # Without an address torchrun would ask for that of the machine's name, which not all machines know.
+    trap interrupted INT
     run_logged $run/train.log torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 \
         -m megatron_mdm.pretrain "${flags[@]}" --tensorboard-dir $run/tensorboard --save $run/checkpoint
+    trap - INT
 fi
 echo "== result"
 python tools/plot_run.py --tensorboard-dir $run/tensorboard --output $run/training.png
@@ -130,5 +143,5 @@ $python tools/generate.py --load $run/checkpoint --device cpu --length 0 --show 
     --prompt "if self.name is<mask>: raise<mask>('no name')"
 $python tools/variance_report.py --load $run/checkpoint --device cpu --data $run/held_out \\
     --rows 50 --output $run/variance.json
-bash examples/quickstart.sh --minutes 60
 NEXT
+[ "$minutes" -ge 60 ] || echo "bash examples/quickstart.sh --minutes 60   # trains anew, and replaces this checkpoint"

@@ -8,8 +8,9 @@ training text does not contain it. The measures are:
 
 statements  A sample is cut after its last line end, since the length cuts its last line off. It
             passes if ast.parse accepts it. It also passes if Python only misses a continuation (of
-            a bracket, a string, a block) and ast.parse accepts it without its last statement.
-            Something that the model wrote must remain.
+            a bracket or a block) and ast.parse accepts it without its last statement. An unclosed
+            string is no such continuation, since all text may follow in it. After the prompt at
+            least one statement must remain that is not just a string.
 names       In the longest run of first lines that ast.parse accepts: the share of the names read
             after the prompt that are builtin or bound earlier in a scope that Python would search.
 copied      The longest run of characters that the model wrote and the training text contains.
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.data.documents import document_text, read_documents, resolve_inputs
-from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.errors import UserError, check_numbers, run_tool
 from megatron_mdm.files import check_output, write_json
 from megatron_mdm.generation.decoder_flags import (
     DECODER_FLAGS,
@@ -90,6 +91,8 @@ def main() -> None:
     add_decoder_arguments(decoder)
     add_sampling_arguments(decoder)
     options = parser.parse_args()
+    check_numbers(options, "rows", "length")
+    check_numbers(options, "draws", least=2)
     if options.json:
         check_output(options.json, "--json")
     training = text_of(options.training)
@@ -202,14 +205,42 @@ def complete_statements_parse(text: str, given: int) -> bool:
         text: whole lines, of which the first ones alone are no complete statement.
         given: number of these.
     """
+    if has_unclosed_string(text):
+        return False
     lines = text.splitlines(keepends=True)
     for number in range(len(lines), given, -1):
         part = "".join(lines[:number])
-        if tree_of(part):
-            return True
+        if tree := tree_of(part):
+            return any(node.lineno > given and not is_string(node) for node in statements(tree))
         if not is_cut_off(part):
             return False
     return False
+
+
+def has_unclosed_string(text: str) -> bool:
+    """Whether a text ends within a string."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ast.parse(text)
+        except SyntaxError as error:
+            return error.msg.startswith("unterminated")
+        except (ValueError, RecursionError, MemoryError):
+            pass
+    return False
+
+
+def statements(tree: ast.Module) -> Iterator[ast.stmt]:
+    """All statements of a text, also those within others."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.stmt))
+
+
+def is_string(statement: ast.stmt) -> bool:
+    """Whether a statement is just a string, as a docstring is."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.JoinedStr) or (
+        isinstance(value, ast.Constant) and isinstance(value.value, str | bytes)
+    )
 
 
 def names_read(tree: ast.Module, given: int) -> Iterator[bool]:
@@ -243,6 +274,10 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 class NameReader:
     """Walks over a tree in the order in which Python binds names.
+
+    It differs from Python in two points: a name that `:=` binds in a comprehension counts as bound
+    in the comprehension alone, and the first iterable of a comprehension in the body of a class is
+    looked up without the names of that class.
 
     Attributes:
         found: line of each name that is read, and whether it is builtin or bound before.
@@ -284,6 +319,9 @@ class NameReader:
             case ast.MatchAs() | ast.MatchStar():
                 self._visit_fields(node)
                 self._bind(node.name)
+            case ast.MatchMapping():
+                self._visit_fields(node)
+                self._bind(node.rest)
             case ast.AST() if isinstance(node, COMPREHENSIONS):
                 self._visit_within(*(getattr(node, name) for name in ORDER[type(node)]))
             case ast.AST():
@@ -401,7 +439,7 @@ def report(samples: list[Sample], nats: tuple[float, float | None], path: str | 
     count = len(samples)
     passing = sum(sample.passes for sample in samples)
     names, defined = (sum(getattr(x, name) for x in samples) for name in ("names", "defined"))
-    copied = sorted((len(sample.copied), sample.copied) for sample in samples)
+    longest = max((sample.copied for sample in samples), key=len)
     median = sorted(samples, key=Sample.rank)[(count - 1) // 2]
     value, stderr = nats
     rows = (
@@ -410,7 +448,7 @@ def report(samples: list[Sample], nats: tuple[float, float | None], path: str | 
         ("names defined before use", f"{defined} of {names} ({defined / max(names, 1):.0%})"),
         (
             "longest run copied from the training text",
-            f"{copied[-1][0]} characters (median sample: {copied[(count - 1) // 2][0]})",
+            f"{len(longest)} characters (median sample: {len(median.copied)})",
         ),
     )
     for name, found in rows:
@@ -427,7 +465,7 @@ def report(samples: list[Sample], nats: tuple[float, float | None], path: str | 
             "passing": passing,
             "names": names,
             "names_defined": defined,
-            "longest_copy": copied[-1][1],
+            "longest_copy": longest,
             "median_sample": median.number,
             "samples": [asdict(sample) for sample in samples],
         }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,15 @@ NAME = f"megatron_mdm-{__version__}"
 BUILD = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
 FILES = ["setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"]
 FOLDERS = ["megatron_mdm", "tools", "examples", "tests"]
+IGNORED = ["__pycache__", "*.py[cod]", "runs", "build", "dist", "*.egg-info"]  # by git
 # A link or an image of Markdown or HTML that leads to a file of the repository, or to a heading.
 RELATIVE = re.compile(r"""\]\((?!https?:)|\b(?:src|srcset|href)=["'](?!https?:)""")
 
 
 def build(source):
     """Builds both, without network, in a copy of the source; the folder that has them."""
-    subprocess.run([sys.executable, "-c", BUILD], cwd=source, check=True, capture_output=True)
+    run = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
     return source / "dist"
 
 
@@ -41,7 +44,7 @@ def dist(tmp_path_factory):
     for name in FILES:
         shutil.copy(ROOT / name, source)
     for name in FOLDERS:
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns(*IGNORED)
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     return build(source)
 
@@ -52,7 +55,8 @@ def files_of(*folders):
         path.relative_to(ROOT).as_posix()
         for name in folders
         for path in (ROOT / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
+        and not any(fnmatch(part, x) for part in path.relative_to(ROOT).parts for x in IGNORED)
     }
 
 

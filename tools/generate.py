@@ -248,8 +248,9 @@ def opening(loaded: "LoadedModel", row: list[int], name: str) -> list[int]:
     if loaded.opening_token_id is None:
         raise UserError(
             f"{name}: a shifted model (--mdm-shift) cannot write the first token of a text: its "
-            "tokenizer has no end of document to begin after, or training never placed one before "
-            "a document (--mdm-isolate-documents); give a --prompt that starts with a token"
+            "tokenizer has no end of document to begin after, or training never placed that "
+            "token before a document (--mdm-isolate-documents); give a --prompt that starts with a "
+            "token"
         )
     return [loaded.opening_token_id]
 

@@ -30,6 +30,8 @@ if [ -n "$MODEL" ]; then # a real model, on GPUs
     HARDWARE=(--tensor-model-parallel-size "$TP" --sequence-parallel --bf16) # launch.txt has the other flags
     [ -e "$MODEL/config.json" ] || stop "$MODEL is not a Hugging Face model directory: it has no config.json"
     [ -f "$TEXT" ] || stop "name a file with the paths of your texts after $MODEL"
+    [ "${SETUP:-yes}" = no ] || [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1 \
+        || stop "no GPU here, which $MODEL needs; SETUP=no uses the active environment and installs nothing"
     RUN=$RUN/$(basename "$MODEL")-$({ realpath "$MODEL" && cat "$TEXT"; } | sha256sum | cut -c1-8)
     source tools/setup.sh hf,gpu
     mkdir -p "$RUN"

@@ -229,6 +229,18 @@ def test_mistakes_end_in_one_line(example):
         assert result.stderr.count("\n") == 1 and not (example.here / "runs").exists()
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+@pytest.mark.parametrize("script", ["sft.sh", "continue_llada.sh", "ar_to_mdm.sh"])
+def test_without_a_gpu_nothing_is_installed(script, example):
+    (example.here / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (example.here / "bin" / "nvidia-smi").chmod(0o755)
+    model, texts = example.model("model", {}), str(example.here / "texts.txt")
+    result, calls = example.run(script, model, texts, SETUP="yes")
+    assert result.returncode == 2 and not calls and not (example.here / "runs").exists()
+    assert result.stderr.startswith("error: no GPU here") and "SETUP=no" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_small_run(tmp_path):
     """All steps of the example with the fewest steps, for two iterations."""
     environment = {

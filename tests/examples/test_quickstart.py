@@ -27,7 +27,12 @@ def program(monkeypatch):
         ("    return a\n", True, 1),
         ("    return a\n    retu", True, 1),  # without a line end: left out
         ("    return a\n    print(\n        a,\n", True, 1),  # a bracket is open
-        ('    return a\n    """never\n    closed\n', True, 1),
+        ('    return a\n    """never\n    closed\n', False, 1),
+        ('    """never\n    closed\n', False, 0),
+        ('    print("""never\n    closed\n', False, 0),
+        ('    """closed"""\n', False, 1),  # strings alone
+        ('    """closed"""\n    f"{a}"\n    print(\n', False, 2),
+        ('    """closed"""\n    return a\n', True, 2),
         ("    return a\n\ndef g():\n", True, 2),  # a blank line is accepted too
         ("    return a\n)\n    return a\n", False, 1),
         ("    return a\n        return a\n", False, 1),
@@ -62,6 +67,7 @@ def test_complete_statements(program, written, passes, parsed):
         ("try: pass\nexcept A as b: b", "01"),
         ("with a as b: b", "01"),
         ("match a:\n    case [b, *c]: b, c\n    case {'x': d}: d", "0111"),
+        ("match a:\n    case {'x': 1, **b}: b", "01"),
         ("def f():\n    global a\n    return a.b.c\na.b = 1", "10"),
     ],
 )
@@ -139,6 +145,31 @@ def test_a_prompt_that_was_trained_on_is_refused(trained, program, tmp_path):
     assert run.returncode == 2
     line = f"error: --training {tmp_path / 'list'}: it contains the prompt {program.PROMPTS[3]!r}\n"
     assert run.stderr == line
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--rows", "-3"], "--rows -3: must be at least 1"),
+        (["--rows", "0"], "--rows 0: must be at least 1"),
+        (["--length", "0"], "--length 0: must be at least 1"),
+        (["--draws", "1"], "--draws 1: must be at least 2"),
+    ],
+)
+def test_numbers_that_cannot_work_are_one_line(flags, line):
+    given = [word for name in ("load", "training", "held-out") for word in (f"--{name}", "x")]
+    run = ranks.run_forked("examples/quickstart_samples.py", *given, *flags)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"error: {line}\n")
+
+
+def test_the_copy_that_is_printed_is_of_the_median_sample(program, capsys):
+    samples = [
+        program.Sample(i, "", f"text {i}", True, 4, parsed, 0, 0, "c" * copied)
+        for i, (parsed, copied) in enumerate([(1, 9), (2, 5), (3, 7)])
+    ]
+    program.report(samples, (1.0, None), None)
+    out = capsys.readouterr().out
+    assert "9 characters (median sample: 5)" in out and out.endswith("text 1\n")
 
 
 @pytest.mark.parametrize(

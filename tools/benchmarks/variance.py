@@ -22,6 +22,8 @@ from megatron_mdm.files import check_output, check_picture, write_json
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 DELIMITERS = tuple(b"\n:()")  # the tokens that ISAD masks more often
 SEED = 1234
+# What a picture needs of each method.
+DRAWN = ("method", "gradient_variance_ratio", "gradient_variance_ratio_stderr", "unbiased")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +67,9 @@ def run(args: argparse.Namespace) -> None:
     if args.report or args.figure:
         _draw(args.report, args.figure)
         return
+
+    if args.json:
+        check_output(args.json, "--json")
 
     import torch
 
@@ -120,7 +125,10 @@ def _draw(paths: list[str] | None, figure: str | None) -> None:
     check_output(figure, "--figure")
     from benchmarks import variance_figure
 
-    variance_figure.draw([_read(path) for path in paths], figure)
+    documents = [_read(path) for path in paths]
+    if not any(row["method"] in variance_figure.LABELS for x in documents for row in x["rows"]):
+        raise UserError(f"--report {' '.join(paths)}: none of the methods has a bar in the figure")
+    variance_figure.draw(documents, figure)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -131,9 +139,11 @@ def _read(path: str) -> dict[str, Any]:
     """
     try:
         document: dict[str, Any] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        methods = {row["method"] for row in document["rows"]}
+        needed = [document["length"], *(row[key] for row in document["rows"] for key in DRAWN)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not what --json of this wrote ({error!r})") from error
-    if not methods:
+        raise UserError(
+            f'{path}: is not a result file of "benchmark.py variance --json" ({error!r})'
+        ) from error
+    if len(needed) == 1:
         raise UserError(f"{path}: holds no method")
     return document

@@ -61,15 +61,26 @@ def test_results_become_a_picture_with_a_bar_for_each(tmp_path):
     [
         ("--report {results}", "--report and --figure need each other"),
         ("--figure {figure}", "--report and --figure need each other"),
-        ("--report {figure} --figure {figure}", "variance.png: is not what --json"),
+        ("--report {figure} --figure {figure}", "variance.png: is not a result file"),
         ("--report {empty} --figure {figure}", "empty.json: holds no method"),
+        (
+            "--report {part} --figure {figure}",
+            "part.json: is not a result .*gradient_variance_ratio",
+        ),
+        ("--report {results} --figure {figure}", "results.json: none of the methods has a bar"),
         ("--report {results} --figure x.gif", "--figure x.gif: must end in .png or .svg"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(words, message, tmp_path):
-    paths = {"results": "results.json", "empty": "empty.json", "figure": "variance.png"}
+    paths = {
+        "results": "results.json",
+        "empty": "empty.json",
+        "part": "part.json",
+        "figure": "variance.png",
+    }
     paths = {name: str(tmp_path / file) for name, file in paths.items()}
-    rows = [{"method": "standard"}]
+    rows = [dict.fromkeys(variance.DRAWN, 1.0) | {"method": "standard"}]
+    (tmp_path / "part.json").write_text(json.dumps({"length": 64, "rows": [{"method": "bell"}]}))
     (tmp_path / "results.json").write_text(json.dumps({"length": 64, "rows": rows}))
     (tmp_path / "empty.json").write_text(json.dumps({"length": 64, "rows": []}))
     parser = argparse.ArgumentParser()
@@ -85,10 +96,13 @@ def test_what_cannot_be_drawn_is_refused(words, message, tmp_path):
         ("--length 0", "--length 0: must be at least 2"),
         ("--rows 1", "needs at least --rows 2"),
         ("--steps -3", "--steps -3: must be at least 1"),
+        ("--json {nowhere}", "--json .*nowhere"),
     ],
 )
-def test_numbers_that_cannot_work_are_refused(words, message):
+def test_numbers_that_cannot_work_are_refused(words, message, tmp_path):
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "nowhere.json"
     parser = argparse.ArgumentParser()
     variance.add_arguments(parser)
     with pytest.raises(UserError, match=message):
-        variance.run(parser.parse_args(words.split()))
+        variance.run(parser.parse_args(words.format(nowhere=nowhere).split()))
