@@ -12,7 +12,7 @@ statements  A sample is cut after its last line end, since the length cuts its l
             string is no such continuation, since all text may follow in it. After the prompt at
             least one statement must remain that is not just a string.
 names       In the longest run of first lines that ast.parse accepts: the share of the names read
-            after the prompt that are builtin or bound earlier in a scope that Python would search.
+            after the prompt that are builtin or bound earlier in the sample, in whatever scope.
 copied      The longest run of characters that the model wrote and the training text contains.
 held out    The NELBO of the held-out text in nats per byte, which does not depend on the tokenizer.
 
@@ -26,7 +26,7 @@ import builtins
 import codeop
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,9 @@ def text_of(path: str) -> str:
     """
     files = resolve_inputs([], path)
     return "\0".join(document_text(file, "") for file in read_documents(files, "text"))
+
+
+Place = tuple[int, int]  # line and column
 
 
 @dataclass(frozen=True)
@@ -244,119 +247,62 @@ def is_string(statement: ast.stmt) -> bool:
 
 
 def names_read(tree: ast.Module, given: int) -> Iterator[bool]:
-    """For each name that is read after the first lines: whether it is defined before.
+    """For each name that is read after the first lines: whether it is builtin or bound before.
 
     Args:
         tree: of a text.
         given: number of the first lines.
     """
-    reader = NameReader()
-    reader.visit(tree)
-    return (known for line, known in reader.found if line > given)
-
-
-# Fields in the order in which Python evaluates them, where this is not the order of the tree.
-ORDER: dict[type[ast.AST], tuple[str, ...]] = {
-    ast.Assign: ("value", "targets"),
-    ast.AnnAssign: ("annotation", "value", "target"),
-    ast.AugAssign: ("value", "target"),
-    ast.NamedExpr: ("value", "target"),
-    ast.For: ("iter", "target", "body", "orelse"),
-    ast.AsyncFor: ("iter", "target", "body", "orelse"),
-    ast.comprehension: ("iter", "target", "ifs"),
-    ast.ListComp: ("generators", "elt"),
-    ast.SetComp: ("generators", "elt"),
-    ast.GeneratorExp: ("generators", "elt"),
-    ast.DictComp: ("generators", "key", "value"),
-}
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
-
-
-class NameReader:
-    """Walks over a tree in the order in which Python binds names.
-
-    It differs from Python in two points: a name that `:=` binds in a comprehension counts as bound
-    in the comprehension alone, and the first iterable of a comprehension in the body of a class is
-    looked up without the names of that class.
-
-    Attributes:
-        found: line of each name that is read, and whether it is builtin or bound before.
-    """
-
-    def __init__(self) -> None:
-        self.found: list[tuple[int, bool]] = []
-        self.scopes = [{*dir(builtins), "__file__"}]
-        self.is_class = [False]
-
-    def visit(self, node: Any) -> None:
-        """Visits a node, or a list of nodes; all else is passed over."""
+    bound: dict[str, Place] = dict.fromkeys(dir(builtins), (0, 0))
+    places: dict[ast.AST, Place] = {}  # where names are bound at another place than their own
+    reads = []
+    for node in ast.walk(tree):  # a node comes before its parts
         match node:
-            case list():
-                for part in node:
-                    self.visit(part)
-            case ast.Name(id=name):
-                if isinstance(node.ctx, ast.Store):
-                    self.scopes[-1].add(name)
-                else:
-                    self._read(node)
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
-                self._visit_function(node)
-            case ast.ClassDef(name=name):
-                self.visit([*node.decorator_list, *node.bases, *node.keywords])
-                self._bind(name)
-                self._visit_within(node.body, is_class=True)
-            case ast.AugAssign(target=ast.Name() as target):
-                self._read(target)
-                self._visit_fields(node)
-            case ast.alias():
-                self._bind(node.asname or node.name.partition(".")[0])
-            case ast.Global() | ast.Nonlocal():
-                self._bind(*node.names)
-            case ast.ExceptHandler():
-                self.visit(node.type)
-                self._bind(node.name)
-                self.visit(node.body)
-            case ast.MatchAs() | ast.MatchStar():
-                self._visit_fields(node)
-                self._bind(node.name)
-            case ast.MatchMapping():
-                self._visit_fields(node)
-                self._bind(node.rest)
-            case ast.AST() if isinstance(node, COMPREHENSIONS):
-                self._visit_within(*(getattr(node, name) for name in ORDER[type(node)]))
-            case ast.AST():
-                self._visit_fields(node)
+            case ast.Assign(targets=targets):  # bound after the value
+                places |= dict.fromkeys(_parts(targets), end_of(node))
+            case ast.AnnAssign(target=target) | ast.AugAssign(target=target):
+                places |= dict.fromkeys(_parts([target]), end_of(node))
+            case ast.NamedExpr(target=target):
+                places[target] = end_of(node)
+            case ast.comprehension(target=target):  # its names are used before it too
+                places |= dict.fromkeys(_parts([target]), (target.lineno, 0))
+            case ast.Name(id=name, ctx=ast.Load()):
+                reads.append((start_of(node), name))
+        if name := name_bound_by(node):
+            bound[name] = min(bound.get(name, (sys.maxsize, 0)), places.get(node) or start_of(node))
+    for place, name in sorted(reads):
+        if place[0] > given:
+            yield name in bound and bound[name] <= place
 
-    def _visit_fields(self, node: ast.AST) -> None:
-        for name in ORDER.get(type(node), node._fields):
-            self.visit(getattr(node, name))
 
-    def _visit_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> None:
-        args = node.args
-        starred = [arg for arg in (args.vararg, args.kwarg) if arg]
-        every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *starred]
-        self.visit([*args.defaults, *args.kw_defaults, *(arg.annotation for arg in every)])
-        if not isinstance(node, ast.Lambda):
-            self.visit([*node.decorator_list, node.returns])
-            self._bind(node.name)
-        self._visit_within(node.body, bound=[arg.arg for arg in every])
+def name_bound_by(node: ast.AST) -> str | None:
+    """The name that a node binds, None if it binds none."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+            return name
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
+        case ast.alias(name=name, asname=other):
+            return other or name.partition(".")[0]
+        case ast.ExceptHandler(name=name) | ast.MatchAs(name=name) | ast.MatchStar(name=name):
+            return name
+        case ast.MatchMapping(rest=name):
+            return name
+    return None
 
-    def _visit_within(self, *nodes: Any, bound: Iterable[str] = (), is_class: bool = False) -> None:
-        """Visits nodes in a scope of their own, where some names are bound from the start."""
-        self.scopes.append(set(bound))
-        self.is_class.append(is_class)
-        self.visit(list(nodes))
-        self.scopes.pop()
-        self.is_class.pop()
 
-    def _bind(self, *names: str | None) -> None:
-        self.scopes[-1].update(name for name in names if name)
+def _parts(nodes: list[ast.expr]) -> Iterator[ast.AST]:
+    return (part for node in nodes for part in ast.walk(node))
 
-    def _read(self, node: ast.Name) -> None:
-        """Looks a name up: in the innermost scope, and in those around it that are no classes."""
-        outer = zip(self.scopes[:-1], self.is_class, strict=False)
-        seen = [self.scopes[-1], *(names for names, is_class in outer if not is_class)]
-        self.found.append((node.lineno, any(node.id in names for names in seen)))
+
+def start_of(node: Any) -> Place:
+    """The line and the column at which a node begins."""
+    return node.lineno, node.col_offset
+
+
+def end_of(node: Any) -> Place:
+    """The line and the column at which a node ends."""
+    return node.end_lineno, node.end_col_offset
 
 
 def longest_copy(text: str, training: str) -> str:
