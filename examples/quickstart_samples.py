@@ -178,27 +178,32 @@ def measured(number: int, prompt: str, text: str, training: str) -> Sample:
     )
 
 
-def tree_of(text: str) -> ast.Module | None:
-    """The syntax tree of a text, None if ast.parse does not accept it."""
+def compiled(text: str, flags: int = 0) -> ast.Module | Exception:
+    """The syntax tree of a text, or the error of the compiler, with flags of the compiler."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd escapes in strings
         try:
-            return ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
+            return compile(text, "sample", "exec", ast.PyCF_ONLY_AST | flags)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return error
+
+
+def tree_of(text: str) -> ast.Module | None:
+    """The syntax tree of a text, None if Python does not accept it."""
+    tree = compiled(text)
+    return tree if isinstance(tree, ast.Module) else None
 
 
 def is_cut_off(text: str) -> bool:
     """Whether a text that does not parse could parse if it went on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(text, "sample", "exec", ast.PyCF_ONLY_AST | CUT_OFF)
-        except SyntaxError as error:
-            return "incomplete input" in str(error)
-        except (ValueError, RecursionError, MemoryError):
-            return False
-    return False
+    error = compiled(text, CUT_OFF)
+    return isinstance(error, SyntaxError) and "incomplete input" in str(error)
+
+
+def has_unclosed_string(text: str) -> bool:
+    """Whether a text ends within a string."""
+    error = compiled(text)
+    return isinstance(error, SyntaxError) and error.msg.startswith("unterminated")
 
 
 def complete_statements_parse(text: str, given: int) -> bool:
@@ -217,19 +222,6 @@ def complete_statements_parse(text: str, given: int) -> bool:
             return any(node.lineno > given and not is_string(node) for node in statements(tree))
         if not is_cut_off(part):
             return False
-    return False
-
-
-def has_unclosed_string(text: str) -> bool:
-    """Whether a text ends within a string."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            ast.parse(text)
-        except SyntaxError as error:
-            return error.msg.startswith("unterminated")
-        except (ValueError, RecursionError, MemoryError):
-            pass
     return False
 
 
@@ -350,23 +342,14 @@ def nats_per_byte(loaded: "LoadedModel", options: argparse.Namespace) -> tuple[f
     import torch
 
     from megatron_mdm.evaluation.nelbo import evaluate
-    from megatron_mdm.mcore.inference.eval_data import (
-        POOL,
-        read_tokens,
-        rows_from_documents,
-        scored_per_byte,
-        shuffled,
-    )
+    from megatron_mdm.mcore.inference.eval_data import sampled_rows
 
-    enough = POOL * options.rows * loaded.args.seq_length
-    documents = read_tokens(loaded, options.held_out, "text", enough, seed=0)
-    every = rows_from_documents(loaded, documents, packed=True)
-    factor = scored_per_byte(loaded, every, documents)
+    rows, factor = sampled_rows(loaded, options.held_out, "text", options.rows, seed=0)
     if factor is None:
         raise UserError(f"--held-out {options.held_out}: its length in bytes is not known")
     nelbo = evaluate(
         loaded.logits,
-        shuffled(every, seed=0)[: options.rows],
+        rows,
         loaded.mask_token_id,
         options.draws,
         device=torch.cuda.current_device(),

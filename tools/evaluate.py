@@ -221,20 +221,17 @@ def measure(options: argparse.Namespace) -> None:
         from tqdm import tqdm
 
         from megatron_mdm.evaluation.nelbo import evaluate
-        from megatron_mdm.mcore.inference.eval_data import (
-            POOL,
-            read_tokens,
-            rows_from_documents,
-            scored_per_byte,
-            shuffled,
-        )
+        from megatron_mdm.mcore.inference.eval_data import sampled_rows
 
-        enough = POOL * options.rows * loaded.args.seq_length
-        documents = read_tokens(
-            loaded, options.data, options.json_key, enough, options.seed, options.format
+        rows, per_byte = sampled_rows(
+            loaded,
+            options.data,
+            options.json_key,
+            options.rows,
+            options.seed,
+            options.format,
+            packed=not options.per_document,
         )
-        every = rows_from_documents(loaded, documents, not options.per_document)
-        rows = shuffled(every, options.seed)[: options.rows]
         masks, first = len(rows) * draws, loaded.args.rank == 0
         with tqdm(unit="masks", total=masks, disable=not first) as bar:
             result = evaluate(
@@ -249,8 +246,7 @@ def measure(options: argparse.Namespace) -> None:
                 bar.update,
             )
         if first:
-            # The ratio is that of all documents that were read; the rows hold parts of them.
-            report(options, result, scored_per_byte(loaded, every, documents))
+            report(options, result, per_byte)
 
 
 def answer(options: argparse.Namespace) -> None:

@@ -264,6 +264,39 @@ def scored_per_byte(
     return sum(int(row.eligible.sum()) for row in rows) / documents.num_bytes
 
 
+def sampled_rows(
+    loaded: LoadedModel,
+    data: str,
+    json_key: str,
+    number: int,
+    seed: int,
+    file_format: str = "auto",
+    packed: bool = True,
+) -> tuple[list[ScoredRow], float | None]:
+    """Draws rows from all over the data, in a random order.
+
+    Args:
+        loaded: the checkpoint, whose tokenizer is used.
+        data: a text or JSONL file, plain or .gz, or the prefix of a .bin/.idx pair.
+        json_key: key of the text in a JSONL line.
+        number: number of rows; the data may have fewer.
+        seed: seed of the documents and of the order.
+        file_format: format of a file; see `read_documents`.
+        packed: see `cut_rows`.
+
+    Returns:
+        The rows, and the number of scored tokens per byte of all documents that were read, of which
+        the rows hold parts; see `scored_per_byte`.
+
+    Raises:
+        UserError: see `read_tokens`.
+    """
+    enough = POOL * number * loaded.args.seq_length
+    documents = read_tokens(loaded, data, json_key, enough, seed, file_format)
+    every = rows_from_documents(loaded, documents, packed)
+    return shuffled(every, seed)[:number], scored_per_byte(loaded, every, documents)
+
+
 def is_pair_dataset(prefix: str) -> bool:
     """Whether an indexed dataset consists of prompts and responses instead of running text.
 
