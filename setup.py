@@ -61,7 +61,7 @@ setup(
     packages=find_packages(include=["megatron_mdm", "megatron_mdm.*"]),
     package_data={"megatron_mdm": ["py.typed"]},  # its annotations are for others too
     install_requires=[
-        "megatron-core>=0.19.0",  # a newer version than the tested ones starts with a warning
+        "megatron-core>=0.19.0",  # a version newer than the tested ones warns: versions.py
         "torch>=2.6",
         "numpy",
         "packaging",

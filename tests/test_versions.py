@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from megatron_mdm import versions
 from megatron_mdm.errors import UserError
-from megatron_mdm.versions import Tested, check_megatron, installed, release
+from megatron_mdm.versions import check_megatron, installed, release
 from tests import ROOT
 from tests.mcore.flags.parsing import COMMON
 
@@ -26,7 +26,8 @@ def test_a_release_has_no_suffixes(version):
 
 
 def test_a_range_ends_at_the_precision_in_which_it_is_written():
-    python, megatron = Tested("Python", "3.12", "3.12"), Tested("megatron-core", "0.19.0", "0.19.2")
+    python = versions.Tested("Python", "3.12", "3.12")
+    megatron = versions.Tested("megatron-core", "0.19.0", "0.19.2")
     assert python.includes("3.12.9") and python.is_newer("3.13.0") and python.is_older("3.11.9")
     assert megatron.includes("0.19.0rc0") and megatron.includes("0.19.2+cu13")
     assert megatron.is_newer("0.19.10") and megatron.is_newer("1.0") and megatron.is_older("0.18.2")
@@ -49,6 +50,11 @@ def test_the_tested_versions_are_those_of_the_constraints():
     for tested in versions.TESTED.values():
         if tested.name in pinned:
             assert tested.includes(pinned[tested.name]), tested
+
+
+def test_the_guide_names_the_range():
+    text = (ROOT / "megatron_mdm/mcore/README.md").read_text()
+    assert f"megatron-core {versions.MEGATRON} " in " ".join(text.split())
 
 
 def test_pip_takes_a_version_that_is_tried_with_a_warning():
@@ -117,18 +123,28 @@ def python(folder, *words, **variables):
     )  # fmt: skip
 
 
-def test_a_newer_checkout_trains_and_the_first_rank_warns_once(checkout):
-    """The rank has a worker that writes checkpoints, which imports the package again."""
+def test_a_newer_checkout_trains_with_one_warning(checkout):
     newer = checkout("0.20.0rc1")
     words = ["-m", "megatron_mdm.pretrain", *COMMON, "--mock-data", "--train-iters", "1"]
-    saved = ["--save", "checkpoint", "--save-interval", "1", "--async-save"]
-    run = python(newer, *words, "--split", "1,0,0", *saved)
+    run = python(newer, *words, "--split", "1,0,0")
     assert run.returncode == 0, run.stderr[-3000:]
     assert "iteration        1/       1" in run.stdout
-    assert run.stderr.count("is newer than the tested versions") == 1
-    assert "warning: megatron-core 0.20.0rc1 is newer" in run.stderr
-    other = python(newer, "-c", "import megatron_mdm.mcore", RANK="1")
-    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+    assert run.stderr.count("warning: megatron-core 0.20.0rc1 is newer than the tested versi") == 1
+
+
+def test_only_the_first_rank_warns_and_not_the_processes_that_it_spawns(checkout):
+    """Such as the writer of checkpoints, which imports the package again."""
+    newer = checkout("0.20.0rc1")
+    code = (
+        "import importlib, multiprocessing, megatron_mdm.mcore\n"
+        "start = multiprocessing.get_context('spawn').Process\n"
+        "child = start(target=importlib.import_module, args=('megatron_mdm.mcore',))\n"
+        "child.start(); child.join(); print(child.exitcode)"
+    )
+    first, second = (python(newer, "-c", code, RANK=rank) for rank in "01")
+    assert first.stdout == second.stdout == "0\n", first.stderr + second.stderr
+    assert first.stderr.startswith("warning: ") and first.stderr.count("\n") == 1
+    assert not second.stderr
 
 
 def test_an_older_checkout_is_refused_by_the_program_a_tool_and_the_plugin(checkout):
@@ -136,7 +152,7 @@ def test_an_older_checkout_is_refused_by_the_program_a_tool_and_the_plugin(check
     line = f"megatron-core 0.18.0 in {older}/megatron/core has no megatron.training.models.gpt, "
     program = python(older, "-m", "megatron_mdm.pretrain", *COMMON)
     (older / "run").mkdir()
-    tool = python(older, str(ROOT / "tools/evaluate.py"), "--load", "run", "--device", "cpu")
+    tool = python(older, str(ROOT / "tools/evaluate.py"), "--load", "run", "--data", "x")
     for run in (program, tool):
         assert run.returncode == 2, run.stderr[-3000:]
         assert run.stderr.startswith(f"error: {line}") and run.stderr.count("\n") == 1
