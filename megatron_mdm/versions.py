@@ -82,8 +82,8 @@ TRANSFORMER_ENGINE = Tested("transformer-engine", "2.14", "2.20")
 TESTED = {tested.name: tested for tested in (PYTHON, TORCH, MEGATRON, TRANSFORMER_ENGINE)}
 
 NEEDED_OF_MEGATRON = (Needed("megatron.training.models.gpt", "0.19.0", "the model"),)
-# What the flags in `use` need. MXFP8BlockScaling is in 2.0 already, but Megatron requires 2.1 for it.
-# For NVFP4BlockScaling Megatron requires 2.7, where it is still missing.
+# What the flags in `use` need. MXFP8BlockScaling is in 2.0 already, but Megatron requires 2.1. For
+# NVFP4BlockScaling Megatron requires 2.7, where it is still missing.
 NEEDED_OF_TRANSFORMER_ENGINE = (
     Needed("MXFP8BlockScaling", "2.1.0", "--fp8-recipe mxfp8"),
     Needed("Float8CurrentScaling", "2.2.0", "--fp8-recipe tensorwise"),
