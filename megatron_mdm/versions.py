@@ -5,6 +5,7 @@ It imports neither torch nor Megatron, so that it can refuse a version before an
 
 import platform
 import runpy
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of_distribution
@@ -75,10 +76,20 @@ class Needed:
 PYTHON = Tested("Python", "3.12", "3.12")
 TORCH = Tested("torch", "2.11.0", "2.11.0")
 MEGATRON = Tested("megatron-core", "0.19.0", "0.19.2")
-TRANSFORMER_ENGINE = Tested("transformer-engine", "2.20.2", "2.20.2")
+# A test builds the layers with 2.20.2. Of the other versions the sources were read: they have every
+# name that Megatron 0.19 imports for our flags, or Megatron does without it.
+TRANSFORMER_ENGINE = Tested("transformer-engine", "2.14", "2.20")
 TESTED = {tested.name: tested for tested in (PYTHON, TORCH, MEGATRON, TRANSFORMER_ENGINE)}
 
 NEEDED_OF_MEGATRON = (Needed("megatron.training.models.gpt", "0.19.0", "the model"),)
+# What the flags in `use` need. MXFP8BlockScaling is in 2.0 already, but Megatron requires 2.1. For
+# NVFP4BlockScaling Megatron requires 2.7, where it is still missing.
+NEEDED_OF_TRANSFORMER_ENGINE = (
+    Needed("MXFP8BlockScaling", "2.1.0", "--fp8-recipe mxfp8"),
+    Needed("Float8CurrentScaling", "2.2.0", "--fp8-recipe tensorwise"),
+    Needed("Float8BlockScaling", "2.3.0", "--fp8-recipe blockwise"),
+    Needed("NVFP4BlockScaling", "2.8.0", "--fp4-format"),
+)
 # Without dependencies: pip would otherwise be free to replace a container's torch.
 INSTALL_MEGATRON = f"pip install --no-deps {MEGATRON.name}=={MEGATRON.last}"
 
@@ -142,4 +153,36 @@ def check_megatron() -> str | None:
     return (
         f"warning: {MEGATRON.name} {version} is newer than the tested versions, {MEGATRON}; if it "
         f"fails: {INSTALL_MEGATRON}"
+    )
+
+
+def check_transformer_engine(flags: Collection[str]) -> str | None:
+    """Checks the version of Transformer Engine, for a run that uses it.
+
+    Args:
+        flags: flags of the run, each written as in `NEEDED_OF_TRANSFORMER_ENGINE`.
+
+    Returns:
+        A line that warns of a version outside the tested range, or None. It is also None if the
+        version is unknown, as for a source tree that pip has not installed.
+
+    Raises:
+        UserError: this version is known to lack a part that one of the flags needs.
+    """
+    tested = TRANSFORMER_ENGINE
+    version = installed(tested.name)
+    if version is None:
+        return None
+    for part in NEEDED_OF_TRANSFORMER_ENGINE:
+        if part.use in flags and release(version) < release(part.since):
+            raise UserError(
+                f"{tested.name} {version} has no {part.name}, which {part.use} needs and which "
+                f"{part.since} brought: leave the flag out, or use a container or an environment "
+                "with a newer one"
+            )
+    if tested.includes(version):
+        return None
+    return (
+        f"warning: {tested.name} {version} is {'older' if tested.is_older(version) else 'newer'} "
+        f"than the tested versions, {tested}"
     )

@@ -1,6 +1,7 @@
 """Which versions are tested, tried with a warning, or refused before Megatron is imported."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,9 +12,16 @@ from packaging.requirements import Requirement
 
 from megatron_mdm import versions
 from megatron_mdm.errors import UserError
-from megatron_mdm.versions import check_megatron, installed, release
+from megatron_mdm.mcore.flags import arguments
+from megatron_mdm.versions import (
+    Tested,
+    check_megatron,
+    check_transformer_engine,
+    installed,
+    release,
+)
 from tests import ROOT
-from tests.mcore.flags.parsing import COMMON
+from tests.mcore.flags.parsing import COMMON, parsed
 
 NEWER = "warning: megatron-core 0.20.0 is newer than the tested versions, 0.19.0 to 0.19.2; if it "
 
@@ -91,6 +99,61 @@ def test_tested_versions_pass_and_newer_ones_warn(monkeypatch):
         assert check_megatron() is None
     monkeypatch.setattr(versions, "installed", lambda name: "0.20.0")
     assert check_megatron() == f"{NEWER}fails: pip install --no-deps megatron-core==0.19.2"
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "line"),
+    [
+        # NeMo 26.08, NGC PyTorch 26.06, the registry, NeMo 26.04
+        ("2.17.1+4329ff84", "--fp8-recipe blockwise", None),
+        ("2.16.0+4220403e", "--fp8-recipe mxfp8", None),
+        ("2.20.2", "--fp4-format", None),
+        ("2.14.0+71bbefb", "--fp8-recipe tensorwise", None),
+        ("2.21.0.dev0+abc", "", "2.21.0.dev0+abc is newer than the tested versions, 2.14 to 2.20"),
+        ("3.0", "", "3.0 is newer than the tested versions, 2.14 to 2.20"),
+        ("2.12", "", "2.12 is older than the tested versions, 2.14 to 2.20"),
+        ("2.1", "--fp8-recipe delayed", "2.1 is older than the tested versions, 2.14 to 2.20"),
+    ],
+)
+def test_transformer_engine_outside_of_the_range_warns(version, flags, line, monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda name: version)
+    found = check_transformer_engine([flags])
+    assert found == (line and f"warning: transformer-engine {line}")
+
+
+@pytest.mark.parametrize(
+    ("version", "flag", "name"),
+    [
+        ("2.0", "--fp8-recipe mxfp8", "MXFP8BlockScaling"),
+        ("2.1.0+abc", "--fp8-recipe tensorwise", "Float8CurrentScaling"),
+        ("2.2.1", "--fp8-recipe blockwise", "Float8BlockScaling"),
+        ("2.7", "--fp4-format", "NVFP4BlockScaling"),
+    ],
+)
+def test_transformer_engine_without_a_part_is_refused_for_its_flag(
+    version, flag, name, monkeypatch
+):
+    monkeypatch.setattr(versions, "installed", lambda name: version)
+    words = f"^transformer-engine {re.escape(version)} has no {name}, which {flag} needs and which "
+    with pytest.raises(UserError, match=words):
+        check_transformer_engine(["--bf16", flag])
+    assert check_transformer_engine(["--bf16"]) is not None  # older than the range
+
+
+def test_the_flags_of_a_run_reach_the_check(monkeypatch, capsys):
+    args = parsed(monkeypatch, *"--fp8-format hybrid --fp8-recipe blockwise".split())
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(versions, "installed", lambda name: "2.2")
+    with pytest.raises(UserError, match="2.2 has no Float8BlockScaling"):
+        arguments.validate_flags(args)
+    monkeypatch.setattr(versions, "installed", lambda name: "2.21")
+    layers = parsed(monkeypatch, "--transformer-impl", "transformer_engine")
+    arguments.validate_flags(layers)
+    assert capsys.readouterr().err.count("2.21 is newer than the tested versions") == 1
+    monkeypatch.setenv("RANK", "1")
+    arguments.validate_flags(layers)
+    arguments.validate_flags(parsed(monkeypatch))  # local layers do not use it
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture

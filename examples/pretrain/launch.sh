@@ -15,8 +15,12 @@
 # Transformer Engine, for example FP8=tensorwise or blockwise on H100, and mxfp8 on Blackwell; FP8=delayed also sets the
 # margin that megatron_mdm/mcore/FP8.md recommends. PORT: port of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, for
 # example TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
+# CONTAINER: under Slurm with pyxis, the image in which the run starts, for example nvcr.io#nvidia/nemo:26.08 or a .sqsh
+# file. The checkout is mounted. MOUNTS: other folders for the container, for example MOUNTS=/data or /disk1:/data,/disk2
+# (examples/containers/README.md).
 # Options of sbatch override those above. examples/scale/README.md explains how a run under Slurm saves before its time
-# limit. Activate an environment with Transformer Engine first; README.md, section Install, explains how to install it.
+# limit. Without CONTAINER activate an environment with Transformer Engine first; README.md, section Install, explains how
+# to install it.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain
@@ -32,6 +36,8 @@ for name in GPUS NODES PORT; do
     value=${!name:-1}
     [[ $value =~ ^[1-9][0-9]*$ ]] || stop "$name=$value: give a number from 1 on"
 done
+[ -z "${CONTAINER:-}" ] || [ -n "${SLURM_JOB_ID:-}" ] || stop "CONTAINER=$CONTAINER needs Slurm with pyxis: start the \
+script with sbatch, or without CONTAINER inside the container (examples/containers/README.md)"
 [ -e "$FILES/$MODEL.flags" ] || stop "there is no $FILES/$MODEL.flags: name one of the files *.flags there"
 
 flags=()
@@ -63,6 +69,13 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     host=${hosts%%$'\n'*} # not "scontrol | head": head ends early, and scontrol fails if it has more to write
     # One task a node, with all cores of the node: by default Slurm binds the task, and so all ranks, to one core.
     srun=(srun --ntasks-per-node 1 --cpus-per-task "$SLURM_CPUS_ON_NODE" --cpu-bind=none)
+    if [ -n "${CONTAINER:-}" ]; then
+        # Packages in ~/.local would hide those of the image, so the home directory is not mounted.
+        srun+=("--container-image=$CONTAINER" "--container-mounts=$PWD${MOUNTS:+,$MOUNTS}" "--container-workdir=$PWD"
+            --no-container-mount-home)
+        # Variables of the image win over exported ones, except for those that are named here.
+        [ -z "${PYTHONPATH:-}" ] || srun+=(--container-env=PYTHONPATH)
+    fi
     launch=("${srun[@]}" "${launch[@]}" --nnodes "$nodes"
         --rdzv-id "$SLURM_JOB_ID" "${rendezvous[@]}" "$host:${PORT:-29500}")
 elif [ "$nodes" -gt 1 ]; then
@@ -72,7 +85,12 @@ else
     # With an explicit address, since some machines cannot resolve their own host name.
     launch+=(--standalone --local-addr 127.0.0.1)
 fi
-python -m megatron_mdm.sizing.nodes "$nodes" "$gpus" "${flags[@]}" "$@"
+# The check needs nothing but Python 3.12. Outside a container there may be none; the run then makes a similar check.
+check=python
+[ -z "${CONTAINER:-}" ] || check=python3
+if [ "$check" = python ] || python3 -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
+    "$check" -m megatron_mdm.sizing.nodes "$nodes" "$gpus" "${flags[@]}" "$@"
+fi
 
 # The masked head computes logits of a different size in each micro-batch, which would fragment the allocator's memory.
 # The setting has two names. Megatron looks for the older one, which torch reads first.

@@ -161,21 +161,72 @@ def test_launch_lines(tmp_path):
     assert "--fp8-format hybrid --fp8-recipe tensorwise" in text and "--fp8-margin" not in text
     assert "--fp8-recipe delayed --fp8-margin 4 " in " ".join(launch_line("1b", FP8="delayed"))
 
-    scontrol = tmp_path / "scontrol"
+    text = " ".join(launch_line("moe", **slurm(tmp_path)))
+    assert text.startswith(f"{SRUN} {LAUNCHER} --nproc-per-node 8 --nnodes 2")
+    assert "--rdzv-id 99 --rdzv-backend c10d --rdzv-endpoint n7:29500 -m megatron_mdm" in text
+
+
+SRUN = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
+
+
+def slurm(directory):
+    """The environment of a job on two nodes, with a scontrol in `directory` that knows them."""
+    scontrol = directory / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[7-8]" ] && printf "n7\\nn8\\n"\n')
     scontrol.chmod(0o755)
-    slurm = {
+    return {
         "SLURM_JOB_ID": "99",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "n[7-8]",
         "SLURM_CPUS_ON_NODE": "96",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "PATH": f"{tmp_path}:{PATH}",
+        "PATH": f"{directory}:{PATH}",
     }
-    text = " ".join(launch_line("moe", **slurm))
-    srun = "srun --ntasks-per-node 1 --cpus-per-task 96 --cpu-bind=none"
-    assert text.startswith(f"{srun} {LAUNCHER} --nproc-per-node 8 --nnodes 2")
-    assert "--rdzv-id 99 --rdzv-backend c10d --rdzv-endpoint n7:29500 -m megatron_mdm" in text
+
+
+IMAGE = "nvcr.io#nvidia/nemo:26.08"
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, [f"--container-mounts={ROOT}"]),
+        (
+            {"MOUNTS": "/data,/big disk:/runs:ro", "PYTHONPATH": "/packages"},
+            [f"--container-mounts={ROOT},/data,/big disk:/runs:ro", "--container-env=PYTHONPATH"],
+        ),
+    ],
+)
+def test_a_container_under_slurm(given, options, tmp_path):
+    environment = {**slurm(tmp_path), "CONTAINER": IMAGE, "PYTHONPATH": "", **given}
+    words = launch_line("8b", **environment)
+    start, place = SRUN.split(), words.index("python")
+    assert words[: len(start)] == start
+    fixed = [
+        f"--container-image={IMAGE}",
+        f"--container-workdir={ROOT}",
+        "--no-container-mount-home",
+    ]
+    assert sorted(words[len(start) : place]) == sorted([*fixed, *options])
+    plain = launch_line("8b", **{**environment, "CONTAINER": ""})
+    assert words[place:] == plain[len(start) :]
+
+
+def test_the_host_of_a_container_needs_no_python(tmp_path):
+    """A host with Python 3.12 still refuses numbers of nodes that do not fit."""
+    environment = {**slurm(tmp_path), "CONTAINER": IMAGE}
+    unfit = ["--global-batch-size", "24"]
+    command = ["bash", str(FILES / "launch.sh"), "8b", "text", "my.model", *unfit]
+    with_python = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert with_python.returncode == 2
+    assert with_python.stderr.startswith("error: 2 nodes of 8 GPUs cannot share the run evenly")
+    for name in ("python", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / name).chmod(0o755)
+    words = launch_line("8b", *unfit, **environment)
+    assert words[0] == "srun" and words[-2:] == unfit
 
 
 def test_mistakes_end_in_one_line():
@@ -185,6 +236,7 @@ def test_mistakes_end_in_one_line():
         (["1b", "x", "y"], {"NODES": "abc"}, "error: NODES=abc: give a number from 1 on"),
         (["1b", "x", "y"], {"GPUS": "0"}, "error: GPUS=0: give a number from 1 on"),
         (["1b", "x", "y"], {"NODES": "2"}, "error: NODES=2 needs MASTER"),
+        (["1b", "x", "y"], {"CONTAINER": "a:1"}, "error: CONTAINER=a:1 needs Slurm with pyxis"),
         (
             ["1b", "x", "y"],
             {"NODES": "3", "MASTER": "node0"},

@@ -61,6 +61,7 @@ from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 from megatron_mdm.sizing.flops import UNKNOWN
+from megatron_mdm.versions import check_transformer_engine
 
 # Megatron flags that make no sense here or are not supported, and the remedy for each.
 REFUSED = {
@@ -535,6 +536,11 @@ def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
                 "installed: install it (README.md, section Install), or use --transformer-impl "
                 "local"
             )
+    elif args.fp8 or args.fp4 or args.transformer_impl == "transformer_engine":
+        recipe = f"--fp8-recipe {args.fp8_recipe}" if args.fp8 else ""
+        warning = check_transformer_engine([recipe, "--fp4-format" if args.fp4 else ""])
+        if warning:
+            notice(warning, sys.stderr)
     check_fp8(args)
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):

@@ -10,7 +10,8 @@ import torch
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags.layout_checks import head_size
 
-UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"  # read by Transformer Engine
+# Read by Transformer Engine from 2.16.1 on; earlier versions read the pickle in any case.
+UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 # Minimum compute capability of each --fp8-recipe in Transformer Engine.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
