@@ -34,7 +34,7 @@ def check(monkeypatch):
     def run(*flags, capability=(9, 0)):
         argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
         monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
-        monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         arguments.validate_flags(parse_args(arguments._quiet_parser))
 
