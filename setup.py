@@ -61,9 +61,10 @@ setup(
     packages=find_packages(include=["megatron_mdm", "megatron_mdm.*"]),
     package_data={"megatron_mdm": ["py.typed"]},  # its annotations are for others too
     install_requires=[
-        "megatron-core>=0.19.2,<0.20",
+        "megatron-core>=0.19.0",  # a newer version than the tested ones starts with a warning
         "torch>=2.6",
         "numpy",
+        "packaging",
         "scipy",
         "sentencepiece",
         # megatron.training imports these without declaring them:

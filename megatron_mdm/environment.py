@@ -3,16 +3,13 @@
 import ctypes
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from megatron_mdm.errors import UserError
 
-MEGATRON_VERSIONS = ((0, 19, 2), (0, 20))
 # Variables that torchrun sets, with the values for a run of a single process.
 ALONE = {
     **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
@@ -72,26 +69,6 @@ def join_ranks() -> None:
                 "torchrun --nproc-per-node N -m megatron_mdm.pretrain, which sets it"
             )
     os.environ.update({name: ALONE[name] for name in missing})
-
-
-def check_megatron_version() -> None:
-    """Checks the installed megatron-core.
-
-    Raises:
-        UserError: it is not installed, or its version is not supported.
-    """
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        raise UserError(
-            "megatron-core is not installed: pip install megatron-core==0.19.2"
-        ) from None
-    numbers = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
-    least, below = MEGATRON_VERSIONS
-    if not least <= numbers < below:
-        raise UserError(
-            f"megatron-core {installed} is not supported: pip install 'megatron-core>=0.19.2,<0.20'"
-        )
 
 
 @contextmanager

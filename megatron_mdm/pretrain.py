@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_mdm.config import requested_device
-from megatron_mdm.environment import check_megatron_version, join_ranks, prepare_environment
+from megatron_mdm.environment import join_ranks, prepare_environment
 from megatron_mdm.errors import UserError, exit_rank_after, exit_rank_with
 from megatron_mdm.interruption import Interruption
 
@@ -50,7 +50,6 @@ def main(other_step: Callable[[Any], Callable[..., Any]] | None = None) -> None:
 def _run(
     interruption: Interruption, other_step: Callable[[Any], Callable[..., Any]] | None
 ) -> None:
-    check_megatron_version()
     join_ranks()
     from megatron_mdm.mcore.device import training_device
 

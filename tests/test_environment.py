@@ -4,13 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 import megatron_mdm
-from megatron_mdm.environment import ALONE, STARTED_TOGETHER, check_megatron_version, join_ranks
+from megatron_mdm.environment import ALONE, STARTED_TOGETHER, join_ranks
 from megatron_mdm.errors import UserError
 from tests.mcore.flags.parsing import COMMON
 
@@ -28,28 +27,6 @@ def test_no_module_imports_a_program():
     )
     found = [path for path in package.rglob("*.py") if programs.search(path.read_text())]
     assert found == [package / "experiments/autoregressive.py"]
-
-
-@pytest.mark.parametrize("installed", ["0.18.0", "0.19.1", "0.20.0", "1.0"])
-def test_other_versions_of_megatron(installed, monkeypatch):
-    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
-    with pytest.raises(UserError, match=f"^megatron-core {installed} is not supported: pip"):
-        check_megatron_version()
-
-
-@pytest.mark.parametrize("installed", ["0.19.2", "0.19.2+cu13", "0.19.10", "0.19.3rc1"])
-def test_supported_versions_of_megatron(installed, monkeypatch):
-    monkeypatch.setattr("megatron_mdm.environment.version", lambda name: installed)
-    check_megatron_version()
-
-
-def test_no_megatron(monkeypatch):
-    def version(name):
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr("megatron_mdm.environment.version", version)
-    with pytest.raises(UserError, match="^megatron-core is not installed: pip install"):
-        check_megatron_version()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ ROOT = Path(megatron_mdm.__file__).parent
 ORDER = [
     ["errors", "file_locks", "hub_files", "interruption", "libraries"],
     ["objective"],
-    ["environment", "files", "config"],
+    ["environment", "versions", "files", "config"],
     ["recipes", "bound", "densities", "data", "pictures"],
     ["sizing", "evaluation", "generation"],
     ["variance"],

@@ -20,7 +20,7 @@ import os
 import sys
 
 from megatron_mdm.checkpoint import add_hashes_argument
-from megatron_mdm.environment import check_megatron_version, prepare_environment
+from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, escaped, run_tool
 
 
@@ -115,7 +115,6 @@ def main() -> None:
         raise UserError("--trust-remote-code is for --verify: add it, or leave this out")
     if multiple is not None and multiple < 1:
         raise UserError("--pad-vocab-to-multiple-of must be at least 1")
-    check_megatron_version()
     prepare_environment("cpu")
 
     import torch
