@@ -147,14 +147,17 @@ def _parsed(flags: Sequence[str]) -> Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: flags of a launch come after --")
+        raise UserError(message)
 
 
-def _options() -> Namespace:
+def _options() -> tuple[Namespace, list[str]]:
+    """The options of this program, and the flags of a launch."""
     parser = _Parser(
         prog="python -m megatron_mdm.doctor",
+        usage="%(prog)s [--json] [--timeout N] [-- FLAGS]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -164,20 +167,24 @@ def _options() -> Namespace:
         metavar="N",
         help="seconds that a rank waits for the others. Default: %(default)s.",
     )
-    parser.add_argument("flags", nargs="*", metavar="FLAGS", help="flags of a launch, after --")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    if "--" in words:
+        end = words.index("--")
+        options, flags = parser.parse_args(words[:end]), words[end + 1 :]
+    else:  # torchrun does not pass -- on
+        options, flags = parser.parse_known_args(words)
     check_numbers(options, "timeout")
-    return options
+    return options, flags
 
 
 def main() -> int:
     """Prints the report and returns the exit status."""
-    options = _options()
+    options, flags = _options()
     facts = collect()
     args = None
-    if options.flags and not {TORCH, MEGATRON} & facts.problems.keys():
-        args = _parsed(options.flags)
-    is_alone = agreement.number_of_ranks() == 1
+    if flags and not {TORCH, MEGATRON} & facts.problems.keys():
+        args = _parsed(flags)
+    is_alone = agreement.number_of_ranks() == 1 or TORCH in facts.problems
     ranks = [facts] if is_alone else agreement.gather(facts, options.timeout)
     status = 0
     if ranks is not None:
@@ -185,8 +192,8 @@ def main() -> int:
             not_runnable = _not_runnable(args, ranks)
         else:
             causes = [facts.problems[x] for x in (TORCH, MEGATRON) if x in facts.problems]
-            not_runnable = [f"these flags cannot run here: {x}" for x in causes if options.flags]
-        report = Report(ranks, options.flags, not_runnable, agreement.differences(ranks))
+            not_runnable = [f"these flags cannot run here: {x}" for x in causes if flags]
+        report = Report(ranks, flags, not_runnable, agreement.differences(ranks))
         status = report.status
         if options.json:
             print(json.dumps(report.as_json(), indent=2), flush=True)

@@ -17,7 +17,7 @@ MAY_DIFFER = {
     *("NCCL_DEBUG_FILE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS"),
 }
 MOST_NODES = 8  # that a line names
-NOT_SET = "not set"
+NOT_SET, HIDDEN = "not set", "a value that is not printed"
 
 
 def number_of_ranks() -> int:
@@ -102,9 +102,7 @@ def differences(ranks: Sequence[Facts]) -> list[Difference]:
             continue
         values = sorted(places.items(), key=lambda item: -len(item[1]))
         if what in variables - set(SHOWN):
-            values = [
-                (x if x == NOT_SET else "a value that is not printed", of) for x, of in values
-            ]
+            values = [(value if value == NOT_SET else HIDDEN, of) for value, of in values]
         found.append(Difference(what, values, what not in MAY_DIFFER))
     return found
 

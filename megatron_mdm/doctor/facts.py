@@ -99,7 +99,7 @@ def collect() -> Facts:
     try:
         check_megatron()
     except UserError as error:
-        problems[MEGATRON] = str(error)
+        problems[MEGATRON] = _line(str(error))
     of_torch, gpus = _ask_torch(problems)
     if MEGATRON not in problems:
         _load_helpers(problems)

@@ -83,12 +83,24 @@ def _when(flag: str, condition: Callable[[Namespace], object]) -> Callable[[Name
 
 
 def _uses_engine(args: Namespace) -> bool:
-    return args.mdm_device == "cuda" and args.transformer_impl != "local"
+    return bool(args.mdm_device == "cuda" and args.transformer_impl != "local")
 
 
 MEGATRON_RUNS = _no_problem(TORCH, MEGATRON, HELPERS)
 ON_GPU = (MEGATRON_RUNS, _no_problem(CUDA))
 IN_ENGINE = (*ON_GPU, _library(TRANSFORMER_ENGINE))
+
+
+def _feature_of_fp8(recipe: str) -> Feature:
+    return Feature(
+        f"FP8, --fp8-recipe {recipe}",
+        [*IN_ENGINE, _fp8(recipe)],
+        _when(
+            f"--fp8-format with --fp8-recipe {recipe}",
+            lambda args: args.fp8 and args.fp8_recipe == recipe,
+        ),
+    )
+
 
 FEATURES = (
     Feature(
@@ -122,17 +134,7 @@ FEATURES = (
         IN_ENGINE,
         _when("--context-parallel-size", lambda args: args.context_parallel_size > 1),
     ),
-    *(
-        Feature(
-            f"FP8, --fp8-recipe {recipe}",
-            [*IN_ENGINE, _fp8(recipe)],
-            _when(
-                f"--fp8-format with --fp8-recipe {recipe}",
-                lambda args, recipe=recipe: args.fp8 and args.fp8_recipe == recipe,
-            ),
-        )
-        for recipe in FP8_RECIPES
-    ),
+    *map(_feature_of_fp8, FP8_RECIPES),
     Feature(
         "gradient accumulation fusion in local layers", [*ON_GPU, _library(ACCUMULATES_GRADIENTS)]
     ),

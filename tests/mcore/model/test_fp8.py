@@ -31,11 +31,12 @@ transformer_engine = pytest.mark.skipif(
 def check(monkeypatch):
     """Checks flags on a machine with Transformer Engine and a GPU of this capability."""
 
-    def run(*flags, capability=(9, 0)):
+    def run(*flags, capability=(9, 0), cuda="13.0"):
         argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
         monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         arguments.validate_flags(parse_args(arguments._quiet_parser))
 
     return run
