@@ -5,7 +5,6 @@ leaves its temporary file behind. The next process that writes the same output r
 lock on the temporary file says whether its process is alive (file_locks.py).
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.file_locks import beside, kernel_id, lock, locked, make_file, new_locked
+from megatron_mdm.libraries import MATPLOTLIB
 
 # Not every shared disk shows the locks of other hosts, and earlier versions of this program took no
 # locks. Their temporary files count as abandoned when they have not changed for these seconds.
@@ -274,8 +274,8 @@ def check_picture(path: str, flag: str, suffixes: tuple[str, ...] = (".png", ".s
     """
     if not path.lower().endswith(suffixes):
         raise UserError(f"{flag} {path}: must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{flag} {path} needs matplotlib: pip install 'megatron-mdm[plot]'")
+    if not MATPLOTLIB.is_installed():
+        raise UserError(f"{flag} {path} needs {MATPLOTLIB.name}: {MATPLOTLIB.install}")
 
 
 def _flush_to_disk(path: str) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(megatron_mdm.__file__).parent
 
 # From the bottom up. A part may import only from parts in lines above its own line here.
 ORDER = [
-    ["errors", "file_locks", "hub_files", "interruption"],
+    ["errors", "file_locks", "hub_files", "interruption", "libraries"],
     ["objective"],
     ["environment", "versions", "files", "config"],
     ["recipes", "bound", "densities", "data", "pictures"],
@@ -33,6 +33,7 @@ ORDER = [
     ["mcore.pretrain"],
     ["checkpoint", "plugin", "pretrain", "launch"],
     ["conversion", "lm_eval", "experiments"],
+    ["doctor"],
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 

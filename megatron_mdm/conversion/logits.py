@@ -1,6 +1,5 @@
 """Compares the logits of a model in Hugging Face's class and in Megatron's."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from megatron_mdm.conversion import megatron_model
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.family import Family, model_flags
-from megatron_mdm.conversion.modeling_code import WORKS_WITH, class_name, model_of
+from megatron_mdm.conversion.modeling_code import class_name, model_of
 from megatron_mdm.conversion.vocabulary import TENSORS
 from megatron_mdm.errors import UserError
+from megatron_mdm.libraries import RELEASED_CODE_RUNS_WITH, TRANSFORMERS
 
 # Upper limit of the float32 weights of one model. Both models are in memory during the comparison.
 MAX_BYTES = 4 * 10**9
@@ -93,8 +93,8 @@ def compare_logits(
 
 def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> str:
     """Returns why Hugging Face's class cannot be built, or an empty text."""
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed (pip install transformers)"
+    if not TRANSFORMERS.is_installed():
+        return f"transformers is not installed ({TRANSFORMERS.install})"
     if family.in_transformers:
         return ""
     name = class_name(config)
@@ -113,11 +113,12 @@ def _advice(family: Family) -> str:
     """Names the transformers version that a family's code was written for, if another is used."""
     import transformers
 
-    if family.in_transformers or transformers.__version__ == WORKS_WITH:
+    if family.in_transformers or transformers.__version__ == RELEASED_CODE_RUNS_WITH:
         return ""
     return (
         f" (transformers is {transformers.__version__}; the published code was written for "
-        f"{WORKS_WITH}: in an environment of its own, pip install 'transformers=={WORKS_WITH}')"
+        f"{RELEASED_CODE_RUNS_WITH}: in an environment of its own, pip install "
+        f"'transformers=={RELEASED_CODE_RUNS_WITH}')"
     )
 
 

@@ -15,9 +15,6 @@ import torch
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.safetensors_model import HubModel
 
-# The last version of transformers that the released code was published for; it loads unchanged.
-WORKS_WITH = "4.57.1"
-
 
 def class_name(config: Config) -> str:
     """Returns the model class of a directory's own code as module.Class; empty if there is none."""

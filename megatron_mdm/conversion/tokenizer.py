@@ -3,7 +3,6 @@
 The `tokenizers` library, and with it preprocessing and Megatron, reads `tokenizer.json`.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from megatron_mdm.data.encoding import (
     sentencepiece_data,
 )
 from megatron_mdm.errors import UserError
+from megatron_mdm.libraries import TRANSFORMERS
 
 MASK_TOKEN = "<|mask|>"
 # Tokenizer classes that read vocab.json and merges.txt as Qwen2's class does.
@@ -262,7 +262,7 @@ def data_of(path: Path) -> TokenizerData | None:
     if path.is_file():
         return sentencepiece_data(_processor(path))
     is_there = tokenizer_size(path) is not None and code_of(path) is None
-    if not is_there or importlib.util.find_spec("transformers") is None:
+    if not is_there or not TRANSFORMERS.is_installed():
         return None
     try:
         tokenizer = open_hugging_face(str(path))
@@ -280,7 +280,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            "the tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
+            f"the tokenizer needs the transformers package: {TRANSFORMERS.install}"
         ) from error
     return transformers
 

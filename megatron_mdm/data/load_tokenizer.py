@@ -9,6 +9,7 @@ from megatron_mdm.data.encoding import (
     sentencepiece_data,
 )
 from megatron_mdm.errors import UserError
+from megatron_mdm.libraries import TRANSFORMERS
 
 
 def load_sentencepiece(path: str) -> TokenizerData:
@@ -50,7 +51,7 @@ def load_hugging_face(directory: str, trust: bool = False) -> TokenizerData:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "--hf-tokenizer needs the transformers package: pip install 'megatron-mdm[hf]'"
+            f"--hf-tokenizer needs the transformers package: {TRANSFORMERS.install}"
         ) from error
     try:
         tokenizer = open_hugging_face(directory, trust)

@@ -5,10 +5,10 @@
 The flags are lm_eval's. megatron_mdm/lm_eval/__init__.py has the arguments of the model.
 """
 
-import importlib.util
 import sys
 
 from megatron_mdm.errors import UserError, run_tool
+from megatron_mdm.libraries import LM_EVAL
 
 
 def main() -> None:
@@ -17,8 +17,8 @@ def main() -> None:
     Raises:
         UserError: lm_eval is not installed, or the model rejects its arguments.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is missing: pip install 'megatron-mdm[eval]'")
+    if not LM_EVAL.is_installed():
+        raise UserError(f"{LM_EVAL.name} is missing: {LM_EVAL.install}")
     from lm_eval.__main__ import cli_evaluate
 
     if sys.argv[1:] in (["-h"], ["--help"]):

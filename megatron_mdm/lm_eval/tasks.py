@@ -4,7 +4,6 @@ This module imports neither torch nor megatron, and imports `lm_eval` only when 
 """
 
 import difflib
-import importlib.util
 import json
 import os
 import random
@@ -15,13 +14,14 @@ import numpy as np
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.files import write_json, write_text
+from megatron_mdm.libraries import LM_EVAL
 
 MODEL = "mdm"
 
 
 def register() -> None:
     """Registers the model `mdm` with lm_eval; does nothing if lm_eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
+    if not LM_EVAL.is_installed():
         return
     from lm_eval.api.registry import model_registry
 
@@ -37,8 +37,8 @@ def task_manager(include_path: str | None = None) -> Any:
     Raises:
         UserError: lm_eval is not installed, or the directory does not exist.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs lm-evaluation-harness: pip install 'megatron-mdm[eval]'")
+    if not LM_EVAL.is_installed():
+        raise UserError(f"--tasks needs {LM_EVAL.name}: {LM_EVAL.install}")
     if include_path is not None and not os.path.isdir(include_path):
         raise UserError(f"--include-path {include_path} is not a directory of tasks: give one")
     from lm_eval.tasks import TaskManager

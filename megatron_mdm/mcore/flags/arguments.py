@@ -1,6 +1,5 @@
 """Adds the `--mdm-*` flags to Megatron's, and refuses bad flags in one line before a run starts."""
 
-import importlib.util
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from megatron_mdm.config import (
     requested_device,
 )
 from megatron_mdm.errors import UserError
+from megatron_mdm.libraries import FUSED_BY, TRANSFORMER_ENGINE
 from megatron_mdm.mcore.checkpoint.optimizer_state import check_optimizer_state
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import (
     check_tokenizer_path,
@@ -125,17 +125,6 @@ NEEDED = {
 # Titles of our groups of flags in --help.
 TITLE = "masked diffusion: {}"
 
-# The apex module that Megatron's own layers use for gradient accumulation fusion.
-ACCUMULATES_GRADIENTS = "fused_weight_gradient_mlp_cuda"
-
-# Fusions that Megatron turns on by default, and the modules that provide each: Transformer Engine,
-# or modules of apex.
-FUSED_BY = {
-    "apply_rope_fusion": ["transformer_engine"],
-    "gradient_accumulation_fusion": ["transformer_engine", ACCUMULATES_GRADIENTS],
-    "masked_softmax_fusion": ["scaled_masked_softmax_cuda"],
-}
-
 # Megatron flags, with the value at which all micro-batches must have logits of the same shape.
 FIXED_SHAPES = {"cuda_graph_impl": "full_iteration", "defer_embedding_wgrad_compute": True}
 
@@ -183,7 +172,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     set_recipe_defaults(parser)
     parser.set_defaults(**NEEDED)
     for name, libraries in FUSED_BY.items():
-        if not any(map(importlib.util.find_spec, libraries)):
+        if not any(library.is_installed() for library in libraries):
             parser.set_defaults(**{name: False})
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
@@ -211,11 +200,8 @@ def parse() -> Namespace:
     Raises:
         UserError: a flag or a combination of flags cannot work.
     """
-    # With --yaml-cfg Megatron replaces all flags by the file's settings while it parses.
-    if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
-        raise _refused_flag_error("yaml_cfg")
     # Megatron validates with assertions and also builds the tokenizer, so our checks come first.
-    given = parse_args(_quiet_parser)
+    given = parse_only()
     validate_flags(given)
     if given.use_checkpoint_args:
         check_checkpoints(given)
@@ -229,6 +215,18 @@ def parse() -> Namespace:
         line = _log_rejection(error, given.tensorboard_dir) or tokenizer_rejection(error, given)
         raise line or to_user_error(error) from error
     return finalize_args(args)
+
+
+def parse_only() -> Namespace:
+    """Parses sys.argv; combinations of flags are not checked.
+
+    Raises:
+        UserError: a flag does not exist, or its value has another type.
+    """
+    # With --yaml-cfg Megatron replaces all flags by the file's settings while it parses.
+    if any(word.split("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+        raise _refused_flag_error("yaml_cfg")
+    return parse_args(_quiet_parser)
 
 
 def to_user_error(error: Exception) -> UserError:
@@ -522,7 +520,7 @@ def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
 
 
 def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not TRANSFORMER_ENGINE.is_installed():
         for name in ("fp8", "fp4"):
             if getattr(args, name):
                 raise UserError(

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.libraries import fp8_obstacle
 from megatron_mdm.mcore.flags.layout_checks import head_size
+from megatron_mdm.versions import release
 
-# Read by Transformer Engine from 2.16.1 on; earlier versions read the pickle in any case.
+# Read by Transformer Engine 2.16.1, 2.17.1 and from 2.18 on; others read the pickle in any case.
 UNSAFE_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-# Minimum compute capability of each --fp8-recipe in Transformer Engine.
-CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-
 SIZE_MULTIPLE = 16  # FP8 products need multiples of it: rows, and both dimensions of a weight
 
 
@@ -41,13 +40,12 @@ def check_fp8(args: Namespace) -> None:
             "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed in a place "
             "where evaluations would change them: leave it out, or use --fp8-recipe tensorwise"
         )
-    needed = CAPABILITY.get(args.fp8_recipe, (8, 9))
-    found = torch.cuda.get_device_capability()
-    if found < needed:
+    here = (torch.cuda.get_device_capability(), release(torch.version.cuda or "0"))
+    obstacle = fp8_obstacle(args.fp8_recipe, *here)
+    if obstacle:
         raise UserError(
-            f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability "
-            f"{needed[0]}.{needed[1]}, this one has {found[0]}.{found[1]}: use --bf16 alone"
-            + (", or --fp8-recipe delayed" if found >= CAPABILITY["delayed"] else "")
+            f"--fp8-format with --fp8-recipe {args.fp8_recipe} {obstacle}: use --bf16 alone"
+            + ("" if fp8_obstacle("delayed", *here) else ", or --fp8-recipe delayed")
         )
     for name, size, parts in _sizes(args):
         if size % (SIZE_MULTIPLE * parts):

@@ -13,9 +13,9 @@ from typing import Any
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_mdm.config import SECTIONS, flag
+from megatron_mdm.libraries import FUSED_BY
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.flags.arguments import (
-    FUSED_BY,
     HELP,
     NEEDED,
     REFUSED,

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -20,7 +19,8 @@ from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfi
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
-from megatron_mdm.mcore.flags.arguments import ACCUMULATES_GRADIENTS, megatron_errors_as_user_errors
+from megatron_mdm.libraries import ACCUMULATES_GRADIENTS
+from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors
 from megatron_mdm.mcore.flags.start import check_same_start
 from megatron_mdm.mcore.model.fp8 import ignore_fp8_state_on_load, keep_scales_in_evaluation
 from megatron_mdm.mcore.model.hybrid import HybridModelWithHead, bidirectional_stack
@@ -188,7 +188,7 @@ def model_config(
         mdm: settings of the objective.
         hooks: hooks of training; None: the model is not trained.
     """
-    fused = args.gradient_accumulation_fusion and find_spec(ACCUMULATES_GRADIENTS) is not None
+    fused = args.gradient_accumulation_fusion and ACCUMULATES_GRADIENTS.is_installed()
     flags = Namespace(**vars(args) | {"gradient_accumulation_fusion": fused})
     config: Any
     if args.hybrid_layer_pattern:

@@ -420,7 +420,7 @@ def test_context_parallel_needs_transformer_engine(monkeypatch):
     words = ["--context-parallel-size", "2"]
     with pytest.raises(UserError, match="^--context-parallel-size .* needs --transformer-impl tra"):
         arguments.validate_flags(parsed(monkeypatch, *words, world=2))
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     words += ["--transformer-impl", "transformer_engine"]
     arguments.validate_flags(parsed(monkeypatch, *words, world=2))
     with pytest.raises(UserError, match="leave out --mdm-isolate-documents and every other"):
@@ -436,7 +436,7 @@ def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):
 
 @pytest.mark.parametrize("flag_of", ["--no-mdm-pad-attended", "--no-mdm-eod-attended"])
 def test_hidden_tokens_need_local_layers(flag_of, monkeypatch):
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     words = [flag_of, "--transformer-impl", "transformer_engine"]
     with pytest.raises(UserError, match=flag_of):
         arguments.validate_flags(parsed(monkeypatch, *words))
@@ -455,14 +455,14 @@ def test_defaults_are_not_refused(monkeypatch):
 @pytest.mark.parametrize("words", ["--fp8-format hybrid", "--transformer-impl transformer_engine"])
 def test_transformer_engine_is_asked_for_and_missing(words, monkeypatch):
     args = parsed(monkeypatch, *words.split())
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"^{words.split()[0]}.* needs Transformer Engine"):
         arguments.validate_flags(args)
 
 
 def test_fp4_without_transformer_engine(monkeypatch):
     args = parsed(monkeypatch, "--fp4-format", "e2m1")
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="^--fp4-format needs Transformer Engine"):
         arguments.validate_flags(args)
 

@@ -31,11 +31,12 @@ transformer_engine = pytest.mark.skipif(
 def check(monkeypatch):
     """Checks flags on a machine with Transformer Engine and a GPU of this capability."""
 
-    def run(*flags, capability=(9, 0)):
+    def run(*flags, capability=(9, 0), cuda="13.0"):
         argv = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, "--mock-data", *flags]
         monkeypatch.setattr(sys, "argv", ["pretrain", *argv])
-        monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         arguments.validate_flags(parse_args(arguments._quiet_parser))
 
     return run
@@ -49,6 +50,7 @@ def check(monkeypatch):
         ("", (8, 0), "needs a GPU of compute capability 8.9, this one has 8.0: use --bf16 alone"),
         ("--fp8-recipe blockwise", (8, 9), "capability 9.0, .* or --fp8-recipe delayed"),
         ("--fp8-recipe mxfp8", (9, 0), "--fp8-recipe mxfp8 needs .* capability 10.0"),
+        ("--fp8-recipe mxfp8", (12, 0), "10.0, below 12.0, this one has 12.0: .* or --fp8-rec"),
         ("--micro-batch-size 1 --seq-length 24", (9, 0), "--seq-length must be a multiple of 16"),
         ("--hidden-size 40", (9, 0), "--hidden-size must be .* 16, got 40"),
         ("--ffn-hidden-size 88", (9, 0), "--ffn-hidden-size must be .* 16, got 88"),
@@ -87,6 +89,13 @@ def test_what_cannot_compute_in_fp8_is_refused(flags, capability, message, check
     with pytest.raises(UserError, match=message) as caught:
         check(*FP8, *flags.split(), capability=capability)
     assert "\n" not in str(caught.value)
+
+
+def test_blockwise_scales_need_a_newer_cuda(check):
+    flags = [*FP8, "--fp8-recipe", "blockwise"]
+    with pytest.raises(UserError, match="needs CUDA 12.9, this torch has 12.8.* or --fp8-recipe d"):
+        check(*flags, cuda="12.8")
+    check(*flags, cuda="12.9")
 
 
 def test_rows_of_the_masked_head_suit_fp8_products():

@@ -30,7 +30,7 @@ def test_defaults_follow_the_libraries(installed, fused, monkeypatch):
         return parse_args(arguments.add_arguments)
 
     monkeypatch.setattr(
-        arguments.importlib.util, "find_spec", lambda name: name if name in installed else None
+        "importlib.util.find_spec", lambda name: name if name in installed else None
     )
     names = ("apply_rope_fusion", "gradient_accumulation_fusion", "masked_softmax_fusion")
     assert tuple(getattr(parsed(), name) for name in names) == fused
