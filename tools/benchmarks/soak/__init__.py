@@ -117,6 +117,7 @@ class Soak:
         self.plan, self.directory, self.args = plan, directory, args
         self.scratch = directory / "tmp"
         self.scratch.mkdir(parents=True)
+        self.temporary: set[str] = set()
         prepare_environment("cpu")
         write_data(directory)
         self.flags = flags_of(plan, directory, args.seed)
@@ -223,9 +224,14 @@ class Soak:
             self._fail(f"{name} {number}: status {start.status} after {kind}")
         for line in start.left:
             self._fail(f"{name} {number}: a process stays: {line}")
-        for segment in checks.orphaned_segments(self.segments):
-            self._fail(f"{name} {number}: shared memory stays: {segment}")
-            self.segments.append(segment)
+        segments = checks.orphaned_segments(self.segments)
+        self.segments += segments
+        temporary = {path.name for path in self.scratch.iterdir()} - self.temporary
+        self.temporary |= temporary
+        if segments and kind != "all":  # else nobody was left to remove them
+            self._fail(f"{name} {number}: shared memory stays: {', '.join(segments)}")
+        if temporary and kind not in ("all", "launcher"):
+            self._fail(f"{name} {number}: temporary files stay: {', '.join(sorted(temporary))}")
         self.found["starts"].append(
             {
                 "run": name,
@@ -239,7 +245,8 @@ class Soak:
                 "gone": start.gone,
                 "samples": start.samples,
                 "stray": checks.stray(place / "checkpoint", retained(self.plan)),
-                "tmp": sorted(path.name for path in self.scratch.iterdir()),
+                "temporary": sorted(temporary),
+                "segments": segments,
                 **{
                     kind: checks.files_under(place / kind if kind != "cache" else self._cache())
                     for kind in ("checkpoint", "tb", "cache")
