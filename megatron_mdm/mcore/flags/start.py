@@ -65,10 +65,10 @@ def choose_start(args: Namespace) -> Start:
             another run, or later ones than the start of this run.
     """
     _say_what_is_not_checked(args)
-    _say_what_is_unfinished(args)
     changed: dict[str, Any] = {"mdm_started_from": _beginning(vars(args))}
     saves_over = args.skip_train or args.mdm_overwrite_save
     own = None if saves_over else _find(args.save, None, args)
+    _say_what_is_unfinished(args)
     of_own = {} if own is None else saved_arguments(args, own)
     if own is not None:
         changed |= _go_on_or_refuse(args, own, of_own)
