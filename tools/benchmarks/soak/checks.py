@@ -3,7 +3,8 @@
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -126,14 +127,9 @@ def _open_files(root: str) -> set[str]:
     """Files under a directory that some process has open or mapped."""
     found: set[str] = set()
     for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            found |= {os.readlink(name) for name in (process / "fd").iterdir()}
+        with suppress(OSError):  # the process has ended, or belongs to another user
             found |= {line.split()[-1] for line in (process / "maps").read_text().splitlines()}
-        except OSError:  # it has ended, or belongs to another user
-            continue
+            for name in os.listdir(process / "fd"):
+                with suppress(OSError):  # the file has been closed
+                    found.add(os.readlink(process / "fd" / name))
     return {name for name in found if name.startswith(root)}
-
-
-def growth(counts: list[Mapping[str, int]]) -> bool:
-    """Whether the number of files has grown after the first start."""
-    return len(counts) > 1 and counts[-1]["files"] > counts[0]["files"]

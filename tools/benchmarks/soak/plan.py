@@ -87,7 +87,7 @@ def make_plan(steps: int, layouts: list[str], strikes: int, seed: int) -> Plan:
         )
         for number in range(strikes)
     )
-    save = max(10, iterations // 50)
+    save = max(25, iterations // 50)
     interval = {"save": save, "evaluation": save, "log": max(1, min(20, save // 5))}
     legs = tuple(Leg(layout, end) for layout, end in zip(layouts, ends, strict=True))
     return Plan(iterations, legs, drawn, interval)
