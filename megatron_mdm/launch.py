@@ -20,7 +20,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -53,10 +54,14 @@ def main() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     api.LocalElasticAgent = launcher.agent(api.LocalElasticAgent)  # type: ignore[misc]
     words = ["--signals-to-handle", "SIGHUP,SIGQUIT", *sys.argv[1:]]
-    if parse_args(words).max_restarts:
+    args = parse_args(words)
+    if args.max_restarts:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a new store each time
+    # torchrun alone leaves a directory for each start, with no output in it unless it was asked to.
+    has_output = args.log_dir or (args.redirects, args.tee) != ("0", "0")
     try:
-        torchrun(words)
+        with nullcontext() if has_output else TemporaryDirectory(prefix="torchelastic_") as logs:
+            torchrun(words if logs is None else ["--log-dir", logs, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode

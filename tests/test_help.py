@@ -12,7 +12,7 @@ import pytest
 
 from tests import ROOT
 
-BENCHMARKS = ("data", "gpu", "race", "throughput", "variance")
+BENCHMARKS = ("data", "gpu", "race", "soak", "throughput", "variance")
 # As a user starts them from the root of the repository.
 SCRIPTS = [
     *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")),

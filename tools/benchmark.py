@@ -7,7 +7,7 @@
 
 import argparse
 
-from benchmarks import gpu, preprocessing, race, throughput, variance
+from benchmarks import gpu, preprocessing, race, soak, throughput, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file, so the modules import torch and the like in functions only.
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "data": preprocessing,
     "gpu": gpu,
     "race": race,
+    "soak": soak,
     "throughput": throughput,
     "variance": variance,
 }
@@ -23,6 +24,7 @@ EXAMPLES = {
     "data": ["data --mb 16 --json data.json"],
     "gpu": ["gpu --json gpu.json"],
     "race": ["race --jobs 2 --json race.json"],
+    "soak": ["soak --json soak.json"],
     "throughput": [
         "throughput --json throughput.json",
         "throughput --sides hugging_face full_head masked_head",

@@ -159,12 +159,10 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
     if not path.is_dir():
         return "does not exist"
     names = set(os.listdir(path))
-    if any(name.startswith("mp_rank_") for name in names):
-        return ""  # Megatron's `torch` format, a pickle for each rank
-    if METADATA not in names:
-        return f"lacks its {METADATA}"
-    if CONFIG not in names and ckpt_format not in WITHOUT_CONFIG:
-        return f"lacks its {CONFIG}, which is written last"
+    if _are_pickles(names):
+        return ""
+    if wrong := _lacks(names, ckpt_format):
+        return wrong
     if CONFIG in names and not _is_config(path / CONFIG):
         return f"has a damaged {CONFIG}"
     if not is_first_of_node():
@@ -182,6 +180,36 @@ def problem(path: Path, ckpt_format: str = "torch_dist") -> str:
         size = (path / name).stat().st_size
         if size < end:
             return f"has a {name} that is cut short, {size} bytes of {end}"
+    return ""
+
+
+def unfinished(directory: str, ckpt_format: str = "torch_dist") -> list[str]:
+    """Names of the checkpoints that a killed save or deletion has left incomplete.
+
+    Args:
+        directory: directory that --save named; it need not exist.
+        ckpt_format: see `find_checkpoint`.
+    """
+    root = Path(directory)
+    found = []
+    for name in map(_name, _iterations(root)):
+        names = set(os.listdir(root / name))
+        if not _are_pickles(names) and _lacks(names, ckpt_format):
+            found.append(name)
+    return found
+
+
+def _are_pickles(names: set[str]) -> bool:
+    """Whether these files are of Megatron's format `torch`: a pickle for each rank."""
+    return any(name.startswith("mp_rank_") for name in names)
+
+
+def _lacks(names: set[str], ckpt_format: str) -> str:
+    """Says which of the files that are written last a checkpoint lacks; empty if none."""
+    if METADATA not in names:
+        return f"lacks its {METADATA}"
+    if CONFIG not in names and ckpt_format not in WITHOUT_CONFIG:
+        return f"lacks its {CONFIG}, which is written last"
     return ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.training import checkpointing
+from megatron.training import checkpointing, get_tensorboard_writer
 
 from megatron_mdm.files import complete_or_absent
 from megatron_mdm.mcore.checkpoint.files import TRACKER, is_remote
@@ -72,6 +72,10 @@ def _with_sums(save: Any, hashes: bool) -> Any:
     def save_with_sums(
         sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
     ) -> Any:
+        # A kill after this save then loses no scalars that the resumed run would not write again.
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
         request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         if is_remote(str(checkpoint_dir)):
             return request

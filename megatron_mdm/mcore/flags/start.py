@@ -19,9 +19,14 @@ from megatron.training.checkpointing import _load_base_checkpoint
 from megatron_mdm.config import flag
 from megatron_mdm.data.record import digest
 from megatron_mdm.errors import SharedError, UserError
-from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint, find_checkpoint, is_remote
+from megatron_mdm.mcore.checkpoint.files import (
+    SavedCheckpoint,
+    find_checkpoint,
+    is_remote,
+    unfinished,
+)
 from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
-from megatron_mdm.mcore.ranks import equal_on_all_ranks, notice
+from megatron_mdm.mcore.ranks import equal_on_all_ranks, is_first_rank, notice
 
 SUMMED = "torch_dist"  # the checkpoint format whose files have checksums (saving.py)
 # Arguments that apply when a run begins, not when it continues.
@@ -63,6 +68,7 @@ def choose_start(args: Namespace) -> Start:
     changed: dict[str, Any] = {"mdm_started_from": _beginning(vars(args))}
     saves_over = args.skip_train or args.mdm_overwrite_save
     own = None if saves_over else _find(args.save, None, args)
+    _say_what_is_unfinished(args)
     of_own = {} if own is None else saved_arguments(args, own)
     if own is not None:
         changed |= _go_on_or_refuse(args, own, of_own)
@@ -124,6 +130,16 @@ def _say_what_is_not_checked(args: Namespace) -> None:
         notice(
             f"checkpoints of --ckpt-format {args.ckpt_format} have no sums of their files; those "
             f"of {SUMMED} have"
+        )
+
+
+def _say_what_is_unfinished(args: Namespace) -> None:
+    if args.save is None or is_remote(args.save) or not is_first_rank():
+        return
+    if names := unfinished(args.save, args.ckpt_format):
+        notice(
+            f"--save {args.save} holds unfinished checkpoints of a killed run, {', '.join(names)}: "
+            "nothing reads them, and they may be deleted"
         )
 
 

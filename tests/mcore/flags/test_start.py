@@ -174,6 +174,20 @@ def test_an_earlier_iteration_goes_back_with_a_line(start, run, capfd):
     assert start("--load", run, "--ckpt-step", 3)[1].ckpt_step == 3
 
 
+def test_what_a_killed_run_has_left_is_named(start, run, capfd):
+    """A save that was killed, and a deletion that was."""
+    shutil.copytree(f"{run}/iter_0000006", f"{run}/iter_0000009")
+    os.unlink(f"{run}/iter_0000009/metadata.json")
+    os.unlink(f"{run}/iter_0000003/.metadata")
+    assert start("--load", run, "--save", run)[0] == run
+    line = f"--save {run} holds unfinished checkpoints of a killed run, iter_0000003, iter_0000009:"
+    assert line in capfd.readouterr().out
+    for name in ("iter_0000003", "iter_0000009"):
+        shutil.rmtree(f"{run}/{name}")
+    assert start("--load", run, "--save", run)[0] == run
+    assert "unfinished" not in capfd.readouterr().out
+
+
 def test_evaluation_alone_saves_nothing_and_looks_at_no_save_directory(start, run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / TRACKER).write_text("")
