@@ -46,6 +46,12 @@ class MDMConfig:
     loss is a bound. Flags on the command line win over the recipe. The run prints what its recipe
     stands for. Default: none; every flag has its own default."""
 
+    model: Literal["gpt", "hybrid"] | None = None
+    """Megatron's class of the model: `gpt`, GPTModel, or `hybrid`, its successor HybridModel.
+    `hybrid` makes --hybrid-layer-pattern from --num-layers, the flags of experts and the layout of
+    pipeline stages, and continues checkpoints of either class. Default: `gpt`; `hybrid` with
+    --hybrid-layer-pattern."""
+
     mask_token_id: int | None = None
     """Id of the mask token, at least 0 and below the padded vocabulary size. Default: the mask
     token of the tokenizer."""
@@ -479,7 +485,7 @@ class MDMConfig:
 
 # The fields by subject: the groups of --help and the sections of FLAGS.md.
 SECTIONS = {
-    "recipe and device": ("recipe", "device"),
+    "recipe, device and model": ("recipe", "device", "model"),
     "density of the masking rate": (
         *("rate_sampler", "clip", "logit_normal", "beta", "bell_uniform_share", "bell_role"),
         *("bell_fade", "quantiles", "strata", "strata_window", "rate_per"),

@@ -89,6 +89,11 @@ def parse() -> argparse.Namespace:
         "tensor-parallel size divides it; padding takes no part in the softmax (default: no "
         "padding)",
     )
+    there.add_argument(
+        "--mdm-model",
+        choices=["gpt", "hybrid"],
+        help="Megatron's class of the model (default: gpt); see megatron_mdm/mcore/README.md",
+    )
     back = parser.add_argument_group("--to huggingface")
     back.add_argument(
         "--hf-config",
@@ -109,7 +114,7 @@ def main() -> None:
     if options.to == "megatron":
         _refuse(options, "hf_config", "iteration")
     else:
-        _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of")
+        _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of", "mdm_model")
     multiple = options.pad_vocab_to_multiple_of
     if options.trust_remote_code and options.to == "huggingface" and not options.verify:
         raise UserError("--trust-remote-code is for --verify: add it, or leave this out")
@@ -137,6 +142,7 @@ def main() -> None:
                 options.output,
                 add_mask=options.add_mask_token,
                 multiple=multiple or 1,
+                model_class=options.mdm_model or "gpt",
                 dtype=dtype,
                 verify=options.verify,
                 trust=options.trust_remote_code,
@@ -165,6 +171,8 @@ def _source(options: argparse.Namespace) -> str:
         *("add_mask_token", "pad_vocab_to_multiple_of", "iteration"),
     )
     effective = {name: getattr(options, name) for name in names}
+    if options.mdm_model == "hybrid":  # records are older than this option
+        effective["mdm_model"] = options.mdm_model
     effective["output"] = os.path.abspath(options.output)  # launch.txt names it
     if options.to == "megatron":
         return made_from(record.hugging_face_sources(options.input), effective)

@@ -33,6 +33,7 @@ def compare_logits(
     dtype: torch.dtype | None,
     trust: bool,
     log: Callable[[str], object],
+    model: str,
     added: int | None = None,
 ) -> None:
     """Compares the logits of both models in float32 with full attention, from their files.
@@ -51,6 +52,7 @@ def compare_logits(
             both have the same dtype, and no weights are rounded.
         trust: run the modeling code of the directory.
         log: prints a line for the user.
+        model: class of Megatron's model, `gpt` or `hybrid`.
         added: a token that only Megatron's model has, which is not compared; None: there is none.
 
     Raises:
@@ -78,6 +80,7 @@ def compare_logits(
         return
     flags = [*model_flags(family, config), "--padded-vocab-size", str(padded)]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows)]
+    flags += ["--mdm-model", model]
     ours = megatron_model.logits(flags, checkpoint, tokens, dtype)
     difference = (ours[..., known] - theirs[..., known]).abs().max().item()
     largest = theirs[..., known].abs().max().item()

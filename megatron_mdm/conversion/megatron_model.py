@@ -21,10 +21,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.models.hybrid import HybridModelBuilder
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.conversion.layout import LOCAL_NORM, TE_NORM
-from megatron_mdm.conversion.torch_dist import CONTENT_METADATA
+from megatron_mdm.conversion.torch_dist import CONTENT_METADATA, HYBRID_NORM
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.device import training_device
 from megatron_mdm.mcore.flags.arguments import add_arguments
@@ -72,7 +73,7 @@ def checkpoint_contents(flags: Sequence[str]) -> CheckpointContents:
         shapes[layer + TE_NORM] = shapes[layer + LOCAL_NORM]
     # Transformer Engine's norms have an extra state; Megatron's own norms have none.
     for key, shape in shapes.items():
-        if key.endswith("layernorm.weight"):
+        if key.endswith(("layernorm.weight", HYBRID_NORM)):
             name = key.removesuffix("weight") + "_extra_state"
             count = shape[0] if len(shape) > 1 else 1
             objects += [f"{name}/shard_{n}_{count}" for n in range(count)]
@@ -123,7 +124,8 @@ def _model(flags: Sequence[str], device: str) -> Iterator[Any]:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         with torch.device(device):
             config = model_config(args, MDMConfig.from_args(args))
-            model = GPTModelBuilder(config).build_model(groups)
+            builder = HybridModelBuilder if args.hybrid_layer_pattern else GPTModelBuilder
+            model = builder(config).build_model(groups)
         yield model
 
 
@@ -135,6 +137,8 @@ def _parse(flags: Sequence[str]) -> Namespace:
         with _quiet(), contextlib.redirect_stderr(refusal):
             args: Namespace = parse_args(add_arguments)
             validate_args(args)
+    except UserError:
+        raise
     except (AssertionError, ValueError, SystemExit) as error:
         reason = " ".join((refusal.getvalue() or str(error)).split()).rpartition("error: ")[2]
         raise UserError(

@@ -32,6 +32,7 @@ from megatron_mdm.files import new_directory
 from megatron_mdm.hub_files import HUB_FILES
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 from megatron_mdm.mcore.flags.architecture import differences
+from megatron_mdm.mcore.flags.hybrid_pattern import model_class
 
 
 def to_hugging_face(
@@ -140,6 +141,7 @@ def to_hugging_face(
                 dtype=dtype,
                 trust=trust,
                 log=log_line,
+                model=model_class(vars(args)),
             )
     if family.in_transformers and mask is not None:
         log_line(
@@ -160,9 +162,10 @@ def _check_same_model(
     family: Family, config: Config, args: Namespace, directory: Path, source: str
 ) -> None:
     """Checks that the checkpoint's arguments build the model that config.json describes."""
-    expected = megatron_model.arguments(
-        [*model_flags(family, config), "--padded-vocab-size", str(args.padded_vocab_size)]
-    )
+    flags = [*model_flags(family, config), "--padded-vocab-size", str(args.padded_vocab_size)]
+    # On the CPU, HybridModel's layers have all that a checkpoint of its layers may have.
+    local = ["--transformer-impl", "local"]
+    expected = megatron_model.arguments([*flags, "--mdm-model", model_class(vars(args)), *local])
     # The run chooses which token a position predicts; it is not a property of the model's shapes.
     described = {name: value for name, value in vars(expected).items() if name != "mdm_shift"}
     wrong = differences(vars(args), described, "config.json")

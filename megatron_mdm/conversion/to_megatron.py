@@ -63,6 +63,7 @@ def to_megatron(
     *,
     add_mask: bool = False,
     multiple: int = 1,
+    model_class: str = "gpt",
     dtype: torch.dtype | None = None,
     verify: bool = False,
     trust: bool = False,
@@ -75,6 +76,7 @@ def to_megatron(
         output: checkpoint directory to create.
         add_mask: give an autoregressive model a mask token.
         multiple: Megatron's vocabulary is padded to a multiple of this number.
+        model_class: class of Megatron's model, `gpt` or `hybrid`.
         dtype: dtype to write; None for the source's.
         verify: read the output again and compare its tensors and logits.
         trust: the Python code of the directory may run: its modeling code in the comparison, and
@@ -103,6 +105,7 @@ def to_megatron(
             add_mask_token(hub_files, vocab.mask)
         flags = [
             *model_flags(family, config),
+            *(["--mdm-model", model_class] if model_class != "gpt" else []),
             *["--padded-vocab-size", str(vocab.padded)],
             *(["--mdm-mask-token-id", str(vocab.mask)] if vocab.mask is not None else []),
             *_PRECISION.get(dtype, []),
@@ -168,6 +171,7 @@ def to_megatron(
                 dtype=dtype,
                 trust=trust,
                 log=log_line,
+                model=model_class,
                 added=vocab.mask if vocab.added else None,
             )
     if left_out:

@@ -50,6 +50,10 @@ from megatron_mdm.mcore.checkpoint.unpickling import check_pickles
 COMMON_STATE = "common_state/shard_0_1"
 WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
+# The norm after the last layer, in GPTModel's checkpoints and in HybridModel's.
+GPT_NORM = "decoder.final_layernorm.weight"
+HYBRID_NORM = "decoder.final_norm.weight"
+
 # Megatron's saver records how it laid out the keys; its loader reads this record.
 CONTENT_METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -75,8 +79,8 @@ def locate(
 ) -> Place | None:
     """Finds a tensor in a checkpoint; None if it is not there.
 
-    In Megatron's checkpoints layers of the same kind share a key, with the layer as the first
-    dimension.
+    In GPTModel's checkpoints layers of the same kind share a key, with the layer as the first
+    dimension. In HybridModel's, attention and MLP are layers of their own, each with its own keys.
 
     Args:
         template: name of a tensor, with `{n}` for the layer if it belongs to one.
@@ -84,6 +88,9 @@ def locate(
         shapes: key -> shape of the checkpoint's tensors.
         expert: number of the expert, None if the tensor belongs to none.
     """
+    if HYBRID_NORM in shapes:
+        layer = 2 * layer + (".self_attention." not in template)
+        template = template.replace(GPT_NORM, HYBRID_NORM)
     inner = () if expert is None else (expert,)
     candidates = [(template.format(n=layer), inner)]
     if "{n}" in template:

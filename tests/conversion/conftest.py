@@ -15,18 +15,22 @@ STILL = "--lr 0 --min-lr 0 --optimizer sgd --weight-decay 0 --train-iters 2".spl
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """A function from a kind to (Hugging Face directory, Megatron directory, log lines), cached."""
+    """A function from a kind to (Hugging Face directory, Megatron directory, log lines), cached.
+
+    Its second argument is the class of Megatron's model, `gpt` or `hybrid`.
+    """
     from megatron_mdm.conversion.to_megatron import to_megatron
 
     made = {}
 
-    def convert(kind):
-        if kind not in made:
+    def convert(kind, model="gpt"):
+        if (kind, model) not in made:
             root = tmp_path_factory.mktemp(kind)
             source, said = models.make(kind, root / "hf"), []
-            to_megatron(str(source), str(root / "megatron"), verify=True, log=said.append)
-            made[kind] = source, root / "megatron", said
-        return made[kind]
+            target = str(root / "megatron")
+            to_megatron(str(source), target, verify=True, model_class=model, log=said.append)
+            made[kind, model] = source, root / "megatron", said
+        return made[kind, model]
 
     return convert
 
@@ -74,9 +78,9 @@ def checkpoint_logits() -> None:
     prepare_environment("cpu")
     with training_device("cpu"), loaded_model(checkpoint, "cpu") as loaded:
         logits = {"full": loaded.logits(tokens)}
-        for layer in loaded.model.decoder.layers:
-            softmax = layer.self_attention.core_attention.scale_mask_softmax
-            softmax.attn_mask_type = AttnMaskType.causal
+        for module in loaded.model.modules():
+            if hasattr(module, "scale_mask_softmax"):
+                module.scale_mask_softmax.attn_mask_type = AttnMaskType.causal
         logits["causal"] = loaded.logits(tokens)
         if loaded.args.rank == 0:
             torch.save(logits, directory / "logits.pt")

@@ -31,6 +31,7 @@ LAYOUTS = {
     "EP 2": (2, f"{EP} allgather"),
     "TP 2, experts too": (2, TP),
     "TP 2 x EP 2": (2, f"{TP} {EP} alltoall --expert-tensor-parallel-size 1"),
+    "HybridModel, EP 2": (2, f"{EP} allgather --mdm-model hybrid"),
 }
 
 

@@ -26,6 +26,7 @@ LAYOUTS = {
     "TP 2": (2, "--tensor-model-parallel-size 2"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "HybridModel, PP 2": (2, "--pipeline-model-parallel-size 2 --mdm-model hybrid"),
 }
 
 

@@ -11,6 +11,7 @@ from megatron_mdm.conversion import safetensors_model
 from megatron_mdm.conversion.safetensors_model import INDEX, SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.errors import UserError
 from tests.conversion import models
 
 KINDS = [
@@ -29,9 +30,14 @@ def same_files(one, other):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_round_trip_is_bitwise(kind, converted, tmp_path):
-    source, checkpoint, _ = converted(kind)
+# HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys.
+HYBRID_KINDS = ["llama-mha", "qwen2-tied", "llada", "dream"]
+MODELS = [*((kind, "gpt") for kind in KINDS), *((kind, "hybrid") for kind in HYBRID_KINDS)]
+
+
+@pytest.mark.parametrize("kind, model", MODELS)
+def test_the_round_trip_is_bitwise(kind, model, converted, tmp_path):
+    source, checkpoint, _ = converted(kind, model)
     said = []
     to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, log=said.append)
     assert same_files(source / SINGLE, tmp_path / "hf" / SINGLE)
@@ -40,9 +46,11 @@ def test_the_round_trip_is_bitwise(kind, converted, tmp_path):
     assert any(line.startswith("verified") for line in said)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_megatron_computes_the_same_logits(kind, converted, megatron_logits):
-    source, checkpoint, _ = converted(kind)
+@pytest.mark.parametrize(
+    "kind, model", [*((kind, "gpt") for kind in KINDS), ("qwen2-tied", "hybrid")]
+)
+def test_megatron_computes_the_same_logits(kind, model, converted, megatron_logits):
+    source, checkpoint, _ = converted(kind, model)
     tokens = torch.randint(0, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
     ours = megatron_logits(checkpoint, tokens)
     published = kind in models.PUBLISHED
@@ -61,6 +69,20 @@ def test_two_tensor_parallel_ranks_compute_the_same_logits(kind, converted, mega
     tokens = torch.arange(32)[None]
     ours = megatron_logits(checkpoint, tokens, 2)["full"]
     assert (ours - models.logits(source, tokens, causal=False)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("llama3.1", "--use-rope-scaling does not reach HybridModel, because Megatron passes no"),
+        ("qwen3", "--qk-layernorm does not reach HybridModel's layers of Transformer Engine"),
+    ],
+)
+def test_models_that_hybrid_model_lacks_a_part_for(kind, message, tmp_path):
+    source = models.make(kind, tmp_path / "hf")
+    with pytest.raises(UserError, match=message):
+        to_megatron(str(source), str(tmp_path / "mg"), model_class="hybrid", **silent)
+    assert not (tmp_path / "mg").exists()
 
 
 def test_low_precision_and_another_dtype(tmp_path):

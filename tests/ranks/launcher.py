@@ -8,6 +8,7 @@ ranks use it.
 import gc
 import os
 import pkgutil
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -282,7 +283,10 @@ def read_scalars(directory: Path) -> dict[str, list[float]]:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in a checkpoint, each whole, whatever layout saved the checkpoint."""
+    """The model's tensors in a checkpoint, each whole, whatever layout saved the checkpoint.
+
+    The tensors of a HybridModel get GPTModel's names and shapes.
+    """
     iteration = (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
     reader = dcp.FileSystemReader(checkpoint / f"iter_{int(iteration):07d}")
     state = {
@@ -291,7 +295,22 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         if hasattr(item, "size") and not key.startswith(("optimizer", "rng", "mdm_log_state"))
     }
     dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
+    return _as_gpt_model(state) if "decoder.final_norm.weight" in state else state
+
+
+def _as_gpt_model(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stacks the tensors of the layers, which a HybridModel stores by the number of the layer."""
+    layers: dict[str, dict[int, torch.Tensor]] = {}
+    found = {}
+    for key, tensor in state.items():
+        part = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", key)
+        if part:
+            layers.setdefault(f"decoder.layers.{part[2]}", {})[int(part[1])] = tensor
+        else:
+            found[key.replace("final_norm", "final_layernorm")] = tensor
+    return found | {
+        key: torch.stack([tensors[n] for n in sorted(tensors)]) for key, tensors in layers.items()
+    }
 
 
 def the_error_line(output: Iterable[str]) -> str:

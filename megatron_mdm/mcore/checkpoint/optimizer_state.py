@@ -26,8 +26,8 @@ Group = dict[str, Any]
 # The remedy if the distributed optimizer's usual format does not fit the layout.
 ANOTHER_LAYOUT = (
     "Go on with the flags of the checkpoint, to which --dist-ckpt-optim-fully-reshardable may be "
-    "added: checkpoints saved with it fit every layout. Or add --no-load-optim, which begins the "
-    "optimizer's averages anew"
+    "added: checkpoints saved with it fit every layout and every --mdm-model. Or add "
+    "--no-load-optim, which begins the optimizer's averages anew"
 )
 
 # Settings of a group that come from the schedule's flags.
@@ -53,6 +53,7 @@ tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_p
 decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
 pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
 account_for_loss_in_pipeline_split bf16 fp16 accumulate_allreduce_grads_in_fp32
+mdm_model
 """.split()
 _OF_EXPERTS = ["expert_model_parallel_size", "expert_tensor_parallel_size"]
 
@@ -82,7 +83,10 @@ def check_optimizer_state(args: Namespace, saved: Mapping[str, Any]) -> None:
             "begins the optimizer's averages anew"
         )
     if args.use_distributed_optimizer and not saved.get("dist_ckpt_optim_fully_reshardable"):
-        other = changes(args, saved, _BUFFERS + (_OF_EXPERTS if args.num_experts else []))
+        buffers = [*_BUFFERS, *(_OF_EXPERTS if args.num_experts else [])]
+        if saved.get("hybrid_layer_pattern"):
+            buffers.append("hybrid_layer_pattern")  # it says which layers a stage has
+        other = changes(args, saved, buffers)
         if other:
             raise UserError(
                 f"the optimizer's state in {args.load} fits only the layout that saved it: "

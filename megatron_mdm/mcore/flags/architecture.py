@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names, same_value
+from megatron_mdm.mcore.flags.hybrid_pattern import gpt_layers, model_class
 
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
@@ -21,11 +22,16 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str)
         given: the arguments to compare with. Arguments that are missing on one side are skipped.
         source: where `given` comes from, for the text.
     """
+    saved, given = ({**args, "mdm_model": model_class(args)} for args in (saved, given))
     found = []
     for name in names(Group.MODEL):
         if name in saved and name in given and not _same(name, saved, given):
-            flag, was = flag_and_value(name, saved[name])
-            _, now = flag_and_value(name, given[name])
+            if name == "hybrid_layer_pattern":
+                before, after = _layers(saved), _layers(given)
+            else:
+                before, after = saved[name], given[name]
+            flag, was = flag_and_value(name, before)
+            _, now = flag_and_value(name, after)
             found.append(f"{flag} is {was} in the checkpoint and {now} in {source}")
     return "; ".join(found)
 
@@ -41,22 +47,21 @@ def _same(name: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool
         return True
     if name == "max_position_embeddings":  # rotary embeddings continue beyond it
         return saved[name] == given[name] or given.get("position_embedding_type") == "rope"
-    if name == "hybrid_layer_pattern":  # a HybridModel may continue a GPTModel, not the reverse
-        return bool(given[name] or not saved[name]) and _layers(saved) == _layers(given)
-    if name == "num_layers" and given.get("hybrid_layer_pattern"):  # follows from the pattern
-        return True
+    if name == "mdm_model":  # a HybridModel may continue a GPTModel, not the reverse
+        return saved[name] == given[name] or given[name] == "hybrid"
+    classes = {model_class(saved), model_class(given)}
+    if name == "hybrid_layer_pattern":
+        return classes == {"gpt"} or _layers(saved) == _layers(given)
+    if name in ("num_layers", "moe_layer_freq") and "hybrid" in classes:
+        return True  # the pattern describes the layers
     if name == "mdm_shift":  # an unshifted model may be continued with a shift, not the reverse
         return not saved[name] or bool(given[name])
     return same_value(saved[name], given[name])
 
 
-def _layers(args: Mapping[str, Any]) -> str | None:
-    """The layers as a HybridModel pattern without stages; None if no pattern describes them."""
-    if args.get("hybrid_layer_pattern"):
-        return str(args["hybrid_layer_pattern"]).replace("|", "")
-    if not args.get("num_experts"):
-        return "*-" * args["num_layers"]
-    return "*E" * args["num_layers"] if args.get("moe_layer_freq", 1) == 1 else None
+def _layers(args: Mapping[str, Any]) -> str:
+    """The layers as a pattern of HybridModel without stages."""
+    return (args.get("hybrid_layer_pattern") or "".join(gpt_layers(args))).replace("|", "")
 
 
 def check_model(args: Namespace, saved: Mapping[str, Any], source: str | None) -> None:
@@ -73,3 +78,9 @@ def check_model(args: Namespace, saved: Mapping[str, Any], source: str | None) -
     wrong = differences(saved, vars(args), "the flags")
     if wrong:
         raise UserError(f"the checkpoint in {source} is of another model: {wrong}")
+    moves = saved and model_class(saved) != model_class(vars(args))
+    if moves and saved.get("num_experts") and saved.get("moe_layer_freq", 1) != 1:
+        raise UserError(
+            f"the checkpoint in {source} stores each layer by itself, because of --moe-layer-freq, "
+            "and Megatron cannot read such layers into a HybridModel: use --mdm-model gpt"
+        )

@@ -44,7 +44,11 @@ from megatron_mdm.mcore.flags.data_files import (
     check_validation_sets,
 )
 from megatron_mdm.mcore.flags.fp8 import check_fp8, check_scales
-from megatron_mdm.mcore.flags.hybrid_pattern import check_pattern
+from megatron_mdm.mcore.flags.hybrid_pattern import (
+    check_model_class,
+    describe_layers,
+    model_class,
+)
 from megatron_mdm.mcore.flags.identities import (
     Identities,
     check_same_data,
@@ -177,6 +181,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
     _escape_help(parser)
+    _describe_layers_after_parsing(parser)
     if requested_device() == "cpu":
         parser.set_defaults(**CPU_DEFAULTS)
     return parser
@@ -189,6 +194,27 @@ def _escape_help(parser: ArgumentParser) -> None:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError):
             action.help = (action.help or "").replace("%", "%%")
+
+
+def _describe_layers_after_parsing(parser: ArgumentParser) -> None:
+    """Makes the parser replace --num-layers by a pattern if --mdm-model hybrid asks for it.
+
+    Megatron offers no hook between its parsing and its validation, which derives values from the
+    pattern.
+    """
+    parse_known_args = parser.parse_known_args
+
+    def parse(*words: Any, **options: Any) -> tuple[Namespace, list[str]]:
+        args, rest = parse_known_args(*words, **options)
+        try:
+            describe_layers(args)
+        except UserError:
+            raise
+        except (AssertionError, ValueError) as error:
+            raise to_user_error(error) from error
+        return args, rest
+
+    parser.parse_known_args = parse  # type: ignore[method-assign,assignment]
 
 
 def parse() -> Namespace:
@@ -303,6 +329,7 @@ def finalize_args(args: Namespace) -> Namespace:
     line = bound_in_words(MDMConfig.from_args(args))
     if line is not None and not args.skip_train:
         notice(line)
+    args.mdm_model = model_class(vars(args))
     start = choose_start(args)
     vars(args).update(start.arguments)
     source, saved = start.source, start.saved
@@ -311,6 +338,8 @@ def finalize_args(args: Namespace) -> Namespace:
         if line:
             notice(line)
     check_model(args, saved, source)
+    if args.finetune and args.mdm_model != saved.get("mdm_model"):
+        args.no_load_optim = True  # Megatron would load it into a HybridModel, not into a GPTModel
     args.mdm_mask_token_id = _mask_token_id(args)
     args.mdm_vocab_size = vocabulary_size(args, get_tokenizer(), saved, source)
     if args.mdm_quantiles == "strata":
@@ -463,15 +492,7 @@ def _validate_flags(args: Namespace) -> None:
                 f"--recompute-modules {module} needs --transformer-impl transformer_engine: leave "
                 "it out"
             )
-    if args.hybrid_layer_pattern:
-        check_pattern(args.hybrid_layer_pattern, args.num_experts)
-        if args.use_rope_scaling:
-            raise UserError("--use-rope-scaling does not reach HybridModel: use --num-layers")
-        if args.qk_layernorm and args.transformer_impl != "local":
-            raise UserError(
-                "--qk-layernorm does not reach HybridModel's layers of Transformer Engine: use "
-                "--num-layers, or --transformer-impl local"
-            )
+    check_model_class(args)
     if args.num_experts:
         check_experts(args)
     if args.use_distributed_optimizer and args.optimizer == "sgd":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mdm.config import MDMConfig, destination, flag
+from megatron_mdm.mcore.flags.hybrid_pattern import model_class
 
 _DEFAULTS = MDMConfig().arguments()
 _BELLS = ("logit_normal", "beta", "bell_uniform_share", "bell_role", "bell_fade")
@@ -35,5 +36,6 @@ def complete(saved: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if any(name.startswith("mdm_") for name in saved):
         known = {**BEFORE, **known}
     added = {name: x for name, x in known.items() if name not in saved and x != _DEFAULTS[name]}
+    known.setdefault("mdm_model", model_class(known))
     line = ", ".join(f"{flag(name)} {value}" for name, value in added.items())
     return known, f"the checkpoint is older than some settings, and uses {line}" if line else ""

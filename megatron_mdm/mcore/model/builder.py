@@ -1,4 +1,4 @@
-"""Builds the model: Megatron's GPTModel or, with --hybrid-layer-pattern, its HybridModel.
+"""Builds the model: Megatron's GPTModel or, with --mdm-model hybrid, its HybridModel.
 
 Megatron marks GPTModel as deprecated in favour of HybridModel. HybridModel loads GPTModel's
 checkpoints.

@@ -85,6 +85,7 @@ def state_of(**values):
         "pipeline_model_parallel_size": 1,
         "decoupled_lr": None,
         "num_experts": None,
+        "mdm_model": "gpt",
         **dict.fromkeys(("finetune", "no_load_optim", "skip_train", "bf16", "fp16"), False),
         "use_distributed_optimizer": False,
     }
@@ -124,7 +125,10 @@ def test_states_of_another_kind(now, saved, message):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"tensor_model_parallel_size": 1}, {"bf16": True}, {"pipeline_model_parallel_size": 2}],
+    [
+        *({"tensor_model_parallel_size": 1}, {"bf16": True}, {"pipeline_model_parallel_size": 2}),
+        {"mdm_model": "hybrid"},
+    ],
 )
 def test_what_the_distributed_optimizer_saves(changed):
     distributed = {"use_distributed_optimizer": True}

@@ -1,5 +1,7 @@
 """A run that stops and resumes under another layout each time equals an uninterrupted run.
 
+So does a run that moves from GPTModel to HybridModel on the way.
+
 All parts have the same flags. They include --pretrained-checkpoint, from which only the first part
 starts.
 """
@@ -22,8 +24,13 @@ LAYOUTS = [
     "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "",  # DP 2
 ]
+# Flags of all parts, or of the parts after the first.
+LATER = {"HybridModel from the second part on": ["--mdm-model", "hybrid"]}
 SCHEDULES = {
     "fixed batch": "--global-batch-size 8 --train-iters 6 --lr-warmup-iters 1".split(),
+    "HybridModel from the second part on": (
+        "--global-batch-size 8 --train-iters 6 --lr-warmup-iters 1".split()
+    ),
     # Thresholds are in tokens, 32 per row. A step has 4 rows at first and 8 from the 13th row on,
     # which is in the middle of the second part. Megatron then counts its schedules in samples.
     "batch-size schedule": [
@@ -55,6 +62,7 @@ def runs(request, tmp_path_factory, base, data):
     parts = []
     for i, layout in enumerate(LAYOUTS):
         stop = ["--exit-interval", "2"] if i < 2 else []
+        stop += LATER.get(request.param, []) if i else []
         parts.append(run(f"part{i}", 2, *layout.split(), *source, "--save", checkpoint, *stop))
     return (
         whole,

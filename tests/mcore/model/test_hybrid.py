@@ -1,4 +1,7 @@
-"""A HybridModel of attention and MLP layers equals GPTModel, under every layout."""
+"""A HybridModel of attention and MLP layers equals GPTModel, in every layout and in the tools."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,59 +14,115 @@ from megatron_mdm.mcore.model.hybrid import bidirectional_stack
 from tests import ranks
 from tests.ranks import entries
 
-# Flags without Adam, because Megatron's translation of a checkpoint expects its state.
-STEPS = "--no-load-optim --optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 0.1".split()
-STEPS += "--train-iters 2".split()
+STEPS = "--optimizer sgd --sgd-momentum 0 --weight-decay 0 --lr 0.1 --train-iters 2".split()
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
 METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient --eval-iters 1"
-LAYOUTS = {
-    "1 rank": (1, "--hybrid-layer-pattern *-*-*-*-"),
-    "1 rank, full head": (1, "--hybrid-layer-pattern *-*-*-*- --mdm-head full"),
-    "TP 2 + SP": (
-        2,
-        "--hybrid-layer-pattern *-*-*-*- --tensor-model-parallel-size 2 --sequence-parallel",
-    ),
-    "PP 2 x VP 2": (2, "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2"),
+DOCUMENTS = "--mdm-isolate-documents --mdm-rate-per document --mdm-random-length-fraction 0.3"
+TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+PP = "--pipeline-model-parallel-size 2"
+VP = f"{PP} --num-layers-per-virtual-pipeline-stage 1"
+# Name -> number of ranks, flags of the model, flags of the method.
+RUNS = {
+    "1 rank": (1, "--mdm-model hybrid", METHODS),
+    "full head": (1, "--mdm-model hybrid --mdm-head full", METHODS),
+    "TP 2 + SP": (2, f"--mdm-model hybrid {TP}", METHODS),
+    "PP 2 x VP 2": (2, f"--mdm-model hybrid {VP}", METHODS),
+    "uneven stages": (2, f"--mdm-model hybrid {PP} --decoder-first-pipeline-num-layers 1", METHODS),
+    "a pattern by hand": (2, f"--hybrid-layer-pattern *-*|-*-*- {PP}", METHODS),
+    "documents, TP 2 + SP": (2, f"--mdm-model hybrid {TP}", DOCUMENTS),
+    "documents, PP 2 x VP 2": (2, f"--mdm-model hybrid {VP}", DOCUMENTS),
 }
+GPT = {METHODS: "gpt", DOCUMENTS: "gpt, documents"}
 
 
 @pytest.fixture(scope="module")
-def gpt(base, tmp_path_factory):
-    return ranks.launch(tmp_path_factory.mktemp("gpt"), 1, *base, *STEPS, *METHODS.split())
+def runs(base, tmp_path_factory):
+    layouts = {name: (1, "", methods) for methods, name in GPT.items()} | RUNS
+    words = {
+        name: (count, [*base, *STEPS, *model.split(), *methods.split()])
+        for name, (count, model, methods) in layouts.items()
+    }
+    return ranks.launch_layouts(tmp_path_factory.mktemp("hybrid"), words)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_patterns_train_as_gpt_model_from_its_checkpoint(layout, gpt, base, tmp_path):
-    count, flags = LAYOUTS[layout]
-    run = ranks.launch(tmp_path, count, *base, *STEPS, *METHODS.split(), *flags.split())
-    assert run.masks().keys() == gpt.masks().keys()
-    for name in ("mdm loss", "grad-norm", "mdm/validation NELBO", "mdm/density at t 0.05"):
-        assert run.scalars[name] == pytest.approx(gpt.scalars[name], rel=1e-5), name
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains_as_gpt_model_from_its_checkpoint(name, runs):
+    run, gpt = runs[name], runs[GPT[RUNS[name][2]]]
+    assert run.masks() == gpt.masks()
+    compared = ["mdm loss", "grad-norm"]
+    if RUNS[name][2] == METHODS:
+        compared += ["mdm/validation NELBO", "mdm/density at t 0.05"]
+    for scalar in compared:
+        assert run.scalars[scalar] == pytest.approx(gpt.scalars[scalar], rel=1e-5), scalar
+    assert gpt.grad_norms[1] != pytest.approx(gpt.grad_norms[0], rel=1e-2)
 
 
-def test_documents_stay_apart_in_every_stage(base, tmp_path):
-    flags = [*base, *STEPS, "--mdm-isolate-documents"]
-    gpt = ranks.launch(tmp_path / "gpt", 1, *flags)
-    count, layout = LAYOUTS["PP 2 x VP 2"]
-    run = ranks.launch(tmp_path / "hybrid", count, *flags, *layout.split())
-    assert run.losses == pytest.approx(gpt.losses, rel=1e-5)
-    assert run.grad_norms == pytest.approx(gpt.grad_norms, rel=1e-5)
+# -- tools
+
+GENERATE = ["tools/generate.py", "--length", "9", "--steps", "6", "--block-length", "4"]
+GENERATE += ["--temperature", "1", "--no-stop-at-eos", "--prompt", "50 51", "--suffix", "7 8"]
+EVALUATE = ["tools/evaluate.py", "--rows", "8", "--draws", "2"]
+FIT = "tools/fit_ppots.py --target gradient --rates 8 --rows 2 --masks 2 --family piecewise".split()
 
 
-def test_tools_open_its_checkpoints(base, tmp_path):
-    """A checkpoint saved from stages has, on one rank, the logits of the GPTModel it began as."""
-    pattern = "--hybrid-layer-pattern *-|*-|*-|*- --pipeline-model-parallel-size 2".split()
-    still = ["--no-load-optim", "--lr", "0", "--train-iters", "1", "--save-interval", "1"]
-    save = ["--save", str(tmp_path / "checkpoint")]
-    ranks.launch(tmp_path / "run", 2, *base, *pattern, *still, *save)
+@pytest.fixture(scope="module")
+def opened(base, data, tmp_path_factory):
+    """Directories with what the tools say of a GPTModel, and of the same weights in a HybridModel.
 
-    def logits(name, checkpoint):
-        ranks.launch(tmp_path / name, 1, "--", checkpoint, "1", entry=entries.logits)
-        return torch.load(tmp_path / name / "logits0.pt")[0]
+    The HybridModel was saved from two pipeline stages. The tools find its class in the checkpoint.
+    """
+    directory = tmp_path_factory.mktemp("opened")
+    still = ["--lr", "0", "--train-iters", "1", "--save-interval", "1", "--mdm-model", "hybrid"]
+    hybrid = directory / "checkpoint"
+    ranks.launch(directory / "run", 2, *base, *still, *PP.split(), "--save", str(hybrid))
+    tools, texts = {}, {}
+    for name, checkpoint in (("gpt", base[base.index("--load") + 1]), ("hybrid", str(hybrid))):
+        texts[f"{name}, logits"] = ["--", checkpoint, "1"]
+        load = ["--device", "cpu", "--load", checkpoint]
+        output = str(directory / f"{name}.json")
+        evaluated = ["--data", str(data), "--json", output]
+        tools[f"{name}, generate"] = ["--", *GENERATE, *load]
+        tools[f"{name}, evaluate"] = ["--", *EVALUATE, *load, *evaluated]
+        tools[f"{name}, fit"] = ["--", *FIT, *load, "--output", str(directory / f"{name} fit.json")]
+    ranks.launch_all(directory, 1, texts, entry=entries.logits)
+    ranks.launch_all(directory, 1, tools, entry=entries.tool)
+    return directory
 
-    gpt, hybrid = logits("gpt", base[base.index("--load") + 1]), logits("hybrid", save[1])
-    for ours, reference in zip(hybrid, gpt, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+def test_logits(opened):
+    ours, reference = (
+        torch.load(opened / f"{name}, logits" / "logits0.pt")[0] for name in ("hybrid", "gpt")
+    )
+    for x, y in zip(ours, reference, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_texts(opened):
+    text, reference = (
+        Path(opened, f"{name}, generate", "stdout0").read_text() for name in ("hybrid", "gpt")
+    )
+    assert text == reference and len(text.splitlines()[-1].split()) == 13
+
+
+def test_the_likelihood_and_the_gradients_that_ppots_measures(opened):
+    for file, names in ((".json", ["nelbo", "bins"]), (" fit.json", ["moments", "density"])):
+        ours, reference = (
+            json.loads((opened / f"{name}{file}").read_text()) for name in ("hybrid", "gpt")
+        )
+        for name in names:
+            assert numbers(ours[name]) == pytest.approx(numbers(reference[name]), rel=1e-4), name
+
+
+def numbers(value) -> list[float]:
+    """All numbers in a JSON value, in order."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [x for item in value for x in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+# -- Transformer Engine
 
 
 def test_transformer_engines_layers_attend_in_both_directions():

@@ -23,6 +23,8 @@ RUNS = {
     "DP 2, methods, tied": (2, METHODS, True),
     "TP 2 + SP, methods, tied": (2, f"{METHODS} {SP}", True),
     "PP 2, methods, tied": (2, f"{METHODS} {PP}", True),
+    "HybridModel, TP 2 + SP, methods, tied": (2, f"{METHODS} {SP} --mdm-model hybrid", True),
+    "HybridModel, PP 2, bernoulli": (2, f"{PP} --mdm-model hybrid", False),
 }
 # One step of plain SGD with a learning rate so large that the new weights show the gradient.
 STEP = "--optimizer sgd --sgd-momentum 0 --lr 1e4 --weight-decay 0 --clip-grad 0".split()

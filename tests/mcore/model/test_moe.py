@@ -91,7 +91,7 @@ def test_layouts_are_equal(runs, layout):
 
 
 def test_hybrid_model_has_the_same_layers(runs, moe, tmp_path):
-    pattern = f"--hybrid-layer-pattern *E*E --no-load-optim {SHORT} --sequence-parallel".split()
+    pattern = f"--mdm-model hybrid {SHORT} --sequence-parallel".split()
     pattern += "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1".split()
     pattern += "--expert-model-parallel-size 2".split()
     flags = [*moe, *LOSSES, *METHODS, *ONE_STEP, "--train-iters", "1", *pattern]

@@ -22,9 +22,19 @@ LAYOUTS = {
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
     "TP 2 x PP 2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "HybridModel": (1, "--mdm-model hybrid"),
+    "HybridModel, TP 2 + SP": (
+        2,
+        "--mdm-model hybrid --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "HybridModel, PP 2 x VP 2": (
+        2,
+        "--mdm-model hybrid --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+    ),
 }
 # Splitting sums differently changes rounding; these layouts add in the same order.
-BITWISE_LOSS = {"PP 2", "PP 2 x VP 2"}
+BITWISE_LOSS = {"PP 2", "PP 2 x VP 2", "HybridModel", "HybridModel, PP 2 x VP 2"}
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +94,16 @@ def adam(tmp_path_factory, base):
     flags = [*base, "--lr", "1e-3"]
     runs = {"1 rank": (1, flags), "DP 2": (2, flags)}
     runs["distributed"] = (2, [*flags, "--use-distributed-optimizer"])
+    hybrid = [*flags, "--mdm-model", "hybrid"]
+    runs["HybridModel"] = (1, hybrid)
+    runs["HybridModel, distributed"] = (2, [*hybrid, "--use-distributed-optimizer"])
     return ranks.launch_layouts(tmp_path_factory.mktemp("adam"), runs)
 
 
 def test_the_distributed_optimizer_changes_nothing(adam):
+    """All runs begin Adam's averages anew, also a HybridModel that starts from a GPTModel's."""
     reference = adam["1 rank"]
-    for run in (adam["DP 2"], adam["distributed"]):
+    for run in adam.values():
         assert run.losses == pytest.approx(reference.losses, rel=1e-5)
         assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
         assert run.masks() == reference.masks()
