@@ -30,6 +30,15 @@ DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-pa
 DATA_LISTS = ("--data-args-path", "--per-split-data-args-path")
 SPLITS = ("--split", "--validation-set-names")
 TOKENIZERS = ("--tokenizer-model", "--vocab-file", "--merge-file")
+# All flags about data and tokenizer.
+INPUTS = {
+    *DATA,
+    *DATA_LISTS,
+    *SPLITS,
+    *TOKENIZERS,
+    *("--tokenizer-type", "--vocab-size", "--null-tokenizer-eod-id"),
+    *("--mdm-mask-token-id", "--mock-data"),
+}
 
 
 def flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -89,12 +98,10 @@ def without_inputs(words: Sequence[str], vocabulary: int) -> list[str]:
         words: the flags of the launch.
         vocabulary: number of ids, the mask token included.
     """
-    replaced = (*DATA, *DATA_LISTS, *SPLITS, *TOKENIZERS, "--tokenizer-type", "--vocab-size")
-    replaced = (*replaced, "--mdm-mask-token-id", "--mock-data", "--null-tokenizer-eod-id")
     kept = [
         word
         for name, values in flags_and_values(words)
-        if name not in replaced
+        if name not in INPUTS
         for word in (name, *values)
     ]
     return [

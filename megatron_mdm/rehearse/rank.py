@@ -35,9 +35,10 @@ from megatron_mdm.mcore.data.row_dataset import Datasets, epochs, row_columns
 from megatron_mdm.mcore.device import replaced, training_device
 from megatron_mdm.mcore.flags import identities
 from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
-from megatron_mdm.mcore.model import builder
+from megatron_mdm.mcore.model import hybrid, layer_specs
+from megatron_mdm.mcore.model.layer_specs import make_bidirectional
 from megatron_mdm.mcore.training.objective import Objective, build_objective
-from megatron_mdm.rehearse.attention import with_own_positions
+from megatron_mdm.rehearse.attention import use_own_positions
 from megatron_mdm.rehearse.roles import Role
 from megatron_mdm.rehearse.shrink import STEPS, CutRows, fewer_micro_batches, shrunk
 from megatron_mdm.sizing.course import Course
@@ -153,7 +154,7 @@ class _Rehearsal:
             self._count(true)
             start()
 
-        narrow.model_config.before_model = before_model  # type: ignore[method-assign]
+        narrow.model_config.before_model = before_model
 
     def _count(self, true: Objective) -> None:
         role, args = self._role, self._true
@@ -220,7 +221,8 @@ def _stand_in_attention(args: Namespace) -> Iterator[None]:
     if args.context_parallel_size == 1:
         yield
         return
-    with replaced(builder, "bidirectional_spec", with_own_positions(builder.bidirectional_spec)):
+    name = make_bidirectional.__name__
+    with replaced(layer_specs, name, use_own_positions), replaced(hybrid, name, use_own_positions):
         yield
 
 

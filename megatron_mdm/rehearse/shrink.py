@@ -33,7 +33,7 @@ def shrunk(args: Namespace) -> tuple[dict[str, Any], int]:
     parts = args.tensor_model_parallel_size * (args.expert_tensor_parallel_size or 1)
 
     def narrow(width: int) -> int:
-        return -(-width // (factor * parts)) * parts
+        return int(-(-width // (factor * parts)) * parts)
 
     values: dict[str, Any] = {
         "hidden_size": args.hidden_size // factor,
@@ -65,7 +65,7 @@ def fewer_micro_batches(args: Namespace, micro_batches: int) -> int:
     return int(min(micro_batches, -(-max(2, 2 * stages - 1) // group) * group))
 
 
-class CutRows(Dataset):
+class CutRows(Dataset[dict[str, Any]]):
     """The rows of a `RowDataset`, each cut after its first positions.
 
     Args:
@@ -84,7 +84,7 @@ class CutRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
+        row: dict[str, Any] = self.rows[index]
         for name, column in row.items():
             if self._is_vector[name]:
                 row[name] = column[: self.length].clone()

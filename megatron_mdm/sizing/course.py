@@ -52,7 +52,7 @@ class Course:
         if args.save is not None and iterations:
             weight = 2 if args.bf16 or args.fp16 else 0
             size = (weight + PARAMETER_BYTES) * shape.num_parameters
-            kept = _kept(iterations, args.save_interval, args.save_retain_interval)
+            kept = checkpoints_that_stay(iterations, args.save_interval, args.save_retain_interval)
         is_fixed = not args.step_batch_size_schedule
         return cls(
             iterations if is_fixed else None,
@@ -78,7 +78,7 @@ class Course:
         return self.flops * self.all_rows / self.rows / (gpus * mfu * peak_flops) / 3600
 
 
-def _kept(iterations: int, interval: int, retain: int | None) -> int:
+def checkpoints_that_stay(iterations: int, interval: int, retain: int | None) -> int:
     """Number of checkpoints that stay: those at multiples of `retain`, and the last one."""
     if retain is None:
         return -(-iterations // interval)

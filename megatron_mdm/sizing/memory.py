@@ -169,10 +169,10 @@ def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: 
             whole = in_flight * (group * inputs + (total - group) * mean) + mean
         else:
             whole = in_flight * inputs * -(-total // group) + group * mean
-    return _tokens(args) * whole / args.tensor_model_parallel_size
+    return float(_tokens(args) * whole / args.tensor_model_parallel_size)
 
 
 def _head_bytes(args: Namespace) -> float:
     """Bytes of the head if all tokens of a micro-batch are masked."""
     logits = args.padded_vocab_size * LOGIT_BYTES / args.tensor_model_parallel_size
-    return _tokens(args) * (logits + 2 * 2 * args.hidden_size)
+    return float(_tokens(args) * (logits + 2 * 2 * args.hidden_size))

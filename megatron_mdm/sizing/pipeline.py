@@ -21,7 +21,7 @@ def micro_batches_in_flight(args: Namespace, stage: int, micro_batches: int) -> 
     stages = args.pipeline_model_parallel_size
     virtual = args.virtual_pipeline_model_parallel_size
     if virtual is None:
-        return min(micro_batches, stages - stage)
+        return float(min(micro_batches, stages - stage))
     group = args.microbatch_group_size_per_vp_stage or stages
     forward_first = 2 * (stages - stage - 1) + (virtual - 1) * group + 1
     return float(min(micro_batches * virtual, forward_first) / virtual)
