@@ -195,6 +195,10 @@ class _Rehearsal:
             return rows and CutRows(rows, row_columns(mdm, training), length)
 
         def provide(num_samples: list[int], vp_stage: int | None = None) -> Datasets:
+            if self._true.mock_data:  # the index of so many random rows would fill the memory
+                step = get_num_microbatches() * self._args.micro_batch_size
+                num_samples = [(STEPS + 1) * step * self._args.data_parallel_size]
+                num_samples += [0, 0]  # the provider counts rows of evaluations itself
             training, validation, test = true.datasets_provider(num_samples, vp_stage)
             if training is not None and "epochs" not in self._found and not self._true.mock_data:
                 texts = -(-num_samples[0] // mdm.views)
