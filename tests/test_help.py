@@ -22,7 +22,7 @@ SCRIPTS = [
     "examples/quickstart_samples.py",
 ]
 TRAINING = ("pretrain", "experiments.autoregressive")
-OTHERS = ("doctor", "launch", "lm_eval", "sizing.nodes")
+OTHERS = ("doctor", "launch", "lm_eval", "rehearse", "sizing.nodes")
 MODULES = [f"-m megatron_mdm.{name}" for name in (*TRAINING, *OTHERS)]
 
 # Files that run as __main__ for contributors, another program of ours, or the kit of examples/gpu.

@@ -33,13 +33,13 @@ ORDER = [
     ["mcore.pretrain"],
     ["checkpoint", "plugin", "pretrain", "launch"],
     ["conversion", "lm_eval", "experiments"],
-    ["doctor"],
+    ["doctor", "rehearse"],
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 
 # Parts that use Megatron. Beside the binding, data writes Megatron's indexed datasets, sizing asks
 # Megatron for memory, and experiments import it once for many runs.
-USES_MEGATRON = {"mcore", "conversion", "data", "sizing", "experiments"}
+USES_MEGATRON = {"mcore", "conversion", "data", "sizing", "experiments", "rehearse"}
 OBJECTIVE_USES = {"torch", "numpy", "scipy", "megatron_mdm", *sys.stdlib_module_names}
 
 

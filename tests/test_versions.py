@@ -14,7 +14,6 @@ from megatron_mdm import versions
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
 from megatron_mdm.versions import (
-    Tested,
     check_megatron,
     check_transformer_engine,
     installed,

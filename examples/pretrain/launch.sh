@@ -14,7 +14,8 @@
 # GPUS: GPUs of a node (default 8; under Slurm GPUS=4 needs sbatch --gpus-per-node 4 as well). FP8: a recipe of
 # Transformer Engine, for example FP8=tensorwise or blockwise on H100, and mxfp8 on Blackwell; FP8=delayed also sets the
 # margin that megatron_mdm/mcore/FP8.md recommends. PORT: port of the rendezvous (default 29500). TORCHRUN: more flags for torchrun, for
-# example TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command.
+# example TORCHRUN="--max-restarts 3 --log-dir logs --redirects 3". DRY_RUN=1 prints the command. REHEARSE=1 rehearses
+# the launch on this machine's CPU (examples/scale/README.md).
 # CONTAINER: under Slurm with pyxis, the image in which the run starts, for example nvcr.io#nvidia/nemo:26.08 or a .sqsh
 # file. The checkout is mounted. MOUNTS: other folders for the container, for example MOUNTS=/data or /disk1:/data,/disk2
 # (examples/containers/README.md).
@@ -79,8 +80,8 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
     launch=("${srun[@]}" "${launch[@]}" --nnodes "$nodes"
         --rdzv-id "$SLURM_JOB_ID" "${rendezvous[@]}" "$host:${PORT:-29500}")
 elif [ "$nodes" -gt 1 ]; then
-    [ -n "${MASTER:-}" ] || stop "NODES=$nodes needs MASTER, the name of one of the nodes"
-    launch+=(--nnodes "$nodes" --rdzv-id mdm "${rendezvous[@]}" "$MASTER:${PORT:-29500}")
+    [ -n "${MASTER:-${REHEARSE:-}}" ] || stop "NODES=$nodes needs MASTER, the name of one of the nodes"
+    launch+=(--nnodes "$nodes" --rdzv-id mdm "${rendezvous[@]}" "${MASTER:-}:${PORT:-29500}")
 else
     # With an explicit address, since some machines cannot resolve their own host name.
     launch+=(--standalone --local-addr 127.0.0.1)
@@ -99,6 +100,9 @@ if [ -z "${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}" ]; then
 fi
 
 read -r -d '' -a torchrun <<<"${TORCHRUN:-}" || true
+if [ -n "${REHEARSE:-}" ]; then
+    exec python -m megatron_mdm.rehearse --nodes "$nodes" --gpus-per-node "$gpus" -- "${flags[@]}" "$@"
+fi
 command=("${launch[@]}" "${torchrun[@]}" -m megatron_mdm.pretrain "${flags[@]}" "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     echo "${command[@]@Q}"

@@ -206,7 +206,7 @@ def iteration_in(log: pathlib.Path) -> str:
 
 
 def _execute(command: list[str], log: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     output = os.open(log, os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -219,8 +219,12 @@ def _execute(command: list[str], log: str) -> None:
         runpy.run_path(command[0], run_name="__main__")
 
 
-def _end_with_parent() -> None:
-    """Waits in a thread until the parent has ended, even by a kill; then ends this process."""
+def end_with_parent() -> None:
+    """Starts a thread that ends this process when its parent has ended, even by a kill."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -6,7 +6,7 @@ change while a prefetched row waits in a loader.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -327,16 +327,30 @@ def _rows(
     return RowDataset(dataset, mdm, args.seed, mask, size, pad, period, text_offset)
 
 
-def _print_epochs(dataset: Any, texts: int, views: int) -> None:
-    """Prints how often training passes over its data; each text becomes `views` rows."""
+def epochs(dataset: Any, texts: int) -> Iterator[tuple[str, float, int]]:
+    """How often a run passes over its data.
+
+    Args:
+        dataset: a dataset without views, or Megatron's mixture of such datasets.
+        texts: texts of the run.
+
+    Yields:
+        The path of a part of the data, the texts that the run takes from it, and the texts of one
+        epoch of it.
+    """
     parts = getattr(dataset, "datasets", [dataset])
     weights = dataset.weights if len(parts) > 1 else [1.0]
     for part, weight in zip(parts, weights, strict=True):
-        share = texts * weight / sum(weights)
+        yield str(part.dataset_path), texts * weight / sum(weights), part.texts_per_epoch
+
+
+def _print_epochs(dataset: Any, texts: int, views: int) -> None:
+    """Prints how often training passes over its data; each text becomes `views` rows."""
+    for path, share, of_epoch in epochs(dataset, texts):
         of_each = f", {views} views of each of {share:.0f}," if views > 1 else ""
         print_rank_0(
-            f" > training takes {share * views:.0f} rows{of_each} from {part.dataset_path}: "
-            f"{share / part.texts_per_epoch:.2f} epochs of {part.texts_per_epoch} rows"
+            f" > training takes {share * views:.0f} rows{of_each} from {path}: "
+            f"{share / of_epoch:.2f} epochs of {of_epoch} rows"
         )
 
 

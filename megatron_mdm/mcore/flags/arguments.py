@@ -528,7 +528,8 @@ def _refused_flag_error(name: str) -> UserError:
 
 
 def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
-    if args.transformer_impl == "local":
+    # A rehearsal (--fake-process-group) has no other ranks, and brings an attention of its own.
+    if args.transformer_impl == "local" and not args.fake_process_group:
         raise UserError(
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: with "
             "Megatron's local attention a position sees only its own rank's part of the row"

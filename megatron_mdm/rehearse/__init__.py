@@ -1,0 +1,1 @@
+"""Rehearses a launch on a CPU: one process plays each kind of rank of a cluster."""
