@@ -121,7 +121,6 @@ class Soak:
         prepare_environment("cpu")
         write_data(directory)
         self.flags = flags_of(plan, directory, args.seed)
-        self.segments = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
         self.found: dict[str, Any] = {
             "benchmark": "soak",
             "program": program(),
@@ -224,12 +223,10 @@ class Soak:
             self._fail(f"{name} {number}: status {start.status} after {kind}")
         for line in start.left:
             self._fail(f"{name} {number}: a process stays: {line}")
-        segments = checks.orphaned_segments(self.segments)
-        self.segments += segments
         temporary = {path.name for path in self.scratch.iterdir()} - self.temporary
         self.temporary |= temporary
-        if segments and kind != "all":  # else nobody was left to remove them
-            self._fail(f"{name} {number}: shared memory stays: {', '.join(segments)}")
+        if start.segments and kind != "all":  # else nobody was left to remove them
+            self._fail(f"{name} {number}: shared memory stays: {', '.join(start.segments)}")
         if temporary and kind not in ("all", "launcher"):
             self._fail(f"{name} {number}: temporary files stay: {', '.join(sorted(temporary))}")
         self.found["starts"].append(
@@ -246,7 +243,7 @@ class Soak:
                 "samples": start.samples,
                 "stray": checks.stray(place / "checkpoint", retained(self.plan)),
                 "temporary": sorted(temporary),
-                "segments": segments,
+                "segments": start.segments,
                 **{
                     kind: checks.files_under(place / kind if kind != "cache" else self._cache())
                     for kind in ("checkpoint", "tb", "cache")

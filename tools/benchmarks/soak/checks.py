@@ -1,10 +1,7 @@
 """The checks of a soak: losses, memory, files."""
 
-import os
 import pathlib
 import re
-from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -114,22 +111,3 @@ def stray(checkpoints: pathlib.Path, interval: int) -> list[str]:
             continue
         names.append(path.name)
     return names
-
-
-def orphaned_segments(before: Iterable[str], root: str = "/dev/shm") -> list[str]:
-    """Files of shared memory that are new and that no living process has open."""
-    new = sorted(set(os.listdir(root)) - set(before)) if os.path.isdir(root) else []
-    in_use = _open_files(root) if new else set()
-    return [name for name in new if os.path.join(root, name) not in in_use]
-
-
-def _open_files(root: str) -> set[str]:
-    """Files under a directory that some process has open or mapped."""
-    found: set[str] = set()
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # the process has ended, or belongs to another user
-            found |= {line.split()[-1] for line in (process / "maps").read_text().splitlines()}
-            for name in os.listdir(process / "fd"):
-                with suppress(OSError):  # the file has been closed
-                    found.add(os.readlink(process / "fd" / name))
-    return {name for name in found if name.startswith(root)}

@@ -35,6 +35,7 @@ class Start:
         seconds: wall-clock seconds until the launcher ended.
         gone: seconds from then until its last process ended.
         left: command lines of the processes that were there after `GONE_WITHIN` seconds.
+        segments: files of shared memory that its processes had mapped, and that are still there.
         samples: iteration, and bytes by role: `rank 0`, and `workers of rank 0` for its children.
     """
 
@@ -43,6 +44,7 @@ class Start:
     seconds: float = 0.0
     gone: float = 0.0
     left: list[str] = field(default_factory=list)
+    segments: list[str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -72,7 +74,7 @@ def run_job(
     with open(log, "wb") as output:
         launcher = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        _watch(launcher, mark, log, strike, start)
+        mapped = _watch(launcher, mark, log, strike, start)
         start.status = launcher.wait()
         ended = time.monotonic()
         start.seconds = round(ended - begin, 1)
@@ -87,14 +89,20 @@ def run_job(
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         launcher.wait()
+    start.segments = names_of(mapped)
     return start
 
 
 def _watch(
     launcher: Any, mark: str, log: pathlib.Path, strike: Strike | None, start: Start
-) -> None:
-    """Reads the log of a run until it ends; takes samples of its memory, and strikes it once."""
+) -> set[int]:
+    """Reads the log of a run until it ends; takes samples of its memory, and strikes it once.
+
+    Returns:
+        Inodes of the shared memory that its processes had mapped.
+    """
     iteration, place = 0, 0
+    mapped: set[int] = set()
     changed = sampled = time.monotonic()
     while launcher.poll() is None:
         time.sleep(POLL)
@@ -110,10 +118,13 @@ def _watch(
         if iteration and now > sampled + SAMPLE:
             sampled = now
             start.samples.append({"iteration": iteration, **memory(launcher)})
+            mapped |= segments_of(processes_of(mark))
         if strike is not None and start.strike is None and iteration >= strike.iteration:
+            mapped |= segments_of(processes_of(mark))
             time.sleep(strike.delay)
             if hit(launcher, mark, strike):
                 start.strike = strike
+    return mapped
 
 
 def hit(launcher: Any, mark: str, strike: Strike) -> bool:
@@ -152,6 +163,26 @@ def processes_of(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def segments_of(processes: Sequence[psutil.Process]) -> set[int]:
+    """Inodes of the shared memory that these processes have mapped, semaphores included.
+
+    glibc maps a semaphore under a temporary name, which is gone when the semaphore has its own.
+    """
+    found: set[int] = set()
+    for process in processes:
+        with suppress(OSError):  # it has ended
+            text = pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+            found |= set(map(int, re.findall(r" (\d+) +/dev/shm/", text)))
+    return found
+
+
+def names_of(segments: set[int]) -> list[str]:
+    """Paths of the shared memory with these inodes that still has a name."""
+    if not os.path.isdir("/dev/shm"):
+        return []
+    return sorted(entry.path for entry in os.scandir("/dev/shm") if entry.inode() in segments)
 
 
 def memory(launcher: Any) -> dict[str, int]:

@@ -82,7 +82,7 @@ def make_plan(steps: int, layouts: list[str], strikes: int, seed: int) -> Plan:
         Strike(
             KINDS[number % len(KINDS)],
             int(part * (number + chance.uniform(0.1, 0.8))),
-            chance.uniform(0.0, 2.0),
+            chance.uniform(0.0, 0.2),
             chance.randrange(8),
         )
         for number in range(strikes)
