@@ -151,7 +151,7 @@ FEATURES = (
     Feature(
         "HybridModel",
         [MEGATRON_RUNS],
-        _when("--hybrid-layer-pattern", lambda args: args.hybrid_layer_pattern),
+        _when("--mdm-model hybrid", lambda args: args.hybrid_layer_pattern),
     ),
     Feature(
         "TensorBoard",

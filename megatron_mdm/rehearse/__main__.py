@@ -16,13 +16,13 @@ import json
 import os
 import sys
 
-from megatron_mdm.environment import check_megatron_version
 from megatron_mdm.errors import BAD_INPUT, UserError, check_numbers, escaped, run_tool
 from megatron_mdm.rehearse.flags import for_a_cpu, missing_inputs, without_inputs
 from megatron_mdm.rehearse.processes import play_all
 from megatron_mdm.rehearse.report import Speed, as_json, lines, verdict
 from megatron_mdm.rehearse.roles import roles
 from megatron_mdm.sizing.nodes import Layout, check_nodes
+from megatron_mdm.versions import check_megatron
 
 H100_TFLOPS = 989  # dense, bfloat16, SXM: NVIDIA's data sheet
 
@@ -39,7 +39,8 @@ def main() -> None:
         raise UserError(f"--mfu {options.mfu:g}: must lie in (0, 1]")
     if not options.peak_tflops > 0:
         raise UserError(f"--peak-tflops {options.peak_tflops:g}: must be above 0")
-    check_megatron_version()
+    if warning := check_megatron():
+        print(warning, file=sys.stderr)
     given: list[str] = options.flags[1:] if options.flags[:1] == ["--"] else options.flags
     if options.without_inputs is not None:
         given = without_inputs(given, options.without_inputs)
