@@ -32,7 +32,7 @@ def play_all(
         played: the roles.
         jobs: processes at a time.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # of the processes
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as directory:

@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 POSITIONS = 64  # of a row
@@ -39,6 +40,7 @@ def shrunk(args: Namespace) -> tuple[dict[str, Any], int]:
         "hidden_size": args.hidden_size // factor,
         "kv_channels": channels // factor,
         "ffn_hidden_size": narrow(args.ffn_hidden_size),
+        **{"bf16": False, "fp16": False, "params_dtype": torch.float32},
     }
     for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         if getattr(args, name):
