@@ -1,7 +1,7 @@
 """One process plays one rank of a launch, with Megatron's fake process groups.
 
-A collective call of a fake process group returns at once and leaves its buffers as they are, so the
-numbers of the steps have no meaning. The rows, the masks and the rates are those of the rank.
+A collective call of a fake process group returns at once and leaves most buffers as they are, so
+the numbers of the steps have no meaning. The rows, the masks and the rates are those of the rank.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def play(words: Sequence[str], role: Role) -> dict[str, Any]:
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
     }
     sys.argv = ["megatron_mdm.rehearse", *words]
-    with training_device("cpu"), _NewMemoryIsZero(), _knows_all_files():
+    with training_device("cpu"), NewMemoryIsZero(), _knows_all_files():
         set_startup_timestamps(program_start=time.time(), main_entry=time.time())
         use_shipped_dataset_helpers()
         args = parse()
@@ -211,11 +211,11 @@ class _Rehearsal:
         return provide
 
 
-class _NewMemoryIsZero(TorchFunctionMode):
-    """Gives zeros to buffers that a fake collective call does not fill, instead of any numbers."""
+class NewMemoryIsZero(TorchFunctionMode):
+    """Zeros for buffers that a fake collective call does not fill; else they may hold a NaN."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         if func in (torch.empty, torch.empty_like):

@@ -17,7 +17,8 @@ def shrunk(args: Namespace) -> tuple[dict[str, Any], int]:
 
     Layers, heads, groups, experts and vocabulary stay. The factor is a power of two that divides
     the hidden size and leaves each head an even number of channels. The width of feed-forward
-    layers is rounded up to a multiple of the tensor-parallel size.
+    layers is rounded up to a multiple of the tensor-parallel size. The numbers are float32, because
+    a CPU without bfloat16 arithmetic needs ten times as long for the head.
 
     Args:
         args: Megatron's validated arguments; not changed.
