@@ -338,7 +338,7 @@ def finalize_args(args: Namespace) -> Namespace:
         if line:
             notice(line)
     check_model(args, saved, source)
-    if args.finetune and args.mdm_model != saved.get("mdm_model"):
+    if args.finetune and saved and args.mdm_model != model_class(saved):
         args.no_load_optim = True  # Megatron would load it into a HybridModel, not into a GPTModel
     args.mdm_mask_token_id = _mask_token_id(args)
     args.mdm_vocab_size = vocabulary_size(args, get_tokenizer(), saved, source)
