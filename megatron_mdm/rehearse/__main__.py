@@ -39,8 +39,7 @@ def main() -> None:
         raise UserError(f"--mfu {options.mfu:g}: must lie in (0, 1]")
     if not options.peak_tflops > 0:
         raise UserError(f"--peak-tflops {options.peak_tflops:g}: must be above 0")
-    if warning := check_megatron():
-        print(warning, file=sys.stderr)
+    check_megatron()
     given: list[str] = options.flags[1:] if options.flags[:1] == ["--"] else options.flags
     if options.without_inputs is not None:
         given = without_inputs(given, options.without_inputs)
@@ -54,7 +53,7 @@ def main() -> None:
     words, left_out = for_a_cpu(given)
     played = roles(layout, options.nodes, options.gpus_per_node, words)
     speed = Speed(options.mfu, options.peak_tflops)
-    found = play_all(words, played, options.jobs)
+    found = play_all(words, given, played, options.jobs)
     if options.json:
         print(json.dumps(as_json(found, left_out, speed), indent=2))
     result = verdict(found)

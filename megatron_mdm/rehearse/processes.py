@@ -18,11 +18,12 @@ from megatron_mdm.rehearse.report import verdict
 from megatron_mdm.rehearse.roles import Role
 
 PRELOADED = ["megatron_mdm.experiments.preload", "megatron_mdm.rehearse.rank"]
+LIMIT = 3600  # seconds; a role takes one or two minutes on an idle core
 LAST_LINES = 20  # of the output of a rank that failed
 
 
 def play_all(
-    words: Sequence[str], played: Sequence[Role], jobs: int
+    words: Sequence[str], given: Sequence[str], played: Sequence[Role], jobs: int
 ) -> list[tuple[Role, dict[str, Any]]]:
     """Plays roles, each in its own process; ends after the first one if that is refused.
 
@@ -30,6 +31,7 @@ def play_all(
 
     Args:
         words: flags of `for_a_cpu`.
+        given: the flags of the launch.
         played: the roles.
         jobs: processes at a time.
     """
@@ -40,7 +42,7 @@ def play_all(
         own = [*words, "--data-cache-path", f"{directory}/cache"]
 
         def work(role: Role) -> tuple[Role, dict[str, Any]]:
-            return role, _play(context, own, role, Path(directory, str(role.rank)))
+            return role, _play(context, own, [*given], role, Path(directory, str(role.rank)))
 
         found = [work(played[0])]
         if verdict(found)["accepted"]:
@@ -49,12 +51,17 @@ def play_all(
     return found
 
 
-def _play(context: Any, words: list[str], role: Role, file: Path) -> dict[str, Any]:
+def _play(
+    context: Any, words: list[str], given: list[str], role: Role, file: Path
+) -> dict[str, Any]:
     """Plays a role in a process of its own, whose output goes to a file."""
     start = time.monotonic()
-    process = context.Process(target=_in_process, args=(words, role, str(file)), daemon=True)
+    process = context.Process(target=_in_process, args=(words, given, role, str(file)), daemon=True)
     process.start()
-    process.join()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        return {"failure": f"the process had not ended after {LIMIT // 60} minutes"}
     result = file.with_suffix(".result")
     if not result.exists():
         return {"failure": f"the process ended with status {process.exitcode}"}
@@ -65,14 +72,14 @@ def _play(context: Any, words: list[str], role: Role, file: Path) -> dict[str, A
     return {**found, "seconds": time.monotonic() - start}
 
 
-def _in_process(words: list[str], role: Role, file: str) -> None:
+def _in_process(words: list[str], given: list[str], role: Role, file: str) -> None:
     end_with_parent()
     output = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(output, 1)
     os.dup2(output, 2)
     from megatron_mdm.rehearse.rank import report
 
-    found = report(words, role)
+    found = report(words, role, given)
     Path(file).with_suffix(".result").write_text(json.dumps(found), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)  # the fake process groups have nothing to end

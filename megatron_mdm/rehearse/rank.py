@@ -35,7 +35,12 @@ from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.data.row_dataset import Datasets, epochs, row_columns
 from megatron_mdm.mcore.device import replaced, training_device
 from megatron_mdm.mcore.flags import identities
-from megatron_mdm.mcore.flags.arguments import megatron_errors_as_user_errors, parse
+from megatron_mdm.mcore.flags.arguments import (
+    check_flags_of_gpus,
+    megatron_errors_as_user_errors,
+    parse,
+    parse_only,
+)
 from megatron_mdm.mcore.model import hybrid, layer_specs
 from megatron_mdm.mcore.model.layer_specs import make_bidirectional
 from megatron_mdm.mcore.training.objective import Objective, build_objective
@@ -47,7 +52,7 @@ from megatron_mdm.sizing.memory import Stage, bytes_of_stage
 from megatron_mdm.sizing.pipeline import bubble
 
 
-def play(words: Sequence[str], role: Role) -> dict[str, Any]:
+def play(words: Sequence[str], role: Role, given: Sequence[str] = ()) -> dict[str, Any]:
     """Plays a rank: all checks of the start, the stage at its true size, and some narrow steps.
 
     Call it once in a process, whose environment it changes.
@@ -55,6 +60,7 @@ def play(words: Sequence[str], role: Role) -> dict[str, Any]:
     Args:
         words: flags of `for_a_cpu`.
         role: the rank.
+        given: the flags of the launch. Those that `for_a_cpu` takes out are checked too.
 
     Returns:
         What the rank has found, in values that JSON can hold.
@@ -74,6 +80,9 @@ def play(words: Sequence[str], role: Role) -> dict[str, Any]:
         set_startup_timestamps(program_start=time.time(), main_entry=time.time())
         use_shipped_dataset_helpers()
         args = parse()
+        if given:
+            sys.argv[1:] = given
+            check_flags_of_gpus(parse_only())
         with _stand_in_attention(args):
             return _Rehearsal(args, role).run()
 
@@ -149,7 +158,7 @@ class _Rehearsal:
             args.mdm_ppots_refit_interval = STEPS
 
     def _look_before(self, narrow: Objective, true: Objective) -> None:
-        """Lets the start of the narrow model first build the true stages, without their weights."""
+        """Builds the true stages, without their weights, before the narrow model starts."""
         start = narrow.model_config.before_model
 
         def before_model() -> None:
@@ -244,7 +253,7 @@ def _stand_in_attention(args: Namespace) -> Iterator[None]:
         yield
 
 
-def report(words: Sequence[str], role: Role) -> dict[str, Any]:
+def report(words: Sequence[str], role: Role, given: Sequence[str] = ()) -> dict[str, Any]:
     """`play`, with a refusal or a failure as its result.
 
     Returns:
@@ -252,7 +261,7 @@ def report(words: Sequence[str], role: Role) -> dict[str, Any]:
         first line of another exception.
     """
     try:
-        return play(words, role)
+        return play(words, role, given)
     except UserError as error:
         return {"refusal": str(error)}
     except Exception as error:

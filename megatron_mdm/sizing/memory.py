@@ -164,7 +164,8 @@ def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: 
     whole = in_flight * kept
     if args.recompute_granularity == "full" and total:
         mean, inputs = kept / total, 2 * args.hidden_size
-        group = min(args.recompute_num_layers or 1, total)
+        of_pairs = 2 if args.hybrid_layer_pattern else 1  # HybridModel counts attention and MLP
+        group = min(max((args.recompute_num_layers or 1) // of_pairs, 1), total)
         if args.recompute_method == "block":  # the first `group` layers are recomputed one by one
             whole = in_flight * (group * inputs + (total - group) * mean) + mean
         else:

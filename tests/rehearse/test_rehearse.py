@@ -22,15 +22,14 @@ from tests.rehearse.entries import played, recorded
 
 RECIPES = ROOT / "examples/pretrain"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+LAYERS = "--num-layers"
 VOCABULARIES = {"170m": 32_000, "1b": 126_464, "8b": 126_464, "moe": 157_184}
 
 
-def play(directory, words, nodes, gpus=8, choose=-1, entry=played):
+def play(directory, words, nodes, gpus=8, choose=-1):
     """What one role of a launch finds, in a fork of the tests' server."""
-    words, _ = for_a_cpu(words)
     role = roles(Layout.from_flags(words), nodes, gpus, words)[choose]
-    # Only rank 0 builds the index of the data, as on a cluster.
-    ranks.launch(directory, 1, "--", json.dumps(asdict(role)), *words, entry=entry)
+    ranks.launch(directory, 1, "--", json.dumps(asdict(role)), *words, entry=played)
     return json.loads((directory / "found.json").read_text())
 
 
@@ -108,19 +107,34 @@ LAUNCHES = [("1b", 20), ("8b", 4), ("170m", 1), ("moe", 8)]
 
 @pytest.mark.parametrize(("name", "nodes"), LAUNCHES)
 def test_recipes_start_at_their_numbers_of_nodes(tmp_path, name, nodes):
-    found = play(tmp_path, recipe(name), nodes)
+    words = recipe(name)
+    found = play(tmp_path, words, nodes)
     assert "refusal" not in found and "failure" not in found, found
     file = (RECIPES / f"{name}.flags").read_text()
     assert found["steps"] == 2
     course = found["course"]
     size = f"{course['checkpoint_bytes'] / 1e9:.0f}"
     assert f"# Checkpoints that stay: {course['checkpoints']} of {size} GB, " in file
-    gpus = 8 * nodes
-    assert found["micro_batches"] * gpus >= course["rows"] / 16
-    assert found["stage"]["layers"] + found["stage"]["moe_layers"] in (16, 18, 22, 32)
+    replicas = 8 * nodes // Layout.from_flags(words).replica
+    layers, micro = (int(words[words.index(flag) + 1]) for flag in (LAYERS, "--micro-batch-size"))
+    assert found["micro_batches"] * micro * replicas == course["rows"]
+    assert found["stage"]["layers"] + found["stage"]["moe_layers"] == layers
     if name == "8b":  # the table in examples/scale/README.md
         state = sum(found["bytes"][part] for part in ("weights", "gradients", "optimizer"))
         assert state / 2**30 == pytest.approx(22.4 + (33.6 - 22.4) / nodes, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--no-mdm-eod-attended", "--no-mdm-eod-attended work with --transformer-impl local only"),
+        ("--mdm-model hybrid --qk-layernorm", "--qk-layernorm does not reach HybridModel's layers"),
+        ("--fp8-format hybrid --ffn-hidden-size 24", "--ffn-hidden-size must be a multiple of 16"),
+    ],
+)
+def test_flags_that_only_layers_on_a_gpu_read_are_checked(tmp_path, flags, line):
+    tiny = f"{LAYERS} 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 32 {flags}"
+    assert line in play(tmp_path, [*recipe("170m"), *tiny.split()], 1)["refusal"]
 
 
 def test_a_middle_stage_and_context_parallel_ranks_take_their_steps(tmp_path):
@@ -152,7 +166,7 @@ def test_ranks_of_1024_read_the_rows_masks_and_rates_of_one_process(tmp_path, da
     model = [*ranks.MODEL, *ranks.TOKENIZER, *ranks.TRAINING, *flags, "--train-iters", "100"]
     alone = one.masks()
     assert len(alone) == 4096
-    words, _ = for_a_cpu([*model, "--micro-batch-size", "1"])
+    words = [*model, "--micro-batch-size", "1"]
     layout = Layout.from_flags(words)
     seen = {}
     for rank in (0, 371, 1023):

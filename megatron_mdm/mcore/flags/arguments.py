@@ -43,7 +43,7 @@ from megatron_mdm.mcore.flags.data_files import (
     check_validation,
     check_validation_sets,
 )
-from megatron_mdm.mcore.flags.fp8 import check_fp8, check_scales
+from megatron_mdm.mcore.flags.fp8 import check_fp8, check_fp8_flags, check_scales
 from megatron_mdm.mcore.flags.hybrid_pattern import (
     check_model_class,
     describe_layers,
@@ -562,6 +562,24 @@ def _check_transformer_engine(args: Namespace, mdm: MDMConfig) -> None:
         if warning:
             notice(warning, sys.stderr)
     check_fp8(args)
+    _check_flags_of_engine(args, mdm)
+
+
+def check_flags_of_gpus(args: Namespace) -> None:
+    """Checks the flags that layers on a GPU read, without a GPU and its libraries.
+
+    Args:
+        args: parsed arguments of a run on GPUs, which Megatron has not validated.
+
+    Raises:
+        UserError: a flag or a combination of flags cannot work there.
+    """
+    check_model_class(args)
+    _check_flags_of_engine(args, MDMConfig.from_args(args))
+    check_fp8_flags(args)
+
+
+def _check_flags_of_engine(args: Namespace, mdm: MDMConfig) -> None:
     if args.transformer_impl == "transformer_engine":
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
             raise UserError(

@@ -30,6 +30,27 @@ def check_fp8(args: Namespace) -> None:
         return
     if args.mdm_device == "cpu":
         raise UserError("--fp8-format needs a GPU: leave it out with --mdm-device cpu")
+    check_fp8_flags(args)
+    here = (torch.cuda.get_device_capability(), release(torch.version.cuda or "0"))
+    obstacle = fp8_obstacle(args.fp8_recipe, *here)
+    if obstacle:
+        raise UserError(
+            f"--fp8-format with --fp8-recipe {args.fp8_recipe} {obstacle}: use --bf16 alone"
+            + ("" if fp8_obstacle("delayed", *here) else ", or --fp8-recipe delayed")
+        )
+
+
+def check_fp8_flags(args: Namespace) -> None:
+    """Checks what --fp8-format needs of other flags, on any machine.
+
+    Args:
+        args: parsed arguments, before or after Megatron validates them.
+
+    Raises:
+        UserError: the layers do not support it, or a size is not a multiple of 16.
+    """
+    if not args.fp8:
+        return
     if args.transformer_impl != "transformer_engine":
         raise UserError(
             f"--fp8-format does nothing in the layers of --transformer-impl {args.transformer_impl}"
@@ -39,13 +60,6 @@ def check_fp8(args: Namespace) -> None:
         raise UserError(
             "--use-transformer-engine-op-fuser keeps the scales of --fp8-recipe delayed in a place "
             "where evaluations would change them: leave it out, or use --fp8-recipe tensorwise"
-        )
-    here = (torch.cuda.get_device_capability(), release(torch.version.cuda or "0"))
-    obstacle = fp8_obstacle(args.fp8_recipe, *here)
-    if obstacle:
-        raise UserError(
-            f"--fp8-format with --fp8-recipe {args.fp8_recipe} {obstacle}: use --bf16 alone"
-            + ("" if fp8_obstacle("delayed", *here) else ", or --fp8-recipe delayed")
         )
     for name, size, parts in _sizes(args):
         if size % (SIZE_MULTIPLE * parts):
