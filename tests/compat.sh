@@ -36,6 +36,8 @@ tests=(
     tests/mcore/checkpoint/test_resume.py         # resumes
     tests/mcore/checkpoint/test_retained.py       # asynchronous saves
     tests/mcore/checkpoint/test_old_checkpoints.py
+    tests/mcore/checkpoint/test_move_to_hybrid.py # HybridModel
+    tests/mcore/model/test_hybrid.py
     tests/mcore/inference/test_loaded_model.py    # inference
     tests/conversion/test_round_trip.py           # conversion
     tests/conversion/test_layouts.py

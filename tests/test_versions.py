@@ -142,7 +142,7 @@ def test_transformer_engine_without_a_part_is_refused_for_its_flag(
 
 def test_the_flags_of_a_run_reach_the_check(monkeypatch, capsys):
     args = parsed(monkeypatch, *"--fp8-format hybrid --fp8-recipe blockwise".split())
-    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(versions, "installed", lambda name: "2.2")
     with pytest.raises(UserError, match="2.2 has no Float8BlockScaling"):
         arguments.validate_flags(args)

@@ -37,7 +37,7 @@ for name in GPUS NODES PORT; do
     value=${!name:-1}
     [[ $value =~ ^[1-9][0-9]*$ ]] || stop "$name=$value: give a number from 1 on"
 done
-[ -z "${CONTAINER:-}" ] || [ -n "${SLURM_JOB_ID:-}" ] || stop "CONTAINER=$CONTAINER needs Slurm with pyxis: start the \
+[ -z "${CONTAINER:-}" ] || [ -n "${SLURM_JOB_ID:-}${REHEARSE:-}" ] || stop "CONTAINER=$CONTAINER needs Slurm with pyxis: start the \
 script with sbatch, or without CONTAINER inside the container (examples/containers/README.md)"
 [ -e "$FILES/$MODEL.flags" ] || stop "there is no $FILES/$MODEL.flags: name one of the files *.flags there"
 

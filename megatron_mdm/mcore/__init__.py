@@ -6,8 +6,8 @@ import sys
 
 from megatron_mdm.versions import check_megatron
 
-# Here, because everything that needs a part of Megatron which old versions lack is in this package:
-# the program, the tools and scripts that use the plugin.
+# This package needs parts that old versions of Megatron lack, so every import of it checks the
+# version: that of the program, of a tool, or of a script that uses the plugin.
 _warning = check_megatron()
 _is_first_rank = os.environ.get("RANK", "0") == "0"
 # The processes that a rank spawns, such as the writer of checkpoints, import this package again.

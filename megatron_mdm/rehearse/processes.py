@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_mdm.errors import escaped
 from megatron_mdm.experiments.runs import end_with_parent
+from megatron_mdm.files import termination_raises
 from megatron_mdm.rehearse.report import verdict
 from megatron_mdm.rehearse.roles import Role
 
@@ -32,10 +33,10 @@ def play_all(
         played: the roles.
         jobs: processes at a time.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # of the processes
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as directory:
+    with termination_raises(), tempfile.TemporaryDirectory(prefix="rehearsal-") as directory:
         own = [*words, "--data-cache-path", f"{directory}/cache"]
 
         def work(role: Role) -> tuple[Role, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """One process plays one rank of a launch, with Megatron's fake process groups.
 
-A collective call of a fake process group returns at once and leaves its buffers as they are, so the
-numbers of the steps have no meaning. The rows, the masks and the rates are those of the rank.
+A collective call of a fake process group returns at once and leaves most buffers as they are, so
+the numbers of the steps have no meaning. The rows, the masks and the rates are those of the rank.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training import pretrain, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.dist_utils import build_virtual_pipeline_stages
+from torch.overrides import TorchFunctionMode
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
@@ -69,7 +70,7 @@ def play(words: Sequence[str], role: Role) -> dict[str, Any]:
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
     }
     sys.argv = ["megatron_mdm.rehearse", *words]
-    with training_device("cpu"), _knows_all_files():
+    with training_device("cpu"), NewMemoryIsZero(), _knows_all_files():
         set_startup_timestamps(program_start=time.time(), main_entry=time.time())
         use_shipped_dataset_helpers()
         args = parse()
@@ -94,7 +95,6 @@ class _Rehearsal:
             "micro_batches": self._micro_batches,
             "bubble": bubble(self._true, self._micro_batches),
             "factor": factor,
-            "steps": STEPS,
             "stand_in_attention": self._true.context_parallel_size > 1,
             "positions": values["seq_length"],
         }
@@ -116,6 +116,7 @@ class _Rehearsal:
         except SystemExit as end:  # at --exit-interval
             if end.code:
                 raise
+        self._found["steps"] = self._args.curr_iteration + 1
         return self._found
 
     def _shorten(self) -> None:
@@ -127,6 +128,7 @@ class _Rehearsal:
             setattr(args, name, None)
         args.exit_interval, args.log_interval = STEPS, 1
         args.iteration = 0
+        args.do_train = True  # else a stage without rows waits for rank 0 to say so
         if args.step_batch_size_schedule is None:
             args.global_batch_size = steps * rows
             reconfigure_num_microbatches_calculator(
@@ -207,6 +209,18 @@ class _Rehearsal:
 
         provide.is_distributed = True  # type: ignore[attr-defined]
         return provide
+
+
+class NewMemoryIsZero(TorchFunctionMode):
+    """Zeros for buffers that a fake collective call does not fill; else they may hold a NaN."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like):
+            found.detach().zero_()  # a buffer that requires a gradient refuses zero_
+        return found
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ def lines(
     for role, one in found:
         yield f"  {role.name}: start, rows, stage and {one['steps']} steps, {one['seconds']:.0f} s"
     yield (
-        f"The steps had a model {result['factor']} times narrower, rows of "
-        f"{result['positions']} positions and {result['rehearsed_micro_batches']} micro-batches. "
+        f"The steps had a model {result['factor']} times narrower in float32, rows of "
+        f"{result['positions']} positions and {_counted(result['rehearsed_micro_batches'])}. "
         "Nothing was loaded or saved."
     )
     if any(one["stand_in_attention"] for _, one in found):
@@ -108,8 +108,12 @@ def _step(result: dict[str, Any], course: Course) -> Iterator[str]:
     micro, bubble = result["micro_batches"], result["bubble"]
     yield (
         f"an iteration{schedule}: {course.rows:,} rows of {course.texts:,} texts, "
-        f"{course.tokens:,} tokens; {micro} micro-batches a rank, pipeline bubble {bubble:.1%}"
+        f"{course.tokens:,} tokens; {_counted(micro)} a rank, pipeline bubble {bubble:.1%}"
     )
+
+
+def _counted(micro_batches: int) -> str:
+    return f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
 
 
 def _epochs(result: dict[str, Any], course: Course) -> Iterator[str]:

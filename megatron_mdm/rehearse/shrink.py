@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 POSITIONS = 64  # of a row
@@ -16,7 +17,8 @@ def shrunk(args: Namespace) -> tuple[dict[str, Any], int]:
 
     Layers, heads, groups, experts and vocabulary stay. The factor is a power of two that divides
     the hidden size and leaves each head an even number of channels. The width of feed-forward
-    layers is rounded up to a multiple of the tensor-parallel size.
+    layers is rounded up to a multiple of the tensor-parallel size. The numbers are float32, because
+    a CPU without bfloat16 arithmetic needs ten times as long for the head.
 
     Args:
         args: Megatron's validated arguments; not changed.
@@ -39,6 +41,7 @@ def shrunk(args: Namespace) -> tuple[dict[str, Any], int]:
         "hidden_size": args.hidden_size // factor,
         "kv_channels": channels // factor,
         "ffn_hidden_size": narrow(args.ffn_hidden_size),
+        **{"bf16": False, "fp16": False, "params_dtype": torch.float32},
     }
     for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         if getattr(args, name):

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.rehearse import __main__ as program
 from megatron_mdm.rehearse.flags import for_a_cpu, missing_inputs, without_inputs
+from megatron_mdm.rehearse.rank import NewMemoryIsZero
 from megatron_mdm.rehearse.roles import roles
 from megatron_mdm.sizing.nodes import Layout
 from tests import ROOT, ranks
@@ -53,6 +55,13 @@ def test_flags_that_a_cpu_cannot_rehearse_are_taken_out():
         for_a_cpu(["--multi-latent-attention"])
     with pytest.raises(UserError, match="x is not a flag"):
         for_a_cpu(["x", "--lr", "1"])
+
+
+def test_buffers_that_nobody_fills_have_zeros():
+    number = torch.full((1000,), 7.0)
+    del number  # the next tensor of this size gets its memory
+    with NewMemoryIsZero():
+        assert not torch.empty(1000, requires_grad=True).any()
 
 
 def test_missing_files_are_all_named(tmp_path):
@@ -102,6 +111,7 @@ def test_recipes_start_at_their_numbers_of_nodes(tmp_path, name, nodes):
     found = play(tmp_path, recipe(name), nodes)
     assert "refusal" not in found and "failure" not in found, found
     file = (RECIPES / f"{name}.flags").read_text()
+    assert found["steps"] == 2
     course = found["course"]
     size = f"{course['checkpoint_bytes'] / 1e9:.0f}"
     assert f"# Checkpoints that stay: {course['checkpoints']} of {size} GB, " in file
@@ -123,6 +133,7 @@ def test_a_middle_stage_and_context_parallel_ranks_take_their_steps(tmp_path):
     middle = play(tmp_path / "middle", words, 128, choose=4)
     for found, has_head in ((last, True), (middle, False)):
         assert "refusal" not in found and "failure" not in found, found
+        assert found["steps"] == 2
         assert found["stage"]["layers"] == 8 and found["stage"]["has_head"] is has_head
         # 4096 rows = 64 replicas x 2 rows x 32 micro-batches
         assert found["micro_batches"] == 32 and found["bubble"] == 3 / (2 * 32)
@@ -178,6 +189,6 @@ def test_the_launch_script_rehearses(tmp_path, data):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "accepted: 16 ranks" in result.stdout
     assert "rank 15 of 16, data-parallel rank 15 of 16: start" in result.stdout
-    assert "not rehearsed: --fp8-format hybrid" in result.stdout
-    assert "an iteration: 256 rows of 256 texts, 8,192 tokens; 1 micro-batches" in result.stdout
+    assert f"not rehearsed: --tensorboard-dir runs/{run}/tb --fp8-format hybrid" in result.stdout
+    assert "an iteration: 256 rows of 256 texts, 8,192 tokens; 1 micro-batch a" in result.stdout
     assert not (ROOT / "runs" / run).exists()

@@ -26,7 +26,7 @@ Group = dict[str, Any]
 # The remedy if the distributed optimizer's usual format does not fit the layout.
 ANOTHER_LAYOUT = (
     "Go on with the flags of the checkpoint, to which --dist-ckpt-optim-fully-reshardable may be "
-    "added: checkpoints saved with it fit every layout and every --mdm-model. Or add "
+    "added: checkpoints saved with it fit every layout, and --mdm-model hybrid. Or add "
     "--no-load-optim, which begins the optimizer's averages anew"
 )
 

@@ -72,7 +72,7 @@ def _with_sums(save: Any, hashes: bool) -> Any:
     def save_with_sums(
         sharded_state_dict: Any, checkpoint_dir: str, *args: Any, **kwargs: Any
     ) -> Any:
-        # A kill after this save then loses no scalars that the resumed run would not write again.
+        # A resume writes the scalars after this save again. Those before it must be on disk.
         writer = get_tensorboard_writer()
         if writer is not None:
             writer.flush()

@@ -13,6 +13,9 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, flag_and_value, names, same_value
 from megatron_mdm.mcore.flags.hybrid_pattern import gpt_layers, model_class
 
+# Formats of checkpoints in which Megatron reads a GPTModel into a HybridModel.
+MOVES_BETWEEN_CLASSES = ("torch_dist", "fsdp_dtensor")
+
 
 def differences(saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> str:
     """Lists the arguments that describe another model; empty if there are none.
@@ -83,4 +86,9 @@ def check_model(args: Namespace, saved: Mapping[str, Any], source: str | None) -
         raise UserError(
             f"the checkpoint in {source} stores each layer by itself, because of --moe-layer-freq, "
             "and Megatron cannot read such layers into a HybridModel: use --mdm-model gpt"
+        )
+    if moves and args.ckpt_format not in MOVES_BETWEEN_CLASSES:
+        raise UserError(
+            f"the checkpoint in {source} is of GPTModel, and Megatron reads --ckpt-format "
+            f"{args.ckpt_format} into the same class only: use --mdm-model gpt"
         )

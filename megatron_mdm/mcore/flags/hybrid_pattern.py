@@ -33,10 +33,21 @@ _GPT_ONLY = {
     "heterogeneous_layers_config_path": "no pattern describes layers of different sizes",
     "heterogeneous_layers_config_encoded_json": "no pattern describes layers of different sizes",
     "no_rope_freq": "it counts attention layers and MLP layers together",
+    "rotary_interleaved": "it computes rotary angles for the other order of channels",
+    "cpu_offloading_num_layers": "only GPTModel's block of layers moves activations to the host",
+    "use_te_activation_func": "its MLP layers have Megatron's activation function only",
+    "use_kitchen": "its layers are Transformer Engine's or Megatron's only",
+    "defer_embedding_wgrad_compute": "only GPTModel keeps the inputs of its output layer for later",
 }
 # Normalizations of queries and keys that only the local layers of HybridModel have.
 _LOCAL_ONLY = ("qk_layernorm", "qk_l2_norm")
 _POSITIONS = ("learned_absolute", "rope", "yarn", "none")
+
+# Numbers from which the pattern follows. Megatron checks them only after it is made.
+_COUNTS = (
+    *("num_layers", "pipeline_model_parallel_size", "moe_layer_freq"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+)
 
 # Arguments that a pattern replaces, and their values beside it.
 _REPLACED: dict[str, Any] = {
@@ -96,6 +107,10 @@ def describe_layers(args: Namespace) -> None:
     if args.mdm_model != "hybrid" or args.hybrid_layer_pattern or args.num_layers is None:
         return
     check_hybrid_model(args)
+    for name in _COUNTS:
+        count = getattr(args, name)
+        if isinstance(count, int) and count < 1:
+            raise UserError(f"{flag(name)} must be at least 1, got {count}")
     layers, stages = iter(gpt_layers(vars(args))), _stage_sizes(args)
     args.hybrid_layer_pattern = "|".join(
         "".join(next(layers) for _ in range(size)) for size in stages
@@ -160,6 +175,11 @@ def check_model_class(args: Namespace) -> None:
     """
     pattern = args.hybrid_layer_pattern
     if pattern and args.mdm_model == "gpt":
+        if args.use_checkpoint_args:
+            raise UserError(
+                f"--hybrid-layer-pattern {pattern}, given or read by --use-checkpoint-args, is of "
+                "HybridModel: leave out --mdm-model gpt"
+            )
         raise UserError(
             f"--hybrid-layer-pattern {pattern} is of HybridModel: leave it out for --mdm-model "
             "gpt, or leave out --mdm-model"
@@ -181,7 +201,7 @@ def check_hybrid_model(args: Namespace) -> None:
         UserError: names a flag that it would ignore or read differently.
     """
     for name, reason in _GPT_ONLY.items():
-        if getattr(args, name):
+        if vars(args).get(name):  # some versions of Megatron lack some of them
             raise UserError(
                 f"{flag(name)} does not reach HybridModel, because {reason}: use --mdm-model gpt "
                 "with --num-layers"

@@ -62,6 +62,26 @@ def test_flags_that_count_layers_count_those_of_hybrid_model(monkeypatch):
         ),
         ("--mdm-model hybrid --multi-latent-attention", "--multi-latent-attention does not reach"),
         ("--mdm-model hybrid --no-rope-freq 2", "--no-rope-freq does not reach HybridModel"),
+        ("--mdm-model hybrid --rotary-interleaved", "--rotary-interleaved does not reach Hybrid"),
+        (
+            "--mdm-model hybrid --cpu-offloading-num-layers 1",
+            "--cpu-offloading-num-layers does not reach HybridModel",
+        ),
+        ("--mdm-model hybrid --use-te-activation-func", "--use-te-activation-func does not reach"),
+        (
+            "--mdm-model hybrid --defer-embedding-wgrad-compute --mdm-head full",
+            "--defer-embedding-wgrad-compute does not reach HybridModel",
+        ),
+        ("--mdm-model hybrid --num-layers 0", "--num-layers must be at least 1, got 0"),
+        (f"--mdm-model hybrid {MOE} 0", "--moe-layer-freq must be at least 1, got 0"),
+        (
+            f"--mdm-model hybrid {PP} --num-layers-per-virtual-pipeline-stage 0",
+            "--num-layers-per-virtual-pipeline-stage must be at least 1, got 0",
+        ),
+        (
+            f"--mdm-model hybrid {PP} --num-virtual-stages-per-pipeline-rank 0",
+            "--num-virtual-stages-per-pipeline-rank must be at least 1, got 0",
+        ),
         (
             "--mdm-model hybrid --position-embedding-type relative",
             "--position-embedding-type relative does not reach HybridModel: use learned_absolute",
@@ -141,4 +161,12 @@ def test_layers_that_a_checkpoint_stores_one_by_one():
     assert differences(saved, same, "the flags") == ""
     with pytest.raises(UserError, match="stores each layer by itself, because of --moe-layer-freq"):
         check_model(Namespace(**same), saved, "there")
-    check_model(Namespace(**same), same, "there")
+    check_model(Namespace(**same, ckpt_format="torch"), same, "there")
+
+
+def test_a_format_in_which_no_model_moves():
+    moved = Namespace(**hybrid("*-*-"), ckpt_format="torch")
+    with pytest.raises(UserError, match="--ckpt-format torch into the same class only"):
+        check_model(moved, GPT, "there")
+    moved.ckpt_format = "torch_dist"
+    check_model(moved, GPT, "there")
