@@ -19,17 +19,22 @@ class Library:
     """A top-level module of it."""
 
     install: str
-    """The command that installs it."""
+    """The command that installs it, or the place that has the command."""
 
     def is_installed(self) -> bool:
         """Whether Python finds the module, which is not imported."""
         return importlib.util.find_spec(self.module) is not None
 
 
+# Packages of setup.py that every run needs, beside torch and Megatron. Their modules have the same
+# names. An installation with --no-deps leaves them out.
+REQUIRED = (
+    *("numpy", "packaging", "scipy", "sentencepiece", "psutil", "omegaconf", "tensorboard"),
+    "tqdm",
+)
+# No command: it depends on the CUDA version, and would replace the build of a container.
 TRANSFORMER_ENGINE = Library(
-    "Transformer Engine",
-    "transformer_engine",
-    "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]'",
+    "Transformer Engine", "transformer_engine", "README.md, section Install"
 )
 # The modules of apex that Megatron's own layers use. The package `apex` in the registry is another
 # project.
@@ -61,7 +66,7 @@ RELEASED_CODE_RUNS_WITH = "4.57.1"
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """The GPU and the CUDA version that Transformer Engine requires for an --fp8-recipe."""
+    """The GPU and the CUDA version that Transformer Engine requires for a recipe."""
 
     least: tuple[int, int]
     """The lowest compute capability."""
@@ -80,18 +85,19 @@ FP8_RECIPES = {
     "blockwise": Fp8Recipe((9, 0), cuda=(12, 9)),
     "mxfp8": Fp8Recipe((10, 0), below=(12, 0)),
 }
+FP4_RECIPES = {"nvfp4": Fp8Recipe((10, 0))}
 
 
 def fp8_obstacle(recipe: str, capability: tuple[int, int], cuda: tuple[int, ...]) -> str | None:
     """The condition of Transformer Engine that a recipe does not meet; None if it meets all.
 
     Args:
-        recipe: value of --fp8-recipe. A recipe that is not in `FP8_RECIPES` has the conditions of
-            `delayed`.
+        recipe: value of --fp8-recipe or --fp4-recipe. A recipe without an entry has the conditions
+            of `delayed`.
         capability: compute capability of the GPU.
         cuda: CUDA version of torch.
     """
-    needed = FP8_RECIPES.get(recipe, FP8_RECIPES["delayed"])
+    needed = (FP8_RECIPES | FP4_RECIPES).get(recipe, FP8_RECIPES["delayed"])
     if capability < needed.least or (needed.below and capability >= needed.below):
         below = f", below {_dotted(needed.below)}" if needed.below else ""
         return (

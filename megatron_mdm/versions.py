@@ -34,7 +34,7 @@ def release(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tested:
-    """The versions of a package that were tested.
+    """The versions of a package that were tested, or checked in another way.
 
     The last version counts to the precision in which it is written: 3.12.9 is not newer than 3.12.
     """
@@ -43,6 +43,8 @@ class Tested:
     """Name of the distribution, or Python."""
     first: str
     last: str
+    word: str = "tested"
+    """How the versions were checked."""
 
     def is_older(self, version: str) -> bool:
         """Whether a version comes before the first tested one."""
@@ -78,7 +80,7 @@ TORCH = Tested("torch", "2.11.0", "2.11.0")
 MEGATRON = Tested("megatron-core", "0.19.0", "0.19.2")
 # A test builds the layers with 2.20.2. Of the other versions the sources were read: they have every
 # name that Megatron 0.19 imports for our flags, or Megatron does without it.
-TRANSFORMER_ENGINE = Tested("transformer-engine", "2.14", "2.20")
+TRANSFORMER_ENGINE = Tested("transformer-engine", "2.14", "2.20", "sources read")
 TESTED = {tested.name: tested for tested in (PYTHON, TORCH, MEGATRON, TRANSFORMER_ENGINE)}
 
 NEEDED_OF_MEGATRON = (Needed("megatron.training.models.gpt", "0.19.0", "the model"),)
@@ -156,15 +158,32 @@ def check_megatron() -> str | None:
     )
 
 
+def missing_part(version: str, flags: Collection[str]) -> str | None:
+    """The part that a version of Transformer Engine lacks, and the remedy; None if it has all.
+
+    Args:
+        version: version of Transformer Engine.
+        flags: flags of a run, each written as in `NEEDED_OF_TRANSFORMER_ENGINE`.
+    """
+    for part in NEEDED_OF_TRANSFORMER_ENGINE:
+        if part.use in flags and release(version) < release(part.since):
+            return (
+                f"{TRANSFORMER_ENGINE.name} {version} has no {part.name}, which {part.use} needs "
+                f"and which {part.since} brought: leave the flag out, or use a container or an "
+                "environment with a newer one"
+            )
+    return None
+
+
 def check_transformer_engine(flags: Collection[str]) -> str | None:
     """Checks the version of Transformer Engine, for a run that uses it.
 
     Args:
-        flags: flags of the run, each written as in `NEEDED_OF_TRANSFORMER_ENGINE`.
+        flags: flags of the run, as in `missing_part`.
 
     Returns:
-        A line that warns of a version outside the tested range, or None. It is also None if the
-        version is unknown, as for a source tree that pip has not installed.
+        A line that warns of a version outside of `TRANSFORMER_ENGINE`, or None. It is also None if
+        the version is unknown, as for a source tree that pip has not installed.
 
     Raises:
         UserError: this version is known to lack a part that one of the flags needs.
@@ -173,16 +192,11 @@ def check_transformer_engine(flags: Collection[str]) -> str | None:
     version = installed(tested.name)
     if version is None:
         return None
-    for part in NEEDED_OF_TRANSFORMER_ENGINE:
-        if part.use in flags and release(version) < release(part.since):
-            raise UserError(
-                f"{tested.name} {version} has no {part.name}, which {part.use} needs and which "
-                f"{part.since} brought: leave the flag out, or use a container or an environment "
-                "with a newer one"
-            )
+    if line := missing_part(version, flags):
+        raise UserError(line)
     if tested.includes(version):
         return None
     return (
         f"warning: {tested.name} {version} is {'older' if tested.is_older(version) else 'newer'} "
-        f"than the tested versions, {tested}"
+        f"than the versions whose sources were read, {tested}"
     )

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.machinery
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ from megatron_mdm.doctor import agreement, facts
 from megatron_mdm.doctor.__main__ import Report, _not_runnable, main
 from megatron_mdm.doctor.facts import HELPERS, SHOWN, Gpu, collect
 from megatron_mdm.doctor.features import FEATURES
-from megatron_mdm.libraries import FP8_RECIPES, TRANSFORMER_ENGINE
+from megatron_mdm.libraries import FP8_RECIPES, REQUIRED, TRANSFORMER_ENGINE
 from megatron_mdm.mcore.flags.arguments import parse_only
-from megatron_mdm.versions import TORCH, installed
+from megatron_mdm.versions import TESTED, TORCH, installed
 from tests import HAS_TRANSFORMER_ENGINE, ROOT, ranks
 
 PROGRAM = "megatron_mdm/doctor/__main__.py"
@@ -37,10 +38,10 @@ def here():
 def machine(here):
     """Makes the facts of a machine with a GPU and Transformer Engine."""
 
-    def make(gpu, cuda="13.0", libraries=(TRANSFORMER_ENGINE.module,), **problems):
+    def make(gpu, cuda="13.0", libraries=(TRANSFORMER_ENGINE.module,), engine="2.20.2", **problems):
         return dataclasses.replace(
             here,
-            versions={**here.versions, "CUDA of torch": cuda},
+            versions={**here.versions, "CUDA of torch": cuda, "transformer-engine": engine},
             gpus=(Gpu(gpu, 80, GPUS[gpu]),) * 8,
             libraries=frozenset({"tensorboard", *libraries}),
             problems=problems,
@@ -75,20 +76,45 @@ def test_without_a_gpu(here):
     found = can_run(here)
     assert {"CPU mode", "HybridModel", "asynchronous saves", "TensorBoard", "pictures"} <= found
     assert not {"local layers on a GPU", "context parallelism"} & found
-    line = obstacle("local layers on a GPU", here)
-    assert line.startswith("no CUDA device was found (") and "nvidia-smi" in line
+    assert obstacle("local layers on a GPU", here) == "no GPU"
+    assert obstacle("FP8, --fp8-recipe mxfp8", here) == (
+        "no GPU; Transformer Engine is not installed: README.md, section Install"
+    )
+    text = "\n".join(Report([here], [], [], []).lines())
+    assert text.count("  none: no CUDA device was found (") == text.count("nvidia-smi") == 1
+    assert "  transformer-engine     - (sources read: 2.14 to 2.20)\n" in text
+
+
+def test_each_version_has_its_tested_range(machine):
+    found = machine("H100", engine="2.16.0")
+    versions = {**found.versions, "torch": TORCH.last, "megatron-core": "0.20.0"}
+    report = Report([dataclasses.replace(found, versions=versions)], [], [], [])
+    lines = [" ".join(line.split()) for line in report.lines()]
+    assert f"torch {TORCH.last} (tested)" in lines
+    assert "megatron-core 0.20.0 (not tested; tested: 0.19.0 to 0.19.2)" in lines
+    assert "transformer-engine 2.16.0 (sources read)" in lines
+    data = report.as_json()
+    assert [x["name"] for x in data["tested"]] == list(TESTED)
+    assert data["untested"] == ["megatron-core"]
 
 
 def test_the_report_in_json():
-    run = ranks.run_forked(PROGRAM, "--json", without=["transformers", "matplotlib"])
+    absent = ["transformers", "matplotlib", "scipy", "omegaconf"]
+    run = ranks.run_forked(PROGRAM, "--json", without=absent)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     lines = {feature["name"]: feature["obstacle"] for feature in report["features"]}
     assert lines["pictures"] == "matplotlib is not installed: pip install 'megatron-mdm[plot]'"
-    assert lines["CPU mode"] is None
+    line = "scipy, omegaconf are not installed: pip install scipy omegaconf"
+    assert lines["CPU mode"] == line and lines["HybridModel"] == line
     names = [name for name in lines if "transformers is not installed" in (lines[name] or "")]
     assert len(names) == 2
     assert report["status"] == 0 and report["ranks"] == 1
+
+
+def test_the_required_packages_are_those_of_setup_py():
+    needed = re.findall(r'^ {8}"([a-z-]+)[^":]*",', (ROOT / "setup.py").read_text(), re.M)
+    assert {*REQUIRED, "megatron-core", "torch"} == set(needed)
 
 
 def test_neither_torch_nor_megatron(tmp_path):
@@ -177,12 +203,24 @@ def test_recipes_of_fp8_on_a_gpu(gpu, cuda, recipes, machine):
 def test_the_obstacles_of_fp8_say_what_to_use_instead(machine):
     line = obstacle("FP8, --fp8-recipe mxfp8", machine("H100"))
     assert line == (
-        "needs a GPU of compute capability 10.0, below 12.0, this one has 9.0: use --fp8-recipe "
-        "delayed"
+        "needs a GPU of compute capability 10.0, below 12.0, this one has 9.0: use --fp8-format "
+        "hybrid --fp8-recipe delayed"
     )
     line = obstacle("FP8, --fp8-recipe blockwise", machine("H100", "12.8"))
-    assert line == "needs CUDA 12.9, this torch has 12.8: use --fp8-recipe delayed"
+    assert (
+        line == "needs CUDA 12.9, this torch has 12.8: use --fp8-format hybrid --fp8-recipe delayed"
+    )
     assert obstacle("FP8, --fp8-recipe delayed", machine("A100")).endswith(": use --bf16 alone")
+
+
+def test_parts_that_an_old_transformer_engine_lacks(machine):
+    found = can_run(machine("B200", engine="2.2.1"))
+    assert "FP8, --fp8-recipe tensorwise" in found
+    assert not {"FP8, --fp8-recipe blockwise", "FP4, --fp4-recipe nvfp4"} & found
+    line = obstacle("FP4, --fp4-recipe nvfp4", machine("H100", engine="2.7"))
+    assert line.startswith("transformer-engine 2.7 has no NVFP4BlockScaling, which --fp4-format ")
+    assert "; needs a GPU of compute capability 10.0, this one has 9.0: use --fp8-format" in line
+    assert obstacle("FP4, --fp4-recipe nvfp4", machine("B200", engine="2.8")) is None
 
 
 @pytest.mark.parametrize(
@@ -203,6 +241,11 @@ def test_the_obstacles_of_fp8_say_what_to_use_instead(machine):
             [TRANSFORMER_ENGINE.module],
             ["--fp8-format with --fp8-recipe mxfp8 cannot run here: needs a GPU of"],
         ),
+        (
+            f"{ENGINE} --fp4-format e2m1",
+            [TRANSFORMER_ENGINE.module],
+            ["--fp4-format with --fp4-recipe nvfp4 cannot run here: needs a GPU of"],
+        ),
         ("--mdm-device cpu --async-save", [], []),
         ("--mdm-device cpu --async-save --async-strategy nvrx", [], ["--async-strategy nvrx"]),
         ("--mdm-device cpu --tensorboard-dir tb", [], []),
@@ -222,31 +265,21 @@ def test_flags_that_cannot_run_on_an_h100(flags, libraries, beginnings, machine,
     assert Report(found, flags.split(), lines, []).status == bool(lines)
 
 
-def test_each_flag_that_a_feature_names_exists(monkeypatch):
-    """The table would otherwise send users to a flag that Megatron has renamed."""
-    monkeypatch.setattr(sys, "argv", ["pretrain"])
-    known = vars(parse_only())
-    for name in (
-        *("fp8", "fp8_recipe", "transformer_impl", "context_parallel_size", "async_save"),
-        *("async_strategy", "hybrid_layer_pattern", "tensorboard_dir", "tokenizer_type"),
-    ):
-        assert name in known
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_program_with_flags_of_a_launch():
     run = ranks.run_forked(PROGRAM, "--bf16", "--transformer-impl", "local")  # as torchrun does
     assert run.returncode == 1, run.stderr
-    assert "--transformer-impl local cannot run here: no CUDA device was found" in run.stdout
+    assert "--transformer-impl local cannot run here: no GPU\n" in run.stdout
     run = ranks.run_forked(PROGRAM, "--", "--mdm-device", "cpu", "--async-save")
     assert run.returncode == 0, run.stderr
-    assert "every feature that they use can run here" in run.stdout
+    assert "they use can run here; the run checks the other flags" in run.stdout
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--", "--no-such-flag"], "error: unrecognized arguments: --no-such-flag (--help lists"),
+        (["--", "--no-such-flag"], "error: --no-such-flag is neither an option of the doctor nor"),
+        (["--jsno", "--", "--bf16"], "error: --jsno is neither an option of the doctor nor a flag"),
         (["--timeout", "0"], "error: --timeout 0: must be at least 1"),
     ],
 )

@@ -19,13 +19,14 @@ from typing import Any, NoReturn
 
 from megatron_mdm.doctor import agreement
 from megatron_mdm.doctor.agreement import gpus_in_words
-from megatron_mdm.doctor.facts import MEGATRON, TORCH, Facts, collect
+from megatron_mdm.doctor.facts import CUDA, MEGATRON, PACKAGES, TORCH, Facts, collect
 from megatron_mdm.doctor.features import FEATURES
 from megatron_mdm.environment import prepare_environment, silent_import
 from megatron_mdm.errors import UserError, check_numbers, escaped, exit_rank_with
 from megatron_mdm.versions import TESTED
 
 SECONDS = 120  # default of --timeout
+TO_PARSE = (TORCH, MEGATRON, PACKAGES)  # without one of them flags cannot be parsed
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Report:
         obstacles = {feature.name: feature.obstacle(facts) for feature in FEATURES}
         return {
             "versions": facts.versions,
-            "untested": {name: str(TESTED[name]) for name in _untested(facts)},
+            "tested": [asdict(tested) for tested in TESTED.values()],
+            "untested": [name for name in TESTED if _is_untested(name, facts.versions[name])],
             "gpus": [asdict(gpu) for gpu in facts.gpus],
             "problems": facts.problems,
             "environment": facts.shown_environment,
@@ -73,15 +75,11 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text."""
         facts = self.ranks[0]
-        untested = set(_untested(facts))
         yield "Versions"
         for name, version in facts.versions.items():
-            tested = TESTED.get(name)
-            yield f"  {name:<22} {version or '-'}" + (
-                f" (not tested; tested: {tested})" if name in untested else ""
-            )
+            yield f"  {name:<22} {version or '-'}{_range(name, version)}"
         yield "GPUs"
-        yield f"  {gpus_in_words(facts)}"
+        yield f"  {': '.join(filter(None, [gpus_in_words(facts), facts.problems.get(CUDA)]))}"
         if facts.shown_environment:
             yield "Environment"
             for name, value in facts.shown_environment.items():
@@ -92,9 +90,8 @@ class Report:
             yield f"  {'no ' if line else 'yes'} {feature.name}" + (f": {line}" if line else "")
         if self.flags:
             yield "Flags"
-            yield from (f"  {line}" for line in self.not_runnable)
-            if not self.not_runnable:
-                yield "  every feature that they use can run here"
+            fine = "the features above that they use can run here; the run checks the other flags"
+            yield from (f"  {line}" for line in self.not_runnable or [fine])
         if len(self.ranks) > 1:
             yield f"{len(self.ranks)} ranks"
             for difference in self.differences:
@@ -104,12 +101,18 @@ class Report:
                 yield "  agree in everything above"
 
 
-def _untested(facts: Facts) -> Iterator[str]:
-    """Names of the packages whose version is outside of the tested range."""
-    for name, tested in TESTED.items():
-        version = facts.versions[name]
-        if version is not None and not tested.includes(version):
-            yield name
+def _is_untested(name: str, version: str | None) -> bool:
+    return name in TESTED and version is not None and not TESTED[name].includes(version)
+
+
+def _range(name: str, version: str | None) -> str:
+    """The tested range of a package, in brackets; empty for a package without one."""
+    if name not in TESTED:
+        return ""
+    word = TESTED[name].word
+    if version is None:
+        return f" ({word}: {TESTED[name]})"
+    return f" (not tested; {word}: {TESTED[name]})" if _is_untested(name, version) else f" ({word})"
 
 
 def _not_runnable(args: Namespace, ranks: Sequence[Facts]) -> list[str]:
@@ -141,6 +144,12 @@ def _parsed(flags: Sequence[str]) -> Namespace:
         with silent_import():
             from megatron_mdm.mcore.flags.arguments import parse_only
         return parse_only()
+    except UserError as error:
+        message = str(error).removesuffix(" (--help lists all flags)")  # ours lists other flags
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            message = f"{unknown} is neither an option of the doctor nor a flag of a run"
+        raise UserError(message) from error
     finally:
         sys.argv = before
 
@@ -168,13 +177,10 @@ def _options() -> tuple[Namespace, list[str]]:
         help="seconds that a rank waits for the others. Default: %(default)s.",
     )
     words = sys.argv[1:]
-    if "--" in words:
-        end = words.index("--")
-        options, flags = parser.parse_args(words[:end]), words[end + 1 :]
-    else:  # torchrun does not pass -- on
-        options, flags = parser.parse_known_args(words)
+    end = words.index("--") if "--" in words else len(words)
+    options, flags = parser.parse_known_args(words[:end])  # torchrun does not pass -- on
     check_numbers(options, "timeout")
-    return options, flags
+    return options, flags + words[end + 1 :]
 
 
 def main() -> int:
@@ -182,7 +188,8 @@ def main() -> int:
     options, flags = _options()
     facts = collect()
     args = None
-    if flags and not {TORCH, MEGATRON} & facts.problems.keys():
+    causes = [facts.problems[x] for x in TO_PARSE if x in facts.problems]
+    if flags and not causes:
         args = _parsed(flags)
     is_alone = agreement.number_of_ranks() == 1 or TORCH in facts.problems
     ranks = [facts] if is_alone else agreement.gather(facts, options.timeout)
@@ -191,7 +198,6 @@ def main() -> int:
         if args is not None:
             not_runnable = _not_runnable(args, ranks)
         else:
-            causes = [facts.problems[x] for x in (TORCH, MEGATRON) if x in facts.problems]
             not_runnable = [f"these flags cannot run here: {x}" for x in causes if flags]
         report = Report(ranks, flags, not_runnable, agreement.differences(ranks))
         status = report.status

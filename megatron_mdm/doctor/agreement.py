@@ -14,7 +14,8 @@ from megatron_mdm.errors import UserError
 # its GPUs otherwise, and the driver and the kernel of a cluster are renewed node by node.
 MAY_DIFFER = {
     *("driver", "Linux", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_DEBUG"),
-    *("NCCL_DEBUG_FILE", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS"),
+    *("NCCL_DEBUG_FILE", "NCCL_HOSTID", "NCCL_IB_HCA", "NCCL_SOCKET_IFNAME", "NVSHMEM_HCA_LIST"),
+    *("CUDA_CACHE_PATH", "OMP_NUM_THREADS", "UCX_NET_DEVICES"),
 }
 MOST_NODES = 8  # that a line names
 NOT_SET, HIDDEN = "not set", "a value that is not printed"

@@ -18,7 +18,7 @@ from megatron_mdm import libraries
 from megatron_mdm.environment import silent_import
 from megatron_mdm.errors import UserError
 from megatron_mdm.experiments.program import program_in
-from megatron_mdm.libraries import TRANSFORMER_ENGINE, Library
+from megatron_mdm.libraries import REQUIRED, TRANSFORMER_ENGINE, Library
 from megatron_mdm.versions import check_megatron, installed, megatron_folder
 
 # Distributions whose version is reported if they are installed, beside those that always are.
@@ -50,6 +50,7 @@ SHOWN = (
 IMPORT_SECONDS = 180  # a cold file system takes minutes for the libraries of Transformer Engine
 # Names of problems, by which features ask for them.
 TORCH, MEGATRON, HELPERS, CUDA = "torch", "megatron-core", "dataset helpers", "CUDA"
+PACKAGES = "required packages"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def collect() -> Facts:
         check_megatron()
     except UserError as error:
         problems[MEGATRON] = _line(str(error))
+    if absent := [name for name in REQUIRED if importlib.util.find_spec(name) is None]:
+        problems[PACKAGES] = (
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: "
+            f"pip install {' '.join(absent)}"
+        )
     of_torch, gpus = _ask_torch(problems)
     if MEGATRON not in problems:
         _load_helpers(problems)
@@ -149,7 +155,7 @@ def _ask_torch(problems: dict[str, str]) -> tuple[dict[str, str | None], tuple[G
     if not torch.cuda.is_available():
         problems[CUDA] = (
             f"no CUDA device was found ({_reason_without_cuda(torch)}): nvidia-smi shows what the "
-            "driver sees; start a container with --gpus all"
+            "driver sees; in a container: --gpus all"
         )
         return versions, ()
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -202,7 +208,7 @@ def _import_apart(library: Library, module: str, problems: dict[str, str]) -> No
         problem = _line(lines[-1])
     problems[library.name] = (
         f"{library.name} is installed and cannot be imported ({problem}): build it against this "
-        f"torch, {library.install}"
+        f"torch, or take the torch that it was built against ({library.install})"
     )
 
 

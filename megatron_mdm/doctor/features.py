@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.doctor.facts import CUDA, HELPERS, MEGATRON, TORCH, Facts
+from megatron_mdm.doctor.facts import CUDA, HELPERS, MEGATRON, PACKAGES, TORCH, Facts
 from megatron_mdm.libraries import (
     ACCUMULATES_GRADIENTS,
+    FP4_RECIPES,
     FP8_RECIPES,
     LM_EVAL,
     MATPLOTLIB,
@@ -19,6 +20,7 @@ from megatron_mdm.libraries import (
     Library,
     fp8_obstacle,
 )
+from megatron_mdm.versions import missing_part
 
 # A condition: returns why it is not met and how to mend it, in one line, or None.
 Need = Callable[[Facts], str | None]
@@ -30,21 +32,22 @@ class Feature:
 
     name: str
     needs: Sequence[Need]
-    """Its conditions. The first one that is not met is reported."""
+    """Its conditions."""
 
     flag: Callable[[Namespace], str | None] = lambda _: None
     """The flag with which parsed arguments of a launch ask for it; None if they do not."""
 
     def obstacle(self, facts: Facts) -> str | None:
-        """The condition that is not met and its remedy, or None if the feature can run."""
-        return next((line for need in self.needs if (line := need(facts))), None)
+        """The conditions that are not met and remedies, or None if the feature can run."""
+        return "; ".join(line for need in self.needs if (line := need(facts))) or None
 
 
-def _no_problem(*names: str) -> Need:
-    def need(facts: Facts) -> str | None:
-        return next((facts.problems[name] for name in names if name in facts.problems), None)
+def _no_problem(name: str) -> Need:
+    return lambda facts: facts.problems.get(name)
 
-    return need
+
+def _gpu(facts: Facts) -> str | None:
+    return "no GPU" if CUDA in facts.problems else None  # the section of GPUs has the cause
 
 
 def _library(library: Library) -> Need:
@@ -56,21 +59,32 @@ def _library(library: Library) -> Need:
     return need
 
 
-def _fp8(recipe: str) -> Need:
+def _recipe(recipe: str) -> Need:
     def need(facts: Facts) -> str | None:
+        if not facts.gpus:
+            return None  # another condition
         capability = min(gpu.capability for gpu in facts.gpus)
         line = fp8_obstacle(recipe, capability, facts.cuda)
         if line is None:
             return None
         delayed = fp8_obstacle("delayed", capability, facts.cuda)
-        return f"{line}: " + ("use --bf16 alone" if delayed else "use --fp8-recipe delayed")
+        other = "--bf16 alone" if delayed else "--fp8-format hybrid --fp8-recipe delayed"
+        return f"{line}: use {other}"
+
+    return need
+
+
+def _parts(flags: Sequence[str]) -> Need:
+    def need(facts: Facts) -> str | None:
+        version = facts.versions["transformer-engine"]
+        return None if version is None else missing_part(version, flags)
 
     return need
 
 
 def _released_code(facts: Facts) -> str | None:
     version = facts.versions.get("transformers")
-    if version == RELEASED_CODE_RUNS_WITH:
+    if version in (None, RELEASED_CODE_RUNS_WITH):
         return None
     return (
         f"transformers is {version}, and the code was written for {RELEASED_CODE_RUNS_WITH}: in an "
@@ -86,18 +100,19 @@ def _uses_engine(args: Namespace) -> bool:
     return bool(args.mdm_device == "cuda" and args.transformer_impl != "local")
 
 
-MEGATRON_RUNS = _no_problem(TORCH, MEGATRON, HELPERS)
-ON_GPU = (MEGATRON_RUNS, _no_problem(CUDA))
+MEGATRON_RUNS = tuple(map(_no_problem, (TORCH, MEGATRON, PACKAGES, HELPERS)))
+ON_GPU = (*MEGATRON_RUNS, _gpu)
 IN_ENGINE = (*ON_GPU, _library(TRANSFORMER_ENGINE))
 
 
-def _feature_of_fp8(recipe: str) -> Feature:
+def _low_precision(kind: str, recipe: str) -> Feature:
+    flags = [f"--{kind}-format", f"--{kind}-recipe {recipe}"]
     return Feature(
-        f"FP8, --fp8-recipe {recipe}",
-        [*IN_ENGINE, _fp8(recipe)],
+        f"{kind.upper()}, {flags[1]}",
+        [*IN_ENGINE, _parts(flags), _recipe(recipe)],
         _when(
-            f"--fp8-format with --fp8-recipe {recipe}",
-            lambda args: args.fp8 and args.fp8_recipe == recipe,
+            " with ".join(flags),
+            lambda args: getattr(args, kind) and getattr(args, f"{kind}_recipe") == recipe,
         ),
     )
 
@@ -105,7 +120,7 @@ def _feature_of_fp8(recipe: str) -> Feature:
 FEATURES = (
     Feature(
         "CPU mode",
-        [MEGATRON_RUNS],
+        MEGATRON_RUNS,
         _when("--mdm-device cpu", lambda args: args.mdm_device == "cpu"),
     ),
     Feature(
@@ -134,23 +149,24 @@ FEATURES = (
         IN_ENGINE,
         _when("--context-parallel-size", lambda args: args.context_parallel_size > 1),
     ),
-    *map(_feature_of_fp8, FP8_RECIPES),
+    *(_low_precision("fp8", recipe) for recipe in FP8_RECIPES),
+    *(_low_precision("fp4", recipe) for recipe in FP4_RECIPES),
     Feature(
         "gradient accumulation fusion in local layers", [*ON_GPU, _library(ACCUMULATES_GRADIENTS)]
     ),
     Feature(
-        "asynchronous saves", [MEGATRON_RUNS], _when("--async-save", lambda args: args.async_save)
+        "asynchronous saves", MEGATRON_RUNS, _when("--async-save", lambda args: args.async_save)
     ),
     Feature(
         "asynchronous saves by NVIDIA's writer",
-        [MEGATRON_RUNS, _library(RESILIENCY)],
+        [*MEGATRON_RUNS, _library(RESILIENCY)],
         _when(
             "--async-strategy nvrx", lambda args: args.async_save and args.async_strategy == "nvrx"
         ),
     ),
     Feature(
         "HybridModel",
-        [MEGATRON_RUNS],
+        MEGATRON_RUNS,
         _when("--mdm-model hybrid", lambda args: args.hybrid_layer_pattern),
     ),
     Feature(
@@ -170,6 +186,6 @@ FEATURES = (
         "from_pretrained on the released code of LLaDA, LLaDA-MoE and Dream",
         [_library(TRANSFORMERS), _released_code],
     ),
-    Feature("tasks of lm-evaluation-harness", [MEGATRON_RUNS, _library(LM_EVAL)]),
+    Feature("tasks of lm-evaluation-harness", [*MEGATRON_RUNS, _library(LM_EVAL)]),
     Feature("pictures", [_library(MATPLOTLIB)]),
 )
