@@ -54,7 +54,7 @@ def test_it_trains_as_gpt_model_from_its_checkpoint(name, runs):
         compared += ["mdm/validation NELBO", "mdm/density at t 0.05"]
     for scalar in compared:
         assert run.scalars[scalar] == pytest.approx(gpt.scalars[scalar], rel=1e-5), scalar
-    assert gpt.grad_norms[1] != pytest.approx(gpt.grad_norms[0], rel=1e-2)
+    assert gpt.grad_norms[1] != pytest.approx(gpt.grad_norms[0], rel=1e-3)
 
 
 # -- tools
