@@ -149,7 +149,10 @@ def test_the_flags_of_a_run_reach_the_check(monkeypatch, capsys):
     monkeypatch.setattr(versions, "installed", lambda name: "2.21")
     layers = parsed(monkeypatch, "--transformer-impl", "transformer_engine")
     arguments.validate_flags(layers)
-    assert capsys.readouterr().err.count("2.21 is newer than the versions whose sources were read") == 1
+    assert (
+        capsys.readouterr().err.count("2.21 is newer than the versions whose sources were read")
+        == 1
+    )
     monkeypatch.setenv("RANK", "1")
     arguments.validate_flags(layers)
     arguments.validate_flags(parsed(monkeypatch))  # local layers do not use it
