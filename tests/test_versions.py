@@ -149,10 +149,8 @@ def test_the_flags_of_a_run_reach_the_check(monkeypatch, capsys):
     monkeypatch.setattr(versions, "installed", lambda name: "2.21")
     layers = parsed(monkeypatch, "--transformer-impl", "transformer_engine")
     arguments.validate_flags(layers)
-    assert (
-        capsys.readouterr().err.count("2.21 is newer than the versions whose sources were read")
-        == 1
-    )
+    line = "2.21 is newer than the versions whose sources were read"
+    assert capsys.readouterr().err.count(line) == 1
     monkeypatch.setenv("RANK", "1")
     arguments.validate_flags(layers)
     arguments.validate_flags(parsed(monkeypatch))  # local layers do not use it
