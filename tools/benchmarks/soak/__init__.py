@@ -330,6 +330,8 @@ def table(results: dict[str, Any]) -> str:
     for role, values in results["memory"].items():
         numbers = f"{values['middle']:12.1f}{values['end']:9.1f}{values['slope']:11.1f}"
         lines.append(f"{role:28}{numbers}")
+    if not results["memory"]:
+        lines.append("too few samples")
     lines.append("")
     for tag, count in results["equal"].items():
         lines.append(f"{tag}: {count} values compared bit by bit")

@@ -62,7 +62,7 @@ def run_job(
         flags: flags of the program.
         log: file for all output.
         scratch: directory of temporary files, as TMPDIR.
-        strike: what to do to it, if anything. It does not happen if the run ends before.
+        strike: what to do to it, if anything. It does not count if the run ends well before.
 
     Raises:
         UserError: the run hangs.
@@ -76,6 +76,8 @@ def run_job(
     try:
         mapped = _watch(launcher, mark, log, strike, start)
         start.status = launcher.wait()
+        if start.status == 0:
+            start.strike = None  # the run had done its work before the signal took effect
         ended = time.monotonic()
         start.seconds = round(ended - begin, 1)
         while processes_of(mark) and time.monotonic() < ended + GONE_WITHIN:
