@@ -67,7 +67,7 @@ def lines(
     """
     first, result = found[0]
     course = Course(**result["course"])
-    yield f"accepted: {first.world} ranks; these were played:"
+    yield f"accepted: {first.world:,} ranks; rehearsed:"
     for role, one in found:
         yield f"  {role.name}: start, rows, stage and {one['steps']} steps, {one['seconds']:.0f} s"
     yield (
