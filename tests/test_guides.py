@@ -42,6 +42,8 @@ NOT_RUN = {
     r"--help": "prints help",
     r"tests/|pytest": "runs the tests",
     r"quickstart\w*\.(sh|py)": "trains for minutes",
+    r"CONTAINER=": "needs Slurm: tests/examples/test_pretrain_examples.py has the command line",
+    r"REHEARSE=1": "starts processes of its own: tests/rehearse runs launch.sh with it",
     r"finetune/\w+\.sh": "takes minutes: tests/examples/test_continue_examples.py runs one",
     r"reproduce/\w+\.py": "takes minutes or hours: tests/examples/test_reproduce.py runs `ci`",
     r"benchmark\.py": "takes minutes: tests/tools/benchmarks runs them in small",
