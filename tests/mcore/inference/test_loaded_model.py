@@ -204,6 +204,7 @@ def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
     args_for_inference(recorded, SavedCheckpoint("checkpoint", 20), "cpu", 1)
     assert MDMConfig.from_args(recorded) == MDMConfig(
         device="cpu",
+        model="gpt",
         eps=0.01,
         mask_token_id=ranks.MASK_ID,
         vocab_size=128,
