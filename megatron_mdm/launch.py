@@ -59,15 +59,15 @@ def main() -> None:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a new store each time
     # torchrun alone leaves a directory for each start, with no output in it unless it was asked to.
     has_output = args.log_dir or (args.redirects, args.tee) != ("0", "0")
-    try:
-        with nullcontext() if has_output else TemporaryDirectory(prefix="torchelastic_") as logs:
+    with nullcontext() if has_output else TemporaryDirectory(prefix="torchelastic_") as logs:
+        try:
             torchrun(words if logs is None else ["--log-dir", logs, *words])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        status = failure.exitcode
-        if status != INTERRUPTED and not launcher.has_shown(failure):
-            launcher.say(f"error: {reason(rank, failure)}", failure)
-        sys.exit(status if status > 0 else 128 - status)
+        except ChildFailedError as error:  # the error files of the ranks are in this directory
+            rank, failure = error.get_first_failure()
+            status = failure.exitcode
+            if status != INTERRUPTED and not launcher.has_shown(failure):
+                launcher.say(f"error: {reason(rank, failure)}", failure)
+            sys.exit(status if status > 0 else 128 - status)
 
 
 def reason(rank: int, failure: Any) -> str:
