@@ -69,6 +69,8 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent": (
         *("_monitor_workers", "_pcontext", "_remaining_restarts"),
     ),
+    # The rehearsal.
+    "torch.distributed": ("broadcast_object_list",),
     # The CPU mode.
     "megatron.training.initialize": ("_warmup_jit_function",),
     "megatron.core.transformer.moe.token_dispatcher": ("maybe_move_tensor_to_cpu",),

@@ -50,21 +50,26 @@ OWN = {name for tree in SOURCES.values() for name in defined(tree)} - LISTED
 
 def used(tree):
     """Names of other packages in a module that have to stand in the list."""
-    modules = set()
+    modules, own_modules = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] != "megatron_mdm":
-            names = {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "megatron_mdm":
+            own_modules |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
             modules |= {alias.asname or alias.name for alias in node.names}
-            yield from filter(is_private, names)
+            yield from filter(is_private, (alias.name for alias in node.names))
     modules -= sys.stdlib_module_names
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             is_set = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in modules
             if is_set or (is_private(node.attr) and node.attr not in OWN):
                 yield node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "replaced":
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "replaced"
+            and ast.unparse(node.args[0]) not in own_modules
+        ):
             yield from (x.value for x in node.args[1:2] if isinstance(x, ast.Constant))
 
 
@@ -113,6 +118,7 @@ def test_the_search_finds_names():
         "from torch import _a\nfrom megatron.core import m\nimport argparse\n"
         "m.replacement = 1\nx._b\nsuper()._c()\n"
         "with replaced(m, 'd', 1): pass\n"
+        "from megatron_mdm import own\nwith replaced(own, 'e', 1): pass\n"
     )
     assert set(used(ast.parse(text))) == {"_a", "replacement", "_b", "_c", "d"}
 

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.config import destinations
 from megatron_mdm.mcore.argument_groups import Group, group
-from megatron_mdm.mcore.flags.old_checkpoints import BEFORE
+from megatron_mdm.mcore.flags.old_checkpoints import BEFORE, complete
 from tests import ranks
 from tests.old_checkpoints.cases import CASES, COMMON, SAVED, write_data
 from tests.old_checkpoints.unpack import HERE, unpack
@@ -68,5 +68,6 @@ def test_every_newer_setting_has_a_value_for_old_checkpoints(tmp_path):
     directory = unpack("pretraining", tmp_path)
     saved = vars(load_common_state_dict(str(directory / f"iter_{SAVED:07d}"))["args"])
     settings = {name for name in destinations() if group(name) is not Group.RUN}
-    assert settings - set(saved) == set(BEFORE)
+    assert settings - set(saved) == {*BEFORE, "mdm_model"}
+    assert complete(saved)[0]["mdm_model"] == "gpt"
     assert os.path.getsize(HERE / "pretraining.tar.gz") < 200_000
