@@ -57,6 +57,8 @@ def test_memory_that_grows_is_found():
             for i in range(0, 1000, 10)
         ]
 
+    ending = [{"iteration": 990, "rank 0": 2**30}] * 2  # its workers have ended
+    assert checks.slopes(samples(0.0) + ending) == checks.slopes(samples(0.0))
     assert checks.slopes(samples(0.0))["rank 0"]["slope"] == pytest.approx(0, abs=1e-6)
     assert checks.slopes(samples(100.0))["rank 0"]["slope"] == pytest.approx(100, rel=1e-2)
     assert checks.slopes(samples(100.0)[:30]) == {} and checks.slopes([]) == {}

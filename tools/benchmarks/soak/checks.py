@@ -13,7 +13,7 @@ from megatron_mdm.experiments.runs import read_scalars
 _TAGS = re.compile(r"mdm loss|grad-norm|mdm/validation NELBO|mdm/density.*")
 LOSS = "mdm loss"
 CLOSE = 1e-5  # relative difference of two layouts
-# USS of a process over the last half of the uninterrupted run, in KiB per 1,000 steps.
+# Anonymous memory of a process over the last half of the uninterrupted run, in KiB per 1,000 steps.
 FLAT = 64.0
 FEWEST_SAMPLES = 20
 
@@ -68,14 +68,16 @@ def missing(scalars: Scalars, iterations: int) -> list[int]:
 def slopes(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Growth of memory over the last half of a run, by role; empty if it was too short.
 
+    Samples after the last iteration do not count, because workers end there.
+
     Args:
         samples: see `job.Start`.
 
     Returns:
         Role -> KiB per 1,000 steps (least squares), and MiB at the middle and at the end.
     """
-    half = samples[-1]["iteration"] / 2 if samples else 0
-    late = [sample for sample in samples if sample["iteration"] >= half]
+    last = samples[-1]["iteration"] if samples else 0
+    late = [sample for sample in samples if last / 2 <= sample["iteration"] < last]
     found = {}
     for role in sorted({role for sample in late for role in sample} - {"iteration"}):
         points = [(s["iteration"], s[role]) for s in late if role in s]

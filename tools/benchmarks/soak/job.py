@@ -188,13 +188,28 @@ def names_of(segments: set[int]) -> list[str]:
 
 
 def memory(launcher: Any) -> dict[str, int]:
-    """Bytes that only these processes hold (USS): of each rank, and of its children together."""
+    """Bytes of anonymous memory (heap, stacks) of each rank, and of its children together.
+
+    It excludes files: the pages of an index that a run has read stay mapped, and so their number
+    grows. It includes pages that a process shares with its parent, so it does not change when one
+    of the two ends.
+    """
     found: dict[str, int] = {}
     for rank, process in enumerate(ranks_of(launcher)):
-        with suppress(psutil.NoSuchProcess):
-            full = process.memory_full_info()
-            found |= {f"rank {rank}": full.uss, f"rank {rank} RSS": full.rss}
+        with suppress(psutil.NoSuchProcess, OSError):  # it has just ended
+            rss = process.memory_info().rss
+            found |= {f"rank {rank}": anonymous(process), f"rank {rank} RSS": rss}
             children = process.children(recursive=True)
             if children:
-                found[f"workers of rank {rank}"] = sum(c.memory_full_info().uss for c in children)
+                found[f"workers of rank {rank}"] = sum(map(anonymous, children))
     return found
+
+
+def anonymous(process: psutil.Process) -> int:
+    """Bytes of anonymous memory of a process.
+
+    Raises:
+        OSError: it has ended.
+    """
+    text = pathlib.Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    return int(re.findall(r"^Anonymous: +(\d+) kB$", text, re.MULTILINE)[0]) * 2**10
