@@ -13,7 +13,7 @@ import torch
 from scipy.special import betaln, expit, xlogy
 
 from megatron_mdm.objective.bell_limits import LEAST_PROPOSAL_SHARE, check_bell
-from megatron_mdm.objective.samplers import Tables, cumulated, interpolate, invert
+from megatron_mdm.objective.samplers import Tables, cumulated, integrate, interpolate, invert
 from megatron_mdm.objective.types import Floats
 
 BellRole = Literal["objective", "proposal", "weight"]
@@ -89,6 +89,14 @@ class Bell:
             return torch.ones_like(t)
         return self._w(t) if self.role == "weight" else 1.0 / self._w(t)
 
+    def cdf(self, t: torch.Tensor) -> torch.Tensor:
+        """The distribution function of `density`."""
+        return t if self.role == "weight" else self._integral(t)
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of density times weight from 0 to t."""
+        return t if self.role == "proposal" else self._integral(t)
+
     @property
     def breaks(self) -> list[float]:
         """Quantiles of the edges; see `RateSampler.breaks`."""
@@ -103,6 +111,10 @@ class Bell:
             return torch.ones_like(t)
         edges, values, _ = self._mixed(t.device)
         return interpolate(edges, values, t)
+
+    def _integral(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of w from 0 to t."""
+        return t if self.share == 1.0 else integrate(*self._mixed(t.device), t)
 
     def _mixed(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Edges, values of w at the edges, and integrals of w from 0 to the edges."""

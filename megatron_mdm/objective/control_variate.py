@@ -10,9 +10,6 @@ import torch
 from megatron_mdm.objective.samplers import RateSampler
 from megatron_mdm.objective.types import Floats
 
-# Quadrature nodes between two edges, where the density of every objective is linear or constant.
-_NODES = 4
-
 
 class ControlVariate:
     """Mean loss, with a moving average b(t) of the loss at rate t as the control variate.
@@ -71,12 +68,7 @@ class ControlVariate:
 
 
 def bin_masses(sampler: RateSampler, num_bins: int) -> Floats:
-    """E[w 1(t in bin)] for equal bins: integral of density times weight over each [num_bins]."""
-    kinks = sampler(torch.tensor(sampler.breaks, dtype=torch.float64))[0].numpy()
-    bins = np.linspace(0.0, 1.0, num_bins + 1)
-    edges = np.union1d(bins, kinks)
-    nodes, shares = np.polynomial.legendre.leggauss(_NODES)
-    middles, halves = (edges[1:] + edges[:-1]) / 2, np.diff(edges) / 2
-    t = torch.from_numpy(middles[:, None] + halves[:, None] * nodes)
-    masses = halves * ((sampler.density(t) * sampler.weight(t)).numpy() @ shares)
-    return np.bincount(np.searchsorted(bins, middles) - 1, masses, num_bins)
+    """E[w 1(t in bin)] for equal bins: the mass of the objective in each [num_bins]."""
+    edges = torch.linspace(0.0, 1.0, num_bins + 1, dtype=torch.float64)
+    masses: Floats = sampler.objective_mass(edges).diff().numpy()
+    return masses

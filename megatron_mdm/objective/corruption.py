@@ -8,7 +8,7 @@ import torch
 
 from megatron_mdm.objective.masks import bernoulli_mask, exact_count_mask, isad_mask
 from megatron_mdm.objective.randomness import to_unit
-from megatron_mdm.objective.segments import to_positions
+from megatron_mdm.objective.segments import counts, to_positions
 
 # quantiles -> (t, weight), like a call of a `RateSampler`; the density may change between calls.
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -24,6 +24,8 @@ class Corruption:
         weight: importance weight of t times the weight of the mask, float64 [B, 1] or [B, L].
         t: masking rates, float64 [B], or [B, L] with segments.
         rate_weight: importance weight 1/q(t) alone, of the shape of `t`.
+        draw_weight: the importance weight that the loss has: `rate_weight`, or the weight of the
+            drawn count (see `Corrupter.count_weight`), of the shape of `t`.
     """
 
     tokens: torch.Tensor
@@ -31,6 +33,7 @@ class Corruption:
     weight: torch.Tensor
     t: torch.Tensor
     rate_weight: torch.Tensor
+    draw_weight: torch.Tensor
 
     @property
     def largest_weight(self) -> torch.Tensor:
@@ -50,6 +53,9 @@ class Corrupter:
         isad_token_ids: tokens that ISAD masks more often; for Bernoulli masks only.
         isad_delta: ISAD adds this to their masking probability.
         isad_weight: see `isad_mask`.
+        count_weight: importance weight of a count, given the count and the number of eligible
+            tokens, for exact counts only; see `samplers.count_weight`. It replaces that of t. None:
+            the loss has the importance weight of t.
     """
 
     sampler: Sampler
@@ -59,6 +65,7 @@ class Corrupter:
     isad_token_ids: tuple[int, ...] = ()
     isad_delta: float = 0.0
     isad_weight: Literal["inclusion", "exact"] = "inclusion"
+    count_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     # `isad_token_ids` in ascending order, on each device that was used.
     _ids: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -83,12 +90,16 @@ class Corrupter:
         """
         t, rate_weight = self.sampler(to_unit(quantile))
         mask, mask_weight = self._mask(tokens, eligible, to_unit(uniforms), t, segments)
+        draw_weight = rate_weight
+        if self.count_weight is not None:
+            draw_weight = self.count_weight(counts(mask, segments), counts(eligible, segments))
         return Corruption(
             tokens=torch.where(mask, self.mask_token_id, tokens),
             mask=mask,
-            weight=to_positions(rate_weight, segments) * mask_weight,
+            weight=to_positions(draw_weight, segments) * mask_weight,
             t=t,
             rate_weight=rate_weight,
+            draw_weight=draw_weight,
         )
 
     def _mask(

@@ -2,7 +2,7 @@
 
 CE_i is the cross entropy of the clean token at i given the masked row (nats), m is the mask, w is
 its weight (importance weight of t included) and L_e is the number of eligible tokens. The loss of a
-row, or of each document with its own masking rate (objective/segments.py), is
+row, or of each segment with its own masking rate (objective/segments.py), is
 
     l = (1 / L_e) sum_i m_i w CE_i                                            nats per token.
 
@@ -12,7 +12,7 @@ they would in rows of their own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -37,6 +37,18 @@ class RowLosses:
     denominator: torch.Tensor
 
 
+class Units(NamedTuple):
+    """The parts of rows that the normalization `rows` averages over.
+
+    Attributes:
+        segments: see objective/segments.py; None: whole rows.
+        num_eligible: L_e of each, int64 [B], or [B, L] with segments.
+    """
+
+    segments: torch.Tensor | None
+    num_eligible: torch.Tensor
+
+
 def row_losses(
     cross_entropy: torch.Tensor,
     mask: torch.Tensor,
@@ -44,13 +56,16 @@ def row_losses(
     num_eligible: torch.Tensor,
     normalization: Normalization,
     segments: torch.Tensor | None = None,
+    units: Units | None = None,
 ) -> RowLosses:
     """Weights and sums cross entropies: the objective (LLaDA, arXiv 2502.09992).
 
     Numerators and denominators are summed over micro-batches and data-parallel ranks, so that any
     split of a global batch gives the same objective. With `tokens`, the objective is the sum of all
-    weighted losses divided by the number of all eligible tokens. With `rows`, it is the mean of l
-    over all rows, or over all segments with eligible tokens (padding is not a segment).
+    weighted losses divided by the number of all eligible tokens. With `rows`, it is the mean over
+    all units of the sum of weighted losses divided by the L_e of the unit. Units are whole rows,
+    which all count, or segments with eligible tokens (padding is not a segment). If segments are
+    smaller than units, as blocks are, each counts by its share of the unit's eligible tokens.
 
     Args:
         cross_entropy: CE, nats, float [B, L].
@@ -59,6 +74,7 @@ def row_losses(
         num_eligible: L_e, int64 [B], or [B, L] with segments.
         normalization: see above.
         segments: see objective/segments.py; None: whole rows.
+        units: parts that `rows` averages over; None: the segments.
     """
     dtype = torch.promote_types(cross_entropy.dtype, torch.float32)
     per_token = torch.where(mask, cross_entropy.to(dtype), 0.0) * weight.to(dtype)
@@ -66,10 +82,12 @@ def row_losses(
     per_row = totals(per_token, segments) / size
     if normalization == "tokens":
         return RowLosses(per_row, per_token.sum(), num_eligible.sum())
-    if segments is not None:
-        return RowLosses(
-            per_row, (per_token / to_positions(size, segments)).sum(), (num_eligible > 0).sum()
-        )
+    if units is None:
+        units = Units(segments, num_eligible)
+    size = units.num_eligible.clamp(min=1).to(dtype)
+    if units.segments is not None:
+        per_unit = per_token / to_positions(size, units.segments)
+        return RowLosses(per_row, per_unit.sum(), (units.num_eligible > 0).sum())
     # Created on the device: a copy from the host would make the host wait.
     count = torch.full((), mask.shape[0], dtype=torch.int64, device=mask.device)
-    return RowLosses(per_row, per_row.sum(), count)
+    return RowLosses(per_row, (per_token.sum(dim=1) / size).sum(), count)

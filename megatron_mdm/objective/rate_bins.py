@@ -86,6 +86,7 @@ def mask_for_bins(
         weight=to_positions(factor, segments) * weight,
         t=(bins.to(torch.float64) + 0.5) / num_bins,
         rate_weight=torch.ones_like(rate),
+        draw_weight=torch.ones_like(rate),
     )
 
 

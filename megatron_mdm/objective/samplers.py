@@ -36,10 +36,45 @@ class RateSampler(Protocol):
         """w(t), the weight of a row at rate t, float64, of the shape of `t`, in (0, 1]."""
         ...
 
+    def cdf(self, t: torch.Tensor) -> torch.Tensor:
+        """Q(t), the integral of q from 0 to t, float64, of the shape of `t`, in [0, 1]."""
+        ...
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of q w from 0 to t, float64, of the shape of `t`; t itself if w is 1/q."""
+        ...
+
     @property
     def breaks(self) -> list[float]:
         """Quantiles from 0 to 1; between them t and weight are smooth functions of the quantile."""
         ...
+
+
+def count_weight(
+    sampler: RateSampler, count: torch.Tensor, num_eligible: torch.Tensor
+) -> torch.Tensor:
+    """Importance weight of a count k of masked tokens: the mean of w(t) over the t that give it.
+
+    The exact count k = ceil(t n) of n eligible tokens has the probability
+    P(k) = Q(k/n) - Q((k-1)/n). The mean of w is the mass of the objective between (k-1)/n and k/n,
+    divided by P(k); if w is 1/q, this is 1 / (n P(k)). Given k, the mask does not depend on t, so
+    the mean replaces w(t) without a change of the objective, and never has a higher variance. If
+    n = 1 it is the total mass, exactly 1.
+
+    Args:
+        sampler: density of t.
+        count: k, int64; at least 1 where `num_eligible` is positive.
+        num_eligible: n, int64, of the shape of `count`.
+
+    Returns:
+        float64, of the shape of `count`; 1 where n is 0 or 1.
+    """
+    n = num_eligible.clamp(min=1)
+    high, low = count / n.double(), (count - 1).clamp(min=0) / n.double()
+    mass = sampler.objective_mass(high) - sampler.objective_mass(low)
+    probability = sampler.cdf(high) - sampler.cdf(low)
+    # Rounding may put t into a cell that a clipped density does not reach.
+    return torch.where(num_eligible > 1, mass / probability.clamp(min=1e-300), 1.0)
 
 
 class Uniform:
@@ -59,6 +94,14 @@ class Uniform:
         """1."""
         return torch.ones_like(t)
 
+    def cdf(self, t: torch.Tensor) -> torch.Tensor:
+        """Q(t) = t."""
+        return t
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of 1."""
+        return t
+
 
 class Flat(Uniform):
     """t ~ U(0, 1) with weight 2t, so that all masked tokens have about the same weight.
@@ -74,6 +117,10 @@ class Flat(Uniform):
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """2t."""
         return 2.0 * t
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of 2t."""
+        return t * t
 
 
 class Clipped:
@@ -104,6 +151,14 @@ class Clipped:
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """1."""
         return torch.ones_like(t)
+
+    def cdf(self, t: torch.Tensor) -> torch.Tensor:
+        """The share of the interval below t."""
+        return ((t - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """`cdf`."""
+        return self.cdf(t)
 
 
 class Tables:
@@ -167,6 +222,25 @@ def interpolate(edges: torch.Tensor, values: torch.Tensor, t: torch.Tensor) -> t
     return torch.lerp(values[cell], values[cell + 1], fraction.to(torch.float64))
 
 
+def integrate(
+    edges: torch.Tensor, values: torch.Tensor, cdf: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """Integral from 0 to t of a piecewise linear density; the inverse of `invert`.
+
+    Args:
+        edges: see `invert`.
+        values: see `invert`.
+        cdf: see `invert`.
+        t: float64, in [0, 1].
+
+    Returns:
+        float64, of the shape of `t`.
+    """
+    cell = _cell(edges, t)
+    mean = (values[cell] + interpolate(edges, values, t)) / 2
+    return cdf[cell] + (t - edges[cell]) * mean
+
+
 class PiecewiseSampler:
     """A density that is linear between its values at K + 1 edges, sampled exactly; see `invert`.
 
@@ -205,6 +279,15 @@ class PiecewiseSampler:
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """1/q(t)."""
         return 1.0 / self.density(t)
+
+    def cdf(self, t: torch.Tensor) -> torch.Tensor:
+        """Q(t)."""
+        edges, values, cdf = self._tables.on(t.device)
+        return integrate(edges, values, cdf, t)
+
+    def objective_mass(self, t: torch.Tensor) -> torch.Tensor:
+        """The integral of 1."""
+        return t
 
     @property
     def breaks(self) -> list[float]:

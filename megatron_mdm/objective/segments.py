@@ -11,6 +11,19 @@ for whole rows.
 import torch
 
 
+def begins(segments: torch.Tensor) -> torch.Tensor:
+    """Positions where a segment begins, bool [B, L]."""
+    begin = torch.ones_like(segments, dtype=torch.bool)
+    begin[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return begin
+
+
+def places(segments: torch.Tensor) -> torch.Tensor:
+    """The number of each position within its segment, from 0, int64 [B, L]."""
+    positions = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    return positions - (positions * begins(segments)).cummax(dim=1).values
+
+
 def counts(marked: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
     """Number of marked positions in each segment, int64 [B, L], or [B] for whole rows.
 

@@ -1,6 +1,7 @@
 """Documents of a packed row, each with its own rate, are treated like the same documents alone."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from megatron_mdm.objective.ppots.moments import accumulate
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms, to_unit
 from megatron_mdm.objective.reference import expected_coefficients, objective_coefficients
-from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform
+from megatron_mdm.objective.samplers import PiecewiseSampler, Uniform, count_weight
 from megatron_mdm.objective.segments import counts, products, rank_within_segment, totals
 from megatron_mdm.objective.views import view_uniforms
 
@@ -26,6 +27,7 @@ ISAD = {"mask_kind": "bernoulli", "isad_token_ids": (0, 2, 7), "isad_delta": 0.3
 METHODS = {
     "bernoulli": {"mask_kind": "bernoulli"},
     "exact-count": {"mask_kind": "exact-count"},
+    "weighted counts": {"mask_kind": "exact-count", "count_weight": partial(count_weight, FITTED)},
     "isad inclusion": {**ISAD, "isad_weight": "inclusion"},
     "isad exact": {**ISAD, "isad_weight": "exact"},
 }
@@ -75,6 +77,7 @@ def test_a_document_is_masked_as_it_would_be_alone(name, view):
         assert torch.equal(packed.tokens[row, part], alone.tokens[0])
         assert packed.t[row, d] == alone.t[0]
         assert packed.rate_weight[row, d] == alone.rate_weight[0]
+        assert packed.draw_weight[row, d] == alone.draw_weight[0]
         torch.testing.assert_close(
             packed.weight[row, part],
             alone.weight[0].expand(part.stop - part.start),
@@ -128,14 +131,18 @@ class At(Quantiles):
         return row
 
 
-@pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
+@pytest.mark.parametrize("name", ["bernoulli", "exact-count", "weighted counts"])
 @pytest.mark.parametrize("sampler", [Uniform(), FITTED], ids=["uniform", "ppots"])
 def test_two_documents_are_unbiased(sampler, name):
     """The exact mean over all uniforms and the row's quantile is the objective of each document."""
     lengths = [2, 2]
     segments = numbers([lengths])
     eligible = torch.ones(1, 4, dtype=torch.bool)
-    corrupter = Corrupter(sampler, mask_token_id=MASK_ID, eps=EPS, **METHODS[name])
+    settings = METHODS[name]
+    if "count_weight" in settings:
+        settings = settings | {"count_weight": partial(count_weight, sampler)}
+    exact_count = settings["mask_kind"] == "exact-count"
+    corrupter = Corrupter(sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def grid(quantile):
         q = At("lattice", 0, Split.TRAIN).of_documents(int(quantile * 2**GRID_BITS), 2)
@@ -150,7 +157,7 @@ def test_two_documents_are_unbiased(sampler, name):
         return tuple(c.mask[0].tolist()), weight[0].numpy()
 
     def thresholds(quantile):
-        if name == "exact-count":
+        if exact_count:
             return [np.array([])] * 4
         t = sampler(to_unit(grid(quantile)))[0][0]
         return [np.array([float((1 - EPS) * t[d] + EPS)]) for d in (0, 0, 1, 1)]
@@ -159,8 +166,8 @@ def test_two_documents_are_unbiased(sampler, name):
     kinks = [*sampler.breaks, quantile_of_half(sampler)]
     root = np.sqrt(2) - 1
     breaks = sorted({0.0, 1.0, *kinks, *((k - root) % 1 for k in kinks)})
-    mean = expected_coefficients(draw, 4, thresholds, breaks, 12, ranked=name == "exact-count")
-    target = objective_coefficients([True, True], 0.0 if name == "exact-count" else EPS)
+    mean = expected_coefficients(draw, 4, thresholds, breaks, 12, ranked=exact_count)
+    target = objective_coefficients([True, True], 0.0 if exact_count else EPS)
     by_pattern = mean.reshape(4, 4, 4)  # patterns of the second and of the first document, position
     for d, own in enumerate((by_pattern.sum(axis=0)[:, :2], by_pattern.sum(axis=1)[:, 2:])):
         np.testing.assert_allclose(own, target / 2, rtol=0, atol=1e-9, err_msg=f"document {d}")
@@ -230,7 +237,7 @@ def test_the_largest_weight_is_one_that_multiplies_a_loss():
     of_rows = torch.tensor([[2.0], [3.0], [9.0]], dtype=torch.float64)
     of_documents = torch.tensor([[2.0, 9.0, 9.0], [9.0, 9.0, 3.0], [9.0] * 3], dtype=torch.float64)
     for weight in (of_rows, of_documents):
-        largest = Corruption(tokens, mask, weight, t, t).largest_weight
+        largest = Corruption(tokens, mask, weight, t, t, t).largest_weight
         assert largest.tolist() == [2.0, 3.0, 0.0]
 
 

@@ -1,5 +1,6 @@
 """Every combination of sampler and mask has the exact objective, by enumeration and quadrature."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from megatron_mdm.objective.samplers import (
     PiecewiseSampler,
     Tables,
     Uniform,
+    count_weight,
     cumulated,
 )
 from megatron_mdm.objective.views import view_uniforms
@@ -40,12 +42,16 @@ MASKS = {
     "exact-count": {"mask_kind": "exact-count"},
     "isad exact": {"mask_kind": "bernoulli", **ISAD, "isad_weight": "exact"},
 }
+# Exact counts with the importance weight of the count, as in blocks.
+COUNTS = {"weighted counts": {"mask_kind": "exact-count", "count_weight": True}}
 
 
 def estimator(eligible, sampler, view, **settings):
     """A draw of the code under test: a function from (u, quantile) to (mask, weight of each CE)."""
     tokens = torch.arange(len(eligible))[None]
     eligible = torch.tensor([eligible])
+    if settings.get("count_weight"):
+        settings["count_weight"] = partial(count_weight, sampler)
     corrupter = Corrupter(sampler=sampler, mask_token_id=MASK_ID, eps=EPS, **settings)
 
     def draw(u, quantile):
@@ -70,7 +76,7 @@ def estimator(eligible, sampler, view, **settings):
 def expectation(eligible, sampler, view, name):
     """Mean coefficients of a combination, and the coefficients of the objective it should have."""
     L, num_eligible = len(eligible), sum(eligible)
-    settings = MASKS[name]
+    settings = (MASKS | COUNTS)[name]
     if settings["mask_kind"] == "exact-count":
         # The order of frac(u + j/K) also depends on which of the u wrap around.
         cuts = [np.array([1 - view[0] / view[1]] if view[1] > 2 else [])] * L
@@ -130,6 +136,13 @@ def test_mean_coefficients_are_the_objectives(sampler, name, view, eligible):
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("view", "length"), [((0, 1), 4), ((1, 2), 4), ((2, 3), 3)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_weights_of_counts_leave_the_objective_as_it_is(sampler, view, length):
+    mean, target = expectation(ROWS[1][:length], SAMPLERS[sampler], view, "weighted counts")
+    np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
+
+
 EDGES, BELL = [0.0, 0.2, 0.5, 0.8, 1.0], np.array([0.3, 1.0, 2.0, 0.8, 0.3]) / 1.11
 
 
@@ -153,8 +166,10 @@ DENSITIES = {
 }
 
 
-@pytest.mark.parametrize("eligible", ROWS)
-@pytest.mark.parametrize("name", ["bernoulli", "exact-count"])
+@pytest.mark.parametrize(
+    ("name", "eligible"),
+    [*itertools.product(["bernoulli", "exact-count"], ROWS), ("weighted counts", ROWS[1])],
+)
 @pytest.mark.parametrize("density", DENSITIES)
 def test_mean_coefficients_under_another_density_are_its_objectives(density, name, eligible):
     """The oracle integrates over t and does not know how a density is sampled or weighted."""
@@ -167,9 +182,7 @@ def test_mean_coefficients_under_another_density_are_its_objectives(density, nam
     }.get(density, lambda t: 1.0)
     breaks = [0.0, 0.2, 0.3, 0.5, 0.8, 1.0]
     mean, exact = expectation(eligible, sampler, (0, 1), name)
-    target = density_coefficients(
-        eligible, 0.0 if name == "exact-count" else EPS, objective, breaks
-    )
+    target = density_coefficients(eligible, EPS if name == "bernoulli" else 0.0, objective, breaks)
     np.testing.assert_allclose(mean, target, rtol=0, atol=1e-9)
     is_bound = density in ("proposal", "faded")
     assert np.allclose(mean, exact, rtol=0, atol=1e-9) == (is_bound or sum(eligible) == 1)

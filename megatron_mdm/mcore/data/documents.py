@@ -3,6 +3,7 @@
 import torch
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.objective.segments import places
 
 
 def isolated_documents(tokens: torch.Tensor, eod_id: int, mdm: MDMConfig) -> torch.Tensor | None:
@@ -27,17 +28,9 @@ def position_ids(tokens: torch.Tensor, documents: torch.Tensor | None) -> torch.
 
     Rotary embeddings are relative, so they do not need them.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     if documents is None:
-        return positions
-    return positions - (positions * begins_of(documents)).cummax(dim=1).values
-
-
-def begins_of(segments: torch.Tensor) -> torch.Tensor:
-    """Positions where a segment begins, bool [b, s], from the segment numbers [b, s]."""
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return begins
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return places(documents)
 
 
 def eligible_positions(

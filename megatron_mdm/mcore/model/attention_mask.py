@@ -3,7 +3,7 @@
 import torch
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.mcore.data.documents import begins_of
+from megatron_mdm.objective.segments import begins
 
 OPENING_TIME_BITS = 20  # low bits of the 52 bits of a uniform
 
@@ -131,7 +131,7 @@ def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
     """
     if segments is None:
         return None
-    bounds = begins_of(segments).flatten().nonzero()[:, 0]
+    bounds = begins(segments).flatten().nonzero()[:, 0]
     if len(bounds) == len(segments):
         return None
     return torch.nn.functional.pad(bounds, (0, 1), value=segments.numel()).to(torch.int32)

@@ -309,7 +309,7 @@ def test_ppots_measures_a_document_as_it_would_be_alone(normalization, per, one_
         squares[0, 5] = 0.0
         t, q = torch.rand(2, 2, generator=generator, dtype=torch.float64)
         parts = [((0,), (0, 8)), ((1,), (0, 8))]
-    corruption = Corruption(torch.zeros(2, 8), batch.eligible, torch.ones(2, 1), t, 1 / q)
+    corruption = Corruption(torch.zeros(2, 8), batch.eligible, torch.ones(2, 1), t, 1 / q, 1 / q)
     sampler = OnlineSampler(mdm, seq_length=8)
     sampler.record_gradients(MicroBatch(batch, corruption), squares)
     expected = 0
