@@ -26,6 +26,8 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
     - --mdm-rate-per document without --mdm-isolate-documents: each document has its own masking
       rate and is predicted from the visible tokens of the other documents. No likelihood of the
       row is the product of these predictions.
+    - --mdm-shift-first noisy predicts the first token of a block from the noisy block before it,
+      which is not what the block is given.
     - Bernoulli masks leave out a share eps of the rates. Up to `MOST_EPS` the loss still counts as
       a bound.
 
@@ -37,6 +39,7 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
     - --mdm-pad-eligible and --mdm-pad-response-to-multiple-of: the bound is that of the padded
       response. Generation writes the padding too.
     - --mdm-random-length-fraction: the bound is that of the shortened texts.
+    - Blocks: the loss of each block is a bound, given the clean blocks before it.
     - --mdm-isolate-documents with one rate a row: the mask of a row, restricted to one document, is
       a mask of that document.
     - Attention that is still annealed (--mdm-anneal-attention-iters), attention that leaves tokens
@@ -59,6 +62,7 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
         and mdm.isad_delta > 0.0,
         "SyRM": bool(mdm.syrm_token_ids) or mdm.syrm_fraction > 0.0,
         "rates of documents that see each other": sees_others,
+        "first tokens of blocks read noisy tokens": mdm.shift_first == "noisy",
         f"eps {mdm.eps:g}": mdm.mask == "bernoulli" and mdm.eps > MOST_EPS,
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None

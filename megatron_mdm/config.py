@@ -10,10 +10,12 @@ text under the field states it. `python -m megatron_mdm.mcore.flags.page` prints
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.bell_limits import BELLS, LEAST_PROPOSAL_SHARE, check_bell
+from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.limits import MOST_PPOTS_BINS
 
 # Larger numbers are mistakes, and memory would not suffice for them.
@@ -137,10 +139,30 @@ class MDMConfig:
     draws that are stratified over windows of --mdm-strata-window rows. `lattice`: the quantile of
     row i is (offset + i * golden ratio) mod 1, which stratifies every contiguous window of rows."""
 
-    rate_per: Literal["row", "document"] = "row"
-    """Unit that draws a masking rate and that counts as one under --mdm-normalization rows: a
-    `row`, or each `document` of a packed row. The document is masked, weighted and measured as it
-    would be in a row of its own."""
+    rate_per: Literal["row", "document", "block"] | None = None
+    """Unit that draws a masking rate: a `row`, each `document` of a packed row, or each `block` of
+    --mdm-block-size. The unit is masked, weighted and measured as it would be in a row of its own.
+    Documents also count as one under --mdm-normalization rows, and so do the documents of blocks if
+    --mdm-isolate-documents is given; a block counts by its share of their tokens. Default: `block`
+    with blocks, else `row`."""
+
+    block_size: int | None = field(default=None, metadata=_shown_as("TOKENS"))
+    """Number of tokens in a block, at least 1. The tokens of a block are predicted from its visible
+    tokens and from the clean tokens of the blocks before it. Blocks count from the first token of
+    the row or, with --mdm-isolate-documents, of the document; the last one may be shorter. A row
+    then has twice as many positions, noisy and clean. Needs --transformer-impl local. Default: no
+    blocks; tokens are predicted from all visible tokens of the row."""
+
+    block_size_schedule: str | None = field(default=None, metadata=_shown_as("SCHEDULE"))
+    """Block sizes over the course of the run, as START:SIZE phases that begin after START
+    iterations, or samples with --train-samples, for example "0:1 1000:4 2000:32 8000:row". `row` is
+    the whole row, at the cost of a run without blocks. A run that resumes may change the phases
+    that have not begun. Default: the size of --mdm-block-size."""
+
+    ar_loss_weight: float = 0.0
+    """Weight of a next-token loss on the clean tokens, at least 0, added to the loss of the masked
+    tokens. Clean tokens then attend only to those before them. Needs blocks in all of the run. 0:
+    clean tokens attend to their whole block, and have no loss."""
 
     strata: int | None = field(default=None, metadata=_shown_as("N"))
     """Number of strata in a window, at least 1 and at most the number of texts in the window
@@ -243,7 +265,13 @@ class MDMConfig:
 
     shift: bool = False
     """The logits of a position predict the token after it, as in Dream and in models that were
-    trained autoregressively. The first token of a row is then never masked."""
+    trained autoregressively. The first token of a row is then never masked. The clean copy of its
+    predecessor predicts the first token of a block."""
+
+    shift_first: Literal["clean", "noisy"] = "clean"
+    """Copy of its predecessor that predicts the first token of a block. The block sees the `clean`
+    copy. The `noisy` one belongs to the block before; Fast-dLLM v2 trains with it. Needs
+    --mdm-shift and blocks."""
 
     anneal_attention_iters: int = 0
     """Number of iterations during which attention changes from causal to bidirectional, at least 0,
@@ -280,7 +308,9 @@ class MDMConfig:
         """
         _choice(self, "device", "rate_sampler", "quantiles", "mask")
         _choice(self, "normalization", "isad_weight", "ppots_target", "head")
-        _choice(self, "rate_per", "bell_role")
+        _choice(self, "bell_role", "shift_first")
+        if self.rate_per is not None:
+            _choice(self, "rate_per")
         if self.row_order is not None:
             _choice(self, "row_order")
         if not 0.0 < self.eps < 1.0:
@@ -329,6 +359,7 @@ class MDMConfig:
                 "--mdm-pad-response-to-multiple-of"
             )
         self._check_response_multiple()
+        self._check_blocks()
         if self.anneal_attention_iters < 0:
             raise UserError(
                 f"--mdm-anneal-attention-iters must not be negative: {self.anneal_attention_iters}"
@@ -348,6 +379,33 @@ class MDMConfig:
             raise UserError(
                 f"--mdm-strata {self.strata} exceeds the --mdm-strata-window of "
                 f"{self.strata_window} rows: use at most one stratum a row"
+            )
+
+    def _check_blocks(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise UserError(f"--mdm-block-size must be at least 1, got {self.block_size}")
+        if self.block_size is not None and self.block_size_schedule is not None:
+            raise UserError(
+                "--mdm-block-size and --mdm-block-size-schedule exclude each other: leave one out"
+            )
+        if self.blocks is None:
+            self._refuse_idle("--mdm-block-size", "ar_loss_weight", "shift_first")
+            if self.rate_per == "block":
+                raise UserError("--mdm-rate-per block needs --mdm-block-size")
+            return
+        if self.ar_loss_weight < 0.0:
+            raise UserError(f"--mdm-ar-loss-weight must not be negative: {self.ar_loss_weight}")
+        if self.ar_loss_weight and None in self.blocks.sizes:
+            raise UserError(
+                "--mdm-ar-loss-weight needs clean tokens, which the phase `row` of "
+                "--mdm-block-size-schedule does not have: leave one of them out"
+            )
+        if self.shift_first == "noisy" and not self.shift:
+            raise UserError("--mdm-shift-first noisy needs --mdm-shift: it does nothing without")
+        if self.anneal_attention_iters:
+            raise UserError(
+                "--mdm-anneal-attention-iters does not go with blocks, whose schedule takes its "
+                "place: use --mdm-block-size-schedule, which begins causal at block size 1"
             )
 
     def _check_response_multiple(self) -> None:
@@ -459,13 +517,28 @@ class MDMConfig:
 
     def least_masked_fraction(self, seq_length: int) -> float:
         """Smallest mean masked fraction of a row: eps, or one token of an exact count."""
-        return 1.0 / seq_length if self.mask == "exact-count" else self.eps
+        if self.mask != "exact-count":
+            return self.eps
+        sizes = self.blocks.sizes if self.blocks and self.rate_unit == "block" else (None,)
+        return 1.0 / max(seq_length if size is None else min(size, seq_length) for size in sizes)
 
     @property
     def bell(self) -> tuple[str, list[float]] | None:
         """Name and parameters of the bell-shaped density in use; None if there is none."""
         parameters = {"logit-normal": self.logit_normal, "beta": self.beta}.get(self.rate_sampler)
         return (self.rate_sampler, parameters) if parameters else None
+
+    @cached_property
+    def blocks(self) -> BlockSchedule | None:
+        """Block sizes over the course of the run; None: the run has no blocks."""
+        if self.block_size_schedule is not None:
+            return BlockSchedule.parse(self.block_size_schedule, "--mdm-block-size-schedule")
+        return None if self.block_size is None else BlockSchedule.constant(self.block_size)
+
+    @property
+    def rate_unit(self) -> Literal["row", "document", "block"]:
+        """Unit that draws a masking rate."""
+        return self.rate_per or ("row" if self.blocks is None else "block")
 
     @property
     def divides_rows(self) -> bool:
@@ -479,6 +552,7 @@ class MDMConfig:
             self.eod_attended
             and self.pad_attended
             and not self.divides_rows
+            and self.blocks is None
             and not self.anneal_attention_iters
         )
 
@@ -495,6 +569,7 @@ SECTIONS = {
         *("ppots_uniform_share", "ppots_decay"),
     ),
     "masks": ("mask", "eps", "views", "isad_token_ids", "isad_delta", "isad_weight"),
+    "block diffusion": ("block_size", "block_size_schedule", "ar_loss_weight"),
     "loss and logs": ("normalization", "head", "rate_bins", "ema_decay"),
     "rows, documents and padding": (
         *("row_order", "isolate_documents", "random_length_fraction", "eod_eligible"),
@@ -502,7 +577,7 @@ SECTIONS = {
     ),
     "fine-tuning": ("sft", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"),
     "vocabulary": ("mask_token_id", "vocab_size"),
-    "models that were autoregressive": ("shift", "anneal_attention_iters"),
+    "models that were autoregressive": ("shift", "shift_first", "anneal_attention_iters"),
     "checkpoints": ("allow_flag_change", "checkpoint_hashes", "overwrite_save"),
 }
 

@@ -14,10 +14,15 @@ each of 52 bits. An integer k stands for the number (k + 1/2) / 2^52, in (0, 1).
 - Documents. A document ends after each end-of-document token, or where the column `document`
   changes if the row has that column. The padding after the last document counts as a document.
 - Parts. A part is a stretch of the row that has its own rate. It is a document with --mdm-rate-per
-  document, and the whole row otherwise. Independently of that, the model sees one document at a
-  time with --mdm-isolate-documents, and the whole row otherwise. The oracle calls the model once
-  for each document, on its tokens alone. The result thus depends on no attention mask, on no
-  positions and on no token beyond the length.
+  document, a block with --mdm-rate-per block, and the whole row otherwise. Independently of that,
+  the model sees one document at a time with --mdm-isolate-documents, and the whole row otherwise.
+  The oracle calls the model once for each document, on its tokens alone. The result thus depends on
+  no attention mask, on no positions and on no token beyond the length.
+- Blocks. With --mdm-block-size N the stretch that the model sees is cut into blocks of N tokens.
+  The oracle calls the model once for each block k: on the clean tokens before it and its own masked
+  tokens. A token attends to the tokens of its own block and of earlier ones. There are no clean
+  copies, and no token is seen twice. With --mdm-ar-loss-weight the clean tokens attend to those
+  before them only, and a further call on the clean tokens gives the next-token loss.
 - Eligible tokens. e_i = 1 for each of the first n tokens that does not end a document; in
   fine-tuning, for the tokens of responses. With --mdm-pad-eligible, tokens up to L count too. With
   --mdm-shift the first token that the model sees has no prediction: e_i = 0 there.
@@ -37,6 +42,9 @@ The batch, over the parts d of all its rows:
 
     --mdm-normalization tokens    J = sum S_d / sum N_d
     --mdm-normalization rows      J = mean of S_d / N_d over the parts with N_d > 0
+
+Blocks are no parts of this mean: S_d and N_d are then sums over the blocks of a document or,
+without --mdm-isolate-documents, of a row.
 
 Neither J depends on how the batch is cut into micro-batches and ranks, and the tests show this. A
 mean of micro-batch means would be wrong when the N_d differ, and the oracle asserts that they
@@ -85,12 +93,17 @@ def whole_batch() -> None:
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
         draws = [draw for row in rows for draw in _draws(row, model, args)]
-        sums, counts = zip(*draws, strict=True)
+        sums, following, counts = zip(*draws, strict=True)
         assert len(set(counts)) > 1, "rows should differ"
-        if args.mdm_normalization == "tokens":
-            loss = sum(sums) / sum(counts)
-        else:
-            loss = sum(x / n for x, n in draws if n) / sum(n > 0 for n in counts)
+
+        def mean(sums):
+            if args.mdm_normalization == "tokens":
+                return sum(sums) / sum(counts)
+            pairs = zip(sums, counts, strict=True)
+            return sum(x / n for x, n in pairs if n) / sum(n > 0 for n in counts)
+
+        loss = mean(sums)
+        total = loss + args.mdm_ar_loss_weight * mean(following)
         inner = unwrap_model(model)
         names, parameters = zip(*inner.named_parameters(), strict=True)
         routed = sum(_router_losses(args, *router) for router in routers) / len(rows)
@@ -99,7 +112,7 @@ def whole_batch() -> None:
         elif args.mdm_rate_per == "document":
             routed = routed * len(rows) / sum(n > 0 for n in counts)
         MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own router losses are off
-        gradients = torch.autograd.grad(loss + routed, parameters)
+        gradients = torch.autograd.grad(total + routed, parameters)
         torch.save(
             (loss.item(), dict(zip(names, gradients, strict=True))),
             f"{os.environ['TRACE_DIR']}/whole_batch.pt",
@@ -136,7 +149,7 @@ def _router_losses(args, router, x):
 
 
 def _draws(row, model, args):
-    """(weighted loss, eligible tokens) of each part of a row that has its own rate.
+    """(weighted loss, next-token loss, eligible tokens) of each part that counts as one.
 
     The model sees one document at a time with --mdm-isolate-documents, and never a token beyond the
     length of the row.
@@ -149,7 +162,14 @@ def _draws(row, model, args):
     ends = sorted({*ends, n, length})
     documents = [(low, high) for low, high in zip([0, *ends], ends, strict=False) if low < high]
     seen = documents if args.mdm_isolate_documents else [(0, length)]
-    drawn = documents if args.mdm_rate_per == "document" else [(0, length)]
+    blocks = [
+        (at, min(at + args.mdm_block_size, high))
+        for low, high in seen
+        for at in range(low, high, args.mdm_block_size or high - low)
+        if args.mdm_block_size
+    ]
+    drawn = {"row": [(0, length)], "document": documents, "block": blocks}[args.mdm_rate_per]
+    parts = drawn if args.mdm_rate_per != "block" else seen
 
     eligible = torch.zeros(len(tokens), dtype=torch.bool)
     for i in range(length if args.mdm_pad_eligible else n):
@@ -164,9 +184,46 @@ def _draws(row, model, args):
         p[tokens == token] = (p[tokens == token] + args.mdm_isad_delta).clamp(max=1)
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
-    logits = torch.cat([model(corrupted[None, low:high], None, None)[0] for low, high in seen])
-    if args.mdm_shift:
+    if blocks:
+        calls = [_logits_of_blocks(tokens, corrupted, *ends, model, args) for ends in seen]
+    else:
+        calls = [model(corrupted[None, low:high], None, None)[0] for low, high in seen]
+    logits = torch.cat(calls)
+    if args.mdm_shift and not blocks:
         logits = torch.cat([logits[:1], logits[:-1]])
     log_p = logits.log_softmax(dim=-1).gather(-1, tokens[:length, None])[:, 0]
     weighted = -(log_p * mask[:length] / p[:length])
-    return [(weighted[low:high].sum(), int(eligible[low:high].sum())) for low, high in drawn]
+    following = torch.zeros_like(weighted)
+    for low, high in seen if args.mdm_ar_loss_weight else ():
+        n = high - low
+        later = torch.ones(n, n).triu(1).bool()[None, None]
+        log_p = model(tokens[None, low:high], None, later)[0].log_softmax(dim=-1)
+        following[low + 1 : high] = -log_p[:-1].gather(-1, tokens[low + 1 : high, None])[:, 0]
+    following = following * eligible[:length]
+    return [
+        (weighted[low:high].sum(), following[low:high].sum(), int(eligible[low:high].sum()))
+        for low, high in parts
+    ]
+
+
+def _logits_of_blocks(tokens, corrupted, low, high, model, args):
+    """The logits that predict each token from `low` to `high`: one call for each block."""
+    found, size = [], args.mdm_block_size
+    before = None  # logits at the last token of the block before, whose tokens were masked
+    for start in range(low, high, size):
+        end = min(start + size, high)
+        seen = torch.cat([tokens[low:start], corrupted[start:end]])[None]
+        places = torch.arange(end - low)
+        hidden = places[None] // size > places[:, None] // size
+        if args.mdm_ar_loss_weight:
+            is_clean = places[:, None] < start - low
+            hidden = hidden | is_clean & (places[None] > places[:, None])
+        logits = model(seen, None, hidden[None, None])[0]
+        own = logits[start - low :]
+        if args.mdm_shift:
+            first = own[:1] if start == low else logits[start - low - 1 : start - low]
+            if args.mdm_shift_first == "noisy" and before is not None:
+                first = before
+            before, own = own[-1:], torch.cat([first, own[:-1]])
+        found.append(own)
+    return torch.cat(found)

@@ -24,6 +24,9 @@ NO_BOUND = {
     "SyRM": {**SFT, "syrm_fraction": 0.1},
     "flat; SyRM": {**SFT, "syrm_token_ids": [7], "rate_sampler": "flat"},
     "rates of documents that see each other": {"rate_per": "document"},
+    "first tokens of blocks read noisy tokens": {
+        **{"block_size": 4, "shift": True, "shift_first": "noisy"},
+    },
     "eps 0.3": {"eps": 0.3},
 }
 BOUND = {
@@ -43,6 +46,7 @@ BOUND = {
     },
     "documents alone": {"isolate_documents": True, "rate_per": "document"},
     "one rate for documents alone": {"isolate_documents": True},
+    "blocks": {"block_size": 4, "mask": "exact-count", "ar_loss_weight": 0.5},
     "random lengths": {"random_length_fraction": 0.5},
     "attention that opens": {"anneal_attention_iters": 100},
     "ends that are visible": {"eod_eligible": False},

@@ -22,6 +22,7 @@ from megatron_mdm.mcore.training.lost_ranks import lost_ranks_in_a_line
 from megatron_mdm.mcore.training.megatron_log import readable_log
 from megatron_mdm.mcore.training.nonfinite import stops_when_not_finite
 from megatron_mdm.mcore.training.objective import Objective, build_objective
+from megatron_mdm.mcore.training.positions import schedules_positions
 from megatron_mdm.mcore.training.stopping import no_workers_left, stops_together
 
 
@@ -58,6 +59,7 @@ def run(
             settings_may_differ(args),
             stops_when_not_finite(),
             lost_ranks_in_a_line(args),
+            schedules_positions(objective.state),
             stops_together(args, interruption) as stop,
         ):
             try:

@@ -13,7 +13,8 @@ from typing import Any
 PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
     # Replaced, or set, while Megatron trains.
     "megatron.training.training": (
-        *("load_checkpoint", "report_memory", "report_theoretical_memory"),
+        *("get_forward_backward_func", "load_checkpoint", "report_memory"),
+        "report_theoretical_memory",
     ),
     "megatron.training.global_vars": ("_GLOBAL_SIGNAL_HANDLER",),
     "megatron.core.rerun_state_machine:RerunStateMachine": (

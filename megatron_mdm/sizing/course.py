@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.sizing.flops import UNKNOWN, ModelShape
 
 MASKED = 0.5  # mean fraction of masked positions with uniform rates
@@ -46,7 +47,8 @@ class Course:
         tokens = rows * args.seq_length
         flops = None
         shape = ModelShape.from_args(args)
-        if not any(getattr(args, name) for name in UNKNOWN):
+        in_blocks = MDMConfig.from_args(args).blocks is not None  # their operations are not counted
+        if not in_blocks and not any(getattr(args, name) for name in UNKNOWN):
             flops = tokens * shape.training_flops(MASKED if args.mdm_head == "masked" else 1.0)
         size = kept = None
         if args.save is not None and iterations:

@@ -27,6 +27,7 @@ included.
 from argparse import Namespace
 from dataclasses import dataclass
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.sizing.flops import ModelShape
 from megatron_mdm.sizing.pipeline import micro_batches_in_flight
 
@@ -148,6 +149,13 @@ def _tokens(args: Namespace) -> float:
     return float(args.micro_batch_size * args.seq_length / args.context_parallel_size)
 
 
+def _positions(args: Namespace) -> float:
+    """Positions of a micro-batch on a context-parallel rank, with the copies that blocks need."""
+    mdm = MDMConfig.from_args(args)
+    has_copies = mdm.blocks is not None and any(size is not None for size in mdm.blocks.sizes)
+    return _tokens(args) * ((mdm.views + 1) / mdm.views if has_copies else 1.0)
+
+
 def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: float) -> float:
     """Bytes that layers keep for the backward pass.
 
@@ -170,7 +178,7 @@ def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: 
             whole = in_flight * (group * inputs + (total - group) * mean) + mean
         else:
             whole = in_flight * inputs * -(-total // group) + group * mean
-    return float(_tokens(args) * whole / args.tensor_model_parallel_size)
+    return float(_positions(args) * whole / args.tensor_model_parallel_size)
 
 
 def _head_bytes(args: Namespace) -> float:

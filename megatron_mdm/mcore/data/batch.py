@@ -11,6 +11,7 @@ from megatron.core import mpu
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.data.documents import document_numbers, eligible_positions
 from megatron_mdm.mcore.data.row_dataset import row_columns
+from megatron_mdm.objective.blocks import BlockRows, block_segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +22,9 @@ class Batch:
         mdm: settings of the objective.
         eod_id: end-of-document token.
         training: whether the rows are training rows, not evaluation rows.
-        tokens: clean tokens, int64 [b, s]. This and all following attributes are the stacked
-            columns of `RowDataset`'s rows, int64 [b, s] or [b].
+        tokens: clean tokens, int64 [b, s]. This and all following attributes but the last are the
+            stacked columns of `RowDataset`'s rows, int64 [b, s] or [b].
+        block_size: tokens in a block; None: rows are not divided into blocks.
     """
 
     mdm: MDMConfig
@@ -38,6 +40,7 @@ class Batch:
     text: torch.Tensor | None = None
     document: torch.Tensor | None = None
     maskable: torch.Tensor | None = None
+    block_size: int | None = None
 
     @classmethod
     def of_rows(
@@ -46,10 +49,11 @@ class Batch:
         mdm: MDMConfig,
         eod_id: int,
         training: bool = True,
+        block_size: int | None = None,
     ) -> "Batch":
         """Stacks rows of a `RowDataset`."""
         columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return cls(mdm, eod_id, training, **columns)
+        return cls(mdm, eod_id, training, block_size=block_size, **columns)
 
     def to(self, device: torch.device | int) -> "Batch":
         """The same rows on a device."""
@@ -87,13 +91,57 @@ class Batch:
             return self.past_end.long()
         return None
 
-    @property
+    @cached_property
     def rate_segments(self) -> torch.Tensor | None:
         """The parts of rows that have separate masking rates, int64 [b, s]; None: whole rows.
 
-        See objective/segments.py. Evaluations have one rate per row.
+        See objective/segments.py. Evaluations have one rate per row. A block without a size is the
+        whole document, or the whole row.
         """
-        return self.documents if self.training and self.mdm.rate_per == "document" else None
+        unit = self.mdm.rate_unit if self.training else "row"
+        if unit == "document":
+            return self.documents
+        if unit == "block":
+            if self.block_size is None:
+                return self.documents if self.mdm.isolate_documents else None
+            return block_segments(self._block_documents, self.block_size)
+        return None
+
+    @property
+    def rate_quantile(self) -> torch.Tensor:
+        """The quantile of the rate of each row [b], or segment [b, s], as grid integers."""
+        if self.rate_segments is None and self.quantile.dim() == 2:
+            return self.quantile[:, 0]
+        return self.quantile
+
+    @property
+    def units(self) -> torch.Tensor | None:
+        """The parts that count as one under --mdm-normalization rows; None: whole rows."""
+        if self.rate_segments is None:
+            return None
+        by_document = self.mdm.rate_unit == "document" or self.mdm.isolate_documents
+        return self.documents if by_document else None
+
+    @cached_property
+    def block_rows(self) -> BlockRows | None:
+        """The positions of the model's rows; None: one for each token."""
+        if self.block_size is None:
+            return None
+        views = self.mdm.views if self.training else 1
+        return BlockRows(
+            self._block_documents[::views],
+            self.block_size,
+            views,
+            self.mdm.shift,
+            self.mdm.shift_first == "noisy",
+            self.mdm.ar_loss_weight > 0.0,
+        )
+
+    @property
+    def _block_documents(self) -> torch.Tensor:
+        """The parts of rows from whose first token blocks count, int64 [b, s]."""
+        segments = self.attention_segments
+        return torch.zeros_like(self.tokens) if segments is None else segments
 
     @cached_property
     def eligible(self) -> torch.Tensor:
@@ -118,6 +166,7 @@ def load_batch(
     training: bool,
     micro_batch_size: int,
     seq_length: int,
+    block_size: int | None = None,
 ) -> Batch:
     """The next micro-batch on every tensor-parallel rank, by one broadcast of one tensor.
 
@@ -128,6 +177,7 @@ def load_batch(
         training: whether the micro-batch is for training, not for an evaluation.
         micro_batch_size: b.
         seq_length: s.
+        block_size: see `Batch`.
     """
     is_vector = row_columns(mdm, training)
     widths = [seq_length if vector else 1 for vector in is_vector.values()]
@@ -149,7 +199,7 @@ def load_batch(
         name: part.contiguous() if vector else part[:, 0]
         for (name, vector), part in zip(is_vector.items(), packed.split(widths, dim=1), strict=True)
     }
-    return Batch(mdm, eod_id, training, **columns)
+    return Batch(mdm, eod_id, training, block_size=block_size, **columns)
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -63,6 +63,7 @@ from megatron_mdm.mcore.flags.start import check_checkpoints, choose_start
 from megatron_mdm.mcore.flags.vocabulary import vocabulary_size
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id, tokenizer_mask_id
+from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.recipes import RECIPES, expansion, set_recipe_defaults
 from megatron_mdm.sizing.flops import UNKNOWN
 from megatron_mdm.versions import check_transformer_engine
@@ -330,6 +331,7 @@ def finalize_args(args: Namespace) -> Namespace:
     if line is not None and not args.skip_train:
         notice(line)
     args.mdm_model = model_class(vars(args))
+    args.mdm_rate_per = MDMConfig.from_args(args).rate_unit
     start = choose_start(args)
     vars(args).update(start.arguments)
     source, saved = start.source, start.saved
@@ -457,6 +459,8 @@ def _validate_flags(args: Namespace) -> None:
             f"--dataloader-type {args.dataloader_type} renumbers the rows, which their masks "
             "depend on: use --dataloader-type single"
         )
+    if mdm.blocks is not None:
+        _check_blocks(args, mdm.blocks)
     if args.context_parallel_size > 1:
         _check_context_parallel(args, mdm)
     has_no_window = args.mdm_quantiles == "strata" and args.mdm_strata_window is None
@@ -525,6 +529,41 @@ def _check_log_directory(directory: str | None) -> None:
 
 def _refused_flag_error(name: str) -> UserError:
     return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
+
+
+def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
+    """Checks flags that do not go with blocks, and the sizes of blocks."""
+    flag_of_blocks = "--mdm-block-size"
+    if args.mdm_block_size_schedule is not None:
+        flag_of_blocks = "--mdm-block-size-schedule"
+    for size in blocks.sizes:
+        if size is not None and size > (args.seq_length or size):
+            raise UserError(
+                f"{flag_of_blocks}: a block of {size} tokens is longer than a row of --seq-length "
+                f"{args.seq_length}; use `row` in a schedule, or leave the flag out"
+            )
+    if args.transformer_impl != "local":
+        raise UserError(
+            f"{flag_of_blocks} works with --transformer-impl local only: its attention mask has no "
+            "fused kernel here yet"
+        )
+    if args.num_experts:
+        raise UserError(
+            f"{flag_of_blocks} does not go with --num-experts: the losses of the routers would "
+            "count clean copies too"
+        )
+    if args.context_parallel_size > 1:
+        raise UserError(f"{flag_of_blocks} does not go with --context-parallel-size above 1")
+    if args.cuda_graph_impl not in (None, "none"):
+        raise UserError(
+            f"{flag_of_blocks} does not go with --cuda-graph-impl {args.cuda_graph_impl}, which "
+            "needs one number of positions: leave it out"
+        )
+    if args.log_throughput:
+        raise UserError(
+            f"--log-throughput does not count the clean copies of {flag_of_blocks}: leave one of "
+            "them out"
+        )
 
 
 def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:

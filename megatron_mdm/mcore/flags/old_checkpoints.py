@@ -11,12 +11,13 @@ from megatron_mdm.mcore.flags.hybrid_pattern import model_class
 
 _DEFAULTS = MDMConfig().arguments()
 _BELLS = ("logit_normal", "beta", "bell_uniform_share", "bell_role", "bell_fade")
+_BLOCKS = ("block_size", "block_size_schedule", "ar_loss_weight", "shift_first")
 
 # The behaviour of commit be7fed4, the last version without these settings. The defaults of the
-# bell settings have no effect.
+# settings of bells and blocks have no effect.
 BEFORE: dict[str, Any] = {
     "mdm_row_order": "run",
-    **{name: _DEFAULTS[name] for name in map(destination, _BELLS)},
+    **{name: _DEFAULTS[name] for name in map(destination, _BELLS + _BLOCKS)},
 }
 
 

@@ -8,6 +8,7 @@ from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.ranks import notice
+from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.fit_file import load_sampler
 
 # Prefixes of the arguments that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
@@ -18,6 +19,9 @@ MEASURED = (
     *("mdm_ppots_target", "mdm_ppots_bins", "mdm_normalization", "mdm_rate_per"),
     *("mdm_mask", "mdm_eps", "mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"),
 )
+
+# They may change where the schedule has not begun yet.
+BLOCK_SIZES = ("mdm_block_size", "mdm_block_size_schedule")
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,13 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
                 f"{args.mdm_mask_token_id}"
             )
         return
-    settings = [name for name in destinations() if group(name) is Group.OBJECTIVE]
+    settings = [
+        name
+        for name in destinations()
+        if group(name) is Group.OBJECTIVE and name not in BLOCK_SIZES
+    ]
     found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
+    found += changes_of_blocks(args, saved)
     # Runs that fit their density during training continue with the one in the checkpoint.
     keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint
     if keeps_density and saved["mdm_ppots_digest"] != args.mdm_ppots_digest:
@@ -141,6 +150,23 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
+
+
+def changes_of_blocks(args: Namespace, saved: dict[str, Any]) -> list[str]:
+    """The flags of block sizes, if the sizes of the finished part of the run would be others."""
+    unit = "iteration" if args.train_samples is None else "consumed_train_samples"
+    finished = saved.get(unit, 0)
+    was = Namespace(**{name: saved.get(name) for name in BLOCK_SIZES})
+    blocks, before = (
+        MDMConfig(
+            block_size=of.mdm_block_size, block_size_schedule=of.mdm_block_size_schedule
+        ).blocks
+        for of in (args, was)
+    )
+    whole = BlockSchedule.constant(None)
+    if (blocks or whole).until(finished) == (before or whole).until(finished):
+        return []
+    return changes(args, saved, list(BLOCK_SIZES))
 
 
 def _log_settings(args: Namespace) -> list[Any]:

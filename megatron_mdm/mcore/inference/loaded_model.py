@@ -92,7 +92,7 @@ INFERENCE_OVERRIDES = {
     **{
         destination(f.name): f.default
         for f in fields(MDMConfig)
-        if f.name.startswith(("bell_", "ppots_"))
+        if f.name.startswith(("bell_", "ppots_", "block_", "ar_", "shift_"))
     },
     "wandb_project": "",
     # FP8 and FP4 products need certain multiples of rows, but texts have any length. The checkpoint
@@ -268,6 +268,7 @@ def loaded_model(
     recorded = _checkpoint_args(found)
     if edit_args:
         edit_args(recorded)
+    _check_blocks(recorded, found)
     args = args_for_inference(recorded, found, device, pipeline_parallel)
     args.mdm_checkpoint_hashes = hashes
     _limit_code(args, trust)
@@ -372,6 +373,33 @@ def _checkpoint_args(checkpoint: SavedCheckpoint) -> Namespace:
     if line:
         notice(line, sys.stderr)
     return Namespace(**saved)
+
+
+def _check_blocks(args: Namespace, checkpoint: SavedCheckpoint) -> None:
+    """Checks that the checkpoint was last trained on whole rows, which inference has.
+
+    Args:
+        args: arguments of the run that wrote the checkpoint; rates of blocks become rates of rows.
+        checkpoint: the checkpoint.
+
+    Raises:
+        UserError: it was trained in blocks.
+    """
+    blocks = MDMConfig.from_args(args).blocks
+    if blocks is None:
+        return
+    finished = checkpoint.iteration
+    if args.train_samples is not None:
+        finished = args.consumed_train_samples
+    size = blocks.size(max(0, (finished or 0) - 1))
+    if size is not None:
+        raise UserError(
+            f"the checkpoint in {checkpoint.directory} was trained in blocks of {size} tokens, and "
+            "this tool reads whole rows: train on, with the phase `row` at the end of "
+            "--mdm-block-size-schedule, or look at the validation NELBO in the log of the run"
+        )
+    if args.mdm_rate_per == "block":
+        args.mdm_rate_per = "row"
 
 
 def _defaults() -> Namespace:

@@ -93,17 +93,24 @@ def dense_attention_mask(
         return None
     if padding is None:
         padding = torch.zeros_like(tokens, dtype=torch.bool)
-    mask = torch.zeros_like(padding)
-    if not mdm.pad_attended:
-        mask |= padding
-    if not mdm.eod_attended:
-        mask |= (tokens == eod_id) & ~padding
-    mask = mask[:, None, None, :]
+    mask = hidden_tokens(tokens, padding, eod_id, mdm)[:, None, None, :]
     if visible_ahead is not None:
         mask = mask | (_later(tokens) & ~visible_ahead[:, None, None, :])
     if segments is not None:
         mask = mask | _elsewhere(segments)
     return mask
+
+
+def hidden_tokens(
+    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+) -> torch.Tensor:
+    """Tokens that no position attends to, bool [b, s]; see `dense_attention_mask`."""
+    hidden = torch.zeros_like(padding)
+    if not mdm.pad_attended:
+        hidden |= padding
+    if not mdm.eod_attended:
+        hidden |= (tokens == eod_id) & ~padding
+    return hidden
 
 
 def _later(rows: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,14 @@ from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.model.attention_mask import (
     annealed_future_positions,
     attention_mask_argument,
+    hidden_tokens,
 )
 from megatron_mdm.mcore.model.causal import causal_attention
 from megatron_mdm.mcore.model.context_parallel import shard_sequence, unshard_sequence
 from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
+from megatron_mdm.mcore.model.repeated_positions import repeated_positions
 from megatron_mdm.mcore.model.routers import shard_for_stage
+from megatron_mdm.objective.blocks import BlockRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,9 @@ class ModelInputs:
         shift: whether a position predicts the token after it (--mdm-shift).
         past_end: positions that the losses of expert routers leave out, bool [b, s]; None: none.
         causal: whether attention is causal, for comparisons with autoregressive models.
+        blocks: positions of rows that hold noisy and clean tokens; None: a position for each token.
+        next_tokens: clean tokens of the next-token loss, bool [g, s], for rows with `blocks`; None:
+            none.
     """
 
     clean: torch.Tensor
@@ -44,6 +50,8 @@ class ModelInputs:
     shift: bool
     past_end: torch.Tensor | None = None
     causal: bool = False
+    blocks: BlockRows | None = None
+    next_tokens: torch.Tensor | None = None
 
     @classmethod
     def of_batch(
@@ -57,6 +65,8 @@ class ModelInputs:
             annealing: progress from causal to full attention (see `annealed_future_positions`).
             causal: whether the model runs as an autoregressive one: causal and shifted.
         """
+        if batch.block_rows is not None:
+            return cls._of_blocks(batch, batch.block_rows)
         return cls.of_tokens(
             batch.tokens,
             batch.attention_segments,
@@ -109,6 +119,21 @@ class ModelInputs:
         positions = position_ids(clean, segments)
         return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
+    @classmethod
+    def _of_blocks(cls, batch: Batch, rows: BlockRows) -> "ModelInputs":
+        mdm = batch.mdm
+        of_texts = slice(None, None, rows.views)
+        clean, padding = batch.tokens[of_texts], batch.padding[of_texts]
+        return cls(
+            clean,
+            rows.position_ids(),
+            rows.hidden(hidden_tokens(clean, padding, batch.eod_id, mdm)),
+            mdm.shift,
+            batch.past_end[of_texts] if mdm.random_length_fraction else None,
+            blocks=rows,
+            next_tokens=rows.next_tokens(batch.eligible[of_texts]) if mdm.ar_loss_weight else None,
+        )
+
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns the logits of each position.
 
@@ -153,27 +178,43 @@ class ModelInputs:
             if config.sequence_parallel:
                 parts = mpu.get_tensor_model_parallel_world_size()
                 part = mpu.get_tensor_model_parallel_rank()
-            positions = MaskedPositions(tokens_to_logits(mask, self.shift), parts, part)
+            if self.blocks is None:
+                at_logits = tokens_to_logits(mask, self.shift)
+            else:
+                at_logits = shard_sequence(self.blocks.predicting(mask, self.next_tokens))
+            positions = MaskedPositions(at_logits, parts, part)
         record = None
         if on_grad_sq_norm is not None:
 
             def record(squares: torch.Tensor) -> None:
-                on_grad_sq_norm(logits_to_tokens(squares, self.shift))
+                on_grad_sq_norm(logits_to_tokens(squares, self.shift, self.blocks))
 
         left_out = None
         if self.past_end is not None and config.num_moe_experts:
-            left_out = shard_for_stage(shard_sequence(self.past_end), model)
+            past_end = self.past_end
+            if self.blocks is not None:
+                past_end = past_end.repeat_interleave(self.blocks.copies, dim=1)
+            left_out = shard_for_stage(shard_sequence(past_end), model)
+        if self.blocks is None:
+            labels = tokens_to_logits(self.clean, self.shift)
+        else:
+            labels = shard_sequence(self.blocks.labels(self.clean))
         return self._call(
             model,
             tokens,
             padding_mask=left_out,
-            labels=tokens_to_logits(self.clean, self.shift),
+            labels=labels,
             output_processor=processor,
             output_processor_context=HeadContext(positions, record),
         )
 
     def _call(self, model: Any, tokens: torch.Tensor, **rest: Any) -> torch.Tensor:
-        with causal_attention(model) if self.causal else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.causal:
+                stack.enter_context(causal_attention(model))
+            if self.blocks is not None:
+                tokens = self.blocks.interleave(tokens, self.clean)
+                stack.enter_context(repeated_positions(model, self.blocks.copies))
             return model(
                 shard_sequence(tokens),
                 shard_sequence(self.position_ids),
@@ -198,15 +239,25 @@ def tokens_to_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
     return shard_sequence(values.roll(-1, dims=1) if shift else values)
 
 
-def logits_to_tokens(values: torch.Tensor, shift: bool) -> torch.Tensor:
+def logits_to_tokens(
+    values: torch.Tensor, shift: bool, blocks: BlockRows | None = None
+) -> torch.Tensor:
     """The inverse of `tokens_to_logits`; tokens that other context-parallel ranks predict get 0.
 
     Args:
         values: one value per logits position of this rank, [b, s / context-parallel ranks].
         shift: see `ModelInputs`.
+        blocks: see `ModelInputs`.
 
     Returns:
         [b, s].
     """
     values = unshard_sequence(values)
+    if blocks is not None:
+        return blocks.to_tokens(values)[0]
     return values.roll(1, dims=1) if shift else values
+
+
+def logits_to_next_tokens(values: torch.Tensor, blocks: BlockRows) -> torch.Tensor:
+    """Values of the next-token predictions of the clean tokens, [g, s]; see `logits_to_tokens`."""
+    return blocks.to_tokens(unshard_sequence(values))[1]

@@ -58,9 +58,9 @@ class SamplerState(CarriedState):
             UserError: the state is damaged, or counts more rows than the run has trained on.
         """
         mdm = self.run.mdm
-        documents = self.run.seq_length if mdm.rate_per == "document" else 1
+        draws = self.run.seq_length if mdm.rate_unit != "row" else 1
         self.sampler.state = PpotsState.from_state_vector(
-            vector, mdm.ppots_bins, self.run.consumed_rows * documents
+            vector, mdm.ppots_bins, self.run.consumed_rows * draws
         )
 
 

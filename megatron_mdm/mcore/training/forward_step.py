@@ -5,13 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_timers
 
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.batch import Batch, load_batch
 from megatron_mdm.mcore.data.row_dataset import needs_rows
 from megatron_mdm.mcore.model.context_parallel import is_first_cp_rank, sum_over_cp_ranks
-from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_tokens
+from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_next_tokens, logits_to_tokens
 from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.mcore.training.nonfinite import check_finite
 from megatron_mdm.mcore.training.state import TrainingState
@@ -32,6 +34,8 @@ def forward_step(
         function that Megatron applies to it at the last stage.
     """
     mdm, training = state.mdm, model.training
+    if mdm.blocks is not None:
+        _check_stages(state)
     if not needs_rows(mdm, get_attr_wrapped_model(model, "vp_stage")):
         return model(None, None, None), None
 
@@ -53,6 +57,19 @@ def forward_step(
     return output, partial(loss_func, state, micro_batch)
 
 
+def _check_stages(state: TrainingState) -> None:
+    """Checks that stages exchange the positions of rows with blocks; they would wait for ever.
+
+    Raises:
+        UserError: a script of its own trains blocks on several stages without the context.
+    """
+    if not state.exchanges_positions and mpu.get_pipeline_model_parallel_world_size() > 1:
+        raise UserError(
+            "blocks with --pipeline-model-parallel-size above 1 need the context "
+            "megatron_mdm.plugin.schedules_positions(objective.state) around Megatron's pretrain"
+        )
+
+
 def next_batch(state: TrainingState, data_iterator: Iterator | None, training: bool) -> Batch:
     """The next micro-batch of a run; see `load_batch`.
 
@@ -62,7 +79,8 @@ def next_batch(state: TrainingState, data_iterator: Iterator | None, training: b
         training: whether the micro-batch is for training, not for an evaluation.
     """
     b = state.micro_batch_size(training)
-    return load_batch(data_iterator, state.mdm, state.eod_id, training, b, state.seq_length)
+    size = state.block_size(training)
+    return load_batch(data_iterator, state.mdm, state.eod_id, training, b, state.seq_length, size)
 
 
 def loss_func(
@@ -77,11 +95,13 @@ def loss_func(
             under context parallelism, at this rank's positions only.
 
     Returns:
-        Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and the
-        pair of both as `mdm loss`, which Megatron sums over micro-batches and ranks.
+        Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and pairs
+        of a sum and the denominator, which Megatron sums over micro-batches and ranks: `mdm loss`
+        and, with --mdm-ar-loss-weight, `next-token loss`.
     """
     mdm, batch, corruption = state.mdm, micro_batch.batch, micro_batch.corruption
-    cross_entropy = logits_to_tokens(cross_entropy, mdm.shift)
+    rows, at_logits = batch.block_rows, cross_entropy
+    cross_entropy = logits_to_tokens(at_logits, mdm.shift, rows)
     losses = micro_batch.losses(cross_entropy, mdm.normalization)
     # The numerator and `losses` cover this rank's positions. All other values cover whole rows.
     denominator = losses.denominator * is_first_cp_rank()
@@ -104,5 +124,13 @@ def loss_func(
         state.work.add(micro_batch)
     if batch.training and state.fitting_sampler is not None:
         state.fitting_sampler.record_losses(micro_batch, per_row)
-    report = torch.stack([losses.numerator.detach(), denominator.float()])
-    return losses.numerator, denominator.to(torch.int), {"mdm loss": report}
+    numerator, report = losses.numerator, {"mdm loss": losses.numerator}
+    if rows is not None and mdm.ar_loss_weight and batch.training:
+        values = logits_to_next_tokens(at_logits, rows)
+        report["next-token loss"] = micro_batch.next_token_loss(values, mdm.normalization)
+        numerator = numerator + mdm.ar_loss_weight * report["next-token loss"]
+    return (
+        numerator,
+        denominator.to(torch.int),
+        {name: torch.stack([x.detach(), denominator.float()]) for name, x in report.items()},
+    )

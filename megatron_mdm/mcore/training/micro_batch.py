@@ -2,21 +2,22 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.objective.corruption import Corrupter, Corruption
-from megatron_mdm.objective.loss import Normalization, RowLosses, row_losses
-from megatron_mdm.objective.segments import counts
+from megatron_mdm.objective.loss import Normalization, RowLosses, Units, row_losses
+from megatron_mdm.objective.segments import counts, to_positions
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """A batch and its masks.
 
-    Values per row have the shape [b]. With --mdm-rate-per document, values belong to documents and
-    have the shape [b, s]; objective/segments.py describes that layout.
+    Values per row have the shape [b]. If documents or blocks have rates of their own, values belong
+    to them and have the shape [b, s]; objective/segments.py describes that layout.
     """
 
     batch: Batch
@@ -28,14 +29,24 @@ class MicroBatch:
         return cls(
             batch,
             corrupter(
-                batch.tokens, batch.eligible, batch.uniforms, batch.quantile, batch.rate_segments
+                batch.tokens,
+                batch.eligible,
+                batch.uniforms,
+                batch.rate_quantile,
+                batch.rate_segments,
             ),
         )
 
     @cached_property
     def num_eligible(self) -> torch.Tensor:
-        """Eligible positions L_e of rows or documents, int64."""
+        """Eligible positions L_e of rows, documents or blocks, int64."""
         return counts(self.batch.eligible, self.batch.rate_segments)
+
+    @cached_property
+    def units(self) -> Units:
+        """The parts that count as one under `rows` normalization."""
+        segments = self.batch.units
+        return Units(segments, counts(self.batch.eligible, segments))
 
     @property
     def num_masked(self) -> torch.Tensor:
@@ -61,7 +72,26 @@ class MicroBatch:
             self.num_eligible,
             normalization,
             self.batch.rate_segments,
+            self.units,
         )
+
+    def next_token_loss(self, cross_entropy: torch.Tensor, normalization: Normalization) -> Any:
+        """The next-token loss of the clean tokens, over the denominator of `losses`.
+
+        Args:
+            cross_entropy: cross entropies of the clean tokens of each text, nats, float [g, s].
+            normalization: `tokens` or `rows`.
+
+        Returns:
+            Scalar with gradient: the numerator, with as many times each text as it has views.
+        """
+        rows = self.batch.block_rows
+        assert rows is not None
+        predicted = rows.next_tokens(self.batch.eligible[:: rows.views])
+        mask, values = (x.repeat_interleave(rows.views, dim=0) for x in (predicted, cross_entropy))
+        one = torch.ones_like(mask[:, :1], dtype=torch.float64)
+        sizes = counts(self.batch.eligible, None)
+        return row_losses(values, mask, one, sizes, normalization, None, self.units).numerator
 
     def contribution_to_batch_loss(self, value: torch.Tensor) -> torch.Tensor:
         """The quantity whose second moment P-POTS fits: the contribution to the batch loss.
@@ -70,8 +100,15 @@ class MicroBatch:
         influence on the fitted density.
 
         Args:
-            value: loss or gradient norm of each row or document, per eligible token.
+            value: loss or gradient norm of each row, document or block, per eligible token.
         """
         if self.batch.mdm.normalization == "tokens":
             return value * (self.num_eligible.double() / self.batch.tokens.shape[1])
-        return value
+        segments, units = self.batch.rate_segments, self.units
+        if segments is None or segments is units.segments:
+            return value
+        # A block counts by its share of the unit. All its positions have the size of the unit, so
+        # its column takes any of them.
+        size = to_positions(units.num_eligible, units.segments).expand_as(segments)
+        size = torch.ones_like(size).scatter(1, segments, size)
+        return value * (self.num_eligible.double() / size.clamp(min=1))

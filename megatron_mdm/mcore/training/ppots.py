@@ -57,7 +57,8 @@ class OnlineSampler:
             losses: losses times their importance weight, nats per eligible token, [b] or [b, s].
         """
         if self.mdm.ppots_target == "loss":
-            self._record_values(micro_batch, losses / micro_batch.corruption.rate_weight)
+            losses = losses / micro_batch.corruption.draw_weight
+            self._record_draws(micro_batch, micro_batch.contribution_to_batch_loss(losses))
 
     def gradient_observer(self, micro_batch: MicroBatch) -> Callable[[torch.Tensor], None] | None:
         """The argument `on_grad_sq_norm` of `ModelInputs.cross_entropy`.
@@ -81,15 +82,14 @@ class OnlineSampler:
                 predicts each token [b, s]; 0 at the positions of other context-parallel ranks.
         """
         norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
-        value = norms / micro_batch.corruption.rate_weight
-        if self.mdm.normalization == "tokens":  # the loss sum then consists of L_e l, not of l
-            value = value / micro_batch.num_eligible.clamp(min=1)
-        self._record_values(micro_batch, value)
+        value = norms / micro_batch.corruption.draw_weight
+        if self.mdm.normalization == "tokens":  # the loss sum is then not divided by the length
+            value = value / micro_batch.batch.tokens.shape[1]
+        self._record_draws(micro_batch, value)
 
-    def _record_values(self, micro_batch: MicroBatch, value: torch.Tensor) -> None:
-        """Records a value per eligible token of each row or document."""
+    def _record_draws(self, micro_batch: MicroBatch, value: torch.Tensor) -> None:
+        """Records the contribution of each row, document or block to the batch loss."""
         corruption = micro_batch.corruption
-        value = micro_batch.contribution_to_batch_loss(value)
         self.record(corruption.t, value, corruption.rate_weight, micro_batch.present)
 
     def record(

@@ -17,7 +17,7 @@ from megatron_mdm.objective.bells import Bell, faded_share
 from megatron_mdm.objective.control_variate import ControlVariate, bin_masses
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.randomness import Split
-from megatron_mdm.objective.samplers import RateSampler, Uniform
+from megatron_mdm.objective.samplers import RateSampler, Uniform, count_weight
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.sizing.flops import ModelShape
 
@@ -45,6 +45,8 @@ class TrainingState:
         control_variate: control variate of the reported training loss.
         clock: measures seconds of training.
         work: counts operations of training; None without --log-throughput.
+        exchanges_positions: whether pipeline stages exchange the positions of rows with blocks (see
+            `schedules_positions`).
     """
 
     def __init__(self, args: Namespace, eod_id: int) -> None:
@@ -64,14 +66,21 @@ class TrainingState:
         is_fitted = refits and self.mdm.bell is None
         self._fixed_sampler = None if is_fitted else fixed_sampler(self.mdm)
         self._bell_fade_at: list | None = args.mdm_bell_fade_at
-        corrupter = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
-        self._corrupters = evaluation_corrupter(self.mdm), corrupter
+        # The density changes while the run trains.
+        draw = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
+        self._corrupters = evaluation_corrupter(self.mdm), draw
+        self._block_corrupter = training_corrupter(
+            self.mdm,
+            lambda quantile: self.rate_sampler(quantile),
+            lambda k, n: count_weight(self.rate_sampler, k, n),
+        )
         sets: list[str] = args.mdm_validation_sets or []
         self.evaluated: dict[int, str] = {Split.VALID: "validation", Split.TEST: "test"}
         self.evaluated |= {part_of_set(i): f"validation {name}" for i, name in enumerate(sets)}
         self._recorders = Recorder(self.mdm.rate_bins, len(sets)), Recorder(self.mdm.rate_bins)
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
+        self.exchanges_positions = False
         self.work: WorkRecorder | None = None
         if args.log_throughput:
             self.work = WorkRecorder(ModelShape.from_args(args))
@@ -115,7 +124,13 @@ class TrainingState:
         return bin_masses(sampler, self.mdm.rate_bins)
 
     def corrupter(self, training: bool) -> Corrupter:
-        """The corrupter that masks the rows of training, or of evaluations."""
+        """The corrupter that masks the rows of training, or of evaluations.
+
+        In blocks an exact count has the importance weight of the count. Whole rows keep that of the
+        rate, which is nearly the same there.
+        """
+        if training and self.mdm.mask == "exact-count" and self.block_size(training) is not None:
+            return self._block_corrupter
         return self._corrupters[training]
 
     def recorder(self, training: bool) -> Recorder:
@@ -130,6 +145,26 @@ class TrainingState:
         """Progress from causal attention (0) to full attention (1); evaluations always have 1."""
         iterations = self.mdm.anneal_attention_iters
         return (self.training_iteration - 1) / iterations if training and iterations else 1.0
+
+    def block_size(self, training: bool) -> int | None:
+        """Tokens in a block in the current iteration; None: whole rows.
+
+        Evaluations have the block size of the last iteration that has trained the weights.
+        """
+        blocks = self.mdm.blocks
+        if blocks is None:
+            return None
+        if self._args.train_samples is not None:
+            return blocks.size(self.consumed_rows if training else max(0, self.consumed_rows - 1))
+        iteration = self.training_iteration if training else self.iteration
+        return blocks.size(max(0, iteration - 1))
+
+    def copies(self, training: bool) -> tuple[int, int]:
+        """(positions of a token in a row of the model, rows of the batch that share this row)."""
+        if self.block_size(training) is None:
+            return 1, 1
+        views = self.mdm.views if training else 1
+        return views + 1, views
 
     @property
     def only_evaluates(self) -> bool:

@@ -35,6 +35,14 @@ OBJECTIVES = {
     "documents": "--no-mdm-eod-eligible --mdm-isolate-documents",
     "own rates": "--no-mdm-eod-eligible --mdm-isolate-documents --mdm-rate-per document",
     "own rates seen": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
+    "blocks": "--no-mdm-eod-eligible --mdm-block-size 8",
+    "blocks, rows": "--no-mdm-eod-eligible --mdm-block-size 8 --mdm-normalization rows --mdm-shift",
+    "blocks of documents": "--no-mdm-eod-eligible --mdm-isolate-documents --mdm-block-size 3 "
+    "--mdm-normalization rows --mdm-ar-loss-weight 0.5",
+    "blocks, one rate": "--no-mdm-eod-eligible --mdm-isolate-documents --mdm-block-size 4 "
+    "--mdm-rate-per document --mdm-shift --mdm-shift-first noisy",
+    "blocks, random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
+    "--mdm-block-size 4 --mdm-shift --mdm-ar-loss-weight 2",
     "random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7",
     "random length, rows": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
     "--mdm-normalization rows",
@@ -43,6 +51,10 @@ OBJECTIVES = {
     "sft shifted": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-shift",
     "sft ISAD": "--mdm-sft --mdm-pad-eligible --mdm-isad-token-ids 5 60 70 119 "
     "--mdm-isad-delta 0.3",
+    "sft blocks": "--mdm-sft --mdm-pad-eligible --mdm-block-size 4 --mdm-shift "
+    "--mdm-normalization rows",
+    "packed sft blocks": "--mdm-sft --mdm-isolate-documents --mdm-block-size 4 "
+    "--mdm-normalization rows",
     "packed sft": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document "
     "--mdm-normalization rows",
     "packed sft padded": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document --mdm-shift "

@@ -1,0 +1,175 @@
+"""Block diffusion under every layout: equal rows, masks, losses and weights, across phases.
+
+It takes about two minutes: rows have twice as many positions in some steps and not in others, which
+pipeline stages, views and evaluations have to follow. test_normalization.py compares loss and
+gradients with the definition.
+"""
+
+import contextlib
+from argparse import Namespace
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.device import replaced
+from megatron_mdm.mcore.flags.resume import BLOCK_SIZES, changes_of_blocks
+from megatron_mdm.mcore.model.repeated_positions import repeated_positions
+from megatron_mdm.pretrain import main
+from tests import ranks
+from tests.one_rank import on_one_cpu_rank
+
+SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.1", "--weight-decay", "0"]
+# An evaluation after the second step has blocks, and one after the fourth has whole rows.
+PHASES = ["--mdm-block-size-schedule", "0:4 2:row 4:8"]
+EVALUATION = "--eval-interval 2 --eval-iters 1 --eval-global-batch-size 4".split()
+METHODS = {
+    "plain": "",
+    "documents": "--mdm-isolate-documents --mdm-normalization rows --mdm-quantiles strata "
+    "--mdm-mask exact-count",
+    "MIRROR, shift": "--mdm-views 2 --mdm-shift --mdm-mask exact-count --mdm-rate-sampler ppots "
+    "--mdm-ppots-refit-interval 2 --mdm-ppots-target gradient",
+}
+LAYOUTS = {
+    "DP 2": (2, ""),
+    "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2": (2, "--pipeline-model-parallel-size 2"),
+    "PP 2 x VP 2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "HybridModel, PP 2": (2, "--mdm-model hybrid --pipeline-model-parallel-size 2"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base):
+    directory = tmp_path_factory.mktemp("blocks")
+
+    def words(name, flags):
+        save = ["--save", str(directory / name / "checkpoint"), "--save-interval", "1"]
+        return [*base, *SGD, *PHASES, *EVALUATION, *save, *flags.split()]
+
+    runs = {}
+    for method, flags in METHODS.items():
+        for layout, (count, divided) in ({"1 rank": (1, "")} | LAYOUTS).items():
+            name = f"{method}, {layout}"
+            runs[name] = (count, words(name, f"{flags} {divided}"))
+    found = ranks.launch_layouts(directory, runs)
+    for name, run in found.items():
+        run.checkpoint = directory / name / "checkpoint"
+        run.weights = ranks.weights(run.checkpoint)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_layouts_are_equal(runs, method, layout):
+    run, reference = runs[f"{method}, {layout}"], runs[f"{method}, 1 rank"]
+    # Rates follow the gradients that P-POTS measures, which rounding changes.
+    found, expected = run.masks(), reference.masks()
+    assert {row: tokens for row, (_, tokens) in found.items()} == {
+        row: tokens for row, (_, tokens) in expected.items()
+    }
+    for row, (t, _) in expected.items():
+        assert found[row][0] == pytest.approx(t, rel=1e-6)
+    assert len(run.losses) == 5
+    for name in ("mdm loss", "grad-norm", "mdm/validation NELBO"):
+        assert run.scalars[name] == pytest.approx(reference.scalars[name], rel=1e-5), name
+    assert {*run.weights} == {*reference.weights}
+    for name in {*run.weights} - {"mdm_sampler_state"}:
+        value = run.weights[name]
+        torch.testing.assert_close(value, reference.weights[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, base, tmp_path_factory):
+    """The runs on one rank, resumed on both sides of the phase of whole rows on two stages."""
+    directory = tmp_path_factory.mktemp("resumed")
+    flags, words = base[: base.index("--load")], {}
+    for method in METHODS:
+        for iteration in (1, 3):
+            run = runs[f"{method}, 1 rank"]
+            # Plain SGD has no state, and Megatron cannot load that of an optimizer without one.
+            load = ["--load", str(run.checkpoint), "--ckpt-step", str(iteration), "--no-load-optim"]
+            own = METHODS[method].split()
+            stages = LAYOUTS["PP 2"][1].split()
+            words[f"{method}, {iteration}"] = [*flags, *SGD, *PHASES, *own, *load, *stages]
+    return ranks.launch_all(directory, 2, words)
+
+
+@pytest.mark.parametrize("iteration", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_resumes_in_the_middle_of_the_schedule(runs, resumed, method, iteration):
+    run, whole = resumed[f"{method}, {iteration}"], runs[f"{method}, 1 rank"]
+    assert len(run.losses) == 5 - iteration
+    for name in ("mdm loss", "grad-norm"):
+        assert run.scalars[name] == pytest.approx(whole.scalars[name][iteration:], rel=1e-5), name
+
+
+def test_only_sizes_that_have_acted_must_agree():
+    def changed(now, saved, finished, samples=None):
+        args = Namespace(**dict(zip(BLOCK_SIZES, now, strict=True)), train_samples=samples)
+        unit = "iteration" if samples is None else "consumed_train_samples"
+        return changes_of_blocks(
+            args, {**dict(zip(BLOCK_SIZES, saved, strict=True)), unit: finished}
+        )
+
+    schedule, longer = (None, "0:4 100:8"), (None, "0:4 50:16")
+    assert not changed(schedule, longer, 50)
+    assert changed(schedule, longer, 51) == [
+        "--mdm-block-size-schedule 0:4 100:8 (checkpoint: 0:4 50:16)"
+    ]
+    assert not changed(schedule, (4, None), 100)
+    assert not changed(schedule, longer, 50, samples=1000)
+    assert changed(schedule, longer, 51, samples=1000)
+    assert not changed((None, "0:row 9:4"), (None, None), 9)
+    assert len(changed((4, None), (None, None), 9)) == 1
+
+
+def test_tools_refuse_a_checkpoint_of_blocks(runs):
+    """At its third and fourth iteration the run had whole rows."""
+    directory = runs["plain, 1 rank"].checkpoint
+    words = ["--load", str(directory), "--device", "cpu", "--data", "x"]
+    run = ranks.run_forked("tools/evaluate.py", *words)
+    assert run.returncode != 0
+    assert f"{directory} was trained in blocks of 8 tokens" in run.stderr
+
+
+def without_context():
+    """Trains as a script that calls Megatron's `pretrain` without `schedules_positions`."""
+    with replaced(program, "schedules_positions", lambda _: contextlib.nullcontext()):
+        main()
+
+
+def test_a_script_without_the_context_is_refused(base, tmp_path):
+    """Its stages would wait for tensors of another shape for ever."""
+    flags = [*base, "--mdm-block-size", "4", "--pipeline-model-parallel-size", "2"]
+    run = ranks.launch(tmp_path, 2, *flags, entry=without_context, check=False)
+    assert "schedules_positions(objective.state)" in ranks.the_error_line(run.output)
+
+
+@pytest.mark.parametrize("kind", ["plain", "Llama scaling", "partial", "Yarn"])
+def test_copies_of_a_token_share_its_rotary_embedding(kind):
+    """A row of as many ordinary positions has another table, before and after."""
+    with on_one_cpu_rank():
+        if kind == "Yarn":
+            table = YarnRotaryEmbedding(8, use_cpu_initialization=True, scaling_factor=4.0)
+        else:
+            options = {"Llama scaling": {"rope_scaling": True}}.get(kind, {})
+            share = 0.5 if kind == "partial" else 1.0
+            table = RotaryEmbedding(8, share, use_cpu_initialization=True, **options)
+        model = torch.nn.Module()
+        model.rotary_pos_emb = table
+
+        def angles(positions):
+            found = table(positions)
+            return found[0] if kind == "Yarn" else found
+
+        ordinary = angles(24)
+        with repeated_positions(model, 3):
+            copies = angles(24)
+        assert torch.equal(copies, angles(8).repeat_interleave(3, dim=0))
+        assert not torch.equal(copies, ordinary) and torch.equal(angles(24), ordinary)
