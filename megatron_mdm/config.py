@@ -400,6 +400,12 @@ class MDMConfig:
                 "--mdm-ar-loss-weight needs clean tokens, which the phase `row` of "
                 "--mdm-block-size-schedule does not have: leave one of them out"
             )
+        if self.ar_loss_weight and self.shift and self.ppots_target == "gradient":
+            raise UserError(
+                "--mdm-ppots-target gradient with --mdm-ar-loss-weight and --mdm-shift would "
+                "measure the next-token loss too, whose logits predict the first tokens of blocks: "
+                "use --mdm-ppots-target loss"
+            )
         if self.shift_first == "noisy" and not self.shift:
             raise UserError("--mdm-shift-first noisy needs --mdm-shift: it does nothing without")
         if self.anneal_attention_iters:

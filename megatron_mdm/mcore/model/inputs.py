@@ -66,6 +66,7 @@ class ModelInputs:
             causal: whether the model runs as an autoregressive one: causal and shifted.
         """
         if batch.block_rows is not None:
+            assert annealing == 1.0 and not causal
             return cls._of_blocks(batch, batch.block_rows)
         return cls.of_tokens(
             batch.tokens,
@@ -124,6 +125,9 @@ class ModelInputs:
         mdm = batch.mdm
         of_texts = slice(None, None, rows.views)
         clean, padding = batch.tokens[of_texts], batch.padding[of_texts]
+        next_tokens = None
+        if mdm.ar_loss_weight and batch.training:
+            next_tokens = rows.next_tokens(batch.eligible[of_texts])
         return cls(
             clean,
             rows.position_ids(),
@@ -131,7 +135,7 @@ class ModelInputs:
             mdm.shift,
             batch.past_end[of_texts] if mdm.random_length_fraction else None,
             blocks=rows,
-            next_tokens=rows.next_tokens(batch.eligible[of_texts]) if mdm.ar_loss_weight else None,
+            next_tokens=next_tokens,
         )
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:

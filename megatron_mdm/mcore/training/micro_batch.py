@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -75,7 +74,9 @@ class MicroBatch:
             self.units,
         )
 
-    def next_token_loss(self, cross_entropy: torch.Tensor, normalization: Normalization) -> Any:
+    def next_token_loss(
+        self, cross_entropy: torch.Tensor, normalization: Normalization
+    ) -> torch.Tensor:
         """The next-token loss of the clean tokens, over the denominator of `losses`.
 
         Args:
@@ -83,7 +84,7 @@ class MicroBatch:
             normalization: `tokens` or `rows`.
 
         Returns:
-            Scalar with gradient: the numerator, with as many times each text as it has views.
+            Scalar with gradient: the numerator, which has each text as many times as it has views.
         """
         rows = self.batch.block_rows
         assert rows is not None

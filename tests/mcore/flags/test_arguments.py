@@ -53,6 +53,11 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
             "--mdm-block-size-schedule 0:row --mdm-ar-loss-weight 0.5",
             "--mdm-ar-loss-weight needs clean tokens",
         ),
+        (
+            f"{ONLINE} --mdm-ppots-target gradient --mdm-block-size 4 --mdm-shift "
+            "--mdm-ar-loss-weight 0.1",
+            "use --mdm-ppots-target loss",
+        ),
         ("--mdm-shift --mdm-shift-first noisy", "--mdm-shift-first needs --mdm-block-size"),
         ("--mdm-block-size 4 --mdm-shift-first noisy", "--mdm-shift-first noisy needs --mdm-shift"),
         ("--mdm-block-size 4 --mdm-anneal-attention-iters 9", "which begins causal at block size"),
