@@ -209,6 +209,7 @@ def test_a_checkpoint_from_before_a_flag_existed_opens(recorded):
         mask_token_id=ranks.MASK_ID,
         vocab_size=128,
         row_order="epoch",
+        rate_per="row",
     )
 
 

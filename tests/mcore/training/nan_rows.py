@@ -10,8 +10,8 @@ def nan_row() -> None:
     """Runs the program with NaN cross entropies and gradients in the first row."""
     logits_to_tokens, calls = step.logits_to_tokens, []
 
-    def with_nan(values, shift):
-        values = logits_to_tokens(values, shift)
+    def with_nan(*words):
+        values = logits_to_tokens(*words)
         calls.append(values)
         if len(calls) > 1:
             return values

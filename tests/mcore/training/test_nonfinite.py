@@ -22,8 +22,8 @@ def nan_from_third_iteration() -> None:
     """Runs the program with a NaN row on the last rank, two micro-batches per iteration."""
     logits_to_tokens, calls = step.logits_to_tokens, []
 
-    def with_nan(values, shift):
-        values = logits_to_tokens(values, shift)
+    def with_nan(*words):
+        values = logits_to_tokens(*words)
         calls.append(values)
         if len(calls) <= 4 or os.environ["RANK"] == "0":
             return values
