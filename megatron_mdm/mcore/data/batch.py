@@ -124,7 +124,10 @@ class Batch:
 
     @cached_property
     def block_rows(self) -> BlockRows | None:
-        """The positions of the model's rows; None: one for each token."""
+        """The positions of the model's rows; None: one for each token.
+
+        Evaluations predict first tokens from what the block sees, as decoders do.
+        """
         if self.block_size is None:
             return None
         views = self.mdm.views if self.training else 1
@@ -133,7 +136,7 @@ class Batch:
             self.block_size,
             views,
             self.mdm.shift,
-            self.mdm.shift_first == "noisy",
+            self.training and self.mdm.shift_first == "noisy",
             self.mdm.ar_loss_weight > 0.0,
         )
 
