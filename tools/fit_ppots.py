@@ -21,7 +21,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
 from megatron_mdm.config import MDMConfig, destination, flag_of
@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
         elif name == "syrm_token_ids":
             values = {"type": int, "nargs": "+", "metavar": "ID"}
         else:
-            values = {"choices": kind.__args__}
+            values = {"choices": get_args(get_args(kind)[0]) or get_args(kind)}  # Literal | None
         group.add_argument(flag_of(name), default=None, **values)
     return parser.parse_args()
 

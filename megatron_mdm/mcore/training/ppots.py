@@ -83,8 +83,9 @@ class OnlineSampler:
         """
         norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
         value = norms / micro_batch.corruption.draw_weight
-        if self.mdm.normalization == "tokens":  # the loss sum is then not divided by the length
-            value = value / micro_batch.batch.tokens.shape[1]
+        if self.mdm.normalization == "tokens":  # the loss sum then consists of L_e l, not of l
+            value = value / micro_batch.num_eligible.clamp(min=1)
+            value = micro_batch.contribution_to_batch_loss(value)
         self._record_draws(micro_batch, value)
 
     def _record_draws(self, micro_batch: MicroBatch, value: torch.Tensor) -> None:
