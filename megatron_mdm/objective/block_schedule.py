@@ -51,6 +51,10 @@ class BlockSchedule:
         """Tokens in a block after so many finished iterations (or samples); None: whole rows."""
         return self.sizes[bisect.bisect_right(self.starts, finished) - 1]
 
+    def last_size(self, finished: int) -> int | None:
+        """Tokens in a block in the last of so many iterations (or samples); None: whole rows."""
+        return self.size(max(0, finished - 1))
+
     def until(self, finished: int) -> tuple[tuple[int, int | None], ...]:
         """The phases that have begun before so many finished iterations, as (start, size).
 

@@ -13,9 +13,6 @@ from megatron_mdm.objective.segments import counts, to_positions
 # quantiles -> (t, weight), like a call of a `RateSampler`; the density may change between calls.
 Sampler = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-# (k, L_e) -> the importance weight of a count; see `samplers.count_weight`.
-CountWeight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Corruption:
@@ -68,7 +65,7 @@ class Corrupter:
     isad_token_ids: tuple[int, ...] = ()
     isad_delta: float = 0.0
     isad_weight: Literal["inclusion", "exact"] = "inclusion"
-    count_weight: CountWeight | None = None
+    count_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     # `isad_token_ids` in ascending order, on each device that was used.
     _ids: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False

@@ -11,7 +11,7 @@ from megatron.core import mpu
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.mcore.data.documents import document_numbers, eligible_positions
 from megatron_mdm.mcore.data.row_dataset import row_columns
-from megatron_mdm.objective.blocks import BlockRows, block_segments
+from megatron_mdm.objective.blocks import BlockRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +102,9 @@ class Batch:
         if unit == "document":
             return self.documents
         if unit == "block":
-            if self.block_size is None:
-                return self.documents if self.mdm.isolate_documents else None
-            return block_segments(self._block_documents, self.block_size)
+            if self.block_rows is not None:
+                return self.block_rows.blocks.repeat_interleave(self.block_rows.views, dim=0)
+            return self.documents if self.mdm.isolate_documents else None
         return None
 
     @property

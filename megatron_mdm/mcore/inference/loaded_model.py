@@ -391,7 +391,7 @@ def _check_blocks(args: Namespace, checkpoint: SavedCheckpoint) -> None:
     finished = checkpoint.iteration
     if args.train_samples is not None:
         finished = args.consumed_train_samples
-    size = blocks.size(max(0, (finished or 0) - 1))
+    size = blocks.last_size(finished or 0)
     if size is not None:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} was trained in blocks of {size} tokens, and "

@@ -1,19 +1,16 @@
 """The corrupters that mask the rows of a run, in training and in evaluations."""
 
 from megatron_mdm.config import MDMConfig
-from megatron_mdm.objective.corruption import Corrupter, CountWeight, Sampler
+from megatron_mdm.objective.corruption import Corrupter, Sampler
 from megatron_mdm.objective.samplers import Uniform
 
 
-def training_corrupter(
-    mdm: MDMConfig, sampler: Sampler, count_weight: CountWeight | None = None
-) -> Corrupter:
+def training_corrupter(mdm: MDMConfig, sampler: Sampler) -> Corrupter:
     """The corrupter of training rows.
 
     Args:
         mdm: settings of the objective.
         sampler: maps quantiles to rates t and importance weights, for any density of t.
-        count_weight: see `Corrupter`.
     """
     assert mdm.mask_token_id is not None  # after `finalize_args`
     return Corrupter(
@@ -24,7 +21,6 @@ def training_corrupter(
         isad_token_ids=tuple(mdm.isad_token_ids or ()),
         isad_delta=mdm.isad_delta,
         isad_weight=mdm.isad_weight,
-        count_weight=count_weight,
     )
 
 

@@ -5,6 +5,7 @@ can train one objective after another. Megatron saves no part of it as an argume
 """
 
 from argparse import Namespace
+from dataclasses import replace
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.densities import fixed_sampler
@@ -67,12 +68,10 @@ class TrainingState:
         self._fixed_sampler = None if is_fitted else fixed_sampler(self.mdm)
         self._bell_fade_at: list | None = args.mdm_bell_fade_at
         # The density changes while the run trains.
-        draw = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
-        self._corrupters = evaluation_corrupter(self.mdm), draw
-        self._block_corrupter = training_corrupter(
-            self.mdm,
-            lambda quantile: self.rate_sampler(quantile),
-            lambda k, n: count_weight(self.rate_sampler, k, n),
+        corrupter = training_corrupter(self.mdm, lambda quantile: self.rate_sampler(quantile))
+        self._corrupters = evaluation_corrupter(self.mdm), corrupter
+        self._block_corrupter = replace(
+            corrupter, count_weight=lambda k, n: count_weight(self.rate_sampler, k, n)
         )
         sets: list[str] = args.mdm_validation_sets or []
         self.evaluated: dict[int, str] = {Split.VALID: "validation", Split.TEST: "test"}
@@ -154,10 +153,10 @@ class TrainingState:
         blocks = self.mdm.blocks
         if blocks is None:
             return None
-        if self._args.train_samples is not None:
-            return blocks.size(self.consumed_rows if training else max(0, self.consumed_rows - 1))
-        iteration = self.training_iteration if training else self.iteration
-        return blocks.size(max(0, iteration - 1))
+        by_rows = self._args.train_samples is not None
+        if training:
+            return blocks.size(self.consumed_rows if by_rows else self.training_iteration - 1)
+        return blocks.last_size(self.consumed_rows if by_rows else self.iteration)
 
     def copies(self, training: bool) -> tuple[int, int]:
         """(positions of a token in a row of the model, rows of the batch that share this row)."""

@@ -48,13 +48,7 @@ def runs(base, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_it_trains_as_gpt_model_from_its_checkpoint(name, runs):
     run, gpt = runs[name], runs[GPT[RUNS[name][2]]]
-    # Rates follow the gradients that P-POTS measures, which tensor ranks round in another way.
-    found, expected = run.masks(), gpt.masks()
-    assert {row: tokens for row, (_, tokens) in found.items()} == {
-        row: tokens for row, (_, tokens) in expected.items()
-    }
-    for row, (t, _) in expected.items():
-        assert found[row][0] == pytest.approx(t, rel=1e-6)
+    assert run.masks() == gpt.masks()
     compared = ["mdm loss", "grad-norm"]
     if RUNS[name][2] == METHODS:
         compared += ["mdm/validation NELBO", "mdm/density at t 0.05"]
