@@ -14,6 +14,7 @@ from tests.ranks.datasets import random_documents, random_pairs, write_documents
 from tests.ranks.flags import EOD_ID, MASK_ID, MODEL, TOKENIZER, TRAINING, VOCAB
 from tests.ranks.launcher import (
     Run,
+    assert_masks_equal_after_refits,
     launch,
     launch_all,
     launch_layouts,
@@ -34,6 +35,7 @@ __all__ = [
     "TRAINING",
     "VOCAB",
     "Run",
+    "assert_masks_equal_after_refits",
     "fit_ppots",
     "launch",
     "launch_all",
