@@ -55,13 +55,16 @@ def add_hashes_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def open_asked_for(
-    options: argparse.Namespace, edit_args: Callable[[argparse.Namespace], None] | None = None
+    options: argparse.Namespace,
+    edit_args: Callable[[argparse.Namespace], None] | None = None,
+    block_size: str | None = None,
 ) -> contextlib.AbstractContextManager["LoadedModel"]:
     """Opens the checkpoint that the flags of `add_checkpoint_arguments` ask for.
 
     Args:
         options: the tool's flags.
         edit_args: see `open_checkpoint`.
+        block_size: see `open_checkpoint`.
     """
     return open_checkpoint(
         options.load,
@@ -70,6 +73,7 @@ def open_asked_for(
         edit_args,
         options.checkpoint_hashes,
         options.trust_remote_code,
+        block_size,
     )
 
 
@@ -81,6 +85,7 @@ def open_checkpoint(
     edit_args: Callable[[argparse.Namespace], None] | None = None,
     hashes: bool = True,
     trust: bool = False,
+    block_size: str | None = None,
 ) -> Iterator["LoadedModel"]:
     """Loads a checkpoint as `mcore.inference.loaded_model` does, in a process without Megatron.
 
@@ -97,6 +102,9 @@ def open_checkpoint(
             before the model is built.
         hashes: whether to compare the checkpoint's files with the hashes saved beside them.
         trust: whether to run Python code that lies beside the tokenizer (--trust-remote-code).
+        block_size: tokens in a block, `row` for whole rows, or `trained` for the size that the
+            checkpoint was last trained with. None: the caller reads whole rows, and a checkpoint
+            that was last trained in blocks is refused.
 
     Raises:
         UserError: the device or the checkpoint does not exist, or the model does not allow this
@@ -113,6 +121,8 @@ def open_checkpoint(
 
             stack.enter_context(training_device(device, "--device"))
             loaded = stack.enter_context(
-                loaded_model(checkpoint, device, pipeline_parallel, edit_args, hashes, trust)
+                loaded_model(
+                    checkpoint, device, pipeline_parallel, edit_args, hashes, trust, block_size
+                )
             )
         yield loaded

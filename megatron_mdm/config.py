@@ -159,6 +159,12 @@ class MDMConfig:
     the whole row, at the cost of a run without blocks. A run that resumes may change the phases
     that have not begun. Default: the size of --mdm-block-size."""
 
+    eval_block_sizes: list[str] | None = field(default=None, metadata=_shown_as("SIZE"))
+    """Block sizes of evaluations, each a number of tokens or `row` for whole rows. Every evaluation
+    takes the same rows at each size, --eval-iters global batches of them, and the log shows each
+    size by name, whatever the size that training has. Needs blocks. Default: the size that
+    training has at the moment."""
+
     ar_loss_weight: float = 0.0
     """Weight of a next-token loss on the clean tokens, at least 0, added to the loss of the masked
     tokens. Clean tokens then attend only to those before them. Needs blocks in all of the run. 0:
@@ -388,8 +394,16 @@ class MDMConfig:
             raise UserError(
                 "--mdm-block-size and --mdm-block-size-schedule exclude each other: leave one out"
             )
+        for size in self.eval_block_sizes or ():
+            if size != "row" and not (size.isdecimal() and int(size)):
+                raise UserError(
+                    f"--mdm-eval-block-sizes takes numbers of tokens and `row`, got {size}"
+                )
+        if len(set(self.eval_block_sizes or ())) < len(self.eval_block_sizes or ()):
+            raise UserError("--mdm-eval-block-sizes names a size twice: leave one of them out")
         if self.blocks is None:
-            self._refuse_idle("--mdm-block-size", "ar_loss_weight", "shift_first")
+            names = ("ar_loss_weight", "shift_first", "eval_block_sizes")
+            self._refuse_idle("--mdm-block-size", *names)
             if self.rate_per == "block":
                 raise UserError("--mdm-rate-per block needs --mdm-block-size")
             return
@@ -542,6 +556,11 @@ class MDMConfig:
         return None if self.block_size is None else BlockSchedule.constant(self.block_size)
 
     @property
+    def evaluated_sizes(self) -> list[int | None]:
+        """Block sizes of --mdm-eval-block-sizes, None for whole rows; one None without the flag."""
+        return [None if x == "row" else int(x) for x in self.eval_block_sizes or ["row"]]
+
+    @property
     def rate_unit(self) -> Literal["row", "document", "block"]:
         """Unit that draws a masking rate."""
         return self.rate_per or ("row" if self.blocks is None else "block")
@@ -575,7 +594,9 @@ SECTIONS = {
         *("ppots_uniform_share", "ppots_decay"),
     ),
     "masks": ("mask", "eps", "views", "isad_token_ids", "isad_delta", "isad_weight"),
-    "block diffusion": ("block_size", "block_size_schedule", "ar_loss_weight"),
+    "block diffusion": (
+        *("block_size", "block_size_schedule", "eval_block_sizes", "ar_loss_weight"),
+    ),
     "loss and logs": ("normalization", "head", "rate_bins", "ema_decay"),
     "rows, documents and padding": (
         *("row_order", "isolate_documents", "random_length_fraction", "eod_eligible"),

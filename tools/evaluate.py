@@ -6,12 +6,13 @@
     python tools/evaluate.py --load checkpoints --tasks gsm8k --block-length 32
 
 With --data, a text or JSONL file or the prefix of a .bin/.idx pair, the tool estimates the NELBO in
-nats per token and bits per byte. Rows are drawn from all over the data: whole documents at random,
-and rows of these at random. Rates are stratified, masks have an exact count, and every row is
-masked --draws times. The first error bar is for the choice of documents and masks together; it
-grows with the similarity of rows of one document. The second error bar is for the masks alone. Use
-it to compare two checkpoints on the same rows with the same seed. Bits per byte count the tokens
-that the run of the checkpoint scores.
+nats per token and bits per byte. A checkpoint that was trained in blocks is measured in blocks,
+unless --block-size says otherwise; NELBOs of different sizes do not compare. Rows are drawn from
+all over the data: whole documents at random, and rows of these at random. Rates are stratified,
+masks have an exact count, and every row is masked --draws times. The first error bar is for the
+choice of documents and masks together; it grows with the similarity of rows of one document. The
+second error bar is for the masks alone. Use it to compare two checkpoints on the same rows with the
+same seed. Bits per byte count the tokens that the run of the checkpoint scores.
 
 With --tasks the tool answers questions. Among given answers it takes the one with the highest bound
 on its likelihood. The bound is a mean over masks of the tokens of the answer: over all masks, if
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 # Flags that only --data uses, flags that only --tasks uses, and those of the latter that are
 # arguments of the model of lm_eval.
-OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
+OF_DATA = ("rows", "bins", "block_size", "per_document", "format", "json_key")
 OF_MODEL = ("max_length", *TOKEN_FLAGS, *DECODER_FLAGS)
 OF_TASKS = (
     *("include_path", "num_fewshot", "fewshot_seed", "limit", "apply_chat_template"),
@@ -96,6 +97,13 @@ def parse() -> argparse.Namespace:
     )
     data.add_argument(
         "--bins", type=int, default=10, help="number of bins of t (default: %(default)s)"
+    )
+    data.add_argument(
+        "--block-size",
+        default="trained",
+        metavar="SIZE",
+        help="tokens in a block, `row` for whole rows, or `trained` for the size that the "
+        "checkpoint was last trained with (default: %(default)s)",
     )
     data.add_argument(
         "--per-document",
@@ -170,6 +178,9 @@ def parse() -> argparse.Namespace:
                 raise UserError(f"--{name.replace('_', '-')} is of no effect without --{flag}")
     if min(options.rows, options.bins, options.batch_size) < 1:
         raise UserError("--rows, --bins and --batch-size must be at least 1")
+    size = options.block_size
+    if size not in ("trained", "row") and not (size.isdecimal() and int(size)):
+        raise UserError(f"--block-size takes a number of tokens, `row` or `trained`, got {size}")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must not be negative")
     if options.tasks and options.draws is not None and (options.draws < 4 or options.draws % 4):
@@ -216,7 +227,7 @@ def measure(options: argparse.Namespace) -> None:
         options: values of the command line.
     """
     draws = 8 if options.draws is None else options.draws
-    with open_asked_for(options) as loaded:
+    with open_asked_for(options, block_size=options.block_size) as loaded:
         import torch
         from tqdm import tqdm
 
@@ -246,7 +257,7 @@ def measure(options: argparse.Namespace) -> None:
                 bar.update,
             )
         if first:
-            report(options, result, per_byte)
+            report(options, result, per_byte, loaded.block_size)
 
 
 def answer(options: argparse.Namespace) -> None:
@@ -309,7 +320,10 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def report(
-    options: argparse.Namespace, result: "Evaluation", tokens_per_byte: float | None
+    options: argparse.Namespace,
+    result: "Evaluation",
+    tokens_per_byte: float | None,
+    block_size: int | None,
 ) -> None:
     """Prints the results, and writes them to --json.
 
@@ -317,12 +331,15 @@ def report(
         options: values of the command line.
         result: what `evaluate` returns.
         tokens_per_byte: scored tokens per byte of text, None if unknown.
+        block_size: tokens in a block; None: whole rows.
     """
     lines = [
         f"{result.num_tokens:,} tokens in {result.num_rows} rows of {result.num_documents} "
         f"documents, {result.num_draws} masks each",
         f"NELBO {_text(result.nelbo)} nats/token",
     ]
+    if block_size is not None:
+        lines.insert(1, f"blocks of {block_size} tokens, given the clean blocks before them")
     if result.nelbo.stderr is None:
         lines.append("its error over the choice of documents is unknown: it takes rows of several")
     figures = {
@@ -332,6 +349,7 @@ def report(
         "num_documents": result.num_documents,
         "num_draws": result.num_draws,
         "seed": options.seed,
+        "block_size": block_size,
     }
     if tokens_per_byte:
         factor = tokens_per_byte / math.log(2)

@@ -93,11 +93,10 @@ class BlockRows:
         """The inverse of `interleave`: values of the noisy copies [B, L] and the clean one [G, L].
 
         Args:
-            values: one value per position, [G, (K + 1) L].
+            values: one value per position, [G, (K + 1) L], or a vector, [G, (K + 1) L, V].
         """
-        G, L = self.documents.shape
-        copies = values.view(G, L, self.copies).transpose(1, 2)
-        return copies[:, :-1].reshape(G * self.views, L), copies[:, -1]
+        copies = values.unflatten(1, (-1, self.copies)).transpose(1, 2)
+        return copies[:, :-1].flatten(0, 1), copies[:, -1]
 
     def position_ids(self) -> torch.Tensor:
         """The place of each position's token in its document, int64 [G, (K + 1) L]."""
@@ -166,17 +165,21 @@ class BlockRows:
         """Moves values from the positions that predict tokens to the tokens.
 
         Args:
-            values: one value per position, such as its cross entropy, [G, (K + 1) L].
+            values: one value per position, such as its cross entropy, [G, (K + 1) L], or a vector,
+                such as its logits, [G, (K + 1) L, V].
 
         Returns:
             The value of the masked-diffusion prediction of each token of each view, [B, L], and of
-            the next-token prediction of each token of each text, [G, L].
+            the next-token prediction of each token of each text, [G, L]; or vectors of them.
         """
         noisy, clean = self.separate(values)
         clean = clean.roll(1, dims=1)
         if self.shift:
-            views = noisy.roll(1, dims=1).view(-1, self.views, noisy.shape[1])
-            noisy = torch.where(self._reads_clean, clean[:, None], views).view_as(noisy)
+            views = noisy.roll(1, dims=1).unflatten(0, (-1, self.views))
+            reads_clean = self._reads_clean.view(
+                *self._reads_clean.shape, *[1] * (values.dim() - 2)
+            )
+            noisy = torch.where(reads_clean, clean[:, None], views).view_as(noisy)
         return noisy, clean
 
     def next_tokens(self, eligible: torch.Tensor) -> torch.Tensor:

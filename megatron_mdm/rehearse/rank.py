@@ -152,7 +152,8 @@ class _Rehearsal:
             of_step = micro * args.data_parallel_size
             count = fewer_micro_batches(args, args.eval_global_batch_size // of_step)
             for each in (args, self._true):
-                each.eval_iters = len(args.mdm_validation_sets or [None])
+                sizes = MDMConfig.from_args(args).evaluated_sizes
+                each.eval_iters = len(sizes) * len(args.mdm_validation_sets or [None])
                 each.eval_global_batch_size = count * of_step
         if args.mdm_ppots_refit_interval:
             args.mdm_ppots_refit_interval = STEPS

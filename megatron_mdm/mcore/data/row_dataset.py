@@ -42,8 +42,9 @@ from megatron_mdm.objective.views import view_uniforms
 
 TEXT_BITS = 40  # bits for the number of a text within its file
 
-# Rows of training, validation and test; None if this rank or this run has none.
-Datasets = tuple["RowDataset | None", "RowDataset | ValidationSets | None", "RowDataset | None"]
+# Rows of evaluations, and of training, validation and test; None if this rank or run has none.
+type Evaluated = RowDataset | ValidationSets | None
+type Datasets = tuple[RowDataset | None, Evaluated, Evaluated]
 
 
 def row_columns(mdm: MDMConfig, training: bool) -> dict[str, bool]:
@@ -230,9 +231,9 @@ def datasets_provider(
     """
 
     def provide(num_samples: list[int], vp_stage: int | None = None) -> Datasets:
-        eval_rows = args.eval_iters * args.eval_global_batch_size
-        of_set = eval_rows // len(args.mdm_validation_sets or [None])
-        return build_datasets(args, mdm, [num_samples[0], of_set, eval_rows], vp_stage)
+        of_size = args.eval_iters * args.eval_global_batch_size // len(mdm.evaluated_sizes)
+        of_set = of_size // len(args.mdm_validation_sets or [None])
+        return build_datasets(args, mdm, [num_samples[0], of_set, of_size], vp_stage)
 
     # Megatron then calls it on every rank, and `loads_rows` decides which ranks load rows.
     provide.is_distributed = True  # type: ignore[attr-defined]
@@ -252,7 +253,8 @@ def build_datasets(
         args: arguments of the run.
         mdm: settings of the objective.
         num_rows: number of rows of each of the three. With named validation sets, the second number
-            is the number of rows of each set.
+            is the number of rows of each set. With --mdm-eval-block-sizes the second and the third
+            are those of one size.
         vp_stage: virtual pipeline stage.
         on_all_ranks: whether every rank builds them, not only ranks that load rows in training.
 
@@ -294,10 +296,17 @@ def build_datasets(
             return None
         return _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
 
-    evaluated: RowDataset | ValidationSets | None = rows_of(sets[0], valid)
-    if evaluated is not None and dataset_config.multiple_validation_sets:
-        evaluated = ValidationSets([rows_of(dataset, valid) for dataset in sets], valid)
-    return rows_of(datasets[0], None, offset), evaluated, rows_of(datasets[2], test)
+    evaluated: Evaluated = rows_of(sets[0], valid)
+    tested: Evaluated = rows_of(datasets[2], test)
+    sizes = mdm.evaluated_sizes
+    by_size = mdm.eval_block_sizes is not None
+    if evaluated is not None and (by_size or dataset_config.multiple_validation_sets):
+        evaluated = ValidationSets(
+            [rows_of(dataset, valid) for _ in sizes for dataset in sets], valid
+        )
+    if tested is not None and by_size:
+        tested = ValidationSets([tested] * len(sizes), test, first=len(sizes) * len(sets))
+    return rows_of(datasets[0], None, offset), evaluated, tested
 
 
 def rows_of_file(args: Namespace, mdm: MDMConfig, prefix: str) -> RowDataset:

@@ -1,4 +1,4 @@
-"""Named validation sets as one dataset, which Megatron evaluates in one loop."""
+"""Named validation sets, and block sizes, as one dataset, which Megatron evaluates in one loop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,16 @@ class ValidationSets(torch.utils.data.Dataset):
     holds the same rows as in such a run.
 
     Args:
-        sets: one `RowDataset` per set.
+        sets: one `RowDataset` per set. With several block sizes, all sets follow one another for
+            the first size, then for the second, and so on.
         rows: number of rows that an evaluation takes from each set.
+        first: number of the first set.
     """
 
-    def __init__(self, sets: Sequence[Any], rows: int) -> None:
+    def __init__(self, sets: Sequence[Any], rows: int, first: int = 0) -> None:
         self.sets = sets
         self.rows = rows
+        self.first = first
         self.split = sets[0].split  # tells Megatron's loader to use the evaluation batch size
 
     def __len__(self) -> int:
@@ -30,7 +33,7 @@ class ValidationSets(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number, row = divmod(index % (len(self.sets) * self.rows), self.rows)
-        return self.sets[number][row] | {"split": torch.tensor(part_of_set(number))}
+        return self.sets[number][row] | {"split": torch.tensor(part_of_set(self.first + number))}
 
 
 def part_of_set(number: int) -> int:

@@ -325,6 +325,7 @@ def finalize_args(args: Namespace) -> Namespace:
     args.mdm_validation_sets, args.validation_set_names = args.validation_set_names, None
     args.eval_iters *= len(args.mdm_validation_sets or [None])
     validate_flags(args)
+    args.eval_iters *= len(MDMConfig.from_args(args).evaluated_sizes)
     if args.mdm_recipe:
         notice(f"--mdm-recipe {args.mdm_recipe}: {expansion(args)}")
     line = bound_in_words(MDMConfig.from_args(args))
@@ -536,7 +537,7 @@ def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
     flag_of_blocks = "--mdm-block-size"
     if args.mdm_block_size_schedule is not None:
         flag_of_blocks = "--mdm-block-size-schedule"
-    for size in blocks.sizes:
+    for size in (*blocks.sizes, *MDMConfig.from_args(args).evaluated_sizes):
         if size is not None and size > (args.seq_length or size):
             raise UserError(
                 f"{flag_of_blocks}: a block of {size} tokens is longer than a row of --seq-length "

@@ -233,8 +233,8 @@ def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool)
         no_padding = torch.zeros_like(row[None], dtype=torch.bool)
         apart = isolated_documents(row[None], eod_id, mdm)
         eligible = eligible_positions(row[None], no_padding, eod_id, mdm, apart)
-        # The hidden end-of-document tokens follow from the unmasked row.
-        if apart is None and not mdm.eod_attended:
+        # The hidden end-of-document tokens follow from the unmasked row, and so do clean copies.
+        if apart is None and (not mdm.eod_attended or mdm.blocks is not None):
             apart = torch.zeros_like(row[None])
         texts.append(ScoredRow(row, eligible[0], None if apart is None else apart[0], origin))
     return texts

@@ -46,6 +46,7 @@ from megatron_mdm.mcore.model.builder import model_config
 from megatron_mdm.mcore.model.inputs import ModelInputs
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.mcore.tokenizer import tokenizer_end_id
+from megatron_mdm.objective.blocks import BlockRows
 
 # Arguments in Group.RUN that keep the training run's value: paths of tokenizer and data, names and
 # shapes of the checkpoint's tensors, and arguments whose type Megatron's validation changes. All
@@ -92,7 +93,7 @@ INFERENCE_OVERRIDES = {
     **{
         destination(f.name): f.default
         for f in fields(MDMConfig)
-        if f.name.startswith(("bell_", "ppots_", "block_", "ar_", "shift_"))
+        if f.name.startswith(("bell_", "ppots_", "eval_"))
     },
     "wandb_project": "",
     # FP8 and FP4 products need certain multiples of rows, but texts have any length. The checkpoint
@@ -165,6 +166,11 @@ class LoadedModel:
         """The largest number of tokens in a row: the number of positions that the model has."""
         return int(self.args.max_position_embeddings)
 
+    @property
+    def block_size(self) -> int | None:
+        """Tokens in a block; None: whole rows."""
+        return None if self.mdm.blocks is None else self.mdm.blocks.size(0)
+
     @torch.no_grad()
     def logits(
         self,
@@ -181,7 +187,7 @@ class LoadedModel:
                 positions are hidden from attention.
             documents: the parts of rows that attention stays within and that number their positions
                 from 0, int64 [b, s]; None: each row is one document (a text to fill in, whose end
-                is still unknown).
+                is still unknown). Blocks need them, and count from the first token of each.
             causal: whether the model runs as an autoregressive one: causal and shifted.
 
         Returns:
@@ -195,28 +201,38 @@ class LoadedModel:
         clean = tokens if clean is None else clean
         if self.mdm.shift:
             self._check_first_tokens(tokens, position_ids(clean, documents))
-        inputs = ModelInputs.of_tokens(
-            clean, documents, self.mdm, self.tokenizer.eod, self.model, causal=causal
-        )
+        eod_id, rows, copies = self.tokenizer.eod, None, 1
+        if self.block_size is None:
+            inputs = ModelInputs.of_tokens(
+                clean, documents, self.mdm, eod_id, self.model, causal=causal
+            )
+        else:
+            assert documents is not None and not causal, "blocks need clean tokens and documents"
+            is_causal = self.mdm.ar_loss_weight > 0.0
+            rows = BlockRows(documents, self.block_size, 1, self.mdm.shift, False, is_causal)
+            inputs, copies = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id), rows.copies
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (inputs.logits(model, tokens), None),
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
-            seq_length=s,
+            seq_length=s * copies,
             micro_batch_size=b,
             forward_only=True,
         )
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             if not mpu.is_pipeline_last_stage():
                 columns = self.args.padded_vocab_size // self.args.tensor_model_parallel_size
-                outputs = [tokens.new_empty((b, s, columns), dtype=self.args.params_dtype)]
+                shape = b, s * copies, columns
+                outputs = [tokens.new_empty(shape, dtype=self.args.params_dtype)]
             torch.distributed.broadcast(
                 outputs[0],
                 mpu.get_pipeline_model_parallel_last_rank(),
                 group=mpu.get_pipeline_model_parallel_group(),
             )
         logits = gather_from_tensor_model_parallel_region(outputs[0])
+        if rows is not None:
+            return rows.to_tokens(logits)[0]
         if inputs.shift:  # no position predicts the first token, so it keeps its own logits
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
@@ -242,6 +258,7 @@ def loaded_model(
     edit_args: Callable[[Namespace], None] | None = None,
     hashes: bool = True,
     trust: bool = False,
+    block_size: str | None = None,
 ) -> Iterator[LoadedModel]:
     """Context with a checkpoint loaded over all ranks, whatever layout wrote it.
 
@@ -255,10 +272,12 @@ def loaded_model(
             them.
         hashes: whether to compare the files with the checksums that were saved with them.
         trust: whether to run Python code that is beside the tokenizer.
+        block_size: see `open_checkpoint`.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged or has no arguments, or the model cannot be
-            divided into these stages and ranks.
+        UserError: there is no checkpoint, it is damaged or has no arguments, it was trained in
+            blocks and the caller needs whole rows, or the model cannot be divided into these stages
+            and ranks.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
@@ -268,7 +287,7 @@ def loaded_model(
     recorded = _checkpoint_args(found)
     if edit_args:
         edit_args(recorded)
-    _check_blocks(recorded, found)
+    _set_blocks(recorded, found, block_size)
     args = args_for_inference(recorded, found, device, pipeline_parallel)
     args.mdm_checkpoint_hashes = hashes
     _limit_code(args, trust)
@@ -375,31 +394,37 @@ def _checkpoint_args(checkpoint: SavedCheckpoint) -> Namespace:
     return Namespace(**saved)
 
 
-def _check_blocks(args: Namespace, checkpoint: SavedCheckpoint) -> None:
-    """Checks that the checkpoint was last trained on whole rows, which inference has.
+def _set_blocks(args: Namespace, checkpoint: SavedCheckpoint, block_size: str | None) -> None:
+    """Sets the size of blocks, the same for all rows of this process.
 
     Args:
-        args: arguments of the run that wrote the checkpoint; rates of blocks become rates of rows.
+        args: arguments of the run that wrote the checkpoint, changed in place.
         checkpoint: the checkpoint.
+        block_size: see `open_checkpoint`.
 
     Raises:
-        UserError: it was trained in blocks.
+        UserError: it was trained in blocks, and the caller needs whole rows.
     """
-    blocks = MDMConfig.from_args(args).blocks
-    if blocks is None:
-        return
-    finished = checkpoint.iteration
-    if args.train_samples is not None:
-        finished = args.consumed_train_samples
-    size = blocks.last_size(finished or 0)
-    if size is not None:
+    blocks, size = MDMConfig.from_args(args).blocks, None
+    if blocks is not None:
+        finished = checkpoint.iteration
+        if args.train_samples is not None:
+            finished = args.consumed_train_samples
+        size = blocks.last_size(finished or 0)
+    if block_size is None and size is not None:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} was trained in blocks of {size} tokens, and "
-            "this tool reads whole rows: train on, with the phase `row` at the end of "
-            "--mdm-block-size-schedule, or look at the validation NELBO in the log of the run"
+            "this tool reads whole rows: use tools/evaluate.py --data, or train on with the phase "
+            "`row` at the end of --mdm-block-size-schedule"
         )
-    if args.mdm_rate_per == "block":
-        args.mdm_rate_per = "row"
+    if block_size not in (None, "trained"):
+        size = None if block_size == "row" else int(block_size)
+    args.mdm_block_size, args.mdm_block_size_schedule = size, None
+    args.mdm_shift_first, args.mdm_eval_block_sizes = "clean", None
+    if size is None:
+        args.mdm_ar_loss_weight = 0.0
+        if args.mdm_rate_per == "block":
+            args.mdm_rate_per = "row"
 
 
 def _defaults() -> Namespace:

@@ -5,7 +5,7 @@ Training, validation, measurements, inference and the reproduction all use this 
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class ModelInputs:
         """
         if batch.block_rows is not None:
             assert annealing == 1.0 and not causal
-            return cls._of_blocks(batch, batch.block_rows)
+            return cls._of_batch_of_blocks(batch, batch.block_rows)
         return cls.of_tokens(
             batch.tokens,
             batch.attention_segments,
@@ -121,22 +121,39 @@ class ModelInputs:
         return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
     @classmethod
-    def _of_blocks(cls, batch: Batch, rows: BlockRows) -> "ModelInputs":
-        mdm = batch.mdm
-        of_texts = slice(None, None, rows.views)
-        clean, padding = batch.tokens[of_texts], batch.padding[of_texts]
+    def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows) -> "ModelInputs":
+        mdm, of_texts = batch.mdm, slice(None, None, rows.views)
         next_tokens = None
         if mdm.ar_loss_weight and batch.training:
             next_tokens = rows.next_tokens(batch.eligible[of_texts])
-        return cls(
-            clean,
-            rows.position_ids(),
-            rows.hidden(hidden_tokens(clean, padding, batch.eod_id, mdm)),
-            mdm.shift,
-            batch.past_end[of_texts] if mdm.random_length_fraction else None,
-            blocks=rows,
-            next_tokens=next_tokens,
+        inputs = cls.of_blocks(
+            batch.tokens[of_texts], rows, mdm, batch.eod_id, batch.padding[of_texts]
         )
+        past_end = batch.past_end[of_texts] if mdm.random_length_fraction else None
+        return replace(inputs, past_end=past_end, next_tokens=next_tokens)
+
+    @classmethod
+    def of_blocks(
+        cls,
+        clean: torch.Tensor,
+        rows: BlockRows,
+        mdm: MDMConfig,
+        eod_id: int,
+        padding: torch.Tensor | None = None,
+    ) -> "ModelInputs":
+        """Makes the arguments for rows that hold noisy and clean tokens.
+
+        Args:
+            clean: the tokens before masking, int64 [g, s].
+            rows: the positions of the rows.
+            mdm: settings of the objective.
+            eod_id: end-of-document token.
+            padding: bool [g, s]; None: no padding.
+        """
+        if padding is None:
+            padding = torch.zeros_like(clean, dtype=torch.bool)
+        mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm))
+        return cls(clean, rows.position_ids(), mask, mdm.shift, blocks=rows)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns the logits of each position.

@@ -58,14 +58,21 @@ def forward_step(
 
 
 def _check_stages(state: TrainingState) -> None:
-    """Checks that stages exchange the positions of rows with blocks; they would wait for ever.
+    """Checks that Megatron's schedule knows the positions of rows with blocks.
+
+    Otherwise stages would wait for ever for tensors of another shape, and evaluations would not
+    know their block size.
 
     Raises:
-        UserError: a script of its own trains blocks on several stages without the context.
+        UserError: a script of its own trains without the context that they need.
     """
-    if not state.exchanges_positions and mpu.get_pipeline_model_parallel_world_size() > 1:
+    if state.exchanges_positions:
+        return
+    by_size = state.mdm.eval_block_sizes is not None
+    if by_size or mpu.get_pipeline_model_parallel_world_size() > 1:
+        needing = "--mdm-eval-block-sizes" if by_size else "--pipeline-model-parallel-size above 1"
         raise UserError(
-            "blocks with --pipeline-model-parallel-size above 1 need the context "
+            f"blocks with {needing} need the context "
             "megatron_mdm.plugin.schedules_positions(objective.state) around Megatron's pretrain"
         )
 

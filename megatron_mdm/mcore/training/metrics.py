@@ -67,20 +67,23 @@ class Recorder:
     """Sums over draws of a rate, on the device; lives on the last pipeline stage.
 
     A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix. Its rows are
-    the splits of the data, followed by the named validation sets. Its columns are: weighted loss
+    the splits of the data, followed by the other parts. Its columns are: weighted loss
     per rate bin, importance weight per rate bin, weighted loss per eligible token, number of masked
     tokens, of eligible tokens, of draws and of rows, and the sum over draws of the uniform share of
     their density. Evaluations also keep the text number and loss of each row.
 
     Args:
         num_bins: number of equal bins of the masking rate.
-        num_sets: number of named validation sets.
+        num_parts: number of further parts of the data: named validation sets, each at each of the
+            block sizes of evaluations, and test sets.
+        has_mean: whether all of them are validation sets, whose mean is the validation loss.
     """
 
-    def __init__(self, num_bins: int, num_sets: int = 0) -> None:
+    def __init__(self, num_bins: int, num_parts: int = 0, has_mean: bool = False) -> None:
         self.num_bins = num_bins
-        self.sets = [part_of_set(number) for number in range(num_sets)]
-        self.parts: list[int] = [*Split, *self.sets]
+        others = [part_of_set(number) for number in range(num_parts)]
+        self.sets = others if has_mean else []
+        self.parts: list[int] = [*Split, *others]
         self.texts: list[torch.Tensor] = []
         self._sums = OverInterval()
         self._largest = OverInterval(torch.maximum)
@@ -189,7 +192,7 @@ class Recorder:
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
         if self.sets:
-            total[Split.VALID] = total[len(Split) :].sum(dim=0)
+            total[Split.VALID] = total[self.sets].sum(dim=0)
         lines = zip(self.parts, total.tolist(), strict=True)
         weight = float(largest)
         return {part: Summary(line, self.num_bins, weight) for part, line in lines if line[-2]}

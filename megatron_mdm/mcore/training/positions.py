@@ -15,6 +15,8 @@ from megatron_mdm.mcore.training.state import TrainingState
 def schedules_positions(state: TrainingState) -> Iterator[None]:
     """Context in which Megatron's schedule exchanges the shapes that rows of blocks have.
 
+    It also counts the batches of evaluations, whose block sizes follow from their number.
+
     Megatron passes --seq-length and --micro-batch-size to its schedule, which derives the shapes of
     the tensors between pipeline stages. Rows of blocks have several positions for a token, and the
     views of a text share a row. Both numbers may differ between phases of the schedule of block
@@ -32,6 +34,8 @@ def schedules_positions(state: TrainingState) -> Iterator[None]:
 
         @wraps(schedule)
         def run(*, seq_length: int, micro_batch_size: int, forward_only: bool, **rest: Any) -> Any:
+            if forward_only:
+                state.begin_evaluation_batch()
             copies, views = state.copies(training=not forward_only)
             return schedule(
                 seq_length=seq_length * copies,

@@ -74,9 +74,18 @@ class TrainingState:
             corrupter, count_weight=lambda k, n: count_weight(self.rate_sampler, k, n)
         )
         sets: list[str] = args.mdm_validation_sets or []
+        names = [f"validation {name}" for name in sets]
+        if self.mdm.eval_block_sizes is not None:
+            sizes = [f"block {x}" if x else "whole rows" for x in self.mdm.evaluated_sizes]
+            names = [f"{name} {x}" for x in sizes for name in names or ["validation"]]
+            names += [f"test {x}" for x in sizes]
         self.evaluated: dict[int, str] = {Split.VALID: "validation", Split.TEST: "test"}
-        self.evaluated |= {part_of_set(i): f"validation {name}" for i, name in enumerate(sets)}
-        self._recorders = Recorder(self.mdm.rate_bins, len(sets)), Recorder(self.mdm.rate_bins)
+        self.evaluated |= {part_of_set(i): name for i, name in enumerate(names)}
+        # A mean over validation sets makes sense at one block size only.
+        has_mean = bool(sets) and self.mdm.eval_block_sizes is None
+        evaluations = Recorder(self.mdm.rate_bins, len(names), has_mean)
+        self._recorders = evaluations, Recorder(self.mdm.rate_bins)
+        self._evaluated_batches = 0
         self.control_variate = ControlVariate(self.mdm.rate_bins, self.mdm.ema_decay)
         self.clock = TrainingClock()
         self.exchanges_positions = False
@@ -148,15 +157,23 @@ class TrainingState:
     def block_size(self, training: bool) -> int | None:
         """Tokens in a block in the current iteration; None: whole rows.
 
-        Evaluations have the block size of the last iteration that has trained the weights.
+        Evaluations have the block sizes of --mdm-eval-block-sizes, one after another. Without that
+        flag they have the block size of the last iteration that has trained the weights.
         """
         blocks = self.mdm.blocks
         if blocks is None:
             return None
+        if self.mdm.eval_block_sizes is not None and not training:
+            sizes, batches = self.mdm.evaluated_sizes, self._args.eval_iters
+            return sizes[(self._evaluated_batches - 1) % batches * len(sizes) // batches]
         by_rows = self._args.train_samples is not None
         if training:
             return blocks.size(self.consumed_rows if by_rows else self.training_iteration - 1)
         return blocks.last_size(self.consumed_rows if by_rows else self.iteration)
+
+    def begin_evaluation_batch(self) -> None:
+        """Counts the global batches of evaluations, from which their block sizes follow."""
+        self._evaluated_batches += 1
 
     def copies(self, training: bool) -> tuple[int, int]:
         """(positions of a token in a row of the model, rows of the batch that share this row)."""

@@ -6,17 +6,23 @@ gradients with the definition.
 """
 
 import contextlib
+import json
+import math
+import os
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from torch.nn import functional
 
 from megatron_mdm.mcore import pretrain as program
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.flags.resume import BLOCK_SIZES, changes_of_blocks
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
+from megatron_mdm.mcore.training import objective
 from megatron_mdm.pretrain import main
 from tests import ranks
 from tests.one_rank import on_one_cpu_rank
@@ -126,13 +132,106 @@ def test_only_sizes_that_have_acted_must_agree():
     assert len(changed((4, None), (None, None), 9)) == 1
 
 
-def test_tools_refuse_a_checkpoint_of_blocks(runs):
-    """At its third and fourth iteration the run had whole rows."""
+def test_tools_that_read_whole_rows_refuse_a_checkpoint_of_blocks(runs):
     directory = runs["plain, 1 rank"].checkpoint
-    words = ["--load", str(directory), "--device", "cpu", "--data", "x"]
-    run = ranks.run_forked("tools/evaluate.py", *words)
+    words = ["--load", str(directory), "--device", "cpu", "--prompt", "1 2"]
+    run = ranks.run_forked("tools/generate.py", *words)
     assert run.returncode != 0
     assert f"{directory} was trained in blocks of 8 tokens" in run.stderr
+
+
+SIZES = {"block 4": 4, "block 16": 16, "whole rows": None}
+EVALUATIONS = "--eval-iters 2 --eval-global-batch-size 4".split()
+EVALUATED = 8  # rows
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs, base, tmp_path_factory):
+    """A checkpoint of blocks of 8, evaluated at three sizes in several layouts."""
+    load = ["--load", str(runs["plain, 1 rank"].checkpoint), "--skip-train"]
+    flags = [*base[: base.index("--load")], *SGD, *PHASES, *load, "--no-load-optim"]
+    flags += [*EVALUATIONS, *"--mdm-eval-block-sizes 4 16 row".split()]
+    layouts = {"1 rank": (1, "")} | LAYOUTS
+    del layouts["HybridModel, PP 2"]
+    return ranks.launch_layouts(
+        tmp_path_factory.mktemp("evaluated"),
+        {name: (count, [*flags, *divided.split()]) for name, (count, divided) in layouts.items()},
+    )
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2 + SP", "PP 2", "PP 2 x VP 2"])
+def test_evaluations_at_several_sizes_are_equal_between_layouts(evaluated, layout):
+    found, expected = evaluated[layout].scalars, evaluated["1 rank"].scalars
+    names = [f"mdm/validation {size} NELBO" for size in SIZES]
+    assert all(found[name] == pytest.approx(expected[name], rel=1e-5) for name in names)
+    assert len({expected[name][0] for name in names}) == 3
+
+
+def evaluate_by_definition():
+    """Computes the NELBO of the validation rows at one size, by one pass for each block."""
+    nats = []
+
+    def forward_step(state, iterator, model):
+        (size,) = state.mdm.evaluated_sizes
+        batch = next(iterator)
+        for clean, uniforms, quantile in zip(
+            batch["tokens"], batch["uniforms"], batch["quantile"], strict=True
+        ):
+            length = len(clean)
+            count = math.ceil((int(quantile) + 0.5) * 2.0**-52 * length)
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[uniforms.argsort()[:count]] = True
+            noisy = torch.where(mask, ranks.MASK_ID, clean)
+            total = 0.0
+            for start in range(0, length, size or length):
+                end = min(length, start + (size or length))
+                places = torch.arange(end) // (size or length)
+                hidden = (places[None] > places[:, None])[None, None]
+                seen = torch.cat([clean[:start], noisy[start:end]])[None]
+                logits = model(seen, None, hidden)[0, start:]
+                at = mask[start:end]
+                loss = functional.cross_entropy(logits[at], clean[start:end][at], reduction="sum")
+                total += float(loss) / count
+            nats.append(total)
+        if len(nats) < EVALUATED:
+            return torch.zeros(1), lambda _: (torch.tensor(0.0), torch.tensor(1).int(), {})
+        Path(os.environ["TRACE_DIR"], "nats.json").write_text(json.dumps(nats))
+        raise SystemExit(0)
+
+    with replaced(objective, "forward_step", forward_step):
+        main()
+
+
+def test_evaluations_have_the_nelbo_of_the_definition(runs, base, evaluated, tmp_path):
+    """Every token is eligible, and the count of a row is exact."""
+    load = ["--load", str(runs["plain, 1 rank"].checkpoint), "--skip-train", "--no-load-optim"]
+    flags = [*base[: base.index("--load")], *SGD, *PHASES, *load, *EVALUATIONS]
+    words = {
+        name: [*flags, "--micro-batch-size", "4", "--mdm-eval-block-sizes", str(size or "row")]
+        for name, size in SIZES.items()
+    }
+    ranks.launch_all(tmp_path, 1, words, entry=evaluate_by_definition)
+    for name in SIZES:
+        nats = json.loads((tmp_path / name / "nats.json").read_text())
+        assert len(nats) == EVALUATED
+        logged = evaluated["1 rank"].scalars[f"mdm/validation {name} NELBO"][0]
+        assert logged == pytest.approx(sum(nats) / EVALUATED, rel=1e-5)
+
+
+def test_evaluate_py_reads_blocks(runs, data, tmp_path):
+    directory = runs["plain, 1 rank"].checkpoint
+    results = {}
+    for size in ("trained", "8", "2", "row"):
+        path = tmp_path / f"{size}.json"
+        words = ["--load", str(directory), "--device", "cpu", "--data", str(data), "--rows", "6"]
+        run = ranks.run_forked(
+            "tools/evaluate.py", *words, "--block-size", size, "--draws", "2", "--json", str(path)
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        results[size] = json.loads(path.read_text())
+    assert results["trained"] == results["8"] and results["8"]["block_size"] == 8
+    assert results["row"]["block_size"] is None
+    assert len({result["nelbo"]["value"] for result in results.values()}) == 3
 
 
 def without_context():
