@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_mdm.environment import prepare_environment, return_freed_memory
+from megatron_mdm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
@@ -42,6 +43,29 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, pipeline: bool = T
             help="number of pipeline stages under torchrun; the ranks of a stage are "
             "tensor-parallel (default: 1)",
         )
+
+
+def add_block_size_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds --block-size, which `open_checkpoint` takes."""
+    parser.add_argument(
+        "--block-size",
+        type=_block_size,
+        default="trained",
+        metavar="SIZE",
+        help="tokens in a block, `row` for whole rows, or `trained` for the size that the "
+        "checkpoint was last trained with (default: %(default)s)",
+    )
+
+
+def _block_size(text: str) -> str:
+    """A value of --block-size.
+
+    Raises:
+        UserError: it is no size.
+    """
+    if text not in ("trained", "row") and not (text.isdecimal() and int(text)):
+        raise UserError(f"--block-size takes a number of tokens, `row` or `trained`, got {text}")
+    return text
 
 
 def add_hashes_argument(parser: argparse._ActionsContainer) -> None:

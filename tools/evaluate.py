@@ -28,7 +28,11 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
+from megatron_mdm.checkpoint import (
+    add_block_size_argument,
+    add_checkpoint_arguments,
+    open_asked_for,
+)
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, run_tool
@@ -98,13 +102,7 @@ def parse() -> argparse.Namespace:
     data.add_argument(
         "--bins", type=int, default=10, help="number of bins of t (default: %(default)s)"
     )
-    data.add_argument(
-        "--block-size",
-        default="trained",
-        metavar="SIZE",
-        help="tokens in a block, `row` for whole rows, or `trained` for the size that the "
-        "checkpoint was last trained with (default: %(default)s)",
-    )
+    add_block_size_argument(data)
     data.add_argument(
         "--per-document",
         action="store_true",
@@ -178,9 +176,6 @@ def parse() -> argparse.Namespace:
                 raise UserError(f"--{name.replace('_', '-')} is of no effect without --{flag}")
     if min(options.rows, options.bins, options.batch_size) < 1:
         raise UserError("--rows, --bins and --batch-size must be at least 1")
-    size = options.block_size
-    if size not in ("trained", "row") and not (size.isdecimal() and int(size)):
-        raise UserError(f"--block-size takes a number of tokens, `row` or `trained`, got {size}")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: must not be negative")
     if options.tasks and options.draws is not None and (options.draws < 4 or options.draws % 4):

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
+from megatron_mdm.checkpoint import (
+    add_block_size_argument,
+    add_checkpoint_arguments,
+    open_asked_for,
+)
 from megatron_mdm.config import flag
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.errors import UserError, escaped, run_tool
@@ -38,6 +42,7 @@ from megatron_mdm.generation.prompts import (
 )
 
 if TYPE_CHECKING:
+    from megatron_mdm.generation.decoder import LogitsFunction
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 
 
@@ -102,6 +107,14 @@ def parse() -> argparse.Namespace:
     decoder = parser.add_argument_group("decoder")
     add_decoder_arguments(decoder)
     add_sampling_arguments(decoder)
+    add_block_size_argument(decoder)
+    decoder.add_argument(
+        "--kv-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep keys and values of finished blocks of a model with blocks; without them each "
+        "call computes the whole text so far (default: on)",
+    )
     decoder.add_argument(
         "--seed", type=int, default=0, help="seed of the random numbers (default: 0)"
     )
@@ -156,16 +169,22 @@ def main() -> None:
         if number > 1:
             raise UserError(f"--picture draws one prompt, and there are {number}")
 
-    with open_asked_for(options) as loaded:
+    with open_asked_for(options, block_size=options.block_size) as loaded:
         import torch
 
         from megatron_mdm.generation.decoder import filling_order
+        from megatron_mdm.mcore.inference.block_logits import BlockLogits
         from megatron_mdm.mcore.inference.eval_data import (
             chat_encoder,
             decoder_of,
             encoder,
             spells_special_tokens,
         )
+
+        def logits_of(length: int) -> "LogitsFunction":
+            if loaded.block_size is None:
+                return loaded.logits
+            return BlockLogits(loaded, length, options.kv_cache)
 
         mask = loaded.mask_token_id
         special = spells_special_tokens(loaded.args, options.special_tokens)
@@ -200,6 +219,11 @@ def main() -> None:
         rows = [[*first, *row] for first, row in zip(openings, rows, strict=True)]
         for i, row in enumerate(rows, 1):
             check_row(row, f"prompt {i}", mask, loaded.max_length)
+            if loaded.block_size is not None and any(x != mask for x in row[row.index(mask) :]):
+                raise UserError(
+                    f"prompt {i}: blocks of {loaded.block_size} tokens do not see the text after "
+                    "them: leave out --suffix and the --mask-marker, or use --block-size row"
+                )
         spelling = Spelling(tokenize, detokenize, mask)
         device = torch.cuda.current_device()
         screen = Screen(sys.stdout) if options.show and loaded.args.rank == 0 else None
@@ -210,7 +234,8 @@ def main() -> None:
             generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
             states = []
             tokens = torch.tensor([rows[i] for i in batch], device=device)
-            for step, state in enumerate(decoder.states(loaded.logits, tokens, generators)):
+            logits = logits_of(tokens.shape[1])
+            for step, state in enumerate(decoder.states(logits, tokens, generators)):
                 written = [
                     row[len(openings[i]) :] for i, row in zip(batch, state.tolist(), strict=True)
                 ]

@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.segments import counts
 
+# Tokens int64 [B, L] -> logits float [B, n, V] of the clean tokens at the last n positions,
+# unshifted. n is L, or the length of the last block if the model has blocks.
 LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
 Remasking = Literal["low-confidence", "random"]
 
@@ -31,6 +34,10 @@ class Decoder:
             never gets more calls than it has tokens. Default: one call per token.
         block_length: masked positions in a block; the last block has the remaining ones
             (semi-autoregressive decoding). Default: one block.
+        block_size: positions in a block of the model (block diffusion), counted from the first
+            position of a row; None: the model reads whole rows. The decoder then fills these
+            blocks, and no block sees a later one. All rows are in the same block at a time, so
+            that one cache of earlier blocks serves all of them.
         remasking: which predictions a call keeps: `low-confidence`: the predictions with the
             highest probability; `random`: random predictions.
         temperature: 0: take the likeliest token. Above 0: add temperature times Gumbel noise to the
@@ -61,6 +68,7 @@ class Decoder:
     mask_token_id: int
     steps: int | None = None
     block_length: int | None = None
+    block_size: int | None = None
     remasking: Remasking = "low-confidence"
     temperature: float = 0.0
     top_k: int | None = None
@@ -99,6 +107,13 @@ class Decoder:
                 raise UserError(f"--eos-token-ids {token}: the vocabulary has no such id")
         if self.mask_token_id in self.end_token_ids:
             raise UserError(f"the mask token {self.mask_token_id} cannot end a text")
+        if self.block_size is not None:
+            for name in ("block_length", "cfg_scale"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for models that read whole rows, and this "
+                        f"one has blocks of {self.block_size} tokens: leave it out"
+                    )
 
     def check_calls(self, wanted: int) -> None:
         """Checks that `steps` are enough for the blocks of a row.
@@ -109,13 +124,15 @@ class Decoder:
         Raises:
             UserError: there are fewer steps than blocks.
         """
-        if self.steps is None or self.block_length is None:
-            return
-        blocks = -(-wanted // self.block_length)
-        if blocks > self.steps:
+        if self.block_length is not None:
+            blocks = -(-wanted // self.block_length)
+            self._check_steps(blocks, f"--block-length {self.block_length}")
+
+    def _check_steps(self, blocks: int, size: str) -> None:
+        if self.steps is not None and blocks > self.steps:
             raise UserError(
-                f"--steps {self.steps} is less than one per block: {blocks} blocks of "
-                f"--block-length {self.block_length} have to be filled"
+                f"--steps {self.steps} is less than one per block: {blocks} blocks of {size} have "
+                "to be filled"
             )
 
     def __call__(
@@ -139,7 +156,8 @@ class Decoder:
         """Decodes call by call.
 
         Args:
-            logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
+            logits: see `LogitsFunction`. With `block_size` it gets the tokens up to the end of the
+                current block. No block before it has a masked position, or changes later.
             tokens: int64 [B, L], with the mask token at positions to fill; other tokens are kept.
             generators: random generators, one per row, on the device of `tokens`, so that a row
                 does not depend on the other rows; default: torch's default generator.
@@ -153,13 +171,12 @@ class Decoder:
         """
         masked = tokens == self.mask_token_id
         wanted = masked.sum(dim=1)
-        length = wanted.clamp(min=1)
-        if self.block_length is not None:
-            length = torch.full_like(wanted, self.block_length)
-        blocks = (wanted + length - 1) // length
+        block_of = self._block_numbers(masked)
+        sizes = counts(masked, block_of)  # masked positions in each block
+        blocks = (sizes > 0).sum(dim=1)
         self.check_calls(max(wanted.tolist(), default=0))
-        ordinal = masked.cumsum(dim=1) - 1  # number of each masked position within its row
-        block_of = ordinal // length[:, None]
+        if self.block_size is not None:
+            self._check_steps(max(blocks.tolist(), default=0), f"{self.block_size} tokens")
         given = ~masked
         after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()
         block = torch.full_like(wanted, -1)
@@ -167,13 +184,20 @@ class Decoder:
         yield tokens
         while masked.any():
             leftmost = masked.int().argmax(dim=1)
-            previous, block = block, block_of.gather(1, leftmost[:, None])[:, 0]
-            call = torch.where(block == previous, call + 1, 0)  # within the block
-            candidates = masked & (block_of == block[:, None])
-            scores = self._scores(logits, tokens, candidates, given)
+            next_block = block_of.gather(1, leftmost[:, None])[:, 0]
+            candidates, end = masked & (block_of == next_block[:, None]), tokens.shape[1]
+            if self.block_size is not None:
+                start = int(leftmost[masked.any(dim=1)].min()) // self.block_size * self.block_size
+                end = min(end, start + self.block_size)
+                candidates[:, end:] = False
+            # A row whose next block is not the current one waits.
+            waits = ~candidates.any(dim=1)
+            call = torch.where(waits, call, torch.where(next_block == block, call + 1, 0))
+            block = torch.where(waits, block, next_block)  # `call` counts within it
+            scores = self._scores(logits, tokens, candidates, given, end)
             prediction, confidence = self._predict(scores, candidates, generators)
 
-            size = torch.minimum(wanted - block * length, length)
+            size = sizes.gather(1, block.clamp(min=0)[:, None])[:, 0]
             calls = size
             if self.steps is not None:
                 share = blocks.clamp(min=1)  # no division by 0 in a row without masked positions
@@ -190,15 +214,37 @@ class Decoder:
             masked = tokens == self.mask_token_id
             yield tokens
 
+    def _block_numbers(self, masked: torch.Tensor) -> torch.Tensor:
+        """The number of each masked position's block among those to fill in its row, int64 [B, L].
+
+        Args:
+            masked: bool [B, L].
+        """
+        if self.block_size is not None:
+            places = torch.arange(masked.shape[1], device=masked.device).expand_as(masked)
+            block = places // self.block_size
+            number = (counts(masked, block) > 0).cumsum(dim=1) - 1
+            return number.clamp(min=0).gather(1, block)
+        length = masked.sum(dim=1).clamp(min=1)
+        if self.block_length is not None:
+            length = torch.full_like(length, self.block_length)
+        ordinal = masked.cumsum(dim=1) - 1
+        return ordinal.clamp(min=0) // length[:, None]
+
     def _scores(
         self,
         logits: LogitsFunction,
         tokens: torch.Tensor,
         candidates: torch.Tensor,
         given: torch.Tensor,
+        end: int,
     ) -> torch.Tensor:
-        """The guided logits of the N candidate positions, row after row, float64 [N, V]."""
-        scores = logits(tokens)[candidates].double()
+        """The guided logits of the N candidate positions, row after row, float64 [N, V].
+
+        No candidate is at `end` or after it.
+        """
+        scores = logits(tokens[:, :end])
+        scores = scores[candidates[:, end - scores.shape[1] : end]].double()
         if self.cfg_scale == 0.0:
             return scores
         hidden = tokens.masked_fill(given, self.mask_token_id)

@@ -34,6 +34,31 @@ def block_segments(documents: torch.Tensor, block_size: int) -> torch.Tensor:
     return is_first.long().cumsum(dim=1) - 1
 
 
+def hidden_in_decoding(
+    start: int, end: int, finished: int, block_size: int, causal_clean: bool = False
+) -> torch.Tensor:
+    """The attention mask of a text that is decoded block by block, with one copy of each token.
+
+    Finished blocks are clean. They are followed by at most one block that is not finished, all of
+    whose tokens see each other. `BlockRows.hidden` allows the same.
+
+    Args:
+        start: first position that attends.
+        end: number of positions.
+        finished: number of positions in finished blocks.
+        block_size: tokens in a block.
+        causal_clean: see `BlockRows`.
+
+    Returns:
+        bool [end - start, end], on the CPU, True = not attended to.
+    """
+    queries, keys = torch.arange(start, end)[:, None], torch.arange(end)
+    hidden = keys // block_size > queries // block_size
+    if causal_clean:
+        hidden |= (keys > queries) & (queries < finished)
+    return hidden
+
+
 @dataclass(frozen=True, eq=False)
 class BlockRows:
     """The positions of G texts with K views: one model row of (K + 1) L positions for each text.

@@ -403,3 +403,98 @@ def test_logits_that_are_no_numbers(remasking, value):
 
     with pytest.raises(UserError, match="the model's logits hold NaN or infinity"):
         Decoder(4, remasking=remasking)(logits, torch.tensor([[1, 4, 4]]))
+
+
+def in_blocks(plain, size):
+    """The logits of the last block, from those of all its row."""
+    return lambda tokens: plain(tokens)[:, (tokens.shape[1] - 1) // size * size :]
+
+
+def published_in_blocks(logits, tokens, size, steps, threshold, surest=False):
+    """Greedy decoding in blocks as SDAR and LLaDA2.0 release it, for one row (a list).
+
+    Blocks count from the first token, prompt included, and `steps` calls share each block. A call
+    keeps all tokens above the threshold, if they are at least as many as its share, and its share
+    of the most confident tokens otherwise. A probability is that of the softmax; `surest`: it is 1
+    for every token, which is the probability after SDAR's filter with top_k = 1.
+    """
+    x = list(tokens)
+    calls = 0
+    for start in range(0, len(x), size):
+        block = range(start, min(start + size, len(x)))
+        for step in range(steps):
+            ranking = []
+            hidden = [i for i in block if x[i] == MASK]
+            if not hidden:
+                break
+            scores = logits(torch.tensor([x[: block.stop]]))[0].tolist()
+            calls += 1
+            for i in hidden:
+                weights = [math.exp(score) for score in scores[i - start]]
+                best = max((w, -v) for v, w in enumerate(weights) if v != MASK)
+                ranking.append((1.0 if surest else best[0] / sum(weights), -i, -best[1]))
+            share = size // steps + (step < size % steps)
+            confident = [choice for choice in ranking if choice[0] > threshold]
+            if len(confident) < share:
+                confident = sorted(ranking, reverse=True)[:share]
+            for _, i, token in confident:
+                x[-i] = token
+    return x, calls
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("threshold", [None, 0.2, 0.5])
+def test_decoding_in_blocks_is_the_published_algorithm(size, threshold):
+    for seed in range(5):
+        logits = in_blocks(random_model(seed), size)
+        for prompt, steps in ((size, 1), (2 * size, size // 2), (size, size), (size + 1, size)):
+            tokens = [*(i % 8 for i in range(prompt)), *[MASK] * (4 * size - prompt)]
+            blocks = -(-(len(tokens) - prompt) // size)
+            number = None if steps == size else steps * blocks
+            decoder = Decoder(MASK, steps=number, block_size=size, threshold=threshold)
+            expected, calls = published_in_blocks(logits, tokens, size, steps, threshold or 2.0)
+            states = list(decoder.states(logits, torch.tensor([tokens])))
+            assert states[-1][0].tolist() == expected
+            assert len(states) == 1 + calls
+
+
+def test_one_call_for_a_block_is_sdars_sampling_with_top_k_1():
+    """Its probabilities are those after the filter, so every token exceeds every threshold."""
+    logits = in_blocks(random_model(7), 4)
+    tokens = [*range(6), *[MASK] * 14]
+    expected, calls = published_in_blocks(logits, tokens, 4, 4, 0.85, surest=True)
+    found = Decoder(MASK, steps=calls, block_size=4)(logits, torch.tensor([tokens]))
+    assert calls == 4 and found[0].tolist() == expected
+
+
+def test_rows_in_other_blocks_wait_for_each_other():
+    """A row has the text that it has alone, and no call sees a position after its block."""
+    plain = random_model(3)
+    rows = [[*range(2), *[MASK] * 14], [*range(7), *[MASK] * 9], [*[1] * 15, MASK], [1] * 16]
+    seen = []
+
+    def logits(tokens):
+        start = (tokens.shape[1] - 1) // 4 * 4
+        assert not (tokens[:, :start] == MASK).any()
+        seen.append(tokens.shape[1])
+        return plain(tokens)[:, start:]
+
+    decoder = Decoder(MASK, block_size=4, threshold=0.3, end_token_ids=(END,))
+    together = decoder(logits, torch.tensor(rows))
+    assert seen == sorted(seen) and set(seen) <= {4, 8, 12, 16}
+    for row, found in zip(rows, together, strict=True):
+        assert torch.equal(decoder(logits, torch.tensor([row]))[0], found)
+    sampled = Decoder(MASK, block_size=4, temperature=1.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    together = sampled(logits, torch.tensor(rows), generators)
+    for i, row in enumerate(rows):
+        alone = sampled(logits, torch.tensor([row]), [torch.Generator().manual_seed(i)])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_blocks_of_the_model_refuse_flags_for_whole_rows():
+    for name, value in (("block_length", 8), ("cfg_scale", 1.0)):
+        with pytest.raises(UserError, match="is for models that read whole rows, and this one has"):
+            Decoder(MASK, block_size=4, **{name: value})
+    with pytest.raises(UserError, match="2 is less than one per block: 3 blocks of 4 tokens"):
+        Decoder(MASK, block_size=4, steps=2)(lambda _: None, torch.tensor([[1] * 4 + [MASK] * 12]))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_mdm.objective.blocks import BlockRows, block_segments
+from megatron_mdm.objective.blocks import BlockRows, block_segments, hidden_in_decoding
 from megatron_mdm.objective.loss import Units, row_losses
 from megatron_mdm.objective.segments import counts
 
@@ -253,3 +253,23 @@ def test_a_block_counts_by_its_share_of_the_unit(of_documents):
     n = counts(eligible, blocks)
     whole = row_losses(ce, mask, weight, n, "tokens", blocks)
     torch.testing.assert_close((losses.per_row * n).sum(), whole.numerator, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_decoding_hides_the_positions_that_training_hides(causal):
+    """Clean tokens see what their clean copies see, and the last block sees as its noisy copy."""
+    L, size = 11, 4
+    rows = BlockRows(torch.zeros(1, L, dtype=torch.int64), size, causal_clean=causal)
+    whole = rows.hidden()[0, 0]
+    noisy, clean = torch.arange(0, 2 * L, 2), torch.arange(1, 2 * L, 2)
+    for end in (3, 4, 7, 8, 11):
+        assert torch.equal(
+            hidden_in_decoding(0, end, end, size, causal), whole[clean[:end]][:, clean[:end]]
+        )
+        start = (end - 1) // size * size
+        copies = torch.cat([clean[:start], noisy[start:end]])
+        expected = whole[copies][:, copies]
+        assert torch.equal(hidden_in_decoding(0, end, start, size, causal), expected)
+        for first in range(0, start + 1, size):
+            part = hidden_in_decoding(first, end, start, size, causal)
+            assert torch.equal(part, expected[first:])

@@ -202,7 +202,11 @@ def decoder_of(
     end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     return Decoder(
-        loaded.mask_token_id, end_token_ids=ends, vocab_size=vocab_size(loaded), **settings
+        loaded.mask_token_id,
+        end_token_ids=ends,
+        vocab_size=vocab_size(loaded),
+        block_size=loaded.block_size,
+        **settings,
     )
 
 

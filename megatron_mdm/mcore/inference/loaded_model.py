@@ -171,6 +171,11 @@ class LoadedModel:
         """Tokens in a block; None: whole rows."""
         return None if self.mdm.blocks is None else self.mdm.blocks.size(0)
 
+    @property
+    def causal_clean(self) -> bool:
+        """Whether clean tokens see no later token of their block; see `BlockRows`."""
+        return self.mdm.ar_loss_weight > 0.0
+
     @torch.no_grad()
     def logits(
         self,
@@ -197,10 +202,9 @@ class LoadedModel:
         Raises:
             UserError: the first token is masked, and the model is shifted.
         """
-        b, s = tokens.shape
         clean = tokens if clean is None else clean
         if self.mdm.shift:
-            self._check_first_tokens(tokens, position_ids(clean, documents))
+            self.check_first_tokens(tokens, position_ids(clean, documents))
         eod_id, rows, copies = self.tokenizer.eod, None, 1
         if self.block_size is None:
             inputs = ModelInputs.of_tokens(
@@ -208,36 +212,54 @@ class LoadedModel:
             )
         else:
             assert documents is not None and not causal, "blocks need clean tokens and documents"
-            is_causal = self.mdm.ar_loss_weight > 0.0
-            rows = BlockRows(documents, self.block_size, 1, self.mdm.shift, False, is_causal)
-            inputs, copies = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id), rows.copies
-        outputs = get_forward_backward_func()(
-            forward_step_func=lambda _, model: (inputs.logits(model, tokens), None),
-            data_iterator=None,
-            model=[self.model],
-            num_microbatches=1,
-            seq_length=s * copies,
-            micro_batch_size=b,
-            forward_only=True,
-        )
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
-            if not mpu.is_pipeline_last_stage():
-                columns = self.args.padded_vocab_size // self.args.tensor_model_parallel_size
-                shape = b, s * copies, columns
-                outputs = [tokens.new_empty(shape, dtype=self.args.params_dtype)]
-            torch.distributed.broadcast(
-                outputs[0],
-                mpu.get_pipeline_model_parallel_last_rank(),
-                group=mpu.get_pipeline_model_parallel_group(),
+            rows = BlockRows(
+                documents, self.block_size, 1, self.mdm.shift, causal_clean=self.causal_clean
             )
-        logits = gather_from_tensor_model_parallel_region(outputs[0])
+            inputs, copies = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id), rows.copies
+        logits = self.run(inputs, tokens, tokens.shape[1] * copies)
         if rows is not None:
             return rows.to_tokens(logits)[0]
         if inputs.shift:  # no position predicts the first token, so it keeps its own logits
             logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
         return logits
 
-    def _check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
+    def run(
+        self, inputs: ModelInputs, tokens: torch.Tensor, s: int, last: int | None = None
+    ) -> torch.Tensor:
+        """Runs all stages on masked tokens; logits by position.
+
+        Args:
+            inputs: the other arguments of the model.
+            tokens: int64 [b, tokens of a row], the same on all ranks.
+            s: positions of a row.
+            last: number of positions at the end that have logits; None: all.
+
+        Returns:
+            float [b, s or last, V], V the padded vocabulary, the same on all ranks.
+        """
+        b = len(tokens)
+        outputs = get_forward_backward_func()(
+            forward_step_func=lambda _, model: (inputs.logits(model, tokens, last), None),
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=s,
+            micro_batch_size=b,
+            forward_only=True,
+        )
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            if not mpu.is_pipeline_last_stage():
+                columns = self.args.padded_vocab_size // self.args.tensor_model_parallel_size
+                shape = b, s if last is None else last, columns
+                outputs = [tokens.new_empty(shape, dtype=self.args.params_dtype)]
+            torch.distributed.broadcast(
+                outputs[0],
+                mpu.get_pipeline_model_parallel_last_rank(),
+                group=mpu.get_pipeline_model_parallel_group(),
+            )
+        return gather_from_tensor_model_parallel_region(outputs[0])
+
+    def check_first_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> None:
         """Checks that a shifted model need not predict a token that training never predicted.
 
         Raises:

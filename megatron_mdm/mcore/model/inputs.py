@@ -42,6 +42,8 @@ class ModelInputs:
         blocks: positions of rows that hold noisy and clean tokens; None: a position for each token.
         next_tokens: clean tokens of the next-token loss, bool [g, s], for rows with `blocks`; None:
             none.
+        start: position of the first token, for a part of a text whose beginning is in a cache of
+            keys and values.
     """
 
     clean: torch.Tensor
@@ -52,6 +54,7 @@ class ModelInputs:
     causal: bool = False
     blocks: BlockRows | None = None
     next_tokens: torch.Tensor | None = None
+    start: int = 0
 
     @classmethod
     def of_batch(
@@ -155,18 +158,23 @@ class ModelInputs:
         mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm))
         return cls(clean, rows.position_ids(), mask, mdm.shift, blocks=rows)
 
-    def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: Any, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns the logits of each position.
 
         Args:
             model: the stage.
             tokens: int64 [b, s].
+            last: number of positions at the end that have logits; None: all.
 
         Returns:
-            float [b, s / context-parallel ranks, V / tensor-parallel ranks], V the padded
-            vocabulary, at the last stage; else hidden states.
+            float [b, s / context-parallel ranks, V / tensor-parallel ranks], or [b, last, ...], V
+            the padded vocabulary, at the last stage; else hidden states.
         """
-        return self._call(model, tokens)
+        if last is None:
+            return self._call(model, tokens)
+        return self._call(
+            model, tokens, output_processor=last_logits, output_processor_context=last
+        )
 
     def cross_entropy(
         self,
@@ -235,13 +243,39 @@ class ModelInputs:
                 stack.enter_context(causal_attention(model))
             if self.blocks is not None:
                 tokens = self.blocks.interleave(tokens, self.clean)
-                stack.enter_context(repeated_positions(model, self.blocks.copies))
+                stack.enter_context(repeated_positions(model, copies=self.blocks.copies))
+            if self.start:
+                stack.enter_context(repeated_positions(model, start=self.start))
             return model(
                 shard_sequence(tokens),
                 shard_sequence(self.position_ids),
                 self.attention_mask,
                 **rest,
             )
+
+
+def last_logits(
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
+    context: int,
+    **_: Any,
+) -> torch.Tensor:
+    """Megatron's `output_processor`: the logits of the last `context` positions.
+
+    Args:
+        hidden_states: [s, b, h].
+        output_layer: Megatron's output layer.
+        output_weight: weight shared with the embedding, or None.
+        scale_logits: GPTModel's method.
+        context: Megatron's argument `output_processor_context`.
+
+    Returns:
+        float [b, context, V / tensor-parallel ranks].
+    """
+    logits, _bias = output_layer(hidden_states[-context:], weight=output_weight)
+    return scale_logits(logits).transpose(0, 1).contiguous()
 
 
 def tokens_to_logits(values: torch.Tensor, shift: bool) -> torch.Tensor:
