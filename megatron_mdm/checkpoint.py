@@ -49,7 +49,7 @@ def add_block_size_argument(parser: argparse._ActionsContainer) -> None:
     """Adds --block-size, which `open_checkpoint` takes."""
     parser.add_argument(
         "--block-size",
-        type=_block_size,
+        type=block_size_of,
         default="trained",
         metavar="SIZE",
         help="tokens in a block, `row` for whole rows, or `trained` for the size that the "
@@ -57,8 +57,8 @@ def add_block_size_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _block_size(text: str) -> str:
-    """A value of --block-size.
+def block_size_of(text: str) -> str:
+    """A value of --block-size, checked.
 
     Raises:
         UserError: it is no size.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 # Flags that only --data uses, flags that only --tasks uses, and those of the latter that are
 # arguments of the model of lm_eval.
-OF_DATA = ("rows", "bins", "block_size", "per_document", "format", "json_key")
+OF_DATA = ("rows", "bins", "per_document", "format", "json_key")
 OF_MODEL = ("max_length", *TOKEN_FLAGS, *DECODER_FLAGS)
 OF_TASKS = (
     *("include_path", "num_fewshot", "fewshot_seed", "limit", "apply_chat_template"),
@@ -91,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=16, help="rows per model call (default: %(default)s)"
     )
+    add_block_size_argument(parser)
     parser.add_argument("--json", metavar="FILE", help="JSON file for the results")
     data = parser.add_argument_group("with --data")
     data.add_argument(
@@ -102,7 +103,6 @@ def parse() -> argparse.Namespace:
     data.add_argument(
         "--bins", type=int, default=10, help="number of bins of t (default: %(default)s)"
     )
-    add_block_size_argument(data)
     data.add_argument(
         "--per-document",
         action="store_true",
@@ -283,7 +283,7 @@ def answer(options: argparse.Namespace) -> None:
     }
     if options.special_tokens is None and options.apply_chat_template:
         settings["special_tokens"] = True  # the template writes special tokens as text
-    with open_asked_for(options) as loaded:
+    with open_asked_for(options, block_size=options.block_size) as loaded:
         from lm_eval.utils import make_table
 
         from megatron_mdm.lm_eval.checkpoint_model import adapter_arguments
@@ -293,7 +293,7 @@ def answer(options: argparse.Namespace) -> None:
             HarnessModel(**adapter_arguments(loaded, **settings)),
             tasks,
             manager,
-            model_args={"load": options.load, **settings},
+            model_args={"load": options.load, "block_size": options.block_size, **settings},
             num_fewshot=options.num_fewshot,
             fewshot_random_seed=options.fewshot_seed,
             limit=options.limit,

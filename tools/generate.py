@@ -42,7 +42,6 @@ from megatron_mdm.generation.prompts import (
 )
 
 if TYPE_CHECKING:
-    from megatron_mdm.generation.decoder import LogitsFunction
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 
 
@@ -173,18 +172,13 @@ def main() -> None:
         import torch
 
         from megatron_mdm.generation.decoder import filling_order
-        from megatron_mdm.mcore.inference.block_logits import BlockLogits
         from megatron_mdm.mcore.inference.eval_data import (
             chat_encoder,
             decoder_of,
+            decoding_logits,
             encoder,
             spells_special_tokens,
         )
-
-        def logits_of(length: int) -> "LogitsFunction":
-            if loaded.block_size is None:
-                return loaded.logits
-            return BlockLogits(loaded, length, options.kv_cache)
 
         mask = loaded.mask_token_id
         special = spells_special_tokens(loaded.args, options.special_tokens)
@@ -234,7 +228,7 @@ def main() -> None:
             generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
             states = []
             tokens = torch.tensor([rows[i] for i in batch], device=device)
-            logits = logits_of(tokens.shape[1])
+            logits = decoding_logits(loaded, tokens.shape[1], options.kv_cache)
             for step, state in enumerate(decoder.states(logits, tokens, generators)):
                 written = [
                     row[len(openings[i]) :] for i, row in zip(batch, state.tolist(), strict=True)

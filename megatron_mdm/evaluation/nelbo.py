@@ -217,6 +217,7 @@ def log_likelihoods(
     batch_size: int = 16,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
+    in_context: bool = False,
 ) -> list[tuple[float, float]]:
     """Lower bounds on the conditional log-likelihoods of continuations, given their contexts.
 
@@ -234,6 +235,9 @@ def log_likelihoods(
         batch_size: masked rows in a call of `logits`.
         device: device of the tokens that `logits` gets.
         progress: called after each batch with its number of masks; see `num_masks`.
+        in_context: whether `logits` also gets the clean tokens, and one document for each row.
+            Models with blocks need them. The bound of a row is the sum of those of its blocks, each
+            given the clean blocks before it, since one rate for all blocks is as exact as one each.
 
     Returns:
         For each pair, an unbiased estimate of the lower bound on log p(continuation | context),
@@ -250,6 +254,7 @@ def log_likelihoods(
         ScoredRow(
             torch.tensor([*context, *continuation], dtype=torch.int64),
             torch.tensor([False] * len(context) + [True] * len(continuation)),
+            torch.zeros(len(context) + len(continuation)).long() if in_context else None,
         )
         for context, continuation in pairs
     ]

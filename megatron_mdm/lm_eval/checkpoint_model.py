@@ -4,9 +4,10 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megatron_mdm.checkpoint import open_checkpoint
+from megatron_mdm.checkpoint import block_size_of, open_checkpoint
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import DRAWS
 from megatron_mdm.generation.decoder import Remasking
@@ -28,6 +29,7 @@ class CheckpointModel(HarnessModel):
         checkpoint_hashes: whether to compare the checkpoint's files with the hashes saved beside
             them.
         trust_remote_code: whether to run Python code that lies beside the tokenizer.
+        block_size: see `open_checkpoint`.
         settings: see `adapter_arguments`.
 
     Raises:
@@ -43,6 +45,7 @@ class CheckpointModel(HarnessModel):
         pipeline_model_parallel_size: int = 1,
         checkpoint_hashes: bool = True,
         trust_remote_code: bool = False,
+        block_size: int | str = "trained",
         **settings: Any,
     ) -> None:
         if load is None:
@@ -66,6 +69,7 @@ class CheckpointModel(HarnessModel):
                 None,
                 checkpoint_hashes,
                 trust_remote_code,
+                block_size_of(str(block_size)),
             )
         )
         # lm_eval never closes a model, so this closes it at the end. It exits the context as after
@@ -110,7 +114,12 @@ def adapter_arguments(
     """
     import torch
 
-    from megatron_mdm.mcore.inference.eval_data import decoder_of, encoder, spells_special_tokens
+    from megatron_mdm.mcore.inference.eval_data import (
+        decoder_of,
+        decoding_logits,
+        encoder,
+        spells_special_tokens,
+    )
     from megatron_mdm.mcore.tokenizer import chat_template
 
     max_length = loaded.max_length if max_length is None else max_length
@@ -140,6 +149,7 @@ def adapter_arguments(
         "shift": loaded.args.mdm_shift,
         "opening_token_id": loaded.opening_token_id,
         "decode": loaded.tokenizer.detokenize,
+        "decoded": partial(decoding_logits, loaded),
         "decoder": decoder_of(
             loaded,
             eos_token_ids,

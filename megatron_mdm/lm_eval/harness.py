@@ -62,7 +62,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     """Answers the requests of the harness with bounds on log-likelihoods, in nats, and with texts.
 
     Args:
-        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted.
+        logits: tokens int64 [B, L] -> logits float [B, L, V] of the clean tokens, unshifted. If the
+            decoder has blocks of the model, it also gets `clean` and `documents`; see
+            `LogitsInContext`.
         encode: text -> token ids, without special tokens in front.
         mask_token_id: token id that replaces masked tokens.
         max_length: most tokens in a row; longer contexts lose their beginning.
@@ -78,6 +80,8 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         decode: token ids -> text; None: the model cannot generate texts.
         decoder: generates the answers of `generate_until`; `generation_kwargs` of a task override
             its settings. Default: `Decoder(mask_token_id)`.
+        decoded: number of tokens in a row -> the decoder's function for a batch of such rows.
+            Default: `logits`.
         max_gen_toks: tokens of a generated text if the task does not set the number, as in lm_eval.
         render: (messages, whether the header of an answer follows) -> text; None: the tokenizer has
             no chat template.
@@ -103,6 +107,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         opening_token_id: int | None = None,
         decode: Callable[[list[int]], str] | None = None,
         decoder: Decoder | None = None,
+        decoded: Callable[[int], LogitsFunction] | None = None,
         max_gen_toks: int = 256,
         render: Callable[[list[Message], bool], str] | None = None,
         template: Callable[[], str] = str,
@@ -114,6 +119,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         if max_length <= self._num_given:
             raise UserError(f"max_length {max_length}: rows have no room for a token to score")
         self._logits = logits
+        self._decoded = decoded or (lambda length: logits)
         self._encode = encode
         self._mask_token_id = mask_token_id
         self._max_length = max_length
@@ -265,7 +271,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         ]
         generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
         tokens = torch.tensor([rows[i] for i in chosen], device=device)
-        return decoder(self._logits, tokens, generators).tolist()
+        return decoder(self._decoded(tokens.shape[1]), tokens, generators).tolist()
 
     def _check_expected(self) -> None:
         """Checks all requests of the evaluation, once; see `expect`.
@@ -374,7 +380,12 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
         masks = sum(num_masks(len(after), self._settings["draws"]) for _, after in pairs)
         with self._bar(masks, "masks") as bar:
             bounds = log_likelihoods(
-                self._logits, pairs, self._mask_token_id, progress=bar.update, **self._settings
+                self._logits,
+                pairs,
+                self._mask_token_id,
+                progress=bar.update,
+                in_context=self._decoder.block_size is not None,
+                **self._settings,
             )
         return [bound for bound, _ in bounds]
 
@@ -459,11 +470,13 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
     def _are_greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
         """Whether greedy decoding, with the continuation's length, gives each continuation."""
         rows = [[*before, *[self._mask_token_id] * len(after)] for before, after in pairs]
-        decoder = Decoder(self._mask_token_id, vocab_size=self._decoder.vocab_size)
+        own = self._decoder
+        decoder = Decoder(self._mask_token_id, block_size=own.block_size, vocab_size=own.vocab_size)
         greedy = [False] * len(rows)
         for batch in same_lengths(rows, self._settings["batch_size"]):
             tokens = torch.tensor([rows[i] for i in batch], device=self._settings["device"])
-            for i, filled in zip(batch, decoder(self._logits, tokens).tolist(), strict=True):
+            written = decoder(self._decoded(tokens.shape[1]), tokens)
+            for i, filled in zip(batch, written.tolist(), strict=True):
                 before, after = pairs[i]
                 greedy[i] = filled[len(before) :] == after
         return greedy

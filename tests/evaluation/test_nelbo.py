@@ -295,3 +295,28 @@ def test_bad_input_is_one_line():
     for value in (torch.nan, torch.inf):
         with pytest.raises(UserError, match="the likelihood of a text is NaN or 0"):
             evaluate(lambda tokens: torch.full((*tokens.shape, 4), value), text, MASK)  # noqa: B023
+
+
+def test_bounds_in_blocks_are_sums_over_blocks_given_clean_ones():
+    """One rate for a whole row gives each block the same bound as a rate of its own."""
+    size, context, after = 2, [0, 1, 2], [1, 0, 2, 1]
+
+    def logits(tokens, clean, documents):
+        assert not documents.any()
+        blocks = [
+            model(torch.cat([clean[:, :start], tokens[:, start : start + size]], dim=1))[:, start:]
+            for start in range(0, tokens.shape[1], size)
+        ]
+        return torch.cat(blocks, dim=1)
+
+    row, exact = torch.tensor([*context, *after]), 0.0
+    for start in range(2, len(row), size):
+        text = row[: start + size]
+        places = torch.arange(len(text))
+        exact -= oracle_nats(ScoredRow(text, (places >= start) & (places >= len(context))))
+    ((bound, error),) = log_likelihoods(logits, [(context, after)], MASK, draws=16, in_context=True)
+    assert (bound, error) == (pytest.approx(exact, rel=1e-12), 0.0)
+    drawn = log_likelihoods(logits, [(context, after)] * 400, MASK, draws=8, in_context=True)
+    bounds = [bound for bound, _ in drawn]
+    assert np.mean(bounds) == pytest.approx(exact, abs=4 * stats.sem(bounds))
+    assert stats.sem(bounds) < 0.01 * abs(exact)

@@ -224,6 +224,35 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
     assert texts != other.generate_until(asked)
 
 
+def test_a_model_with_blocks_gets_the_tokens_of_blocks():
+    """Likelihoods come from whole rows and their clean tokens, texts and greediness from blocks."""
+    lengths = []
+
+    def in_context(tokens, clean, documents):
+        assert not documents.any() and not (clean == MASK).any()
+        return logits(tokens)
+
+    def decoded(length):
+        def of_last_block(tokens):
+            lengths.append((length, tokens.shape[1]))
+            return logits(tokens)[:, (tokens.shape[1] - 1) // 4 * 4 :]
+
+        return of_last_block
+
+    decoder = Decoder(MASK, block_size=4, vocab_size=MASK)
+    model = HarnessModel(
+        in_context, encode, MASK, 12, draws=16, decode=decode, decoder=decoder, decoded=decoded
+    )
+    (right, greedy), (wrong, other) = model.loglikelihood(
+        [request("ab", "cde"), request("ab", "gad")]
+    )
+    assert right > wrong and (greedy, other) == (True, False)
+    assert {length for length, _ in lengths} == {5} and {end for _, end in lengths} == {4, 5}
+    lengths.clear()
+    assert model.generate_until([request("ab", {"max_gen_toks": 6, "until": []})]) == ["cdefgh"]
+    assert set(lengths) == {(8, 4), (8, 8)}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -21,12 +21,13 @@ from megatron_mdm.data.pairs import PairEncoder, PairKeys
 from megatron_mdm.data.sampling import Reservoir, drawn
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, cut_rows
-from megatron_mdm.generation.decoder import Decoder
+from megatron_mdm.generation.decoder import Decoder, LogitsFunction
 from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import eligible_positions, isolated_documents
 from megatron_mdm.mcore.data.row_dataset import rows_of_file
 from megatron_mdm.mcore.flags.data_files import check_data_files, has_several_sequences
 from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
+from megatron_mdm.mcore.inference.block_logits import BlockLogits
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
 
@@ -208,6 +209,17 @@ def decoder_of(
         block_size=loaded.block_size,
         **settings,
     )
+
+
+def decoding_logits(loaded: LoadedModel, length: int, cached: bool = True) -> LogitsFunction:
+    """The function that the decoder of a checkpoint calls, for one batch of rows.
+
+    Args:
+        loaded: the checkpoint.
+        length: tokens in a row.
+        cached: for models with blocks, see `BlockLogits`.
+    """
+    return loaded.logits if loaded.block_size is None else BlockLogits(loaded, length, cached)
 
 
 def rows_from_documents(loaded: LoadedModel, documents: Documents, packed: bool) -> list[ScoredRow]:

@@ -436,8 +436,8 @@ def _set_blocks(args: Namespace, checkpoint: SavedCheckpoint, block_size: str | 
     if block_size is None and size is not None:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} was trained in blocks of {size} tokens, and "
-            "this tool reads whole rows: use tools/evaluate.py --data, or train on with the phase "
-            "`row` at the end of --mdm-block-size-schedule"
+            "this tool reads whole rows: train on, with the phase `row` at the end of "
+            "--mdm-block-size-schedule"
         )
     if block_size not in (None, "trained"):
         size = None if block_size == "row" else int(block_size)
