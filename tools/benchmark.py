@@ -7,12 +7,13 @@
 
 import argparse
 
-from benchmarks import gpu, preprocessing, race, soak, throughput, variance
+from benchmarks import decoding, gpu, preprocessing, race, soak, throughput, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file, so the modules import torch and the like in functions only.
 BENCHMARKS = {
     "data": preprocessing,
+    "decoding": decoding,
     "gpu": gpu,
     "race": race,
     "soak": soak,
@@ -22,6 +23,7 @@ BENCHMARKS = {
 # A first command for each, which its help begins with.
 EXAMPLES = {
     "data": ["data --mb 16 --json data.json"],
+    "decoding": ["decoding --load runs/quickstart/checkpoint --device cpu --json decoding.json"],
     "gpu": ["gpu --json gpu.json"],
     "race": ["race --jobs 2 --json race.json"],
     "soak": ["soak --json soak.json"],
