@@ -1,7 +1,8 @@
 """Tiny random models of every family, as Hugging Face directories, and the logits they compute.
 
-Llama and Qwen come from transformers. LLaDA, LLaDA-MoE and Dream are written here from their
-published architecture, as functions of tensors with the published names, without any of our code.
+Llama and Qwen come from transformers, and so do the networks of the families in blocks. LLaDA,
+LLaDA-MoE and Dream are written here from their published architecture, as functions of tensors with
+the published names, without any of our code.
 """
 
 import json
@@ -109,6 +110,37 @@ PUBLISHED = {
     "llada-moe-dense": {**LLADA_MOE, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]},
 }
 
+SDAR = {
+    "architectures": ["SDARForCausalLM"],
+    "attention_bias": False,
+    "attn_implementation": "flex_attention",
+    "block_size": 4,
+    "debug": False,
+    "eos_token_id": 81,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "mask_token_id": 90,
+    "max_position_embeddings": 64,
+    "max_window_layers": 28,
+    "model_type": "sdar",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": ROPE,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+    "vocab_size": VOCAB,
+}
+
+# Configurations of the kinds that fill in blocks, and the class of transformers of their network.
+IN_BLOCKS = {"sdar": (SDAR, "Qwen3")}
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -141,6 +173,15 @@ def make(kind: str, directory: Path, **changes) -> Path:
         return directory
     import transformers as hf
 
+    if kind in IN_BLOCKS:
+        published, name = IN_BLOCKS[kind]
+        config = {**published, **changes}
+        model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**config))
+        _randomize(model)
+        model.save_pretrained(directory)
+        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "generation_config.json").unlink(missing_ok=True)
+        return directory
     config_class, model_class, own = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
         "llama-mha": (hf.LlamaConfig, hf.LlamaForCausalLM, {"num_key_value_heads": 4}),
@@ -155,14 +196,17 @@ def make(kind: str, directory: Path, **changes) -> Path:
     }[kind]
     config = config_class(**{**SMALL, **own, **changes})
     model = model_class(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Norms and biases get random values too, because initial values would hide a wrong
-            # place.
-            scale = 0.5 if "norm" in name else 0.2
-            parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
+    _randomize(model)
     model.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module) -> None:
+    """Gives norms and biases random values too: initial values would hide a wrong place."""
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if "norm" in name else 0.2
+        parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
 
 
 def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> None:
@@ -276,6 +320,45 @@ def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
         mask = torch.zeros(tokens.shape[0], 1, s, s)  # added to the scores, hides nothing
     with torch.no_grad():
         return model(tokens, attention_mask=mask).logits
+
+
+@torch.no_grad()
+def block_logits(
+    directory: Path, tokens: torch.Tensor, clean: torch.Tensor, size: int, shift: bool
+) -> torch.Tensor:
+    """Logits of masked tokens, given the clean blocks before theirs, by one pass for each block.
+
+    Args:
+        directory: of a model in `IN_BLOCKS`.
+        tokens: masked tokens, int64 [b, s].
+        clean: the tokens before masking, int64 [b, s].
+        size: tokens in a block.
+        shift: the token before predicts a token; the first token then keeps its own logits.
+
+    Returns:
+        float32 [b, s, V].
+    """
+    import transformers as hf
+
+    architecture = json.loads((directory / "config.json").read_text())["architectures"]
+    (name,) = (
+        name for config, name in IN_BLOCKS.values() if config["architectures"] == architecture
+    )
+    model = getattr(hf, f"{name}ForCausalLM").from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    s, parts = tokens.shape[1], []
+    for start in range(0, s, size):
+        end = min(start + size, s)
+        row = torch.cat([clean[:, :start], tokens[:, start:end]], dim=1)
+        blocks = torch.arange(end) // size
+        hidden = blocks[None, :] > blocks[:, None]
+        mask = torch.zeros(end, end).masked_fill(hidden, -torch.inf).expand(len(row), 1, end, end)
+        logits = model(row, attention_mask=mask).logits
+        if shift:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        parts.append(logits[:, start:])
+    return torch.cat(parts, dim=1)
 
 
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:

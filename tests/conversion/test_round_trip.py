@@ -32,7 +32,10 @@ def same_files(one, other):
 
 # HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys.
 HYBRID_KINDS = ["llama-mha", "qwen2-tied", "llada", "dream"]
-MODELS = [*((kind, "gpt") for kind in KINDS), *((kind, "hybrid") for kind in HYBRID_KINDS)]
+MODELS = [
+    *((kind, "gpt") for kind in [*KINDS, *models.IN_BLOCKS]),
+    *((kind, "hybrid") for kind in HYBRID_KINDS),
+]
 
 
 @pytest.mark.parametrize("kind, model", MODELS)
