@@ -2,7 +2,7 @@
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
 transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_dream.py`,
-`modeling_sdar.py` for the diffusion models).
+`modeling_sdar.py` and, for Fast-dLLM v2, `modeling.py` for the diffusion models).
 """
 
 from collections.abc import Mapping, Sequence
@@ -201,6 +201,23 @@ SDAR = Family(
     transformers_class="Qwen3ForCausalLM",
 )
 
+# Fast-dLLM v2: Qwen2's network, which fills in one block of tokens after another.
+FAST_DLLM = Family(
+    name="fast-dllm",
+    architecture="Fast_dLLM_QwenForCausalLM",
+    model_type="Fast_dLLM_Qwen",
+    sizes=_SIZES,
+    fixed=QWEN2.fixed,
+    tensors=QWEN2.tensors,
+    flags=QWEN2.flags,
+    mask_token_id=151665,
+    shifted=True,
+    shift_first_noisy=True,
+    block_size_key="bd_size",
+    block_size=32,
+    transformers_class="Qwen2ForCausalLM",
+)
+
 LLADA = Family(
     name="llada",
     architecture="LLaDAModelLM",
@@ -303,7 +320,7 @@ LLADA_MOE = Family(
     experts_key="moe_layer_freq",
 )
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM, SDAR)
+FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM, SDAR, FAST_DLLM)
 
 # Models whose weights would convert, but whose converted model would compute something else.
 REFUSED = {

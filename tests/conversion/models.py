@@ -138,8 +138,34 @@ SDAR = {
     "vocab_size": VOCAB,
 }
 
+FAST_DLLM = {
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "attention_dropout": 0.0,
+    "bd_size": 8,
+    "eos_token_id": 81,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "layer_types": ["full_attention"] * 2,
+    "mask_token_id": 90,
+    "max_position_embeddings": 64,
+    "max_window_layers": 28,
+    "model_type": "Fast_dLLM_Qwen",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": ROPE,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+    "vocab_size": VOCAB,
+}
+
 # Configurations of the kinds that fill in blocks, and the class of transformers of their network.
-IN_BLOCKS = {"sdar": (SDAR, "Qwen3")}
+IN_BLOCKS = {"sdar": (SDAR, "Qwen3"), "fast-dllm": (FAST_DLLM, "Qwen2")}
 
 SMALL = {
     "hidden_size": 32,

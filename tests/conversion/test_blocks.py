@@ -26,9 +26,12 @@ from tests.conversion.test_round_trip import TOLERANCE
 from tests.ranks import entries
 
 MASK = 90
-FLAGS = {"sdar": "--mdm-block-size 4"}
+FLAGS = {
+    "sdar": "--mdm-block-size 4",
+    "fast-dllm": "--mdm-shift --mdm-block-size 8 --mdm-shift-first noisy",
+}
 # What a checkpoint records: block size, shift, and what predicts first tokens in training.
-RECORDED = {"sdar": (4, False, "clean")}
+RECORDED = {"sdar": (4, False, "clean"), "fast-dllm": (8, True, "noisy")}
 SHIFTED = {kind for kind, (_, shift, _) in RECORDED.items() if shift}
 
 
@@ -175,6 +178,13 @@ def test_a_block_size_has_to_be_known():
         block_size(detect(config), config)
     with pytest.raises(UserError, match="'block_size' should be a whole number above 0, got '4'"):
         detect({**config, "block_size": "4"})
+
+
+def test_the_size_of_fast_dllm_is_that_of_its_class_if_config_json_has_none():
+    config = {key: value for key, value in models.FAST_DLLM.items() if key != "bd_size"}
+    family = detect(config)
+    assert block_size(family, config) == 32 and block_entry(family, config, 32) == {}
+    assert block_entry(family, config, 16) == {"bd_size": 16}
 
 
 def test_what_config_json_says_of_blocks_in_the_end():
