@@ -1,8 +1,9 @@
 """The model families: a table for each maps config.json and tensor names to Megatron's.
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
-transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_dream.py`,
-`modeling_sdar.py` and, for Fast-dLLM v2, `modeling.py` for the diffusion models).
+transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_illada.py`,
+`modeling_dream.py`, `modeling_sdar.py` and, for Fast-dLLM v2, `modeling.py` for the diffusion
+models).
 """
 
 from collections.abc import Mapping, Sequence
@@ -187,6 +188,24 @@ DREAM = Family(
     shifted=True,
 )
 
+ILLADA = Family(
+    name="illada",
+    architecture="ILLaDAForCausalLM",
+    model_type="illada",
+    sizes=_SIZES
+    | {
+        "rotary_base": ("rope_theta", NEEDED),
+        "norm_epsilon": ("rms_norm_eps", NEEDED),
+    },
+    # With a layer_norm_eps its class has LayerNorm in place of RMSNorm.
+    fixed={**LLAMA.fixed, "layer_norm_eps": (None,)},
+    required=("hidden_act", "tie_word_embeddings"),
+    rope_scaling=False,
+    tensors=LLAMA.tensors,
+    mask_token_id=5,
+    transformers_class="LlamaForCausalLM",
+)
+
 # Qwen3's network, which fills in one block of tokens after another.
 SDAR = Family(
     name="sdar",
@@ -320,7 +339,7 @@ LLADA_MOE = Family(
     experts_key="moe_layer_freq",
 )
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM, SDAR, FAST_DLLM)
+FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, ILLADA, DREAM, SDAR, FAST_DLLM)
 
 # Models whose weights would convert, but whose converted model would compute something else.
 REFUSED = {

@@ -1,8 +1,8 @@
 """Tiny random models of every family, as Hugging Face directories, and the logits they compute.
 
 Llama and Qwen come from transformers, and so do the networks of the families in blocks. LLaDA,
-LLaDA-MoE and Dream are written here from their published architecture, as functions of tensors with
-the published names, without any of our code.
+LLaDA-MoE, iLLaDA and Dream are written here from their published architecture, as functions of
+tensors with the published names, without any of our code.
 """
 
 import json
@@ -102,10 +102,34 @@ LLADA_MOE = {
     "torch_dtype": "float32",
 }
 
+ILLADA = {
+    "architectures": ["ILLaDAForCausalLM"],
+    "model_type": "illada",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": ROPE,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": None,
+    "vocab_size": VOCAB,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
 # Configurations of the kinds whose reference is in this file, by name.
 PUBLISHED = {
     "llada": LLADA,
     "dream": DREAM,
+    "illada": ILLADA,
     "llada-moe": LLADA_MOE,
     "llada-moe-dense": {**LLADA_MOE, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]},
 }
@@ -260,7 +284,7 @@ def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> N
 
 
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Random tensors of a LLaDA, LLaDA-MoE or Dream model, by their published names."""
+    """Random tensors of a LLaDA, LLaDA-MoE, iLLaDA or Dream model, by their published names."""
     if "d_model" in config:
         h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
         kv = h // config["n_heads"] * config["n_kv_heads"]
@@ -309,7 +333,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
             for e in range(count):
                 experts |= {f"mlp.experts.{e}.{x}_proj.weight": [f, h] for x in ("gate", "up")}
                 experts[f"mlp.experts.{e}.down_proj.weight"] = [h, f]
-        else:
+        elif config["model_type"] == "Dream":
             layer |= {
                 "self_attn.q_proj.bias": [h],
                 "self_attn.k_proj.bias": [kv],
@@ -322,8 +346,9 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
         shapes |= {
             "model.embed_tokens.weight": [config["vocab_size"], h],
             "model.norm.weight": [h],
-            "lm_head.weight": [config["vocab_size"], h],
         }
+        if not config["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = [config["vocab_size"], h]
     return {
         name: torch.randn(shape) * 0.2 + ("norm" in name or "ln_f" in name)
         for name, shape in shapes.items()
@@ -333,7 +358,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
 def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
     """Logits of the model in a directory, fp32: tokens [b, s] -> [b, s, V]."""
     config = json.loads((directory / "config.json").read_text())
-    if config["model_type"] in ("llada", "Dream"):
+    if config["model_type"] in ("llada", "Dream", "illada"):
         return published_logits(config, load_file(directory / "model.safetensors"), tokens)
     import transformers as hf
 
@@ -388,7 +413,7 @@ def block_logits(
 
 
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of LLaDA's, LLaDA-MoE's or Dream's network, with bidirectional attention."""
+    """Logits of LLaDA's, LLaDA-MoE's, iLLaDA's or Dream's network, with bidirectional attention."""
     llada = "d_model" in config
     heads = config["n_heads" if llada else "num_attention_heads"]
     groups = config["n_kv_heads" if llada else "num_key_value_heads"]
@@ -420,6 +445,8 @@ def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tenso
         else:
             x = x + _mlp(y, *(w[f"{b}mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
     x = _norm(x, w[p + ("ln_f.weight" if llada else "norm.weight")], eps)
+    if config.get("tie_word_embeddings"):
+        return x @ w["model.embed_tokens.weight"].T
     return x @ w["model.transformer.ff_out.weight" if llada else "lm_head.weight"].T
 
 
