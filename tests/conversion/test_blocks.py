@@ -101,32 +101,32 @@ def test_tools_treat_a_converted_checkpoint_as_trained_in_its_blocks(converted, 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model of SDAR that its launch line trained on, in blocks of 8 tokens."""
-    root = tmp_path_factory.mktemp("trained")
-    source = models.make("sdar", root / "hf")
-    models.write_tokenizer(source, WORDS, **SPECIAL)
-    to_megatron(str(source), str(root / "mg"), log=str)
-    write_data(root)
-    line = (root / "mg" / "launch.txt").read_text().replace("\\\n", "")
-    words = shlex.split(
-        line.replace("MY_RUN", str(root / "run")).replace("MY_DATA", f"{root}/text")
-    )
-    flags = words[words.index("megatron_mdm.pretrain") + 1 :]
-    flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
-    flags += ["--data-cache-path", str(root / "cache"), "--mdm-block-size", "8"]
-    ranks.launch(root / "log", 1, "--", *flags, entry=entries.only_these_flags)
-    return root
+    """A function from a kind to a model that its launch line trained on in blocks of 16, cached."""
+    made = {}
+
+    def train(kind):
+        if kind in made:
+            return made[kind]
+        root = made[kind] = tmp_path_factory.mktemp(kind)
+        source = models.make(kind, root / "hf")
+        models.write_tokenizer(source, WORDS, **SPECIAL)
+        to_megatron(str(source), str(root / "mg"), log=str)
+        write_data(root)
+        line = (root / "mg" / "launch.txt").read_text().replace("\\\n", "")
+        line = line.replace("MY_RUN", str(root / "run")).replace("MY_DATA", str(root / "text"))
+        words = shlex.split(line)
+        flags = words[words.index("megatron_mdm.pretrain") + 1 :]
+        flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
+        flags += ["--data-cache-path", str(root / "cache"), "--mdm-block-size", "16"]
+        ranks.launch(root / "log", 1, "--", *flags, entry=entries.only_these_flags)
+        return root
+
+    return train
 
 
 def test_evaluate_reads_the_blocks_of_a_converted_checkpoint(trained, tmp_path):
-    words = [
-        "--load",
-        str(trained / "mg"),
-        "--device",
-        "cpu",
-        "--data",
-        str(trained / "text.jsonl"),
-    ]
+    root = trained("sdar")
+    words = ["--load", str(root / "mg"), "--data", str(root / "text.jsonl"), "--device", "cpu"]
     words += ["--rows", "4", "--draws", "2"]
     results = []
     for size in ("trained", "4"):
@@ -139,13 +139,14 @@ def test_evaluate_reads_the_blocks_of_a_converted_checkpoint(trained, tmp_path):
     assert results[0] == results[1] and results[0]["block_size"] == 4
 
 
-def test_the_way_back_writes_the_block_size_of_the_run(trained, tmp_path):
-    said = []
-    to_hugging_face(str(trained / "run"), str(tmp_path / "back"), verify=True, log=said.append)
+@pytest.mark.parametrize("kind, key", [("sdar", "block_size"), ("fast-dllm", "bd_size")])
+def test_the_way_back_writes_the_block_size_of_the_run(kind, key, trained, tmp_path):
+    root, said = trained(kind), []
+    to_hugging_face(str(root / "run"), str(tmp_path / "back"), verify=True, log=said.append)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert config == {**models.SDAR, "block_size": 8}
-    assert any("trained in blocks of 8 tokens (block_size in config.json)" in x for x in said)
-    before, after = (load_file(d / SINGLE) for d in (trained / "hf", tmp_path / "back"))
+    assert config == {**models.IN_BLOCKS[kind][0], key: 16}
+    assert any(f"trained in blocks of 16 tokens ({key} in config.json)" in line for line in said)
+    before, after = (load_file(d / SINGLE) for d in (root / "hf", tmp_path / "back"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -158,16 +159,16 @@ def test_a_run_in_blocks_of_another_family(trained, tmp_path):
         directory = tmp_path / name
         models.write_tokenizer(directory, WORDS, **SPECIAL)
         (directory / "config.json").write_text(json.dumps(config))
-    run, as_qwen = str(trained / "run"), str(tmp_path / "as_qwen")
+    run, as_qwen = str(trained("sdar") / "run"), str(tmp_path / "as_qwen")
     to_hugging_face(run, as_qwen, config_from=str(tmp_path / "qwen"), log=str)
     config = json.loads(Path(as_qwen, "config.json").read_text())
-    assert config == {**qwen, "mdm_block_size": 8, "mdm_shift": False}
-    assert block_size(detect(config), config) == 8
+    assert config == {**qwen, "mdm_block_size": 16, "mdm_shift": False}
+    assert block_size(detect(config), config) == 16
     to_megatron(as_qwen, str(tmp_path / "mg"), log=str)
-    assert "--mdm-block-size 8" in (tmp_path / "mg" / "launch.txt").read_text()
+    assert "--mdm-block-size 16" in (tmp_path / "mg" / "launch.txt").read_text()
     as_sdar = tmp_path / "as_sdar"
     to_hugging_face(str(tmp_path / "mg"), str(as_sdar), config_from=str(tmp_path / "sdar"), log=str)
-    assert json.loads((as_sdar / "config.json").read_text()) == {**models.SDAR, "block_size": 8}
+    assert json.loads((as_sdar / "config.json").read_text()) == {**models.SDAR, "block_size": 16}
     one, other = load_file(Path(as_qwen, SINGLE)), load_file(as_sdar / SINGLE)
     assert one.keys() == other.keys() and all(torch.equal(one[x], other[x]) for x in one)
 
