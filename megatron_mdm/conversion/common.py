@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from megatron_mdm.conversion import safetensors_model
 from megatron_mdm.conversion.config import Config
-from megatron_mdm.conversion.family import Family
+from megatron_mdm.conversion.family import Family, mask_token_id
 from megatron_mdm.conversion.layout import Heads, names_in_layer, part_shapes
 from megatron_mdm.conversion.torch_dist import Place, locate
 from megatron_mdm.conversion.vocabulary import TENSORS, Vocabulary
@@ -137,7 +137,7 @@ def write_hub_files(
         "architectures": config.get("architectures") or [family.architecture],
         "model_type": config.get("model_type") or family.model_type,
     }
-    if vocab.mask is not None:
+    if vocab.mask != mask_token_id(family, config):  # a family's own need not be in the file
         ours["mask_token_id"] = vocab.mask
     if vocab.size != vocab.source:
         ours |= {key: vocab.size for key in ("vocab_size", "embedding_size") if config.get(key)}

@@ -32,7 +32,10 @@ def _each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a text": (_is_a(str), "model_type torch_dtype dtype"),
     "a list of texts": (_each(_is_a(str)), "architectures layer_types"),
-    "a whole number above 0": (is_count, "vocab_size embedding_size"),
+    "a whole number above 0": (
+        is_count,
+        "vocab_size embedding_size mdm_block_size block_size bd_size",
+    ),
     "the id of a token": (_is_a(int), "mask_token_id"),
     "true or false": (_is_a(bool), "tie_word_embeddings weight_tying mdm_shift"),
     "an object": (_is_a(dict), "rope_scaling rope_parameters auto_map"),

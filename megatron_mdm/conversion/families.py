@@ -1,8 +1,9 @@
 """The model families: a table for each maps config.json and tensor names to Megatron's.
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
-transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_dream.py`
-for the diffusion models).
+transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_illada.py`,
+`modeling_dream.py`, `modeling_sdar.py` and, for Fast-dLLM v2, `modeling.py` for the diffusion
+models).
 """
 
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,7 @@ def _decoder(names: Mapping[str, str | tuple[str, ...]]) -> dict[str, tuple[str,
 
 LLAMA = Family(
     name="llama",
-    in_transformers=True,
+    transformers_class="LlamaForCausalLM",
     architecture="LlamaForCausalLM",
     model_type="llama",
     sizes=_SIZES,
@@ -155,7 +156,7 @@ LLAMA = Family(
 
 QWEN2 = Family(
     name="qwen2",
-    in_transformers=True,
+    transformers_class="Qwen2ForCausalLM",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     sizes=_SIZES,
@@ -166,7 +167,7 @@ QWEN2 = Family(
 
 QWEN3 = Family(
     name="qwen3",
-    in_transformers=True,
+    transformers_class="Qwen3ForCausalLM",
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     sizes=_SIZES | {"kv_channels": ("head_dim", 128)},
@@ -185,6 +186,55 @@ DREAM = Family(
     flags=QWEN2.flags,
     mask_token_id=151666,
     shifted=True,
+)
+
+ILLADA = Family(
+    name="illada",
+    architecture="ILLaDAForCausalLM",
+    model_type="illada",
+    sizes=_SIZES
+    | {
+        "rotary_base": ("rope_theta", NEEDED),
+        "norm_epsilon": ("rms_norm_eps", NEEDED),
+    },
+    # With a layer_norm_eps its class has LayerNorm in place of RMSNorm.
+    fixed={**LLAMA.fixed, "layer_norm_eps": (None,)},
+    required=("hidden_act", "tie_word_embeddings"),
+    rope_scaling=False,
+    tensors=LLAMA.tensors,
+    mask_token_id=5,
+    transformers_class="LlamaForCausalLM",
+)
+
+# Qwen3's network, which fills in one block of tokens after another.
+SDAR = Family(
+    name="sdar",
+    architecture="SDARForCausalLM",
+    model_type="sdar",
+    sizes=QWEN3.sizes,
+    fixed=QWEN3.fixed,
+    tensors=QWEN3.tensors,
+    flags=QWEN3.flags,
+    mask_token_id=151669,
+    block_size_key="block_size",  # releases have 4, 8, 16, 32 and 64
+    transformers_class="Qwen3ForCausalLM",
+)
+
+# Fast-dLLM v2: Qwen2's network, which fills in one block of tokens after another.
+FAST_DLLM = Family(
+    name="fast-dllm",
+    architecture="Fast_dLLM_QwenForCausalLM",
+    model_type="Fast_dLLM_Qwen",
+    sizes=_SIZES,
+    fixed=QWEN2.fixed,
+    tensors=QWEN2.tensors,
+    flags=QWEN2.flags,
+    mask_token_id=151665,
+    shifted=True,
+    shift_first_noisy=True,
+    block_size_key="bd_size",
+    block_size=32,
+    transformers_class="Qwen2ForCausalLM",
 )
 
 LLADA = Family(
@@ -289,12 +339,12 @@ LLADA_MOE = Family(
     experts_key="moe_layer_freq",
 )
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, DREAM)
+FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, ILLADA, DREAM, SDAR, FAST_DLLM)
 
 # Models whose weights would convert, but whose converted model would compute something else.
 REFUSED = {
     "LLaDA2MoeModelLM": (
-        "its attention is block-causal, and it is trained to fill one block after clean ones; with "
-        "the full attention and whole-row masks of this plugin it would be another model"
+        "its attention is block-causal, and this plugin has no blocks in models with experts; with "
+        "full attention and whole-row masks it would be another model"
     ),
 }

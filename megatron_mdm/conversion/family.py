@@ -44,11 +44,16 @@ class Family:
         mask_token_id: the mask token if config.json does not name one; None for an autoregressive
             family.
         shifted: whether the logits of position i - 1 predict token i.
+        shift_first_noisy: whether a shifted model in blocks was trained to predict the first token
+            of a block from the noisy token before it (--mdm-shift-first).
+        block_size_key: config.json key of the tokens in a block that the model was trained with;
+            None for a family that is trained on whole rows.
+        block_size: the size if config.json lacks the key; None: config.json has to have it.
         other_architectures: further class names of the family.
         experts_key: config.json key of a list with one number a layer, 1 for a layer with experts
             and 0 for a dense one; None for a family without experts.
-        in_transformers: whether the class is part of Hugging Face transformers; such a class has
-            causal attention.
+        transformers_class: class of Hugging Face transformers that computes the family's network
+            if it is given an attention mask, since its own is causal; None: there is none.
         rope_scaling: whether the class obeys a rope scaling in config.json; False: it ignores it.
         tied_key: config.json key that says whether the output layer shares the embedding's weights.
     """
@@ -62,12 +67,20 @@ class Family:
     flags: tuple[str, ...] = ()
     mask_token_id: int | None = None
     shifted: bool = False
+    shift_first_noisy: bool = False
+    block_size_key: str | None = None
+    block_size: int | None = None
     other_architectures: tuple[str, ...] = ()
     experts_key: str | None = None
-    in_transformers: bool = False
+    transformers_class: str | None = None
     required: tuple[str, ...] = ()
     rope_scaling: bool = True
     tied_key: str = "tie_word_embeddings"
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether the architecture itself is a class of Hugging Face transformers."""
+        return self.transformers_class == self.architecture
 
     def value(self, config: Config, argument: str) -> Any:
         """Returns the value that config.json gives for a Megatron argument of `sizes`.
@@ -167,3 +180,25 @@ def shifted(family: Family, config: Config) -> bool:
         return bool(declared)
     autoregressive = family.mask_token_id is None
     return family.shifted or (autoregressive and mask_token_id(family, config) is not None)
+
+
+def block_size(family: Family, config: Config) -> int | None:
+    """Returns the tokens in a block that a model was trained with, None for whole rows.
+
+    A family without a key of its own may have the key `mdm_block_size`, which `to_hugging_face`
+    writes.
+
+    Raises:
+        UserError: config.json lacks the key, and the family has no default.
+    """
+    key = family.block_size_key
+    if key is None:
+        return config.get("mdm_block_size")
+    size: int | None = config.get(key) or family.block_size
+    if size is None:
+        raise UserError(
+            f"config.json has no {key!r}, the number of tokens in a block that the model was "
+            "trained with: add it (the card or the name of the model says it, such as b32; "
+            "otherwise it is 4)"
+        )
+    return size

@@ -98,7 +98,7 @@ def _obstacle(family: Family, config: Config, directory: Path, trust: bool) -> s
     """Returns why Hugging Face's class cannot be built, or an empty text."""
     if not TRANSFORMERS.is_installed():
         return f"transformers is not installed ({TRANSFORMERS.install})"
-    if family.in_transformers:
+    if family.transformers_class:
         return ""
     name = class_name(config)
     # A name with "--" would be fetched from the network.
@@ -116,7 +116,7 @@ def _advice(family: Family) -> str:
     """Names the transformers version that a family's code was written for, if another is used."""
     import transformers
 
-    if family.in_transformers or transformers.__version__ == RELEASED_CODE_RUNS_WITH:
+    if family.transformers_class or transformers.__version__ == RELEASED_CODE_RUNS_WITH:
         return ""
     return (
         f" (transformers is {transformers.__version__}; the published code was written for "
@@ -139,9 +139,9 @@ def _hub_logits(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     inputs: dict[str, Any] = {}
-    if family.in_transformers:  # a causal model: a mask of zeros hides no position
+    if family.transformers_class:  # a causal model: a mask of zeros hides no position
         inputs["attention_mask"] = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = getattr(transformers, family.transformers_class).from_pretrained(
             directory,
             dtype=torch.float32,
             attn_implementation="eager",

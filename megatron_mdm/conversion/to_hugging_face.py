@@ -33,6 +33,7 @@ from megatron_mdm.hub_files import HUB_FILES
 from megatron_mdm.mcore.checkpoint.tokenizer_lookup import tokenizer_of
 from megatron_mdm.mcore.flags.architecture import differences
 from megatron_mdm.mcore.flags.hybrid_pattern import model_class
+from megatron_mdm.mcore.flags.resume import last_block_size
 
 
 def to_hugging_face(
@@ -89,6 +90,7 @@ def to_hugging_face(
             log_line(line)
 
         parameters = sum(pair.parameters for pair in tensor_pairs)
+        blocks = last_block_size(args, checkpoint.iteration)
 
         def make(pair: Pair) -> list[torch.Tensor]:
             tensor = checkpoint.read(pair.places[0])
@@ -114,6 +116,7 @@ def to_hugging_face(
                 max(dtypes, key=lambda dtype: dtype.itemsize)
             ).removeprefix("torch."),
             **_shift(family, config, args, mask),
+            **block_entry(family, config, blocks),
         }
         vocab = Vocabulary(rows, rows, padded, mask)
         write_hub_files(directory, Path(temporary), family, written, vocab)
@@ -150,7 +153,10 @@ def to_hugging_face(
             "torch.zeros(b, 1, s, s), which hides nothing"
         )
     if written.get("mdm_shift"):
-        log_line("the logits of position i - 1 are for token i (mdm_shift in config.json)")
+        others = "" if family.shifted or family.in_transformers else ", which only this code reads"
+        log_line(f"the logits of position i - 1 are for token i (mdm_shift in config.json{others})")
+    for line in _about_blocks(family, blocks):
+        log_line(line)
     if padded > rows:
         is_seen = getattr(args, "mdm_vocab_size", None) is None
         seen = ", which took part in the run's softmax" if is_seen else ""
@@ -313,6 +319,35 @@ def _shift(family: Family, config: Config, args: Namespace, mask: int | None) ->
     if mask is None or (family.mask_token_id is not None and shift == shifted(family, config)):
         return {}
     return {"mdm_shift": shift}
+
+
+def block_entry(family: Family, config: Config, blocks: int | None) -> Config:
+    """Returns the entry for config.json that says the block size, nothing if it is right.
+
+    Args:
+        family: the model family.
+        config: content of config.json.
+        blocks: tokens in a block at the end of the run; None: whole rows.
+    """
+    key = family.block_size_key or "mdm_block_size"
+    declared = config.get(key) or family.block_size
+    if blocks == declared or (blocks is None and family.block_size_key is not None):
+        return {}
+    return {key: blocks}
+
+
+def _about_blocks(family: Family, blocks: int | None) -> Iterator[str]:
+    key = family.block_size_key
+    if blocks is not None:
+        yield (
+            f"trained in blocks of {blocks} tokens ({key or 'mdm_block_size'} in config.json); "
+            "serving engines take the size from flags or files of their own"
+        )
+    elif key is not None:
+        yield (
+            f"trained in whole rows at last, which {family.architecture} has no setting for: "
+            f"config.json keeps its {key}"
+        )
 
 
 def _hub_directory(source: Path, args: Namespace, given: str | None) -> Path:

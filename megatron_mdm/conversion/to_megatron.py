@@ -23,7 +23,13 @@ from megatron_mdm.conversion.common import (
 from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.families import detect
-from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
+from megatron_mdm.conversion.family import (
+    Family,
+    block_size,
+    mask_token_id,
+    model_flags,
+    shifted,
+)
 from megatron_mdm.conversion.layout import Heads, join, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import (
@@ -45,6 +51,8 @@ from megatron_mdm.hub_files import HUB_FILES
 LAUNCH_FILE = "launch.txt"
 # Tensors of some releases that are computed from the configuration; they are not converted.
 COMPUTED = (".rotary_emb.inv_freq",)
+# Attention in blocks has no kernel of Transformer Engine here.
+_FOR_BLOCKS = ["--transformer-impl", "local"]
 _PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
 # Flags of the launch line that training needs and that the user may change. LLaDA's pretraining
 # ended with a learning rate of 1e-5. The rate decays from there to a tenth and not to 0, so that
@@ -96,6 +104,8 @@ def to_megatron(
         vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         dtype = dtype or _common_dtype(model)
         shift = vocab.added or shifted(family, config)
+        blocks = block_size(family, config)
+        noisy = shift and family.shift_first_noisy
         hub_files = Path(temporary) / HUB_FILES
         write_hub_files(directory, hub_files, family, config, vocab)
         write_fast_tokenizer(hub_files)
@@ -108,12 +118,14 @@ def to_megatron(
             *(["--mdm-model", model_class] if model_class != "gpt" else []),
             *["--padded-vocab-size", str(vocab.padded)],
             *(["--mdm-mask-token-id", str(vocab.mask)] if vocab.mask is not None else []),
+            *(_FOR_BLOCKS if blocks is not None else []),
             *_PRECISION.get(dtype, []),
             *tokenizer_flags(hub_files, Path(output), vocab, config),
         ]
         expected = megatron_model.checkpoint_contents(flags)
         args = megatron_model.arguments(flags)
         args.mdm_shift, args.mdm_vocab_size = shift, vocab.size
+        args.mdm_block_size, args.mdm_shift_first = blocks, "noisy" if noisy else "clean"
         known = data_of(hub_files)
         args.mdm_tokenizer = None if known is None else asdict(fingerprint(known))
         heads = Heads(args.num_attention_heads, args.num_query_groups)
@@ -146,6 +158,10 @@ def to_megatron(
             torch_dist.write(Path(temporary), pieces, expected.objects, args, advance)
         if shift:
             flags.append("--mdm-shift")
+        if blocks is not None:
+            flags += ["--mdm-block-size", str(blocks)]
+        if noisy:
+            flags += ["--mdm-shift-first", "noisy"]
         launch = None if vocab.mask is None else launch_line(output, flags)
         if launch is not None:
             (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
@@ -176,7 +192,7 @@ def to_megatron(
             )
     if left_out:
         log_line(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
-    for line in _remarks(family, config, vocab, tied, shift):
+    for line in _remarks(family, config, vocab, tied, shift, blocks):
         log_line(line)
     log_line(f"{output}: {family.name}, {parameters:,} parameters, {dtype}")
     if launch is not None:
@@ -294,7 +310,7 @@ def bash_quoted(word: str) -> str:
 
 
 def _remarks(
-    family: Family, config: Config, vocab: Vocabulary, tied: bool, shift: bool
+    family: Family, config: Config, vocab: Vocabulary, tied: bool, shift: bool, blocks: int | None
 ) -> Iterator[str]:
     if vocab.added:
         yield (
@@ -320,6 +336,14 @@ def _remarks(
         )
     if shift:
         yield "the logits of position i - 1 predict token i: --mdm-shift"
+    if blocks is not None:
+        yield f"the model fills in blocks of {blocks} tokens: --mdm-block-size {blocks}"
+    if shift and family.shift_first_noisy:
+        yield (
+            "it was trained to predict the first token of a block from a noisy token, and is read "
+            "from a clean one: --mdm-shift-first noisy trains as it was trained, clean as it is "
+            "read"
+        )
     if family.experts_key:
         yield (
             "the training chooses how to balance the load of the experts: --moe-aux-loss-coeff "

@@ -290,6 +290,7 @@ class DistCheckpoint:
         if found is None:
             raise UserError(f"no checkpoint in {directory}: give the directory that --save named")
         self.name = str(found)
+        self.iteration = found.iteration
         self.path = found.path
         if hashes:
             check_sums(self.path)

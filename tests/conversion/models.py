@@ -1,7 +1,8 @@
 """Tiny random models of every family, as Hugging Face directories, and the logits they compute.
 
-Llama and Qwen come from transformers. LLaDA, LLaDA-MoE and Dream are written here from their
-published architecture, as functions of tensors with the published names, without any of our code.
+Llama and Qwen come from transformers, and so do the networks of the families in blocks. LLaDA,
+LLaDA-MoE, iLLaDA and Dream are written here from their published architecture, as functions of
+tensors with the published names, without any of our code.
 """
 
 import json
@@ -101,13 +102,94 @@ LLADA_MOE = {
     "torch_dtype": "float32",
 }
 
+ILLADA = {
+    "architectures": ["ILLaDAForCausalLM"],
+    "model_type": "illada",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": ROPE,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "layer_norm_eps": None,
+    "vocab_size": VOCAB,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
 # Configurations of the kinds whose reference is in this file, by name.
 PUBLISHED = {
     "llada": LLADA,
     "dream": DREAM,
+    "illada": ILLADA,
     "llada-moe": LLADA_MOE,
     "llada-moe-dense": {**LLADA_MOE, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]},
 }
+
+SDAR = {
+    "architectures": ["SDARForCausalLM"],
+    "attention_bias": False,
+    "attn_implementation": "flex_attention",
+    "block_size": 4,
+    "debug": False,
+    "eos_token_id": 81,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "mask_token_id": 90,
+    "max_position_embeddings": 64,
+    "max_window_layers": 28,
+    "model_type": "sdar",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": ROPE,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+    "vocab_size": VOCAB,
+}
+
+FAST_DLLM = {
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "attention_dropout": 0.0,
+    "bd_size": 8,
+    "eos_token_id": 81,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "layer_types": ["full_attention"] * 2,
+    "mask_token_id": 90,
+    "max_position_embeddings": 64,
+    "max_window_layers": 28,
+    "model_type": "Fast_dLLM_Qwen",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": ROPE,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_sliding_window": False,
+    "vocab_size": VOCAB,
+}
+
+# Configurations of the kinds that fill in blocks, and the class of transformers of their network.
+IN_BLOCKS = {"sdar": (SDAR, "Qwen3"), "fast-dllm": (FAST_DLLM, "Qwen2")}
 
 SMALL = {
     "hidden_size": 32,
@@ -141,6 +223,15 @@ def make(kind: str, directory: Path, **changes) -> Path:
         return directory
     import transformers as hf
 
+    if kind in IN_BLOCKS:
+        published, name = IN_BLOCKS[kind]
+        config = {**published, **changes}
+        model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**config))
+        _randomize(model)
+        model.save_pretrained(directory)
+        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "generation_config.json").unlink(missing_ok=True)
+        return directory
     config_class, model_class, own = {
         "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
         "llama-mha": (hf.LlamaConfig, hf.LlamaForCausalLM, {"num_key_value_heads": 4}),
@@ -155,14 +246,17 @@ def make(kind: str, directory: Path, **changes) -> Path:
     }[kind]
     config = config_class(**{**SMALL, **own, **changes})
     model = model_class(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Norms and biases get random values too, because initial values would hide a wrong
-            # place.
-            scale = 0.5 if "norm" in name else 0.2
-            parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
+    _randomize(model)
     model.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def _randomize(model: torch.nn.Module) -> None:
+    """Gives norms and biases random values too: initial values would hide a wrong place."""
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if "norm" in name else 0.2
+        parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in name))
 
 
 def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> None:
@@ -190,7 +284,7 @@ def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> N
 
 
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Random tensors of a LLaDA, LLaDA-MoE or Dream model, by their published names."""
+    """Random tensors of a LLaDA, LLaDA-MoE, iLLaDA or Dream model, by their published names."""
     if "d_model" in config:
         h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
         kv = h // config["n_heads"] * config["n_kv_heads"]
@@ -239,7 +333,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
             for e in range(count):
                 experts |= {f"mlp.experts.{e}.{x}_proj.weight": [f, h] for x in ("gate", "up")}
                 experts[f"mlp.experts.{e}.down_proj.weight"] = [h, f]
-        else:
+        elif config["model_type"] == "Dream":
             layer |= {
                 "self_attn.q_proj.bias": [h],
                 "self_attn.k_proj.bias": [kv],
@@ -252,8 +346,9 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
         shapes |= {
             "model.embed_tokens.weight": [config["vocab_size"], h],
             "model.norm.weight": [h],
-            "lm_head.weight": [config["vocab_size"], h],
         }
+        if not config["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = [config["vocab_size"], h]
     return {
         name: torch.randn(shape) * 0.2 + ("norm" in name or "ln_f" in name)
         for name, shape in shapes.items()
@@ -263,7 +358,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
 def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
     """Logits of the model in a directory, fp32: tokens [b, s] -> [b, s, V]."""
     config = json.loads((directory / "config.json").read_text())
-    if config["model_type"] in ("llada", "Dream"):
+    if config["model_type"] in ("llada", "Dream", "illada"):
         return published_logits(config, load_file(directory / "model.safetensors"), tokens)
     import transformers as hf
 
@@ -278,8 +373,47 @@ def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
         return model(tokens, attention_mask=mask).logits
 
 
+@torch.no_grad()
+def block_logits(
+    directory: Path, tokens: torch.Tensor, clean: torch.Tensor, size: int, shift: bool
+) -> torch.Tensor:
+    """Logits of masked tokens, given the clean blocks before theirs, by one pass for each block.
+
+    Args:
+        directory: of a model in `IN_BLOCKS`.
+        tokens: masked tokens, int64 [b, s].
+        clean: the tokens before masking, int64 [b, s].
+        size: tokens in a block.
+        shift: the token before predicts a token; the first token then keeps its own logits.
+
+    Returns:
+        float32 [b, s, V].
+    """
+    import transformers as hf
+
+    architecture = json.loads((directory / "config.json").read_text())["architectures"]
+    (name,) = (
+        name for config, name in IN_BLOCKS.values() if config["architectures"] == architecture
+    )
+    model = getattr(hf, f"{name}ForCausalLM").from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    s, parts = tokens.shape[1], []
+    for start in range(0, s, size):
+        end = min(start + size, s)
+        row = torch.cat([clean[:, :start], tokens[:, start:end]], dim=1)
+        blocks = torch.arange(end) // size
+        hidden = blocks[None, :] > blocks[:, None]
+        mask = torch.zeros(end, end).masked_fill(hidden, -torch.inf).expand(len(row), 1, end, end)
+        logits = model(row, attention_mask=mask).logits
+        if shift:
+            logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        parts.append(logits[:, start:])
+    return torch.cat(parts, dim=1)
+
+
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of LLaDA's, LLaDA-MoE's or Dream's network, with bidirectional attention."""
+    """Logits of LLaDA's, LLaDA-MoE's, iLLaDA's or Dream's network, with bidirectional attention."""
     llada = "d_model" in config
     heads = config["n_heads" if llada else "num_attention_heads"]
     groups = config["n_kv_heads" if llada else "num_key_value_heads"]
@@ -311,6 +445,8 @@ def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tenso
         else:
             x = x + _mlp(y, *(w[f"{b}mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
     x = _norm(x, w[p + ("ln_f.weight" if llada else "norm.weight")], eps)
+    if config.get("tie_word_embeddings"):
+        return x @ w["model.embed_tokens.weight"].T
     return x @ w["model.transformer.ff_out.weight" if llada else "lm_head.weight"].T
 
 

@@ -79,6 +79,9 @@ def without(config, *keys):
         (models.LLADA, {"rope_full_precision": False}, "rope_full_precision = False is not"),
         (models.LLADA, {"layer_norm_type": "gemma_rms"}, "layer_norm_type = 'gemma_rms' is not"),
         (models.LLADA, {"multi_query_attention": True}, "multi_query_attention = True is not"),
+        (models.ILLADA, {"layer_norm_eps": 1e-5}, "layer_norm_eps = 1e-05 is not supported"),
+        (models.ILLADA, {"rope_theta": None}, "has no 'rope_theta', which the family illada needs"),
+        (models.ILLADA, {"rope_scaling": LLAMA3}, "rope scaling is not supported for illada"),
         (MOE, {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for llada-moe"),
         (MOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
     ],
@@ -98,6 +101,7 @@ def test_what_would_compute_something_else_is_refused(config, change, message):
             (models.LLADA, key)
             for key in "rope block_type layer_norm_type activation_type weight_tying".split()
         ),
+        *((models.ILLADA, key) for key in ("hidden_act", "tie_word_embeddings")),
         (MOE, "partial_rotary_factor"),
         (MOE, "qk_layernorm"),
     ],
@@ -141,6 +145,9 @@ def test_transformers_takes_the_base_that_we_would_not_have():
         (models.LLADA, False),
         ({**models.LLADA, "mdm_shift": True}, True),
         (models.DREAM, True),
+        (models.ILLADA, False),
+        (models.SDAR, False),
+        (models.FAST_DLLM, True),
     ],
 )
 def test_whether_a_model_predicts_the_token_after_a_position(config, expected):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import safetensors_model
+from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.safetensors_model import INDEX, SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
@@ -30,20 +31,27 @@ def same_files(one, other):
     )
 
 
-# HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys.
-HYBRID_KINDS = ["llama-mha", "qwen2-tied", "llada", "dream"]
-MODELS = [*((kind, "gpt") for kind in KINDS), *((kind, "hybrid") for kind in HYBRID_KINDS)]
+# HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys, but
+# blocks need local layers.
+HYBRID_KINDS = ["llama-mha", "qwen2-tied", "llada", "dream", "illada", *models.IN_BLOCKS]
+MODELS = [
+    *((kind, "gpt") for kind in [*KINDS, *models.IN_BLOCKS]),
+    *((kind, "hybrid") for kind in HYBRID_KINDS),
+]
 
 
 @pytest.mark.parametrize("kind, model", MODELS)
 def test_the_round_trip_is_bitwise(kind, model, converted, tmp_path):
-    source, checkpoint, _ = converted(kind, model)
+    source, checkpoint, there = converted(kind, model)
     said = []
     to_hugging_face(str(checkpoint), str(tmp_path / "hf"), verify=True, log=said.append)
     assert same_files(source / SINGLE, tmp_path / "hf" / SINGLE)
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "hf"))
     assert before == after
-    assert any(line.startswith("verified") for line in said)
+    has_class = detect(before).transformers_class is not None
+    for lines in (there, said):
+        assert any(line.startswith("verified: ") and "bitwise" in line for line in lines)
+        assert any(line.startswith("verified: logits") for line in lines) == has_class
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,22 @@ def changes_of_blocks(args: Namespace, saved: dict[str, Any]) -> list[str]:
     return changes(args, saved, list(BLOCK_SIZES))
 
 
+def last_block_size(args: Namespace, iteration: int | None) -> int | None:
+    """Tokens in a block in the last iteration before a checkpoint; None: whole rows.
+
+    Args:
+        args: the arguments in the checkpoint.
+        iteration: number of finished iterations; None for a checkpoint without a run, such as a
+            converted one, which has the size that its arguments begin with.
+    """
+    blocks, finished = MDMConfig.from_args(args).blocks, iteration
+    if blocks is None:
+        return None
+    if args.train_samples is not None:
+        finished = args.consumed_train_samples
+    return blocks.last_size(finished or 0)
+
+
 def _log_settings(args: Namespace) -> list[Any]:
     """The settings that the control variate's average depends on: bins, and the density of t."""
     settings = [args.mdm_rate_bins, args.mdm_clip]

@@ -41,6 +41,7 @@ from megatron_mdm.mcore.flags.architecture import differences
 from megatron_mdm.mcore.flags.arguments import add_arguments, to_user_error
 from megatron_mdm.mcore.flags.identities import other_tokenizer
 from megatron_mdm.mcore.flags.old_checkpoints import complete
+from megatron_mdm.mcore.flags.resume import last_block_size
 from megatron_mdm.mcore.flags.start import saved_arguments
 from megatron_mdm.mcore.model.builder import model_config
 from megatron_mdm.mcore.model.inputs import ModelInputs
@@ -427,12 +428,7 @@ def _set_blocks(args: Namespace, checkpoint: SavedCheckpoint, block_size: str | 
     Raises:
         UserError: it was trained in blocks, and the caller needs whole rows.
     """
-    blocks, size = MDMConfig.from_args(args).blocks, None
-    if blocks is not None:
-        finished = checkpoint.iteration
-        if args.train_samples is not None:
-            finished = args.consumed_train_samples
-        size = blocks.last_size(finished or 0)
+    size = last_block_size(args, checkpoint.iteration)
     if block_size is None and size is not None:
         raise UserError(
             f"the checkpoint in {checkpoint.directory} was trained in blocks of {size} tokens, and "
