@@ -93,8 +93,8 @@ def test_a_checkpoint_and_its_launch_line_say_the_blocks(kind, converted):
 def test_tools_treat_a_converted_checkpoint_as_trained_in_its_blocks(converted, tmp_path):
     """The number of finished iterations is 0."""
     _, checkpoint, _ = converted("sdar")
-    words = ["--load", str(checkpoint), "--device", "cpu"]
-    run = ranks.run_forked("tools/generate.py", *words, "--prompt", "1 2")
+    words = ["--load", str(checkpoint), "--device", "cpu", "--output", str(tmp_path / "x.json")]
+    run = ranks.run_forked("tools/fit_ppots.py", *words)
     assert run.returncode != 0
     assert f"{checkpoint} was trained in blocks of 4 tokens" in run.stderr
 
