@@ -149,8 +149,12 @@ def to_hugging_face(
     if family.in_transformers and mask is not None:
         log_line(
             f"transformers runs {family.architecture} with causal attention: to fill in masks, "
-            'load it with attn_implementation="eager" and call it with attention_mask='
-            "torch.zeros(b, 1, s, s), which hides nothing"
+            'load it with attn_implementation="eager" and call it with an attention_mask '
+            + (
+                "of zeros, torch.zeros(b, 1, s, s), which hides nothing"
+                if blocks is None
+                else "[b, 1, s, s] that is -inf where a key is in a later block, else 0"
+            )
         )
     if written.get("mdm_shift"):
         others = "" if family.shifted or family.in_transformers else ", which only this code reads"

@@ -72,6 +72,7 @@ LLADA = {
 CASES = {
     "Qwen": ("ar_to_mdm.sh", {}, QWEN, 7.6e9, 152_068),
     "Llama": ("ar_to_mdm.sh", {}, LLAMA, 8.03e9, 128_260),
+    "blocks": ("ar_to_block.sh", {}, QWEN, 7.6e9, 152_068),
     "continue": ("continue_llada.sh", {}, LLADA, 8.02e9, 126_464),
     "sft": ("sft.sh", {}, LLADA, 8.02e9, 126_464),
     "sft packed": ("sft.sh", {"PACK": "yes"}, LLADA, 8.02e9, 126_464),
@@ -159,13 +160,14 @@ def value(words, flag):
 def test_real_flags_are_accepted_at_full_size(case, example):
     """On a node of 8 GPUs there are two replicas of the model on four GPUs each."""
     script, environment, config, parameters, rows = CASES[case]
-    example.convert(config, add_mask=script == "ar_to_mdm.sh")
+    adds_mask = script in ("ar_to_mdm.sh", "ar_to_block.sh")
+    example.convert(config, add_mask=adds_mask)
     model = example.model("model", config)
     result, calls = example.run(script, model, str(example.here / "texts.txt"), **environment)
     assert result.returncode == 0, result.stderr
     there, _, training, back = calls
     assert value(there, "--pad-vocab-to-multiple-of") == str(TP)
-    assert ("--add-mask-token" in there) == (script == "ar_to_mdm.sh")
+    assert ("--add-mask-token" in there) == adds_mask
     assert training[:4] == ["torchrun", "--standalone", "--local-addr", "127.0.0.1"]
     assert training[4:6] == ["--nproc-per-node", "8"]
     assert value(back, "--input") == value(training, "--save") == value(training, "--load")
@@ -230,7 +232,9 @@ def test_mistakes_end_in_one_line(example):
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
-@pytest.mark.parametrize("script", ["sft.sh", "continue_llada.sh", "ar_to_mdm.sh"])
+@pytest.mark.parametrize(
+    "script", ["sft.sh", "continue_llada.sh", "ar_to_mdm.sh", "ar_to_block.sh"]
+)
 def test_without_a_gpu_nothing_is_installed(script, example):
     (example.here / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (example.here / "bin" / "nvidia-smi").chmod(0o755)
@@ -241,20 +245,24 @@ def test_without_a_gpu_nothing_is_installed(script, example):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_small_run(tmp_path):
-    """All steps of the example with the fewest steps, for two iterations."""
+@pytest.mark.parametrize("name", ["continue_llada", "ar_to_block"])
+def test_a_small_run(name, tmp_path):
+    """All steps of an example, for two iterations."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **{"PYTHONPATH": str(ROOT), "SETUP": "no", "RUNS": str(tmp_path), "ITERS": "2"},
     }
     result = subprocess.run(
-        ["bash", str(ROOT / "examples/finetune/continue_llada.sh")],
+        ["bash", str(ROOT / f"examples/finetune/{name}.sh")],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("validation NELBO") == 1
-    run = tmp_path / "continue_llada" / "tiny"
+    run = tmp_path / name / "tiny"
     assert (run / "checkpoint" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(run / "hf"))
+    blocks = json.loads((run / "hf" / "config.json").read_text()).get("mdm_block_size")
+    assert blocks == (1 if name == "ar_to_block" else None)
+    assert ("\ndef read(" in result.stdout) == (name == "ar_to_block")
