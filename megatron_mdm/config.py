@@ -573,11 +573,21 @@ class MDMConfig:
     @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
+        return self.blocks is None and self.whole_rows_attend_everywhere
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether any phase of the run, or any evaluation, has rows without blocks."""
+        blocks, evaluated = self.blocks, self.eval_block_sizes
+        return blocks is None or None in blocks.sizes or "row" in (evaluated or ())
+
+    @property
+    def whole_rows_attend_everywhere(self) -> bool:
+        """Whether every position attends to every other in rows without blocks."""
         return (
             self.eod_attended
             and self.pad_attended
             and not self.divides_rows
-            and self.blocks is None
             and not self.anneal_attention_iters
         )
 

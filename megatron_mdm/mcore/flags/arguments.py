@@ -553,8 +553,6 @@ def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
             f"{flag_of_blocks} does not go with --num-experts: the losses of the routers would "
             "count clean copies too"
         )
-    if args.context_parallel_size > 1:
-        raise UserError(f"{flag_of_blocks} does not go with --context-parallel-size above 1")
     if args.cuda_graph_impl not in (None, "none"):
         raise UserError(
             f"{flag_of_blocks} does not go with --cuda-graph-impl {args.cuda_graph_impl}, which "
@@ -574,10 +572,11 @@ def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: with "
             "Megatron's local attention a position sees only its own rank's part of the row"
         )
-    if not mdm.attends_everywhere:
+    if mdm.has_whole_rows and not mdm.whole_rows_attend_everywhere:
+        rows = "rows" if mdm.blocks is None else "the whole rows of a schedule or an evaluation"
         raise UserError(
-            "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
-            "leave out --mdm-isolate-documents and every other flag that limits attention"
+            f"--context-parallel-size above 1 cuts {rows} without regard to documents and "
+            "lengths: leave out --mdm-isolate-documents and every other flag that limits attention"
         )
 
 

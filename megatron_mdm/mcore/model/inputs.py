@@ -21,7 +21,11 @@ from megatron_mdm.mcore.model.attention_mask import (
     hidden_tokens,
 )
 from megatron_mdm.mcore.model.causal import causal_attention
-from megatron_mdm.mcore.model.context_parallel import shard_sequence, unshard_sequence
+from megatron_mdm.mcore.model.context_parallel import (
+    own_positions,
+    shard_sequence,
+    unshard_sequence,
+)
 from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
 from megatron_mdm.mcore.model.routers import shard_for_stage
@@ -35,7 +39,8 @@ class ModelInputs:
     Attributes:
         clean: the tokens before masking, int64 [b, s].
         position_ids: int64 [b, s].
-        attention_mask: see `attention_mask_argument`.
+        attention_mask: see `attention_mask_argument`. For rows with `blocks`, the mask of this
+            context-parallel rank's positions against those of the whole row, bool [g, 1, q, k].
         shift: whether a position predicts the token after it (--mdm-shift).
         past_end: positions that the losses of expert routers leave out, bool [b, s]; None: none.
         causal: whether attention is causal, for comparisons with autoregressive models.
@@ -152,8 +157,10 @@ class ModelInputs:
         """
         if padding is None:
             padding = torch.zeros_like(clean, dtype=torch.bool)
-        mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm))
-        return cls(clean, rows.position_ids(), mask, mdm.shift, blocks=rows)
+        positions = rows.position_ids()
+        queries = own_positions(positions.shape[1], clean.device)
+        mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm), queries)
+        return cls(clean, positions, mask, mdm.shift, blocks=rows)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns the logits of each position.

@@ -62,7 +62,6 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--mdm-block-size 4 --mdm-shift-first noisy", "--mdm-shift-first noisy needs --mdm-shift"),
         ("--mdm-block-size 4 --mdm-anneal-attention-iters 9", "which begins causal at block size"),
         ("--mdm-block-size 4 --num-experts 2", "does not go with --num-experts"),
-        ("--mdm-block-size 4 --context-parallel-size 2", "with --context-parallel-size above 1"),
         ("--mdm-block-size 4 --log-throughput", "does not count the clean copies"),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
