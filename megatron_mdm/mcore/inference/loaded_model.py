@@ -210,7 +210,8 @@ class LoadedModel:
             assert documents is not None and not causal, "blocks need clean tokens and documents"
             is_causal = self.mdm.ar_loss_weight > 0.0
             rows = BlockRows(documents, self.block_size, 1, self.mdm.shift, False, is_causal)
-            inputs, copies = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id), rows.copies
+            inputs = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id, self.model)
+            copies = rows.copies
         outputs = get_forward_backward_func()(
             forward_step_func=lambda _, model: (inputs.logits(model, tokens), None),
             data_iterator=None,

@@ -17,6 +17,7 @@ from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.model.attention_mask import (
     annealed_future_positions,
+    attention_bias,
     attention_mask_argument,
     hidden_tokens,
 )
@@ -40,7 +41,8 @@ class ModelInputs:
         clean: the tokens before masking, int64 [b, s].
         position_ids: int64 [b, s].
         attention_mask: see `attention_mask_argument`. For rows with `blocks`, the mask of this
-            context-parallel rank's positions against those of the whole row, bool [g, 1, q, k].
+            context-parallel rank's positions against those of the whole row, bool [g, 1, q, k], or
+            with Transformer Engine its `attention_bias`.
         shift: whether a position predicts the token after it (--mdm-shift).
         past_end: positions that the losses of expert routers leave out, bool [b, s]; None: none.
         causal: whether attention is causal, for comparisons with autoregressive models.
@@ -72,7 +74,7 @@ class ModelInputs:
         """
         if batch.block_rows is not None:
             assert annealing == 1.0 and not causal
-            return cls._of_batch_of_blocks(batch, batch.block_rows)
+            return cls._of_batch_of_blocks(batch, batch.block_rows, model)
         return cls.of_tokens(
             batch.tokens,
             batch.attention_segments,
@@ -126,13 +128,13 @@ class ModelInputs:
         return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
     @classmethod
-    def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows) -> "ModelInputs":
+    def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows, model: Any) -> "ModelInputs":
         mdm, of_texts = batch.mdm, slice(None, None, rows.views)
         next_tokens = None
         if mdm.ar_loss_weight and batch.training:
             next_tokens = rows.next_tokens(batch.eligible[of_texts])
         inputs = cls.of_blocks(
-            batch.tokens[of_texts], rows, mdm, batch.eod_id, batch.padding[of_texts]
+            batch.tokens[of_texts], rows, mdm, batch.eod_id, model, batch.padding[of_texts]
         )
         past_end = batch.past_end[of_texts] if mdm.random_length_fraction else None
         return replace(inputs, past_end=past_end, next_tokens=next_tokens)
@@ -144,6 +146,7 @@ class ModelInputs:
         rows: BlockRows,
         mdm: MDMConfig,
         eod_id: int,
+        model: Any,
         padding: torch.Tensor | None = None,
     ) -> "ModelInputs":
         """Makes the arguments for rows that hold noisy and clean tokens.
@@ -153,6 +156,7 @@ class ModelInputs:
             rows: the positions of the rows.
             mdm: settings of the objective.
             eod_id: end-of-document token.
+            model: the stage that will be called.
             padding: bool [g, s]; None: no padding.
         """
         if padding is None:
@@ -160,6 +164,9 @@ class ModelInputs:
         positions = rows.position_ids()
         queries = own_positions(positions.shape[1], clean.device)
         mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm), queries)
+        config = get_model_config(model)
+        if config.transformer_impl == "transformer_engine":
+            mask = attention_bias(mask, config.params_dtype)
         return cls(clean, positions, mask, mdm.shift, blocks=rows)
 
     def logits(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
