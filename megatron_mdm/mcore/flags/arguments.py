@@ -566,10 +566,11 @@ def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
             f"{flag_of_blocks} does not go with --tp-comm-overlap, whose buffers hold one position "
             "for each token: leave it out"
         )
-    if args.num_experts:
+    dispatcher = args.moe_flex_dispatcher_backend
+    if args.moe_token_dispatcher_type == "flex" and dispatcher != "deepep":
         raise UserError(
-            f"{flag_of_blocks} does not go with --num-experts: the losses of the routers would "
-            "count clean copies too"
+            f"{flag_of_blocks} does not go with --moe-flex-dispatcher-backend {dispatcher}, whose "
+            "buffers keep the number of positions of the first step: use deepep"
         )
     if args.cuda_graph_impl not in (None, "none"):
         raise UserError(

@@ -62,7 +62,11 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--mdm-shift --mdm-shift-first noisy", "--mdm-shift-first needs --mdm-block-size"),
         ("--mdm-block-size 4 --mdm-shift-first noisy", "--mdm-shift-first noisy needs --mdm-shift"),
         ("--mdm-block-size 4 --mdm-anneal-attention-iters 9", "which begins causal at block size"),
-        ("--mdm-block-size 4 --num-experts 2", "does not go with --num-experts"),
+        (
+            "--mdm-block-size 4 --num-experts 2 --moe-token-dispatcher-type flex "
+            "--moe-flex-dispatcher-backend hybridep",
+            "whose buffers keep the number of positions of the first step: use deepep",
+        ),
         ("--mdm-block-size 4 --log-throughput", "does not count the clean copies"),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
