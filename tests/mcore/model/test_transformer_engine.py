@@ -235,3 +235,24 @@ def _attention_in_blocks(attention, model) -> None:
 def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
     ranks.launch(tmp_path, 1, entry=transformer_engine_spec, transformer_engine=True)
     assert (Path(tmp_path) / "built").read_text() == "done"
+
+
+def flags_of_blocks() -> None:
+    """Parses the flags as the program does, and builds the model's configuration."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.flags.arguments import parse
+    from megatron_mdm.mcore.model.builder import model_config
+
+    with training_device("cpu"):
+        args = parse()
+        config = model_config(args, MDMConfig.from_args(args)).transformer
+    assert config.attention_backend is AttnBackend.fused
+    assert config.params_dtype is torch.bfloat16
+
+
+def test_blocks_demand_the_fused_kernel(tmp_path):
+    flags = "--mock-data --mdm-block-size 4 --transformer-impl transformer_engine --bf16".split()
+    run = ranks.launch(tmp_path, 1, *flags, entry=flags_of_blocks, transformer_engine=True)
+    assert "blocks with Transformer Engine: --attention-backend fused" in run.output[0]
