@@ -150,8 +150,9 @@ class MDMConfig:
     """Number of tokens in a block, at least 1. The tokens of a block are predicted from its visible
     tokens and from the clean tokens of the blocks before it. Blocks count from the first token of
     the row or, with --mdm-isolate-documents, of the document; the last one may be shorter. A row
-    then has twice as many positions, noisy and clean. Needs --transformer-impl local. Default: no
-    blocks; tokens are predicted from all visible tokens of the row."""
+    then has twice as many positions, noisy and clean. With --transformer-impl transformer_engine it
+    needs --bf16 or --fp16. Default: no blocks; tokens are predicted from all visible tokens of the
+    row."""
 
     block_size_schedule: str | None = field(default=None, metadata=_shown_as("SCHEDULE"))
     """Block sizes over the course of the run, as START:SIZE phases that begin after START
@@ -573,11 +574,21 @@ class MDMConfig:
     @property
     def attends_everywhere(self) -> bool:
         """Whether every position attends to every other, so that no attention mask is needed."""
+        return self.blocks is None and self.whole_rows_attend_everywhere
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether any phase of the run, or any evaluation, has rows without blocks."""
+        blocks, evaluated = self.blocks, self.eval_block_sizes
+        return blocks is None or None in blocks.sizes or "row" in (evaluated or ())
+
+    @property
+    def whole_rows_attend_everywhere(self) -> bool:
+        """Whether every position attends to every other in rows without blocks."""
         return (
             self.eod_attended
             and self.pad_attended
             and not self.divides_rows
-            and self.blocks is None
             and not self.anneal_attention_iters
         )
 

@@ -62,6 +62,11 @@ over rows, it is added unchanged. Otherwise it is scaled so that its weight rela
 J stays the same: by (tokens of the batch) / (sum N_d) under `tokens`, and by rows / (parts with N_d
 > 0) under `rows` with rates per document.
 
+With blocks a row of the model has s = (K + 1) L positions: the masked tokens of K views of a text,
+and its clean tokens once. R is then computed once for each text, from the masked tokens of each
+block's call and from a further call on the clean tokens, and s / (--seq-length) is replaced by
+s / ((K + 1) * (--seq-length)). Its mean over texts is added to J as above.
+
 Non-uniform rates, exact counts and views have oracles of their own in tests/objective.
 """
 
@@ -92,7 +97,13 @@ def whole_batch() -> None:
         rows = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        draws = [draw for row in rows for draw in _draws(row, model, args)]
+        draws, views = [], args.mdm_views if args.mdm_block_size else 1
+        for number, row in enumerate(rows):
+            if number % views == 0:
+                since = len(routers)
+            draws += _draws(row, model, args, routers, with_clean=number % views == 0)
+            if args.mdm_block_size and (number + 1) % views == 0:
+                routers[since:] = _merged(routers[since:])
         sums, following, counts = zip(*draws, strict=True)
         assert len(set(counts)) > 1, "rows should differ"
 
@@ -106,7 +117,7 @@ def whole_batch() -> None:
         total = loss + args.mdm_ar_loss_weight * mean(following)
         inner = unwrap_model(model)
         names, parameters = zip(*inner.named_parameters(), strict=True)
-        routed = sum(_router_losses(args, *router) for router in routers) / len(rows)
+        routed = sum(_router_losses(args, *router) for router in routers) * views / len(rows)
         if args.mdm_normalization == "tokens":
             routed = routed * batch["tokens"].numel() / sum(counts)
         elif args.mdm_rate_per == "document":
@@ -132,11 +143,19 @@ def _router_inputs(model):
     return seen
 
 
+def _merged(routers):
+    """One entry for each router, whose input has the positions of all its calls."""
+    inputs = {}
+    for router, x in routers:
+        inputs.setdefault(router, []).append(x)
+    return [(router, torch.cat(parts)) for router, parts in inputs.items()]
+
+
 def _router_losses(args, router, x):
     """Weighted sum of a row's load-balancing loss (Switch Transformer) and its mean z-loss.
 
     A row that ends early, x [s, 1, h] with s below --seq-length, has a weight smaller by s /
-    --seq-length.
+    --seq-length; with blocks, below (--mdm-views + 1) --seq-length.
     """
     logits = x.double() @ router.weight.double().t()
     num_experts = logits.shape[-1]
@@ -145,14 +164,16 @@ def _router_losses(args, router, x):
     rows = num_experts * (chosen.mean(dim=0) * p.mean(dim=0)).sum(dim=-1) / args.moe_router_topk
     z_loss = logits.logsumexp(dim=-1).square().mean()
     loss = args.moe_aux_loss_coeff * rows.mean() + args.moe_z_loss_coeff * z_loss
-    return loss * x.shape[0] / args.seq_length
+    copies = args.mdm_views + 1 if args.mdm_block_size else 1
+    return loss * x.shape[0] / (copies * args.seq_length)
 
 
-def _draws(row, model, args):
+def _draws(row, model, args, routers, with_clean):
     """(weighted loss, next-token loss, eligible tokens) of each part that counts as one.
 
     The model sees one document at a time with --mdm-isolate-documents, and never a token beyond the
-    length of the row.
+    length of the row. `routers` has the inputs of the routers. With blocks and experts, those of
+    the clean tokens are added if `with_clean`.
     """
     tokens = row["tokens"]
     n, length = int(row["num_tokens"]), int(row["length"])
@@ -185,7 +206,10 @@ def _draws(row, model, args):
     mask = ((row["uniforms"].double() + 0.5) * 2.0**-52 < p) & eligible
     corrupted = torch.where(mask, args.mdm_mask_token_id, tokens)
     if blocks:
-        calls = [_logits_of_blocks(tokens, corrupted, *ends, model, args) for ends in seen]
+        calls = [_logits_of_blocks(tokens, corrupted, *ends, model, args, routers) for ends in seen]
+        for low, high in seen if with_clean and args.num_experts else ():
+            places = torch.arange(high - low) // args.mdm_block_size
+            model(tokens[None, low:high], None, (places[None] > places[:, None])[None, None])
     else:
         calls = [model(corrupted[None, low:high], None, None)[0] for low, high in seen]
     logits = torch.cat(calls)
@@ -206,7 +230,7 @@ def _draws(row, model, args):
     ]
 
 
-def _logits_of_blocks(tokens, corrupted, low, high, model, args):
+def _logits_of_blocks(tokens, corrupted, low, high, model, args, routers):
     """The logits that predict each token from `low` to `high`: one call for each block."""
     found, size = [], args.mdm_block_size
     before = None  # logits at the last token of the block before, whose tokens were masked
@@ -218,7 +242,9 @@ def _logits_of_blocks(tokens, corrupted, low, high, model, args):
         if args.mdm_ar_loss_weight:
             is_clean = places[:, None] < start - low
             hidden = hidden | is_clean & (places[None] > places[:, None])
+        since = len(routers)
         logits = model(seen, None, hidden[None, None])[0]
+        routers[since:] = [(router, x[start - low :]) for router, x in routers[since:]]
         own = logits[start - low :]
         if args.mdm_shift:
             first = own[:1] if start == low else logits[start - low - 1 : start - low]

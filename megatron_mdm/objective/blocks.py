@@ -127,7 +127,9 @@ class BlockRows:
         """The place of each position's token in its document, int64 [G, (K + 1) L]."""
         return places(self.documents).repeat_interleave(self.copies, dim=1)
 
-    def hidden(self, hidden_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(
+        self, hidden_tokens: torch.Tensor | None = None, queries: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The attention mask: which position (last) another one does not attend to.
 
         A noisy position sees the positions of its view in its block, and clean positions of
@@ -136,9 +138,10 @@ class BlockRows:
 
         Args:
             hidden_tokens: tokens that no position attends to, bool [G, L]; None: none.
+            queries: the positions whose attention the mask describes, int64 [Q]; None: all of them.
 
         Returns:
-            bool [G, 1, (K + 1) L, (K + 1) L], True = not attended to.
+            bool [G, 1, Q, (K + 1) L], True = not attended to.
         """
         documents, blocks = (
             x.repeat_interleave(self.copies, dim=1) for x in (self.documents, self.blocks)
@@ -146,14 +149,15 @@ class BlockRows:
         position = torch.arange(documents.shape[1], device=documents.device)
         copy, token = position % self.copies, position // self.copies
         is_clean = copy == self.views
+        at = position if queries is None else queries
         # Queries are rows and keys are columns of the last two dimensions.
-        same_block = blocks[:, :, None] == blocks[:, None, :]
-        earlier = blocks[:, :, None] > blocks[:, None, :]
-        to_noisy = same_block & (copy[:, None] == copy)
-        past = token[:, None] >= token if self.causal_clean else earlier | same_block
-        to_clean = torch.where(is_clean[:, None], past, earlier)
+        same_block = blocks[:, at, None] == blocks[:, None, :]
+        earlier = blocks[:, at, None] > blocks[:, None, :]
+        to_noisy = same_block & (copy[at, None] == copy)
+        past = token[at, None] >= token if self.causal_clean else earlier | same_block
+        to_clean = torch.where(is_clean[at, None], past, earlier)
         seen = torch.where(is_clean, to_clean, to_noisy)
-        seen &= documents[:, :, None] == documents[:, None, :]
+        seen &= documents[:, at, None] == documents[:, None, :]
         if hidden_tokens is not None:
             seen &= ~hidden_tokens.repeat_interleave(self.copies, dim=1)[:, None, :]
         return ~seen[:, None]

@@ -5,6 +5,8 @@
                          distributed optimizer divided by the number of ranks that share them
     activations          layers x tokens of a micro-batch x bytes of a layer / tensor ranks /
                          context ranks x micro-batches in flight
+    mask of blocks       texts of a micro-batch x positions^2 x 2 / context ranks x micro-batches in
+                         flight; under context parallelism x layers, unless they are recomputed
     head                 masked tokens of a micro-batch x (vocabulary x 6 / tensor ranks + 4 h):
                          logits in bfloat16 and in float32 for the cross entropy; the hidden states
                          at masked positions, gathered from all tensor ranks, and their gradient
@@ -149,11 +151,29 @@ def _tokens(args: Namespace) -> float:
     return float(args.micro_batch_size * args.seq_length / args.context_parallel_size)
 
 
+def _has_copies(mdm: MDMConfig) -> bool:
+    """Whether any phase has blocks, whose rows hold noisy and clean tokens."""
+    return mdm.blocks is not None and any(size is not None for size in mdm.blocks.sizes)
+
+
 def _positions(args: Namespace) -> float:
     """Positions of a micro-batch on a context-parallel rank, with the copies that blocks need."""
     mdm = MDMConfig.from_args(args)
-    has_copies = mdm.blocks is not None and any(size is not None for size in mdm.blocks.sizes)
-    return _tokens(args) * ((mdm.views + 1) / mdm.views if has_copies else 1.0)
+    return _tokens(args) * ((mdm.views + 1) / mdm.views if _has_copies(mdm) else 1.0)
+
+
+def _mask_bytes(args: Namespace, layers: int, in_flight: float) -> float:
+    """Bytes of the attention masks of blocks, as Transformer Engine's biases, for their backward.
+
+    Layers share the mask of a micro-batch. Ring attention copies it, in each layer.
+    """
+    mdm = MDMConfig.from_args(args)
+    if not (_has_copies(mdm) and layers):
+        return 0.0
+    copied = args.context_parallel_size > 1 and args.recompute_granularity is None
+    row = (mdm.views + 1) * args.seq_length
+    of_batch = 2 * args.micro_batch_size / mdm.views * row**2 / args.context_parallel_size
+    return float(of_batch * in_flight * (layers if copied else 1))
 
 
 def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: float) -> float:
@@ -178,7 +198,8 @@ def _activation_bytes(args: Namespace, layers: int, moe_layers: int, in_flight: 
             whole = in_flight * (group * inputs + (total - group) * mean) + mean
         else:
             whole = in_flight * inputs * -(-total // group) + group * mean
-    return float(_positions(args) * whole / args.tensor_model_parallel_size)
+    of_layers = _positions(args) * whole / args.tensor_model_parallel_size
+    return float(of_layers + _mask_bytes(args, layers + moe_layers, in_flight))
 
 
 def _head_bytes(args: Namespace) -> float:

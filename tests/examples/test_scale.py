@@ -16,7 +16,7 @@ from megatron_mdm.mcore.data import row_dataset
 from megatron_mdm.mcore.flags import data_files
 from megatron_mdm.pretrain import main
 from tests import ROOT, ranks
-from tests.ranks.gathering_attention import gather_for_attention
+from tests.ranks.gathering_attention import gathered_attention
 
 ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
 REFIT = [("all_reduce", 32 * (4 * BINS + 1)), ("all_reduce", 16)]
@@ -26,8 +26,8 @@ STOP = [("all_reduce", 4)]  # whether a rank was asked to stop, after each step
 
 def context_parallel_traffic() -> None:
     """Runs `traffic` under context parallelism."""
-    gather_for_attention()
-    traffic()
+    with gathered_attention():
+        traffic()
 
 
 def traffic() -> None:

@@ -226,6 +226,21 @@ def test_hidden_tokens_are_seen_by_nothing():
     assert torch.equal(hidden, rows.hidden() | at)
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_masks_of_parts_of_the_positions_are_parts_of_the_mask(settings, views):
+    """Context parallelism cuts positions into two chunks for each rank, the first with the last."""
+    documents = torch.nn.functional.pad(DOCUMENTS, (0, 1), value=1)
+    rows = BlockRows(documents, 4, views, **settings)
+    hidden_tokens = torch.rand(documents.shape, generator=torch.Generator().manual_seed(6)) < 0.3
+    whole = rows.hidden(hidden_tokens)
+    for ranks in (2, 4):
+        chunks = torch.arange(16 * (views + 1)).chunk(2 * ranks)
+        parts = [torch.cat([chunks[rank], chunks[-1 - rank]]) for rank in range(ranks)]
+        gathered = torch.cat([rows.hidden(hidden_tokens, part) for part in parts], dim=2)
+        assert torch.equal(gathered[:, :, torch.cat(parts).argsort()], whole)
+
+
 @pytest.mark.parametrize("of_documents", [False, True])
 def test_a_block_counts_by_its_share_of_the_unit(of_documents):
     """The mean over rows, or documents, of the loss of each, whose blocks have L_e of their own."""

@@ -94,3 +94,19 @@ def test_bytes_of_a_stage():
     assert kept == tokens * (3 * 2 * 32 + of_layer + of_layer) / 2
     plain = bytes_of_stage(flags(bf16=False, use_distributed_optimizer=False), stage, 1, 6)
     assert plain["weights"] == 5600 and plain["optimizer"] == 1400 * 8
+
+
+def test_activations_of_blocks_include_their_masks():
+    stage = Stage(dense=1000, experts=0, layers=4, moe_layers=0, has_head=False)
+
+    def activations(**changed):
+        return bytes_of_stage(flags(**changed), stage, 1, 6)["activations"]
+
+    whole = activations()
+    copies = 4 * 2 * (3 * 64) ** 2 / 2  # each of 4 layers copies the part of one text's mask
+    blocks = dict(mdm_block_size=8, mdm_views=2)
+    assert activations(**blocks) == 1.5 * whole + copies
+    whole, one = activations(context_parallel_size=1), 2 * (3 * 64) ** 2
+    assert activations(**blocks, context_parallel_size=1) == 1.5 * whole + one
+    rows = dict(mdm_block_size_schedule="0:row", context_parallel_size=1)
+    assert activations(**rows) == whole

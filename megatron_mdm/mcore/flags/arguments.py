@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any, NoReturn
 
+from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.global_vars import get_tokenizer
@@ -331,6 +332,7 @@ def finalize_args(args: Namespace) -> Namespace:
     line = bound_in_words(MDMConfig.from_args(args))
     if line is not None and not args.skip_train:
         notice(line)
+    _demand_fused_attention(args)
     args.mdm_model = model_class(vars(args))
     args.mdm_rate_per = MDMConfig.from_args(args).rate_unit
     start = choose_start(args)
@@ -378,6 +380,18 @@ def finalize_args(args: Namespace) -> Namespace:
         check_validation(args.eval_iters, args.split, get_blend_and_blend_per_split(args)[1])
     check_same_data(args, saved)
     return args
+
+
+def _demand_fused_attention(args: Namespace) -> None:
+    """Makes Transformer Engine stop where it has no fused kernel for the attention of blocks.
+
+    Its own choice would be the unfused attention, silently, with scores of quadratic size.
+    """
+    if MDMConfig.from_args(args).blocks is None or args.transformer_impl != "transformer_engine":
+        return
+    if args.attention_backend == AttnBackend.auto:
+        args.attention_backend = AttnBackend.fused
+        notice("blocks with Transformer Engine: --attention-backend fused")
 
 
 def check_data(args: Namespace) -> Identities:
@@ -532,29 +546,32 @@ def _refused_flag_error(name: str) -> UserError:
     return UserError(f"{flag(name)} cannot be used with masked diffusion: {REFUSED[name]}")
 
 
+def _flag_of_blocks(args: Namespace) -> str:
+    """The flag that gives the sizes of blocks."""
+    is_schedule = args.mdm_block_size_schedule is not None
+    return "--mdm-block-size-schedule" if is_schedule else "--mdm-block-size"
+
+
 def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
     """Checks flags that do not go with blocks, and the sizes of blocks."""
-    flag_of_blocks = "--mdm-block-size"
-    if args.mdm_block_size_schedule is not None:
-        flag_of_blocks = "--mdm-block-size-schedule"
+    flag_of_blocks = _flag_of_blocks(args)
     for size in (*blocks.sizes, *MDMConfig.from_args(args).evaluated_sizes):
         if size is not None and size > (args.seq_length or size):
             raise UserError(
                 f"{flag_of_blocks}: a block of {size} tokens is longer than a row of --seq-length "
                 f"{args.seq_length}; use `row` in a schedule, or leave the flag out"
             )
-    if args.transformer_impl != "local":
+    if args.tp_comm_overlap:
         raise UserError(
-            f"{flag_of_blocks} works with --transformer-impl local only: its attention mask has no "
-            "fused kernel here yet"
+            f"{flag_of_blocks} does not go with --tp-comm-overlap, whose buffers hold one position "
+            "for each token: leave it out"
         )
-    if args.num_experts:
+    dispatcher = args.moe_flex_dispatcher_backend
+    if args.moe_token_dispatcher_type == "flex" and dispatcher != "deepep":
         raise UserError(
-            f"{flag_of_blocks} does not go with --num-experts: the losses of the routers would "
-            "count clean copies too"
+            f"{flag_of_blocks} does not go with --moe-flex-dispatcher-backend {dispatcher}, whose "
+            "buffers keep the number of positions of the first step: use deepep"
         )
-    if args.context_parallel_size > 1:
-        raise UserError(f"{flag_of_blocks} does not go with --context-parallel-size above 1")
     if args.cuda_graph_impl not in (None, "none"):
         raise UserError(
             f"{flag_of_blocks} does not go with --cuda-graph-impl {args.cuda_graph_impl}, which "
@@ -567,6 +584,37 @@ def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
         )
 
 
+def _check_attention_of_blocks(args: Namespace) -> None:
+    """Checks the flags of Transformer Engine's attention, which takes the mask as a bias."""
+    flag_of_blocks = _flag_of_blocks(args)
+    if args.multi_latent_attention:
+        raise UserError(
+            f"{flag_of_blocks} does not go with --multi-latent-attention, which numbers the copies "
+            "of a token as different positions: leave it out"
+        )
+    if args.attention_backend == AttnBackend.flash:
+        raise UserError(
+            f"{flag_of_blocks} does not go with --attention-backend flash, which takes no mask: "
+            "leave it out"
+        )
+    if args.attention_backend != AttnBackend.unfused and not (args.bf16 or args.fp16):
+        raise UserError(
+            f"{flag_of_blocks} with --transformer-impl transformer_engine needs --bf16 or --fp16, "
+            "because the fused kernel has no float32: add one, or --attention-backend unfused"
+        )
+    others = {*args.cp_comm_type} - {"p2p"}
+    if args.context_parallel_size > 1 and others:
+        raise UserError(
+            f"{flag_of_blocks} does not go with --cp-comm-type {' '.join(sorted(others))}, which "
+            "takes no mask: use p2p"
+        )
+    if getattr(args, "fp8_dot_product_attention", False):
+        raise UserError(
+            f"{flag_of_blocks} does not go with attention in FP8, which takes no mask: leave out "
+            "fp8_dot_product_attention; the linear layers may use --fp8-format"
+        )
+
+
 def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
     # A rehearsal (--fake-process-group) has no other ranks, and brings an attention of its own.
     if args.transformer_impl == "local" and not args.fake_process_group:
@@ -574,10 +622,11 @@ def _check_context_parallel(args: Namespace, mdm: MDMConfig) -> None:
             "--context-parallel-size above 1 needs --transformer-impl transformer_engine: with "
             "Megatron's local attention a position sees only its own rank's part of the row"
         )
-    if not mdm.attends_everywhere:
+    if mdm.has_whole_rows and not mdm.whole_rows_attend_everywhere:
+        rows = "rows" if mdm.blocks is None else "the whole rows of a schedule or an evaluation"
         raise UserError(
-            "--context-parallel-size above 1 cuts rows without regard to documents and lengths: "
-            "leave out --mdm-isolate-documents and every other flag that limits attention"
+            f"--context-parallel-size above 1 cuts {rows} without regard to documents and "
+            "lengths: leave out --mdm-isolate-documents and every other flag that limits attention"
         )
 
 
@@ -621,6 +670,8 @@ def check_flags_of_gpus(args: Namespace) -> None:
 
 def _check_flags_of_engine(args: Namespace, mdm: MDMConfig) -> None:
     if args.transformer_impl == "transformer_engine":
+        if mdm.blocks is not None:
+            _check_attention_of_blocks(args)
         if not (args.mdm_pad_attended and args.mdm_eod_attended):
             raise UserError(
                 "--no-mdm-pad-attended and --no-mdm-eod-attended work with --transformer-impl "

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.libraries import fp8_obstacle
 from megatron_mdm.mcore.flags.layout_checks import head_size
@@ -73,9 +74,14 @@ def check_fp8_flags(args: Namespace) -> None:
 def _sizes(args: Namespace) -> Iterator[tuple[str, int, int]]:
     """(flags, size, ranks that share it) of each size in FP8 products; 0 if no flag sets it."""
     tensor, heads = args.tensor_model_parallel_size, args.num_attention_heads or 0
-    rows = (args.micro_batch_size or 0) * (args.seq_length or 0)
+    length, views = args.seq_length or 0, args.mdm_views
+    rows = (args.micro_batch_size or 0) * length
     parts = args.context_parallel_size * (tensor if args.sequence_parallel else 1)
     yield "--micro-batch-size x --seq-length", rows, parts
+    if MDMConfig.from_args(args).blocks is not None:
+        texts = (args.micro_batch_size or 0) // views
+        name = "--micro-batch-size / --mdm-views x (--mdm-views + 1) x --seq-length of blocks"
+        yield name, texts * (views + 1) * length, parts
     yield "--hidden-size", args.hidden_size or 0, 1
     yield "--num-attention-heads x --kv-channels", heads * head_size(args), tensor
     yield "--ffn-hidden-size", args.ffn_hidden_size or 0, tensor

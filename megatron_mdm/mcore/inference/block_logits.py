@@ -15,7 +15,7 @@ import torch
 from megatron.core.transformer.attention import Attention
 
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
-from megatron_mdm.mcore.model.attention_mask import hidden_tokens
+from megatron_mdm.mcore.model.attention_mask import attention_bias, hidden_tokens
 from megatron_mdm.mcore.model.inputs import ModelInputs
 from megatron_mdm.objective.blocks import hidden_in_decoding
 
@@ -136,6 +136,8 @@ class BlockLogits:
             no_padding = torch.zeros_like(tokens, dtype=torch.bool)
             ends = hidden_tokens(tokens, no_padding, loaded.tokenizer.eod, loaded.mdm)
             hides, mask = True, mask | ends[:, None, None]
+        if loaded.args.transformer_impl == "transformer_engine":
+            mask = attention_bias(mask, loaded.args.params_dtype)
         positions = torch.arange(start, end, device=tokens.device).expand_as(own)
         inputs = ModelInputs(own, positions, mask if hides else None, loaded.mdm.shift, start=start)
         with ExitStack() as stack:

@@ -216,7 +216,8 @@ class LoadedModel:
             rows = BlockRows(
                 documents, self.block_size, 1, self.mdm.shift, causal_clean=self.causal_clean
             )
-            inputs, copies = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id), rows.copies
+            inputs = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id, self.model)
+            copies = rows.copies
         logits = self.run(inputs, tokens, tokens.shape[1] * copies)
         if rows is not None:
             return rows.to_tokens(logits)[0]

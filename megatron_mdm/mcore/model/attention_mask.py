@@ -5,6 +5,7 @@ import torch
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.objective.segments import begins
 
+HIDDEN_SCORE = -10000.0  # Megatron's own value of hidden scores; see `attention_bias`
 OPENING_TIME_BITS = 20  # low bits of the 52 bits of a uniform
 
 
@@ -142,6 +143,23 @@ def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
     if len(bounds) == len(segments):
         return None
     return torch.nn.functional.pad(bounds, (0, 1), value=segments.numel()).to(torch.int32)
+
+
+def attention_bias(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as a sum term of the attention scores, which fused kernels take; no gradient.
+
+    Hidden positions get a finite number, whose exponential is 0. Ring attention visits the keys in
+    parts, and a query may see none of a part. Its softmax there would be NaN with -infinity.
+
+    Args:
+        hidden: True = not attended to, bool [b, 1, q, k].
+        dtype: the dtype of queries, keys and values.
+
+    Returns:
+        `dtype` [b, 1, q, k]: 0 where a query sees a key, else `HIDDEN_SCORE`.
+    """
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, HIDDEN_SCORE)
 
 
 def annealed_future_positions(uniforms: torch.Tensor, progress: float) -> torch.Tensor | None:

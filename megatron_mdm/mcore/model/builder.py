@@ -45,11 +45,13 @@ class TrainingHooks:
         before_model: called once, after Megatron is initialised and before any stage is built.
         modules: returns the modules that a stage holds beside the weights, by attribute name. Its
             arguments are Megatron's transformer configuration and the virtual pipeline stage.
+        positions_per_token: returns the argument of `router_loss_scale` for the current iteration.
     """
 
     after_gradients: Callable[..., None]
     before_model: Callable[[], None]
     modules: Callable[[Any, int | None], Mapping[str, torch.nn.Module]]
+    positions_per_token: Callable[[], float]
 
 
 class MDMBuilder(GPTModelBuilder):
@@ -210,7 +212,8 @@ def model_config(
         return _finish_stage(model, vp_stage, args, mdm, hooks)
 
     def router_scale() -> torch.Tensor:
-        return router_loss_scale(config.transformer, args.seq_length, mdm.normalization)
+        positions = 1.0 if hooks is None else hooks.positions_per_token()
+        return router_loss_scale(config.transformer, args.seq_length, mdm.normalization, positions)
 
     config.before_model, config.finish_stage = before_model, finish_stage
     config.transformer.moe_grad_scale_func = router_scale

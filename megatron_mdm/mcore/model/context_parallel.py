@@ -23,14 +23,18 @@ def shard_sequence(whole: torch.Tensor) -> torch.Tensor:
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["whole"]
 
 
+def own_positions(length: int, device: torch.device) -> torch.Tensor:
+    """The positions that this rank has of rows of `length` positions, int64 [length / ranks]."""
+    return shard_sequence(torch.arange(length, device=device)[None])[0]
+
+
 def unshard_sequence(part: torch.Tensor) -> torch.Tensor:
     """Inverse of `shard_sequence`: [b, s / ranks] to [b, s], 0 at the other ranks' positions."""
     ranks = mpu.get_context_parallel_world_size()
     if ranks == 1:
         return part
     b, s = part.shape[0], part.shape[1] * ranks
-    positions = shard_sequence(torch.arange(s, device=part.device)[None])[0]
-    return part.new_zeros(b, s).index_copy(1, positions, part)
+    return part.new_zeros(b, s).index_copy(1, own_positions(s, part.device), part)
 
 
 def sum_over_cp_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,16 @@ from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.model.attention_mask import (
     annealed_future_positions,
+    attention_bias,
     attention_mask_argument,
     hidden_tokens,
 )
 from megatron_mdm.mcore.model.causal import causal_attention
-from megatron_mdm.mcore.model.context_parallel import shard_sequence, unshard_sequence
+from megatron_mdm.mcore.model.context_parallel import (
+    own_positions,
+    shard_sequence,
+    unshard_sequence,
+)
 from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
 from megatron_mdm.mcore.model.routers import shard_for_stage
@@ -35,7 +40,9 @@ class ModelInputs:
     Attributes:
         clean: the tokens before masking, int64 [b, s].
         position_ids: int64 [b, s].
-        attention_mask: see `attention_mask_argument`.
+        attention_mask: see `attention_mask_argument`. For rows with `blocks`, the mask of this
+            context-parallel rank's positions against those of the whole row, bool [g, 1, q, k], or
+            with Transformer Engine its `attention_bias`.
         shift: whether a position predicts the token after it (--mdm-shift).
         past_end: positions that the losses of expert routers leave out, bool [b, s]; None: none.
         causal: whether attention is causal, for comparisons with autoregressive models.
@@ -70,7 +77,7 @@ class ModelInputs:
         """
         if batch.block_rows is not None:
             assert annealing == 1.0 and not causal
-            return cls._of_batch_of_blocks(batch, batch.block_rows)
+            return cls._of_batch_of_blocks(batch, batch.block_rows, model)
         return cls.of_tokens(
             batch.tokens,
             batch.attention_segments,
@@ -124,13 +131,13 @@ class ModelInputs:
         return cls(clean, positions, attention_mask, mdm.shift or causal, past_end, causal)
 
     @classmethod
-    def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows) -> "ModelInputs":
+    def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows, model: Any) -> "ModelInputs":
         mdm, of_texts = batch.mdm, slice(None, None, rows.views)
         next_tokens = None
         if mdm.ar_loss_weight and batch.training:
             next_tokens = rows.next_tokens(batch.eligible[of_texts])
         inputs = cls.of_blocks(
-            batch.tokens[of_texts], rows, mdm, batch.eod_id, batch.padding[of_texts]
+            batch.tokens[of_texts], rows, mdm, batch.eod_id, model, batch.padding[of_texts]
         )
         past_end = batch.past_end[of_texts] if mdm.random_length_fraction else None
         return replace(inputs, past_end=past_end, next_tokens=next_tokens)
@@ -142,6 +149,7 @@ class ModelInputs:
         rows: BlockRows,
         mdm: MDMConfig,
         eod_id: int,
+        model: Any,
         padding: torch.Tensor | None = None,
     ) -> "ModelInputs":
         """Makes the arguments for rows that hold noisy and clean tokens.
@@ -151,12 +159,18 @@ class ModelInputs:
             rows: the positions of the rows.
             mdm: settings of the objective.
             eod_id: end-of-document token.
+            model: the stage that will be called.
             padding: bool [g, s]; None: no padding.
         """
         if padding is None:
             padding = torch.zeros_like(clean, dtype=torch.bool)
-        mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm))
-        return cls(clean, rows.position_ids(), mask, mdm.shift, blocks=rows)
+        positions = rows.position_ids()
+        queries = own_positions(positions.shape[1], clean.device)
+        mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm), queries)
+        config = get_model_config(model)
+        if config.transformer_impl == "transformer_engine":
+            mask = attention_bias(mask, config.params_dtype)
+        return cls(clean, positions, mask, mdm.shift, blocks=rows)
 
     def logits(self, model: Any, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns the logits of each position.

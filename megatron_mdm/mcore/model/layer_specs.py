@@ -22,7 +22,7 @@ def bidirectional_spec(model_config: GPTModelConfig, mdm: MDMConfig, vp_stage: i
         model_config: configuration from Megatron's `gpt_config_from_args`.
         mdm: settings of the objective. With `attends_everywhere` the spec uses no mask, so fused
             kernels stay available. Otherwise it uses a mask or, with Transformer Engine, attention
-            inside documents (see `attention_mask_argument`).
+            inside documents (see `attention_mask_argument`) or a bias (see `attention_bias`).
         vp_stage: virtual pipeline stage.
 
     Returns:
@@ -60,10 +60,11 @@ def make_bidirectional(
     """
     mask_type = AttnMaskType.no_mask if mdm.attends_everywhere else AttnMaskType.padding
     attention.params["attn_mask_type"] = mask_type
-    if mdm.divides_rows and transformer.transformer_impl == "transformer_engine":
-        from megatron_mdm.mcore.model.te_attention import DocumentAttention
+    if transformer.transformer_impl == "transformer_engine" and (mdm.blocks or mdm.divides_rows):
+        from megatron_mdm.mcore.model.te_attention import BlockAttention, DocumentAttention
 
-        attention.submodules.core_attention = DocumentAttention
+        core = DocumentAttention if mdm.blocks is None else BlockAttention
+        attention.submodules.core_attention = core
 
 
 def use_torch_norms(submodules: Any) -> None:

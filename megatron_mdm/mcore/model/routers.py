@@ -11,7 +11,10 @@ from megatron.core.utils import unwrap_model
 
 
 def router_loss_scale(
-    transformer: TransformerConfig, seq_length: int, normalization: str
+    transformer: TransformerConfig,
+    seq_length: int,
+    normalization: str,
+    positions_per_token: float = 1.0,
 ) -> torch.Tensor:
     """The factor on the gradients of a router's own losses (balance, z) in the backward pass.
 
@@ -19,18 +22,22 @@ def router_loss_scale(
     expects gradients to be divided by the number of positions of the global batch. With
     --mdm-normalization rows, gradients are divided by the number of rows, which is smaller by
     a factor of seq-length, or by the number of documents, which is not known before the backward
-    pass.
+    pass. Rows with blocks have more positions than tokens. The factor makes up for both, so that
+    the losses are means over all positions, clean copies included, with the given coefficients.
 
     Args:
         transformer: the configuration that Megatron's schedule reads.
         seq_length: tokens in a row.
         normalization: `tokens` or `rows`.
+        positions_per_token: positions of the model for each token of the batch's rows, views
+            included.
 
     Returns:
         Float32 [1].
     """
     one = torch.ones(1, device=torch.cuda.current_device())
     scale = transformer.grad_scale_func(one) if transformer.grad_scale_func else one
+    scale = scale / positions_per_token
     return scale / seq_length if normalization == "rows" else scale
 
 

@@ -1,4 +1,4 @@
-"""Attention inside documents with Transformer Engine's kernels for sequences of varying lengths.
+"""Attention inside documents, and of rows with blocks, with Transformer Engine's fused kernels.
 
 This module is imported only if Transformer Engine is in use.
 """
@@ -11,7 +11,10 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.model.row_layout import attend_in_documents
+
+NO_KERNEL = "No dot product attention backend is available"  # in Transformer Engine's ValueError
 
 
 class DocumentAttention(TEDotProductAttention):
@@ -65,3 +68,57 @@ class DocumentAttention(TEDotProductAttention):
             return attend(q, k, v, None, attn_mask_type=inside, packed_seq_params=bounds, **rest)
 
         return attend_in_documents(packed, query, key, value)
+
+
+class BlockAttention(DocumentAttention):
+    """Attention of rows with blocks, whose argument `attention_mask` holds a bias of the scores.
+
+    Megatron has an argument for a bias, but neither HybridModel nor recomputation passes it on. All
+    layers of a micro-batch share the tensor. Rows without blocks are those of `DocumentAttention`.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> torch.Tensor:
+        """Attention of a micro-batch.
+
+        Args:
+            query: see `DocumentAttention`; so are the arguments that are not listed.
+            key: see there.
+            value: see there.
+            attention_mask: the result of `attention_bias`, [b, 1, q, k]; or a value of rows without
+                blocks (see `DocumentAttention`).
+            attn_mask_type: read only for rows without blocks.
+            packed_seq_params: ignored.
+            rest: Megatron's other arguments.
+
+        Returns:
+            [s, b, heads * head size].
+
+        Raises:
+            UserError: Transformer Engine has no fused kernel for these shapes on this GPU.
+        """
+        if attention_mask is None or not attention_mask.is_floating_point():
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, packed_seq_params, **rest
+            )
+        attend: Callable = super(DocumentAttention, self).forward
+        rest |= {"attention_bias": attention_mask.to(query.dtype)}
+        try:
+            return attend(query, key, value, None, attn_mask_type=AttnMaskType.no_mask, **rest)
+        except ValueError as error:
+            # Transformer Engine chooses the kernel here, and says no more than this.
+            if NO_KERNEL not in str(error):
+                raise
+            raise UserError(
+                "Transformer Engine has no fused attention for blocks with these shapes on this "
+                "GPU (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 show why): use --attention-backend unfused, "
+                "which needs much more memory, or --transformer-impl local"
+            ) from error

@@ -71,9 +71,15 @@ def build_objective(args: Namespace) -> Objective:
     def modules(config: Any, vp_stage: int | None) -> Any:
         return carried_states(state, config, vp_stage)
 
+    def positions_per_token() -> float:
+        # Megatron also asks in an evaluation before training, whose answer it does not use.
+        copies, views = state.copies(training=state.has_begun)
+        return copies / views
+
+    hooks = TrainingHooks(finalize, before_model, modules, positions_per_token)
     return Objective(
         state,
-        model_config(args, state.mdm, TrainingHooks(finalize, before_model, modules)),
+        model_config(args, state.mdm, hooks),
         datasets_provider(args, state.mdm),
         step,
         finalize,

@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_mdm.config import MDMConfig, destination, flag
 from megatron_mdm.errors import UserError
@@ -61,8 +62,11 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--mdm-shift --mdm-shift-first noisy", "--mdm-shift-first needs --mdm-block-size"),
         ("--mdm-block-size 4 --mdm-shift-first noisy", "--mdm-shift-first noisy needs --mdm-shift"),
         ("--mdm-block-size 4 --mdm-anneal-attention-iters 9", "which begins causal at block size"),
-        ("--mdm-block-size 4 --num-experts 2", "does not go with --num-experts"),
-        ("--mdm-block-size 4 --context-parallel-size 2", "with --context-parallel-size above 1"),
+        (
+            "--mdm-block-size 4 --num-experts 2 --moe-token-dispatcher-type flex "
+            "--moe-flex-dispatcher-backend hybridep",
+            "whose buffers keep the number of positions of the first step: use deepep",
+        ),
         ("--mdm-block-size 4 --log-throughput", "does not count the clean copies"),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
@@ -447,6 +451,58 @@ def test_context_parallel_needs_transformer_engine(monkeypatch):
     arguments.validate_flags(parsed(monkeypatch, *words, world=2))
     with pytest.raises(UserError, match="leave out --mdm-isolate-documents and every other"):
         arguments.validate_flags(parsed(monkeypatch, *words, "--mdm-isolate-documents", world=2))
+
+
+def test_blocks_with_transformer_engine(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    words = ["--mdm-block-size", "4", "--transformer-impl", "transformer_engine", "--bf16"]
+    args = parsed(monkeypatch, *words)
+    arguments.validate_flags(args)
+    arguments._demand_fused_attention(args)
+    assert args.attention_backend is AttnBackend.fused
+    refused = {
+        "--attention-backend flash": "flash, which takes no mask",
+        "--multi-latent-attention": "numbers the copies of a token as different positions",
+        "--tp-comm-overlap": "--mdm-block-size does not go with --tp-comm-overlap",
+    }
+    for flags, line in refused.items():
+        with pytest.raises(UserError, match=line):
+            arguments.validate_flags(parsed(monkeypatch, *words, *flags.split()))
+    args = parsed(monkeypatch, *words)
+    args.fp8_dot_product_attention = True  # no flag sets it, but a script may
+    with pytest.raises(UserError, match="attention in FP8, which takes no mask"):
+        arguments.validate_flags(args)
+    with pytest.raises(UserError, match="needs --bf16 or --fp16"):
+        arguments.validate_flags(parsed(monkeypatch, *words[:-1]))
+    unfused = parsed(monkeypatch, *words[:-1], "--attention-backend", "unfused")
+    arguments.validate_flags(unfused)
+    arguments._demand_fused_attention(unfused)
+    assert unfused.attention_backend is AttnBackend.unfused
+
+
+def test_blocks_with_context_parallelism(monkeypatch):
+    """The mask of blocks divides documents too, but whole rows would lack theirs."""
+    words = "--context-parallel-size 2 --mdm-isolate-documents --bf16".split()
+    blocks = [*words, "--mdm-block-size", "4"]
+    with pytest.raises(UserError, match="needs --transformer-impl transformer_engine"):
+        arguments.validate_flags(parsed(monkeypatch, *blocks, world=2))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    words, blocks = (
+        [*flags, "--transformer-impl", "transformer_engine"] for flags in (words, blocks)
+    )
+    arguments.validate_flags(parsed(monkeypatch, *blocks, world=2))
+    for kind in ("a2a", "all_gather"):
+        with pytest.raises(UserError, match=f"--cp-comm-type {kind}, which takes no mask: use p2p"):
+            arguments.validate_flags(parsed(monkeypatch, *blocks, "--cp-comm-type", kind, world=2))
+    whole = "cuts the whole rows of a schedule or an evaluation without regard to documents"
+    for flags in (
+        [*words, "--mdm-block-size-schedule", "0:4 9:row"],
+        [*blocks, "--mdm-eval-block-sizes", "4", "row"],
+    ):
+        with pytest.raises(UserError, match=whole):
+            arguments.validate_flags(parsed(monkeypatch, *flags, world=2))
+    flags.remove("--mdm-isolate-documents")
+    arguments.validate_flags(parsed(monkeypatch, *flags, world=2))
 
 
 def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):

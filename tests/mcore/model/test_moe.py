@@ -100,11 +100,68 @@ def test_hybrid_model_has_the_same_layers(runs, moe, tmp_path):
     assert run.grad_norms == pytest.approx(runs["1 rank"].grad_norms, rel=1e-5)
 
 
+BLOCKS = "--mdm-mask exact-count --mdm-views 2 --mdm-isolate-documents".split()
+BLOCKS += "--optimizer sgd --sgd-momentum 0 --lr 0.1 --weight-decay 0 --train-iters 3".split()
+PHASES = ["--mdm-block-size-schedule", "0:4 1:row 2:8"]
+BLOCK_LAYOUTS = {
+    "EP 2": (2, "--expert-model-parallel-size 2"),
+    "EP 2, all-to-all, PP 2": (
+        4,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+        "--pipeline-model-parallel-size 2",
+    ),
+    "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+}
+
+
+@pytest.fixture(scope="module")
+def blocks(moe, tmp_path_factory):
+    """Steps of blocks, of whole rows and of blocks again, in rows that end early.
+
+    Under context parallelism all steps have blocks.
+    """
+    directory = tmp_path_factory.mktemp("blocks")
+
+    def words(name, *flags):
+        save = ["--save", str(directory / name / "checkpoint"), "--save-interval", "3"]
+        return [*moe, *LOSSES, *BLOCKS, *SHORT.split(), *save, *flags]
+
+    layouts = {"1 rank": (1, "")} | BLOCK_LAYOUTS
+    runs = {
+        name: (count, words(name, *PHASES, *flags.split()))
+        for name, (count, flags) in layouts.items()
+    }
+    runs["1 rank, blocks only"] = 1, words("1 rank, blocks only", "--mdm-block-size", "4")
+    found = ranks.launch_layouts(directory, runs)
+    own = words("CP 2", "--mdm-block-size", "4", *CONTEXT["CP 2"][1].split())
+    found["CP 2"] = ranks.launch(directory / "CP 2", 2, *own, entry=context_parallel)
+    for name, run in found.items():
+        run.weights = ranks.weights(directory / name / "checkpoint")
+    return found
+
+
+@pytest.mark.parametrize("layout", [*BLOCK_LAYOUTS, "CP 2"])
+def test_layouts_of_blocks_are_equal(blocks, layout):
+    run = blocks[layout]
+    reference = blocks["1 rank, blocks only" if layout in CONTEXT else "1 rank"]
+    assert run.masks() == reference.masks()
+    assert len(run.losses) == 3
+    assert run.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    assert run.weights.keys() == reference.weights.keys()
+    for name, value in run.weights.items():
+        difference = (value - reference.weights[name]).norm()
+        assert difference <= 1e-5 * reference.weights[name].norm(), name
+
+
 OBJECTIVES = {
     "tokens": "--no-mdm-eod-eligible",
     "rows": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2",
     "documents": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-rate-per document",
     "rows that end early": f"--no-mdm-eod-eligible --mdm-normalization rows {SHORT}",
+    "blocks": "--no-mdm-eod-eligible --mdm-block-size 4",
+    "blocks of two views": "--no-mdm-eod-eligible --mdm-normalization rows --mdm-block-size 8 "
+    f"--mdm-views 2 --mdm-isolate-documents {SHORT}",
 }
 
 

@@ -103,7 +103,13 @@ def transformer_engine_spec() -> None:
                     assert "TE" in type(layer.self_attention.core_attention).__name__
         isolated = build(MDMConfig(isolate_documents=True), transformer_impl="transformer_engine")
         assert keys(isolated) == keys(te)
+        blocks = build(MDMConfig(block_size=4), transformer_impl="transformer_engine")
+        assert keys(blocks) == keys(te)
+        _attention_of_hybrid_layers(blocks.config)
         _attention_in_documents(isolated.decoder.layers[0].self_attention.core_attention)
+        attention = blocks.decoder.layers[0].self_attention.core_attention
+        _attention_in_documents(attention)  # of phases with whole rows
+        _attention_in_blocks(attention, blocks)
         Path(os.environ["TRACE_DIR"], "built").write_text("done")
         torch.distributed.destroy_process_group()
 
@@ -147,6 +153,106 @@ def _attention_in_documents(attention) -> None:
         torch.testing.assert_close(inside[low:high, row : row + 1], alone)
 
 
+def _attention_of_hybrid_layers(config) -> None:
+    """Checks that HybridModel's layers get the same attention, and Megatron's own spec stays."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.model.hybrid import bidirectional_stack
+    from megatron_mdm.mcore.model.te_attention import BlockAttention
+
+    def core(stack):
+        layer = stack.submodules.attention_layer.submodules
+        return layer.self_attention.submodules.core_attention
+
+    before = core(hybrid_stack_spec)
+    assert core(bidirectional_stack(config, MDMConfig(block_size=4))) is BlockAttention
+    assert core(hybrid_stack_spec) is before and before is not BlockAttention
+
+
+def _attention_in_blocks(attention, model) -> None:
+    """Checks what our layer asks of Transformer Engine for rows with noisy and clean tokens."""
+    import inspect
+
+    from transformer_engine.pytorch import DotProductAttention
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.errors import UserError
+    from megatron_mdm.mcore.model.inputs import ModelInputs
+    from megatron_mdm.mcore.model.te_attention import NO_KERNEL
+    from megatron_mdm.objective.blocks import BlockRows
+
+    asked = []
+
+    def forward(self, query, key, value, attention_mask=None, **flags):
+        """Attention with a bias in plain torch. Shapes are [s, b, heads, d]."""
+        asked.append(flags)
+        assert attention_mask is None
+        repeat = query.shape[-2] // key.shape[-2]
+        k, v = (x.repeat_interleave(repeat, dim=-2) for x in (key, value))
+        q, k, v = (x.permute(1, 2, 0, 3).float() for x in (query, k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + flags["core_attention_bias"].float()
+        return (scores.softmax(dim=-1) @ v).permute(2, 0, 1, 3).flatten(2)
+
+    documents = torch.tensor([[0] * 6 + [1] * 6, [0] * 12])
+    rows, clean = BlockRows(documents, 4, views=2), torch.arange(24).view(2, 12)
+    hidden = rows.hidden()
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.config.params_dtype = dtype
+        DotProductAttention.forward = forward
+        mask = ModelInputs.of_blocks(clean, rows, MDMConfig(), 1, model).attention_mask
+        q = torch.randn(36, 2, 4, 16, generator=generator).to(dtype)
+        k, v = torch.randn(2, 36, 2, 2, 16, generator=generator).to(dtype)
+        found = attention(q, k, v, mask, packed_seq_params=None, attention_bias=None)
+        flags = asked[-1]
+        assert flags["attn_mask_type"] == "no_mask" and "qkv_format" not in flags
+        assert flags["core_attention_bias_type"] == "post_scale_bias"
+        bias = flags["core_attention_bias"]
+        assert bias is mask, "all layers share one tensor"
+        assert bias.shape == (2, 1, 36, 36) and bias.dtype == dtype and not bias.requires_grad
+        assert torch.equal(bias != 0, hidden) and bias[hidden].unique().numel() == 1
+        heads = (x.repeat_interleave(4 // x.shape[2], dim=2) for x in (q, k, v))
+        heads = [x.permute(1, 2, 0, 3).float() for x in heads]
+        seen = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=~hidden)
+        torch.testing.assert_close(found, seen.permute(2, 0, 1, 3).flatten(2))
+
+    def refuse(words):
+        def fail(self, *_, **__):
+            raise ValueError(words)
+
+        return fail
+
+    DotProductAttention.forward = refuse(f"{NO_KERNEL} for the provided inputs.")
+    with pytest.raises(UserError, match="use --attention-backend unfused"):
+        attention(q, k, v, mask)
+    DotProductAttention.forward = refuse("another error")
+    with pytest.raises(ValueError, match="^another error$"):
+        attention(q, k, v, mask)
+    assert NO_KERNEL in inspect.getsource(inspect.getmodule(DotProductAttention))
+
+
 def test_the_spec_builds_bidirectional_with_the_local_keys(tmp_path):
     ranks.launch(tmp_path, 1, entry=transformer_engine_spec, transformer_engine=True)
     assert (Path(tmp_path) / "built").read_text() == "done"
+
+
+def flags_of_blocks() -> None:
+    """Parses the flags as the program does, and builds the model's configuration."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_mdm.config import MDMConfig
+    from megatron_mdm.mcore.flags.arguments import parse
+    from megatron_mdm.mcore.model.builder import model_config
+
+    with training_device("cpu"):
+        args = parse()
+        config = model_config(args, MDMConfig.from_args(args)).transformer
+    assert config.attention_backend is AttnBackend.fused
+    assert config.params_dtype is torch.bfloat16
+
+
+def test_blocks_demand_the_fused_kernel(tmp_path):
+    flags = "--mock-data --mdm-block-size 4 --transformer-impl transformer_engine --bf16".split()
+    run = ranks.launch(tmp_path, 1, *flags, entry=flags_of_blocks, transformer_engine=True)
+    assert "blocks with Transformer Engine: --attention-backend fused" in run.output[0]
