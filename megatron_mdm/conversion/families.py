@@ -341,10 +341,10 @@ LLADA_MOE = Family(
 
 FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, ILLADA, DREAM, SDAR, FAST_DLLM)
 
-# Models whose weights would convert, but whose converted model would compute something else.
+# Models that users look for, and what stands in the way.
 REFUSED = {
     "LLaDA2MoeModelLM": (
-        "its attention is block-causal, and this plugin has no blocks in models with experts; with "
-        "full attention and whole-row masks it would be another model"
+        "its router (sigmoid scores, a bias for each expert, groups of experts) and its fused "
+        "attention tensors are not mapped to Megatron's here"
     ),
 }

@@ -51,8 +51,6 @@ from megatron_mdm.hub_files import HUB_FILES
 LAUNCH_FILE = "launch.txt"
 # Tensors of some releases that are computed from the configuration; they are not converted.
 COMPUTED = (".rotary_emb.inv_freq",)
-# Attention in blocks has no kernel of Transformer Engine here.
-_FOR_BLOCKS = ["--transformer-impl", "local"]
 _PRECISION = {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}
 # Flags of the launch line that training needs and that the user may change. LLaDA's pretraining
 # ended with a learning rate of 1e-5. The rate decays from there to a tenth and not to 0, so that
@@ -118,7 +116,6 @@ def to_megatron(
             *(["--mdm-model", model_class] if model_class != "gpt" else []),
             *["--padded-vocab-size", str(vocab.padded)],
             *(["--mdm-mask-token-id", str(vocab.mask)] if vocab.mask is not None else []),
-            *(_FOR_BLOCKS if blocks is not None else []),
             *_PRECISION.get(dtype, []),
             *tokenizer_flags(hub_files, Path(output), vocab, config),
         ]

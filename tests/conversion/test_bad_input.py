@@ -76,7 +76,7 @@ CASES = {
     ),
     "a model of another attention": (
         lambda d: change_config(d, architectures=["LLaDA2MoeModelLM"]),
-        "LLaDA2MoeModelLM is not converted: its attention is block-causal",
+        "LLaDA2MoeModelLM is not converted: its router",
     ),
     "an unknown computation": (
         lambda d: change_config(d, scale_logits=True),
