@@ -44,7 +44,7 @@ def test_settings_of_the_objective_are_compared():
     run = {f.name for f in fields(MDMConfig) if group(destination(f.name)) is Group.RUN}
     assert run == set(
         "device recipe head rate_bins ema_decay allow_flag_change overwrite_save checkpoint_hashes "
-        "ppots_file vocab_size".split()
+        "ppots_file vocab_size eval_block_sizes".split()
     )
 
 
