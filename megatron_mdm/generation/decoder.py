@@ -127,6 +127,8 @@ class Decoder:
         if self.block_length is not None:
             blocks = -(-wanted // self.block_length)
             self._check_steps(blocks, f"--block-length {self.block_length}")
+        if self.block_size is not None:  # more, if the first block begins with given tokens
+            self._check_steps(-(-wanted // self.block_size), f"{self.block_size} tokens")
 
     def _check_steps(self, blocks: int, size: str) -> None:
         if self.steps is not None and blocks > self.steps:

@@ -107,11 +107,13 @@ class BlockLogits:
             self._loaded.check_first_tokens(tokens, torch.arange(end, device=tokens.device))
         if self._cache is not None and self._cache.length < start:
             self._before = self._pass(tokens[:, :start], start, last=1)
-        logits = self._pass(tokens, start, last=end - start)
+        # Without a cache the same pass has the logits that predict the first token.
+        more = int(shift and self._cache is None and start > 0)
+        logits = self._pass(tokens, start, last=end - start + more)
         if not shift:
             return logits
-        if self._cache is None and start:
-            self._before = self._pass(tokens[:, :start], start, last=1)
+        if more:
+            return logits[:, :-1]
         # Nothing predicts the first token of a text, so it keeps its own logits.
         before = logits[:, :1] if self._before is None else self._before
         return torch.cat([before, logits[:, :-1]], dim=1)
