@@ -20,7 +20,7 @@ from functools import cached_property
 
 import torch
 
-from megatron_mdm.objective.segments import begins, places
+from megatron_mdm.objective.segments import begins, counts, places
 
 
 def block_segments(documents: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -161,6 +161,21 @@ class BlockRows:
         if hidden_tokens is not None:
             seen &= ~hidden_tokens.repeat_interleave(self.copies, dim=1)[:, None, :]
         return ~seen[:, None]
+
+    def attended_pairs(self, useful: torch.Tensor) -> torch.Tensor:
+        """Number of pairs of positions of which the first attends to the second, int64 scalar.
+
+        Args:
+            useful: tokens that count, bool [G, L].
+        """
+        whole = counts(useful, self.documents)
+        inside = counts(useful, self.blocks).square().sum()
+        # Half of the pairs of tokens in different blocks of a document: the second block is later.
+        earlier = (whole.square().sum() - inside) // 2
+        clean = inside + earlier
+        if self.causal_clean:
+            clean = (whole * (whole + 1)).sum() // 2
+        return self.views * (inside + earlier) + clean
 
     def labels(self, clean: torch.Tensor) -> torch.Tensor:
         """The token that the logits of each position predict, int64 [G, (K + 1) L].

@@ -288,3 +288,15 @@ def test_decoding_hides_the_positions_that_training_hides(causal):
         for first in range(0, start + 1, size):
             part = hidden_in_decoding(first, end, start, size, causal)
             assert torch.equal(part, expected[first:])
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_pairs_are_those_of_the_mask(views, causal):
+    """Tokens at the end of a row are of no use."""
+    useful = torch.arange(15).expand_as(DOCUMENTS) < torch.tensor([[13], [15]])
+    for size in (1, 4, 16):
+        rows = BlockRows(DOCUMENTS, size, views, causal_clean=causal)
+        queries = useful.repeat_interleave(rows.copies, dim=1)[:, None, :, None]
+        expected = (~rows.hidden(~useful) & queries).sum()
+        assert rows.attended_pairs(useful) == expected

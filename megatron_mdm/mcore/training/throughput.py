@@ -30,15 +30,24 @@ class WorkRecorder:
 
         Padding is not useful unless it is predicted (pad_eligible). Positions after the end of a
         row are never useful. While attention is annealed (--mdm-anneal-attention-iters), all pairs
-        count as in full attention.
+        count as in full attention. Rows with blocks count with all copies of their tokens.
         """
         batch = micro_batch.batch
         useful = ~batch.past_end
         if not batch.mdm.pad_eligible:
             useful = useful & ~batch.padding
-        pairs = counts(useful, batch.attention_segments).square().sum()
-        masked = micro_batch.num_masked.sum()
-        self._sums.add(torch.stack([useful.sum(), pairs, masked]))
+        rows, mask = batch.block_rows, micro_batch.corruption.mask
+        if rows is None:
+            pairs = counts(useful, batch.attention_segments).square().sum()
+            work = [useful.sum(), pairs, mask.sum()]
+        else:
+            of_texts = slice(None, None, rows.views)
+            useful, following = useful[of_texts], None
+            if batch.mdm.ar_loss_weight:
+                following = rows.next_tokens(batch.eligible[of_texts])
+            predicting = rows.predicting(mask, following).sum()
+            work = [useful.sum() * rows.copies, rows.attended_pairs(useful), predicting]
+        self._sums.add(torch.stack(work))
 
     def commit(self, iteration: int) -> None:
         """Adds an iteration to the counts; a repetition of the iteration is dropped.

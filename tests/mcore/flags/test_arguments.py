@@ -67,7 +67,6 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
             "--moe-flex-dispatcher-backend hybridep",
             "whose buffers keep the number of positions of the first step: use deepep",
         ),
-        ("--mdm-block-size 4 --log-throughput", "does not count the clean copies"),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),

@@ -154,20 +154,31 @@ def test_each_line_says_whether_the_loss_is_a_bound(base, tmp_path):
     assert "mdm/uniform share" not in runs["clipped"].scalars
 
 
-def useful_operations(rows, experts):
+def useful_operations(rows, experts, block=None):
     """Counts by hand the operations of a training step on these masked rows of documents.
 
     Documents end with EOD. The model is that of `ranks.MODEL` with 2 key and value heads of width 8
     and, if `experts`, with a router of 4 experts of width 16, 2 of which are active per token.
+    `block` is the number of tokens in a block, for rows with clean copies.
     """
     found = 0
     for tokens in rows:
         ends = [i + 1 for i, token in enumerate(tokens) if token == ranks.EOD_ID]
         bounds = sorted({0, *ends, len(tokens)})
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
-        attention = len(tokens) * (32 * (32 + 16 + 16) + 32 * 32)
-        scores = 2 * 32 * sum(length**2 for length in lengths)  # queries by keys, weights by values
-        feed_forward = len(tokens) * (32 * 4 + 2 * 3 * 32 * 16 if experts else 3 * 32 * 64)
+        positions, pairs = len(tokens), sum(length**2 for length in lengths)
+        if block is not None:
+            positions *= 2
+            ends = [
+                (start, min(start + block, length))
+                for length in lengths
+                for start in range(0, length, block)
+            ]
+            # A noisy token sees its block and what is before it, and so does a clean one.
+            pairs = 2 * sum((end - start) * end for start, end in ends)
+        attention = positions * (32 * (32 + 16 + 16) + 32 * 32)
+        scores = 2 * 32 * pairs  # queries by keys, weights by values
+        feed_forward = positions * (32 * 4 + 2 * 3 * 32 * 16 if experts else 3 * 32 * 64)
         head = 32 * 128 * tokens.count(ranks.MASK_ID)
         found += 2 * (4 * (attention + scores + feed_forward) + head)
     return 3 * found  # the backward pass takes twice the forward pass
@@ -182,6 +193,7 @@ def test_throughput_counts_what_is_of_use(data, tmp_path):
     layouts = {
         "TP 2": "--tensor-model-parallel-size 2",
         "PP 2": "--pipeline-model-parallel-size 2",
+        "TP 2, blocks": "--tensor-model-parallel-size 2 --mdm-block-size 4",
         "DP 2, experts": "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16",
     }
     runs = ranks.launch_all(
@@ -193,7 +205,8 @@ def test_throughput_counts_what_is_of_use(data, tmp_path):
         rows_per_s = run.scalars["mdm/rows per s"]
         for interval in range(2):
             seconds = 16 / rows_per_s[interval]
-            flops = useful_operations(rows[16 * interval : 16 * interval + 16], "experts" in name)
+            own = rows[16 * interval : 16 * interval + 16]
+            flops = useful_operations(own, "experts" in name, 4 if "blocks" in name else None)
             tflops = run.scalars["mdm/useful TFLOP per s per GPU"][interval]
             assert tflops == pytest.approx(flops / seconds / 2 / 1e12, rel=1e-6), name
             tokens = run.scalars["mdm/tokens per s per GPU"][interval]
