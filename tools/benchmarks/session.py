@@ -55,12 +55,17 @@ class Session:
         """Returns Megatron's loader over the training rows of a `dataset_provider`."""
         return build_train_valid_test_data_iterators(provider)[0]
 
-    def with_head(self, head: str) -> Objective:
-        """Builds another objective for the same model, with the head `masked` or `full`.
+    def objective_with(self, head: str = "masked", block_size: int | None = None) -> Objective:
+        """Builds another objective for the same model.
 
         It has its own state: objectives share neither recorded sums nor a density of t.
+
+        Args:
+            head: `masked` or `full`.
+            block_size: tokens in a block; None: whole rows.
         """
-        self.args.mdm_head = head
+        self.args.mdm_head, self.args.mdm_block_size = head, block_size
+        self.args.mdm_rate_per = None  # that of blocks, or of rows
         return build_objective(self.args)
 
     def step(self, forward_step: Callable, rows: Iterator, finalize: Callable) -> None:

@@ -6,6 +6,10 @@ step of Megatron with data, loss checks and optimizer. These three use the same 
 all positions, so the comparison is between objectives only. `causal` is GPT with its usual causal
 attention. Causal attention is slower on a CPU, where the local layers apply a mask, and faster on a
 GPU, where fused kernels skip masked scores.
+
+`blocks` is a step of block diffusion, whose rows hold every token twice. `gpt_2x` is GPT on rows of
+twice the length, so it has as many positions, attends to all of them, and has logits at all of
+them.
 """
 
 import statistics
@@ -17,6 +21,7 @@ from benchmarks.python_text import MASK
 from benchmarks.timing import quartiles, seconds_of, time_and_peak_memory
 
 MEGATRON_SIDES = ("gpt", "full_head", "masked_head", "causal")
+BLOCK_SIDES = ("blocks", "gpt_2x")
 LLADA_VOCABULARY = 126_464
 SIZES = ("layers", "hidden", "heads", "rows", "length")
 
@@ -56,37 +61,44 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
     ]
 
 
-def megatron_steps(session: Any) -> dict[str, Callable[[], None]]:
-    """Returns a training step for each of `MEGATRON_SIDES`.
+def megatron_steps(session: Any, block_size: int | None = None) -> dict[str, Callable[[], None]]:
+    """Returns a training step for each of `MEGATRON_SIDES`, and with blocks of `BLOCK_SIDES`.
 
     Args:
-        session: a `session.Session`.
+        session: a `session.Session`, whose flags have --mdm-block-size if there are blocks.
+        block_size: tokens in a block; None: no blocks.
     """
     from megatron.core.distributed import finalize_model_grads
 
     from benchmarks.causal import causal_datasets, causal_forward_step
     from megatron_mdm.mcore.model.causal import causal_attention
 
-    causal_rows = session.rows(causal_datasets)
-    rows = session.rows(session.objective.datasets_provider)
+    def next_tokens(rows: Any) -> Callable[[], None]:
+        return lambda: session.step(causal_forward_step, rows, finalize_model_grads)
 
-    def gpt() -> None:
-        session.step(causal_forward_step, causal_rows, finalize_model_grads)
+    gpt = next_tokens(session.rows(causal_datasets))
 
     def causal() -> None:
         with causal_attention(session.model[0]):
             gpt()
 
-    def ours(head: str) -> Callable[[], None]:
-        objective = session.with_head(head)
+    def ours(**settings: Any) -> Callable[[], None]:
+        objective = session.objective_with(**settings)
+        rows = session.rows(objective.datasets_provider)
         return lambda: session.step(objective.forward_step, rows, objective.after_gradients)
 
-    return {
+    steps = {
         "gpt": gpt,
-        "full_head": ours("full"),
-        "masked_head": ours("masked"),
+        "full_head": ours(head="full"),
+        "masked_head": ours(),
         "causal": causal,
     }
+    if block_size is not None:
+        steps["blocks"] = ours(block_size=block_size)
+        session.args.seq_length *= 2  # for the data set alone
+        steps["gpt_2x"] = next_tokens(session.rows(causal_datasets))
+        session.args.seq_length //= 2
+    return steps
 
 
 def interleave(

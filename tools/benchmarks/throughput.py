@@ -6,6 +6,8 @@ The first of --sides is the reference that the others are compared with:
     full_head      this objective, with logits at all positions
     masked_head    this objective, with logits at masked positions
     causal         Megatron's next-token objective with its causal attention
+    blocks         this objective in blocks, with twice as many positions
+    gpt_2x         Megatron's next-token objective on rows of twice the length
     hugging_face   a plain training loop on a Hugging Face Llama, by the released recipe of LLaDA
 
 The sides alternate in one process, and all sides except `hugging_face` train the same model: see
@@ -13,7 +15,8 @@ sides.py and hugging_face.py. Megatron loads its rows in the process itself, so 
 loading counts; the plain loop has its rows in memory. On a GPU the sides train in bfloat16 with
 Transformer Engine, on a CPU in float32. Times are wall-clock times on CUDA; on the CPU they are
 processor times, which other work on the machine disturbs less. In each round every side takes a
-window of steps; ratios are medians over rounds.
+window of steps; ratios are medians over rounds. Tokens of `gpt_2x` count half, so that its ratio is
+that of the seconds of a step.
 
 Memory has two parts. `resting_bytes` is the memory of weights, gradients and the optimizer's state,
 computed from the number of parameters. `peak_bytes` is the peak memory of a step beyond the memory
@@ -34,6 +37,7 @@ from typing import Any
 
 from benchmarks.python_text import MASK, write_data
 from benchmarks.sides import (
+    BLOCK_SIDES,
     LLADA_VOCABULARY,
     MEGATRON_SIDES,
     interleave,
@@ -48,7 +52,7 @@ from megatron_mdm.files import write_json
 
 DESCRIPTION = "tokens/s and memory of a training step against Megatron's GPT, or a plain loop"
 PLAIN = "hugging_face"
-SIDES = (*MEGATRON_SIDES, PLAIN)
+SIDES = (*MEGATRON_SIDES, *BLOCK_SIDES, PLAIN)
 DEFAULT_SIZES = {
     "cpu": {"layers": 4, "hidden": 128, "heads": 4, "rows": 8, "length": 128},
     "cuda": {"layers": 12, "hidden": 1024, "heads": 16, "rows": 8, "length": 2048},
@@ -77,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIDE",
         help=f"some of {', '.join(SIDES)}; the others are compared with the first (default: "
         f"{' '.join(MEGATRON_SIDES)})",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens in a block of the side `blocks` (default: %(default)s)",
     )
     parser.add_argument(
         "--vocabulary",
@@ -110,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a size is not possible, or transformers is missing.
     """
-    check_numbers(args, *OPTIONS, "window", "rounds")
+    check_numbers(args, *OPTIONS, "window", "rounds", "block_size")
     if args.vocabulary <= MASK:
         raise UserError(f"--vocabulary {args.vocabulary}: must be above {MASK}, for bytes and mask")
     device = use_device()
@@ -130,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
             args.vocabulary,
             args.window,
             args.rounds,
+            args.block_size if {*BLOCK_SIDES} & {*sides} else None,
         )
     print(_table(results))
     if args.json:
@@ -167,6 +179,7 @@ def measure(
     vocabulary: int,
     window: int,
     rounds: int,
+    block_size: int | None = None,
 ) -> dict[str, Any]:
     """Measures times and peak memory of all sides.
 
@@ -178,6 +191,7 @@ def measure(
         vocabulary: number of rows of the output layer.
         window: steps of each side in a round.
         rounds: number of rounds.
+        block_size: tokens in a block; None: no side has blocks.
     """
     import torch
 
@@ -188,6 +202,8 @@ def measure(
         *model_flags(sizes, vocabulary, device),
         *f"--data-path {directory / 'text'} --data-cache-path {directory / 'cache'}".split(),
     ]
+    if block_size is not None:
+        flags += ["--mdm-block-size", str(block_size)]
     with contextlib.ExitStack() as stack:
         steps, counts = {}, {}
         if PLAIN in sides:  # before Megatron's CPU mode changes this thread
@@ -196,7 +212,7 @@ def measure(
         from benchmarks.session import training_session
 
         session = stack.enter_context(training_session(flags))
-        steps |= megatron_steps(session)
+        steps |= megatron_steps(session, block_size)
         parameters = sum(p.numel() for chunk in session.model for p in chunk.parameters())
         if counts.get(PLAIN, parameters) != parameters:
             raise RuntimeError("the two models differ in their number of parameters")
@@ -221,6 +237,7 @@ def measure(
         "vocabulary": vocabulary,
         "parameters": parameters,
         "window": window,
+        "block_size": block_size,
         "sides": {
             side: {
                 "tokens_per_s": sizes["rows"] * sizes["length"] / statistics.median(seconds[side]),

@@ -44,6 +44,17 @@ def test_steps_of_both_objectives_in_turns(tmp_path):
     assert len(table) == 6 and "masked head" in table[4]
 
 
+def test_steps_in_blocks_take_turns_with_those_of_whole_rows(tmp_path):
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    sides = "--sides masked_head blocks gpt_2x --block-size 4 --vocabulary 300 --rounds 3".split()
+    results, table = measured(tmp_path, *sizes, *sides)
+    assert list(results["sides"]) == ["masked_head", "blocks", "gpt_2x"]
+    assert results["block_size"] == 4
+    # Times of three steps of so small a model say nothing; the test checks that they exist.
+    assert all(results["tokens_per_s_ratios"][side]["median"] > 0 for side in ("blocks", "gpt_2x"))
+    assert len(table) == 5
+
+
 def test_a_plain_loop_trains_a_model_of_the_same_size(tmp_path):
     pytest.importorskip("transformers")
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
