@@ -43,8 +43,8 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
     - --mdm-isolate-documents with one rate a row: the mask of a row, restricted to one document, is
       a mask of that document.
     - Attention that is still annealed (--mdm-anneal-attention-iters), attention that leaves tokens
-      out, and dropout: they change the network. The bound is that of the network as it is in
-      training.
+      out, noise on embeddings, and dropout: they change the network. The bound is that of the
+      network as it is in training.
 
     Args:
         mdm: settings of the objective.

@@ -285,6 +285,13 @@ class MDMConfig:
     for a model that was trained autoregressively. 0: attention is bidirectional from the start.
     Evaluations are always bidirectional. Needs --transformer-impl local."""
 
+    embedding_noise: list[float] | None = field(
+        default=None, metadata=_shown_as("STD", "ITERATIONS")
+    )
+    """Adds Gaussian noise to the embeddings of masked tokens, for a model that was trained
+    autoregressively and does not know the mask token. Its standard deviation falls from STD to 0 in
+    the first ITERATIONS iterations. Evaluations have none. Default: no noise."""
+
     rate_bins: int = 10
     """Number of equal bins of t in which the logs show the loss, 1 to 10000."""
 
@@ -367,6 +374,13 @@ class MDMConfig:
             )
         self._check_response_multiple()
         self._check_blocks()
+        if self.embedding_noise is not None:
+            given = self.embedding_noise
+            if not (len(given) == 2 and 0.0 < given[0] < float("inf") and given[1] >= 1.0):
+                raise UserError(
+                    "--mdm-embedding-noise takes a standard deviation above 0 and a number of "
+                    f"iterations from 1 on, got {' '.join(map(str, given))}"
+                )
         if self.anneal_attention_iters < 0:
             raise UserError(
                 f"--mdm-anneal-attention-iters must not be negative: {self.anneal_attention_iters}"
@@ -615,7 +629,9 @@ SECTIONS = {
     ),
     "fine-tuning": ("sft", "pad_response_to_multiple_of", "syrm_token_ids", "syrm_fraction"),
     "vocabulary": ("mask_token_id", "vocab_size"),
-    "models that were autoregressive": ("shift", "shift_first", "anneal_attention_iters"),
+    "models that were autoregressive": (
+        *("shift", "shift_first", "anneal_attention_iters", "embedding_noise"),
+    ),
     "checkpoints": ("allow_flag_change", "checkpoint_hashes", "overwrite_save"),
 }
 

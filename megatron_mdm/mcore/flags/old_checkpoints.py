@@ -13,11 +13,11 @@ _DEFAULTS = MDMConfig().arguments()
 _BELLS = ("logit_normal", "beta", "bell_uniform_share", "bell_role", "bell_fade")
 _BLOCKS = ("block_size", "block_size_schedule", "ar_loss_weight", "shift_first")
 
-# The behaviour of commit be7fed4, the last version without these settings. The defaults of the
-# settings of bells and blocks have no effect.
+# The behaviour of commit be7fed4, the last version without these settings. The defaults of all but
+# the first have no effect.
 BEFORE: dict[str, Any] = {
     "mdm_row_order": "run",
-    **{name: _DEFAULTS[name] for name in map(destination, _BELLS + _BLOCKS)},
+    **{name: _DEFAULTS[name] for name in map(destination, (*_BELLS, *_BLOCKS, "embedding_noise"))},
 }
 
 

@@ -6,7 +6,7 @@ Training, validation, measurements, inference and the reproduction all use this 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import mpu
@@ -28,9 +28,24 @@ from megatron_mdm.mcore.model.context_parallel import (
     unshard_sequence,
 )
 from megatron_mdm.mcore.model.masked_head import HeadContext, MaskedPositions, head
+from megatron_mdm.mcore.model.noisy_embeddings import noisy_embeddings
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
 from megatron_mdm.mcore.model.routers import shard_for_stage
 from megatron_mdm.objective.blocks import BlockRows
+
+
+class EmbeddingNoise(NamedTuple):
+    """Noise on the embeddings of masked tokens.
+
+    Attributes:
+        std: its standard deviation.
+        keys: see `noise_keys`, int64 [b, s].
+        mask: masked tokens, bool [b, s].
+    """
+
+    std: float
+    keys: torch.Tensor
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +212,7 @@ class ModelInputs:
         mask: torch.Tensor | None = None,
         on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None,
         processor: Callable[..., torch.Tensor] = head,
+        noise: EmbeddingNoise | None = None,
     ) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns cross entropies of clean tokens.
 
@@ -209,6 +225,7 @@ class ModelInputs:
                 the micro-batch's loss sum at the final hidden state that predicts each token,
                 float32 [b, s], 0 at the positions of other context-parallel ranks; None: no call.
             processor: called in place of `head`, with the same arguments.
+            noise: noise on embeddings; None: none.
 
         Returns:
             At the last stage float [b, s / context-parallel ranks], nats, at the positions of the
@@ -249,10 +266,21 @@ class ModelInputs:
             labels=labels,
             output_processor=processor,
             output_processor_context=HeadContext(positions, record),
+            noise=noise,
         )
 
-    def _call(self, model: Any, tokens: torch.Tensor, **rest: Any) -> torch.Tensor:
+    def _call(
+        self, model: Any, tokens: torch.Tensor, noise: EmbeddingNoise | None = None, **rest: Any
+    ) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
+            if noise is not None:
+                std, keys, mask = noise
+                if self.blocks is not None:  # clean copies have no masked token
+                    keys, mask = (
+                        self.blocks.interleave(x, torch.zeros_like(x[:: self.blocks.views]))
+                        for x in (keys, mask)
+                    )
+                stack.enter_context(noisy_embeddings(model, std, keys, mask))
             if self.causal:
                 stack.enter_context(causal_attention(model))
             if self.blocks is not None:

@@ -13,10 +13,16 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.batch import Batch, load_batch
 from megatron_mdm.mcore.data.row_dataset import needs_rows
 from megatron_mdm.mcore.model.context_parallel import is_first_cp_rank, sum_over_cp_ranks
-from megatron_mdm.mcore.model.inputs import ModelInputs, logits_to_next_tokens, logits_to_tokens
+from megatron_mdm.mcore.model.inputs import (
+    EmbeddingNoise,
+    ModelInputs,
+    logits_to_next_tokens,
+    logits_to_tokens,
+)
 from megatron_mdm.mcore.training.micro_batch import MicroBatch
 from megatron_mdm.mcore.training.nonfinite import check_finite
 from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.objective.embedding_noise import noise_keys
 
 
 def forward_step(
@@ -53,8 +59,20 @@ def forward_step(
         corruption.tokens,
         mask=corruption.mask if mdm.head == "masked" else None,
         on_grad_sq_norm=None if sampler is None else sampler.gradient_observer(micro_batch),
+        noise=_noise(state, micro_batch),
     )
     return output, partial(loss_func, state, micro_batch)
+
+
+def _noise(state: TrainingState, micro_batch: MicroBatch) -> EmbeddingNoise | None:
+    """The noise on the embeddings of masked tokens; None: there is none."""
+    batch = micro_batch.batch
+    std = state.embedding_noise(batch.training)
+    if not std:
+        return None
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    keys = noise_keys(state.seed, batch.row, places.expand_as(batch.tokens))
+    return EmbeddingNoise(std, keys, micro_batch.corruption.mask)
 
 
 def _check_stages(state: TrainingState) -> None:

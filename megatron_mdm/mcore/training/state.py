@@ -35,6 +35,7 @@ class TrainingState:
         mdm: settings of the objective.
         eod_id: token that ends a document; None: the tokenizer has none, and no flag needs one.
         seq_length: tokens in a row.
+        seed: seed of the run.
         evaluated: name of each evaluated part of the data, by part number.
         world_size: number of ranks. On a machine with GPUs each rank has one.
         checks_finite: whether a loss that is not finite ends the run.
@@ -55,6 +56,7 @@ class TrainingState:
         self.mdm = MDMConfig.from_args(args)
         self.eod_id = eod_id
         self.seq_length: int = args.seq_length
+        self.seed: int = args.seed
         self.world_size: int = args.world_size
         self._micro_batch_sizes = args.eval_micro_batch_size, args.micro_batch_size
         self.checks_finite: bool = args.check_for_nan_in_loss_and_grad
@@ -153,6 +155,13 @@ class TrainingState:
         """Progress from causal attention (0) to full attention (1); evaluations always have 1."""
         iterations = self.mdm.anneal_attention_iters
         return (self.training_iteration - 1) / iterations if training and iterations else 1.0
+
+    def embedding_noise(self, training: bool) -> float:
+        """Standard deviation of the noise on the embeddings of masked tokens; 0: no noise."""
+        if self.mdm.embedding_noise is None or not training:
+            return 0.0
+        std, iterations = self.mdm.embedding_noise
+        return std * max(0.0, 1.0 - (self.training_iteration - 1) / iterations)
 
     def block_size(self, training: bool) -> int | None:
         """Tokens in a block in the current iteration; None: whole rows.

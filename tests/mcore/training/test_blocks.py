@@ -32,7 +32,7 @@ SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.1", "--weight-dec
 PHASES = ["--mdm-block-size-schedule", "0:4 2:row 4:8"]
 EVALUATION = "--eval-interval 2 --eval-iters 1 --eval-global-batch-size 4".split()
 METHODS = {
-    "plain": "",
+    "plain": "--mdm-embedding-noise 0.3 4",
     "documents": "--mdm-isolate-documents --mdm-normalization rows --mdm-quantiles strata "
     "--mdm-mask exact-count",
     "MIRROR, shift": "--mdm-views 2 --mdm-shift --mdm-mask exact-count --mdm-rate-sampler ppots "
