@@ -196,6 +196,7 @@ def _draws(row, model, args, routers, with_clean):
     for i in range(length if args.mdm_pad_eligible else n):
         # `ranks.write_pairs` writes data whose prompts, and nothing else, have tokens below 50.
         eligible[i] = tokens[i] >= 50 if args.mdm_sft else tokens[i] != 119
+        eligible[i] |= int(tokens[i]) in (args.mdm_syrm_token_ids or ())
     if args.mdm_shift:
         eligible[[low for low, _ in seen]] = False
     p = torch.ones(len(tokens), dtype=torch.float64)

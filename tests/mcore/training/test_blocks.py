@@ -34,12 +34,15 @@ EVALUATION = "--eval-interval 2 --eval-iters 1 --eval-global-batch-size 4".split
 METHODS = {
     "plain": "--mdm-embedding-noise 0.3 4",
     "documents": "--mdm-isolate-documents --mdm-normalization rows --mdm-quantiles strata "
-    "--mdm-mask exact-count",
+    "--mdm-mask exact-count --mdm-rate-sampler ppots --mdm-ppots-refit-interval 2",
     "MIRROR, shift": "--mdm-views 2 --mdm-shift --mdm-mask exact-count --mdm-rate-sampler ppots "
     "--mdm-ppots-refit-interval 2 --mdm-ppots-target gradient",
 }
 LAYOUTS = {
-    "DP 2": (2, ""),
+    "DP 2, recomputation": (
+        2,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
     "TP 2 + SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP 2": (2, "--pipeline-model-parallel-size 2"),
     "PP 2 x VP 2": (
@@ -74,7 +77,7 @@ def runs(tmp_path_factory, base):
 @pytest.mark.parametrize("method", METHODS)
 def test_layouts_are_equal(runs, method, layout):
     run, reference = runs[f"{method}, {layout}"], runs[f"{method}, 1 rank"]
-    if method == "MIRROR, shift":
+    if "ppots" in METHODS[method]:
         ranks.assert_masks_equal_after_refits(run.masks(), reference.masks())
     else:
         assert run.masks() == reference.masks()

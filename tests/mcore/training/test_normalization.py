@@ -43,6 +43,8 @@ OBJECTIVES = {
     "--mdm-rate-per document --mdm-shift --mdm-shift-first noisy",
     "blocks, random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
     "--mdm-block-size 4 --mdm-shift --mdm-ar-loss-weight 2",
+    "blocks, ISAD": "--no-mdm-eod-eligible --mdm-block-size 4 --mdm-isad-token-ids 5 60 70 119 "
+    "--mdm-isad-delta 0.3 --mdm-rate-per row",
     "random length": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7",
     "random length, rows": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
     "--mdm-normalization rows",
@@ -53,6 +55,7 @@ OBJECTIVES = {
     "--mdm-isad-delta 0.3",
     "sft blocks": "--mdm-sft --mdm-pad-eligible --mdm-block-size 4 --mdm-shift "
     "--mdm-normalization rows",
+    "sft blocks SyRM": "--mdm-sft --mdm-block-size 4 --mdm-syrm-token-ids 3 7 11 20 30 41",
     "packed sft blocks": "--mdm-sft --mdm-isolate-documents --mdm-block-size 4 "
     "--mdm-normalization rows",
     "packed sft": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document "
