@@ -13,7 +13,9 @@ import math
 
 import torch
 
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, as int64
+from megatron_mdm.objective.quantiles import PHI64
+
+GOLDEN = PHI64 - 2**64  # as int64
 UNIFORM_BITS = 24  # bits of a uniform number, all of which float32 holds
 
 
@@ -25,7 +27,7 @@ def noise_keys(seed: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.
         rows: numbers of the rows, int64 [b].
         positions: numbers of the positions in the row, int64 [b, s].
     """
-    start = torch.full_like(rows, (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63)
+    start = torch.full_like(rows, (seed * PHI64 + 2**63) % 2**64 - 2**63)
     return _mixed(_mixed(start ^ _mixed(rows * GOLDEN))[:, None] + positions * GOLDEN)
 
 

@@ -140,6 +140,14 @@ class Batch:
             self.mdm.ar_loss_weight > 0.0,
         )
 
+    @cached_property
+    def next_tokens(self) -> torch.Tensor | None:
+        """Clean tokens of the next-token loss, bool [texts, s]; None: there is no such loss."""
+        rows = self.block_rows
+        if rows is None or not (self.training and self.mdm.ar_loss_weight):
+            return None
+        return rows.next_tokens(self.eligible[:: rows.views])
+
     @property
     def _block_documents(self) -> torch.Tensor:
         """The parts of rows from whose first token blocks count, int64 [b, s]."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import Attention
+from megatron.core.utils import get_model_config
 
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
-from megatron_mdm.mcore.model.attention_mask import attention_bias, hidden_tokens
+from megatron_mdm.mcore.model.attention_mask import block_attention_mask, hidden_tokens
 from megatron_mdm.mcore.model.inputs import ModelInputs
 from megatron_mdm.objective.blocks import hidden_in_decoding
 
@@ -133,15 +134,13 @@ class BlockLogits:
         start = 0 if self._cache is None else self._cache.length
         own = tokens[:, start:]
         hidden = hidden_in_decoding(start, end, finished, self._size, loaded.causal_clean)
-        hides, mask = bool(hidden.any()), hidden[None, None].to(tokens.device)
-        if not loaded.mdm.eod_attended:
-            no_padding = torch.zeros_like(tokens, dtype=torch.bool)
-            ends = hidden_tokens(tokens, no_padding, loaded.tokenizer.eod, loaded.mdm)
-            hides, mask = True, mask | ends[:, None, None]
-        if loaded.args.transformer_impl == "transformer_engine":
-            mask = attention_bias(mask, loaded.args.params_dtype)
+        mask = None
+        if hidden.any() or not loaded.mdm.eod_attended:
+            ends = hidden_tokens(tokens, None, loaded.tokenizer.eod, loaded.mdm)
+            hidden = hidden.to(tokens.device)[None, None] | ends[:, None, None]
+            mask = block_attention_mask(hidden, get_model_config(loaded.model))
         positions = torch.arange(start, end, device=tokens.device).expand_as(own)
-        inputs = ModelInputs(own, positions, mask if hides else None, loaded.mdm.shift, start=start)
+        inputs = ModelInputs(own, positions, mask, loaded.mdm.shift, start=start)
         with ExitStack() as stack:
             if self._cache is not None:
                 stack.enter_context(self._cache.attended(end - start, keep=finished == end))

@@ -1,6 +1,7 @@
 """The attention mask of a micro-batch: documents, padding, and annealing from causal attention."""
 
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.objective.segments import begins
@@ -92,8 +93,6 @@ def dense_attention_mask(
     everywhere = mdm.pad_attended and mdm.eod_attended
     if everywhere and segments is None and visible_ahead is None:
         return None
-    if padding is None:
-        padding = torch.zeros_like(tokens, dtype=torch.bool)
     mask = hidden_tokens(tokens, padding, eod_id, mdm)[:, None, None, :]
     if visible_ahead is not None:
         mask = mask | (_later(tokens) & ~visible_ahead[:, None, None, :])
@@ -103,14 +102,16 @@ def dense_attention_mask(
 
 
 def hidden_tokens(
-    tokens: torch.Tensor, padding: torch.Tensor, eod_id: int, mdm: MDMConfig
+    tokens: torch.Tensor, padding: torch.Tensor | None, eod_id: int, mdm: MDMConfig
 ) -> torch.Tensor:
     """Tokens that no position attends to, bool [b, s]; see `dense_attention_mask`."""
-    hidden = torch.zeros_like(padding)
+    hidden = torch.zeros_like(tokens, dtype=torch.bool)
+    if padding is None:
+        padding = hidden
     if not mdm.pad_attended:
-        hidden |= padding
+        hidden = hidden | padding
     if not mdm.eod_attended:
-        hidden |= (tokens == eod_id) & ~padding
+        hidden = hidden | ((tokens == eod_id) & ~padding)
     return hidden
 
 
@@ -143,6 +144,21 @@ def document_cu_seqlens(segments: torch.Tensor | None) -> torch.Tensor | None:
     if len(bounds) == len(segments):
         return None
     return torch.nn.functional.pad(bounds, (0, 1), value=segments.numel()).to(torch.int32)
+
+
+def block_attention_mask(hidden: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """The model's argument `attention_mask` for rows with blocks, which `BlockAttention` reads too.
+
+    Args:
+        hidden: True = not attended to, bool [b, 1, q, k].
+        config: the model's transformer configuration.
+
+    Returns:
+        The result of `attention_bias` for Transformer Engine, else `hidden`.
+    """
+    if config.transformer_impl == "transformer_engine":
+        return attention_bias(hidden, config.params_dtype)
+    return hidden
 
 
 def attention_bias(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 Every rank draws rates and masks for whole rows and then shards them as Megatron shards tokens, so
 they are the same as in any other layout. Values of whole rows, such as the loss and the norm of the
-gradient, are summed over the group.
+gradient, are summed over the group. Sequence parallelism cuts a rank's positions once more.
 """
 
 import torch
 from megatron.core import mpu
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 
@@ -21,6 +22,13 @@ def shard_sequence(whole: torch.Tensor) -> torch.Tensor:
     batch = {"whole": whole.contiguous()}
     group = mpu.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["whole"]
+
+
+def sequence_parallel_part(config: TransformerConfig) -> tuple[int, int]:
+    """(number of parts that sequence parallelism cuts positions into, the part of this rank)."""
+    if not config.sequence_parallel:
+        return 1, 0
+    return mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
 
 
 def own_positions(length: int, device: torch.device) -> torch.Tensor:

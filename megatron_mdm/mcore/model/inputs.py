@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import mpu
 from megatron.core.utils import get_model_config
 
 from megatron_mdm.config import MDMConfig
@@ -17,13 +16,14 @@ from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.model.attention_mask import (
     annealed_future_positions,
-    attention_bias,
     attention_mask_argument,
+    block_attention_mask,
     hidden_tokens,
 )
 from megatron_mdm.mcore.model.causal import causal_attention
 from megatron_mdm.mcore.model.context_parallel import (
     own_positions,
+    sequence_parallel_part,
     shard_sequence,
     unshard_sequence,
 )
@@ -148,14 +148,11 @@ class ModelInputs:
     @classmethod
     def _of_batch_of_blocks(cls, batch: Batch, rows: BlockRows, model: Any) -> "ModelInputs":
         mdm, of_texts = batch.mdm, slice(None, None, rows.views)
-        next_tokens = None
-        if mdm.ar_loss_weight and batch.training:
-            next_tokens = rows.next_tokens(batch.eligible[of_texts])
         inputs = cls.of_blocks(
             batch.tokens[of_texts], rows, mdm, batch.eod_id, model, batch.padding[of_texts]
         )
         past_end = batch.past_end[of_texts] if mdm.random_length_fraction else None
-        return replace(inputs, past_end=past_end, next_tokens=next_tokens)
+        return replace(inputs, past_end=past_end, next_tokens=batch.next_tokens)
 
     @classmethod
     def of_blocks(
@@ -177,14 +174,10 @@ class ModelInputs:
             model: the stage that will be called.
             padding: bool [g, s]; None: no padding.
         """
-        if padding is None:
-            padding = torch.zeros_like(clean, dtype=torch.bool)
         positions = rows.position_ids()
         queries = own_positions(positions.shape[1], clean.device)
         mask = rows.hidden(hidden_tokens(clean, padding, eod_id, mdm), queries)
-        config = get_model_config(model)
-        if config.transformer_impl == "transformer_engine":
-            mask = attention_bias(mask, config.params_dtype)
+        mask = block_attention_mask(mask, get_model_config(model))
         return cls(clean, positions, mask, mdm.shift, blocks=rows)
 
     def logits(self, model: Any, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
@@ -234,15 +227,11 @@ class ModelInputs:
         config = get_model_config(model)
         positions = None
         if mask is not None:
-            parts, part = 1, 0
-            if config.sequence_parallel:
-                parts = mpu.get_tensor_model_parallel_world_size()
-                part = mpu.get_tensor_model_parallel_rank()
             if self.blocks is None:
                 at_logits = tokens_to_logits(mask, self.shift)
             else:
                 at_logits = shard_sequence(self.blocks.predicting(mask, self.next_tokens))
-            positions = MaskedPositions(at_logits, parts, part)
+            positions = MaskedPositions(at_logits, *sequence_parallel_part(config))
         record = None
         if on_grad_sq_norm is not None:
 
@@ -283,11 +272,11 @@ class ModelInputs:
                 stack.enter_context(noisy_embeddings(model, std, keys, mask))
             if self.causal:
                 stack.enter_context(causal_attention(model))
+            copies = 1
             if self.blocks is not None:
-                tokens = self.blocks.interleave(tokens, self.clean)
-                stack.enter_context(repeated_positions(model, copies=self.blocks.copies))
-            if self.start:
-                stack.enter_context(repeated_positions(model, start=self.start))
+                tokens, copies = self.blocks.interleave(tokens, self.clean), self.blocks.copies
+            if copies > 1 or self.start:
+                stack.enter_context(repeated_positions(model, copies, self.start))
             return model(
                 shard_sequence(tokens),
                 shard_sequence(self.position_ids),

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from megatron.core.utils import get_model_config, unwrap_model
 
-from megatron_mdm.mcore.model.context_parallel import shard_sequence
+from megatron_mdm.mcore.model.context_parallel import sequence_parallel_part, shard_sequence
 from megatron_mdm.objective.embedding_noise import normals
 
 
@@ -30,10 +29,7 @@ def noisy_embeddings(
     if embedding is None:
         yield
         return
-    parts, part = 1, 0
-    if get_model_config(model).sequence_parallel:
-        parts = mpu.get_tensor_model_parallel_world_size()
-        part = mpu.get_tensor_model_parallel_rank()
+    parts, part = sequence_parallel_part(get_model_config(model))
     own_keys, own_masked = (shard_sequence(x).t().tensor_split(parts)[part] for x in (keys, masked))
 
     def add(_: Any, __: Any, embeddings: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ def loss_func(
     if batch.training and state.fitting_sampler is not None:
         state.fitting_sampler.record_losses(micro_batch, per_row)
     numerator, report = losses.numerator, {"mdm loss": losses.numerator}
-    if rows is not None and mdm.ar_loss_weight and batch.training:
+    if rows is not None and batch.next_tokens is not None:
         values = logits_to_next_tokens(at_logits, rows)
         report["next-token loss"] = micro_batch.next_token_loss(values, mdm.normalization)
         numerator = numerator + mdm.ar_loss_weight * report["next-token loss"]

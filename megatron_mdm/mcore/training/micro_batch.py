@@ -86,9 +86,8 @@ class MicroBatch:
         Returns:
             Scalar with gradient: the numerator, which has each text as many times as it has views.
         """
-        rows = self.batch.block_rows
-        assert rows is not None
-        predicted = rows.next_tokens(self.batch.eligible[:: rows.views])
+        rows, predicted = self.batch.block_rows, self.batch.next_tokens
+        assert rows is not None and predicted is not None
         mask, values = (x.repeat_interleave(rows.views, dim=0) for x in (predicted, cross_entropy))
         one = torch.ones_like(mask[:, :1], dtype=torch.float64)
         sizes = counts(self.batch.eligible, None)

@@ -41,11 +41,8 @@ class WorkRecorder:
             pairs = counts(useful, batch.attention_segments).square().sum()
             work = [useful.sum(), pairs, mask.sum()]
         else:
-            of_texts = slice(None, None, rows.views)
-            useful, following = useful[of_texts], None
-            if batch.mdm.ar_loss_weight:
-                following = rows.next_tokens(batch.eligible[of_texts])
-            predicting = rows.predicting(mask, following).sum()
+            useful = useful[:: rows.views]
+            predicting = rows.predicting(mask, batch.next_tokens).sum()
             work = [useful.sum() * rows.copies, rows.attended_pairs(useful), predicting]
         self._sums.add(torch.stack(work))
 
