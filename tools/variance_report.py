@@ -26,7 +26,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mdm.checkpoint import add_checkpoint_arguments, open_asked_for
+from megatron_mdm.checkpoint import (
+    add_block_size_argument,
+    add_checkpoint_arguments,
+    open_asked_for,
+)
 from megatron_mdm.data.documents import add_format_argument
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, run_tool
@@ -64,6 +68,14 @@ def parse() -> argparse.Namespace:
         parser.add_argument(
             name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})"
         )
+    add_block_size_argument(parser)
+    parser.add_argument(
+        "--rate-per",
+        choices=["row", "document", "block"],
+        default="row",
+        help="unit that draws a masking rate, for A, B and C; the table of methods has one rate a "
+        "row, so other units need --methods none (default: row)",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -132,9 +144,15 @@ def main() -> None:
     # Bad settings end the run before the checkpoint is loaded.
     methods = choose(options.methods, isad=True)
     variance_report.Settings(
-        **numbers, methods=methods, isad_token_ids=(0,), mask_token_id=0, eps=0.5
+        **numbers,
+        methods=methods,
+        isad_token_ids=(0,),
+        mask_token_id=0,
+        eps=0.5,
+        rate_per=options.rate_per,
+        block_size=1,
     )
-    with open_asked_for(options) as loaded:
+    with open_asked_for(options, block_size=options.block_size) as loaded:
         from megatron_mdm.mcore.inference.loaded_model import load_other_weights
         from megatron_mdm.mcore.inference.measure import causal_step, gradient_step
 
@@ -158,6 +176,8 @@ def main() -> None:
             mask_token_id=loaded.mask_token_id,
             eps=args.mdm_eps,
             isad_token_ids=isad,
+            rate_per=options.rate_per,
+            block_size=loaded.block_size,
             subject=" ".join(
                 map(str, [*identity(options, sketch.size, args.world_size), drawn.hexdigest()])
             ),

@@ -29,10 +29,15 @@ NOTES = (
 
 def as_text(report: dict[str, Any]) -> str:
     """Formats a report as a table."""
-    lines = [f"{'variance of one row':24s}" + "".join(f"{name:>28s}" for name in NAMES)]
+    settings = report["settings"]
+    lines = []
+    if settings["block_size"] is not None:
+        unit = settings["rate_per"]
+        lines = [f"blocks of {settings['block_size']} tokens, a rate for each {unit}"]
+    lines += [f"{'variance of one row':24s}" + "".join(f"{name:>28s}" for name in NAMES)]
     for part, meaning in (("A", "mask pattern"), ("B", "rate"), ("C", "data"), ("total", "")):
         lines.append(f"{part:6s}{meaning:18s}{_parts(report, report, part)}")
-    rows, documents = report["settings"]["rows"], report["documents"]
+    rows, documents = settings["rows"], report["documents"]
     if documents < rows:
         lines.append(
             f"WARNING: the {rows} rows are from {documents} documents. The error bars assume "
@@ -107,7 +112,8 @@ def fill(figure: Any, report: dict[str, Any]) -> None:
     figure.set_size_inches(13.0 if methods else 6.5, sum(heights))
     grid = figure.add_gridspec(len(heights), 2 if methods else 1, height_ratios=heights)
     _draw_shares(figure.add_subplot(grid[0, 0]), report)
-    _draw_curves(figure.add_subplot(grid[1, 0]), report)
+    if report["curves"]:
+        _draw_curves(figure.add_subplot(grid[1, 0]), report)
     if methods:
         _draw_methods(figure.add_subplot(grid[:, 1]), methods)
 

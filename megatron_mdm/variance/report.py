@@ -1,28 +1,32 @@
 """Measures the variance of a model's loss and gradient, given a callable that computes both.
 
-Nested draws of rows, rates and masks give A, B and C (decomposition.py). With other kinds of masks
-and several views of a text at the same rates, they give the variance under every method, relative
-to `standard` (methods.py). The same rows with a causal attention mask give the C of autoregressive
-training, whose variance has no other part. The measurements are kept in a file, so that an
-interrupted measurement can be resumed.
+Nested draws of rows, rates and masks give A, B and C (decomposition.py). Blocks or documents of a
+row may have rates of their own, and a draw of rates then draws all of them anew. With other kinds
+of masks and several views of a text at the same rates, the draws give the variance under every
+method, relative to `standard` (methods.py). The same rows with a causal attention mask give the C
+of autoregressive training, whose variance has no other part. The measurements are kept in a file,
+so that an interrupted measurement can be resumed.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from megatron_mdm.errors import UserError
 from megatron_mdm.evaluation.nelbo import ScoredRow, num_documents
+from megatron_mdm.objective.blocks import block_segments
 from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
 from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
+from megatron_mdm.objective.samplers import RateSampler, Uniform
+from megatron_mdm.objective.segments import to_positions
 from megatron_mdm.objective.types import Floats
 from megatron_mdm.objective.views import view_uniforms
 from megatron_mdm.variance.decomposition import (
@@ -53,6 +57,7 @@ Step = Callable[[ScoredRow, Corruption], tuple[float, torch.Tensor, float]]
 CausalStep = Callable[[ScoredRow], tuple[float, torch.Tensor]]
 FIT_BINS = 30
 EMA_BINS = 10
+RateUnit = Literal["row", "document", "block"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class Settings:
         seed: seed of rates and masks.
         isad_token_ids: tokens that ISAD masks more often.
         subject: identifies the model, the parameters and the data.
+        rate_per: the part of a row that draws a rate: `row`, `document` or `block`. With one rate
+            for the row, rates come from `nested_sampler`, the curves are functions of it, and
+            `methods` may weight it. Rates of parts are uniform.
+        block_size: tokens in a block; None: the model reads whole rows.
     """
 
     rows: int
@@ -84,6 +93,8 @@ class Settings:
     seed: int
     isad_token_ids: tuple[int, ...] = ()
     subject: str = ""
+    rate_per: RateUnit = "row"
+    block_size: int | None = None
 
     @property
     def mask_configs(self) -> list[tuple[MaskKind, int]]:
@@ -112,6 +123,13 @@ class Settings:
         views = [METHODS[name].views for name in self.methods]
         if self.batch < 2 or any(self.batch % k for k in views):
             raise UserError(f"--batch {self.batch}: must be a multiple of {max(views, default=2)}")
+        if self.rate_per == "block" and self.block_size is None:
+            raise UserError("--rate-per block needs a model with blocks, or --block-size")
+        if self.rate_per != "row" and self.methods:
+            raise UserError(
+                f"--rate-per {self.rate_per} goes with --methods none: the table weights one rate "
+                "a row"
+            )
         if any(METHODS[name].mask == "isad" for name in self.methods) and not self.isad_token_ids:
             raise UserError("the method isad needs --isad-token-ids")
 
@@ -164,16 +182,22 @@ def _nested(
     """Measures all draws of one row; rates are independent, and equal for all mask configs.
 
     Returns:
-        `t` and `weight` [nt]. For each kind of mask and number of views, with a prefix
-        (`_column_prefix`): `loss`, `norm2` (squared norm of the gradient) and `masked` (fraction of
-        masked tokens) [nt, nm]. For single views also `hidden`, the norm of the gradient with
-        respect to the final hidden states [nt, nm], and `mean`, the mean of the gradient over masks
-        [nt, d].
+        `t` and `weight` [nt]; for rates of parts of the row, `t` is their mean. For each kind of
+        mask and number of views, with a prefix (`_column_prefix`): `loss`, `norm2` (squared norm of
+        the gradient) and `masked` (fraction of masked tokens) [nt, nm]. For single views also
+        `hidden`, the norm of the gradient with respect to the final hidden states [nt, nm], and
+        `mean`, the mean of the gradient over masks [nt, d].
     """
-    sampler = nested_sampler(settings.eps)
     quantiles = Quantiles("iid", settings.seed, Split.TEST)
     cells = [number * settings.rates + i for i in range(settings.rates)]
+    segments = _rate_segments(text, settings)
+    sampler: RateSampler = nested_sampler(settings.eps)
     quantile = torch.tensor([quantiles(cell) for cell in cells])
+    if segments is not None:
+        sampler = Uniform()
+        parts = int(segments.max()) + 1
+        drawn = [quantiles.of_documents(cell, len(text.tokens)) for cell in cells]
+        quantile = torch.from_numpy(np.stack(drawn))
     row: Row = {}
     for mask, views in settings.mask_configs:
         corrupter = corrupter_of(
@@ -195,9 +219,11 @@ def _nested(
                 grids = torch.from_numpy(
                     np.stack([view_uniforms(u, v, views) for v in range(views)])
                 )
-                corruption = corrupter(tokens, able, grids, quantile[i].expand(views))
+                of_views = quantile[i].expand(views, *quantile[i].shape)
+                within = None if segments is None else segments.expand(views, -1)
+                corruption = corrupter(tokens, able, grids, of_views, within)
                 # The loss without the weight of the rate, which is stored in its own column.
-                weight_given_t = corruption.weight / corruption.rate_weight[:, None]
+                weight_given_t = corruption.weight / to_positions(corruption.rate_weight, within)
                 corruption = dataclasses.replace(corruption, weight=weight_given_t)
                 loss[i, k], gradient, hidden[i, k] = step(text, corruption)
                 norm2[i, k] = float(gradient.double().square().sum())
@@ -215,7 +241,20 @@ def _nested(
         if views == 1:
             row |= {f"{prefix} hidden": hidden, f"{prefix} mean": np.stack(means)}
     t, weight = sampler(to_unit(quantile))
+    if segments is not None:  # uniform, so without a weight
+        t, weight = t[:, :parts].mean(dim=1), torch.ones(settings.rates, dtype=torch.float64)
     return row | {"t": t.numpy(), "weight": weight.numpy()}
+
+
+def _rate_segments(text: ScoredRow, settings: Settings) -> torch.Tensor | None:
+    """The parts of a text that have rates of their own, int64 [L]; None: it has one rate."""
+    if settings.rate_per == "row":
+        return None
+    documents = torch.zeros_like(text.tokens) if text.documents is None else text.documents
+    if settings.rate_per == "document":
+        return documents
+    assert settings.block_size is not None  # checked by Settings
+    return block_segments(documents[None], settings.block_size)[0]
 
 
 def _column_prefix(mask: str, views: int) -> str:
@@ -235,8 +274,8 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
         `settings`; `length` of the longest row; `documents`: number of documents that the rows come
         from; `loss` and `gradient`: [estimate, standard error] of A, B, C and total for one row;
         `autoregressive`, if measured: C of both, the mean next-token loss and the unigram entropy
-        of the rows' tokens, nats; `curves`: means over bins of t; `standard batch`: variance of a
-        batch of `standard`; `methods`: variances relative to it.
+        of the rows' tokens, nats; `curves`: means over bins of t, if rows have one rate; `standard
+        batch`: variance of a batch of `standard`; `methods`: variances relative to it.
     """
     t, w = state.column("t"), state.column("weight")
     losses = state.column(f"{_column_prefix('bernoulli', 1)} loss")
@@ -245,10 +284,14 @@ def report(state: State, settings: Settings, texts: Sequence[ScoredRow]) -> dict
     length = max(len(text.tokens) for text in texts[: settings.rows])
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "length": length}
     result["documents"] = num_documents(texts[: settings.rows])
-    result["curves"] = {"mean loss": curve(t, losses.mean(axis=2), w, settings.bins)}
+    has_curves = settings.rate_per == "row"
+    result["curves"] = {}
+    if has_curves:
+        result["curves"]["mean loss"] = curve(t, losses.mean(axis=2), w, settings.bins)
     for name, nested_draws in (("loss", loss), ("gradient", gradient.centred())):
         result[name] = dataclasses.asdict(decompose(nested_draws, seed=settings.seed))
-        for letter, part in (("A", nested_draws.pattern), ("B", nested_draws.rate)):
+        parts = (("A", nested_draws.pattern), ("B", nested_draws.rate)) if has_curves else ()
+        for letter, part in parts:
             result["curves"][f"{name} {letter}"] = curve(t, part, w, settings.bins)
     if "causal loss" in state.rows[0]:
         counted = torch.cat([text.tokens[text.eligible] for text in texts[: settings.rows]])

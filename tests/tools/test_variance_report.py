@@ -79,6 +79,7 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         "all": ["--sketch", "1000000"],
         "norms": ["--parameters", "norm"],
         "sketch": ["--sketch", "4000"],
+        "blocks": ["--sketch", "1000000", *"--block-size 4 --rate-per block".split()],
     }
     tool = ["--", TOOL, "--device", "cpu", "--data", str(data)]
     tool += ["--load", base[base.index("--load") + 1]]
@@ -102,6 +103,9 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         a, b = (report["autoregressive"]["gradient"]["C"][0] for report in (one, two))
         assert a == pytest.approx(b, rel=near)
         assert one["loss"]["A"] == pytest.approx(two["loss"]["A"], rel=1e-4)
+    whole, blocks = reports["all 1"], reports["blocks 1"]
+    assert blocks["settings"]["block_size"] == 4
+    assert 0 < blocks["gradient"]["B"][0] < whole["gradient"]["B"][0]
 
 
 @pytest.mark.parametrize(

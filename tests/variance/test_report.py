@@ -313,3 +313,37 @@ def test_a_loss_that_is_no_number(step, texts):
 
     with pytest.raises(UserError, match="the loss or the gradient of row 0 is NaN or infinite"):
         measure(broken, texts, settings(), State(settings()))
+
+
+@pytest.mark.parametrize(("rate_per", "rates"), [("row", 1), ("document", 2), ("block", 4)])
+def test_each_part_of_a_row_draws_its_own_rate(rate_per, rates, tmp_path):
+    """B is known, because the loss is the mean masking probability; masks and texts add nothing.
+
+    A row has two documents of two blocks.
+    """
+    documents = torch.arange(LENGTH) // 4
+    row = ScoredRow(torch.zeros(LENGTH).long(), torch.ones(LENGTH, dtype=torch.bool), documents)
+
+    def step(text, corruption):
+        loss = (1.0 / corruption.weight.expand(1, LENGTH)).mean()
+        return float(loss), loss[None].float(), 1.0
+
+    own = settings(methods=(), rate_per=rate_per, block_size=2)
+    state = State(own)
+    measure(step, [row] * ROWS, own, state)
+    found = report(state, own, [row] * ROWS)
+    expected = (1 - EPS) ** 2 / 12 / rates
+    for name in ("loss", "gradient"):
+        value, error = found[name]["B"]
+        assert value == pytest.approx(expected, abs=4 * error) and error < 0.15 * expected
+        assert found[name]["A"][0] == pytest.approx(0.0, abs=1e-6)
+    assert bool(found["curves"]) == (rate_per == "row")
+    assert f"blocks of 2 tokens, a rate for each {rate_per}" in as_text(found)
+    draw_figure(found, str(tmp_path / "x.png"))
+
+
+def test_the_table_of_methods_and_blocks_have_conditions():
+    with pytest.raises(UserError, match="--rate-per block needs a model with blocks"):
+        settings(methods=(), rate_per="block")
+    with pytest.raises(UserError, match="--rate-per document goes with --methods none"):
+        settings(rate_per="document")

@@ -177,6 +177,18 @@ class LoadedModel:
         """Whether clean tokens see no later token of their block; see `BlockRows`."""
         return self.mdm.ar_loss_weight > 0.0
 
+    def block_rows(self, documents: torch.Tensor, views: int = 1) -> BlockRows:
+        """The positions of rows in blocks.
+
+        Args:
+            documents: see `BlockRows`.
+            views: see there.
+        """
+        assert self.block_size is not None
+        return BlockRows(
+            documents, self.block_size, views, self.mdm.shift, causal_clean=self.causal_clean
+        )
+
     @torch.no_grad()
     def logits(
         self,
@@ -213,9 +225,7 @@ class LoadedModel:
             )
         else:
             assert documents is not None and not causal, "blocks need clean tokens and documents"
-            rows = BlockRows(
-                documents, self.block_size, 1, self.mdm.shift, causal_clean=self.causal_clean
-            )
+            rows = self.block_rows(documents)
             inputs = ModelInputs.of_blocks(clean, rows, self.mdm, eod_id, self.model)
             copies = rows.copies
         logits = self.run(inputs, tokens, tokens.shape[1] * copies)

@@ -174,7 +174,7 @@ def gradient_step(loaded: LoadedModel, sketch: Sketch) -> Step:
             x.to(device) for x in (corruption.tokens, corruption.mask, corruption.weight)
         )
         cross_entropy = inputs.cross_entropy(loaded.model, tokens, mask, processor=look_and_head)
-        cross_entropy = logits_to_tokens(cross_entropy, inputs.shift)
+        cross_entropy = logits_to_tokens(cross_entropy, inputs.shift, inputs.blocks)
         losses = row_losses(cross_entropy, mask, weight, eligible.sum(dim=1), "rows")
         loss = losses.numerator / views
         return float(loss.detach()), *sketch.gradient_and_norm(loss, at_head[0])
@@ -217,6 +217,10 @@ def _text_inputs(
     if documents is not None:
         documents = documents.to(device).expand(views, -1)
     mdm, eod_id = loaded.mdm, loaded.tokenizer.eod
+    if loaded.block_size is not None and not causal:
+        of_text = torch.zeros_like(clean[:1]) if documents is None else documents[:1]
+        rows = loaded.block_rows(of_text, views)
+        return ModelInputs.of_blocks(clean[:1], rows, mdm, eod_id, loaded.model), eligible
     inputs = ModelInputs.of_tokens(clean, documents, mdm, eod_id, loaded.model, causal=causal)
     return inputs, eligible
 
