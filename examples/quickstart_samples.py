@@ -353,6 +353,7 @@ def nats_per_byte(loaded: "LoadedModel", options: argparse.Namespace) -> tuple[f
         loaded.mask_token_id,
         options.draws,
         device=torch.cuda.current_device(),
+        block_size=loaded.block_size,
     ).nelbo
     return factor * nelbo.value, None if nelbo.stderr is None else factor * nelbo.stderr
 

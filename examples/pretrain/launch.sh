@@ -3,8 +3,8 @@
 #SBATCH --time=24:00:00 --signal=USR1@600 --requeue --open-mode=append
 # Pretrains a masked-diffusion model of one of the sizes beside this file, on one node or many:
 #   bash examples/pretrain/launch.sh MODEL DATA TOKENIZER [FLAGS...]
-# MODEL: 170m, 1b, 8b or moe, the name of a .flags file. DATA: prefix of a .bin/.idx pair, or "0.7 A 0.3 B" for a blend.
-# If DATA is -, the FLAGS name the data, for example --train-data-path A --valid-data-path B, or --data-args-path FILE
+# MODEL: 170m, 1b, 8b, 8b_blocks or moe, the name of a .flags file. DATA: prefix of a .bin/.idx pair, or "0.7 A 0.3 B"
+# for a blend. If DATA is -, the FLAGS name the data, for example --train-data-path A --valid-data-path B, or --data-args-path FILE
 # --split 999,1,0. TOKENIZER: a sentencepiece .model, or a Hugging Face directory. FLAGS override those of the file.
 #   one node:     bash examples/pretrain/launch.sh 1b my_text my.model
 #   four nodes:   on each, NODES=4 MASTER=node0 bash examples/pretrain/launch.sh 8b my_text my.model

@@ -25,6 +25,7 @@ MODELS = {
     "170m": (170e6 + 2 * 768 * 32_000, 32_000, 10_000),
     "1b": (1.49e9, 126_464, 10_000),
     "8b": (8.02e9, 126_464, 500_000),
+    "8b_blocks": (8.19e9, 151_936, 1_000_000),
     "moe": (7.4e9, 157_184, 10_000),
 }
 # The python that runs the tests comes first, whether or not its environment is active.
@@ -129,6 +130,9 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
         words.remove("--moe-grouped-gemm")  # needs a GPU
         # The guide of mcore says that the other kind depends on the micro-batch size.
         assert values_of(words, "--moe-router-load-balancing-type") == ["seq_aux_loss"]
+    if model == "8b_blocks":
+        changes += "--tensor-model-parallel-size 2 --num-query-groups 2 --kv-channels 8".split()
+        changes += "--mdm-block-size 8 --padded-vocab-size 128".split()
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]
     changes += ["--save", str(tmp_path / "checkpoint"), "--load", str(tmp_path / "checkpoint")]
