@@ -250,6 +250,7 @@ def measure(options: argparse.Namespace) -> None:
                 options.batch_size,
                 torch.cuda.current_device(),
                 bar.update,
+                loaded.block_size,
             )
         if first:
             report(options, result, per_byte, loaded.block_size)

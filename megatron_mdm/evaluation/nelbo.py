@@ -10,6 +10,10 @@ measured in a few replicates with independent random offsets of the lattice.
 
 Rows of one document are not independent, so they share a group. `stderr` then includes the choice
 of the documents. It is unknown if all rows come from one document.
+
+In a model with blocks, each block has a rate and an exact count of its own. The NELBO of a row is
+the sum of the bounds of its blocks, each given the clean blocks before it. The quantiles of the
+blocks of a row are sqrt(2) mod 1 apart. Blocks of one token have one mask, and no sampling error.
 """
 
 import itertools
@@ -22,11 +26,13 @@ import numpy.typing as npt
 import torch
 
 from megatron_mdm.errors import UserError
+from megatron_mdm.objective.blocks import block_segments
 from megatron_mdm.objective.corruption import Corrupter
 from megatron_mdm.objective.loss import row_losses
-from megatron_mdm.objective.quantiles import PHI64
+from megatron_mdm.objective.quantiles import PHI64, of_parts
 from megatron_mdm.objective.randomness import GRID_BITS, Purpose, Split, random_bits, row_uniforms
 from megatron_mdm.objective.samplers import Uniform
+from megatron_mdm.objective.segments import counts as counts_of
 from megatron_mdm.objective.types import Floats, Integers
 
 # Tokens int64 [B, L] -> logits float [B, L, V]. If rows have documents, it also gets the keyword
@@ -58,12 +64,15 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Draws:
-    """Estimates for N rows, in R replicates of D draws each.
+    """Estimates for N rows of at most P blocks, in R replicates of D draws each.
+
+    Without blocks P is 1, and a part is a whole row.
 
     Attributes:
-        nats: unbiased estimates of each row's NELBO, summed over tokens, float64 [N, R, D].
-        rate: masking rate t of each draw [N, R, D].
-        num_eligible: number of scored tokens of each row, int64 [N].
+        nats: unbiased estimates of the NELBO of each part, summed over its tokens, float64
+            [N, R, D, P].
+        rate: masking rate t of each [N, R, D, P].
+        num_eligible: number of scored tokens of each part, int64 [N, P]; 0 where there is no part.
     """
 
     nats: Floats
@@ -142,6 +151,7 @@ def evaluate(
     batch_size: int = 16,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
+    block_size: int | None = None,
 ) -> Evaluation:
     """Estimates the NELBO per token: an upper bound on the negative log-likelihood.
 
@@ -156,6 +166,7 @@ def evaluate(
         batch_size: masked rows in a call of `logits`.
         device: device of the tokens that `logits` gets.
         progress: called after each batch with its number of draws.
+        block_size: tokens in a block of the model; rows then need `documents`. None: no blocks.
 
     Raises:
         UserError: there is nothing to score, the number of draws is odd, a row contains the mask
@@ -165,7 +176,8 @@ def evaluate(
         raise UserError(f"the number of draws of a text must be even, got {draws}")
     groups = groups_of(rows)
     drawn = draw(
-        logits, rows, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress
+        *(logits, rows, mask_token_id, 2, draws // 2, seed, groups, batch_size, device, progress),
+        block_size,
     )
     tokens = int(drawn.num_eligible.sum())
     if tokens == 0:
@@ -217,7 +229,7 @@ def log_likelihoods(
     batch_size: int = 16,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
-    in_context: bool = False,
+    block_size: int | None = None,
 ) -> list[tuple[float, float]]:
     """Lower bounds on the conditional log-likelihoods of continuations, given their contexts.
 
@@ -235,9 +247,8 @@ def log_likelihoods(
         batch_size: masked rows in a call of `logits`.
         device: device of the tokens that `logits` gets.
         progress: called after each batch with its number of masks; see `num_masks`.
-        in_context: whether `logits` also gets the clean tokens, and one document for each row.
-            Models with blocks need them. The bound of a row is the sum of those of its blocks, each
-            given the clean blocks before it, since one rate for all blocks is as exact as one each.
+        block_size: tokens in a block of the model. `logits` then also gets the clean tokens, and
+            one document for each row. None: no blocks.
 
     Returns:
         For each pair, an unbiased estimate of the lower bound on log p(continuation | context),
@@ -254,7 +265,7 @@ def log_likelihoods(
         ScoredRow(
             torch.tensor([*context, *continuation], dtype=torch.int64),
             torch.tensor([False] * len(context) + [True] * len(continuation)),
-            torch.zeros(len(context) + len(continuation)).long() if in_context else None,
+            None if block_size is None else torch.zeros(len(context) + len(continuation)).long(),
         )
         for context, continuation in pairs
     ]
@@ -276,8 +287,9 @@ def log_likelihoods(
         batch_size,
         device,
         progress,
+        block_size,
     )
-    replicates = drawn.nats.mean(axis=2)
+    replicates = drawn.nats.sum(axis=3).mean(axis=2)
     bounds[many] = -replicates.mean(axis=1)
     errors[many] = replicates.std(axis=1, ddof=1) / math.sqrt(replicates.shape[1])
     return list(zip(bounds.tolist(), errors.tolist(), strict=True))
@@ -307,7 +319,9 @@ def exact_nats(
 
     The NELBO is the sum over the 2^n - 1 masks with at least one masked token. `draw` estimates the
     same sum: there k is uniform over 1 to n, each of the C(n, k) masks is equally likely, and the
-    weight is n / k. For the arguments see `evaluate`.
+    weight is n / k. In a model with blocks the sum is that of the bounds of the blocks: summed over
+    the masks of other blocks, the weights of a block's masks are those of the block alone. For the
+    arguments see `evaluate`.
 
     Returns:
         nats, float64 [N].
@@ -348,6 +362,7 @@ def draw(
     batch_size: int,
     device: torch.device | str | int = "cpu",
     progress: Callable[[int], None] = lambda done: None,
+    block_size: int | None = None,
 ) -> Draws:
     """Scores every row with `replicates` x `draws` masks; for other arguments see `evaluate`.
 
@@ -359,32 +374,60 @@ def draw(
     """
     corrupter = Corrupter(Uniform(), "exact-count", mask_token_id, eps=1e-3)  # eps is not used
     _check_tokens(rows, mask_token_id)
-    shape = (len(rows), replicates, draws)
+    parts, num_eligible = _parts(rows, block_size)
+    most = num_eligible.shape[1]
     quantile = lattice_quantiles(groups, replicates, draws, seed).reshape(-1)
-    nats, rate = np.zeros(quantile.shape), np.zeros(quantile.shape)
+    nats, rate = np.zeros((2, len(quantile), most))
     per_row = replicates * draws
     lengths = [len(rows[job // per_row].tokens) for job in range(len(quantile))]
     for batch in _batches(lengths, batch_size):
         chosen = [rows[job // per_row] for job in batch]
         tokens = torch.stack([row.tokens for row in chosen])
         eligible = torch.stack([row.eligible for row in chosen])
-        uniforms = [row_uniforms(seed, Split.TEST, job, tokens.shape[1]) for job in batch]
+        width = tokens.shape[1]
+        uniforms = [row_uniforms(seed, Split.TEST, job, width) for job in batch]
+        segments = None
+        quantiles = quantile[batch]
+        if block_size is not None:
+            segments = torch.stack([parts[job // per_row] for job in batch])
+            quantiles = np.stack([of_parts(int(first), width) for first in quantiles])
         corrupted = corrupter(
             tokens,
             eligible,
             torch.from_numpy(np.stack(uniforms)),
-            torch.from_numpy(quantile[batch]),
+            torch.from_numpy(quantiles),
+            segments,
         )
         cross_entropy = _cross_entropies(logits, chosen, corrupted.mask, mask_token_id, device)
-        losses = row_losses(
-            cross_entropy, corrupted.mask, corrupted.weight, eligible.sum(dim=1), "rows"
-        )
-        nats[batch] = (losses.per_row * eligible.sum(dim=1)).numpy()
-        _check_finite(nats[batch])
-        rate[batch] = corrupted.t.numpy()
+        size = counts_of(eligible, segments)
+        losses = row_losses(cross_entropy, corrupted.mask, corrupted.weight, size, "rows", segments)
+        here = slice(min(most, width) if segments is not None else 1)
+        total = (losses.per_row * size).reshape(len(batch), -1)[:, here].numpy()
+        _check_finite(total)
+        nats[batch, here] = total
+        rate[batch, here] = corrupted.t.reshape(len(batch), -1)[:, here].numpy()
         progress(len(batch))
-    num_eligible = np.array([int(row.eligible.sum()) for row in rows], dtype=np.int64)
+    shape = (len(rows), replicates, draws, most)
     return Draws(nats.reshape(shape), rate.reshape(shape), num_eligible)
+
+
+def _parts(
+    rows: Sequence[ScoredRow], block_size: int | None
+) -> tuple[list[torch.Tensor], Integers]:
+    """The blocks of each row, int64 [L], and the numbers of their scored tokens [N, P]."""
+    if block_size is None:
+        whole = np.array([int(row.eligible.sum()) for row in rows], dtype=np.int64)
+        return [], whole[:, None]
+    parts = []
+    for row in rows:
+        assert row.documents is not None, "blocks count from the first token of a document"
+        parts.append(block_segments(row.documents[None], block_size)[0])
+    most = max((int(part.max()) + 1 for part in parts), default=1)
+    sizes = [
+        np.bincount(part.numpy(), weights=row.eligible.numpy(), minlength=most)
+        for part, row in zip(parts, rows, strict=True)
+    ]
+    return parts, np.array(sizes, dtype=np.int64).reshape(-1, most)
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -486,14 +529,14 @@ def _estimate(drawn: Draws, chosen: Floats, groups: Integers) -> Estimate | None
 
     Args:
         drawn: estimates for N rows in R replicates of D draws.
-        chosen: 1 for draws that count, else 0 [N, R, D].
+        chosen: 1 for parts that count, else 0 [N, R, D, P].
         groups: group number of each row [N].
     """
     tokens = np.broadcast_to(drawn.num_eligible[:, None, None], chosen.shape)
     # [G, R]: sums over the draws of a replicate and the rows of a group.
     nats, weight = np.zeros((2, groups.max() + 1, chosen.shape[1]))
-    np.add.at(nats, groups, (chosen * drawn.nats).sum(axis=2))
-    np.add.at(weight, groups, (chosen * tokens).sum(axis=2))
+    np.add.at(nats, groups, (chosen * drawn.nats).sum(axis=(2, 3)))
+    np.add.at(weight, groups, (chosen * tokens).sum(axis=(2, 3)))
     total = weight.sum()
     if total == 0:
         return None

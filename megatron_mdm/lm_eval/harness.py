@@ -384,7 +384,7 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
                 pairs,
                 self._mask_token_id,
                 progress=bar.update,
-                in_context=self._decoder.block_size is not None,
+                block_size=self._decoder.block_size,
                 **self._settings,
             )
         return [bound for bound, _ in bounds]

@@ -65,12 +65,25 @@ class Quantiles:
         """
         if self.kind == "iid":
             return to_grid(self._bits(Purpose.QUANTILE, row, count))
-        steps = np.arange(count, dtype=np.uint64) * np.uint64(SQRT2)  # modulo 2^64, so exact
-        last = np.uint64(2**GRID_BITS - 1)
-        return ((np.uint64(self(row)) + steps) & last).astype(np.int64)
+        return of_parts(self(row), count)
 
     def _bits(self, purpose: Purpose, index: int, count: int) -> npt.NDArray[np.uint64]:
         return random_bits(self.seed, self.split, purpose, index, count)
+
+
+def of_parts(first: int, count: int) -> npt.NDArray[np.int64]:
+    """Quantiles of the parts of a row: `first` and each next one by sqrt(2) mod 1 further.
+
+    Args:
+        first: quantile of the first part, a grid integer.
+        count: number of parts.
+
+    Returns:
+        Grid integers [count].
+    """
+    steps = np.arange(count, dtype=np.uint64) * np.uint64(SQRT2)  # modulo 2^64, so exact
+    last = np.uint64(2**GRID_BITS - 1)
+    return ((np.uint64(first) + steps) & last).astype(np.int64)
 
 
 @lru_cache(maxsize=16)

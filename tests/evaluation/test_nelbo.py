@@ -298,7 +298,7 @@ def test_bad_input_is_one_line():
 
 
 def test_bounds_in_blocks_are_sums_over_blocks_given_clean_ones():
-    """One rate for a whole row gives each block the same bound as a rate of its own."""
+    """All masks of a row, and rates and counts of blocks, give the same bounds."""
     size, context, after = 2, [0, 1, 2], [1, 0, 2, 1]
 
     def logits(tokens, clean, documents):
@@ -314,9 +314,71 @@ def test_bounds_in_blocks_are_sums_over_blocks_given_clean_ones():
         text = row[: start + size]
         places = torch.arange(len(text))
         exact -= oracle_nats(ScoredRow(text, (places >= start) & (places >= len(context))))
-    ((bound, error),) = log_likelihoods(logits, [(context, after)], MASK, draws=16, in_context=True)
+    ((bound, error),) = log_likelihoods(logits, [(context, after)], MASK, draws=16, block_size=size)
     assert (bound, error) == (pytest.approx(exact, rel=1e-12), 0.0)
-    drawn = log_likelihoods(logits, [(context, after)] * 400, MASK, draws=8, in_context=True)
+    drawn = log_likelihoods(logits, [(context, after)] * 400, MASK, draws=8, block_size=size)
     bounds = [bound for bound, _ in drawn]
     assert np.mean(bounds) == pytest.approx(exact, abs=4 * stats.sem(bounds))
     assert stats.sem(bounds) < 0.01 * abs(exact)
+
+
+def test_blocks_have_rates_and_counts_of_their_own():
+    """Documents, prompts, a short last block; bins hold blocks by their own rates."""
+    size, texts = 2, []
+    for number, documents in enumerate(([0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1])):
+        row = random_texts(1, number)[0]
+        tokens = torch.arange(len(documents)) % 3
+        row = ScoredRow(tokens, torch.ones(len(tokens)) > 0, torch.tensor(documents))
+        texts.append(dataclasses.replace(row, eligible=tokens != number))
+
+    def logits(tokens, clean, documents):
+        found = torch.zeros(*tokens.shape, VOCABULARY, dtype=torch.float64)
+        for b, document in enumerate(documents):
+            for i, (start, end) in blocks_of(document, size):
+                text = torch.cat([clean[b, start:i], tokens[b, i:end]])
+                found[b, i:end] = model(text[None])[0, i - start :]
+        return found
+
+    exact = 0.0
+    for row in texts:
+        for i, (start, end) in blocks_of(row.documents, size):
+            inside = row.eligible[start:end] & (torch.arange(start, end) >= i)
+            exact += oracle_nats(ScoredRow(row.tokens[start:end], inside))
+    exact /= sum(int(row.eligible.sum()) for row in texts)
+    results = [
+        evaluate(logits, texts, MASK, draws=8, seed=seed, num_bins=3, block_size=size)
+        for seed in range(200)
+    ]
+    found = [result.nelbo.value for result in results]
+    assert np.mean(found) == pytest.approx(exact, abs=4 * stats.sem(found))
+    assert stats.sem(found) < 0.01 * exact
+    bins = np.mean([[x.value for x in result.bins] for result in results], axis=0)
+    assert bins.mean() == pytest.approx(exact, rel=0.03) and np.ptp(bins) > 0.1
+    one = evaluate(logits, texts, MASK, draws=2, block_size=size)
+    assert one.num_tokens == sum(int(row.eligible.sum()) for row in texts)
+
+
+def blocks_of(document, size):
+    """The first position of each block, and where its document begins and the block ends."""
+    starts = [i for i in range(len(document)) if i == 0 or document[i] != document[i - 1]]
+    for start, end in itertools.pairwise([*starts, len(document)]):
+        for i in range(start, end, size):
+            yield i, (start, min(i + size, end))
+
+
+def test_blocks_of_one_token_have_no_sampling_error():
+    def logits(tokens, clean, documents):
+        length = tokens.shape[1]
+        found = [
+            model(torch.cat([clean[:, :i], tokens[:, i : i + 1]], dim=1))[:, i]
+            for i in range(length)
+        ]
+        return torch.stack(found, dim=1)
+
+    tokens = torch.tensor([0, 2, 1, 1, 0])
+    text = ScoredRow(tokens, tokens >= 0, torch.zeros(5).long())
+    one, other = (
+        evaluate(logits, [text], MASK, draws=2, seed=s, block_size=1).nelbo for s in (0, 1)
+    )
+    assert one.value == pytest.approx(other.value, rel=1e-12)
+    assert one.draw_stderr == pytest.approx(0.0, abs=1e-12)

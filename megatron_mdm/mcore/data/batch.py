@@ -95,10 +95,12 @@ class Batch:
     def rate_segments(self) -> torch.Tensor | None:
         """The parts of rows that have separate masking rates, int64 [b, s]; None: whole rows.
 
-        See objective/segments.py. Evaluations have one rate per row. A block without a size is the
-        whole document, or the whole row.
+        See objective/segments.py. Evaluations have one rate per block, or per row without blocks.
+        In training a block without a size is the whole document, or the whole row.
         """
-        unit = self.mdm.rate_unit if self.training else "row"
+        if not self.training:
+            return None if self.block_rows is None else self.block_rows.blocks
+        unit = self.mdm.rate_unit
         if unit == "document":
             return self.documents
         if unit == "block":
@@ -117,7 +119,7 @@ class Batch:
     @property
     def units(self) -> torch.Tensor | None:
         """The parts that count as one under --mdm-normalization rows; None: whole rows."""
-        if self.rate_segments is None:
+        if self.rate_segments is None or not self.training:
             return None
         by_document = self.mdm.rate_unit == "document" or self.mdm.isolate_documents
         return self.documents if by_document else None

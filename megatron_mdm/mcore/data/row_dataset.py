@@ -51,7 +51,7 @@ def row_columns(mdm: MDMConfig, training: bool) -> dict[str, bool]:
     """The tensors of a row; True for vectors, False for numbers. See RowDataset."""
     columns = dict.fromkeys(("num_tokens", "length", "split", "row"), False)
     columns |= {"tokens": True, "uniforms": True}
-    columns["quantile"] = training and mdm.rate_unit != "row"
+    columns["quantile"] = mdm.rate_unit != "row" if training else mdm.blocks is not None
     if not training:
         columns["text"] = False
     if mdm.sft:
@@ -73,7 +73,8 @@ class RowDataset(torch.utils.data.Dataset):
             see `part_of_set`), and position in the run or the set.
         uniforms [L], quantile []: grid integers (objective/randomness.py). If documents or blocks
             have rates of their own, quantile is [L] and entry d belongs to document or block d of
-            the row; entry 0 is the quantile of the row. Evaluations have one rate per row.
+            the row; entry 0 is the quantile of the row. Evaluations have one rate per block, or
+            per row where rows are not divided into blocks.
         text []: in evaluations, the number of the row's text, because a text may be evaluated many
             times.
         maskable [L]: in fine-tuning, 0 at prompt tokens, else 1. Prompt tokens that SyRM picks have

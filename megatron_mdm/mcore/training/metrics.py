@@ -66,7 +66,9 @@ class OverInterval:
 class Recorder:
     """Sums over draws of a rate, on the device; lives on the last pipeline stage.
 
-    A draw is a row, or a document with --mdm-rate-per document. The sums are a matrix. Its rows are
+    A draw is a row, document or block, whichever has a rate of its own. In training all draws count
+    alike. In evaluations all rows do, and a block counts by its share of its row's eligible tokens,
+    so that the mean has the same meaning for all block sizes. The sums are a matrix. Its rows are
     the splits of the data, followed by the other parts. Its columns are: weighted loss
     per rate bin, importance weight per rate bin, weighted loss per eligible token, number of masked
     tokens, of eligible tokens, of draws and of rows, and the sum over draws of the uniform share of
@@ -108,22 +110,28 @@ class Recorder:
 
         Args:
             split: part of the data, int64 [b]; see `RowDataset`.
-            t: masking rates of rows, float64 [b], or of documents, [b, s]. The arguments from
-                `rate_weight` to `num_eligible` have the same shape, except `max_token_weight`.
+            t: masking rates of rows, float64 [b], or of documents or blocks, [b, s]. The arguments
+                from `rate_weight` to `num_eligible` have the same shape, except `max_token_weight`.
             rate_weight: importance weights 1/q(t), float64.
             max_token_weight: largest weight of a masked token in each row, 1/q(t) times the mask's,
                 float64 [b].
             loss: weighted loss of each draw, nats per eligible token.
             num_masked: number of masked positions.
-            num_eligible: number of eligible positions. A document without any is not a draw; a row
-                without any is one.
+            num_eligible: number of eligible positions. A document or block without any is not a
+                draw; a row without any is one.
             text: number of the text that each row comes from, int64 [b], in evaluations.
         """
-        if text is not None:
-            self.texts.append(torch.stack([split, text, _as_bits(loss)]))
         in_row = t[0].numel()
         draws = torch.ones_like(num_eligible) if t.dim() == 1 else (num_eligible > 0).long()
         share = torch.full_like(t, 1.0 / in_row)  # sums to 1 over a row, so it counts rows
+        if text is not None:
+            if t.dim() == 2:
+                size = num_eligible.double()
+                whole = size.sum(dim=1, keepdim=True)
+                draws = share = torch.where(whole > 0, size / whole, share)
+                loss = loss * share
+            of_row = loss if t.dim() == 1 else loss.sum(dim=1)
+            self.texts.append(torch.stack([split, text, _as_bits(of_row)]))
         split = split.repeat_interleave(in_row)
         t, rate_weight, loss = t.flatten(), (rate_weight * draws).flatten(), loss.flatten()
         bins = (t * self.num_bins).long().clamp(max=self.num_bins - 1)
@@ -237,14 +245,14 @@ def error_over_sets(sets: list[tuple[float, int]]) -> tuple[float, int]:
 
 
 class Summary:
-    """Means over the draws of one split: its rows, or documents with --mdm-rate-per document.
+    """Means over the draws of one split; see `Recorder`.
 
     Attributes:
         loss_per_bin: mean loss of the draws in each rate bin, nats per token; NaN for empty bins.
         loss: mean loss, an estimate of the NELBO, nats per token.
         loss_sums, weight_sums: sums of weighted loss and of 1/q(t) over the draws in each rate bin.
         masked_fraction: masked / eligible tokens.
-        draws, rows: number of draws and of rows.
+        draws, rows: number of draws (in evaluations that of rows) and of rows.
         largest_weight: largest weight of a masked token's loss, over the rows of all splits.
         uniform_share: mean uniform share of the density over the draws; 1 if it is no bell.
     """
@@ -256,7 +264,7 @@ class Summary:
         sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
         self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
         loss, masked, eligible, draws, rows, shares = line[2 * num_bins :]
-        self.draws, self.rows = int(draws), round(rows)
+        self.draws, self.rows = round(draws), round(rows)
         self.loss = loss / draws if draws else math.nan
         self.uniform_share = shares / draws if draws else 1.0
         self.masked_fraction = masked / eligible if eligible else 0.0

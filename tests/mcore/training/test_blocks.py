@@ -181,21 +181,18 @@ def evaluate_by_definition():
         for clean, uniforms, quantile in zip(
             batch["tokens"], batch["uniforms"], batch["quantile"], strict=True
         ):
-            length = len(clean)
-            count = math.ceil((int(quantile) + 0.5) * 2.0**-52 * length)
-            mask = torch.zeros(length, dtype=torch.bool)
-            mask[uniforms.argsort()[:count]] = True
-            noisy = torch.where(mask, ranks.MASK_ID, clean)
-            total = 0.0
-            for start in range(0, length, size or length):
+            length, total = len(clean), 0.0
+            for block, start in enumerate(range(0, length, size or length)):
                 end = min(length, start + (size or length))
+                count = math.ceil((int(quantile[block]) + 0.5) * 2.0**-52 * (end - start))
+                at = torch.zeros(end - start, dtype=torch.bool)
+                at[uniforms[start:end].argsort()[:count]] = True
+                noisy = torch.where(at, ranks.MASK_ID, clean[start:end])
                 places = torch.arange(end) // (size or length)
                 hidden = (places[None] > places[:, None])[None, None]
-                seen = torch.cat([clean[:start], noisy[start:end]])[None]
-                logits = model(seen, None, hidden)[0, start:]
-                at = mask[start:end]
+                logits = model(torch.cat([clean[:start], noisy])[None], None, hidden)[0, start:]
                 loss = functional.cross_entropy(logits[at], clean[start:end][at], reduction="sum")
-                total += float(loss) / count
+                total += float(loss) * (end - start) / count / length
             nats.append(total)
         if len(nats) < EVALUATED:
             return torch.zeros(1), lambda _: (torch.tensor(0.0), torch.tensor(1).int(), {})
@@ -207,7 +204,7 @@ def evaluate_by_definition():
 
 
 def test_evaluations_have_the_nelbo_of_the_definition(runs, base, evaluated, tmp_path):
-    """Every token is eligible, and the count of a row is exact."""
+    """Every token is eligible, and each block has a rate and an exact count of its own."""
     load = ["--load", str(runs["plain, 1 rank"].checkpoint), "--skip-train", "--no-load-optim"]
     flags = [*base[: base.index("--load")], *SGD, *PHASES, *METHODS["plain"].split()]
     flags += [*load, *EVALUATIONS]
