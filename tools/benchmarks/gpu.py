@@ -439,7 +439,7 @@ def _measure(
             from benchmarks.session import training_session
 
             with training_session(flags) as session:
-                steps = megatron_steps(session)
+                steps, _ = megatron_steps(session)
                 measured = _sides(session, steps, about["rounds"], device)
                 write_json(result, {**sizes, **measured})
                 if profile:

@@ -61,8 +61,13 @@ def model_flags(sizes: dict[str, int], vocabulary: int, device: str) -> list[str
     ]
 
 
-def megatron_steps(session: Any, block_size: int | None = None) -> dict[str, Callable[[], None]]:
+def megatron_steps(
+    session: Any, block_size: int | None = None
+) -> tuple[dict[str, Callable[[], None]], dict[str, Callable[[], object]]]:
     """Returns a training step for each of `MEGATRON_SIDES`, and with blocks of `BLOCK_SIDES`.
+
+    For the sides of this objective the second dictionary has the part of a step before the model:
+    rows with their quantiles, masks, and the attention mask of blocks.
 
     Args:
         session: a `session.Session`, whose flags have --mdm-block-size if there are blocks.
@@ -72,6 +77,7 @@ def megatron_steps(session: Any, block_size: int | None = None) -> dict[str, Cal
 
     from benchmarks.causal import causal_datasets, causal_forward_step
     from megatron_mdm.mcore.model.causal import causal_attention
+    from megatron_mdm.mcore.training.forward_step import prepare
 
     def next_tokens(rows: Any) -> Callable[[], None]:
         return lambda: session.step(causal_forward_step, rows, finalize_model_grads)
@@ -82,23 +88,24 @@ def megatron_steps(session: Any, block_size: int | None = None) -> dict[str, Cal
         with causal_attention(session.model[0]):
             gpt()
 
-    def ours(**settings: Any) -> Callable[[], None]:
+    steps: dict[str, Callable[[], None]] = {"gpt": gpt}
+    preparations: dict[str, Callable[[], object]] = {}
+
+    def add_ours(side: str, **settings: Any) -> None:
         objective = session.objective_with(**settings)
         rows = session.rows(objective.datasets_provider)
-        return lambda: session.step(objective.forward_step, rows, objective.after_gradients)
+        steps[side] = lambda: session.step(objective.forward_step, rows, objective.after_gradients)
+        preparations[side] = lambda: prepare(objective.state, rows, session.model[0])
 
-    steps = {
-        "gpt": gpt,
-        "full_head": ours(head="full"),
-        "masked_head": ours(),
-        "causal": causal,
-    }
+    add_ours("full_head", head="full")
+    add_ours("masked_head")
+    steps["causal"] = causal
     if block_size is not None:
-        steps["blocks"] = ours(block_size=block_size)
+        add_ours("blocks", block_size=block_size)
         session.args.seq_length *= 2  # for the data set alone
         steps["gpt_2x"] = next_tokens(session.rows(causal_datasets))
         session.args.seq_length //= 2
-    return steps
+    return steps, preparations
 
 
 def interleave(

@@ -22,6 +22,9 @@ Memory has two parts. `resting_bytes` is the memory of weights, gradients and th
 computed from the number of parameters. `peak_bytes` is the peak memory of a step beyond the memory
 before it. All sides keep weights and two moments between steps; Megatron also keeps gradients,
 which the plain loop frees.
+
+`share_before_the_model` is the share of a step that this objective spends before the model: rows
+with their quantiles, masks, and the attention mask of blocks.
 """
 
 import argparse
@@ -45,7 +48,7 @@ from benchmarks.sides import (
     model_flags,
     speed_ratios,
 )
-from benchmarks.timing import device_name
+from benchmarks.timing import device_name, seconds_of
 from megatron_mdm.environment import prepare_environment
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.files import write_json
@@ -212,11 +215,17 @@ def measure(
         from benchmarks.session import training_session
 
         session = stack.enter_context(training_session(flags))
-        steps |= megatron_steps(session, block_size)
+        of_megatron, preparations = megatron_steps(session, block_size)
+        steps |= of_megatron
         parameters = sum(p.numel() for chunk in session.model for p in chunk.parameters())
         if counts.get(PLAIN, parameters) != parameters:
             raise RuntimeError("the two models differ in their number of parameters")
         seconds, peaks = interleave({side: steps[side] for side in sides}, window, rounds, device)
+        before = {
+            side: _share_before_the_model(preparations[side], seconds[side], rounds, device)
+            for side in sides
+            if side in preparations
+        }
     reference, *others = sides
     ratios = speed_ratios(seconds, reference)
     resting = {
@@ -244,6 +253,7 @@ def measure(
                 "seconds": seconds[side],
                 "resting_bytes": resting[side],
                 "peak_bytes": peaks[side],
+                "share_before_the_model": before.get(side),
             }
             for side in sides
         },
@@ -274,6 +284,14 @@ def _plain_step(
     return step, sum(parameter.numel() for parameter in loop.model.parameters())
 
 
+def _share_before_the_model(
+    preparation: Callable[[], object], seconds: list[float], rounds: int, device: str
+) -> float:
+    """Returns the time before the model as a share of that of a step; see `megatron_steps`."""
+    spent = [seconds_of(preparation, device) for _ in range(rounds)]
+    return statistics.median(spent) / statistics.median(seconds)
+
+
 def _ratio(memory: dict[str, Any], side: str, reference: str, kind: str) -> float | None:
     if memory[side] is None or memory[reference] is None:
         return None
@@ -286,7 +304,7 @@ def _table(results: dict[str, Any]) -> str:
         f"{results['rows']} rows of {results['length']}, {results['device']}, threads "
         f"{results['threads']}; {results['clock']}",
         f"{'':14}{'tokens/s':>10}{'ratio':>8}{'quartiles':>16}{'step MB':>10}{'ratio':>8}"
-        f"{'with rest':>11}{'ratio':>8}",
+        f"{'with rest':>11}{'ratio':>8}{'before model':>14}",
     ]
     for side, values in results["sides"].items():
         line = f"{side.replace('_', ' '):14}{values['tokens_per_s']:>10.0f}"
@@ -298,5 +316,7 @@ def _table(results: dict[str, Any]) -> str:
             for ratios, size in (("peak_ratios", peak), ("memory_ratios", peak + resting)):
                 width = 10 if ratios == "peak_ratios" else 11
                 line += f"{size / 1e6:>{width}.0f}{results[ratios].get(side) or 1:>8.2f}"
+        if values["share_before_the_model"] is not None:
+            line += f"{values['share_before_the_model']:>14.2%}"
         lines.append(line)
     return "\n".join(lines)

@@ -47,9 +47,7 @@ def forward_step(
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = next_batch(state, data_iterator, training)
-    micro_batch = MicroBatch.of(batch, state.corrupter(training))
-    inputs = ModelInputs.of_batch(batch, model, state.attention_annealing(training))
+    micro_batch, inputs = prepare(state, data_iterator, model)
     timers("batch-generator").stop()
 
     corruption = micro_batch.corruption
@@ -62,6 +60,23 @@ def forward_step(
         noise=_noise(state, micro_batch),
     )
     return output, partial(loss_func, state, micro_batch)
+
+
+def prepare(
+    state: TrainingState, data_iterator: Iterator | None, model: Any
+) -> tuple[MicroBatch, ModelInputs]:
+    """Loads and masks the next rows, and makes what the model gets beside their tokens.
+
+    Args:
+        state: state of the run.
+        data_iterator: iterator of a RowDataset; used on tensor rank 0 only.
+        model: a stage of the model.
+    """
+    batch = next_batch(state, data_iterator, model.training)
+    micro_batch = MicroBatch.of(batch, state.corrupter(model.training))
+    return micro_batch, ModelInputs.of_batch(
+        batch, model, state.attention_annealing(model.training)
+    )
 
 
 def _noise(state: TrainingState, micro_batch: MicroBatch) -> EmbeddingNoise | None:
