@@ -123,6 +123,7 @@ def trained(tmp_path_factory):
         flags = words[words.index("megatron_mdm.pretrain") + 1 :]
         flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
         flags += ["--data-cache-path", str(root / "cache"), "--mdm-block-size", "16"]
+        flags += ["--seq-length", "64"]  # the data are short
         ranks.launch(root / "log", 1, "--", *flags, entry=entries.only_these_flags)
         return root
 
