@@ -77,6 +77,22 @@ def rotary_base(config: Config) -> Any:
     return given[0] if given else None
 
 
+def rotary_share(config: Config) -> Any:
+    """Returns the share of a head's channels that are rotated, None if config.json has none.
+
+    Raises:
+        UserError: config.json gives two different shares.
+    """
+    key = "partial_rotary_factor"
+    given = [where[key] for where in (config, _rotary(config)) if where.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError(
+            f"config.json: {key!r} is {given[0]!r} and, in 'rope_parameters' or 'rope_scaling', "
+            f"{given[1]!r}: keep the one that the model was trained with"
+        )
+    return given[0] if given else None
+
+
 def rope_scaling_flags(config: Config) -> list[str]:
     """Returns Megatron's flags for Llama 3.1's rope scaling; only its factor has a flag.
 
@@ -124,10 +140,4 @@ def _rotary(config: Config) -> Config:
             f"config.json: rotary embeddings that differ between layers, {dict(settings)}, are not "
             "supported"
         )
-    for where in (config, settings):
-        if where.get("partial_rotary_factor") not in (None, 1):
-            raise UserError(
-                f"config.json: partial_rotary_factor = {where['partial_rotary_factor']!r} is not "
-                "supported (supported: 1)"
-            )
     return settings

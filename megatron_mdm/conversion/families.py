@@ -2,8 +2,8 @@
 
 Sources: the `config.json` and the model classes that are released with the weights (Hugging Face
 transformers for Llama and Qwen; `modeling_llada.py`, `modeling_lladamoe.py`, `modeling_illada.py`,
-`modeling_dream.py`, `modeling_sdar.py` and, for Fast-dLLM v2, `modeling.py` for the diffusion
-models).
+`modeling_dream.py`, `modeling_sdar.py`, `modeling_llada2_moe.py` and, for Fast-dLLM v2,
+`modeling.py` for the diffusion models).
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,9 +48,6 @@ def detect(config: Config) -> Family:
         of_type = [family for family in FAMILIES if family.model_type == config.get("model_type")]
         fitting = (f for f in of_type if all(config.get(key) for key in _needed_keys(f)))
         family = next(fitting, of_type[0] if of_type else None)
-    for name in architectures:
-        if family is None and name in REFUSED:
-            raise UserError(f"config.json: {name} is not converted: {REFUSED[name]}")
     if family is None:
         raise UserError(
             f"config.json: {', '.join(architectures) or config.get('model_type')} is not a "
@@ -339,12 +336,81 @@ LLADA_MOE = Family(
     experts_key="moe_layer_freq",
 )
 
-FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, ILLADA, DREAM, SDAR, FAST_DLLM)
+_SHARED = "mlp.shared_experts."
 
-# Models that users look for, and what stands in the way.
-REFUSED = {
-    "LLaDA2MoeModelLM": (
-        "its router (sigmoid scores, a bias for each expert, groups of experts) and its fused "
-        "attention tensors are not mapped to Megatron's here"
+# LLaDA2.0 and 2.1 fill in one block of tokens after another. Router: sigmoid scores, of which a
+# bias for each expert and groups of experts only choose; the chosen ones' scores, normalized and
+# scaled, are the weights (DeepSeek-V3's router, arXiv 2412.19437).
+LLADA2 = Family(
+    name="llada2",
+    architecture="LLaDA2MoeModelLM",
+    model_type="llada2_moe",
+    sizes=_SIZES
+    | {
+        "num_query_groups": ("num_key_value_heads", NEEDED),
+        "rotary_base": ("rope_theta", NEEDED),
+        "rotary_percent": ("partial_rotary_factor", NEEDED),
+        "norm_epsilon": ("rms_norm_eps", NEEDED),
+        "num_experts": ("num_experts", NEEDED),
+        "moe_ffn_hidden_size": ("moe_intermediate_size", NEEDED),
+        # `num_shared_experts` is 1.
+        "moe_shared_expert_intermediate_size": ("moe_intermediate_size", NEEDED),
+        "moe_router_topk": ("num_experts_per_tok", NEEDED),
+        "moe_router_num_groups": ("n_group", NEEDED),
+        "moe_router_group_topk": ("topk_group", NEEDED),
+        "moe_router_topk_scaling_factor": ("routed_scaling_factor", NEEDED),
+    },
+    fixed={
+        # Training code of the authors has experts that are merged in one tensor, under the type
+        # `llada2_moe_veomni`; its own script splits them.
+        "model_type": ("llada2_moe",),
+        "hidden_act": ("silu",),
+        "use_bias": (False,),
+        "use_qkv_bias": (False, None),
+        "use_qk_norm": (True, None),
+        "use_rmsnorm": (True, None),
+        "use_sliding_window": (False, None),
+        "norm_head": (False, None),
+        "using_split_qkv_in_self_attention": (False, None),
+        "num_shared_experts": (1,),
+        "score_function": ("sigmoid", None),
+        "moe_router_enable_expert_bias": (True, None),
+        "router_dtype": ("fp32", None),
+        "norm_topk_prob": (True, None),
+    },
+    required=("use_bias", "num_shared_experts"),
+    tensors=_tensors(
+        "model.word_embeddings.weight",
+        "model.layers.{n}.",
+        "model.norm.weight",
+        "lm_head.weight",
+        _BLOCK
+        | _EXPERTS
+        | {
+            "self_attention.linear_qkv.weight": "attention.query_key_value.weight",
+            "self_attention.q_layernorm.weight": "attention.query_layernorm.weight",
+            "self_attention.k_layernorm.weight": "attention.key_layernorm.weight",
+            "self_attention.linear_proj.weight": "attention.dense.weight",
+            "mlp.router.expert_bias": "mlp.gate.expert_bias",
+            "mlp.shared_experts.linear_fc1.weight": (
+                _SHARED + "gate_proj.weight",
+                _SHARED + "up_proj.weight",
+            ),
+            "mlp.shared_experts.linear_fc2.weight": _SHARED + "down_proj.weight",
+        },
     ),
-}
+    flags=(
+        "--qk-layernorm",
+        *("--moe-router-score-function", "sigmoid"),
+        "--moe-router-enable-expert-bias",
+        *("--moe-router-dtype", "fp32"),
+    ),
+    # Megatron's default moves every bias by 1e-3 a step, whatever the learning rate.
+    training_flags=("--moe-router-bias-update-rate", "0"),
+    mask_token_id=156895,
+    dense_layers_key="first_k_dense_replace",
+    block_size_key="mdm_block_size",
+    block_size=32,
+)
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, LLADA2, ILLADA, DREAM, SDAR, FAST_DLLM)

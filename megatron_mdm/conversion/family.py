@@ -10,6 +10,7 @@ from megatron_mdm.conversion.config import (
     is_positive,
     rope_scaling_flags,
     rotary_base,
+    rotary_share,
     wrong_kind,
 )
 from megatron_mdm.errors import UserError
@@ -22,7 +23,10 @@ NEEDED = object()
 DEFAULT_SEQ_LENGTH = 4096
 
 # The sizes that need not be integers.
-_REAL = ("rotary_base", "norm_epsilon")
+_REAL = ("rotary_base", "rotary_percent", "norm_epsilon", "moe_router_topk_scaling_factor")
+
+# The keys of the rotary embedding, which may stand inside another key.
+_ROTARY = {"rope_theta": rotary_base, "partial_rotary_factor": rotary_share}
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,21 @@ class Family:
         tensors: Megatron tensor -> the Hugging Face tensors that make it up; `{n}` stands for the
             layer and `{e}` for the expert.
         flags: Megatron's flags that all models of the family need.
+        training_flags: further flags of the launch line, which the user may change.
         mask_token_id: the mask token if config.json does not name one; None for an autoregressive
             family.
         shifted: whether the logits of position i - 1 predict token i.
         shift_first_noisy: whether a shifted model in blocks was trained to predict the first token
             of a block from the noisy token before it (--mdm-shift-first).
         block_size_key: config.json key of the tokens in a block that the model was trained with;
-            None for a family that is trained on whole rows.
+            None for a family that is trained on whole rows. `mdm_block_size`, which
+            `to_hugging_face` writes, for a family in blocks without a key of its own.
         block_size: the size if config.json lacks the key; None: config.json has to have it.
         other_architectures: further class names of the family.
         experts_key: config.json key of a list with one number a layer, 1 for a layer with experts
-            and 0 for a dense one; None for a family without experts.
+            and 0 for a dense one; None for a family without such a list.
+        dense_layers_key: config.json key of the number of dense layers, which come first; the
+            others have experts. None for a family without such a number.
         transformers_class: class of Hugging Face transformers that computes the family's network
             if it is given an attention mask, since its own is causal; None: there is none.
         rope_scaling: whether the class obeys a rope scaling in config.json; False: it ignores it.
@@ -65,6 +73,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]]
     tensors: Mapping[str, tuple[str, ...]]
     flags: tuple[str, ...] = ()
+    training_flags: tuple[str, ...] = ()
     mask_token_id: int | None = None
     shifted: bool = False
     shift_first_noisy: bool = False
@@ -72,6 +81,7 @@ class Family:
     block_size: int | None = None
     other_architectures: tuple[str, ...] = ()
     experts_key: str | None = None
+    dense_layers_key: str | None = None
     transformers_class: str | None = None
     required: tuple[str, ...] = ()
     rope_scaling: bool = True
@@ -89,7 +99,7 @@ class Family:
             UserError: config.json lacks the key, or its value is not a number above 0.
         """
         key, default = self.sizes[argument]
-        value = rotary_base(config) if key == "rope_theta" else config.get(key)
+        value = _ROTARY[key](config) if key in _ROTARY else config.get(key)
         if value is None:
             value = default(config) if callable(default) else default
         if value is NEEDED:
@@ -109,9 +119,18 @@ class Family:
         """Returns, for each layer, whether it has experts.
 
         Raises:
-            UserError: config.json's value is not such a list, or has another length.
+            UserError: config.json's value is not such a list or number, or does not fit the number
+                of layers.
         """
         layers = self.value(config, "num_layers")
+        if self.dense_layers_key is not None:
+            dense = config.get(self.dense_layers_key) or 0
+            if type(dense) is not int or not 0 <= dense < layers:
+                raise UserError(
+                    f"config.json: {self.dense_layers_key!r} should be a number of dense layers "
+                    f"from 0 to {layers - 1}, so that layers with experts follow, got {dense!r}"
+                )
+            return [False] * dense + [True] * (layers - dense)
         if self.experts_key is None:
             return [False] * layers
         pattern = config.get(self.experts_key) or [1] * layers
@@ -135,7 +154,15 @@ def model_flags(family: Family, config: Config) -> list[str]:
         *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
         *family.flags,
     ]
+    share = rotary_share(config)
+    if "rotary_percent" not in family.sizes and share not in (None, 1):
+        raise UserError(
+            f"config.json: partial_rotary_factor = {share!r} is not supported for {family.name} "
+            "(supported: 1)"
+        )
     values = {name: family.value(config, name) for name in family.sizes}
+    if "moe_router_num_groups" in values:
+        _check_groups(values)
     if values["rotary_base"] != int(values["rotary_base"]):
         raise UserError(f"config.json: rope_theta {values['rotary_base']} is not a whole number")
     values["rotary_base"] = int(values["rotary_base"])
@@ -161,6 +188,29 @@ def model_flags(family: Family, config: Config) -> list[str]:
             "ignores it"
         )
     return flags + scaling
+
+
+def _check_groups(values: Mapping[str, Any]) -> None:
+    """Checks that Megatron chooses the same groups of experts as the published classes.
+
+    Megatron (moe_utils.group_limited_topk) ranks a group by the sum of its best
+    topk // group_topk scores, and the published classes by the sum of its best two.
+    """
+    experts, chosen = values["num_experts"], values["moe_router_topk"]
+    groups, kept = values["moe_router_num_groups"], values["moe_router_group_topk"]
+    size = experts // groups
+    if experts % groups or size < 2 or kept > groups or chosen > kept * size:
+        raise UserError(
+            f"config.json: {experts} experts (num_experts) in {groups} groups (n_group), of which "
+            f"{kept} are kept (topk_group), do not give {chosen} experts a token "
+            "(num_experts_per_tok) from equal groups of two or more"
+        )
+    if chosen // kept != 2:
+        raise UserError(
+            f"config.json: num_experts_per_tok = {chosen} with topk_group = {kept} is not "
+            "supported: Megatron would rank a group of experts by the sum of its best "
+            f"{chosen // kept}, and the model ranks it by its best 2 (supported: twice topk_group)"
+        )
 
 
 def mask_token_id(family: Family, config: Config) -> int | None:

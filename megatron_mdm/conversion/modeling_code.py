@@ -74,7 +74,7 @@ def _load(own: dict[str, torch.Tensor], directory: Path, same: Sequence[str]) ->
 def _rotary_embedding_without_scaling() -> Iterator[None]:
     """Adds the entry `default` to transformers' table of rotary embeddings inside the context.
 
-    The code of LLaDA-MoE and Dream looks the entry up; transformers 5 lacks it.
+    The code of LLaDA-MoE, LLaDA2 and Dream looks the entry up; transformers 5 lacks it.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -95,8 +95,10 @@ def _frequencies(
     """Computes the frequencies of a rotary embedding without scaling.
 
     Returns:
-        The frequencies, float32 [head dimension / 2], and the factor that scales the attention.
+        The frequencies, float32 [rotated channels of a head / 2], and the factor that scales the
+        attention.
     """
-    size = config.hidden_size // config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = int(size * getattr(config, "partial_rotary_factor", 1))
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
     return config.rope_theta**-exponents, 1.0

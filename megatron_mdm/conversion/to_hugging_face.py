@@ -21,7 +21,7 @@ from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
-from megatron_mdm.conversion.layout import Heads, split
+from megatron_mdm.conversion.layout import Heads, keeps_its_dtype, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import data_of, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint
@@ -92,24 +92,28 @@ def to_hugging_face(
         parameters = sum(pair.parameters for pair in tensor_pairs)
         blocks = last_block_size(args, checkpoint.iteration)
 
+        def dtype_of(pair: Pair) -> torch.dtype:
+            own = checkpoint.dtype(pair.places[0].key)
+            return own if dtype is None or keeps_its_dtype(pair.target) else dtype
+
         def make(pair: Pair) -> list[torch.Tensor]:
             tensor = checkpoint.read(pair.places[0])
             if pair.target in TENSORS:
                 tensor = tensor[:rows]
             parts = split(pair.target, tensor, len(pair.names), heads)
             named = zip(pair.names, parts, strict=True)
-            return [cast(part, dtype or part.dtype, name) for name, part in named]
+            return [cast(part, dtype_of(pair), name) for name, part in named]
 
         outputs = [
             safetensors_model.Output(
                 pair.names,
                 pair.shapes,
-                dtype or checkpoint.dtype(pair.places[0].key),
+                dtype_of(pair),
                 partial(make, pair),
             )
             for pair in tensor_pairs
         ]
-        dtypes = {item.dtype for item in outputs}
+        dtypes = {dtype_of(pair) for pair in tensor_pairs if not keeps_its_dtype(pair.target)}
         written = {
             **config,
             next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
@@ -350,7 +354,7 @@ def _about_blocks(family: Family, blocks: int | None) -> Iterator[str]:
     elif key is not None:
         yield (
             f"trained in whole rows at last, which {family.architecture} has no setting for: "
-            f"config.json keeps its {key}"
+            f"config.json goes on saying blocks ({key})"
         )
 
 

@@ -30,7 +30,7 @@ from megatron_mdm.conversion.family import (
     model_flags,
     shifted,
 )
-from megatron_mdm.conversion.layout import Heads, join, split
+from megatron_mdm.conversion.layout import Heads, join, keeps_its_dtype, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import (
     MASK_TOKEN,
@@ -100,7 +100,7 @@ def to_megatron(
         safetensors_model.check_no_adapter(directory)
         model = safetensors_model.HubModel(directory)
         vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
-        dtype = dtype or _common_dtype(model)
+        dtype = dtype or _common_dtype(model, family)
         shift = vocab.added or shifted(family, config)
         blocks = block_size(family, config)
         noisy = shift and family.shift_first_noisy
@@ -133,23 +133,26 @@ def to_megatron(
         _check_sources(model, tensor_pairs, directory, family, tied)
         parameters = sum(pair.parameters for pair in tensor_pairs)
 
+        def dtype_of(pair: Pair) -> torch.dtype:
+            return model.entries[pair.names[0]].dtype if keeps_its_dtype(pair.target) else dtype
+
         def sources(pair: Pair) -> list[torch.Tensor]:
             """Reads the Hugging Face tensors, in the written dtype and with Megatron's rows."""
             tensors = map(model.read, pair.names)
             if pair.target in TENSORS:
                 tensors = map(vocab.widen, tensors)
             named = zip(pair.names, tensors, strict=True)
-            return [cast(tensor, dtype, name) for name, tensor in named]
+            return [cast(tensor, dtype_of(pair), name) for name, tensor in named]
 
         def make(pair: Pair) -> torch.Tensor:
             return join(pair.target, sources(pair), heads)
 
         pieces = [
-            Piece(place, expected.shapes[place.key], dtype, partial(make, pair))
+            Piece(place, expected.shapes[place.key], dtype_of(pair), partial(make, pair))
             for pair in tensor_pairs
             for place in pair.places
         ]
-        total = sum(torch.Size(p.place.shape).numel() for p in pieces) * dtype.itemsize
+        total = sum(torch.Size(p.place.shape).numel() * p.dtype.itemsize for p in pieces)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
             torch_dist.write(Path(temporary), pieces, expected.objects, args, advance)
@@ -159,6 +162,7 @@ def to_megatron(
             flags += ["--mdm-block-size", str(blocks)]
         if noisy:
             flags += ["--mdm-shift-first", "noisy"]
+        flags += family.training_flags
         launch = None if vocab.mask is None else launch_line(output, flags)
         if launch is not None:
             (Path(temporary) / LAUNCH_FILE).write_text(launch + "\n")
@@ -250,10 +254,14 @@ def _check_tied(model: safetensors_model.HubModel, family: Family) -> set[str]:
     return {output}
 
 
-def _common_dtype(model: safetensors_model.HubModel) -> torch.dtype:
+def _common_dtype(model: safetensors_model.HubModel, family: Family) -> torch.dtype:
+    others = list(COMPUTED)
+    for target, sources in family.tensors.items():
+        if keeps_its_dtype(target):
+            others += [source.rpartition("}")[2] for source in sources]
     dtypes: dict[torch.dtype, str] = {}
     for name, entry in model.entries.items():
-        if not name.endswith(COMPUTED):
+        if not name.endswith(tuple(others)):
             dtypes.setdefault(entry.dtype, name)
     if len(dtypes) > 1:
         (one, first), (other, second) = list(dtypes.items())[:2]
@@ -341,7 +349,12 @@ def _remarks(
             "from a clean one: --mdm-shift-first noisy trains as it was trained, clean as it is "
             "read"
         )
-    if family.experts_key:
+    if family.training_flags:
+        yield (
+            f"{' '.join(family.training_flags)}: the biases by which the model chooses its experts "
+            "stay as they are, see megatron_mdm/conversion/README.md"
+        )
+    if family.experts_key or family.dense_layers_key:
         yield (
             "the training chooses how to balance the load of the experts: --moe-aux-loss-coeff "
             f"(config.json: {config.get('router_aux_loss_coef')!r})"

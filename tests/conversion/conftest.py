@@ -76,7 +76,7 @@ def checkpoint_logits() -> None:
     checkpoint, tokens = torch.load(directory / "request.pt")
     sys.argv = sys.argv[:1]
     prepare_environment("cpu")
-    with training_device("cpu"), loaded_model(checkpoint, "cpu") as loaded:
+    with training_device("cpu"), loaded_model(checkpoint, "cpu", block_size="row") as loaded:
         logits = {"full": loaded.logits(tokens)}
         for module in loaded.model.modules():
             if hasattr(module, "scale_mask_softmax"):

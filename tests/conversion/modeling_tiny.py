@@ -1,8 +1,8 @@
 """Modeling code as released models carry it, for the architectures in models.py.
 
 It also has the parts of the released code on which transformers 5 stumbles. LLaDA's class does not
-call `post_init`, and reads `use_cache` from its settings. The classes of LLaDA-MoE and Dream look
-up their rotary frequencies under `default`.
+call `post_init`, and reads `use_cache` from its settings. The classes of LLaDA-MoE, LLaDA2 and
+Dream look up their rotary frequencies under `default`.
 """
 
 import json
@@ -45,7 +45,8 @@ class TinyModel(PreTrainedModel):
             frequencies, factor = ROPE_INIT_FUNCTIONS["default"](config, None)
             size = 2 * len(frequencies)
             expected = config.rope_theta ** (-torch.arange(0, size, 2) / size)
-            assert size == config.hidden_size // config.num_attention_heads and factor == 1
+            of_a_head = self.raw.get("head_dim", config.hidden_size // config.num_attention_heads)
+            assert size == of_a_head * self.raw.get("partial_rotary_factor", 1) and factor == 1
             torch.testing.assert_close(frequencies, expected)
 
     def forward(self, input_ids):

@@ -1,8 +1,8 @@
 """Tiny random models of every family, as Hugging Face directories, and the logits they compute.
 
 Llama and Qwen come from transformers, and so do the networks of the families in blocks. LLaDA,
-LLaDA-MoE, iLLaDA and Dream are written here from their published architecture, as functions of
-tensors with the published names, without any of our code.
+LLaDA-MoE, LLaDA2, iLLaDA and Dream are written here from their published architecture, as functions
+of tensors with the published names, without any of our code.
 """
 
 import json
@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear, silu
 
-VOCAB = 96
-ROPE = 5000.0
+from tests.conversion import llada2
+from tests.conversion.llada2 import LLADA2, ROPE, VOCAB
 
 LLADA = {
     "architectures": ["LLaDAModelLM"],
@@ -132,6 +132,7 @@ PUBLISHED = {
     "illada": ILLADA,
     "llada-moe": LLADA_MOE,
     "llada-moe-dense": {**LLADA_MOE, "num_hidden_layers": 3, "moe_layer_freq": [0, 1, 1]},
+    "llada2": LLADA2,
 }
 
 SDAR = {
@@ -189,7 +190,11 @@ FAST_DLLM = {
 }
 
 # Configurations of the kinds that fill in blocks, and the class of transformers of their network.
-IN_BLOCKS = {"sdar": (SDAR, "Qwen3"), "fast-dllm": (FAST_DLLM, "Qwen2")}
+IN_BLOCKS = {
+    "sdar": (SDAR, "Qwen3"),
+    "fast-dllm": (FAST_DLLM, "Qwen2"),
+    "llada2": (LLADA2, "Glm4Moe"),
+}
 
 SMALL = {
     "hidden_size": 32,
@@ -284,8 +289,10 @@ def write_tokenizer(directory: Path, words: dict[str, int], **special: str) -> N
 
 
 def random_tensors(config: dict) -> dict[str, torch.Tensor]:
-    """Random tensors of a LLaDA, LLaDA-MoE, iLLaDA or Dream model, by their published names."""
-    if "d_model" in config:
+    """Random tensors of a model whose reference is in this file, by their published names."""
+    if config["model_type"] == "llada2_moe":
+        shapes = llada2.shapes(config)
+    elif "d_model" in config:
         h, f, n = config["d_model"], config["mlp_hidden_size"], config["n_layers"]
         kv = h // config["n_heads"] * config["n_kv_heads"]
         layer = {
@@ -358,7 +365,7 @@ def random_tensors(config: dict) -> dict[str, torch.Tensor]:
 def logits(directory: Path, tokens: torch.Tensor, causal: bool) -> torch.Tensor:
     """Logits of the model in a directory, fp32: tokens [b, s] -> [b, s, V]."""
     config = json.loads((directory / "config.json").read_text())
-    if config["model_type"] in ("llada", "Dream", "illada"):
+    if config["model_type"] in ("llada", "Dream", "illada", "llada2_moe"):
         return published_logits(config, load_file(directory / "model.safetensors"), tokens)
     import transformers as hf
 
@@ -395,9 +402,12 @@ def block_logits(
     (name,) = (
         name for config, name in IN_BLOCKS.values() if config["architectures"] == architecture
     )
-    model = getattr(hf, f"{name}ForCausalLM").from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    if name == "Glm4Moe":
+        model = llada2.as_glm4_moe(directory)
+    else:
+        model = getattr(hf, f"{name}ForCausalLM").from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        )
     s, parts = tokens.shape[1], []
     for start in range(0, s, size):
         end = min(start + size, s)
@@ -413,8 +423,10 @@ def block_logits(
 
 
 def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of LLaDA's, LLaDA-MoE's, iLLaDA's or Dream's network, with bidirectional attention."""
+    """Logits of a network whose reference is in this file, with bidirectional attention."""
     llada = "d_model" in config
+    if config["model_type"] == "llada2_moe":
+        w = llada2.renamed(config, w)
     heads = config["n_heads" if llada else "num_attention_heads"]
     groups = config["n_kv_heads" if llada else "num_key_value_heads"]
     eps = config["rms_norm_eps"]
@@ -432,13 +444,16 @@ def published_logits(config: dict, w: dict, tokens: torch.Tensor) -> torch.Tenso
         )
         if a + "q_norm.weight" in w:
             q, k = _norm(q, w[a + "q_norm.weight"], eps), _norm(k, w[a + "k_norm.weight"], eps)
-        q, k = _rotate(q, config["rope_theta"]), _rotate(k, config["rope_theta"])
+        share = config.get("partial_rotary_factor", 1)
+        q, k = (_rotate(x, config["rope_theta"], share) for x in (q, k))
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
         y = (scores @ v).transpose(1, 2).flatten(2)
         x = x + y @ w[b + ("attn_out.weight" if llada else "self_attn.o_proj.weight")].T
         y = _norm(x, w[b + ("ff_norm.weight" if llada else "post_attention_layernorm.weight")], eps)
-        if b + "mlp.gate.weight" in w:
+        if b + "mlp.gate.expert_bias" in w:
+            x = x + llada2.experts(y, w, b + "mlp.", config, _mlp)
+        elif b + "mlp.gate.weight" in w:
             x = x + _experts(y, w, b + "mlp.", config["num_experts_per_tok"])
         elif llada:
             x = x + _mlp(y, *(w[f"{b}{name}.weight"] for name in ("ff_proj", "up_proj", "ff_out")))
@@ -470,10 +485,14 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * weight
 
 
-def _rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding over halves: dimension i is rotated together with i + d/2."""
-    s, d = x.shape[-2:]
+def _rotate(x: torch.Tensor, theta: float, share: float = 1) -> torch.Tensor:
+    """Rotary embedding over halves: dimension i is rotated together with i + d/2.
+
+    d counts the first `share` of the dimensions; the others stay as they are.
+    """
+    s, d = x.shape[-2], int(x.shape[-1] * share)
+    x, rest = x[..., :d], x[..., d:]
     angle = torch.arange(s)[:, None] * theta ** (-torch.arange(0, d, 2) / d)
     first, second = x[..., : d // 2], x[..., d // 2 :]
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

@@ -74,10 +74,6 @@ CASES = {
         lambda d: change_config(d, architectures=["MoEModelLM"]),
         "config.json: MoEModelLM is not a supported architecture",
     ),
-    "a model of another attention": (
-        lambda d: change_config(d, architectures=["LLaDA2MoeModelLM"]),
-        "LLaDA2MoeModelLM is not converted: its router",
-    ),
     "an unknown computation": (
         lambda d: change_config(d, scale_logits=True),
         "scale_logits = True is not supported for llada",

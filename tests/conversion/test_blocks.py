@@ -29,9 +29,14 @@ MASK = 90
 FLAGS = {
     "sdar": "--mdm-block-size 4",
     "fast-dllm": "--mdm-shift --mdm-block-size 8 --mdm-shift-first noisy",
+    "llada2": "--mdm-block-size 32",
 }
 # What a checkpoint records: block size, shift, and what predicts first tokens in training.
-RECORDED = {"sdar": (4, False, "clean"), "fast-dllm": (8, True, "noisy")}
+RECORDED = {
+    "sdar": (4, False, "clean"),
+    "fast-dllm": (8, True, "noisy"),
+    "llada2": (32, False, "clean"),
+}
 SHIFTED = {kind for kind, (_, shift, _) in RECORDED.items() if shift}
 
 
@@ -87,7 +92,7 @@ def test_a_checkpoint_and_its_launch_line_say_the_blocks(kind, converted):
     assert (args.mdm_block_size, args.mdm_shift, args.mdm_shift_first) == RECORDED[kind]
     assert args.mdm_mask_token_id == MASK
     assert any("fills in blocks of" in line for line in said)
-    assert any(line.startswith("verified: logits") for line in said)
+    assert any(line.startswith("verified: logits") for line in said) == (kind != "llada2")
 
 
 def test_tools_treat_a_converted_checkpoint_as_trained_in_its_blocks(converted, tmp_path):
@@ -118,6 +123,7 @@ def trained(tmp_path_factory):
         flags = words[words.index("megatron_mdm.pretrain") + 1 :]
         flags += "--mdm-device cpu --num-workers 0 --exit-interval 2 --global-batch-size 2".split()
         flags += ["--data-cache-path", str(root / "cache"), "--mdm-block-size", "16"]
+        flags += ["--seq-length", "64"]  # the data are short
         ranks.launch(root / "log", 1, "--", *flags, entry=entries.only_these_flags)
         return root
 
@@ -139,7 +145,10 @@ def test_evaluate_reads_the_blocks_of_a_converted_checkpoint(trained, tmp_path):
     assert results[0] == results[1] and results[0]["block_size"] == 4
 
 
-@pytest.mark.parametrize("kind, key", [("sdar", "block_size"), ("fast-dllm", "bd_size")])
+@pytest.mark.parametrize(
+    "kind, key",
+    [("sdar", "block_size"), ("fast-dllm", "bd_size"), ("llada2", "mdm_block_size")],
+)
 def test_the_way_back_writes_the_block_size_of_the_run(kind, key, trained, tmp_path):
     root, said = trained(kind), []
     to_hugging_face(str(root / "run"), str(tmp_path / "back"), verify=True, log=said.append)
@@ -149,6 +158,9 @@ def test_the_way_back_writes_the_block_size_of_the_run(kind, key, trained, tmp_p
     before, after = (load_file(d / SINGLE) for d in (root / "hf", tmp_path / "back"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    biases = [name for name in before if name.endswith("expert_bias")]
+    assert all(torch.equal(before[name], after[name]) for name in biases)
+    assert len(biases) == (2 if kind == "llada2" else 0)
 
 
 def test_a_run_in_blocks_of_another_family(trained, tmp_path):
@@ -186,6 +198,16 @@ def test_the_size_of_fast_dllm_is_that_of_its_class_if_config_json_has_none():
     family = detect(config)
     assert block_size(family, config) == 32 and block_entry(family, config, 32) == {}
     assert block_entry(family, config, 16) == {"bd_size": 16}
+
+
+def test_the_size_of_llada2_is_32_unless_a_way_back_wrote_another():
+    family = detect(models.LLADA2)
+    assert block_size(family, models.LLADA2) == 32
+    assert block_entry(family, models.LLADA2, 32) == {}
+    assert block_entry(family, models.LLADA2, 16) == {"mdm_block_size": 16}
+    trained = {**models.LLADA2, "mdm_block_size": 16}
+    assert block_size(family, trained) == 16
+    assert block_entry(family, trained, 32) == {"mdm_block_size": 32}
 
 
 def test_what_config_json_says_of_blocks_in_the_end():

@@ -16,6 +16,7 @@ LLAMA3 = {k: v for k, v in models.LLAMA3_SCALING.items() if k != "rope_theta"}
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 777.0}}
 DEFAULT = {"rope_type": "default", "rope_theta": 777.0}
 MOE = models.LLADA_MOE
+MOE2 = models.LLADA2
 
 
 def without(config, *keys):
@@ -84,6 +85,33 @@ def without(config, *keys):
         (models.ILLADA, {"rope_scaling": LLAMA3}, "rope scaling is not supported for illada"),
         (MOE, {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported for llada-moe"),
         (MOE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        # LLaDA2's attention, router and experts.
+        (MOE2, {"model_type": "llada2_moe_veomni"}, "model_type = 'llada2_moe_veomni' is not"),
+        (MOE2, {"partial_rotary_factor": None}, "config.json has no 'partial_rotary_factor'"),
+        (MOE2, {"partial_rotary_factor": "0.5"}, "'partial_rotary_factor' should be a number"),
+        (
+            MOE2,
+            {"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 1.0}},
+            "'partial_rotary_factor' is 0.5 and, in 'rope_parameters' or 'rope_scaling', 1.0",
+        ),
+        (MOE2, {"use_bias": True}, "use_bias = True is not supported for llada2"),
+        (MOE2, {"use_qkv_bias": True}, "use_qkv_bias = True is not supported for llada2"),
+        (MOE2, {"use_qk_norm": False}, "use_qk_norm = False is not supported for llada2"),
+        (MOE2, {"norm_head": True}, "norm_head = True is not supported for llada2"),
+        (MOE2, {"num_shared_experts": 2}, "num_shared_experts = 2 is not supported for llada2"),
+        (MOE2, {"score_function": "softmax"}, "score_function = 'softmax' is not supported"),
+        (MOE2, {"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias = False"),
+        (MOE2, {"norm_topk_prob": False}, "norm_topk_prob = False is not supported for llada2"),
+        (MOE2, {"routed_scaling_factor": 0}, "'routed_scaling_factor' should be a number above 0"),
+        (MOE2, {"n_group": None}, "config.json has no 'n_group', which the family llada2 needs"),
+        (MOE2, {"n_group": 5}, "12 experts (num_experts) in 5 groups (n_group), of which 2 are"),
+        (MOE2, {"n_group": 12}, "12 experts (num_experts) in 12 groups (n_group), of which 2 are"),
+        (MOE2, {"topk_group": 5}, "in 4 groups (n_group), of which 5 are kept (topk_group)"),
+        (MOE2, {"num_experts_per_tok": 7}, "kept (topk_group), do not give 7 experts a token"),
+        (MOE2, {"num_experts_per_tok": 6}, "rank a group of experts by the sum of its best 3"),
+        (MOE2, {"topk_group": 4}, "num_experts_per_tok = 4 with topk_group = 4 is not supported"),
+        (MOE2, {"first_k_dense_replace": 3}, "'first_k_dense_replace' should be a number of dense"),
+        (MOE2, {"first_k_dense_replace": True}, "layers from 0 to 2, so that layers with experts"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(config, change, message):
@@ -104,6 +132,8 @@ def test_what_would_compute_something_else_is_refused(config, change, message):
         *((models.ILLADA, key) for key in ("hidden_act", "tie_word_embeddings")),
         (MOE, "partial_rotary_factor"),
         (MOE, "qk_layernorm"),
+        (MOE2, "use_bias"),
+        (MOE2, "num_shared_experts"),
     ],
 )
 def test_keys_whose_default_is_another_model_have_to_be_there(config, key):
@@ -148,6 +178,7 @@ def test_transformers_takes_the_base_that_we_would_not_have():
         (models.ILLADA, False),
         (models.SDAR, False),
         (models.FAST_DLLM, True),
+        (models.LLADA2, False),
     ],
 )
 def test_whether_a_model_predicts_the_token_after_a_position(config, expected):

@@ -65,7 +65,7 @@ def test_classes_of_transformers(kind, dtype, tmp_path):
         assert float(difference) < 1e-4 and float(largest) > 1
 
 
-@pytest.mark.parametrize("kind", ["llada", "llada-moe", "dream"])
+@pytest.mark.parametrize("kind", ["llada", "llada-moe", "llada2", "dream"])
 def test_modeling_code_of_the_directory(kind, ran, tmp_path):
     source, said = with_code(kind, tmp_path / "hf"), []
     to_megatron(str(source), str(tmp_path / "no"), verify=True, log=said.append)

@@ -34,7 +34,7 @@ def same_files(one, other):
 # HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys.
 HYBRID_KINDS = ["llama-mha", "qwen2-tied", "llada", "dream", "illada", "fast-dllm"]
 MODELS = [
-    *((kind, "gpt") for kind in [*KINDS, *models.IN_BLOCKS]),
+    *((kind, "gpt") for kind in dict.fromkeys([*KINDS, *models.IN_BLOCKS])),
     *((kind, "hybrid") for kind in HYBRID_KINDS),
 ]
 
