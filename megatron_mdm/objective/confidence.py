@@ -30,7 +30,8 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
     Returns:
         -sum p log p, nats, float [...].
     """
-    return torch.special.entr(p).sum(dim=-1)
+    whole: torch.Tensor = torch.special.entr(p).sum(dim=-1)
+    return whole
 
 
 def entropy_gradient(p: torch.Tensor, whole: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,8 @@ def cross_entropy_and_entropy(
         Two tensors float32 [b, s], nats: cross entropies; and entropies of the predicted
         distributions, 0 where another token has a greater logit than the label.
     """
-    found = _CrossEntropyAndEntropy.apply(logits, labels.transpose(0, 1).contiguous())
+    by_position = labels.transpose(0, 1).contiguous()
+    found = _CrossEntropyAndEntropy.apply(logits, by_position)  # type: ignore[no-untyped-call]
     cross_entropy, entropies = (x.transpose(0, 1).contiguous() for x in found)
     return cross_entropy, entropies
 
