@@ -28,6 +28,8 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
       row is the product of these predictions.
     - --mdm-shift-first noisy predicts the first token of a block from the noisy block before it,
       which is not what the block is given.
+    - --mdm-confidence-loss adds entropies, which belong to no likelihood. The loss that the logs
+      show leaves them out.
     - Bernoulli masks leave out a share eps of the rates. Up to `MOST_EPS` the loss still counts as
       a bound.
 
@@ -63,6 +65,7 @@ def why_no_bound(mdm: MDMConfig, uniform_share: float) -> str | None:
         "SyRM": bool(mdm.syrm_token_ids) or mdm.syrm_fraction > 0.0,
         "rates of documents that see each other": sees_others,
         "first tokens of blocks read noisy tokens": mdm.shift_first == "noisy",
+        "confidence loss": mdm.confidence_loss > 0.0,
         f"eps {mdm.eps:g}": mdm.mask == "bernoulli" and mdm.eps > MOST_EPS,
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None

@@ -171,6 +171,13 @@ class MDMConfig:
     tokens. Clean tokens then attend only to those before them. Needs blocks in all of the run. 0:
     clean tokens attend to their whole block, and have no loss."""
 
+    confidence_loss: float = field(default=0.0, metadata=_shown_as("WEIGHT"))
+    """Weight of the confidence loss of LLaDA2.0 (CAP), at least 0: the entropy of the prediction of
+    each masked token whose prediction is right already. It has the weights and the denominator of
+    the loss, and the logs show it apart. It makes predictions certain, so that more tokens can be
+    decoded at once. What the run minimises is then no bound. P-POTS on the gradient measures the
+    gradient of the sum. Evaluations do not have this loss. 0: off."""
+
     strata: int | None = field(default=None, metadata=_shown_as("N"))
     """Number of strata in a window, at least 1 and at most the number of texts in the window
     (--mdm-strata-window / --mdm-views). Default: the square root of the number of
@@ -381,6 +388,10 @@ class MDMConfig:
                     "--mdm-embedding-noise takes a standard deviation above 0 and a number of "
                     f"iterations from 1 on, got {' '.join(map(str, given))}"
                 )
+        if not 0.0 <= self.confidence_loss < float("inf"):
+            raise UserError(
+                f"--mdm-confidence-loss takes a weight from 0 on, got {self.confidence_loss}"
+            )
         if self.anneal_attention_iters < 0:
             raise UserError(
                 f"--mdm-anneal-attention-iters must not be negative: {self.anneal_attention_iters}"
@@ -622,7 +633,7 @@ SECTIONS = {
     "block diffusion": (
         *("block_size", "block_size_schedule", "eval_block_sizes", "ar_loss_weight"),
     ),
-    "loss and logs": ("normalization", "head", "rate_bins", "ema_decay"),
+    "loss and logs": ("normalization", "confidence_loss", "head", "rate_bins", "ema_decay"),
     "rows, documents and padding": (
         *("row_order", "isolate_documents", "random_length_fraction", "eod_eligible"),
         *("eod_attended", "pad_eligible", "pad_attended"),

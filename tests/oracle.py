@@ -50,6 +50,10 @@ Neither J depends on how the batch is cut into micro-batches and ranks, and the 
 mean of micro-batch means would be wrong when the N_d differ, and the oracle asserts that they
 differ.
 
+With --mdm-confidence-loss W the gradient is that of J + W C. C is J with the entropy of the
+predicted distribution of token i in place of -log P(x_i | ...) where x_i has the greatest logit,
+and with 0 elsewhere.
+
 The routers of experts add to the gradients, but not to the reported loss. In a call of the model on
 s tokens, a router computes E probabilities P_ie for token i and chooses k experts. Let c_ie = 1
 where token i chooses expert e, let z_i be the log-sum-exp of the router's logits of token i, and
@@ -104,7 +108,7 @@ def whole_batch() -> None:
             draws += _draws(row, model, args, routers, with_clean=number % views == 0)
             if args.mdm_block_size and (number + 1) % views == 0:
                 routers[since:] = _merged(routers[since:])
-        sums, following, counts = zip(*draws, strict=True)
+        sums, following, entropies, counts = zip(*draws, strict=True)
         assert len(set(counts)) > 1, "rows should differ"
 
         def mean(sums):
@@ -115,6 +119,9 @@ def whole_batch() -> None:
 
         loss = mean(sums)
         total = loss + args.mdm_ar_loss_weight * mean(following)
+        confidence = mean(entropies)
+        total = total + args.mdm_confidence_loss * confidence
+        assert not args.mdm_confidence_loss or confidence > 0, "some predictions should be right"
         inner = unwrap_model(model)
         names, parameters = zip(*inner.named_parameters(), strict=True)
         routed = sum(_router_losses(args, *router) for router in routers) * views / len(rows)
@@ -125,7 +132,7 @@ def whole_batch() -> None:
         MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1))  # Megatron's own router losses are off
         gradients = torch.autograd.grad(total + routed, parameters)
         torch.save(
-            (loss.item(), dict(zip(names, gradients, strict=True))),
+            (loss.item(), confidence.item(), dict(zip(names, gradients, strict=True))),
             f"{os.environ['TRACE_DIR']}/whole_batch.pt",
         )
         raise SystemExit(0)
@@ -169,7 +176,9 @@ def _router_losses(args, router, x):
 
 
 def _draws(row, model, args, routers, with_clean):
-    """(weighted loss, next-token loss, eligible tokens) of each part that counts as one.
+    """(weighted loss, next-token loss, weighted entropies, eligible tokens) of each part.
+
+    A part counts as one. The entropies are those of masked tokens that have the greatest logit.
 
     The model sees one document at a time with --mdm-isolate-documents, and never a token beyond the
     length of the row. `routers` has the inputs of the routers. With blocks and experts, those of
@@ -216,8 +225,11 @@ def _draws(row, model, args, routers, with_clean):
     logits = torch.cat(calls)
     if args.mdm_shift and not blocks:
         logits = torch.cat([logits[:1], logits[:-1]])
-    log_p = logits.log_softmax(dim=-1).gather(-1, tokens[:length, None])[:, 0]
+    whole = logits.log_softmax(dim=-1)
+    log_p = whole.gather(-1, tokens[:length, None])[:, 0]
     weighted = -(log_p * mask[:length] / p[:length])
+    right = logits.argmax(dim=-1) == tokens[:length]
+    entropies = -(whole.exp() * whole).sum(dim=-1) * (right & mask[:length]) / p[:length]
     following = torch.zeros_like(weighted)
     for low, high in seen if args.mdm_ar_loss_weight else ():
         n = high - low
@@ -226,7 +238,10 @@ def _draws(row, model, args, routers, with_clean):
         following[low + 1 : high] = -log_p[:-1].gather(-1, tokens[low + 1 : high, None])[:, 0]
     following = following * eligible[:length]
     return [
-        (weighted[low:high].sum(), following[low:high].sum(), int(eligible[low:high].sum()))
+        (
+            *(x[low:high].sum() for x in (weighted, following, entropies)),
+            int(eligible[low:high].sum()),
+        )
         for low, high in parts
     ]
 

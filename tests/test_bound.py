@@ -27,6 +27,7 @@ NO_BOUND = {
     "first tokens of blocks read noisy tokens": {
         **{"block_size": 4, "shift": True, "shift_first": "noisy"},
     },
+    "confidence loss": {"confidence_loss": 0.5},
     "eps 0.3": {"eps": 0.3},
 }
 BOUND = {

@@ -499,6 +499,11 @@ def _validate_flags(args: Namespace) -> None:
                     f"{flag(name)} needs logits of one shape, but the number of masked positions "
                     "changes with every micro-batch: add --mdm-head full"
                 )
+    if mdm.confidence_loss and args.cross_entropy_loss_fusion:
+        raise UserError(
+            "--mdm-confidence-loss does not go with --cross-entropy-loss-fusion, which keeps no "
+            "probabilities that its entropies could use: leave one of them out"
+        )
     if args.log_throughput:
         for name in UNKNOWN:
             if getattr(args, name):

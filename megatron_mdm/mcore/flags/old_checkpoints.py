@@ -12,12 +12,13 @@ from megatron_mdm.mcore.flags.hybrid_pattern import model_class
 _DEFAULTS = MDMConfig().arguments()
 _BELLS = ("logit_normal", "beta", "bell_uniform_share", "bell_role", "bell_fade")
 _BLOCKS = ("block_size", "block_size_schedule", "ar_loss_weight", "shift_first")
+_LATER = ("embedding_noise", "confidence_loss")
 
 # The behaviour of commit be7fed4, the last version without these settings. The defaults of all but
 # the first have no effect.
 BEFORE: dict[str, Any] = {
     "mdm_row_order": "run",
-    **{name: _DEFAULTS[name] for name in map(destination, (*_BELLS, *_BLOCKS, "embedding_noise"))},
+    **{name: _DEFAULTS[name] for name in map(destination, (*_BELLS, *_BLOCKS, *_LATER))},
 }
 
 

@@ -18,6 +18,7 @@ _SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end
 MEASURED = (
     *("mdm_ppots_target", "mdm_ppots_bins", "mdm_normalization", "mdm_rate_per"),
     *("mdm_mask", "mdm_eps", "mdm_isad_token_ids", "mdm_isad_delta", "mdm_isad_weight"),
+    "mdm_confidence_loss",  # its gradient belongs to the measured one
 )
 
 # They may change where the schedule has not begun yet.

@@ -206,6 +206,7 @@ class ModelInputs:
         on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None,
         processor: Callable[..., torch.Tensor] = head,
         noise: EmbeddingNoise | None = None,
+        entropies: bool = False,
     ) -> torch.Tensor:
         """Runs a stage on masked tokens; the last stage returns cross entropies of clean tokens.
 
@@ -219,10 +220,12 @@ class ModelInputs:
                 float32 [b, s], 0 at the positions of other context-parallel ranks; None: no call.
             processor: called in place of `head`, with the same arguments.
             noise: noise on embeddings; None: none.
+            entropies: whether the last stage returns the entropies of right predictions too.
 
         Returns:
             At the last stage float [b, s / context-parallel ranks], nats, at the positions of the
-            logits (see `logits_to_tokens`); else hidden states.
+            logits (see `logits_to_tokens`); with `entropies` [2, b, ...], the cross entropies and
+            the entropies; else hidden states.
         """
         config = get_model_config(model)
         positions = None
@@ -254,7 +257,7 @@ class ModelInputs:
             padding_mask=left_out,
             labels=labels,
             output_processor=processor,
-            output_processor_context=HeadContext(positions, record),
+            output_processor_context=HeadContext(positions, record, entropies),
             noise=noise,
         )
 

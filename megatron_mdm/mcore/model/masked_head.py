@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+from megatron_mdm.mcore.model.entropies import cross_entropy_and_entropy
+
 ROW_MULTIPLE = 32  # FP8 matrix products need multiples of 16 rows, MXFP8 of 32
 
 
@@ -87,10 +89,12 @@ class HeadContext:
         on_grad_sq_norm: called in the backward pass with the squared norm of the gradient of the
             micro-batch's loss sum at the final hidden state of each position, float32 [b, s], the
             same on all tensor-parallel ranks; None: no call.
+        entropies: whether to return the entropies of right predictions too.
     """
 
     positions: MaskedPositions | None = None
     on_grad_sq_norm: Callable[[torch.Tensor], None] | None = None
+    entropies: bool = False
 
 
 def head(
@@ -117,7 +121,9 @@ def head(
         context: Megatron's argument `output_processor_context`.
 
     Returns:
-        Cross entropies, float [b, s], nats; 0 outside `context.positions`.
+        Cross entropies, float [b, s], nats; 0 outside `context.positions`. With
+        `context.entropies` float [2, b, s]: these, and the entropies of
+        `cross_entropy_and_entropy`.
     """
     if context.on_grad_sq_norm is not None:
         _register_grad_norm_hook(hidden_states, output_layer, config, context.on_grad_sq_norm)
@@ -126,7 +132,11 @@ def head(
         hidden_states = positions.compact(hidden_states)
         labels = positions.compact_labels(labels)
     logits, _bias = output_layer(hidden_states, weight=output_weight)
-    cross_entropy = compute_language_model_loss(labels, scale_logits(logits))
+    logits = scale_logits(logits)
+    if context.entropies:
+        found = cross_entropy_and_entropy(labels, logits)
+        return torch.stack([x if positions is None else positions.scatter(x) for x in found])
+    cross_entropy = compute_language_model_loss(labels, logits)
     return cross_entropy if positions is None else positions.scatter(cross_entropy)
 
 

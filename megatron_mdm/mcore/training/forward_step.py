@@ -36,8 +36,9 @@ def forward_step(
         model: the stage.
 
     Returns:
-        The stage's output (at the last stage the cross entropy, float [b, s], nats) and the loss
-        function that Megatron applies to it at the last stage.
+        The stage's output (at the last stage the cross entropy, float [b, s], nats, or with
+        --mdm-confidence-loss [2, b, s]) and the loss function that Megatron applies to it at the
+        last stage.
     """
     mdm, training = state.mdm, model.training
     if mdm.blocks is not None:
@@ -58,6 +59,7 @@ def forward_step(
         mask=corruption.mask if mdm.head == "masked" else None,
         on_grad_sq_norm=None if sampler is None else sampler.gradient_observer(micro_batch),
         noise=_noise(state, micro_batch),
+        entropies=_has_confidence_loss(state, training),
     )
     return output, partial(loss_func, state, micro_batch)
 
@@ -77,6 +79,11 @@ def prepare(
     return micro_batch, ModelInputs.of_batch(
         batch, model, state.attention_annealing(model.training)
     )
+
+
+def _has_confidence_loss(state: TrainingState, training: bool) -> bool:
+    """Whether entropies are part of the loss. Evaluations have none."""
+    return training and state.mdm.confidence_loss > 0.0
 
 
 def _noise(state: TrainingState, micro_batch: MicroBatch) -> EmbeddingNoise | None:
@@ -124,23 +131,25 @@ def next_batch(state: TrainingState, data_iterator: Iterator | None, training: b
 
 
 def loss_func(
-    state: TrainingState, micro_batch: MicroBatch, cross_entropy: torch.Tensor
+    state: TrainingState, micro_batch: MicroBatch, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Megatron's loss function with --calculate-per-token-loss: sums over this micro-batch.
 
     Args:
         state: state of the run.
         micro_batch: rows and their masks.
-        cross_entropy: cross entropy of the token that each position predicts, nats, float [b, s];
-            under context parallelism, at this rank's positions only.
+        output: cross entropy of the token that each position predicts, nats, float [b, s]; under
+            context parallelism, at this rank's positions only. With --mdm-confidence-loss, in
+            training, [2, b, s]: these, and the entropies of right predictions.
 
     Returns:
         Sum of weighted losses (nats), its denominator (eligible tokens or rows, int32), and pairs
         of a sum and the denominator, which Megatron sums over micro-batches and ranks: `mdm loss`
-        and, with --mdm-ar-loss-weight, `next-token loss`.
+        and, with the flags of these losses, `next-token loss` and `confidence loss`.
     """
     mdm, batch, corruption = state.mdm, micro_batch.batch, micro_batch.corruption
-    rows, at_logits = batch.block_rows, cross_entropy
+    rows, confident = batch.block_rows, _has_confidence_loss(state, batch.training)
+    at_logits = output[0] if confident else output
     cross_entropy = logits_to_tokens(at_logits, mdm.shift, rows)
     losses = micro_batch.losses(cross_entropy, mdm.normalization)
     # The numerator and `losses` cover this rank's positions. All other values cover whole rows.
@@ -169,6 +178,11 @@ def loss_func(
         values = logits_to_next_tokens(at_logits, rows)
         report["next-token loss"] = micro_batch.next_token_loss(values, mdm.normalization)
         numerator = numerator + mdm.ar_loss_weight * report["next-token loss"]
+    if confident:
+        # Entropies are 0 where the prediction is wrong.
+        entropies = logits_to_tokens(output[1], mdm.shift, rows)
+        report["confidence loss"] = micro_batch.losses(entropies, mdm.normalization).numerator
+        numerator = numerator + mdm.confidence_loss * report["confidence loss"]
     return (
         numerator,
         denominator.to(torch.int),

@@ -67,6 +67,12 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
             "--moe-flex-dispatcher-backend hybridep",
             "whose buffers keep the number of positions of the first step: use deepep",
         ),
+        ("--mdm-confidence-loss -1", "--mdm-confidence-loss takes a weight from 0 on, got -1.0"),
+        ("--mdm-confidence-loss nan", "--mdm-confidence-loss takes a weight from 0 on, got nan"),
+        (
+            "--mdm-confidence-loss 1 --cross-entropy-loss-fusion",
+            "--mdm-confidence-loss does not go with --cross-entropy-loss-fusion",
+        ),
         ("--cuda-graph-impl full_iteration", "--cuda-graph-impl needs logits of one shape"),
         ("--defer-embedding-wgrad-compute", "add --mdm-head full"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),

@@ -56,6 +56,7 @@ WORKS = [
     ("`--mdm-shift`", "--mdm-shift", LAYOUTS),
     ("`--mdm-shift-first noisy`", "--mdm-shift --mdm-shift-first noisy", NORMALIZATION),
     ("`--mdm-ar-loss-weight`", "--mdm-ar-loss-weight 0.5", NORMALIZATION),
+    ("`--mdm-confidence-loss`", "--mdm-confidence-loss 0.5", NORMALIZATION),
     ("`--mdm-embedding-noise`", "--mdm-embedding-noise 0.1 9", LAYOUTS),
     ("hidden padding and ends of documents", "--no-mdm-eod-attended", "objective/test_blocks.py"),
     ("the full head", "--mdm-head full", "objective/test_blocks.py"),

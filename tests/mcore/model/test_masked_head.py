@@ -12,7 +12,7 @@ from tests import ranks
 from tests.one_rank import on_one_cpu_rank, output_layer
 
 METHODS = "--mdm-mask exact-count --mdm-views 2 --mdm-rate-sampler ppots --mdm-ppots-bins 4"
-METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient"
+METHODS += " --mdm-ppots-refit-interval 1 --mdm-ppots-target gradient --mdm-confidence-loss 0.5"
 SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 # name -> number of ranks, flags, whether embeddings are tied to the output layer

@@ -176,7 +176,7 @@ def test_the_losses_of_the_routers(name, moe, pairs, tmp_path):
     flags = [*moe, *LOSSES, *OBJECTIVES[name].split(), *ONE_STEP]
     flags += ["--data-path", str(pairs)] if name == "rows" else []
     ranks.launch(tmp_path / "plain", 1, *flags, "--micro-batch-size", "8", entry=oracle.whole_batch)
-    loss, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
+    loss, _, gradients = torch.load(tmp_path / "plain" / "whole_batch.pt")
 
     save = ["--save", str(tmp_path / "checkpoint"), "--save-interval", "1", "--train-iters", "1"]
     experts = ["--expert-model-parallel-size", "2"]  # DP 2, two micro-batches each

@@ -32,11 +32,11 @@ SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.1", "--weight-dec
 PHASES = ["--mdm-block-size-schedule", "0:4 2:row 4:8"]
 EVALUATION = "--eval-interval 2 --eval-iters 1 --eval-global-batch-size 4".split()
 METHODS = {
-    "plain": "--mdm-embedding-noise 0.3 4",
+    "plain": "--mdm-embedding-noise 0.3 4 --mdm-confidence-loss 0.5",
     "documents": "--mdm-isolate-documents --mdm-normalization rows --mdm-quantiles strata "
     "--mdm-mask exact-count --mdm-rate-sampler ppots --mdm-ppots-refit-interval 2",
     "MIRROR, shift": "--mdm-views 2 --mdm-shift --mdm-mask exact-count --mdm-rate-sampler ppots "
-    "--mdm-ppots-refit-interval 2 --mdm-ppots-target gradient",
+    "--mdm-ppots-refit-interval 2 --mdm-ppots-target gradient --mdm-confidence-loss 1",
 }
 LAYOUTS = {
     "DP 2, recomputation": (
@@ -82,7 +82,8 @@ def test_layouts_are_equal(runs, method, layout):
     else:
         assert run.masks() == reference.masks()
     assert len(run.losses) == 5
-    for name in ("mdm loss", "grad-norm", "mdm/validation NELBO"):
+    confident = ["confidence loss"] if "confidence" in METHODS[method] else []
+    for name in ("mdm loss", "grad-norm", "mdm/validation NELBO", *confident):
         assert run.scalars[name] == pytest.approx(reference.scalars[name], rel=1e-5), name
     assert {*run.weights} == {*reference.weights}
     for name in {*run.weights} - {"mdm_sampler_state"}:

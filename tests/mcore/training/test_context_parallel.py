@@ -17,7 +17,8 @@ PP = "--pipeline-model-parallel-size 2"
 ONLINE = "--mdm-rate-sampler ppots --mdm-ppots-bins 4 --mdm-ppots-refit-interval 1"
 # The first covers MIRROR, exact counts and gradient norms of whole rows. The second covers losses
 # of documents with their own rates, a shift, and rows with unequal numbers of eligible tokens.
-METHODS = f"--mdm-views 2 --mdm-mask exact-count {ONLINE} --mdm-ppots-target gradient"
+METHODS = f"--mdm-views 2 --mdm-mask exact-count {ONLINE} --mdm-ppots-target gradient "
+METHODS += "--mdm-confidence-loss 0.5"
 SHIFTED = f"--mdm-shift --no-mdm-eod-eligible {ONLINE} --mdm-normalization rows"
 SHIFTED += " --mdm-rate-per document"
 # Rows of noisy and clean tokens. The first covers MIRROR, a shift, documents and gradient norms.

@@ -49,17 +49,18 @@ OBJECTIVES = {
     "random length, rows": "--no-mdm-eod-eligible --mdm-random-length-fraction 0.7 "
     "--mdm-normalization rows",
     "sft": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows",
-    "sft without padding": "--mdm-sft",
-    "sft shifted": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-shift",
+    "sft without padding": "--mdm-sft --mdm-confidence-loss 1",
+    "sft shifted": "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-shift "
+    "--mdm-confidence-loss 2",
     "sft ISAD": "--mdm-sft --mdm-pad-eligible --mdm-isad-token-ids 5 60 70 119 "
     "--mdm-isad-delta 0.3",
     "sft blocks": "--mdm-sft --mdm-pad-eligible --mdm-block-size 4 --mdm-shift "
-    "--mdm-normalization rows",
+    "--mdm-normalization rows --mdm-confidence-loss 0.5",
     "sft blocks SyRM": "--mdm-sft --mdm-block-size 4 --mdm-syrm-token-ids 3 7 11 20 30 41",
     "packed sft blocks": "--mdm-sft --mdm-isolate-documents --mdm-block-size 4 "
-    "--mdm-normalization rows",
+    "--mdm-normalization rows --mdm-ar-loss-weight 0.5 --mdm-confidence-loss 1",
     "packed sft": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document "
-    "--mdm-normalization rows",
+    "--mdm-normalization rows --mdm-confidence-loss 3",
     "packed sft padded": "--mdm-sft --mdm-isolate-documents --mdm-rate-per document --mdm-shift "
     "--mdm-normalization rows --mdm-pad-response-to-multiple-of 8",
 }
@@ -90,8 +91,12 @@ def runs(base, pairs, tmp_path_factory):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_of_the_whole_batch(name, runs, base):
-    (loss, gradients), run, checkpoint = runs[name]
+    (loss, confidence, gradients), run, checkpoint = runs[name]
     assert run.losses[0] == pytest.approx(loss, rel=1e-5)
+    if "--mdm-confidence-loss" in OBJECTIVES[name]:
+        assert run.scalars["confidence loss"] == pytest.approx([confidence], rel=1e-5)
+    else:
+        assert "confidence loss" not in run.scalars
 
     before = ranks.weights(Path(base[base.index("--load") + 1]))
     after = ranks.weights(checkpoint)
