@@ -7,7 +7,7 @@
 
 import argparse
 
-from benchmarks import decoding, gpu, preprocessing, race, soak, throughput, variance
+from benchmarks import decoding, gpu, parallel, preprocessing, race, soak, throughput, variance
 from megatron_mdm.errors import run_tool
 
 # Worker processes import this file, so the modules import torch and the like in functions only.
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "data": preprocessing,
     "decoding": decoding,
     "gpu": gpu,
+    "parallel": parallel,
     "race": race,
     "soak": soak,
     "throughput": throughput,
@@ -25,6 +26,10 @@ EXAMPLES = {
     "data": ["data --mb 16 --json data.json"],
     "decoding": ["decoding --load runs/quickstart/checkpoint --device cpu --json decoding.json"],
     "gpu": ["gpu --json gpu.json"],
+    "parallel": [
+        "parallel --json parallel.json",
+        "parallel --report parallel.json --figure parallel.png",
+    ],
     "race": ["race --jobs 2 --json race.json"],
     "soak": ["soak --json soak.json"],
     "throughput": [

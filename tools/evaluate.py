@@ -152,7 +152,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="values that replace those of the task's generation_kwargs: max_gen_toks, until (once "
         "for each string that ends a text), do_sample, temperature, steps, block_length, "
-        "remasking, threshold",
+        "remasking, threshold, edit_threshold, edit_steps",
     )
     tasks.add_argument(
         "--max-length",

@@ -1,7 +1,7 @@
 """Decoding: fills masked positions with tokens, given a callable that computes logits.
 
 Greedy low-confidence decoding in blocks is the published algorithm of LLaDA (arXiv 2502.09992). It
-gives the same tokens.
+gives the same tokens. Editing is that of LLaDA2.1 (arXiv 2602.08676).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from megatron_mdm.objective.segments import counts
 # Tokens int64 [B, L] -> logits float [B, n, V] of the clean tokens at the last n positions,
 # unshifted. n is L, or the length of the last block if the model has blocks.
 LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
+EDIT_STEPS = 16  # LLaDA2.1's default
 Remasking = Literal["low-confidence", "random"]
 
 
@@ -25,13 +26,14 @@ class Decoder:
 
     The masked positions of a row are filled block by block, from left to right. Every model call
     predicts all masked positions of the row's current block, keeps some of the predictions and
-    leaves the other positions masked. A token that was kept never changes.
+    leaves the other positions masked. A token that was kept never changes, except by editing
+    (`edit_threshold`).
 
     Attributes:
         mask_token_id: id of the mask token, which is never predicted.
-        steps: number of model calls for a row. They are divided evenly among the blocks (the first
-            blocks get the remainder), and the tokens of a block evenly among its calls. A block
-            never gets more calls than it has tokens. Default: one call per token.
+        steps: number of model calls that fill a row. They are divided evenly among the blocks (the
+            first blocks get the remainder), and the tokens of a block evenly among its calls. A
+            block never gets more calls than it has tokens. Default: one call per token.
         block_length: masked positions in a block; the last block has the remaining ones
             (semi-autoregressive decoding). Default: one block.
         block_size: positions in a block of the model (block diffusion), counted from the first
@@ -56,9 +58,17 @@ class Decoder:
         threshold: also keep every prediction with at least this probability, in (0, 1], so that a
             row may need fewer calls (parallel decoding by confidence, arXiv 2505.22618). When a
             block is filled early, the next call starts the next block.
+        edit_threshold: each call also predicts the positions of the current block that earlier
+            calls filled, and replaces a token by another one that it predicts with at least this
+            probability, in [0, 1] (token-to-token editing, arXiv 2602.08676). Given tokens and
+            finished blocks never change. A full block is finished when a call changes nothing, or
+            after `edit_steps` calls. Needs `block_size` and `threshold`. None: no editing.
+        edit_steps: most calls for a block after it is full, which `steps` do not count; 0: tokens
+            are replaced only while the block has masked positions. Default with `edit_threshold`:
+            16.
         end_token_ids: tokens that end a row. When such a token is after the last given position
             and no position before it is masked, all masked positions become this token. The tokens
-            before it are not affected.
+            before it are not affected. With `edit_threshold`, only a finished block ends a row.
         vocab_size: ids from `vocab_size` on are padding of the vocabulary and are never predicted.
 
     Raises:
@@ -75,6 +85,8 @@ class Decoder:
     top_p: float = 1.0
     cfg_scale: float = 0.0
     threshold: float | None = None
+    edit_threshold: float | None = None
+    edit_steps: int | None = None
     end_token_ids: tuple[int, ...] = ()
     vocab_size: int | None = None
 
@@ -102,6 +114,7 @@ class Decoder:
                 raise UserError(f"--threshold must lie in (0, 1], got {self.threshold}")
             if self.remasking == "random":
                 raise UserError("--threshold needs --remasking low-confidence: drop one of them")
+        self._check_editing()
         for token in self.end_token_ids:
             if token < 0 or (self.vocab_size is not None and token >= self.vocab_size):
                 raise UserError(f"--eos-token-ids {token}: the vocabulary has no such id")
@@ -114,6 +127,23 @@ class Decoder:
                         f"--{name.replace('_', '-')} is for models that read whole rows, and this "
                         f"one has blocks of {self.block_size} tokens: leave it out"
                     )
+
+    def _check_editing(self) -> None:
+        if self.edit_threshold is None:
+            if self.edit_steps is not None:
+                raise UserError("--edit-steps needs an --edit-threshold: add one, or leave it out")
+            return
+        if not 0.0 <= self.edit_threshold <= 1.0:
+            raise UserError(f"--edit-threshold must lie in [0, 1], got {self.edit_threshold}")
+        if self.edit_steps is not None and self.edit_steps < 0:
+            raise UserError(f"--edit-steps must be 0 or more, got {self.edit_steps}")
+        if self.block_size is None:
+            raise UserError(
+                "--edit-threshold is for models with blocks, and this one reads whole rows: give a "
+                "--block-size, or leave it out"
+            )
+        if self.threshold is None:
+            raise UserError("--edit-threshold needs a --threshold: add one, or leave it out")
 
     def check_calls(self, wanted: int) -> None:
         """Checks that `steps` are enough for the blocks of a row.
@@ -159,7 +189,8 @@ class Decoder:
 
         Args:
             logits: see `LogitsFunction`. With `block_size` it gets the tokens up to the end of the
-                current block. No block before it has a masked position, or changes later.
+                current block. No block before it has a masked position, or changes later, also with
+                `edit_threshold`.
             tokens: int64 [B, L], with the mask token at positions to fill; other tokens are kept.
             generators: random generators, one per row, on the device of `tokens`, so that a row
                 does not depend on the other rows; default: torch's default generator.
@@ -183,13 +214,16 @@ class Decoder:
         after_given = masked.flip(1).cumprod(dim=1).flip(1).bool()
         block = torch.full_like(wanted, -1)
         call = torch.zeros_like(wanted)
+        edits = torch.zeros_like(wanted)  # calls since the row's block is full
+        unfinished = masked  # positions whose tokens may still change
         yield tokens
-        while masked.any():
-            leftmost = masked.int().argmax(dim=1)
+        while unfinished.any():
+            leftmost = unfinished.int().argmax(dim=1)
             next_block = block_of.gather(1, leftmost[:, None])[:, 0]
-            candidates, end = masked & (block_of == next_block[:, None]), tokens.shape[1]
+            candidates, end = unfinished & (block_of == next_block[:, None]), tokens.shape[1]
             if self.block_size is not None:
-                start = int(leftmost[masked.any(dim=1)].min()) // self.block_size * self.block_size
+                first = int(leftmost[unfinished.any(dim=1)].min())
+                start = first // self.block_size * self.block_size
                 end = min(end, start + self.block_size)
                 candidates[:, end:] = False
             # A row whose next block is not the current one waits.
@@ -206,14 +240,30 @@ class Decoder:
                 calls = self.steps // share + (block < self.steps % share)
             calls = calls.clamp(min=1)
             count = size // calls + (call < size % calls)
-            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            to_fill = candidates & masked
+            order = confidence.masked_fill(~to_fill, -torch.inf)
+            rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             keep = rank < count[:, None]
             if self.threshold is not None:
                 keep = keep | (confidence >= self.threshold)
-            tokens = torch.where(candidates & keep, prediction, tokens)
+            changes = to_fill & keep
+            finished = ~waits
+            if self.edit_threshold is not None:
+                replaced = candidates & ~masked & (prediction != tokens)
+                changes |= replaced & (confidence >= self.edit_threshold)
+                edits = torch.where(waits | to_fill.any(dim=1), 0, edits + 1)
+                most = EDIT_STEPS if self.edit_steps is None else self.edit_steps
+                is_full = ~(to_fill & ~changes).any(dim=1)
+                is_stable = (edits > 0) & ~changes.any(dim=1)
+                finished &= is_full & (is_stable | (edits >= most))
+            tokens = torch.where(changes, prediction, tokens)
             if self.end_token_ids:
-                tokens = self._end(tokens, after_given)
+                ended = self._end(tokens, after_given)
+                tokens = torch.where(finished[:, None], ended, tokens)
             masked = tokens == self.mask_token_id
+            # Without editing, a token that was kept is final at once.
+            final = ~masked if self.edit_threshold is None else ~masked & finished[:, None]
+            unfinished = unfinished & ~final
             yield tokens
 
     def _block_numbers(self, masked: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import argparse
 
 # Names of the flags that the following three functions add, in their order.
 TOKEN_FLAGS = ("special_tokens", "eos_token_ids")
-DECODER_FLAGS = ("steps", "block_length", "remasking", "threshold")
+DECODER_FLAGS = ("steps", "block_length", "remasking", "threshold", "edit_threshold", "edit_steps")
 SAMPLING_FLAGS = ("temperature", "top_k", "top_p", "cfg_scale")
 
 
@@ -57,6 +57,21 @@ def add_decoder_arguments(group: argparse._ActionsContainer) -> None:
         type=float,
         metavar="P",
         help="keep all predictions with at least this probability, which saves model calls",
+    )
+    group.add_argument(
+        "--edit-threshold",
+        type=float,
+        metavar="P",
+        help="for models with blocks, with a --threshold: each call also replaces tokens that "
+        "earlier calls wrote in its block, if the likeliest token is another one and has at least "
+        "this probability (LLaDA2.1; default: no token changes)",
+    )
+    group.add_argument(
+        "--edit-steps",
+        type=int,
+        metavar="N",
+        help="with an --edit-threshold: most calls for a block after it is full, beyond --steps; a "
+        "call that changes nothing is the last (default: 16)",
     )
 
 

@@ -91,6 +91,8 @@ def adapter_arguments(
     block_length: int | None = None,
     remasking: Remasking = "low-confidence",
     threshold: float | None = None,
+    edit_threshold: float | None = None,
+    edit_steps: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of `HarnessModel` for a checkpoint.
 
@@ -108,6 +110,8 @@ def adapter_arguments(
         block_length: like `steps`.
         remasking: like `steps`.
         threshold: like `steps`.
+        edit_threshold: like `steps`.
+        edit_steps: like `steps`.
 
     Raises:
         UserError: a value is out of range, or the model has no mask token.
@@ -157,6 +161,8 @@ def adapter_arguments(
             block_length=block_length,
             remasking=remasking,
             threshold=threshold,
+            edit_threshold=edit_threshold,
+            edit_steps=edit_steps,
         ),
         "max_gen_toks": max_gen_toks,
         "render": render if chat else None,

@@ -48,6 +48,8 @@ DECODER_SETTINGS: dict[str, Callable[[Any], Any]] = {
     "block_length": _whole,
     "remasking": str,
     "threshold": float,
+    "edit_threshold": float,
+    "edit_steps": _whole,
     "temperature": float,
     "top_k": _whole,
     "top_p": float,
@@ -222,9 +224,9 @@ class HarnessModel(LM):  # type: ignore[misc]  # lm_eval has no annotations
 
         The generation settings of a task are lm_eval's own (`max_gen_toks`, `until`, `do_sample`,
         `temperature`) and those of `Decoder` (`steps`, `block_length`, `remasking`, `threshold`,
-        `top_k`, `top_p`). With `do_sample` and no temperature, a greedy decoder gets the
-        temperature 1. A setting with the value None is ignored. A setting that the decoder does not
-        support is rejected, unless its value has no effect.
+        `edit_threshold`, `edit_steps`, `top_k`, `top_p`). With `do_sample` and no temperature, a
+        greedy decoder gets the temperature 1. A setting with the value None is ignored. A setting
+        that the decoder does not support is rejected, unless its value has no effect.
 
         Args:
             requests: requests with `args` = (context, settings).

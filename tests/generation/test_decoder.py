@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -498,3 +499,149 @@ def test_blocks_of_the_model_refuse_flags_for_whole_rows():
             Decoder(MASK, block_size=4, **{name: value})
     with pytest.raises(UserError, match="2 is less than one per block: 3 blocks of 4 tokens"):
         Decoder(MASK, block_size=4, steps=2)(lambda _: None, torch.tensor([[1] * 4 + [MASK] * 12]))
+
+
+def published_with_editing(logits, tokens, size, threshold, edit_threshold, steps, end=None):
+    """Greedy decoding as LLaDA2.1 releases it, for one row (a list), and what it did.
+
+    A call fills the masked positions of the block above the threshold, or the most confident one.
+    It replaces tokens that were written before, where another one is the likeliest and above
+    `edit_threshold`. A full block gets calls until one replaces nothing, and at most `steps`. The
+    row ends with the block that has the token `end`, and the rest gets this token, as in ours.
+
+    Returns:
+        The row; the number of calls; the numbers of edits while the block had masked positions and
+        afterwards; the number of blocks whose editing stopped because of `steps`.
+    """
+    x = list(tokens)
+    written = [token == MASK for token in x]
+    calls, edits, stopped = 0, [0, 0], 0
+    for start in range(0, len(x), size):
+        block = range(start, min(start + size, len(x)))
+        if not any(x[i] == MASK for i in block):
+            continue
+        after = 0
+        while True:
+            hidden = [i for i in block if x[i] == MASK]
+            if not hidden:
+                after += 1
+            if after > steps:
+                stopped += steps > 0
+                break
+            scores = logits(torch.tensor([x[: block.stop]]))[0].tolist()
+            calls += 1
+            choices = {}
+            for i in block:
+                weights = [math.exp(score) for score in scores[i - start]]
+                best = max((w, -v) for v, w in enumerate(weights) if v != MASK)
+                choices[i] = best[0] / sum(weights), -best[1]
+            fill = [i for i in hidden if choices[i][0] > threshold]
+            if hidden and not fill:
+                fill = [max(hidden, key=lambda i: choices[i][0])]
+            edit = [
+                i
+                for i in block
+                if written[i] and x[i] not in (MASK, choices[i][1])
+                if choices[i][0] > edit_threshold
+            ]
+            for i in fill + edit:
+                x[i] = choices[i][1]
+            edits[not hidden] += len(edit)
+            if not hidden and not edit:
+                break
+        if end in [x[i] for i in block if written[i]]:
+            return x[: block.stop] + [end] * (len(x) - block.stop), calls, edits, stopped
+    return x, calls, edits, stopped
+
+
+@pytest.mark.parametrize("end", [None, END])
+@pytest.mark.parametrize("steps", [0, 2, None])
+def test_editing_is_the_published_algorithm(steps, end):
+    """The likeliest token of `random_model` depends on all others, so that it changes its mind."""
+    seen = Counter()
+    for size, threshold, edit_threshold in [
+        (4, 0.2, 0.0), (4, 0.5, 0.3), (4, 0.9, 0.6), (8, 0.2, 0.3), (8, 0.5, 0.0), (8, 0.5, 1.0)
+    ]:  # fmt: skip
+        for seed in range(4):
+            logits = in_blocks(random_model(seed), size)
+            decoder = Decoder(
+                MASK,
+                block_size=size,
+                threshold=threshold,
+                edit_threshold=edit_threshold,
+                edit_steps=steps,
+                end_token_ids=() if end is None else (end,),
+            )
+            for prompt in (0, size, size + 1, 2 * size - 1):
+                tokens = [*(i % 8 for i in range(prompt)), *[MASK] * (4 * size + 2 - prompt)]
+                expected, calls, edits, stopped = published_with_editing(
+                    logits,
+                    tokens,
+                    size,
+                    threshold,
+                    edit_threshold,
+                    16 if steps is None else steps,
+                    end,
+                )
+                states = list(decoder.states(logits, torch.tensor([tokens])))
+                assert states[-1][0].tolist() == expected
+                assert len(states) == 1 + calls
+                seen.update(
+                    during=edits[0], after=edits[1], stopped=stopped, ended=end in expected[prompt:]
+                )
+                if edit_threshold == 1.0 and end is None:
+                    plain = replace(decoder, edit_threshold=None, edit_steps=None)
+                    assert (
+                        edits == [0, 0]
+                        and plain(logits, torch.tensor([tokens]))[0].tolist() == expected
+                    )
+    assert seen["during"] > 50
+    assert (seen["after"] > 50, seen["stopped"] > 5) == (steps != 0, steps != 0)
+    assert (seen["ended"] > 20) == (end is not None)
+
+
+def test_editing_rows_wait_for_each_other_and_finished_blocks_stay():
+    """A row has the text that it has alone, although rows finish a block at different calls."""
+    plain = random_model(3)
+    rows = [[*range(2), *[MASK] * 14], [*range(7), *[MASK] * 9], [*[1] * 15, MASK], [1] * 16]
+    before, seen = {}, []
+
+    def logits(tokens):
+        start = (tokens.shape[1] - 1) // 4 * 4
+        # What a cache keeps of a row never changes.
+        assert torch.equal(tokens[:, :start], before.setdefault(start, tokens[:, :start].clone()))
+        seen.append(tokens.shape[1])
+        return plain(tokens)[:, start:]
+
+    settings = {"block_size": 4, "threshold": 0.3, "edit_threshold": 0.2, "edit_steps": 3}
+    for decoder in (
+        Decoder(MASK, end_token_ids=(END,), **settings),
+        Decoder(MASK, temperature=1.0, **settings),
+        Decoder(MASK, steps=8, **settings),
+    ):
+        before.clear(), seen.clear()
+        generators = [torch.Generator().manual_seed(i) for i in range(4)]
+        together = decoder(logits, torch.tensor(rows), generators)
+        assert seen == sorted(seen) and set(seen) == {4, 8, 12, 16}
+        for i, row in enumerate(rows):
+            before.clear()
+            generator = torch.Generator().manual_seed(i)
+            alone = decoder(logits, torch.tensor([row]), [generator])
+            assert torch.equal(alone[0], together[i])
+            assert [x for x in row if x != MASK] == together[i, : 16 - row.count(MASK)].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"edit_threshold": 1.1}, r"--edit-threshold must lie in \[0, 1\], got 1.1"),
+        ({"edit_threshold": math.nan}, "--edit-threshold must lie in"),
+        ({"edit_threshold": 0.5, "edit_steps": -1}, "--edit-steps must be 0 or more, got -1"),
+        ({"edit_threshold": 0.5, "block_size": None}, "for models with blocks, and this one reads"),
+        ({"edit_threshold": 0.5, "threshold": None}, "--edit-threshold needs a --threshold: add"),
+        ({"edit_steps": 4}, "--edit-steps needs an --edit-threshold: add one"),
+    ],
+)
+def test_editing_that_cannot_work(settings, message):
+    with pytest.raises(UserError, match=message):
+        Decoder(MASK, **{"block_size": 4, "threshold": 0.5, **settings})

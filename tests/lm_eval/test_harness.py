@@ -222,6 +222,9 @@ def test_a_task_says_how_texts_are_written(monkeypatch):
     assert texts == alone.generate_until(asked)
     other = writer(decoder=Decoder(MASK, steps=7, threshold=0.9), seed=1)
     assert texts != other.generate_until(asked)
+    editing = {"max_gen_toks": 4, "threshold": "0.9", "edit_threshold": "0.5", "edit_steps": "2"}
+    with pytest.raises(UserError, match="edit_threshold is for models with blocks"):
+        model.generate_until([request("ab", editing)])
 
 
 def test_a_model_with_blocks_gets_the_tokens_of_blocks():

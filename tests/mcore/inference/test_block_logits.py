@@ -101,3 +101,9 @@ def test_texts_are_the_same_with_a_cache_and_without_under_every_layout(base, tm
     assert one == generate(base, tmp_path / "stages", *common, *stages, world=2)
     assert one == generate(base, tmp_path / "tensor", *common, world=2)
     assert one != generate(base, tmp_path / "rows", *common[2:])
+    # The cache gets a block when its editing ends.
+    common += ["--threshold", "0.5", "--edit-threshold", "0", "--edit-steps", "2"]
+    edited = generate(base, tmp_path / "edited", *common)
+    assert edited != one and [line for line in edited.splitlines() if line.startswith("5")]
+    assert edited == generate(base, tmp_path / "edited tensor", *common, "--no-kv-cache", world=2)
+    assert edited == generate(base, tmp_path / "edited stages", *common, *stages, world=2)
