@@ -214,6 +214,7 @@ SDAR = Family(
     flags=QWEN3.flags,
     mask_token_id=151669,
     block_size_key="block_size",  # releases have 4, 8, 16, 32 and 64
+    in_sglang=True,
     transformers_class="Qwen3ForCausalLM",
 )
 
@@ -411,6 +412,7 @@ LLADA2 = Family(
     dense_layers_key="first_k_dense_replace",
     block_size_key="mdm_block_size",
     block_size=32,
+    in_sglang=True,
 )
 
 FAMILIES = (LLAMA, QWEN2, QWEN3, LLADA, LLADA_MOE, LLADA2, ILLADA, DREAM, SDAR, FAST_DLLM)

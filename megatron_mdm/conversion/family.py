@@ -55,6 +55,7 @@ class Family:
             None for a family that is trained on whole rows. `mdm_block_size`, which
             `to_hugging_face` writes, for a family in blocks without a key of its own.
         block_size: the size if config.json lacks the key; None: config.json has to have it.
+        in_sglang: whether SGLang serves the family, which takes the block size from a file.
         other_architectures: further class names of the family.
         experts_key: config.json key of a list with one number a layer, 1 for a layer with experts
             and 0 for a dense one; None for a family without such a list.
@@ -79,6 +80,7 @@ class Family:
     shift_first_noisy: bool = False
     block_size_key: str | None = None
     block_size: int | None = None
+    in_sglang: bool = False
     other_architectures: tuple[str, ...] = ()
     experts_key: str | None = None
     dense_layers_key: str | None = None

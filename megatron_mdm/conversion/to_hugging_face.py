@@ -35,6 +35,9 @@ from megatron_mdm.mcore.flags.architecture import differences
 from megatron_mdm.mcore.flags.hybrid_pattern import model_class
 from megatron_mdm.mcore.flags.resume import last_block_size
 
+# The file that SGLang reads with --dllm-algorithm-config (python/sglang/srt/dllm/config.py).
+SGLANG_FILE = "sglang.yaml"
+
 
 def to_hugging_face(
     source: str,
@@ -124,6 +127,8 @@ def to_hugging_face(
         }
         vocab = Vocabulary(rows, rows, padded, mask)
         write_hub_files(directory, Path(temporary), family, written, vocab)
+        if blocks is not None and family.in_sglang:
+            Path(temporary, SGLANG_FILE).write_text(f"block_size: {blocks}\n", encoding="utf-8")
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
@@ -163,7 +168,7 @@ def to_hugging_face(
     if written.get("mdm_shift"):
         others = "" if family.shifted or family.in_transformers else ", which only this code reads"
         log_line(f"the logits of position i - 1 are for token i (mdm_shift in config.json{others})")
-    for line in _about_blocks(family, blocks):
+    for line in _about_blocks(family, blocks, output):
         log_line(line)
     if padded > rows:
         is_seen = getattr(args, "mdm_vocab_size", None) is None
@@ -344,13 +349,15 @@ def block_entry(family: Family, config: Config, blocks: int | None) -> Config:
     return {key: blocks}
 
 
-def _about_blocks(family: Family, blocks: int | None) -> Iterator[str]:
+def _about_blocks(family: Family, blocks: int | None, output: str) -> Iterator[str]:
     key = family.block_size_key
     if blocks is not None:
         yield (
             f"trained in blocks of {blocks} tokens ({key or 'mdm_block_size'} in config.json); "
             "serving engines take the size from flags or files of their own"
         )
+        if family.in_sglang:
+            yield f"SGLang takes it from --dllm-algorithm-config {Path(output) / SGLANG_FILE}"
     elif key is not None:
         yield (
             f"trained in whole rows at last, which {family.architecture} has no setting for: "

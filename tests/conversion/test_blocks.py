@@ -155,6 +155,10 @@ def test_the_way_back_writes_the_block_size_of_the_run(kind, key, trained, tmp_p
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config == {**models.IN_BLOCKS[kind][0], key: 16}
     assert any(f"trained in blocks of 16 tokens ({key} in config.json)" in line for line in said)
+    for_sglang = tmp_path / "back" / "sglang.yaml"
+    assert for_sglang.exists() == (kind != "fast-dllm")
+    assert kind == "fast-dllm" or for_sglang.read_text() == "block_size: 16\n"
+    assert any(str(for_sglang) in line for line in said) == for_sglang.exists()
     before, after = (load_file(d / SINGLE) for d in (root / "hf", tmp_path / "back"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
