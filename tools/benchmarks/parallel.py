@@ -7,9 +7,11 @@ each block size and --threshold, and with one token a pass.
     7 + 5 - 4 + 1 =   ->   + 5 = 2 - 4 = 8 + 1 = 9
 
 Every result needs the one before it, and the other tokens can be copied from the problem. A model
-that is sure of a token too early makes errors. The result is for one training run of one model on
-one task. Passes count model calls that fill tokens; a cache of keys and values adds one pass over
-the clean tokens of each block but the last.
+that is sure of a token too early makes errors. A loss of 0.43 nats per token, 3 ln(10) / 16, means
+that the model guesses the sums, as it does after 1000 steps: its answers then say nothing about
+thresholds. The result is for one training run of one model on one task. Passes count model calls
+that fill tokens; a cache of keys and values adds one pass over the clean tokens of each block but
+the last.
 """
 
 import argparse
