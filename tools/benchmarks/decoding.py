@@ -138,12 +138,7 @@ class Side:
     """
 
     def __init__(self, loaded: "LoadedModel", size: int | None, cached: bool) -> None:
-        from copy import copy
-        from dataclasses import replace
-
-        args = copy(loaded.args)
-        args.mdm_block_size = size
-        self._loaded, self._cached = replace(loaded, args=args), cached
+        self._loaded, self._cached = loaded.in_blocks(size), cached
         self.calls = 0
 
     def write(self, row: "Any", tokens_per_call: int) -> None:

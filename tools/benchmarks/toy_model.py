@@ -24,7 +24,7 @@ EPS = 1e-3
 
 
 class Layer(nn.Module):
-    """A transformer layer with bidirectional attention, or attention under a mask.
+    """A transformer layer with bidirectional attention.
 
     Args:
         is_rotary: whether attention applies rotary position embeddings to queries and keys.
@@ -40,13 +40,13 @@ class Layer(nn.Module):
             nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
         )
 
-    def forward(self, hidden: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps hidden states [B, L, WIDTH] to hidden states; `seen`: see `Model.forward`."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps hidden states [B, L, WIDTH] to hidden states."""
         qkv = self.query_key_value(self.norms[0](hidden))
         q, k, v = qkv.unflatten(-1, (3, HEADS, WIDTH // HEADS)).permute(2, 0, 3, 1, 4)
         if self.is_rotary:
             q, k = rotated(q), rotated(k)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         hidden = hidden + self.output(mixed.transpose(1, 2).flatten(2))
         return hidden + self.mlp(self.norms[1](hidden))
 
@@ -76,24 +76,11 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        seen: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps tokens [B, L] to hidden states [B, L, WIDTH] and logits [B, L, VOCABULARY].
-
-        Args:
-            tokens: int64 [B, L].
-            position_ids: places of the tokens for learned positions, int64 [B, L]; None: in order.
-            seen: which position (last) another one attends to, bool, broadcast to [B, heads, L, L];
-                None: every one.
-        """
-        places = self.positions if position_ids is None else self.positions[position_ids]
-        hidden = self.tokens(tokens) + places
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps tokens [B, L] to hidden states [B, L, WIDTH] and logits [B, L, VOCABULARY]."""
+        hidden = self.tokens(tokens) + self.positions
         for layer in self.layers:
-            hidden = layer(hidden, seen)
+            hidden = layer(hidden)
         hidden = self.norm(hidden)
         return hidden, self.head(hidden)
 

@@ -7,7 +7,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,12 @@ class LoadedModel:
     def block_size(self) -> int | None:
         """Tokens in a block; None: whole rows."""
         return None if self.mdm.blocks is None else self.mdm.blocks.size(0)
+
+    def in_blocks(self, size: int | None) -> "LoadedModel":
+        """The same model with blocks of `size` tokens; None: whole rows."""
+        args = copy(self.args)
+        args.mdm_block_size, args.mdm_block_size_schedule = size, None
+        return replace(self, args=args)
 
     @property
     def causal_clean(self) -> bool:
