@@ -24,7 +24,7 @@ from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.fit import Target, fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.quantiles import Quantiles
-from megatron_mdm.objective.randomness import Split, row_uniforms, to_unit
+from megatron_mdm.objective.randomness import GRID_BITS, Split, row_uniforms, to_unit
 from megatron_mdm.objective.samplers import RateSampler, Uniform
 from megatron_mdm.objective.segments import to_positions
 from megatron_mdm.objective.types import Floats
@@ -77,8 +77,7 @@ class Settings:
         isad_token_ids: tokens that ISAD masks more often.
         subject: identifies the model, the parameters and the data.
         rate_per: the part of a row that draws a rate: `row`, `document` or `block`. With one rate
-            for the row, rates come from `nested_sampler`, the curves are functions of it, and
-            `methods` may weight it. Rates of parts are uniform.
+            for the row, the curves are functions of it, and `methods` may weight it.
         block_size: tokens in a block; None: the model reads whole rows.
     """
 
@@ -192,12 +191,14 @@ def _nested(
     cells = [number * settings.rates + i for i in range(settings.rates)]
     segments = _rate_segments(text, settings)
     sampler: RateSampler = nested_sampler(settings.eps)
-    quantile = torch.tensor([quantiles(cell) for cell in cells])
-    if segments is not None:
-        sampler = Uniform()
-        parts = int(segments.max()) + 1
-        drawn = [quantiles.of_documents(cell, len(text.tokens)) for cell in cells]
-        quantile = torch.from_numpy(np.stack(drawn))
+    if segments is None:
+        quantile = torch.tensor([quantiles(cell) for cell in cells])
+        t, weight = sampler(to_unit(quantile))
+    else:
+        drawn = [_rates_of_parts(sampler, quantiles, cell, segments) for cell in cells]
+        quantile = torch.stack([rates for rates, _ in drawn])
+        weight = torch.stack([weight for _, weight in drawn])
+        t, sampler = to_unit(quantile[:, : int(segments.max()) + 1]).mean(dim=1), Uniform()
     row: Row = {}
     for mask, views in settings.mask_configs:
         corrupter = corrupter_of(
@@ -240,10 +241,33 @@ def _nested(
         row |= {f"{prefix} loss": loss, f"{prefix} norm2": norm2, f"{prefix} masked": masked}
         if views == 1:
             row |= {f"{prefix} hidden": hidden, f"{prefix} mean": np.stack(means)}
-    t, weight = sampler(to_unit(quantile))
-    if segments is not None:  # uniform, so without a weight
-        t, weight = t[:, :parts].mean(dim=1), torch.ones(settings.rates, dtype=torch.float64)
     return row | {"t": t.numpy(), "weight": weight.numpy()}
+
+
+def _rates_of_parts(
+    sampler: RateSampler, quantiles: Quantiles, cell: int, segments: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws rates of the parts of a row, all uniform but one, which has the density of `sampler`.
+
+    That one is chosen at random, so that the rates have the joint density mean_k q(t_k), and the
+    weight is 1 over it. Uniform rates alone would meet the tail of 1/p(t) too seldom.
+
+    Args:
+        sampler: the density q.
+        quantiles: where the random numbers come from.
+        cell: number of the draw.
+        segments: the parts, int64 [L].
+
+    Returns:
+        Rates as grid integers, int64 [L], of which the first ones belong to parts, and the weight,
+        a float64 scalar.
+    """
+    length, parts = len(segments), int(segments.max()) + 1
+    drawn = torch.from_numpy(quantiles.of_documents(cell, length + 1))
+    rates, chosen = drawn[:length], int(drawn[length]) * parts >> GRID_BITS
+    rate, _ = sampler(to_unit(rates[chosen]))
+    rates[chosen] = int(float(rate) * 2**GRID_BITS)
+    return rates, 1.0 / sampler.density(to_unit(rates[:parts])).mean()
 
 
 def _rate_segments(text: ScoredRow, settings: Settings) -> torch.Tensor | None:

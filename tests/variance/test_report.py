@@ -1,5 +1,6 @@
 """The report of a small torch model: two ways to the same variance, and interruption by Ctrl-C."""
 
+import dataclasses
 import json
 import math
 
@@ -340,6 +341,24 @@ def test_each_part_of_a_row_draws_its_own_rate(rate_per, rates, tmp_path):
     assert bool(found["curves"]) == (rate_per == "row")
     assert f"blocks of 2 tokens, a rate for each {rate_per}" in as_text(found)
     draw_figure(found, str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("rate_per", ["row", "block"])
+def test_rates_of_blocks_meet_the_tail_of_their_weights(rate_per):
+    """A is known: tokens with the loss 1, each masked with the probability p, weight 1/p."""
+    row = ScoredRow(torch.zeros(LENGTH).long(), torch.ones(LENGTH, dtype=torch.bool))
+
+    def step(text, corruption):
+        loss = (corruption.mask * corruption.weight).mean()
+        return float(loss), loss[None].float(), 1.0
+
+    own = dataclasses.replace(settings(methods=(), rate_per=rate_per, block_size=2), rows=1500)
+    state = State(own)
+    measure(step, [row] * own.rows, own, state)
+    value, error = report(state, own, [row] * own.rows)["loss"]["A"]
+    p = (1 - EPS) * (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6 + EPS
+    expected = float(((1 - p) / p).mean()) / LENGTH
+    assert value == pytest.approx(expected, abs=4 * error) and error < 0.15 * expected
 
 
 def test_the_table_of_methods_and_blocks_have_conditions():
