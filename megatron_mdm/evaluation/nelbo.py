@@ -386,8 +386,7 @@ def draw(
         eligible = torch.stack([row.eligible for row in chosen])
         width = tokens.shape[1]
         uniforms = [row_uniforms(seed, Split.TEST, job, width) for job in batch]
-        segments = None
-        quantiles = quantile[batch]
+        quantiles, segments = quantile[batch], None
         if block_size is not None:
             segments = torch.stack([parts[job // per_row] for job in batch])
             quantiles = np.stack([of_parts(int(first), width) for first in quantiles])
@@ -401,7 +400,7 @@ def draw(
         cross_entropy = _cross_entropies(logits, chosen, corrupted.mask, mask_token_id, device)
         size = counts_of(eligible, segments)
         losses = row_losses(cross_entropy, corrupted.mask, corrupted.weight, size, "rows", segments)
-        here = slice(min(most, width) if segments is not None else 1)
+        here = slice(min(most, width))
         total = (losses.per_row * size).reshape(len(batch), -1)[:, here].numpy()
         _check_finite(total)
         nats[batch, here] = total
