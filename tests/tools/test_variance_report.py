@@ -104,8 +104,8 @@ def test_ranks_give_the_same_report(base, data, tmp_path):
         assert a == pytest.approx(b, rel=near)
         assert one["loss"]["A"] == pytest.approx(two["loss"]["A"], rel=1e-4)
     whole, blocks = reports["all 1"], reports["blocks 1"]
-    assert blocks["settings"]["block_size"] == 4
-    assert 0 < blocks["gradient"]["B"][0] < whole["gradient"]["B"][0]
+    assert (blocks["settings"]["block_size"], blocks["settings"]["rate_per"]) == (4, "block")
+    assert blocks["gradient"]["total"] != whole["gradient"]["total"]
 
 
 @pytest.mark.parametrize(
