@@ -9,13 +9,13 @@ itself; a cache of keys and values adds one pass over the clean tokens of each b
 import argparse
 import itertools
 import json
-import pathlib
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.drawing import check_drawing, read_results
 from megatron_mdm.checkpoint import open_checkpoint
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.experiments.program import program
-from megatron_mdm.files import check_output, check_picture, write_json
+from megatron_mdm.files import check_output, write_json
 
 if TYPE_CHECKING:
     from megatron_mdm.mcore.inference.loaded_model import LoadedModel
@@ -199,17 +199,11 @@ def _draw(path: str | None, figure: str | None) -> None:
     Raises:
         UserError: one of the two flags is missing, or a file cannot be read or drawn.
     """
-    if not path or not figure:
-        raise UserError("--report and --figure need each other: what to draw, and where to")
-    check_picture(figure, "--figure")
-    check_output(figure, "--figure")
+    figure = check_drawing(path, figure)
+    assert path is not None  # checked
     from benchmarks import parallel_figure
 
-    try:
-        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        points = [{key: row[key] for key in parallel_figure.DRAWN} for row in document["rows"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}: is not a result file of "benchmark.py parallel --json" ({error!r})'
-        ) from error
-    parallel_figure.draw(points, figure)
+    def points(document: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{key: row[key] for key in parallel_figure.DRAWN} for row in document["rows"]]
+
+    parallel_figure.draw(read_results(path, "parallel", points), figure)

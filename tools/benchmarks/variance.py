@@ -10,14 +10,13 @@ shares of masking noise and data noise depend on the row length and change durin
 """
 
 import argparse
-import json
-import pathlib
 from typing import Any
 
 from benchmarks import python_text
+from benchmarks.drawing import check_drawing, read_results
 from megatron_mdm.errors import UserError, check_numbers
 from megatron_mdm.experiments.program import program
-from megatron_mdm.files import check_output, check_picture, write_json
+from megatron_mdm.files import check_output, write_json
 
 DESCRIPTION = "variance of gradient and loss under each method, against standard"
 DELIMITERS = tuple(b"\n:()")  # the tokens that ISAD masks more often
@@ -119,10 +118,8 @@ def _draw(paths: list[str] | None, figure: str | None) -> None:
     Raises:
         UserError: one of the two flags is missing, or a file cannot be read or drawn.
     """
-    if not paths or not figure:
-        raise UserError("--report and --figure need each other: what to draw, and where to")
-    check_picture(figure, "--figure")
-    check_output(figure, "--figure")
+    figure = check_drawing(paths, figure)
+    assert paths is not None  # checked
     from benchmarks import variance_figure
 
     documents = [_read(path) for path in paths]
@@ -137,13 +134,12 @@ def _read(path: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    try:
-        document: dict[str, Any] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        needed = [document["length"], *(row[key] for row in document["rows"] for key in DRAWN)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path}: is not a result file of "benchmark.py variance --json" ({error!r})'
-        ) from error
-    if len(needed) == 1:
+
+    def needed(document: dict[str, Any]) -> dict[str, Any]:
+        _ = [document["length"], *(row[key] for row in document["rows"] for key in DRAWN)]
+        return document
+
+    document = read_results(path, "variance", needed)
+    if not document["rows"]:
         raise UserError(f"{path}: holds no method")
     return document
