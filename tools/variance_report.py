@@ -73,8 +73,8 @@ def parse() -> argparse.Namespace:
         "--rate-per",
         choices=["row", "document", "block"],
         default="row",
-        help="unit that draws a masking rate, for A, B and C; the table of methods has one rate a "
-        "row, so other units need --methods none (default: row)",
+        help="unit that draws a masking rate, for A, B and C (default: row). The table of methods "
+        "has one rate a row, so other units need --methods none",
     )
     parser.add_argument(
         "--methods",

@@ -223,7 +223,7 @@ def test_methods_of_every_example_exist():
     found = [
         (path, shlex.split(words.split(" --")[0]))
         for path in files
-        for words in re.findall(r"--methods ([^`\n]+)", path.read_text(encoding="utf-8"))
+        for words in re.findall(r'--methods ([^`"\n]+)', path.read_text(encoding="utf-8"))
     ]
     named = {path.relative_to(ROOT).as_posix() for path, _ in found}
     assert {"megatron_mdm/variance/README.md", "tools/variance_report.py"} <= named
