@@ -97,10 +97,10 @@ class MDMConfig:
 
     bell_fade: list[float] | None = field(default=None, metadata=_shown_as("START", "END"))
     """Fractions of the run, 0 <= START <= END <= 1, between which the uniform share of a bell rises
-    linearly to 1. From END on, rates are uniform and the objective is exact. The run converts both
-    to iterations, or to samples with --train-samples, when it begins; a longer run keeps these.
-    With --mdm-ppots-refit-interval, P-POTS takes over at END. Needs --mdm-bell-role objective.
-    Default: the share stays constant."""
+    linearly to 1. From END on, rates are uniform and the objective is exact. The run must be longer
+    than that. It converts both to iterations, or to samples with --train-samples, when it begins; a
+    longer run keeps these. With --mdm-ppots-refit-interval, P-POTS takes over at END. Needs
+    --mdm-bell-role objective. Default: the share stays constant."""
 
     ppots_file: str | None = field(default=None, metadata=_shown_as("FILE"))
     """Density of t that tools/fit_ppots.py has fitted, a JSON file. With --mdm-ppots-refit-interval

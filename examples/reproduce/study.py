@@ -90,16 +90,21 @@ class Study:
                 write_text(str(path), text)
         model = directory / "words.model"
         commands = [
-            f"train_tokenizer.py --input {directory}/text.jsonl --output {model} --vocab-size 448",
+            [
+                *("train_tokenizer.py", "--input", f"{directory}/text.jsonl"),
+                *("--output", str(model), "--vocab-size", "448"),
+            ],
             *(
-                f"preprocess_data.py --input {directory}/{name}.jsonl --tokenizer-model {model} "
-                f"--output-prefix {directory}/{name} {'' if name == 'text' else PAIR_KEYS}"
+                [
+                    *("preprocess_data.py", "--input", f"{directory}/{name}.jsonl"),
+                    *("--tokenizer-model", str(model), "--output-prefix", f"{directory}/{name}"),
+                    *(() if name == "text" else PAIR_KEYS),
+                ]
                 for name in found
                 if name != "test"
             ),
         ]
-        for command in commands:
-            tool, *flags = command.split()
+        for tool, *flags in commands:
             self._run([str(TOOLS / tool), *flags, "--unless-done"], directory / "data.log", tool)
         return directory
 
@@ -147,7 +152,7 @@ class Study:
             *self._flags(task, steps, self.batch(run), 1e-3, run.seed),
             *self._data_flags(task, regime, "valid"),
             *self.method_flags(task, SFT),
-            *f"--load {base} --finetune --exit-on-missing-checkpoint".split(),
+            *("--load", str(base), "--finetune", "--exit-on-missing-checkpoint"),
             *self.method_flags(task, METHODS[run.method].settings),
         ]
 
@@ -227,12 +232,21 @@ class Study:
             interpolated share of the autoregressive network after these steps; `slopes`, the change
             of both shares with 25% more steps; `lengths`, pairs of steps and the autoregressive
             network's share.
+
+        Raises:
+            UserError: all runs of one length diverged.
         """
         found: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
         for run, steps in calibration_runs(self.scale, setting):
-            result = self.fine_tune(run, steps)
+            result, answers = self.fine_tune(run, steps), found[run.method, steps]
             if "diverged" not in result:
-                found[run.method, steps].append(result["answers"])
+                answers.append(result["answers"])
+        for (method, steps), answers in found.items():
+            if not answers:
+                raise UserError(
+                    f"{setting.title}: every run of {method} with {steps} steps diverged, so "
+                    "nothing tells where the autoregressive network solves as much as `standard`"
+                )
         means = {key: statistics.fmean(answers) for key, answers in found.items()}
         standard, lengths = (
             {steps: mean for (name, steps), mean in means.items() if name == method}
@@ -275,8 +289,8 @@ class Study:
     def _report(self, run: Run) -> list[str]:
         """Returns the command that measures A, B and C of one row's variance at a checkpoint."""
         data = f"{self.data(run.setting.task)}/{run.setting.regime}"
-        words = f"--data {data} --rows {self.scale.nested} --methods none --seed {run.seed}"
-        return [str(TOOLS / "variance_report.py"), *words.split()]
+        words = f"--rows {self.scale.nested} --methods none --seed {run.seed}"
+        return [str(TOOLS / "variance_report.py"), "--data", data, *words.split()]
 
     def _tool(
         self, path: pathlib.Path, command: list[str], checkpoint: pathlib.Path, name: str
@@ -286,7 +300,7 @@ class Study:
         found = path.with_name(f"{path.name}.{tool}.json")
         output = "--output" if tool == "variance_report" else "--json"
         figure = found.with_suffix(".png")
-        places = [*f"--load {checkpoint} --device {self.device} {output} {found}".split()]
+        places = ["--load", str(checkpoint), "--device", self.device, output, str(found)]
         places += ["--figure", str(figure)] if tool == "variance_report" else []
         # A partial report of an earlier checkpoint, from before an interruption, would be refused.
         found.with_name(f"{found.name}.partial").unlink(missing_ok=True)
@@ -333,11 +347,11 @@ class Study:
         for old in (board, checkpoint):
             shutil.rmtree(old, ignore_errors=True)
         program = AUTOREGRESSIVE if causal else PROGRAM
-        places = f"--save {checkpoint} --save-interval {max(1, steps // saves)} "
-        places += f"--tensorboard-dir {board}"
+        places = ["--save", str(checkpoint), "--save-interval", str(max(1, steps // saves))]
+        places += ["--tensorboard-dir", str(board)]
         log = path.with_suffix(".log")
         try:
-            output = self._run([*program, *flags, *places.split()], log, name)
+            output = self._run([*program, *flags, *places], log, name)
         except UserError:
             # The run diverged. It would diverge again, so this is its result.
             if not NOT_FINITE.search(log.read_text(encoding="utf-8")):
@@ -359,8 +373,8 @@ class Study:
             # By default Megatron needs Transformer Engine or apex for these.
             *"--attention-backend unfused --no-masked-softmax-fusion --no-rope-fusion".split(),
             "--no-persist-layer-norm",
-            *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {words}".split(),
-            *f"--data-cache-path {self.data(task)}/cache".split(),
+            *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", words),
+            *("--data-cache-path", f"{self.data(task)}/cache"),
             *"--make-vocab-size-divisible-by 64".split(),
             *f"--num-layers {scale.layers} --hidden-size {scale.hidden}".split(),
             *f"--num-attention-heads {scale.heads}".split(),
@@ -380,7 +394,7 @@ class Study:
 
     def _data_flags(self, task: str, train: str, valid: str) -> list[str]:
         data = self.data(task)
-        return f"--train-data-path {data}/{train} --valid-data-path {data}/{valid}".split()
+        return ["--train-data-path", f"{data}/{train}", "--valid-data-path", f"{data}/{valid}"]
 
     def method_flags(self, task: str, settings: Mapping[str, Any]) -> list[str]:
         """Returns settings of the objective as flags, with token ids in place of words."""
@@ -408,7 +422,7 @@ class Study:
 LATEST = "latest_checkpointed_iteration.txt"
 # The error messages of a run that diverged: this package's and Megatron's.
 NOT_FINITE = re.compile(r"NaN or infinite|found (NaN|Inf)")
-PAIR_KEYS = "--prompt-key prompt"
+PAIR_KEYS = ("--prompt-key", "prompt")
 # A run of one step that leaves the weights unchanged: it saves the base model with a run's
 # settings.
 STANDSTILL = "--train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --eval-interval 1".split()

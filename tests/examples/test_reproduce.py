@@ -200,6 +200,19 @@ def test_the_autoregressive_network_is_stopped_where_it_solves_as_much():
     assert not set(CALIBRATION_SEEDS) & set(SEEDS)
 
 
+@pytest.mark.parametrize(("method", "steps"), [("standard", 25), ("autoregressive", 5)])
+def test_a_calibration_without_results_says_so(tmp_path, monkeypatch, method, steps):
+    def fine_tune(run, length):
+        diverges = (run.method, length) == (method, steps)
+        return {"diverged": "was NaN"} if diverges else {"answers": 0.5}
+
+    some = Study(SCALES["ci"], tmp_path, "cpu")
+    monkeypatch.setattr(some, "fine_tune", fine_tune)
+    message = f"{SCARCE.title}: every run of {method} with {steps} steps diverged, so nothing tells"
+    with pytest.raises(UserError, match=re.escape(message)):
+        some.stopped(SCARCE)
+
+
 def columns(block):
     return [
         {line[:42].strip(): re.split(r"\s\s+", line[42:].strip()) for line in lines.splitlines()}
@@ -480,7 +493,7 @@ def study(*flags):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The directory of a finished study at --scale ci, its flags, and its result."""
-    directory = tmp_path_factory.mktemp("study")
+    directory = tmp_path_factory.mktemp("a study")
     flags = ["--scale", "ci", "--directory", str(directory), "--json", f"{directory}/all.json"]
     ended = study(*flags, "--figure", f"{directory}/table.png")
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -428,7 +428,7 @@ def _measure(
     write_data(pathlib.Path(directory))
     flags = [
         *model_flags(sizes, about["vocabulary"], device),
-        *f"--data-path {directory}/text --data-cache-path {directory}/cache".split(),
+        *("--data-path", f"{directory}/text", "--data-cache-path", f"{directory}/cache"),
         *f"--global-batch-size {sizes['rows'] * sizes['micro_batches']}".split(),
         *PRECISIONS[precision],
         *shlex.split(about["flags"]),

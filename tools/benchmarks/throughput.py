@@ -203,7 +203,7 @@ def measure(
     write_data(directory)
     flags = [
         *model_flags(sizes, vocabulary, device),
-        *f"--data-path {directory / 'text'} --data-cache-path {directory / 'cache'}".split(),
+        *("--data-path", f"{directory}/text", "--data-cache-path", f"{directory}/cache"),
     ]
     if block_size is not None:
         flags += ["--mdm-block-size", str(block_size)]

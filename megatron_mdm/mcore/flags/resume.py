@@ -13,6 +13,7 @@ from megatron_mdm.objective.ppots.fit_file import load_sampler
 
 # Prefixes of the arguments that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
 _SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
+_UNITS = {"iters": "iterations", "samples": "samples"}
 
 # The settings that P-POTS measurements depend on, and the bins in which they are summed.
 MEASURED = (
@@ -100,7 +101,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
         start, end, unit = plan.bell_fade_at
         notice(
             f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades between {start} and "
-            f"{end} {'iterations' if unit == 'iters' else unit} of the run"
+            f"{end} {_UNITS[unit]} of the run"
         )
     return plan
 
@@ -222,6 +223,9 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
 
     A run that resumes keeps its old values, even if the run has become longer. If
     --mdm-allow-flag-change allows new fractions, they refer to the whole run with its new length.
+
+    Raises:
+        UserError: the fade leaves no step with the uniform density.
     """
     if args.mdm_bell_fade is None:
         return None
@@ -231,6 +235,11 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     unit = "iters" if args.train_samples is None else "samples"
     length = getattr(args, f"train_{unit}")
     start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
+    if end >= length:
+        raise UserError(
+            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends with the run "
+            f"after {length} {_UNITS[unit]}, so no step trains on the bound. Give a smaller END"
+        )
     return [start, end, unit]
 
 

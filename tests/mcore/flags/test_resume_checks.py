@@ -151,6 +151,10 @@ def test_a_fade_is_resolved_once(capsys):
     samples = {"train_iters": None, "train_samples": 5000}
     plan = plan_resume(resumed(fades, finetune=True, **samples), saved)
     assert plan.bell_fade_at == [2000, 3500, "samples"]
+    too_late = resumed(MDMConfig(**bell, bell_fade=[0.4, 0.9999]), load=None)
+    ends = "--mdm-bell-fade 0.4 0.9999: the fade ends with the run after 1000 iterations, so no "
+    with pytest.raises(UserError, match=ends):
+        plan_resume(too_late, {})
     # Other fractions are another objective. If they are allowed, they refer to the run's new
     # length.
     other = MDMConfig(**bell, bell_fade=[0.5, 0.5])

@@ -173,7 +173,7 @@ def test_a_table_of_gaps_where_each_contender_has_diverged_once(tuned):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    return Trainer(CI, tmp_path_factory.mktemp("race"), "cpu")
+    return Trainer(CI, tmp_path_factory.mktemp("a race"), "cpu")
 
 
 @pytest.mark.ranks

@@ -55,18 +55,18 @@ class Judge:
         files = {x: checkpoint.with_suffix(f".{x}.npy") for x in REMASKING}
         measured, read = (checkpoint.with_suffix(f".{x}") for x in ("measured", "read"))
         log = checkpoint.with_suffix(".judge.log")
-        places = f"--device {self.trainer.device} --load"
-        evaluate = [str(TOOLS / "evaluate.py"), *places.split(), str(checkpoint)]
-        evaluate += f"--data {held_out} --rows {self.trainer.scale.held_out}".split()
-        evaluate += f"--bins {BINS} --draws {sizes.draws} --seed {_SEED} --json {measured}".split()
-        run_python([*evaluate, "--batch-size", "64"], log, f"the evaluation of {name}")
+        load = ["--device", self.trainer.device, "--load"]
+        evaluate = [str(TOOLS / "evaluate.py"), *load, str(checkpoint), "--data", str(held_out)]
+        evaluate += f"--rows {self.trainer.scale.held_out} --bins {BINS}".split()
+        evaluate += f"--draws {sizes.draws} --seed {_SEED} --batch-size 64 --json".split()
+        run_python([*evaluate, str(measured)], log, f"the evaluation of {name}")
         for remasking, file in files.items():
             words = f"--rows {sizes.texts} --steps {sizes.calls} --remasking {remasking}".split()
-            words += f"--seed {_SEED} --output {file} {places} {checkpoint}".split()
+            words += ["--seed", str(_SEED), "--output", str(file), *load, str(checkpoint)]
             run_python([*TEXTS, "write", *words], log, f"the texts of {name}")
         given = self._held_out_rows(held_out, length, sizes.texts)
         words = [*map(str, files.values()), str(given), "--json", str(read)]
-        words += [*places.split(), str(self._trained(length))]
+        words += [*load, str(self._trained(length))]
         run_python([*TEXTS, "read", "--rows", *words], log, f"the judge of {name}")
         bins, texts = (json.loads(x.read_text(encoding="utf-8")) for x in (measured, read))
         for path in (measured, read, *files.values()):
@@ -90,7 +90,7 @@ class Judge:
 
         def work(path: pathlib.Path) -> dict[str, Any]:
             shutil.rmtree(path, ignore_errors=True)
-            save = f"--save {path} --save-interval {run.steps}".split()
+            save = ["--save", str(path), "--save-interval", str(run.steps)]
             run_python([*question, *save], path.with_suffix(".log"), "the run of the judge")
             return {}
 

@@ -73,7 +73,7 @@ class Trainer:
         return [
             *f"--mdm-device {self.device} --seed {run.seed} {data.TOKENIZER}".split(),
             *self._data_flags(run),
-            *f"--data-cache-path {self.directory / 'cache'} --num-workers 0".split(),
+            *("--data-cache-path", str(self.directory / "cache"), "--num-workers", "0"),
             *f"--num-layers {model.layers} --hidden-size {model.width}".split(),
             *f"--num-attention-heads {model.heads} --ffn-hidden-size {4 * model.width}".split(),
             *f"--init-method-std {model.init_std:.4g} --normalization RMSNorm --swiglu".split(),
@@ -113,7 +113,7 @@ class Trainer:
 
     def _train(self, run: Run, flags: list[str], path: pathlib.Path) -> dict[str, Any]:
         log = path.with_suffix(".log")
-        save = f"--save {path} --save-interval {run.steps}".split() if run.judged else []
+        save = ["--save", str(path), "--save-interval", str(run.steps)] if run.judged else []
         shutil.rmtree(path, ignore_errors=True)  # from an interrupted run
         start = time.monotonic()
         try:
