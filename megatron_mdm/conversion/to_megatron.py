@@ -68,6 +68,7 @@ def to_megatron(
     output: str,
     *,
     add_mask: bool = False,
+    keep_shift: bool = True,
     multiple: int = 1,
     model_class: str = "gpt",
     dtype: torch.dtype | None = None,
@@ -81,6 +82,7 @@ def to_megatron(
         source: model directory.
         output: checkpoint directory to create.
         add_mask: give an autoregressive model a mask token.
+        keep_shift: a model that gets a mask token keeps predicting the token after each position.
         multiple: Megatron's vocabulary is padded to a multiple of this number.
         model_class: class of Megatron's model, `gpt` or `hybrid`.
         dtype: dtype to write; None for the source's.
@@ -101,7 +103,7 @@ def to_megatron(
         model = safetensors_model.HubModel(directory)
         vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         dtype = dtype or _common_dtype(model, family)
-        shift = vocab.added or shifted(family, config)
+        shift = keep_shift if vocab.added else shifted(family, config)
         blocks = block_size(family, config)
         noisy = shift and family.shift_first_noisy
         hub_files = Path(temporary) / HUB_FILES
