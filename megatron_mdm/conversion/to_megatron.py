@@ -37,6 +37,7 @@ from megatron_mdm.conversion.tokenizer import (
     add_mask_token,
     code_of,
     data_of,
+    known_mask,
     leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
@@ -195,7 +196,7 @@ def to_megatron(
             )
     if left_out:
         log_line(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
-    for line in _remarks(family, config, vocab, tied, shift, blocks):
+    for line in _remarks(family, config, directory, vocab, tied, shift, blocks):
         log_line(line)
     log_line(f"{output}: {family.name}, {parameters:,} parameters, {dtype}")
     if launch is not None:
@@ -317,7 +318,13 @@ def bash_quoted(word: str) -> str:
 
 
 def _remarks(
-    family: Family, config: Config, vocab: Vocabulary, tied: bool, shift: bool, blocks: int | None
+    family: Family,
+    config: Config,
+    directory: Path,
+    vocab: Vocabulary,
+    tied: bool,
+    shift: bool,
+    blocks: int | None,
 ) -> Iterator[str]:
     if vocab.added:
         yield (
@@ -332,8 +339,11 @@ def _remarks(
             + " are the mean of those before it"
         )
     if vocab.mask is None:
+        known = known_mask(directory)
         yield (
-            "this is an autoregressive model without a mask token: to train it as a diffusion "
+            f"config.json names no mask token: {known}"
+            if known is not None
+            else "this is an autoregressive model without a mask token: to train it as a diffusion "
             "model, convert it with --add-mask-token"
         )
     if vocab.padded > vocab.size:

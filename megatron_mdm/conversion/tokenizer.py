@@ -115,6 +115,33 @@ def _damage(path: Path) -> Iterator[None]:
         ) from error
 
 
+def known_mask(directory: Path) -> str | None:
+    """Tells the user how to use the mask token that a tokenizer's files name.
+
+    Args:
+        directory: directory with the tokenizer's files, whose config.json names no mask token.
+
+    Returns:
+        The advice, None if the files name no mask token or give it no id.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        mask = _object(directory / name).get("mask_token")
+        token = mask.get("content") if isinstance(mask, dict) else mask
+        if not isinstance(token, str):
+            continue
+        number = tokens_of(directory).get(token)
+        if number is not None:
+            return (
+                f"the tokenizer has the mask token {token} with id {number} already: add "
+                f'"mask_token_id": {number} to config.json, and "mdm_shift": false if the logits '
+                "of position i predict token i"
+            )
+    return None
+
+
 def add_mask_token(directory: Path, mask: int) -> None:
     """Adds the mask token to the tokenizer files of a directory; without a tokenizer, does nothing.
 
@@ -204,7 +231,11 @@ def write_fast_tokenizer(directory: Path) -> None:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
+    return _object(directory / "tokenizer_config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object, an empty one if there is no file."""
     return safetensors_model.read_object(path) if path.exists() else {}
 
 
