@@ -122,6 +122,7 @@ def to_hugging_face(
             next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
                 max(dtypes, key=lambda dtype: dtype.itemsize)
             ).removeprefix("torch."),
+            **_positions(family, config, args),
             **_shift(family, config, args, mask),
             **block_entry(family, config, blocks),
         }
@@ -168,6 +169,8 @@ def to_hugging_face(
     if written.get("mdm_shift"):
         others = "" if family.shifted or family.in_transformers else ", which only this code reads"
         log_line(f"the logits of position i - 1 are for token i (mdm_shift in config.json{others})")
+    for key, positions in _positions(family, config, args).items():
+        log_line(f"{key} in config.json is {positions}, as in the run, and was {config[key]}")
     for line in _about_blocks(family, blocks, output):
         log_line(line)
     if padded > rows:
@@ -324,6 +327,14 @@ def _mask_token(
             "its own config.json with --hf-config"
         )
     return trained
+
+
+def _positions(family: Family, config: Config, args: Namespace) -> Config:
+    """Returns the entry for config.json with the run's positions if the run has more of them."""
+    name = "max_position_embeddings"
+    positions = getattr(args, name)
+    has_more = positions > family.value(config, name)
+    return {family.sizes[name][0]: positions} if has_more else {}
 
 
 def _shift(family: Family, config: Config, args: Namespace, mask: int | None) -> Config:
