@@ -117,11 +117,11 @@ def to_hugging_face(
             for pair in tensor_pairs
         ]
         dtypes = {dtype_of(pair) for pair in tensor_pairs if not keeps_its_dtype(pair.target)}
+        widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+        dtype_keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
         written = {
             **config,
-            next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
-                max(dtypes, key=lambda dtype: dtype.itemsize)
-            ).removeprefix("torch."),
+            **dict.fromkeys(dtype_keys, widest),
             **_positions(family, config, args),
             **_shift(family, config, args, mask),
             **block_entry(family, config, blocks),
