@@ -234,6 +234,21 @@ def shifted(family: Family, config: Config) -> bool:
     return family.shifted or (autoregressive and mask_token_id(family, config) is not None)
 
 
+def shift_first(family: Family, config: Config, shift: bool, blocks: int | None) -> str:
+    """Returns the copy that predicts the first token of a block: --mdm-shift-first.
+
+    Args:
+        family: the model family.
+        config: content of config.json; `to_hugging_face` may have written the key
+            `mdm_shift_first`.
+        shift: whether the logits of position i - 1 predict token i.
+        blocks: tokens in a block; None for whole rows.
+    """
+    if not shift or blocks is None:
+        return "clean"
+    return config.get("mdm_shift_first") or ("noisy" if family.shift_first_noisy else "clean")
+
+
 def block_size(family: Family, config: Config) -> int | None:
     """Returns the tokens in a block that a model was trained with, None for whole rows.
 

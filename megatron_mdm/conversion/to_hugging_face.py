@@ -20,7 +20,7 @@ from megatron_mdm.conversion.common import (
 from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.families import detect
-from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
+from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shift_first, shifted
 from megatron_mdm.conversion.layout import Heads, keeps_its_dtype, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import data_of, tokens_of
@@ -123,7 +123,7 @@ def to_hugging_face(
             **config,
             **dict.fromkeys(dtype_keys, widest),
             **_positions(family, config, args),
-            **_shift(family, config, args, mask),
+            **_shift(family, config, args, mask, blocks),
             **block_entry(family, config, blocks),
         }
         vocab = Vocabulary(rows, rows, padded, mask)
@@ -337,12 +337,20 @@ def _positions(family: Family, config: Config, args: Namespace) -> Config:
     return {family.sizes[name][0]: positions} if has_more else {}
 
 
-def _shift(family: Family, config: Config, args: Namespace, mask: int | None) -> Config:
-    """Returns the entry `mdm_shift` for config.json, nothing if the family's default is right."""
-    shift = bool(getattr(args, "mdm_shift", False))
-    if mask is None or (family.mask_token_id is not None and shift == shifted(family, config)):
+def _shift(
+    family: Family, config: Config, args: Namespace, mask: int | None, blocks: int | None
+) -> Config:
+    """Returns `mdm_shift` and `mdm_shift_first` for config.json, each unless it is right anyway."""
+    if mask is None:
         return {}
-    return {"mdm_shift": shift}
+    entries: dict[str, bool | str] = {}
+    shift = bool(getattr(args, "mdm_shift", False))
+    if family.mask_token_id is None or shift != shifted(family, config):
+        entries["mdm_shift"] = shift
+    first = getattr(args, "mdm_shift_first", "clean")
+    if shift and blocks is not None and first != shift_first(family, config, shift, blocks):
+        entries["mdm_shift_first"] = first
+    return entries
 
 
 def block_entry(family: Family, config: Config, blocks: int | None) -> Config:

@@ -28,6 +28,7 @@ from megatron_mdm.conversion.family import (
     block_size,
     mask_token_id,
     model_flags,
+    shift_first,
     shifted,
 )
 from megatron_mdm.conversion.layout import Heads, join, keeps_its_dtype, split
@@ -106,7 +107,7 @@ def to_megatron(
         dtype = dtype or _common_dtype(model, family)
         shift = keep_shift if vocab.added else shifted(family, config)
         blocks = block_size(family, config)
-        noisy = shift and family.shift_first_noisy
+        first = shift_first(family, config, shift, blocks)
         hub_files = Path(temporary) / HUB_FILES
         write_hub_files(directory, hub_files, family, config, vocab)
         write_fast_tokenizer(hub_files)
@@ -125,7 +126,7 @@ def to_megatron(
         expected = megatron_model.checkpoint_contents(flags)
         args = megatron_model.arguments(flags)
         args.mdm_shift, args.mdm_vocab_size = shift, vocab.size
-        args.mdm_block_size, args.mdm_shift_first = blocks, "noisy" if noisy else "clean"
+        args.mdm_block_size, args.mdm_shift_first = blocks, first
         known = data_of(hub_files)
         args.mdm_tokenizer = None if known is None else asdict(fingerprint(known))
         heads = Heads(args.num_attention_heads, args.num_query_groups)
@@ -163,8 +164,8 @@ def to_megatron(
             flags.append("--mdm-shift")
         if blocks is not None:
             flags += ["--mdm-block-size", str(blocks)]
-        if noisy:
-            flags += ["--mdm-shift-first", "noisy"]
+        if first == "noisy":
+            flags += ["--mdm-shift-first", first]
         flags += family.training_flags
         launch = None if vocab.mask is None else launch_line(output, flags)
         if launch is not None:
@@ -355,7 +356,7 @@ def _remarks(
         yield "the logits of position i - 1 predict token i: --mdm-shift"
     if blocks is not None:
         yield f"the model fills in blocks of {blocks} tokens: --mdm-block-size {blocks}"
-    if shift and family.shift_first_noisy:
+    if shift_first(family, config, shift, blocks) == "noisy":
         yield (
             "it was trained to predict the first token of a block from a noisy token, and is read "
             "from a clean one: --mdm-shift-first noisy trains as it was trained, clean as it is "

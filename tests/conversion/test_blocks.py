@@ -11,9 +11,10 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
+from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
 from megatron_mdm.conversion.common import write_hub_files
 from megatron_mdm.conversion.families import detect
-from megatron_mdm.conversion.family import block_size
+from megatron_mdm.conversion.family import block_size, shift_first
 from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.conversion.to_hugging_face import block_entry, to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
@@ -22,7 +23,7 @@ from megatron_mdm.errors import UserError
 from tests import ranks
 from tests.conversion import models
 from tests.conversion.test_moved import SPECIAL, WORDS, write_data
-from tests.conversion.test_round_trip import TOLERANCE
+from tests.conversion.test_round_trip import TOLERANCE, with_args
 from tests.ranks import entries
 
 MASK = 90
@@ -187,6 +188,33 @@ def test_a_run_in_blocks_of_another_family(trained, tmp_path):
     assert json.loads((as_sdar / "config.json").read_text()) == {**models.SDAR, "block_size": 16}
     one, other = load_file(Path(as_qwen, SINGLE)), load_file(as_sdar / SINGLE)
     assert one.keys() == other.keys() and all(torch.equal(one[x], other[x]) for x in one)
+
+
+@pytest.mark.parametrize("first, entry", [("noisy", {}), ("clean", {"mdm_shift_first": "clean"})])
+def test_what_predicts_first_tokens_goes_both_ways(first, entry, converted, tmp_path, monkeypatch):
+    _, checkpoint, _ = converted("fast-dllm")
+    monkeypatch.setattr(to_hugging_face_module, "DistCheckpoint", with_args(mdm_shift_first=first))
+    to_hugging_face(str(checkpoint), str(tmp_path / "back"), log=str)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == {**models.FAST_DLLM, **entry}
+    to_megatron(str(tmp_path / "back"), str(tmp_path / "mg"), log=str)
+    args = load_common_state_dict(str(tmp_path / "mg" / "release"))["args"]
+    assert args.mdm_shift_first == first
+    launch = (tmp_path / "mg" / "launch.txt").read_text()
+    assert ("--mdm-shift-first noisy" in launch) == (first == "noisy")
+
+
+def test_where_a_clean_or_noisy_token_predicts_first_tokens():
+    qwen = {**models.SMALL, "architectures": ["Qwen2ForCausalLM"]}
+    for config, shift, blocks, first in (
+        (models.FAST_DLLM, True, 8, "noisy"),
+        ({**models.FAST_DLLM, "mdm_shift_first": "clean"}, True, 8, "clean"),
+        (qwen, True, 8, "clean"),
+        ({**qwen, "mdm_shift_first": "noisy"}, True, 8, "noisy"),
+        ({**qwen, "mdm_shift_first": "noisy"}, False, 8, "clean"),
+        ({**qwen, "mdm_shift_first": "noisy"}, True, None, "clean"),
+    ):
+        assert shift_first(detect(config), config, shift, blocks) == first
 
 
 def test_a_block_size_has_to_be_known():

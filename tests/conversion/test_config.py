@@ -35,6 +35,7 @@ def without(config, *keys):
         (LLAMA, {"mask_token_id": "<mask>"}, "'mask_token_id' should be the id of a token, got"),
         (LLAMA, {"tie_word_embeddings": "false"}, "'tie_word_embeddings' should be true or false"),
         (LLAMA, {"mdm_shift": 1}, "'mdm_shift' should be true or false, got 1"),
+        (LLAMA, {"mdm_shift_first": True}, "'mdm_shift_first' should be 'clean' or 'noisy', got"),
         (LLAMA, {"rope_scaling": "yarn"}, "'rope_scaling' should be an object, got 'yarn'"),
         (LLAMA, {"rope_parameters": [1]}, "'rope_parameters' should be an object, got [1]"),
         (LLAMA, {"layer_types": "full"}, "'layer_types' should be a list of texts, got 'full'"),
