@@ -49,7 +49,8 @@ def tokens_of(path: Path) -> dict[str, int]:
     if path.is_dir():
         tokens = dict(_named_tokens(path))
         model = path / "tokenizer.model"
-        return tokens if tokens or not model.exists() else _pieces(model)
+        has_vocabulary = any((path / name).exists() for name in ("tokenizer.json", "vocab.json"))
+        return tokens if has_vocabulary or not model.exists() else {**_pieces(model), **tokens}
     return _pieces(path) if path.exists() else {}
 
 

@@ -218,6 +218,11 @@ def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
     )
     shutil.copy(model, directory / "tokenizer.model")
     assert list(compare()) == []
+    settings = directory / "tokenizer_config.json"  # names only some of the pieces
+    settings.write_text(json.dumps({"added_tokens_decoder": {"3": {"content": "<mask>"}}}))
+    assert tokens_of(directory) == tokens and list(compare()) == []
+    (directory / "added_tokens.json").write_text(json.dumps({"<new>": 280}))
+    assert tokens_of(directory) == {**tokens, "<new>": 280}
     models.write_tokenizer(directory, {**tokens, "more": 280})  # transformers prefers this file
     with pytest.raises(UserError, match="'more' has id 280 there and None in the run"):
         list(compare())
