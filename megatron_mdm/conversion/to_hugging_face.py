@@ -1,5 +1,6 @@
 """Converts Megatron checkpoints, written under any parallel layout, to Hugging Face safetensors."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -129,7 +130,7 @@ def to_hugging_face(
         vocab = Vocabulary(rows, rows, padded, mask)
         write_hub_files(directory, Path(temporary), family, written, vocab)
         if blocks is not None and family.in_sglang:
-            Path(temporary, SGLANG_FILE).write_text(f"block_size: {blocks}\n", encoding="utf-8")
+            write_sglang_file(Path(temporary, SGLANG_FILE), blocks)
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
@@ -366,6 +367,16 @@ def block_entry(family: Family, config: Config, blocks: int | None) -> Config:
     if blocks == declared or (blocks is None and family.block_size_key is not None):
         return {}
     return {key: blocks}
+
+
+def write_sglang_file(path: Path, blocks: int) -> None:
+    """Writes the block size into SGLang's file; a file that is there keeps its other lines."""
+    text = path.read_bytes() if path.exists() else b""
+    entry = b"block_size: %d" % blocks
+    text, found = re.subn(rb"(?m)^block_size[ \t]*:[ \t]*[^\s#]*", entry, text)
+    if not found:
+        text = entry + b"\n" + text
+    path.write_bytes(text)
 
 
 def _about_blocks(family: Family, blocks: int | None, output: str) -> Iterator[str]:

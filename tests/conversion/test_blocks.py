@@ -16,7 +16,7 @@ from megatron_mdm.conversion.common import write_hub_files
 from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.family import block_size, shift_first
 from megatron_mdm.conversion.safetensors_model import SINGLE
-from megatron_mdm.conversion.to_hugging_face import block_entry, to_hugging_face
+from megatron_mdm.conversion.to_hugging_face import block_entry, to_hugging_face, write_sglang_file
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.vocabulary import Vocabulary
 from megatron_mdm.errors import UserError
@@ -254,6 +254,24 @@ def test_what_config_json_says_of_blocks_in_the_end():
         ({**qwen, "mdm_block_size": 16}, None, {"mdm_block_size": None}),
     ):
         assert block_entry(detect(config), config, size) == entry
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (None, b"block_size: 16\n"),
+        (b"", b"block_size: 16\n"),
+        (b"threshold: 0.9\n", b"block_size: 16\nthreshold: 0.9\n"),
+        (b"a: 1\nblock_size : 4 # mine\nb: 2", b"a: 1\nblock_size: 16 # mine\nb: 2"),
+        (b"block_size:\nmy_block_size: \xff\r\n", b"block_size: 16\nmy_block_size: \xff\r\n"),
+    ],
+)
+def test_sglang_keeps_the_lines_of_its_file(before, after, tmp_path):
+    path = tmp_path / "sglang.yaml"
+    if before is not None:
+        path.write_bytes(before)
+    write_sglang_file(path, 16)
+    assert path.read_bytes() == after
 
 
 def test_config_json_does_not_get_a_mask_token_that_the_class_knows(tmp_path):

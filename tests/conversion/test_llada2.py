@@ -212,12 +212,15 @@ def test_what_serving_reads_comes_back(tmp_path):
     }
     for name, text in files.items():
         (source / name).write_text(text)
+    (source / "sglang.yaml").write_text("block_size: 4\nthreshold: 0.9\n")
     to_megatron(str(source), str(tmp_path / "mg"), **silent)
     args = load_common_state_dict(str(tmp_path / "mg" / "release"))["args"]
     assert (args.mdm_block_size, args.mdm_mask_token_id, args.mdm_shift) == (32, 90, False)
     to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), **silent)
     for name, text in files.items():
         assert (tmp_path / "back" / name).read_text() == text
+    for_sglang = (tmp_path / "back" / "sglang.yaml").read_text()
+    assert for_sglang == "block_size: 32\nthreshold: 0.9\n"
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == models.LLADA2
 
 
