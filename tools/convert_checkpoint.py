@@ -5,9 +5,9 @@
     python tools/convert_checkpoint.py --to huggingface --input runs/llada --output LLaDA-mine
 
 The formats are safetensors and Megatron's torch_dist. The family is detected from config.json:
-Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), iLLaDA, LLaDA-MoE, Dream, SDAR, Fast-dLLM
-v2. The tool holds one tensor in memory at a time. It refuses what it cannot convert exactly, and a
-failed run leaves nothing behind.
+Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), iLLaDA, LLaDA-MoE, LLaDA2.0 and 2.1, Dream,
+SDAR, Fast-dLLM v2. The tool holds one tensor in memory at a time. It refuses what it cannot convert
+exactly, and a failed run leaves nothing behind.
 
 The Megatron checkpoint loads under every tensor-, pipeline- and expert-parallel layout. It has its
 arguments (--use-checkpoint-args), config.json and the tokenizer. If the model has a mask token,
@@ -71,8 +71,8 @@ def parse() -> argparse.Namespace:
         "--trust-remote-code",
         action="store_true",
         help="run the Python code beside config.json: with --verify the modeling code (LLaDA, "
-        "LLaDA-MoE, Dream), to compare its logits; with --to megatron a tokenizer that is such "
-        "code, whenever the checkpoint is trained (default: use its tokenizer.json)",
+        "LLaDA-MoE, LLaDA2, Dream), to compare its logits; with --to megatron a tokenizer that is "
+        "such code, whenever the checkpoint is trained (default: use its tokenizer.json)",
     )
     there = parser.add_argument_group("--to megatron")
     there.add_argument(

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import megatron_model
@@ -161,6 +162,24 @@ def test_flags_at_the_size_of_the_release():
     args = megatron_model.arguments(flags)
     assert (args.num_experts, args.moe_router_topk, args.moe_router_bias_update_rate) == (256, 8, 0)
     assert args.moe_layer_freq == [0] + [1] * 19
+
+
+@pytest.mark.parametrize("experts, groups", [(4, 4), (3, 4), (2, 4), (7, 1)])
+def test_groups_that_are_all_kept_choose_nothing(experts, groups):
+    changes = {"num_experts_per_tok": experts, "n_group": groups, "topk_group": groups}
+    flags = [*model_flags(LLADA2, {**models.LLADA2, **changes}), "--padded-vocab-size", "96"]
+    flags += "--tokenizer-type NullTokenizer --vocab-size 96".split()
+    assert megatron_model.checkpoint_contents(flags).shapes  # Megatron accepts the groups
+    args = megatron_model.arguments(flags)
+    scores = torch.rand(50, args.num_experts, generator=torch.Generator().manual_seed(1))
+    _, chosen = group_limited_topk(
+        scores,
+        args.moe_router_topk,
+        *scores.shape,
+        args.moe_router_num_groups,
+        args.moe_router_group_topk,
+    )
+    assert torch.equal(chosen.sort().values, scores.topk(experts).indices.sort().values)
 
 
 @pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
