@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ def to_hugging_face(
         dtypes = {dtype_of(pair) for pair in tensor_pairs if not keeps_its_dtype(pair.target)}
         widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
         dtype_keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
-        written = {
+        written: dict[str, Any] = {
             **config,
             **dict.fromkeys(dtype_keys, widest),
             **_positions(family, config, args),
