@@ -5,9 +5,9 @@
     python tools/convert_checkpoint.py --to huggingface --input runs/llada --output LLaDA-mine
 
 The formats are safetensors and Megatron's torch_dist. The family is detected from config.json:
-Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), iLLaDA, LLaDA-MoE, Dream, SDAR, Fast-dLLM
-v2. The tool holds one tensor in memory at a time. It refuses what it cannot convert exactly, and a
-failed run leaves nothing behind.
+Llama 2 and 3, Qwen2 and 2.5, Qwen3, LLaDA (8B and 1.5), iLLaDA, LLaDA-MoE, LLaDA2.0 and 2.1, Dream,
+SDAR, Fast-dLLM v2. The tool holds one tensor in memory at a time. It refuses what it cannot convert
+exactly, and a failed run leaves nothing behind.
 
 The Megatron checkpoint loads under every tensor-, pipeline- and expert-parallel layout. It has its
 arguments (--use-checkpoint-args), config.json and the tokenizer. If the model has a mask token,
@@ -71,8 +71,8 @@ def parse() -> argparse.Namespace:
         "--trust-remote-code",
         action="store_true",
         help="run the Python code beside config.json: with --verify the modeling code (LLaDA, "
-        "LLaDA-MoE, Dream), to compare its logits; with --to megatron a tokenizer that is such "
-        "code, whenever the checkpoint is trained (default: use its tokenizer.json)",
+        "LLaDA-MoE, LLaDA2, Dream), to compare its logits; with --to megatron a tokenizer that is "
+        "such code, whenever the checkpoint is trained (default: use its tokenizer.json)",
     )
     there = parser.add_argument_group("--to megatron")
     there.add_argument(
@@ -80,6 +80,12 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="add a mask token to an autoregressive model: its id is the first after the "
         "tokenizer's, its embedding the mean of all; the vocabulary grows if it has no unused row",
+    )
+    there.add_argument(
+        "--no-shift",
+        action="store_true",
+        help="with --add-mask-token: position i learns to predict token i, as in SDAR (default: it "
+        "keeps predicting token i + 1, --mdm-shift)",
     )
     there.add_argument(
         "--pad-vocab-to-multiple-of",
@@ -114,10 +120,12 @@ def main() -> None:
     if options.to == "megatron":
         _refuse(options, "hf_config", "iteration")
     else:
-        _refuse(options, "add_mask_token", "pad_vocab_to_multiple_of", "mdm_model")
+        _refuse(options, "add_mask_token", "no_shift", "pad_vocab_to_multiple_of", "mdm_model")
     multiple = options.pad_vocab_to_multiple_of
     if options.trust_remote_code and options.to == "huggingface" and not options.verify:
         raise UserError("--trust-remote-code is for --verify: add it, or leave this out")
+    if options.no_shift and not options.add_mask_token:
+        raise UserError("--no-shift is for --add-mask-token: add it, or leave this out")
     if multiple is not None and multiple < 1:
         raise UserError("--pad-vocab-to-multiple-of must be at least 1")
     prepare_environment("cpu")
@@ -141,6 +149,7 @@ def main() -> None:
                 options.input,
                 options.output,
                 add_mask=options.add_mask_token,
+                keep_shift=not options.no_shift,
                 multiple=multiple or 1,
                 model_class=options.mdm_model or "gpt",
                 dtype=dtype,
@@ -171,8 +180,10 @@ def _source(options: argparse.Namespace) -> str:
         *("add_mask_token", "pad_vocab_to_multiple_of", "iteration"),
     )
     effective = {name: getattr(options, name) for name in names}
-    if options.mdm_model == "hybrid":  # records are older than this option
+    if options.mdm_model == "hybrid":  # records are older than this option and the next
         effective["mdm_model"] = options.mdm_model
+    if options.no_shift:
+        effective["no_shift"] = True
     effective["output"] = os.path.abspath(options.output)  # launch.txt names it
     if options.to == "megatron":
         return made_from(record.hugging_face_sources(options.input), effective)

@@ -38,6 +38,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "the id of a token": (_is_a(int), "mask_token_id"),
     "true or false": (_is_a(bool), "tie_word_embeddings weight_tying mdm_shift"),
+    "'clean' or 'noisy'": (lambda value: value in ("clean", "noisy"), "mdm_shift_first"),
     "an object": (_is_a(dict), "rope_scaling rope_parameters auto_map"),
 }
 

@@ -196,7 +196,8 @@ def _check_groups(values: Mapping[str, Any]) -> None:
     """Checks that Megatron chooses the same groups of experts as the published classes.
 
     Megatron (moe_utils.group_limited_topk) ranks a group by the sum of its best
-    topk // group_topk scores, and the published classes by the sum of its best two.
+    topk // group_topk scores, and the published classes by the sum of its best two. If all groups
+    are kept, the ranks choose nothing.
     """
     experts, chosen = values["num_experts"], values["moe_router_topk"]
     groups, kept = values["moe_router_num_groups"], values["moe_router_group_topk"]
@@ -207,11 +208,12 @@ def _check_groups(values: Mapping[str, Any]) -> None:
             f"{kept} are kept (topk_group), do not give {chosen} experts a token "
             "(num_experts_per_tok) from equal groups of two or more"
         )
-    if chosen // kept != 2:
+    if kept < groups and chosen // kept != 2:
         raise UserError(
             f"config.json: num_experts_per_tok = {chosen} with topk_group = {kept} is not "
             "supported: Megatron would rank a group of experts by the sum of its best "
-            f"{chosen // kept}, and the model ranks it by its best 2 (supported: twice topk_group)"
+            f"{chosen // kept}, and the model ranks it by its best 2 (supported: twice topk_group, "
+            "or topk_group = n_group)"
         )
 
 
@@ -232,6 +234,21 @@ def shifted(family: Family, config: Config) -> bool:
         return bool(declared)
     autoregressive = family.mask_token_id is None
     return family.shifted or (autoregressive and mask_token_id(family, config) is not None)
+
+
+def shift_first(family: Family, config: Config, shift: bool, blocks: int | None) -> str:
+    """Returns the copy that predicts the first token of a block: --mdm-shift-first.
+
+    Args:
+        family: the model family.
+        config: content of config.json; `to_hugging_face` may have written the key
+            `mdm_shift_first`.
+        shift: whether the logits of position i - 1 predict token i.
+        blocks: tokens in a block; None for whole rows.
+    """
+    if not shift or blocks is None:
+        return "clean"
+    return config.get("mdm_shift_first") or ("noisy" if family.shift_first_noisy else "clean")
 
 
 def block_size(family: Family, config: Config) -> int | None:

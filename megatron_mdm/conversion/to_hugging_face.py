@@ -1,9 +1,11 @@
 """Converts Megatron checkpoints, written under any parallel layout, to Hugging Face safetensors."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ from megatron_mdm.conversion.common import (
 from megatron_mdm.conversion.common import verify as verify_tensors
 from megatron_mdm.conversion.config import Config
 from megatron_mdm.conversion.families import detect
-from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shifted
+from megatron_mdm.conversion.family import Family, mask_token_id, model_flags, shift_first, shifted
 from megatron_mdm.conversion.layout import Heads, keeps_its_dtype, split
 from megatron_mdm.conversion.logits import compare_logits
 from megatron_mdm.conversion.tokenizer import data_of, tokens_of
@@ -117,18 +119,19 @@ def to_hugging_face(
             for pair in tensor_pairs
         ]
         dtypes = {dtype_of(pair) for pair in tensor_pairs if not keeps_its_dtype(pair.target)}
-        written = {
+        widest = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+        dtype_keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]
+        written: dict[str, Any] = {
             **config,
-            next(k for k in ("torch_dtype", "dtype") if k in config or k == "dtype"): str(
-                max(dtypes, key=lambda dtype: dtype.itemsize)
-            ).removeprefix("torch."),
-            **_shift(family, config, args, mask),
+            **dict.fromkeys(dtype_keys, widest),
+            **_positions(family, config, args),
+            **_shift(family, config, args, mask, blocks),
             **block_entry(family, config, blocks),
         }
         vocab = Vocabulary(rows, rows, padded, mask)
         write_hub_files(directory, Path(temporary), family, written, vocab)
         if blocks is not None and family.in_sglang:
-            Path(temporary, SGLANG_FILE).write_text(f"block_size: {blocks}\n", encoding="utf-8")
+            write_sglang_file(Path(temporary, SGLANG_FILE), blocks)
         total = sum(item.bytes for item in outputs)
         check_space(temporary, total)
         with progress(total, "converting") as advance:
@@ -168,6 +171,8 @@ def to_hugging_face(
     if written.get("mdm_shift"):
         others = "" if family.shifted or family.in_transformers else ", which only this code reads"
         log_line(f"the logits of position i - 1 are for token i (mdm_shift in config.json{others})")
+    for key, positions in _positions(family, config, args).items():
+        log_line(f"{key} in config.json is {positions}, as in the run, and was {config[key]}")
     for line in _about_blocks(family, blocks, output):
         log_line(line)
     if padded > rows:
@@ -326,12 +331,28 @@ def _mask_token(
     return trained
 
 
-def _shift(family: Family, config: Config, args: Namespace, mask: int | None) -> Config:
-    """Returns the entry `mdm_shift` for config.json, nothing if the family's default is right."""
-    shift = bool(getattr(args, "mdm_shift", False))
-    if mask is None or (family.mask_token_id is not None and shift == shifted(family, config)):
+def _positions(family: Family, config: Config, args: Namespace) -> Config:
+    """Returns the entry for config.json with the run's positions if the run has more of them."""
+    name = "max_position_embeddings"
+    positions = getattr(args, name)
+    has_more = positions > family.value(config, name)
+    return {family.sizes[name][0]: positions} if has_more else {}
+
+
+def _shift(
+    family: Family, config: Config, args: Namespace, mask: int | None, blocks: int | None
+) -> Config:
+    """Returns `mdm_shift` and `mdm_shift_first` for config.json, each unless it is right anyway."""
+    if mask is None:
         return {}
-    return {"mdm_shift": shift}
+    entries: dict[str, bool | str] = {}
+    shift = bool(getattr(args, "mdm_shift", False))
+    if family.mask_token_id is None or shift != shifted(family, config):
+        entries["mdm_shift"] = shift
+    first = getattr(args, "mdm_shift_first", "clean")
+    if shift and blocks is not None and first != shift_first(family, config, shift, blocks):
+        entries["mdm_shift_first"] = first
+    return entries
 
 
 def block_entry(family: Family, config: Config, blocks: int | None) -> Config:
@@ -347,6 +368,16 @@ def block_entry(family: Family, config: Config, blocks: int | None) -> Config:
     if blocks == declared or (blocks is None and family.block_size_key is not None):
         return {}
     return {key: blocks}
+
+
+def write_sglang_file(path: Path, blocks: int) -> None:
+    """Writes the block size into SGLang's file; a file that is there keeps its other lines."""
+    text = path.read_bytes() if path.exists() else b""
+    entry = b"block_size: %d" % blocks
+    text, found = re.subn(rb"(?m)^block_size[ \t]*:[ \t]*[^\s#]*", entry, text)
+    if not found:
+        text = entry + b"\n" + text
+    path.write_bytes(text)
 
 
 def _about_blocks(family: Family, blocks: int | None, output: str) -> Iterator[str]:

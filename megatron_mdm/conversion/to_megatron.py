@@ -28,6 +28,7 @@ from megatron_mdm.conversion.family import (
     block_size,
     mask_token_id,
     model_flags,
+    shift_first,
     shifted,
 )
 from megatron_mdm.conversion.layout import Heads, join, keeps_its_dtype, split
@@ -37,6 +38,7 @@ from megatron_mdm.conversion.tokenizer import (
     add_mask_token,
     code_of,
     data_of,
+    known_mask,
     leave_out_code,
     tokenizer_size,
     write_fast_tokenizer,
@@ -68,6 +70,7 @@ def to_megatron(
     output: str,
     *,
     add_mask: bool = False,
+    keep_shift: bool = True,
     multiple: int = 1,
     model_class: str = "gpt",
     dtype: torch.dtype | None = None,
@@ -81,6 +84,7 @@ def to_megatron(
         source: model directory.
         output: checkpoint directory to create.
         add_mask: give an autoregressive model a mask token.
+        keep_shift: a model that gets a mask token keeps predicting the token after each position.
         multiple: Megatron's vocabulary is padded to a multiple of this number.
         model_class: class of Megatron's model, `gpt` or `hybrid`.
         dtype: dtype to write; None for the source's.
@@ -101,9 +105,9 @@ def to_megatron(
         model = safetensors_model.HubModel(directory)
         vocab = vocabulary(config, directory, mask_token_id(family, config), add_mask, multiple)
         dtype = dtype or _common_dtype(model, family)
-        shift = vocab.added or shifted(family, config)
+        shift = keep_shift if vocab.added else shifted(family, config)
         blocks = block_size(family, config)
-        noisy = shift and family.shift_first_noisy
+        first = shift_first(family, config, shift, blocks)
         hub_files = Path(temporary) / HUB_FILES
         write_hub_files(directory, hub_files, family, config, vocab)
         write_fast_tokenizer(hub_files)
@@ -122,7 +126,7 @@ def to_megatron(
         expected = megatron_model.checkpoint_contents(flags)
         args = megatron_model.arguments(flags)
         args.mdm_shift, args.mdm_vocab_size = shift, vocab.size
-        args.mdm_block_size, args.mdm_shift_first = blocks, "noisy" if noisy else "clean"
+        args.mdm_block_size, args.mdm_shift_first = blocks, first
         known = data_of(hub_files)
         args.mdm_tokenizer = None if known is None else asdict(fingerprint(known))
         heads = Heads(args.num_attention_heads, args.num_query_groups)
@@ -160,8 +164,8 @@ def to_megatron(
             flags.append("--mdm-shift")
         if blocks is not None:
             flags += ["--mdm-block-size", str(blocks)]
-        if noisy:
-            flags += ["--mdm-shift-first", "noisy"]
+        if first == "noisy":
+            flags += ["--mdm-shift-first", first]
         flags += family.training_flags
         launch = None if vocab.mask is None else launch_line(output, flags)
         if launch is not None:
@@ -193,7 +197,7 @@ def to_megatron(
             )
     if left_out:
         log_line(f"the tokenizer is tokenizer.json; its Python code, {left_out}, was not run")
-    for line in _remarks(family, config, vocab, tied, shift, blocks):
+    for line in _remarks(family, config, directory, vocab, tied, shift, blocks):
         log_line(line)
     log_line(f"{output}: {family.name}, {parameters:,} parameters, {dtype}")
     if launch is not None:
@@ -315,7 +319,13 @@ def bash_quoted(word: str) -> str:
 
 
 def _remarks(
-    family: Family, config: Config, vocab: Vocabulary, tied: bool, shift: bool, blocks: int | None
+    family: Family,
+    config: Config,
+    directory: Path,
+    vocab: Vocabulary,
+    tied: bool,
+    shift: bool,
+    blocks: int | None,
 ) -> Iterator[str]:
     if vocab.added:
         yield (
@@ -330,8 +340,11 @@ def _remarks(
             + " are the mean of those before it"
         )
     if vocab.mask is None:
+        known = known_mask(directory)
         yield (
-            "this is an autoregressive model without a mask token: to train it as a diffusion "
+            f"config.json names no mask token: {known}"
+            if known is not None
+            else "this is an autoregressive model without a mask token: to train it as a diffusion "
             "model, convert it with --add-mask-token"
         )
     if vocab.padded > vocab.size:
@@ -343,7 +356,7 @@ def _remarks(
         yield "the logits of position i - 1 predict token i: --mdm-shift"
     if blocks is not None:
         yield f"the model fills in blocks of {blocks} tokens: --mdm-block-size {blocks}"
-    if shift and family.shift_first_noisy:
+    if shift_first(family, config, shift, blocks) == "noisy":
         yield (
             "it was trained to predict the first token of a block from a noisy token, and is read "
             "from a clean one: --mdm-shift-first noisy trains as it was trained, clean as it is "

@@ -49,7 +49,8 @@ def tokens_of(path: Path) -> dict[str, int]:
     if path.is_dir():
         tokens = dict(_named_tokens(path))
         model = path / "tokenizer.model"
-        return tokens if tokens or not model.exists() else _pieces(model)
+        has_vocabulary = any((path / name).exists() for name in ("tokenizer.json", "vocab.json"))
+        return tokens if has_vocabulary or not model.exists() else {**_pieces(model), **tokens}
     return _pieces(path) if path.exists() else {}
 
 
@@ -113,6 +114,33 @@ def _damage(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} is not a tokenizer's ({type(error).__name__}: {error}): copy it again"
         ) from error
+
+
+def known_mask(directory: Path) -> str | None:
+    """Tells the user how to use the mask token that a tokenizer's files name.
+
+    Args:
+        directory: directory with the tokenizer's files, whose config.json names no mask token.
+
+    Returns:
+        The advice, None if the files name no mask token or give it no id.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        mask = _object(directory / name).get("mask_token")
+        token = mask.get("content") if isinstance(mask, dict) else mask
+        if not isinstance(token, str):
+            continue
+        number = tokens_of(directory).get(token)
+        if number is not None:
+            return (
+                f"the tokenizer has the mask token {token} with id {number} already: add "
+                f'"mask_token_id": {number} to config.json, and "mdm_shift": false if the logits '
+                "of position i predict token i"
+            )
+    return None
 
 
 def add_mask_token(directory: Path, mask: int) -> None:
@@ -204,7 +232,11 @@ def write_fast_tokenizer(directory: Path) -> None:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
+    return _object(directory / "tokenizer_config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Returns a file's JSON object, an empty one if there is no file."""
     return safetensors_model.read_object(path) if path.exists() else {}
 
 

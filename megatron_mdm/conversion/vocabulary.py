@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_mdm.conversion.config import Config
-from megatron_mdm.conversion.tokenizer import tokenizer_size
+from megatron_mdm.conversion.tokenizer import known_mask, tokenizer_size
 from megatron_mdm.errors import UserError
 
 # The Megatron tensors that have a row for each token.
@@ -70,7 +70,7 @@ def vocabulary(
 
     Raises:
         UserError: the model has fewer rows than the tokenizer has tokens, a mask token is to be
-            added to a model that has one, or the mask token has no row.
+            added to a model or a tokenizer that has one, or the mask token has no row.
     """
     rows = size = embedding_rows(config)
     tokens = tokenizer_size(directory)
@@ -82,6 +82,9 @@ def vocabulary(
     if add_mask:
         if mask is not None:
             raise UserError(f"--add-mask-token: the model has mask token {mask} already")
+        known = known_mask(directory)
+        if known is not None:
+            raise UserError(f"--add-mask-token: {known}")
         mask = rows if tokens is None else tokens
         size = max(rows, mask + 1)
     if mask is not None and not 0 <= mask < size:

@@ -318,11 +318,18 @@ def test_a_full_disk(to, source, converted, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_flags_of_the_other_direction():
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--iteration 3", "--iteration does not go with --to megatron: leave it out"),
+        ("--no-shift", "--no-shift is for --add-mask-token: add it, or leave this out"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
     run = subprocess.run(
-        [sys.executable, str(TOOL), *"--to megatron --input a --output b --iteration 3".split()],
+        [sys.executable, str(TOOL), *f"--to megatron --input a --output b {flags}".split()],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 2
-    assert run.stderr == "error: --iteration does not go with --to megatron: leave it out\n"
+    assert run.stderr == f"error: {message}\n"

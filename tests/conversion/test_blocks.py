@@ -11,18 +11,19 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file
 
+from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
 from megatron_mdm.conversion.common import write_hub_files
 from megatron_mdm.conversion.families import detect
-from megatron_mdm.conversion.family import block_size
+from megatron_mdm.conversion.family import block_size, shift_first
 from megatron_mdm.conversion.safetensors_model import SINGLE
-from megatron_mdm.conversion.to_hugging_face import block_entry, to_hugging_face
+from megatron_mdm.conversion.to_hugging_face import block_entry, to_hugging_face, write_sglang_file
 from megatron_mdm.conversion.to_megatron import to_megatron
 from megatron_mdm.conversion.vocabulary import Vocabulary
 from megatron_mdm.errors import UserError
 from tests import ranks
 from tests.conversion import models
 from tests.conversion.test_moved import SPECIAL, WORDS, write_data
-from tests.conversion.test_round_trip import TOLERANCE
+from tests.conversion.test_round_trip import TOLERANCE, with_args
 from tests.ranks import entries
 
 MASK = 90
@@ -189,6 +190,33 @@ def test_a_run_in_blocks_of_another_family(trained, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[x], other[x]) for x in one)
 
 
+@pytest.mark.parametrize("first, entry", [("noisy", {}), ("clean", {"mdm_shift_first": "clean"})])
+def test_what_predicts_first_tokens_goes_both_ways(first, entry, converted, tmp_path, monkeypatch):
+    _, checkpoint, _ = converted("fast-dllm")
+    monkeypatch.setattr(to_hugging_face_module, "DistCheckpoint", with_args(mdm_shift_first=first))
+    to_hugging_face(str(checkpoint), str(tmp_path / "back"), log=str)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config == {**models.FAST_DLLM, **entry}
+    to_megatron(str(tmp_path / "back"), str(tmp_path / "mg"), log=str)
+    args = load_common_state_dict(str(tmp_path / "mg" / "release"))["args"]
+    assert args.mdm_shift_first == first
+    launch = (tmp_path / "mg" / "launch.txt").read_text()
+    assert ("--mdm-shift-first noisy" in launch) == (first == "noisy")
+
+
+def test_where_a_clean_or_noisy_token_predicts_first_tokens():
+    qwen = {**models.SMALL, "architectures": ["Qwen2ForCausalLM"]}
+    for config, shift, blocks, first in (
+        (models.FAST_DLLM, True, 8, "noisy"),
+        ({**models.FAST_DLLM, "mdm_shift_first": "clean"}, True, 8, "clean"),
+        (qwen, True, 8, "clean"),
+        ({**qwen, "mdm_shift_first": "noisy"}, True, 8, "noisy"),
+        ({**qwen, "mdm_shift_first": "noisy"}, False, 8, "clean"),
+        ({**qwen, "mdm_shift_first": "noisy"}, True, None, "clean"),
+    ):
+        assert shift_first(detect(config), config, shift, blocks) == first
+
+
 def test_a_block_size_has_to_be_known():
     config = {key: value for key, value in models.SDAR.items() if key != "block_size"}
     with pytest.raises(UserError, match="has no 'block_size', the number of tokens in a block"):
@@ -226,6 +254,24 @@ def test_what_config_json_says_of_blocks_in_the_end():
         ({**qwen, "mdm_block_size": 16}, None, {"mdm_block_size": None}),
     ):
         assert block_entry(detect(config), config, size) == entry
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (None, b"block_size: 16\n"),
+        (b"", b"block_size: 16\n"),
+        (b"threshold: 0.9\n", b"block_size: 16\nthreshold: 0.9\n"),
+        (b"a: 1\nblock_size : 4 # mine\nb: 2", b"a: 1\nblock_size: 16 # mine\nb: 2"),
+        (b"block_size:\nmy_block_size: \xff\r\n", b"block_size: 16\nmy_block_size: \xff\r\n"),
+    ],
+)
+def test_sglang_keeps_the_lines_of_its_file(before, after, tmp_path):
+    path = tmp_path / "sglang.yaml"
+    if before is not None:
+        path.write_bytes(before)
+    write_sglang_file(path, 16)
+    assert path.read_bytes() == after
 
 
 def test_config_json_does_not_get_a_mask_token_that_the_class_knows(tmp_path):

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from megatron_mdm.conversion.families import detect
+from megatron_mdm.conversion.families import FAMILIES, detect
 from megatron_mdm.conversion.family import model_flags, shifted
 from megatron_mdm.errors import UserError
+from tests import ROOT
 from tests.conversion import models
 
 LLAMA = {**models.SMALL, "architectures": ["LlamaForCausalLM"], "rope_theta": 5000.0}
@@ -35,6 +36,7 @@ def without(config, *keys):
         (LLAMA, {"mask_token_id": "<mask>"}, "'mask_token_id' should be the id of a token, got"),
         (LLAMA, {"tie_word_embeddings": "false"}, "'tie_word_embeddings' should be true or false"),
         (LLAMA, {"mdm_shift": 1}, "'mdm_shift' should be true or false, got 1"),
+        (LLAMA, {"mdm_shift_first": True}, "'mdm_shift_first' should be 'clean' or 'noisy', got"),
         (LLAMA, {"rope_scaling": "yarn"}, "'rope_scaling' should be an object, got 'yarn'"),
         (LLAMA, {"rope_parameters": [1]}, "'rope_parameters' should be an object, got [1]"),
         (LLAMA, {"layer_types": "full"}, "'layer_types' should be a list of texts, got 'full'"),
@@ -109,7 +111,7 @@ def without(config, *keys):
         (MOE2, {"topk_group": 5}, "in 4 groups (n_group), of which 5 are kept (topk_group)"),
         (MOE2, {"num_experts_per_tok": 7}, "kept (topk_group), do not give 7 experts a token"),
         (MOE2, {"num_experts_per_tok": 6}, "rank a group of experts by the sum of its best 3"),
-        (MOE2, {"topk_group": 4}, "num_experts_per_tok = 4 with topk_group = 4 is not supported"),
+        (MOE2, {"topk_group": 3}, "num_experts_per_tok = 4 with topk_group = 3 is not supported"),
         (MOE2, {"first_k_dense_replace": 3}, "'first_k_dense_replace' should be a number of dense"),
         (MOE2, {"first_k_dense_replace": True}, "layers from 0 to 2, so that layers with experts"),
     ],
@@ -120,6 +122,12 @@ def test_what_would_compute_something_else_is_refused(config, change, message):
         model_flags(detect(config), config)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_help_of_the_tool_lists_every_family():
+    text = (ROOT / "tools" / "convert_checkpoint.py").read_text().split('"""')[1]
+    words = text.lower().replace(",", " ").replace(".", " ").split()
+    assert {family.name for family in FAMILIES} <= set(words)
 
 
 @pytest.mark.parametrize(

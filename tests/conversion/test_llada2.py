@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import megatron_model
@@ -163,6 +164,24 @@ def test_flags_at_the_size_of_the_release():
     assert args.moe_layer_freq == [0] + [1] * 19
 
 
+@pytest.mark.parametrize("experts, groups", [(4, 4), (3, 4), (2, 4), (7, 1)])
+def test_groups_that_are_all_kept_choose_nothing(experts, groups):
+    changes = {"num_experts_per_tok": experts, "n_group": groups, "topk_group": groups}
+    flags = [*model_flags(LLADA2, {**models.LLADA2, **changes}), "--padded-vocab-size", "96"]
+    flags += "--tokenizer-type NullTokenizer --vocab-size 96".split()
+    assert megatron_model.checkpoint_contents(flags).shapes  # Megatron accepts the groups
+    args = megatron_model.arguments(flags)
+    scores = torch.rand(50, args.num_experts, generator=torch.Generator().manual_seed(1))
+    _, chosen = group_limited_topk(
+        scores,
+        args.moe_router_topk,
+        *scores.shape,
+        args.moe_router_num_groups,
+        args.moe_router_group_topk,
+    )
+    assert torch.equal(chosen.sort().values, scores.topk(experts).indices.sort().values)
+
+
 @pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])
 def test_the_biases_keep_their_dtype(bias, tmp_path):
     """A release has bfloat16 weights; classes and engines hold the biases in float32."""
@@ -212,12 +231,15 @@ def test_what_serving_reads_comes_back(tmp_path):
     }
     for name, text in files.items():
         (source / name).write_text(text)
+    (source / "sglang.yaml").write_text("block_size: 4\nthreshold: 0.9\n")
     to_megatron(str(source), str(tmp_path / "mg"), **silent)
     args = load_common_state_dict(str(tmp_path / "mg" / "release"))["args"]
     assert (args.mdm_block_size, args.mdm_mask_token_id, args.mdm_shift) == (32, 90, False)
     to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), **silent)
     for name, text in files.items():
         assert (tmp_path / "back" / name).read_text() == text
+    for_sglang = (tmp_path / "back" / "sglang.yaml").read_text()
+    assert for_sglang == "block_size: 32\nthreshold: 0.9\n"
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == models.LLADA2
 
 

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mdm.conversion import safetensors_model
+from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
 from megatron_mdm.conversion.families import detect
 from megatron_mdm.conversion.safetensors_model import INDEX, SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
+from megatron_mdm.conversion.torch_dist import DistCheckpoint
 from megatron_mdm.errors import UserError
 from tests.conversion import models
 
@@ -29,6 +32,17 @@ def same_files(one, other):
         first[name].dtype == second[name].dtype and torch.equal(first[name], second[name])
         for name in first
     )
+
+
+def with_args(**changes):
+    """The class of a checkpoint whose run had these arguments."""
+
+    class Changed(DistCheckpoint):
+        def __init__(self, *args):
+            super().__init__(*args)
+            vars(self.args).update(changes)
+
+    return Changed
 
 
 # HybridModel has no RoPE scaling. With Transformer Engine it has no norms of queries and keys.
@@ -100,12 +114,35 @@ def test_low_precision_and_another_dtype(tmp_path):
     assert "--bf16" in (tmp_path / "mg" / "launch.txt").read_text()
     to_hugging_face(str(tmp_path / "mg"), str(tmp_path / "back"), verify=True, **silent)
     assert same_files(source / SINGLE, tmp_path / "back" / SINGLE)
+    hub = tmp_path / "mg" / "huggingface" / "config.json"
+    config = json.loads(hub.read_text())
+    hub.write_text(json.dumps({**config, "dtype": "bfloat16"}))  # versions of transformers differ
     to_hugging_face(
         str(tmp_path / "mg"), str(tmp_path / "wide"), dtype=torch.float32, verify=True, **silent
     )
     wide = load_file(tmp_path / "wide" / SINGLE)
     assert all(torch.equal(wide[name], halves[name].float()) for name in halves)
-    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+    written = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert written == {**config, "torch_dtype": "float32", "dtype": "float32"}
+
+
+def test_config_json_gets_the_positions_that_the_run_raised(converted, tmp_path, monkeypatch):
+    source, checkpoint, _ = converted("llada")
+    before, said = json.loads((source / "config.json").read_text()), []
+    declared = before["max_sequence_length"]
+
+    def convert(positions):
+        output = str(tmp_path / str(positions))
+        monkeypatch.setattr(
+            to_hugging_face_module, "DistCheckpoint", with_args(max_position_embeddings=positions)
+        )
+        to_hugging_face(str(checkpoint), output, log=said.append)
+        return json.loads(Path(output, "config.json").read_text())
+
+    assert convert(declared - 1) == before
+    assert not any("as in the run" in line for line in said)
+    assert convert(512) == {**before, "max_sequence_length": 512}
+    assert f"max_sequence_length in config.json is 512, as in the run, and was {declared}" in said
 
 
 def test_several_files_and_their_index(converted, tmp_path, monkeypatch):

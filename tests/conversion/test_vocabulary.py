@@ -15,7 +15,7 @@ from megatron_mdm.conversion import to_hugging_face as to_hugging_face_module
 from megatron_mdm.conversion.safetensors_model import SINGLE
 from megatron_mdm.conversion.to_hugging_face import to_hugging_face
 from megatron_mdm.conversion.to_megatron import to_megatron
-from megatron_mdm.conversion.tokenizer import MASK_TOKEN, tokens_of
+from megatron_mdm.conversion.tokenizer import MASK_TOKEN, known_mask, tokens_of
 from megatron_mdm.conversion.torch_dist import DistCheckpoint, locate
 from megatron_mdm.data.tokenizer import train_tokenizer
 from megatron_mdm.errors import UserError
@@ -218,6 +218,11 @@ def test_a_sentencepiece_tokenizer_is_compared_too(tmp_path):
     )
     shutil.copy(model, directory / "tokenizer.model")
     assert list(compare()) == []
+    settings = directory / "tokenizer_config.json"  # names only some of the pieces
+    settings.write_text(json.dumps({"added_tokens_decoder": {"3": {"content": "<mask>"}}}))
+    assert tokens_of(directory) == tokens and list(compare()) == []
+    (directory / "added_tokens.json").write_text(json.dumps({"<new>": 280}))
+    assert tokens_of(directory) == {**tokens, "<new>": 280}
     models.write_tokenizer(directory, {**tokens, "more": 280})  # transformers prefers this file
     with pytest.raises(UserError, match="'more' has id 280 there and None in the run"):
         list(compare())
@@ -255,3 +260,26 @@ def test_a_second_mask_token_is_refused(tmp_path):
     source = models.make("llada", tmp_path / "hf")
     with pytest.raises(UserError, match="mask token 90 already"):
         to_megatron(str(source), str(tmp_path / "mg"), add_mask=True)
+
+
+def test_a_mask_token_that_only_the_tokenizer_names(tmp_path):
+    """The user chooses whether it is the model's, since nothing tells whether it is shifted."""
+    source, said = models.make("llama", tmp_path / "hf"), []
+    models.write_tokenizer(source, {"<unk>": 0, "<M>": 1, "w": 2}, mask_token="<M>")
+    convert = functools.partial(to_megatron, str(source), str(tmp_path / "mg"))
+    advice = 'has the mask token <M> with id 1 already: add "mask_token_id": 1 to config.json'
+    with pytest.raises(UserError, match=f"--add-mask-token: the tokenizer {advice}"):
+        convert(add_mask=True)
+    convert(log=said.append)
+    assert any(f"config.json names no mask token: the tokenizer {advice}" in line for line in said)
+
+
+@pytest.mark.parametrize("mask", ["<M>", {"content": "<M>", "special": True}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_where_a_tokenizer_names_its_mask_token(name, mask, tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "<M>": 7}))
+    assert known_mask(tmp_path) is None
+    (tmp_path / name).write_text(json.dumps({"mask_token": mask}))
+    assert "<M> with id 7 already" in known_mask(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"mask_token": "no token"}))
+    assert known_mask(tmp_path) is None

@@ -15,8 +15,10 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.sizing.flops import ModelShape
 from megatron_mdm.sizing.nodes import Layout, check_nodes
 from tests import ROOT, ranks
+from tests.conversion import models
 from tests.examples.recipe import recipe
 from tests.ranks import entries
+from tests.ranks.tools import run_forked
 
 FILES = ROOT / "examples/pretrain"
 LAUNCHER = "python -m megatron_mdm.launch"
@@ -115,7 +117,8 @@ def test_flags_are_accepted_at_full_size_and_need_what_the_file_says(tmp_path, d
 def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
     """Trains on 2 ranks, with the recipe's parallelism as far as 2 ranks allow; it stops once.
 
-    The data are a prefix, a blend, and a blend that a flag names.
+    The data are a prefix, a blend, and a blend that a flag names. A recipe that converts a model
+    first starts from a tiny one.
     """
     if model == "1b":
         own, source = ["--train-data-path", "0.7", str(data), "0.3", str(data)], "-"
@@ -133,6 +136,7 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
     if model == "8b_blocks":
         changes += "--tensor-model-parallel-size 2 --num-query-groups 2 --kv-channels 8".split()
         changes += "--mdm-block-size 8 --padded-vocab-size 128".split()
+        changes += ["--pretrained-checkpoint", converted(model, tmp_path)]
     if "--lr-wsd-decay-iters" in words:
         changes += ["--lr-wsd-decay-iters", "2"]
     changes += ["--save", str(tmp_path / "checkpoint"), "--load", str(tmp_path / "checkpoint")]
@@ -148,6 +152,18 @@ def test_a_tiny_model_of_each_recipe_trains(tmp_path, data, model):
     assert (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").read_text().strip() == "4"
     kept = sorted(path.name for path in (tmp_path / "checkpoint").glob("iter_*"))
     assert kept == ["iter_0000002", "iter_0000004"]
+
+
+def converted(model, directory):
+    """Runs the line of the recipe's head that converts a model, on a tiny one of the same form."""
+    sizes = {"vocab_size": ranks.MASK_ID, "intermediate_size": 32, "head_dim": 8}
+    sizes |= {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    models.make("qwen3", directory / "Qwen3-8B", **sizes)
+    line = re.search(r"python (tools/.*)", (FILES / f"{model}.flags").read_text())[1]
+    tool, *flags = shlex.split(line)
+    run = run_forked(str(ROOT / tool), *flags, directory=directory)
+    assert run.returncode == 0, run.stderr
+    return str(directory / flags[flags.index("--output") + 1])
 
 
 def test_launch_lines(tmp_path):
