@@ -234,8 +234,8 @@ class MDMConfig:
     """End-of-document tokens take part in masking and in the loss."""
 
     eod_attended: bool = _turned_off(
-        "Hide end-of-document tokens from the attention of all positions. Needs --transformer-impl "
-        "local."
+        "Hide end-of-document tokens from the attention of all positions. A position that sees "
+        "nothing else sees itself. Needs --transformer-impl local."
     )
     """All positions attend to end-of-document tokens."""
 
