@@ -247,6 +247,19 @@ class BlockRows:
             noisy = torch.where(reads_clean, clean[:, None], views).view_as(noisy)
         return noisy, clean
 
+    def shares_of_views(self, weight: torch.Tensor) -> torch.Tensor:
+        """The share of each view in the gradient at the position that predicts a token, [B, L].
+
+        The clean copy before a block predicts the block's first token for all views together. Their
+        logits and labels are the same there, so the gradients of views differ by the weight alone.
+
+        Args:
+            weight: weight of each token in the loss, float [B, L]; 0 where it is not masked.
+        """
+        views = weight.unflatten(0, (-1, self.views))
+        whole = views.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        return torch.where(self._reads_clean, views / whole, 1.0).view_as(weight)
+
     def next_tokens(self, eligible: torch.Tensor) -> torch.Tensor:
         """Tokens of the next-token loss: eligible ones with a token before them, bool [G, L].
 
