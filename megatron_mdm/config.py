@@ -234,8 +234,8 @@ class MDMConfig:
     """End-of-document tokens take part in masking and in the loss."""
 
     eod_attended: bool = _turned_off(
-        "Hide end-of-document tokens from the attention of all positions. Needs --transformer-impl "
-        "local."
+        "Hide end-of-document tokens from the attention of all positions. A position that sees "
+        "nothing else sees itself. Needs --transformer-impl local."
     )
     """All positions attend to end-of-document tokens."""
 
@@ -562,11 +562,16 @@ class MDMConfig:
         return {destination(name): value for name, value in asdict(self).items()}
 
     def least_masked_fraction(self, seq_length: int) -> float:
-        """Smallest mean masked fraction of a row: eps, or one token of an exact count."""
+        """Smallest mean masked fraction of a row: eps, or one token of an exact count.
+
+        A fit of P-POTS needs a fraction below 1. Blocks of one token get that of blocks of two:
+        their token is masked at every rate, so that no density is better than another.
+        """
         if self.mask != "exact-count":
             return self.eps
         sizes = self.blocks.sizes if self.blocks and self.rate_unit == "block" else (None,)
-        return 1.0 / max(seq_length if size is None else min(size, seq_length) for size in sizes)
+        longest = max(seq_length if size is None else min(size, seq_length) for size in sizes)
+        return 1.0 / max(longest, 2)
 
     @property
     def bell(self) -> tuple[str, list[float]] | None:

@@ -34,6 +34,11 @@ def next_tokens(objective: Any) -> Callable[..., Any]:
         raise UserError("--mdm-shift is missing: an autoregressive model predicts the next token")
     if mdm.isolate_documents:
         raise UserError("--mdm-isolate-documents: this program cannot isolate documents")
+    if mdm.blocks is not None:
+        raise UserError(
+            "--mdm-block-size and --mdm-block-size-schedule: this program predicts single tokens, "
+            "not blocks; leave them out"
+        )
     return partial(forward_step, objective.state)
 
 

@@ -59,6 +59,24 @@ def hidden_in_decoding(
     return hidden
 
 
+def showing_itself(hidden: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """The attention mask in which a position that would see nothing sees itself.
+
+    Hidden scores are finite (Megatron's -10000). If all scores of a position are hidden, the
+    softmax spreads its attention over every position: later ones, other documents and the clean
+    tokens of its own block too.
+
+    Args:
+        hidden: True = not attended to, bool [..., Q, P].
+        queries: the positions that attend, int64 [Q].
+
+    Returns:
+        bool [..., Q, P].
+    """
+    itself = queries[:, None] == torch.arange(hidden.shape[-1], device=hidden.device)
+    return hidden & ~(itself & hidden.all(dim=-1, keepdim=True))
+
+
 @dataclass(frozen=True, eq=False)
 class BlockRows:
     """The positions of G texts with K views: one model row of (K + 1) L positions for each text.
@@ -137,7 +155,8 @@ class BlockRows:
         to its block or, with `causal_clean`, up to itself. It never sees noisy ones.
 
         Args:
-            hidden_tokens: tokens that no position attends to, bool [G, L]; None: none.
+            hidden_tokens: tokens that no position attends to, bool [G, L], except a position that
+                sees nothing else and so itself; None: none.
             queries: the positions whose attention the mask describes, int64 [Q]; None: all of them.
 
         Returns:
@@ -158,9 +177,11 @@ class BlockRows:
         to_clean = torch.where(is_clean[at, None], past, earlier)
         seen = torch.where(is_clean, to_clean, to_noisy)
         seen &= documents[:, at, None] == documents[:, None, :]
-        if hidden_tokens is not None:
-            seen &= ~hidden_tokens.repeat_interleave(self.copies, dim=1)[:, None, :]
-        return ~seen[:, None]
+        hidden = ~seen[:, None]
+        if hidden_tokens is None:
+            return hidden
+        hidden |= hidden_tokens.repeat_interleave(self.copies, dim=1)[:, None, None]
+        return showing_itself(hidden, at)
 
     def attended_pairs(self, useful: torch.Tensor) -> torch.Tensor:
         """Number of pairs of positions of which the first attends to the second, int64 scalar.
@@ -225,6 +246,19 @@ class BlockRows:
             )
             noisy = torch.where(reads_clean, clean[:, None], views).view_as(noisy)
         return noisy, clean
+
+    def shares_of_views(self, weight: torch.Tensor) -> torch.Tensor:
+        """The share of each view in the gradient at the position that predicts a token, [B, L].
+
+        The clean copy before a block predicts the block's first token for all views together. Their
+        logits and labels are the same there, so the gradients of views differ by the weight alone.
+
+        Args:
+            weight: weight of each token in the loss, float [B, L]; 0 where it is not masked.
+        """
+        views = weight.unflatten(0, (-1, self.views))
+        whole = views.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        return torch.where(self._reads_clean, views / whole, 1.0).view_as(weight)
 
     def next_tokens(self, eligible: torch.Tensor) -> torch.Tensor:
         """Tokens of the next-token loss: eligible ones with a token before them, bool [G, L].

@@ -5,7 +5,12 @@ import itertools
 import pytest
 import torch
 
-from megatron_mdm.objective.blocks import BlockRows, block_segments, hidden_in_decoding
+from megatron_mdm.objective.blocks import (
+    BlockRows,
+    block_segments,
+    hidden_in_decoding,
+    showing_itself,
+)
 from megatron_mdm.objective.loss import Units, row_losses
 from megatron_mdm.objective.segments import counts
 
@@ -218,12 +223,40 @@ def test_nothing_leaks(settings):
         assert torch.equal(own[blocks == blocks[i]], before[0][blocks == blocks[i]])
 
 
-def test_hidden_tokens_are_seen_by_nothing():
-    rows = BlockRows(DOCUMENTS, 4, 2)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 4])
+def test_hidden_tokens_are_seen_by_nothing_but_a_position_that_sees_nothing_else(size, causal):
+    rows = BlockRows(DOCUMENTS, size, 2, causal_clean=causal)
     hidden_tokens = torch.rand(DOCUMENTS.shape, generator=torch.Generator().manual_seed(6)) < 0.3
+    hidden_tokens[0, 0] = hidden_tokens[1, 6] = True  # documents begin with one
     hidden = rows.hidden(hidden_tokens)
     at = hidden_tokens.repeat_interleave(3, dim=1)[:, None, None, :].expand_as(hidden)
-    assert torch.equal(hidden, rows.hidden() | at)
+    expected, alone = rows.hidden() | at, 0
+    for row in expected[:, 0]:
+        for position, keys in enumerate(row):
+            if keys.all():
+                keys[position], alone = False, alone + 1
+    assert torch.equal(hidden, expected) and (alone > 0) == (size == 1 or causal)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_nothing_leaks_where_a_document_begins_with_a_hidden_token(settings):
+    """All scores of a position may be hidden; these are finite in Megatron, and NaN here."""
+    rows = BlockRows(DOCUMENTS[:1], 1, **settings)
+    clean, mask, noisy = (x[:1] for x in drawn(1, torch.Generator().manual_seed(5)))
+    first = rows.position_ids()[:, ::2] == 0
+    seen = ~rows.hidden(first)[0, 0]
+
+    def logits(noisy, clean):
+        return Network()(rows.interleave(noisy, clean)[0], rows.position_ids()[0], seen)
+
+    before = logits(noisy, clean)
+    assert before.isfinite().all()
+    for i in range(clean.shape[1]):
+        changed = clean.clone()
+        changed[0, i] = (clean[0, i] + 1) % MASK_ID
+        after = logits(torch.where(mask, noisy, changed), changed)
+        assert torch.equal(after[: 2 * i], before[: 2 * i])
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -275,19 +308,23 @@ def test_decoding_hides_the_positions_that_training_hides(causal):
     """Clean tokens see what their clean copies see, and the last block sees as its noisy copy."""
     L, size = 11, 4
     rows = BlockRows(torch.zeros(1, L, dtype=torch.int64), size, causal_clean=causal)
-    whole = rows.hidden()[0, 0]
     noisy, clean = torch.arange(0, 2 * L, 2), torch.arange(1, 2 * L, 2)
-    for end in (3, 4, 7, 8, 11):
-        assert torch.equal(
-            hidden_in_decoding(0, end, end, size, causal), whole[clean[:end]][:, clean[:end]]
-        )
-        start = (end - 1) // size * size
-        copies = torch.cat([clean[:start], noisy[start:end]])
-        expected = whole[copies][:, copies]
-        assert torch.equal(hidden_in_decoding(0, end, start, size, causal), expected)
-        for first in range(0, start + 1, size):
-            part = hidden_in_decoding(first, end, start, size, causal)
-            assert torch.equal(part, expected[first:])
+    for ends in ([], [0, 5]):
+        is_end = torch.tensor([i in ends for i in range(L)])
+        whole = rows.hidden(is_end[None])[0, 0]
+
+        def decoded(first, end, finished, is_end=is_end):
+            hidden = hidden_in_decoding(first, end, finished, size, causal) | is_end[:end]
+            return showing_itself(hidden, torch.arange(first, end))
+
+        for end in (3, 4, 7, 8, 11):
+            assert torch.equal(decoded(0, end, end), whole[clean[:end]][:, clean[:end]])
+            start = (end - 1) // size * size
+            copies = torch.cat([clean[:start], noisy[start:end]])
+            expected = whole[copies][:, copies]
+            assert torch.equal(decoded(0, end, start), expected)
+            for first in range(0, start + 1, size):
+                assert torch.equal(decoded(first, end, start), expected[first:])
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     check_numbers(args, *_NUMBERS)
     if min(args.block_sizes) < 1:
         raise UserError("--block-sizes must be at least 1")
-    with open_checkpoint(args.load, args.device, block_size="row") as loaded:
+    # Layers for blocks run whole rows too, and not the reverse.
+    with open_checkpoint(args.load, args.device, block_size=str(args.block_sizes[0])) as loaded:
         total = args.prompt_length + args.length
         if total > loaded.max_length:
             raise UserError(

@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_output(args.json, "--json")
     pairs = _read(args.problems, args.rows)
-    with open_checkpoint(args.load, args.device, block_size=ROW) as loaded:
+    # Layers for blocks run whole rows too, and not the reverse.
+    opened = next((str(size) for size in sizes if size is not None), ROW)
+    with open_checkpoint(args.load, args.device, block_size=opened) as loaded:
         results = [
             {
                 "block_size": size or ROW,

@@ -585,14 +585,27 @@ def _check_blocks(args: Namespace, blocks: BlockSchedule) -> None:
         )
 
 
-def _check_attention_of_blocks(args: Namespace) -> None:
-    """Checks the flags of Transformer Engine's attention, which takes the mask as a bias."""
-    flag_of_blocks = _flag_of_blocks(args)
+def check_positions_of_blocks(args: Namespace, flag_of_blocks: str) -> None:
+    """Checks that attention can number the copies of a token as one position.
+
+    Args:
+        args: arguments of the model, in training or in a checkpoint.
+        flag_of_blocks: the flag that asks for blocks.
+
+    Raises:
+        UserError: it cannot.
+    """
     if args.multi_latent_attention:
         raise UserError(
             f"{flag_of_blocks} does not go with --multi-latent-attention, which numbers the copies "
-            "of a token as different positions: leave it out"
+            f"of a token as different positions: leave out {flag_of_blocks}"
         )
+
+
+def _check_attention_of_blocks(args: Namespace) -> None:
+    """Checks the flags of Transformer Engine's attention, which takes the mask as a bias."""
+    flag_of_blocks = _flag_of_blocks(args)
+    check_positions_of_blocks(args, flag_of_blocks)
     if args.attention_backend == AttnBackend.flash:
         raise UserError(
             f"{flag_of_blocks} does not go with --attention-backend flash, which takes no mask: "

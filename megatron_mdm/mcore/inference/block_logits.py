@@ -18,7 +18,7 @@ from megatron.core.utils import get_model_config
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
 from megatron_mdm.mcore.model.attention_mask import block_attention_mask, hidden_tokens
 from megatron_mdm.mcore.model.inputs import ModelInputs
-from megatron_mdm.objective.blocks import hidden_in_decoding
+from megatron_mdm.objective.blocks import hidden_in_decoding, showing_itself
 
 
 class KeyValueCache:
@@ -134,13 +134,13 @@ class BlockLogits:
         start = 0 if self._cache is None else self._cache.length
         own = tokens[:, start:]
         hidden = hidden_in_decoding(start, end, finished, self._size, loaded.causal_clean)
-        mask = None
+        mask, positions = None, torch.arange(start, end, device=tokens.device)
         if hidden.any() or not loaded.mdm.eod_attended:
             ends = hidden_tokens(tokens, None, loaded.tokenizer.eod, loaded.mdm)
             hidden = hidden.to(tokens.device)[None, None] | ends[:, None, None]
+            hidden = showing_itself(hidden, positions)
             mask = block_attention_mask(hidden, get_model_config(loaded.model))
-        positions = torch.arange(start, end, device=tokens.device).expand_as(own)
-        inputs = ModelInputs(own, positions, mask, loaded.mdm.shift, start=start)
+        inputs = ModelInputs(own, positions.expand_as(own), mask, loaded.mdm.shift, start=start)
         with ExitStack() as stack:
             if self._cache is not None:
                 stack.enter_context(self._cache.attended(end - start, keep=finished == end))

@@ -39,7 +39,11 @@ from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.data.documents import position_ids
 from megatron_mdm.mcore.device import CPU_DEFAULTS
 from megatron_mdm.mcore.flags.architecture import differences
-from megatron_mdm.mcore.flags.arguments import add_arguments, to_user_error
+from megatron_mdm.mcore.flags.arguments import (
+    add_arguments,
+    check_positions_of_blocks,
+    to_user_error,
+)
 from megatron_mdm.mcore.flags.identities import other_tokenizer
 from megatron_mdm.mcore.flags.old_checkpoints import complete
 from megatron_mdm.mcore.flags.resume import last_block_size
@@ -92,6 +96,7 @@ INFERENCE_OVERRIDES = {
     "mdm_logit_normal": None,
     "mdm_beta": None,
     "mdm_bell_fade_at": None,
+    "mdm_anneal_attention_iters": 0,  # attention is bidirectional, and may have blocks
     **{
         destination(f.name): f.default
         for f in fields(MDMConfig)
@@ -174,9 +179,20 @@ class LoadedModel:
         return None if self.mdm.blocks is None else self.mdm.blocks.size(0)
 
     def in_blocks(self, size: int | None) -> "LoadedModel":
-        """The same model with blocks of `size` tokens; None: whole rows."""
+        """The same model with blocks of `size` tokens; None: whole rows.
+
+        Raises:
+            UserError: the model has layers of Transformer Engine that were built for whole rows.
+                They would ignore the mask of blocks without a word.
+        """
+        engine = self.args.transformer_impl == "transformer_engine"
+        if engine and self.block_size is None and size is not None:
+            raise UserError(
+                "layers of Transformer Engine that were built for whole rows cannot run in blocks: "
+                "open the checkpoint with a block size, which also allows whole rows"
+            )
         args = copy(self.args)
-        args.mdm_block_size, args.mdm_block_size_schedule = size, None
+        _change_blocks(args, size)
         return replace(self, args=args)
 
     @property
@@ -444,7 +460,8 @@ def _set_blocks(args: Namespace, checkpoint: SavedCheckpoint, block_size: str | 
         block_size: see `open_checkpoint`.
 
     Raises:
-        UserError: it was trained in blocks, and the caller needs whole rows.
+        UserError: it was trained in blocks, and the caller needs whole rows; or its attention
+            cannot run in blocks.
     """
     size = last_block_size(args, checkpoint.iteration)
     if block_size is None and size is not None:
@@ -455,6 +472,13 @@ def _set_blocks(args: Namespace, checkpoint: SavedCheckpoint, block_size: str | 
         )
     if block_size not in (None, "trained"):
         size = None if block_size == "row" else int(block_size)
+    if size is not None:
+        check_positions_of_blocks(args, "--block-size")
+    _change_blocks(args, size)
+
+
+def _change_blocks(args: Namespace, size: int | None) -> None:
+    """Sets the size of blocks (None: whole rows), and what depends on it, in place."""
     args.mdm_block_size, args.mdm_block_size_schedule = size, None
     args.mdm_shift_first, args.mdm_eval_block_sizes = "clean", None
     if size is None:

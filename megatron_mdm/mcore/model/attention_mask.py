@@ -4,6 +4,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.objective.blocks import showing_itself
 from megatron_mdm.objective.segments import begins
 
 HIDDEN_SCORE = -10000.0  # Megatron's own value of hidden scores; see `attention_bias`
@@ -77,6 +78,9 @@ def dense_attention_mask(
 ) -> torch.Tensor | None:
     """Positions that are not attended to, in Megatron's convention.
 
+    A position sees itself if the mask would hide everything else, such as the only token of a
+    document that is hidden. It would see other documents otherwise (see `showing_itself`).
+
     Args:
         tokens: clean tokens, int64 [b, s].
         padding: bool [b, s]; None: no padding.
@@ -98,13 +102,15 @@ def dense_attention_mask(
         mask = mask | (_later(tokens) & ~visible_ahead[:, None, None, :])
     if segments is not None:
         mask = mask | _elsewhere(segments)
-    return mask
+    if mask.shape[2] == 1:  # one row of the mask for all positions
+        return mask
+    return showing_itself(mask, torch.arange(tokens.shape[1], device=tokens.device))
 
 
 def hidden_tokens(
     tokens: torch.Tensor, padding: torch.Tensor | None, eod_id: int, mdm: MDMConfig
 ) -> torch.Tensor:
-    """Tokens that no position attends to, bool [b, s]; see `dense_attention_mask`."""
+    """Tokens that are hidden from attention, bool [b, s]; see `dense_attention_mask`."""
     hidden = torch.zeros_like(tokens, dtype=torch.bool)
     if padding is None:
         padding = hidden

@@ -163,6 +163,7 @@ def loss_func(
         split=batch.split,
         t=corruption.t,
         rate_weight=corruption.rate_weight,
+        draw_weight=corruption.draw_weight,
         max_token_weight=corruption.largest_weight,
         loss=per_row,
         num_masked=micro_batch.num_masked,

@@ -2,7 +2,7 @@
 
 The rate t dominates the loss of a single step, so all statistics are accumulated over a log
 interval. Recording needs no synchronisation with the device. Once per interval it needs two
-all-reduces over the data-parallel ranks of the last pipeline stage: 3 (2 bins + 6) numbers, and one
+all-reduces over the data-parallel ranks of the last pipeline stage: 3 (3 bins + 6) numbers, and one
 number.
 """
 
@@ -70,9 +70,10 @@ class Recorder:
     alike. In evaluations all rows do, and a block counts by its share of its row's eligible tokens,
     so that the mean has the same meaning for all block sizes. The sums are a matrix. Its rows are
     the splits of the data, followed by the other parts. Its columns are: weighted loss
-    per rate bin, importance weight per rate bin, weighted loss per eligible token, number of masked
-    tokens, of eligible tokens, of draws and of rows, and the sum over draws of the uniform share of
-    their density. Evaluations also keep the text number and loss of each row.
+    per rate bin, importance weight of the rate per rate bin, importance weight that the loss has
+    per rate bin, weighted loss per eligible token, number of masked tokens, of eligible tokens, of
+    draws and of rows, and the sum over draws of the uniform share of their density. Evaluations
+    also keep the text number and loss of each row.
 
     Args:
         num_bins: number of equal bins of the masking rate.
@@ -100,6 +101,7 @@ class Recorder:
         split: torch.Tensor,
         t: torch.Tensor,
         rate_weight: torch.Tensor,
+        draw_weight: torch.Tensor,
         max_token_weight: torch.Tensor,
         loss: torch.Tensor,
         num_masked: torch.Tensor,
@@ -113,6 +115,7 @@ class Recorder:
             t: masking rates of rows, float64 [b], or of documents or blocks, [b, s]. The arguments
                 from `rate_weight` to `num_eligible` have the same shape, except `max_token_weight`.
             rate_weight: importance weights 1/q(t), float64.
+            draw_weight: the importance weights that `loss` has; see `Corruption`.
             max_token_weight: largest weight of a masked token in each row, 1/q(t) times the mask's,
                 float64 [b].
             loss: weighted loss of each draw, nats per eligible token.
@@ -133,13 +136,14 @@ class Recorder:
             of_row = loss if t.dim() == 1 else loss.sum(dim=1)
             self.texts.append(torch.stack([split, text, _as_bits(of_row)]))
         split = split.repeat_interleave(in_row)
-        t, rate_weight, loss = t.flatten(), (rate_weight * draws).flatten(), loss.flatten()
+        t, loss = t.flatten(), loss.flatten()
+        weights = [(x * draws).flatten()[:, None] for x in (rate_weight, draw_weight)]
         bins = (t * self.num_bins).long().clamp(max=self.num_bins - 1)
         in_bin = torch.nn.functional.one_hot(bins, self.num_bins).double()
         loss = loss.detach().double()[:, None]
         counts = torch.stack([num_masked, num_eligible, draws, share], dim=-1).view(len(t), 4)
         loss_in_bin = torch.where(in_bin > 0, loss, 0.0)  # a NaN stays in its bin
-        columns = [loss_in_bin, in_bin * rate_weight[:, None], loss, counts]
+        columns = [loss_in_bin, *(in_bin * weight for weight in weights), loss, counts]
         rows = torch.cat([column.double() for column in columns], dim=1)
         sums = rows.new_zeros(len(self.parts), rows.shape[1]).index_add_(0, split, rows)
         self._sums.add(sums)
@@ -249,8 +253,11 @@ class Summary:
 
     Attributes:
         loss_per_bin: mean loss of the draws in each rate bin, nats per token; NaN for empty bins.
+            It is the sum of weighted losses over the sum of the weights that they have.
         loss: mean loss, an estimate of the NELBO, nats per token.
         loss_sums, weight_sums: sums of weighted loss and of 1/q(t) over the draws in each rate bin.
+            A loss may have another weight than 1/q(t), that of its count, but only the mean of
+            1/q(t) in a bin is known exactly, which the control variate needs.
         masked_fraction: masked / eligible tokens.
         draws, rows: number of draws (in evaluations that of rows) and of rows.
         largest_weight: largest weight of a masked token's loss, over the rows of all splits.
@@ -259,11 +266,11 @@ class Summary:
 
     def __init__(self, line: list[float], num_bins: int, largest_weight: float) -> None:
         self.largest_weight = largest_weight
-        self.loss_sums = np.array(line[:num_bins])
-        self.weight_sums = np.array(line[num_bins : 2 * num_bins])
-        sums = zip(self.loss_sums.tolist(), self.weight_sums.tolist(), strict=True)
+        bins = np.array(line[: 3 * num_bins]).reshape(3, num_bins)
+        self.loss_sums, self.weight_sums, of_loss = bins
+        sums = zip(self.loss_sums.tolist(), of_loss.tolist(), strict=True)
         self.loss_per_bin = [x / w if w else math.nan for x, w in sums]
-        loss, masked, eligible, draws, rows, shares = line[2 * num_bins :]
+        loss, masked, eligible, draws, rows, shares = line[3 * num_bins :]
         self.draws, self.rows = round(draws), round(rows)
         self.loss = loss / draws if draws else math.nan
         self.uniform_share = shares / draws if draws else 1.0

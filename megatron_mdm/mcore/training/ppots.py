@@ -79,10 +79,15 @@ class OnlineSampler:
         Args:
             micro_batch: rows and their masks.
             squares: squared norms of the gradient of the loss sum at the final hidden state that
-                predicts each token [b, s]; 0 at the positions of other context-parallel ranks.
+                predicts each token [b, s]; 0 at the positions of other context-parallel ranks. The
+                views of a block share a state and its gradient.
         """
+        corruption, rows = micro_batch.corruption, micro_batch.batch.block_rows
+        if rows is not None:
+            weight = torch.where(corruption.mask, corruption.weight, 0.0)
+            squares = squares * rows.shares_of_views(weight).square()
         norms = sum_over_cp_ranks(totals(squares, micro_batch.batch.rate_segments)).sqrt()
-        value = norms / micro_batch.corruption.draw_weight
+        value = norms / corruption.draw_weight
         if self.mdm.normalization == "tokens":  # the loss sum then consists of L_e l, not of l
             value = value / micro_batch.num_eligible.clamp(min=1)
             value = micro_batch.contribution_to_batch_loss(value)

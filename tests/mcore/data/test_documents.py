@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,11 @@ def test_positions_start_over_and_attention_stays_inside():
     assert position_ids(ROW, documents).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
     mask = dense_attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, ISOLATED, documents)
     inside = torch.block_diag(*(torch.ones(n, n) for n in (3, 2, 1, 2))).bool()
+    assert torch.equal(~mask[0, 0], inside)
+    hiding = replace(ISOLATED, eod_attended=False)
+    mask = dense_attention_mask(ROW, torch.zeros_like(ROW).bool(), EOD, hiding, documents)
+    inside[:, ROW[0] == EOD] = False
+    inside[5, 5] = True  # the only token of its document
     assert torch.equal(~mask[0, 0], inside)
 
 

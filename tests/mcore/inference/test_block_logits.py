@@ -25,7 +25,7 @@ def logits_of_a_text():
     checkpoint, stages, directory = sys.argv[-3:]
     generator = torch.Generator().manual_seed(1)
     clean = torch.randint(1, 100, (3, LENGTH), generator=generator)
-    clean[0, 5] = ranks.EOD_ID
+    clean[0, 5] = clean[1, 0] = ranks.EOD_ID
     noisy = clean.masked_fill(torch.rand(clean.shape, generator=generator) < 0.6, ranks.MASK_ID)
     noisy[:, 0] = clean[:, 0]  # a shifted model does not predict the first token
     found = {}

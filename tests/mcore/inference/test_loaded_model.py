@@ -11,7 +11,11 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.checkpoint.files import SavedCheckpoint
-from megatron_mdm.mcore.inference.loaded_model import LoadedModel, args_for_inference
+from megatron_mdm.mcore.inference.loaded_model import (
+    LoadedModel,
+    _set_blocks,
+    args_for_inference,
+)
 from megatron_mdm.mcore.model.builder import model_config
 from tests import ranks
 from tests.ranks import entries
@@ -219,6 +223,36 @@ def test_the_device_of_the_training_does_not_matter(recorded):
         args = args_for_inference(recorded, SavedCheckpoint("checkpoint", 20), device, 1)
         assert args.distributed_backend == backend
         assert not args.fp8 and not args.fp8_param_gather
+
+
+def test_a_model_goes_from_one_block_size_to_another(recorded):
+    """Its clean copy stays causal. Whole rows have none, and no loss on it."""
+    recorded.mdm_block_size, recorded.mdm_ar_loss_weight = 4, 1.0
+    recorded.mdm_rate_per = "block"
+    loaded = LoadedModel(None, recorded, None)
+    assert loaded.in_blocks(8).block_size == 8 and loaded.in_blocks(8).causal_clean
+    rows = loaded.in_blocks(None)
+    assert rows.block_size is None and not rows.causal_clean
+    assert rows.in_blocks(8).block_size == 8
+    recorded.transformer_impl = "transformer_engine"
+    assert loaded.in_blocks(8).block_size == 8 and loaded.in_blocks(None).block_size is None
+    with pytest.raises(UserError, match="built for whole rows cannot run in blocks: open the"):
+        loaded.in_blocks(None).in_blocks(8)
+
+
+def test_blocks_of_a_checkpoint_that_was_trained_in_whole_rows(recorded):
+    """Inference never anneals attention. Latent attention is refused in the words of training."""
+    recorded.mdm_anneal_attention_iters = 10
+    found = SavedCheckpoint("checkpoint", 20)
+    _set_blocks(recorded, found, "4")
+    loaded = LoadedModel(None, args_for_inference(recorded, found, "cpu", 1), None)
+    assert loaded.block_size == 4 and loaded.in_blocks(None).mdm.attends_everywhere
+    recorded.multi_latent_attention = True
+    for size in ("row", "trained"):
+        _set_blocks(recorded, found, "row")
+        _set_blocks(recorded, found, size)
+    with pytest.raises(UserError, match="^--block-size does not go with --multi-latent-attention"):
+        _set_blocks(recorded, found, "4")
 
 
 def test_a_tokenizer_that_moved_is_named(recorded):

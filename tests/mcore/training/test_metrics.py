@@ -1,11 +1,17 @@
 """The numbers of a validation and their errors; rows that count once."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_mdm.mcore.training import metrics
-from megatron_mdm.objective.randomness import Split
+from megatron_mdm.objective.corruption import Corrupter
+from megatron_mdm.objective.loss import row_losses
+from megatron_mdm.objective.randomness import GRID_BITS, Split
+from megatron_mdm.objective.samplers import PiecewiseSampler, count_weight
+from megatron_mdm.objective.segments import counts
 from tests import ranks
 
 
@@ -21,18 +27,43 @@ def test_one_model_has_one_validation_number(base, tmp_path):
     assert len(set(one.scalars["mdm/validation NELBO"])) == 1
 
 
-def test_a_repeated_iteration_is_logged_once(monkeypatch):
+@pytest.fixture
+def alone(monkeypatch):
+    """This process is the only rank."""
+    monkeypatch.setattr(metrics.mpu, "get_data_parallel_group", lambda **_: None)
+    monkeypatch.setattr(metrics.torch.distributed, "all_reduce", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("of_counts", [False, True])
+def test_a_loss_of_1_is_1_in_every_bin(alone, of_counts):
+    """Whatever importance weight the loss has: of the rate, or of the number of masked tokens."""
+    sampler = PiecewiseSampler([0.0, 0.1, 1.0], np.array([5.0, 2.0, 0.2]) / 1.34)
+    weight = partial(count_weight, sampler) if of_counts else None
+    corrupter = Corrupter(sampler, "exact-count", 9, 1e-3, count_weight=weight)
+    blocks = torch.arange(8).expand(64, 8) // 3  # the last block is short
+    generator = torch.Generator().manual_seed(1)
+    uniforms, quantile = torch.randint(2**GRID_BITS, (2, 64, 8), generator=generator)
+    eligible = torch.ones_like(blocks, dtype=torch.bool)
+    rows = corrupter(torch.zeros_like(blocks), eligible, uniforms, quantile, blocks)
+    sizes, masked = counts(eligible, blocks), counts(rows.mask, blocks)
+    ones = torch.ones(64, 8, dtype=torch.float64)
+    loss = row_losses(ones, rows.mask, rows.weight, sizes, "tokens", blocks).per_row
+    recorder = metrics.Recorder(5)
+    weights = rows.rate_weight, rows.draw_weight, rows.largest_weight
+    recorder.add(torch.zeros(64, dtype=torch.int64), rows.t, *weights, loss, masked, sizes)
+    recorder.commit(1)
+    assert recorder.reduce()[Split.TRAIN].loss_per_bin == pytest.approx([1.0] * 5, rel=1e-12)
+
+
+def test_a_repeated_iteration_is_logged_once(alone):
     """Megatron's rerun machine repeats an iteration to validate a loss."""
     recorder = metrics.Recorder(2)
     row = [torch.zeros(1, dtype=torch.int64), torch.tensor([0.3]), torch.ones(1)]
-    row += [torch.ones(1), torch.ones(1)]
-    counts = [torch.ones(1, dtype=torch.int64)] * 2
-    monkeypatch.setattr(metrics.mpu, "get_data_parallel_group", lambda **_: None)
-    monkeypatch.setattr(metrics.torch.distributed, "all_reduce", lambda *_, **__: None)
-    recorder.add(*row, *counts)
+    row += [torch.ones(1)] * 3 + [torch.ones(1, dtype=torch.int64)] * 2
+    recorder.add(*row)
     recorder.commit(1)
     assert recorder.reduce()[Split.TRAIN].rows == 1
-    recorder.add(*row, *counts)
+    recorder.add(*row)
     recorder.commit(1)
     assert recorder.total is None
 

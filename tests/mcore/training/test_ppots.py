@@ -8,16 +8,23 @@ import torch
 from megatron.core import mpu
 from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 from megatron.training import initialize
+from torch.nn import functional
 
 from megatron_mdm.config import MDMConfig
+from megatron_mdm.mcore.data.batch import Batch
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.training import ppots
+from megatron_mdm.mcore.training.micro_batch import MicroBatch
+from megatron_mdm.mcore.training.ppots import OnlineSampler
+from megatron_mdm.objective.corruption import Corruption
 from megatron_mdm.objective.ppots.fit import fit
 from megatron_mdm.objective.ppots.moments import RateMoments
 from megatron_mdm.objective.samplers import PiecewiseSampler
+from megatron_mdm.objective.segments import totals
 from megatron_mdm.pretrain import main
 from tests import ranks
 from tests.mcore.training.nan_rows import nan_row
+from tests.one_rank import on_one_cpu_rank
 
 ONLINE = [
     *"--mdm-rate-sampler ppots --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
@@ -301,6 +308,47 @@ def test_measured_gradients_are_those_of_a_row(base, tmp_path):
     assert len(names) == 10
     for name in names:
         assert tokens.scalars[name] == pytest.approx(rows.scalars[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["clean", "noisy"])
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_gradient_of_a_view_is_its_own(views, first, monkeypatch):
+    """The views of a text share the clean state that predicts the first token of a block."""
+    mdm = MDMConfig(
+        **{"shift": True, "shift_first": first, "views": views, "block_size": 3},
+        **{"rate_sampler": "ppots", "ppots_refit_interval": 1, "ppots_target": "gradient"},
+    )
+    generator = torch.Generator().manual_seed(1)
+    shape = 2 * views, 8
+    tokens = torch.randint(9, (2, 8), generator=generator).repeat_interleave(views, dim=0)
+    ends, mask = torch.full(shape[:1], 8), torch.rand(shape, generator=generator) < 0.5
+    batch = Batch(mdm, 99, True, tokens, ends, ends, *[ends] * 2, *[tokens] * 2, block_size=3)
+    mask &= batch.eligible
+    weight, t = 0.5 + torch.rand(2, *shape, generator=generator, dtype=torch.float64)
+    corruption = Corruption(tokens, mask, weight, t, t, t)
+    rows = batch.block_rows
+    head = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    states = torch.randn(2, 8 * rows.copies, 5, generator=generator, dtype=torch.float64)
+    states.requires_grad_()
+
+    def squares(weights):
+        """Squared gradients at the states that predict tokens, [b, s]."""
+        labels = rows.labels(tokens[::views])
+        losses = functional.cross_entropy((states @ head).mT, labels, reduction="none")
+        of_tokens = rows.to_tokens(losses)[0]
+        (gradient,) = torch.autograd.grad((of_tokens * weights).sum(), states)
+        return rows.to_tokens(gradient.square().sum(dim=2))[0]
+
+    recorded = []
+    monkeypatch.setattr(OnlineSampler, "record", lambda *words: recorded.append(words[2]))
+    with on_one_cpu_rank():
+        sampler = OnlineSampler(mdm, seq_length=8)
+        sampler.record_gradients(MicroBatch(batch, corruption), squares(weight * mask))
+    for i in range(len(tokens)):
+        alone = torch.zeros_like(weight)
+        alone[i] = (weight * mask)[i]
+        norms = totals(squares(alone), batch.rate_segments).sqrt()
+        torch.testing.assert_close(recorded[0][i], norms[i] / t[i] / 8, rtol=1e-10, atol=0)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import optimize
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.objective.ppots.families import FAMILIES
 from megatron_mdm.objective.ppots.fit import FitError, _Box, fit, tabulate
@@ -49,6 +50,14 @@ def test_a_family_recovers_a_truth_that_it_holds(family, second_moment):
     result = fit(moments_of(second_moment), family=family)
     assert result.family == family and result.kl < 1e-9
     np.testing.assert_allclose(fitted_density(result), optimum(second_moment), rtol=1e-3)
+
+
+def test_blocks_of_one_token_get_a_density_that_is_uniform():
+    """Their only token is masked at every rate, so that the second moment is one number."""
+    mdm = MDMConfig(mask="exact-count", block_size=1)
+    assert MDMConfig(mask="exact-count", block_size=4).least_masked_fraction(64) == 1 / 4
+    result = fit(moments_of(lambda t, p: np.ones_like(t)), eps=mdm.least_masked_fraction(64))
+    np.testing.assert_allclose(result.sampler().density(T), 1.0, rtol=1e-3)
 
 
 def test_power_names_the_exponent_and_the_factors():
