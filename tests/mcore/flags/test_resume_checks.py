@@ -85,6 +85,22 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
         finalize_args(parsed(monkeypatch, *words[:2]))
 
 
+def test_sizes_of_blocks_may_change_only_where_the_schedule_has_not_begun(
+    base, monkeypatch, tokenizer
+):
+    """The checkpoint has 20 iterations of whole rows, all of them from one process."""
+    load = [*base[base.index("--load") : base.index("--finetune")], "--mdm-rate-per", "row"]
+
+    def resume(schedule):
+        words = [*load, "--mdm-block-size-schedule", schedule]
+        return finalize_args(parsed(monkeypatch, *words, data=base[:2]))
+
+    resume("0:row 20:4")
+    message = r"other settings: --mdm-block-size-schedule 0:row 19:4 \(checkpoint: None\)\. Give"
+    with pytest.raises(UserError, match=message):
+        resume("0:row 19:4")
+
+
 def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
     base, monkeypatch, tmp_path, tokenizer
 ):
