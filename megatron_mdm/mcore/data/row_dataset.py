@@ -232,6 +232,10 @@ def datasets_provider(
     """
 
     def provide(num_samples: list[int], vp_stage: int | None = None) -> Datasets:
+        # Megatron has loaded the checkpoint and builds its loaders next. Evaluation rows repeat, so
+        # the first evaluation may begin with the first of them. It must, because block sizes follow
+        # from the number of a batch, and the former evaluations may have had other sizes.
+        args.consumed_valid_samples = 0
         of_size = args.eval_iters * args.eval_global_batch_size // len(mdm.evaluated_sizes)
         of_set = of_size // len(args.mdm_validation_sets or [None])
         return build_datasets(args, mdm, [num_samples[0], of_set, of_size], vp_stage)

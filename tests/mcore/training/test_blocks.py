@@ -19,6 +19,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from torch.nn import functional
 
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.flags.resume import BLOCK_SIZES, changes_of_blocks
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
@@ -51,6 +52,10 @@ LAYOUTS = {
     ),
     "HybridModel, PP 2": (2, "--mdm-model hybrid --pipeline-model-parallel-size 2"),
 }
+SIZES = {"block 4": 4, "block 16": 16, "whole rows": None}
+EVALUATIONS = "--eval-iters 2 --eval-global-batch-size 4".split()
+EVALUATED_SIZES = "--mdm-eval-block-sizes 4 16 row".split()
+EVALUATED = 8  # rows
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,7 @@ def resumed(runs, base, tmp_path_factory):
             own = METHODS[method].split()
             stages = LAYOUTS["PP 2"][1].split()
             words[f"{method}, {iteration}"] = [*flags, *SGD, *PHASES, *own, *load, *stages]
+    words["plain, 3"] += [*EVALUATIONS, *EVALUATED_SIZES]
     return ranks.launch_all(directory, 2, words)
 
 
@@ -144,9 +150,12 @@ def test_tools_that_read_whole_rows_refuse_a_checkpoint_of_blocks(runs, tmp_path
     assert f"{directory} was trained in blocks of 8 tokens" in run.stderr
 
 
-SIZES = {"block 4": 4, "block 16": 16, "whole rows": None}
-EVALUATIONS = "--eval-iters 2 --eval-global-batch-size 4".split()
-EVALUATED = 8  # rows
+def test_an_evaluation_after_a_resume_begins_with_its_first_rows(resumed, evaluated):
+    """The checkpoint of the resumed run follows an evaluation of 4 rows at one size."""
+    parts = {part_of_set(i) for i in range(len(SIZES))}
+    found = {key: x for key, x in resumed["plain, 3"].masks().items() if key[0] in parts}
+    assert len(found) == len(parts) * EVALUATED
+    assert found == evaluated["1 rank"].masks()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +164,7 @@ def evaluated(runs, base, tmp_path_factory):
     load = ["--load", str(runs["plain, 1 rank"].checkpoint), "--skip-train"]
     method = METHODS["plain"].split()
     flags = [*base[: base.index("--load")], *SGD, *PHASES, *method, *load, "--no-load-optim"]
-    flags += [*EVALUATIONS, *"--mdm-eval-block-sizes 4 16 row".split()]
+    flags += [*EVALUATIONS, *EVALUATED_SIZES]
     layouts = {"1 rank": (1, "")} | LAYOUTS
     del layouts["HybridModel, PP 2"]
     return ranks.launch_layouts(
