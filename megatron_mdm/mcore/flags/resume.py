@@ -128,7 +128,9 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
         for name in destinations()
         if group(name) is Group.OBJECTIVE and name not in BLOCK_SIZES
     ]
-    found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
+    # `check_model` lets an unshifted model begin a shifted run, as converted models do.
+    settings += ["mdm_shift", *names(Group.OBJECTIVE), *names(Group.DATA)]
+    found = changes(args, saved, settings)
     found += changes_of_blocks(args, saved)
     # Runs that fit their density during training continue with the one in the checkpoint.
     keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint

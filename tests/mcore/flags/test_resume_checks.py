@@ -67,7 +67,7 @@ def finalize_args(args):
 
 def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
-    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
+    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible", "--mdm-shift"]
     with pytest.raises(UserError) as caught:
         finalize_args(parsed(monkeypatch, *words, data=base[:2]))
     message = str(caught.value)
@@ -75,7 +75,8 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
     assert "--seed 7 (checkpoint: 1234)" in message
     assert "--mdm-eod-eligible False (checkpoint: True)" in message
-    assert message.count("(checkpoint: ") == 4
+    assert "--mdm-shift True (checkpoint: False)" in message
+    assert message.count("(checkpoint: ") == 5
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
