@@ -1,6 +1,7 @@
 """Checks that the settings of a run agree with those of the checkpoint that it resumes."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
             --mdm-allow-flag-change is missing.
     """
     is_resumed = args.load is not None and not args.finetune
+    saved = _with_equal_units(args, saved)
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
@@ -158,19 +160,49 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
 
 def changes_of_blocks(args: Namespace, saved: dict[str, Any]) -> list[str]:
     """The flags of block sizes, if the sizes of the finished part of the run would be others."""
-    unit = "iteration" if args.train_samples is None else "consumed_train_samples"
-    finished = saved.get(unit, 0)
-    was = Namespace(**{name: saved.get(name) for name in BLOCK_SIZES})
-    blocks, before = (
-        MDMConfig(
-            block_size=of.mdm_block_size, block_size_schedule=of.mdm_block_size_schedule
-        ).blocks
-        for of in (args, was)
-    )
-    whole = BlockSchedule.constant(None)
-    if (blocks or whole).until(finished) == (before or whole).until(finished):
+    now, before = _finished_phases(vars(args), saved), _finished_phases(saved, saved)
+    unit, unit_before = _unit(vars(args)), _unit(saved)
+    if unit != unit_before:  # the starts are in other units, so only the sizes can agree
+        now, before = ([(0, size) for _, size in phases] for phases in (now, before))
+    if now == before:
         return []
-    return changes(args, saved, list(BLOCK_SIZES))
+    return changes(args, saved, BLOCK_SIZES) or [
+        f"--mdm-block-size-schedule {args.mdm_block_size_schedule} in {_UNITS[unit]} (checkpoint: "
+        f"in {_UNITS[unit_before]})"
+    ]
+
+
+def _unit(args: Mapping[str, Any]) -> str:
+    """The unit in which a run counts its length and its schedules."""
+    return "iters" if args.get("train_samples") is None else "samples"
+
+
+def _finished_phases(
+    args: Mapping[str, Any], saved: Mapping[str, Any]
+) -> list[tuple[int, int | None]]:
+    """The phases of block sizes that have begun before a checkpoint; see `BlockSchedule.until`.
+
+    Args:
+        args: arguments with the sizes, and the unit of their schedule.
+        saved: arguments in the checkpoint.
+    """
+    size, schedule = (args.get(name) for name in BLOCK_SIZES)
+    mdm = MDMConfig(block_size=size, block_size_schedule=schedule)
+    finished = {"iters": "iteration", "samples": "consumed_train_samples"}[_unit(args)]
+    return list((mdm.blocks or BlockSchedule.constant(None)).until(saved.get(finished, 0)))
+
+
+def _with_equal_units(args: Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's arguments, with this run's --mdm-rate-per if both have acted alike.
+
+    A whole row is one block, unless --mdm-isolate-documents divides it.
+    """
+    units = {args.mdm_rate_per, saved.get("mdm_rate_per")}
+    if units != {"row", "block"} or args.mdm_isolate_documents:
+        return saved
+    if any(size is not None for _, size in _finished_phases(saved, saved)):
+        return saved
+    return {**saved, "mdm_rate_per": args.mdm_rate_per}
 
 
 def last_block_size(args: Namespace, iteration: int | None) -> int | None:
@@ -234,7 +266,7 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
         kept: list[Any] = saved["mdm_bell_fade_at"]
         return kept
-    unit = "iters" if args.train_samples is None else "samples"
+    unit = _unit(vars(args))
     length = getattr(args, f"train_{unit}")
     start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
     if end >= length:

@@ -89,8 +89,11 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
 def test_sizes_of_blocks_may_change_only_where_the_schedule_has_not_begun(
     base, monkeypatch, tokenizer
 ):
-    """The checkpoint has 20 iterations of whole rows, all of them from one process."""
-    load = [*base[base.index("--load") : base.index("--finetune")], "--mdm-rate-per", "row"]
+    """The checkpoint has 20 iterations of whole rows, all of them from one process.
+
+    A whole row is one block, so that a rate for each row was one for each block.
+    """
+    load = base[base.index("--load") : base.index("--finetune")]
 
     def resume(schedule):
         words = [*load, "--mdm-block-size-schedule", schedule]
@@ -100,6 +103,23 @@ def test_sizes_of_blocks_may_change_only_where_the_schedule_has_not_begun(
     message = r"other settings: --mdm-block-size-schedule 0:row 19:4 \(checkpoint: None\)\. Give"
     with pytest.raises(UserError, match=message):
         resume("0:row 19:4")
+
+
+def test_a_run_of_whole_rows_goes_on_in_blocks_with_its_measurements():
+    fitting = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
+    rows = resumed(MDMConfig(**fitting, rate_per="row"), iteration=20)
+    saved = {**vars(rows), **plan_resume(rows, {}).arguments()}
+    blocks = {**fitting, "rate_per": "block", "block_size_schedule": "0:row 20:4"}
+    args = resumed(MDMConfig(**blocks))
+    assert plan_resume(args, saved).sampler_state_in_checkpoint
+    message = "other settings: --mdm-rate-per block .checkpoint: row.; --mdm-isolate-documents"
+    with pytest.raises(UserError, match=message):
+        plan_resume(resumed(MDMConfig(**blocks, isolate_documents=True)), saved)
+    # From then on they are different.
+    saved |= {**vars(args), "iteration": 21}
+    rows = MDMConfig(**{**blocks, "rate_per": "row"})
+    with pytest.raises(UserError, match="--mdm-rate-per row .checkpoint: block"):
+        plan_resume(resumed(rows), saved)
 
 
 def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(

@@ -123,23 +123,31 @@ def test_a_run_resumes_in_the_middle_of_the_schedule(runs, resumed, method, iter
 
 
 def test_only_sizes_that_have_acted_must_agree():
-    def changed(now, saved, finished, samples=None):
-        args = Namespace(**dict(zip(BLOCK_SIZES, now, strict=True)), train_samples=samples)
-        unit = "iteration" if samples is None else "consumed_train_samples"
-        return changes_of_blocks(
-            args, {**dict(zip(BLOCK_SIZES, saved, strict=True)), unit: finished}
+    def changed(now, saved, finished, samples=(None, None)):
+        now, saved = (
+            dict(zip(BLOCK_SIZES, sizes, strict=True), train_samples=length)
+            for sizes, length in zip((now, saved), samples, strict=True)
         )
+        saved |= dict(zip(("iteration", "consumed_train_samples"), finished, strict=True))
+        return changes_of_blocks(Namespace(**now), saved)
 
     schedule, longer = (None, "0:4 100:8"), (None, "0:4 50:16")
-    assert not changed(schedule, longer, 50)
-    assert changed(schedule, longer, 51) == [
+    assert not changed(schedule, longer, (50, 400))
+    assert changed(schedule, longer, (51, 408)) == [
         "--mdm-block-size-schedule 0:4 100:8 (checkpoint: 0:4 50:16)"
     ]
-    assert not changed(schedule, (4, None), 100)
-    assert not changed(schedule, longer, 50, samples=1000)
-    assert changed(schedule, longer, 51, samples=1000)
-    assert not changed((None, "0:row 9:4"), (None, None), 9)
-    assert len(changed((4, None), (None, None), 9)) == 1
+    assert not changed(schedule, (4, None), (100, 800))
+    in_samples = (1000, 1000)
+    assert not changed(schedule, longer, (6, 50), in_samples)
+    assert changed(schedule, longer, (7, 51), in_samples)
+    assert not changed((None, "0:row 9:4"), (None, None), (9, 72))
+    assert len(changed((4, None), (None, None), (9, 72))) == 1
+    # From samples to iterations: the same schedule would have another phase now.
+    assert changed(schedule, schedule, (13, 104), (None, 1000)) == [
+        "--mdm-block-size-schedule 0:4 100:8 in iterations (checkpoint: in samples)"
+    ]
+    assert not changed((None, "0:4 13:8"), schedule, (14, 112), (None, 1000))
+    assert not changed(schedule, schedule, (12, 96), (None, 1000))
 
 
 def test_tools_that_read_whole_rows_refuse_a_checkpoint_of_blocks(runs, tmp_path):
