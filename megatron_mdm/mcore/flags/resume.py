@@ -8,6 +8,7 @@ from typing import Any
 from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
+from megatron_mdm.mcore.flags.schedule import last_step
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.fit_file import load_sampler
@@ -263,18 +264,20 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     """
     if args.mdm_bell_fade is None:
         return None
-    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
-        kept: list[Any] = saved["mdm_bell_fade_at"]
-        return kept
     unit = _unit(vars(args))
     length = getattr(args, f"train_{unit}")
-    start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
-    if end >= length:
+    fade = [*(round(fraction * length) for fraction in args.mdm_bell_fade), unit]
+    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
+        fade = saved["mdm_bell_fade_at"]
+    _, end, its_unit = fade
+    # Steps are not compared with samples, in a run that counted in the other unit when it began.
+    if not args.skip_train and its_unit == unit and end > (last := last_step(args)):
         raise UserError(
-            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends with the run "
-            f"after {length} {_UNITS[unit]}, so no step trains on the bound. Give a smaller END"
+            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends after {end} "
+            f"{_UNITS[unit]} of the run, and its last step begins after {last}, so no step trains "
+            "on the bound. Give a smaller END or a longer run"
         )
-    return [start, end, unit]
+    return fade
 
 
 def _training(args: Namespace) -> list[str]:

@@ -6,6 +6,8 @@ Megatron checks them only after it has built the model, and ends every rank with
 import math
 from argparse import Namespace
 
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
 
@@ -35,6 +37,11 @@ def check_schedule(args: Namespace) -> None:
         raise UserError(
             "--train-iters is missing: iterations of the whole run (or give --train-samples)"
         )
+    if args.step_batch_size_schedule and args.train_samples is None:
+        raise UserError(
+            "--step-batch-size-schedule needs --train-samples, samples of the whole run, in the "
+            "place of --train-iters"
+        )
     _at_least(args, 1, length)
     if args.eval_interval is None:
         raise UserError(
@@ -45,6 +52,29 @@ def check_schedule(args: Namespace) -> None:
     if not args.skip_train:
         _check_rates(args)
         _check_decay(args)
+
+
+def last_step(args: Namespace) -> int:
+    """Iterations, or samples with --train-samples, that are finished when the last step begins."""
+    if args.train_samples is None:
+        return int(args.train_iters) - 1
+    if not args.step_batch_size_schedule:
+        steps = args.train_samples // args.global_batch_size
+        return int((steps - 1) * args.global_batch_size)
+    sizes = StepBatchsizeNumMicroBatchesCalculator(
+        micro_batch_size=1,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+        rank=1,  # the first rank would print the schedule
+        schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    )
+    begin = end = 0
+    while end < args.train_samples:
+        begin = end
+        sizes.update(begin, consistency_check=False)
+        end += sizes.get_current_global_batch_size()
+    return begin
 
 
 def _at_least(args: Namespace, least: int, *names: str) -> None:

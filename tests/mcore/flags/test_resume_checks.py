@@ -162,6 +162,7 @@ def resumed(config, **values):
         "finetune": False,
         "ckpt_format": "torch_dist",
         "use_checkpoint_opt_param_scheduler": False,
+        "global_batch_size": 8,
         "step_batch_size_schedule": None,
         "weight_decay_incr_style": "constant",
         "skip_train": False,
@@ -188,10 +189,6 @@ def test_a_fade_is_resolved_once(capsys):
     samples = {"train_iters": None, "train_samples": 5000}
     plan = plan_resume(resumed(fades, finetune=True, **samples), saved)
     assert plan.bell_fade_at == [2000, 3500, "samples"]
-    too_late = resumed(MDMConfig(**bell, bell_fade=[0.4, 0.9999]), load=None)
-    ends = "--mdm-bell-fade 0.4 0.9999: the fade ends with the run after 1000 iterations, so no "
-    with pytest.raises(UserError, match=ends):
-        plan_resume(too_late, {})
     # Other fractions are another objective. If they are allowed, they refer to the run's new
     # length.
     other = MDMConfig(**bell, bell_fade=[0.5, 0.5])
@@ -220,6 +217,39 @@ def test_a_fade_is_resolved_once(capsys):
     old = {k: v for k, v in vars(resumed(MDMConfig())).items() if "bell" not in k}
     with pytest.raises(UserError, match=r"--mdm-rate-sampler logit-normal \(checkpoint: uniform"):
         plan_resume(resumed(fades), old)
+
+
+@pytest.mark.parametrize(
+    "length, last",
+    [
+        ({"train_iters": 1000}, 999),
+        ({"train_samples": 1005, "global_batch_size": 10}, 990),
+        # Steps of 4 rows end at 4, 8 and 12, and steps of 8 rows at 20 and so on, the last at 1004.
+        ({"train_samples": 1000, "step_batch_size_schedule": "0:4 384:8"}, 996),
+    ],
+)
+def test_a_fade_ends_before_the_last_step_begins(length, last):
+    """The last step then trains on the bound."""
+    size = {"train_iters": None, "train_samples": None, "seq_length": 32} | length
+    unit = next(name for name in ("train_iters", "train_samples") if size[name])
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5]}
+
+    def fade_at(end, **values):
+        fraction = end / size[unit]
+        run = resumed(MDMConfig(**bell, bell_fade=[0.5, fraction]), **size | values)
+        return run, plan_resume(run, values.get("saved", {})).bell_fade_at
+
+    args, fade = fade_at(last, load=None)
+    assert fade[1] == last
+    message = rf"--mdm-bell-fade 0.5 \S+: the fade ends after {last + 1} .* last step begins after"
+    with pytest.raises(UserError, match=f"{message} {last}, so no step trains on the bound. Give"):
+        fade_at(last + 1, load=None)
+    assert fade_at(last + 1, load=None, skip_train=True)[1][1] == last + 1
+    # A run that resumes keeps its fade, and may have become too short for it.
+    saved = {**vars(args), "mdm_bell_fade_at": fade}
+    shorter = {unit: size[unit] - 10}
+    with pytest.raises(UserError, match=f"the fade ends after {last} .* or a longer run$"):
+        plan_resume(Namespace(**{**vars(args), **shorter, "load": "somewhere"}), saved)
 
 
 def test_the_controlled_loss_starts_over_where_the_objective_has_another_density(capsys):
