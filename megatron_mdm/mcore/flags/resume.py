@@ -154,9 +154,25 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
         )
     if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
+    _say_other_order(args, saved)
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
+
+
+def _say_other_order(args: Namespace, saved: Mapping[str, Any]) -> None:
+    """Says that a run of another length has another order of rows (--mdm-row-order run)."""
+    rows, rows_before = (
+        run.get("train_samples") or run.get("train_iters", 0) * run.get("global_batch_size", 0)
+        for run in (vars(args), saved)
+    )
+    is_fixed = args.skip_train or args.mdm_sft or args.mock_data or args.mdm_row_order == "epoch"
+    if not is_fixed and rows_before not in (0, rows):
+        notice(
+            f"the run has {rows} rows (checkpoint: {rows_before}), and --mdm-row-order run "
+            "shuffles all epochs of a run together: if it takes more than one epoch, the rows from "
+            "here on have another order, and some texts repeat or are missing"
+        )
 
 
 def changes_of_blocks(args: Namespace, saved: dict[str, Any]) -> list[str]:

@@ -166,11 +166,12 @@ def resumed(config, **values):
         "step_batch_size_schedule": None,
         "weight_decay_incr_style": "constant",
         "skip_train": False,
-        "mdm_row_order": "epoch",
+        "mock_data": False,
         "train_iters": 1000,
         "train_samples": None,
     }
-    return Namespace(**{**config.arguments(), **given, **values})
+    order = {"mdm_row_order": config.row_order or "epoch"}
+    return Namespace(**{**config.arguments(), **order, **given, **values})
 
 
 def test_a_fade_is_resolved_once(capsys):
@@ -217,6 +218,28 @@ def test_a_fade_is_resolved_once(capsys):
     old = {k: v for k, v in vars(resumed(MDMConfig())).items() if "bell" not in k}
     with pytest.raises(UserError, match=r"--mdm-rate-sampler logit-normal \(checkpoint: uniform"):
         plan_resume(resumed(fades), old)
+
+
+@pytest.mark.parametrize(
+    "length, rows",
+    [
+        ({"train_iters": 1000}, None),
+        ({"train_iters": 500, "global_batch_size": 16}, None),
+        ({"train_iters": 1000, "train_samples": 8000}, None),
+        ({"train_iters": 1001}, 8008),
+        ({"global_batch_size": 16}, 16000),
+        ({"train_samples": 7999}, 7999),
+    ],
+)
+def test_megatrons_order_of_rows_follows_from_the_length_of_the_run(length, rows, capsys):
+    run, epoch = (MDMConfig(row_order=order) for order in ("run", "epoch"))
+    saved = vars(resumed(run))
+    plan_resume(resumed(run, **length), saved)
+    told = f"the run has {rows} rows (checkpoint: 8000), and --mdm-row-order run shuffles all"
+    assert (told in capsys.readouterr().out) == (rows is not None)
+    plan_resume(resumed(run, **length, skip_train=True), saved)
+    plan_resume(resumed(epoch, **length), vars(resumed(epoch)))
+    assert "--mdm-row-order" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
