@@ -8,7 +8,7 @@ from typing import Any
 from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
-from megatron_mdm.mcore.flags.schedule import last_step
+from megatron_mdm.mcore.flags.schedule import last_step, samples_that_acted
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.fit_file import load_sampler
@@ -205,8 +205,11 @@ def _finished_phases(
     """
     size, schedule = (args.get(name) for name in BLOCK_SIZES)
     mdm = MDMConfig(block_size=size, block_size_schedule=schedule)
-    finished = {"iters": "iteration", "samples": "consumed_train_samples"}[_unit(args)]
-    return list((mdm.blocks or BlockSchedule.constant(None)).until(saved.get(finished, 0)))
+    if _unit(args) == "iters":
+        finished = saved.get("iteration", 0)
+    else:
+        finished = samples_that_acted(Namespace(**saved), saved.get("consumed_train_samples", 0))
+    return list((mdm.blocks or BlockSchedule.constant(None)).until(finished))
 
 
 def _with_equal_units(args: Namespace, saved: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def last_block_size(args: Namespace, iteration: int | None) -> int | None:
     if blocks is None:
         return None
     if args.train_samples is not None:
-        finished = args.consumed_train_samples
+        finished = samples_that_acted(args, args.consumed_train_samples)
     return blocks.last_size(finished or 0)
 
 

@@ -8,7 +8,8 @@ import pytest
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
-from megatron_mdm.mcore.flags.resume import plan_resume
+from megatron_mdm.mcore.flags.resume import last_block_size, plan_resume
+from megatron_mdm.mcore.training.state import TrainingState
 from tests.mcore.flags.parsing import parsed
 
 
@@ -103,6 +104,28 @@ def test_sizes_of_blocks_may_change_only_where_the_schedule_has_not_begun(
     message = r"other settings: --mdm-block-size-schedule 0:row 19:4 \(checkpoint: None\)\. Give"
     with pytest.raises(UserError, match=message):
         resume("0:row 19:4")
+
+
+@pytest.mark.parametrize(
+    "batch, finished, size",
+    [
+        (None, 0, 4),
+        (None, 104, 4),  # the last step began after 96 samples
+        (None, 112, 8),
+        # Steps of 4 rows until sample 96, and of 8 from there.
+        ("0:4 3072:8", 100, 4),
+        ("0:4 3072:8", 104, 4),
+        ("0:4 3072:8", 112, 8),
+    ],
+)
+def test_the_last_step_has_the_size_that_it_began_with(batch, finished, size):
+    mdm = MDMConfig(block_size_schedule="0:4 100:8")
+    args = resumed(mdm, train_iters=None, train_samples=1000, seq_length=32)
+    args.step_batch_size_schedule, args.consumed_train_samples = batch, finished
+    assert last_block_size(args, 13) == size
+    state = object.__new__(TrainingState)
+    state.mdm, state._args = mdm, args
+    assert state.block_size(training=False) == size
 
 
 def test_a_run_of_whole_rows_goes_on_in_blocks_with_its_measurements():

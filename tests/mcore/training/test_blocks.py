@@ -129,6 +129,7 @@ def test_only_sizes_that_have_acted_must_agree():
             for sizes, length in zip((now, saved), samples, strict=True)
         )
         saved |= dict(zip(("iteration", "consumed_train_samples"), finished, strict=True))
+        saved |= {"global_batch_size": 8, "step_batch_size_schedule": None}
         return changes_of_blocks(Namespace(**now), saved)
 
     schedule, longer = (None, "0:4 100:8"), (None, "0:4 50:16")
@@ -138,12 +139,13 @@ def test_only_sizes_that_have_acted_must_agree():
     ]
     assert not changed(schedule, (4, None), (100, 800))
     in_samples = (1000, 1000)
-    assert not changed(schedule, longer, (6, 50), in_samples)
-    assert changed(schedule, longer, (7, 51), in_samples)
+    assert not changed(schedule, longer, (6, 48), in_samples)
+    assert not changed(schedule, longer, (7, 56), in_samples)  # the last step began at 48
+    assert changed(schedule, longer, (8, 64), in_samples)
     assert not changed((None, "0:row 9:4"), (None, None), (9, 72))
     assert len(changed((4, None), (None, None), (9, 72))) == 1
     # From samples to iterations: the same schedule would have another phase now.
-    assert changed(schedule, schedule, (13, 104), (None, 1000)) == [
+    assert changed(schedule, schedule, (14, 112), (None, 1000)) == [
         "--mdm-block-size-schedule 0:4 100:8 in iterations (checkpoint: in samples)"
     ]
     assert not changed((None, "0:4 13:8"), schedule, (14, 112), (None, 1000))
