@@ -87,8 +87,8 @@ def forgets_megatron():
         ("--mdm-mask-token-id 128", [], "--mdm-mask-token-id 128 lies outside the vocabulary"),
         ("", ["--mdm-mask-token-id"], "the tokenizer NullTokenizer has no mask piece"),
         (
-            "--step-batch-size-schedule abc --eval-global-batch-size 8",
-            ["--global-batch-size"],
+            "--step-batch-size-schedule abc --train-samples 80 --eval-global-batch-size 8",
+            ["--global-batch-size", "--train-iters"],
             "Megatron rejects these flags or their files: Invalid schedule entry",
         ),
         ("--mdm-isad-token-ids 3 500", [], "--mdm-isad-token-ids 500 lies outside the vocabulary"),

@@ -140,7 +140,9 @@ class RowDataset(torch.utils.data.Dataset):
         return (len(self.dataset) - self.text_offset) * self.views
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = index % self.period if self.period else index
+        # Several files without weights hold each text once. If an evaluation takes more rows, it
+        # takes the first ones again, under the same masks.
+        row = index % self.period % len(self.dataset) if self.period else index
         draw, view = divmod(row, self.views)
         draw += self.text_offset
         item = self.dataset[draw]
@@ -232,6 +234,10 @@ def datasets_provider(
     """
 
     def provide(num_samples: list[int], vp_stage: int | None = None) -> Datasets:
+        # Megatron has loaded the checkpoint and builds its loaders next. Evaluation rows repeat, so
+        # the first evaluation may begin with the first of them. It must, because block sizes follow
+        # from the number of a batch, and the former evaluations may have had other sizes.
+        args.consumed_valid_samples = 0
         of_size = args.eval_iters * args.eval_global_batch_size // len(mdm.evaluated_sizes)
         of_set = of_size // len(args.mdm_validation_sets or [None])
         return build_datasets(args, mdm, [num_samples[0], of_set, of_size], vp_stage)
@@ -291,11 +297,9 @@ def build_datasets(
     pad = dataset_config.tokenizer.eod if mdm.sft else pad_id(dataset_config.tokenizer)
 
     def rows_of(dataset: Any, period: int | None, first: int = 0) -> RowDataset | None:
-        # Megatron makes no loader for a mixture without rows. Several files without weights hold
-        # each text once; there may be fewer texts than an evaluation takes.
-        if dataset is None or period == 0:
+        if dataset is None or period == 0:  # Megatron makes no loader for a mixture without rows
             return None
-        return _rows(args, mdm, dataset, pad, period and min(period, len(dataset)), first)
+        return _rows(args, mdm, dataset, pad, period, first)
 
     evaluated: Evaluated = rows_of(sets[0], valid)
     tested: Evaluated = rows_of(datasets[2], test)

@@ -1,12 +1,14 @@
 """Checks that the settings of a run agree with those of the checkpoint that it resumes."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_mdm.config import MDMConfig, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
+from megatron_mdm.mcore.flags.schedule import last_step, samples_that_acted
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.fit_file import load_sampler
@@ -74,6 +76,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
             --mdm-allow-flag-change is missing.
     """
     is_resumed = args.load is not None and not args.finetune
+    saved = _with_equal_units(args, saved)
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
@@ -128,7 +131,9 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
         for name in destinations()
         if group(name) is Group.OBJECTIVE and name not in BLOCK_SIZES
     ]
-    found = changes(args, saved, [*settings, *names(Group.OBJECTIVE), *names(Group.DATA)])
+    # `check_model` lets an unshifted model begin a shifted run, as converted models do.
+    settings += ["mdm_shift", *names(Group.OBJECTIVE), *names(Group.DATA)]
+    found = changes(args, saved, settings)
     found += changes_of_blocks(args, saved)
     # Runs that fit their density during training continue with the one in the checkpoint.
     keeps_density = "mdm_ppots_digest" in saved and not args.mdm_sampler_state_in_checkpoint
@@ -149,26 +154,75 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
         )
     if saved and not args.mdm_log_state_in_checkpoint:
         notice("the controlled loss in the logs starts over: the checkpoint has no average of it")
+    _say_other_order(args, saved)
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
 
 
+def _say_other_order(args: Namespace, saved: Mapping[str, Any]) -> None:
+    """Says that a run of another length has another order of rows (--mdm-row-order run)."""
+    rows, rows_before = (
+        run.get("train_samples") or run.get("train_iters", 0) * run.get("global_batch_size", 0)
+        for run in (vars(args), saved)
+    )
+    is_fixed = args.skip_train or args.mdm_sft or args.mock_data or args.mdm_row_order == "epoch"
+    if not is_fixed and rows_before not in (0, rows):
+        notice(
+            f"the run has {rows} rows (checkpoint: {rows_before}), and --mdm-row-order run "
+            "shuffles all epochs of a run together: if it takes more than one epoch, the rows from "
+            "here on have another order, and some texts repeat or are missing"
+        )
+
+
 def changes_of_blocks(args: Namespace, saved: dict[str, Any]) -> list[str]:
     """The flags of block sizes, if the sizes of the finished part of the run would be others."""
-    unit = "iteration" if args.train_samples is None else "consumed_train_samples"
-    finished = saved.get(unit, 0)
-    was = Namespace(**{name: saved.get(name) for name in BLOCK_SIZES})
-    blocks, before = (
-        MDMConfig(
-            block_size=of.mdm_block_size, block_size_schedule=of.mdm_block_size_schedule
-        ).blocks
-        for of in (args, was)
-    )
-    whole = BlockSchedule.constant(None)
-    if (blocks or whole).until(finished) == (before or whole).until(finished):
+    now, before = _finished_phases(vars(args), saved), _finished_phases(saved, saved)
+    unit, unit_before = _unit(vars(args)), _unit(saved)
+    if unit != unit_before:  # the starts are in other units, so only the sizes can agree
+        now, before = ([(0, size) for _, size in phases] for phases in (now, before))
+    if now == before:
         return []
-    return changes(args, saved, list(BLOCK_SIZES))
+    return changes(args, saved, BLOCK_SIZES) or [
+        f"--mdm-block-size-schedule {args.mdm_block_size_schedule} in {_UNITS[unit]} (checkpoint: "
+        f"in {_UNITS[unit_before]})"
+    ]
+
+
+def _unit(args: Mapping[str, Any]) -> str:
+    """The unit in which a run counts its length and its schedules."""
+    return "iters" if args.get("train_samples") is None else "samples"
+
+
+def _finished_phases(
+    args: Mapping[str, Any], saved: Mapping[str, Any]
+) -> list[tuple[int, int | None]]:
+    """The phases of block sizes that have begun before a checkpoint; see `BlockSchedule.until`.
+
+    Args:
+        args: arguments with the sizes, and the unit of their schedule.
+        saved: arguments in the checkpoint.
+    """
+    size, schedule = (args.get(name) for name in BLOCK_SIZES)
+    mdm = MDMConfig(block_size=size, block_size_schedule=schedule)
+    if _unit(args) == "iters":
+        finished = saved.get("iteration", 0)
+    else:
+        finished = samples_that_acted(Namespace(**saved), saved.get("consumed_train_samples", 0))
+    return list((mdm.blocks or BlockSchedule.constant(None)).until(finished))
+
+
+def _with_equal_units(args: Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's arguments, with this run's --mdm-rate-per if both have acted alike.
+
+    A whole row is one block, unless --mdm-isolate-documents divides it.
+    """
+    units = {args.mdm_rate_per, saved.get("mdm_rate_per")}
+    if units != {"row", "block"} or args.mdm_isolate_documents:
+        return saved
+    if any(size is not None for _, size in _finished_phases(saved, saved)):
+        return saved
+    return {**saved, "mdm_rate_per": args.mdm_rate_per}
 
 
 def last_block_size(args: Namespace, iteration: int | None) -> int | None:
@@ -183,7 +237,7 @@ def last_block_size(args: Namespace, iteration: int | None) -> int | None:
     if blocks is None:
         return None
     if args.train_samples is not None:
-        finished = args.consumed_train_samples
+        finished = samples_that_acted(args, args.consumed_train_samples)
     return blocks.last_size(finished or 0)
 
 
@@ -229,18 +283,20 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     """
     if args.mdm_bell_fade is None:
         return None
-    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
-        kept: list[Any] = saved["mdm_bell_fade_at"]
-        return kept
-    unit = "iters" if args.train_samples is None else "samples"
+    unit = _unit(vars(args))
     length = getattr(args, f"train_{unit}")
-    start, end = (round(fraction * length) for fraction in args.mdm_bell_fade)
-    if end >= length:
+    fade = [*(round(fraction * length) for fraction in args.mdm_bell_fade), unit]
+    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
+        fade = saved["mdm_bell_fade_at"]
+    _, end, its_unit = fade
+    # Steps are not compared with samples, in a run that counted in the other unit when it began.
+    if not args.skip_train and its_unit == unit and end > (last := last_step(args)):
         raise UserError(
-            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends with the run "
-            f"after {length} {_UNITS[unit]}, so no step trains on the bound. Give a smaller END"
+            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends after {end} "
+            f"{_UNITS[unit]} of the run, and its last step begins after {last}, so no step trains "
+            "on the bound. Give a smaller END or a longer run"
         )
-    return [start, end, unit]
+    return fade
 
 
 def _training(args: Namespace) -> list[str]:

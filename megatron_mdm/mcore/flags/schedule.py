@@ -5,6 +5,9 @@ Megatron checks them only after it has built the model, and ends every rank with
 
 import math
 from argparse import Namespace
+from functools import lru_cache
+
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 
 from megatron_mdm.config import flag
 from megatron_mdm.errors import UserError
@@ -35,6 +38,11 @@ def check_schedule(args: Namespace) -> None:
         raise UserError(
             "--train-iters is missing: iterations of the whole run (or give --train-samples)"
         )
+    if args.step_batch_size_schedule and args.train_samples is None:
+        raise UserError(
+            "--step-batch-size-schedule needs --train-samples, samples of the whole run, in the "
+            "place of --train-iters"
+        )
     _at_least(args, 1, length)
     if args.eval_interval is None:
         raise UserError(
@@ -45,6 +53,50 @@ def check_schedule(args: Namespace) -> None:
     if not args.skip_train:
         _check_rates(args)
         _check_decay(args)
+
+
+def last_step(args: Namespace) -> int:
+    """Iterations, or samples with --train-samples, that are finished when the last step begins."""
+    if args.train_samples is None:
+        return int(args.train_iters) - 1
+    rest = 0 if args.step_batch_size_schedule else args.train_samples % args.global_batch_size
+    return samples_that_acted(args, args.train_samples - rest) - 1
+
+
+def samples_that_acted(args: Namespace, finished: int) -> int:
+    """The finished samples up to the first one of the last step.
+
+    A step has the settings of its first sample, so a phase that starts later has not acted yet.
+
+    Args:
+        args: arguments of the run; its last step has their batch size.
+        finished: number of finished samples.
+    """
+    schedule = args.step_batch_size_schedule
+    if schedule:
+        begin = _begin_of_last_step(schedule, args.seq_length, finished)
+    else:
+        begin = max(0, finished - args.global_batch_size)
+    return min(finished, begin + 1)
+
+
+@lru_cache(maxsize=1)
+def _begin_of_last_step(schedule: str, seq_length: int, finished: int) -> int:
+    """`finished` samples without those of the last step of --step-batch-size-schedule."""
+    sizes = StepBatchsizeNumMicroBatchesCalculator(
+        micro_batch_size=1,
+        data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
+        rank=1,  # the first rank would print the schedule
+        schedule=schedule,
+        seq_length=seq_length,
+    )
+    begin = end = 0
+    while end < finished:
+        begin = end
+        sizes.update(begin, consistency_check=False)
+        end += sizes.get_current_global_batch_size()
+    return begin
 
 
 def _at_least(args: Namespace, least: int, *names: str) -> None:

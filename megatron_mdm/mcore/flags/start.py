@@ -251,6 +251,9 @@ def _place(directory: str | None) -> str | None:
 def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, Any]:
     """The arguments that a checkpoint holds; empty if it has none.
 
+    `iteration` is the checkpoint's own. Megatron sets this argument only when it loads one, so the
+    first process of a run saves 0.
+
     Args:
         args: arguments of this process, which tell Megatron how to read the checkpoint.
         checkpoint: result of `find_checkpoint`, or a checkpoint in an object storage.
@@ -276,4 +279,6 @@ def saved_arguments(args: Namespace, checkpoint: SavedCheckpoint) -> dict[str, A
             f"the checkpoint in {directory} is damaged, its arguments cannot be read: take an "
             "earlier one, or a copy"
         ) from error
-    return vars(state["args"]) if state and state.get("args") else {}
+    if not state or not state.get("args"):
+        return {}
+    return {**vars(state["args"]), "iteration": state.get("iteration", 0)}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.densities import fixed_sampler
 from megatron_mdm.mcore.data.validation_sets import part_of_set
+from megatron_mdm.mcore.flags.schedule import samples_that_acted
 from megatron_mdm.mcore.training.corrupters import evaluation_corrupter, training_corrupter
 from megatron_mdm.mcore.training.metrics import Recorder, TrainingClock
 from megatron_mdm.mcore.training.ppots import OnlineSampler
@@ -178,7 +179,8 @@ class TrainingState:
         by_rows = self._args.train_samples is not None
         if training:
             return blocks.size(self.consumed_rows if by_rows else self.training_iteration - 1)
-        return blocks.last_size(self.consumed_rows if by_rows else self.iteration)
+        acted = samples_that_acted(self._args, self.consumed_rows) if by_rows else self.iteration
+        return blocks.last_size(acted)
 
     def begin_evaluation_batch(self) -> None:
         """Counts the global batches of evaluations, from which their block sizes follow."""

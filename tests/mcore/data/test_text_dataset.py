@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.data.dataset_helpers import use_shipped_dataset_helpers
 from megatron_mdm.mcore.data.index_cache import DatasetBuilder, KeyedDatasetConfig
+from megatron_mdm.mcore.data.row_dataset import RowDataset
 from megatron_mdm.mcore.data.text_dataset import CleanTokensDataset, EpochDataset
 from tests import ranks
 
@@ -147,6 +149,19 @@ def test_blends_do_not_depend_on_the_length_either(build, tmp_path):
     assert [(a["dataset_id"], a["tokens"].tolist()) for a in map(short.__getitem__, range(10))] == [
         (a["dataset_id"], a["tokens"].tolist()) for a in map(long.__getitem__, range(10))
     ]
+
+
+def test_evaluations_that_take_more_rows_than_files_without_weights_hold_are_equal(build, tmp_path):
+    """The files hold 11 and 2 rows. An evaluation of 16 takes the first three a second time."""
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    for path, lengths in zip(paths, (LENGTHS, [35]), strict=True):
+        ranks.write_documents(path, numbered(lengths))
+    few = build(None, [0, 16, 0], split="0,100,0", blend=(paths, None))[1]
+    assert len(few) == 13
+    dataset = RowDataset(few, MDMConfig(), 1, None, vocab_size=10**6, pad_id=0, period=16)
+    read = [{name: x.tolist() for name, x in dataset[i].items()} for i in range(48)]
+    assert [row["row"] for row in read[:16]] == [*range(13), 0, 1, 2]
+    assert read[:16] == read[16:32] == read[32:]
 
 
 def test_megatrons_deferred_index_gives_the_same_rows(build):

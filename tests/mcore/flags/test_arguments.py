@@ -142,7 +142,11 @@ BELL = "--mdm-rate-sampler logit-normal --mdm-logit-normal 0 0.5"
         ("--global-batch-size 7", "--global-batch-size 7 is not a multiple of --micro-batch-size"),
         ("--eval-global-batch-size 3", "--eval-global-batch-size 3 is not a multiple"),
         ("--eval-micro-batch-size 3", "--eval-micro-batch-size 3 x 1"),
-        ("--step-batch-size-schedule 0:4,99:5", "--step-batch-size-schedule: 5 of 99:5"),
+        ("--step-batch-size-schedule 0:4", "--step-batch-size-schedule needs --train-samples, "),
+        (
+            "--step-batch-size-schedule 0:4,99:5 --train-samples 80",
+            "--step-batch-size-schedule: 5 of 99:5",
+        ),
         ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size must be at least 1"),
         ("--tensor-model-parallel-size 2", "1 ranks cannot be divided into model replicas of 2"),
         ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
@@ -340,7 +344,10 @@ def test_sequence_parallel_cuts_rows_evenly(monkeypatch):
         ("--global-batch-size 6", "--global-batch-size 6 makes 3 micro-batches a rank, which"),
         ("--eval-iters 1 --eval-global-batch-size 10", "--eval-global-batch-size 10 makes 5"),
         ("--eval-iters 0 --eval-global-batch-size 10", None),
-        ("--step-batch-size-schedule 0:4,99:6", "--step-batch-size-schedule: 6 of 99:6 makes 3"),
+        (
+            "--step-batch-size-schedule 0:4,99:6 --train-samples 80",
+            "--step-batch-size-schedule: 6 of 99:6 makes 3",
+        ),
         (
             "--global-batch-size 14 --microbatch-group-size-per-virtual-pipeline-stage 3",
             "makes 7 micro-batches a rank, which virtual stages cannot process: they take one or "
@@ -512,6 +519,7 @@ def test_blocks_with_context_parallelism(monkeypatch):
 
 def test_validation_rows_do_not_follow_from_the_layout(monkeypatch):
     words = ["--eval-iters", "1", "--step-batch-size-schedule", "0:4 99:8"]
+    words += ["--train-samples", "80"]
     with pytest.raises(UserError, match="give --eval-global-batch-size$"):
         arguments.validate_flags(parsed(monkeypatch, *words))
     arguments.validate_flags(parsed(monkeypatch, *words, "--eval-global-batch-size", "8"))

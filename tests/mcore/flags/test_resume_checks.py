@@ -8,7 +8,8 @@ import pytest
 from megatron_mdm.config import MDMConfig
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
-from megatron_mdm.mcore.flags.resume import plan_resume
+from megatron_mdm.mcore.flags.resume import last_block_size, plan_resume
+from megatron_mdm.mcore.training.state import TrainingState
 from tests.mcore.flags.parsing import parsed
 
 
@@ -67,7 +68,7 @@ def finalize_args(args):
 
 def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     words = [*base[base.index("--load") : base.index("--finetune")], "--mdm-mask", "exact-count"]
-    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible"]
+    words += ["--mdm-eps", "0.01", "--seed", "7", "--no-mdm-eod-eligible", "--mdm-shift"]
     with pytest.raises(UserError) as caught:
         finalize_args(parsed(monkeypatch, *words, data=base[:2]))
     message = str(caught.value)
@@ -75,7 +76,8 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     assert "--mdm-eps 0.01 (checkpoint: 0.001)" in message
     assert "--seed 7 (checkpoint: 1234)" in message
     assert "--mdm-eod-eligible False (checkpoint: True)" in message
-    assert message.count("(checkpoint: ") == 4
+    assert "--mdm-shift True (checkpoint: False)" in message
+    assert message.count("(checkpoint: ") == 5
     assert "add --mdm-allow-flag-change" in message
 
     for words_that_allow in (["--mdm-allow-flag-change"], ["--finetune"]):
@@ -83,6 +85,64 @@ def test_a_resumed_run_with_other_flags(base, monkeypatch, tokenizer):
     finalize_args(parsed(monkeypatch, *words[:2], data=base[:2]))
     with pytest.raises(UserError, match="--mock-data True .checkpoint: False.. Give its values"):
         finalize_args(parsed(monkeypatch, *words[:2]))
+
+
+def test_sizes_of_blocks_may_change_only_where_the_schedule_has_not_begun(
+    base, monkeypatch, tokenizer
+):
+    """The checkpoint has 20 iterations of whole rows, all of them from one process.
+
+    A whole row is one block, so that a rate for each row was one for each block.
+    """
+    load = base[base.index("--load") : base.index("--finetune")]
+
+    def resume(schedule):
+        words = [*load, "--mdm-block-size-schedule", schedule]
+        return finalize_args(parsed(monkeypatch, *words, data=base[:2]))
+
+    resume("0:row 20:4")
+    message = r"other settings: --mdm-block-size-schedule 0:row 19:4 \(checkpoint: None\)\. Give"
+    with pytest.raises(UserError, match=message):
+        resume("0:row 19:4")
+
+
+@pytest.mark.parametrize(
+    "batch, finished, size",
+    [
+        (None, 0, 4),
+        (None, 104, 4),  # the last step began after 96 samples
+        (None, 112, 8),
+        # Steps of 4 rows until sample 96, and of 8 from there.
+        ("0:4 3072:8", 100, 4),
+        ("0:4 3072:8", 104, 4),
+        ("0:4 3072:8", 112, 8),
+    ],
+)
+def test_the_last_step_has_the_size_that_it_began_with(batch, finished, size):
+    mdm = MDMConfig(block_size_schedule="0:4 100:8")
+    args = resumed(mdm, train_iters=None, train_samples=1000, seq_length=32)
+    args.step_batch_size_schedule, args.consumed_train_samples = batch, finished
+    assert last_block_size(args, 13) == size
+    state = object.__new__(TrainingState)
+    state.mdm, state._args = mdm, args
+    assert state.block_size(training=False) == size
+
+
+def test_a_run_of_whole_rows_goes_on_in_blocks_with_its_measurements():
+    fitting = {"rate_sampler": "ppots", "ppots_refit_interval": 2}
+    rows = resumed(MDMConfig(**fitting, rate_per="row"), iteration=20)
+    saved = {**vars(rows), **plan_resume(rows, {}).arguments()}
+    blocks = {**fitting, "rate_per": "block", "block_size_schedule": "0:row 20:4"}
+    args = resumed(MDMConfig(**blocks))
+    assert plan_resume(args, saved).sampler_state_in_checkpoint
+    message = "other settings: --mdm-rate-per block .checkpoint: row.; --mdm-isolate-documents"
+    with pytest.raises(UserError, match=message):
+        plan_resume(resumed(MDMConfig(**blocks, isolate_documents=True)), saved)
+    # From then on they are different.
+    saved |= {**vars(args), "iteration": 21}
+    rows = MDMConfig(**{**blocks, "rate_per": "row"})
+    with pytest.raises(UserError, match="--mdm-rate-per row .checkpoint: block"):
+        plan_resume(resumed(rows), saved)
 
 
 def test_a_pretrained_checkpoint_is_a_new_run_of_the_same_model(
@@ -125,14 +185,16 @@ def resumed(config, **values):
         "finetune": False,
         "ckpt_format": "torch_dist",
         "use_checkpoint_opt_param_scheduler": False,
+        "global_batch_size": 8,
         "step_batch_size_schedule": None,
         "weight_decay_incr_style": "constant",
         "skip_train": False,
-        "mdm_row_order": "epoch",
+        "mock_data": False,
         "train_iters": 1000,
         "train_samples": None,
     }
-    return Namespace(**{**config.arguments(), **given, **values})
+    order = {"mdm_row_order": config.row_order or "epoch"}
+    return Namespace(**{**config.arguments(), **order, **given, **values})
 
 
 def test_a_fade_is_resolved_once(capsys):
@@ -151,10 +213,6 @@ def test_a_fade_is_resolved_once(capsys):
     samples = {"train_iters": None, "train_samples": 5000}
     plan = plan_resume(resumed(fades, finetune=True, **samples), saved)
     assert plan.bell_fade_at == [2000, 3500, "samples"]
-    too_late = resumed(MDMConfig(**bell, bell_fade=[0.4, 0.9999]), load=None)
-    ends = "--mdm-bell-fade 0.4 0.9999: the fade ends with the run after 1000 iterations, so no "
-    with pytest.raises(UserError, match=ends):
-        plan_resume(too_late, {})
     # Other fractions are another objective. If they are allowed, they refer to the run's new
     # length.
     other = MDMConfig(**bell, bell_fade=[0.5, 0.5])
@@ -183,6 +241,61 @@ def test_a_fade_is_resolved_once(capsys):
     old = {k: v for k, v in vars(resumed(MDMConfig())).items() if "bell" not in k}
     with pytest.raises(UserError, match=r"--mdm-rate-sampler logit-normal \(checkpoint: uniform"):
         plan_resume(resumed(fades), old)
+
+
+@pytest.mark.parametrize(
+    "length, rows",
+    [
+        ({"train_iters": 1000}, None),
+        ({"train_iters": 500, "global_batch_size": 16}, None),
+        ({"train_iters": 1000, "train_samples": 8000}, None),
+        ({"train_iters": 1001}, 8008),
+        ({"global_batch_size": 16}, 16000),
+        ({"train_samples": 7999}, 7999),
+    ],
+)
+def test_megatrons_order_of_rows_follows_from_the_length_of_the_run(length, rows, capsys):
+    run, epoch = (MDMConfig(row_order=order) for order in ("run", "epoch"))
+    saved = vars(resumed(run))
+    plan_resume(resumed(run, **length), saved)
+    told = f"the run has {rows} rows (checkpoint: 8000), and --mdm-row-order run shuffles all"
+    assert (told in capsys.readouterr().out) == (rows is not None)
+    plan_resume(resumed(run, **length, skip_train=True), saved)
+    plan_resume(resumed(epoch, **length), vars(resumed(epoch)))
+    assert "--mdm-row-order" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "length, last",
+    [
+        ({"train_iters": 1000}, 999),
+        ({"train_samples": 1005, "global_batch_size": 10}, 990),
+        # Steps of 4 rows end at 4, 8 and 12, and steps of 8 rows at 20 and so on, the last at 1004.
+        ({"train_samples": 1000, "step_batch_size_schedule": "0:4 384:8"}, 996),
+    ],
+)
+def test_a_fade_ends_before_the_last_step_begins(length, last):
+    """The last step then trains on the bound."""
+    size = {"train_iters": None, "train_samples": None, "seq_length": 32} | length
+    unit = next(name for name in ("train_iters", "train_samples") if size[name])
+    bell = {"rate_sampler": "logit-normal", "logit_normal": [0.0, 0.5]}
+
+    def fade_at(end, **values):
+        fraction = end / size[unit]
+        run = resumed(MDMConfig(**bell, bell_fade=[0.5, fraction]), **size | values)
+        return run, plan_resume(run, values.get("saved", {})).bell_fade_at
+
+    args, fade = fade_at(last, load=None)
+    assert fade[1] == last
+    message = rf"--mdm-bell-fade 0.5 \S+: the fade ends after {last + 1} .* last step begins after"
+    with pytest.raises(UserError, match=f"{message} {last}, so no step trains on the bound. Give"):
+        fade_at(last + 1, load=None)
+    assert fade_at(last + 1, load=None, skip_train=True)[1][1] == last + 1
+    # A run that resumes keeps its fade, and may have become too short for it.
+    saved = {**vars(args), "mdm_bell_fade_at": fade}
+    shorter = {unit: size[unit] - 10}
+    with pytest.raises(UserError, match=f"the fade ends after {last} .* or a longer run$"):
+        plan_resume(Namespace(**{**vars(args), **shorter, "load": "somewhere"}), saved)
 
 
 def test_the_controlled_loss_starts_over_where_the_objective_has_another_density(capsys):

@@ -19,6 +19,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from torch.nn import functional
 
 from megatron_mdm.mcore import pretrain as program
+from megatron_mdm.mcore.data.validation_sets import part_of_set
 from megatron_mdm.mcore.device import replaced
 from megatron_mdm.mcore.flags.resume import BLOCK_SIZES, changes_of_blocks
 from megatron_mdm.mcore.model.repeated_positions import repeated_positions
@@ -51,6 +52,10 @@ LAYOUTS = {
     ),
     "HybridModel, PP 2": (2, "--mdm-model hybrid --pipeline-model-parallel-size 2"),
 }
+SIZES = {"block 4": 4, "block 16": 16, "whole rows": None}
+EVALUATIONS = "--eval-iters 2 --eval-global-batch-size 4".split()
+EVALUATED_SIZES = "--mdm-eval-block-sizes 4 16 row".split()
+EVALUATED = 8  # rows
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,7 @@ def resumed(runs, base, tmp_path_factory):
             own = METHODS[method].split()
             stages = LAYOUTS["PP 2"][1].split()
             words[f"{method}, {iteration}"] = [*flags, *SGD, *PHASES, *own, *load, *stages]
+    words["plain, 3"] += [*EVALUATIONS, *EVALUATED_SIZES]
     return ranks.launch_all(directory, 2, words)
 
 
@@ -117,23 +123,33 @@ def test_a_run_resumes_in_the_middle_of_the_schedule(runs, resumed, method, iter
 
 
 def test_only_sizes_that_have_acted_must_agree():
-    def changed(now, saved, finished, samples=None):
-        args = Namespace(**dict(zip(BLOCK_SIZES, now, strict=True)), train_samples=samples)
-        unit = "iteration" if samples is None else "consumed_train_samples"
-        return changes_of_blocks(
-            args, {**dict(zip(BLOCK_SIZES, saved, strict=True)), unit: finished}
+    def changed(now, saved, finished, samples=(None, None)):
+        now, saved = (
+            dict(zip(BLOCK_SIZES, sizes, strict=True), train_samples=length)
+            for sizes, length in zip((now, saved), samples, strict=True)
         )
+        saved |= dict(zip(("iteration", "consumed_train_samples"), finished, strict=True))
+        saved |= {"global_batch_size": 8, "step_batch_size_schedule": None}
+        return changes_of_blocks(Namespace(**now), saved)
 
     schedule, longer = (None, "0:4 100:8"), (None, "0:4 50:16")
-    assert not changed(schedule, longer, 50)
-    assert changed(schedule, longer, 51) == [
+    assert not changed(schedule, longer, (50, 400))
+    assert changed(schedule, longer, (51, 408)) == [
         "--mdm-block-size-schedule 0:4 100:8 (checkpoint: 0:4 50:16)"
     ]
-    assert not changed(schedule, (4, None), 100)
-    assert not changed(schedule, longer, 50, samples=1000)
-    assert changed(schedule, longer, 51, samples=1000)
-    assert not changed((None, "0:row 9:4"), (None, None), 9)
-    assert len(changed((4, None), (None, None), 9)) == 1
+    assert not changed(schedule, (4, None), (100, 800))
+    in_samples = (1000, 1000)
+    assert not changed(schedule, longer, (6, 48), in_samples)
+    assert not changed(schedule, longer, (7, 56), in_samples)  # the last step began at 48
+    assert changed(schedule, longer, (8, 64), in_samples)
+    assert not changed((None, "0:row 9:4"), (None, None), (9, 72))
+    assert len(changed((4, None), (None, None), (9, 72))) == 1
+    # From samples to iterations: the same schedule would have another phase now.
+    assert changed(schedule, schedule, (14, 112), (None, 1000)) == [
+        "--mdm-block-size-schedule 0:4 100:8 in iterations (checkpoint: in samples)"
+    ]
+    assert not changed((None, "0:4 13:8"), schedule, (14, 112), (None, 1000))
+    assert not changed(schedule, schedule, (12, 96), (None, 1000))
 
 
 def test_tools_that_read_whole_rows_refuse_a_checkpoint_of_blocks(runs, tmp_path):
@@ -144,9 +160,12 @@ def test_tools_that_read_whole_rows_refuse_a_checkpoint_of_blocks(runs, tmp_path
     assert f"{directory} was trained in blocks of 8 tokens" in run.stderr
 
 
-SIZES = {"block 4": 4, "block 16": 16, "whole rows": None}
-EVALUATIONS = "--eval-iters 2 --eval-global-batch-size 4".split()
-EVALUATED = 8  # rows
+def test_an_evaluation_after_a_resume_begins_with_its_first_rows(resumed, evaluated):
+    """The checkpoint of the resumed run follows an evaluation of 4 rows at one size."""
+    parts = {part_of_set(i) for i in range(len(SIZES))}
+    found = {key: x for key, x in resumed["plain, 3"].masks().items() if key[0] in parts}
+    assert len(found) == len(parts) * EVALUATED
+    assert found == evaluated["1 rank"].masks()
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +174,7 @@ def evaluated(runs, base, tmp_path_factory):
     load = ["--load", str(runs["plain, 1 rank"].checkpoint), "--skip-train"]
     method = METHODS["plain"].split()
     flags = [*base[: base.index("--load")], *SGD, *PHASES, *method, *load, "--no-load-optim"]
-    flags += [*EVALUATIONS, *"--mdm-eval-block-sizes 4 16 row".split()]
+    flags += [*EVALUATIONS, *EVALUATED_SIZES]
     layouts = {"1 rank": (1, "")} | LAYOUTS
     del layouts["HybridModel, PP 2"]
     return ranks.launch_layouts(
