@@ -105,7 +105,7 @@ def adapter_arguments(
         max_gen_toks: tokens of a generated text if the task does not set the number.
         special_tokens: whether text that spells a special token becomes that token; default: as in
             the checkpoint's data, and True if that is not known.
-        eos_token_ids: tokens that end a generated text; default: the end-of-document token.
+        eos_token_ids: tokens that end a generated text; see `decoder_of`.
         steps: default of the decoder setting, which a task may override; see `Decoder`.
         block_length: like `steps`.
         remasking: like `steps`.

@@ -87,14 +87,38 @@ class Chat:
         Raises:
             UserError: the template refuses the conversation, or no template is named default.
         """
+        return self._applied(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def answer_end_id(self) -> int | None:
+        """The first special token that the template writes after an answer; None if unknown.
+
+        It need not be the tokenizer's end of document: LLaDA's template ends answers with another
+        token.
+        """
+        question, answer = {"role": "user", "content": "Why?"}, "Because."
+        try:
+            text = self._applied([question, {"role": "assistant", "content": answer}])
+        except UserError:
+            return None  # the template is for other conversations, or there are several
+        _, found, tail = text.rpartition(answer)
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        ids = self.tokenizer.encode(tail if found else "", add_special_tokens=False)
+        return next((i for i in ids if i in special), None)
+
+    def _applied(self, messages: list[dict[str, str]], **settings: bool) -> str:
+        """A conversation as one text, with these settings of apply_chat_template.
+
+        Raises:
+            UserError: see `render`.
+        """
         template = self.template
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+                messages, chat_template=template, tokenize=False, **settings
             )
         except Exception as error:  # templates are programs and may raise anything
             reason = " ".join(str(error).split())

@@ -29,7 +29,7 @@ from megatron_mdm.mcore.flags.data_files import check_data_files, has_several_se
 from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
 from megatron_mdm.mcore.inference.block_logits import BlockLogits
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
-from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
+from megatron_mdm.mcore.tokenizer import chat_template, tokenizer_data, tokenizer_rows
 
 # Rows read for each row measured, so that the measured rows come from many documents even if
 # documents are long.
@@ -194,14 +194,19 @@ def decoder_of(
 
     Args:
         loaded: the checkpoint.
-        eos_token_ids: tokens that end a text; default: the end-of-document token, if there is one.
+        eos_token_ids: tokens that end a text; default: the end-of-document token, and the token
+            that the chat template writes after an answer, as far as there are such tokens.
         settings: other arguments of `Decoder`.
 
     Raises:
         UserError: a value is out of range, or the model has no mask token.
     """
-    end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
-    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    if eos_token_ids is None:
+        chat = chat_template(loaded.tokenizer)
+        found = (loaded.end_token_id, chat.answer_end_id() if chat else None)
+        ends = tuple(dict.fromkeys(end for end in found if end is not None))
+    else:
+        ends = (eos_token_ids,) if isinstance(eos_token_ids, int) else tuple(eos_token_ids)
     return Decoder(
         loaded.mask_token_id,
         end_token_ids=ends,
