@@ -123,6 +123,7 @@ def adapter_arguments(
         decoding_logits,
         encoder,
         spells_special_tokens,
+        template_date,
     )
     from megatron_mdm.mcore.tokenizer import chat_template
 
@@ -130,7 +131,7 @@ def adapter_arguments(
     if max_length > loaded.max_length:
         raise UserError(f"max_length {max_length}: the model has {loaded.max_length} positions")
     special = spells_special_tokens(loaded.args, special_tokens)
-    chat = chat_template(loaded.tokenizer)
+    chat = chat_template(loaded.tokenizer, template_date(loaded.args))
 
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
         if not special:

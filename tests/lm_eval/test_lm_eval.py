@@ -374,6 +374,9 @@ def test_conversations_are_rendered_as_for_training(loaded):
     inner.chat_template = "{{ strftime_now('%Y') }}"
     dated = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
     assert dated.apply_chat_template(chat).strip() == "2024"
+    loaded.args.mdm_data = [{"template_date": "2031-05-06"}, {"template_date": None}]
+    dated = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
+    assert dated.apply_chat_template(chat).strip() == "2031"
     inner.chat_template = {"tool_use": TEMPLATE, "plain": TEMPLATE}
     named = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
     assert named.chat_template(False) == ""

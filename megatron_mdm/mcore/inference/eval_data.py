@@ -144,7 +144,7 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
 def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairEncoder:
     """An encoder of conversations that works like preprocessing for training.
 
-    A template that asks for today's date gets the date in the checkpoint's data, if it is known.
+    A template that asks for today's date gets that of `template_date`.
 
     Args:
         loaded: the checkpoint.
@@ -158,11 +158,22 @@ def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairE
     is_chat = loaded.args.tokenizer_type == "HuggingFaceTokenizer" and has_chat_template(directory)
     if not is_chat:
         raise UserError("--messages needs a checkpoint whose tokenizer has a chat template")
-    data = getattr(loaded.args, "mdm_data", None) or ()
-    dates = {part.get("template_date") for part in data} - {None}
-    date = datetime.date.fromisoformat(dates.pop()) if len(dates) == 1 else TEMPLATE_DATE
+    date = template_date(loaded.args)
     keys = PairKeys(messages=key, template=directory, ignored=tuple(ignored), date=date)
     return PairEncoder(load_hugging_face(directory), keys, append_eod=False)
+
+
+def template_date(args: Namespace) -> datetime.date:
+    """The date that a chat template wrote for today's date in the data of a checkpoint.
+
+    Args:
+        args: arguments of the checkpoint, which record how its data were encoded.
+
+    Returns:
+        The date; `TEMPLATE_DATE` if none is known, or if there are several.
+    """
+    dates = {data.get("template_date") for data in getattr(args, "mdm_data", None) or ()} - {None}
+    return datetime.date.fromisoformat(dates.pop()) if len(dates) == 1 else TEMPLATE_DATE
 
 
 def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
