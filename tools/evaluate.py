@@ -26,7 +26,7 @@ import argparse
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_mdm.checkpoint import (
     add_block_size_argument,
@@ -268,8 +268,6 @@ def answer(options: argparse.Namespace) -> None:
         generation_settings,
         load_tasks,
         task_manager,
-        write_results,
-        write_samples,
     )
 
     manager = task_manager(options.include_path)
@@ -285,8 +283,6 @@ def answer(options: argparse.Namespace) -> None:
     if options.special_tokens is None and options.apply_chat_template:
         settings["special_tokens"] = True  # the template writes special tokens as text
     with open_asked_for(options, block_size=options.block_size) as loaded:
-        from lm_eval.utils import make_table
-
         from megatron_mdm.lm_eval.checkpoint_model import adapter_arguments
         from megatron_mdm.lm_eval.harness import HarnessModel
 
@@ -306,13 +302,29 @@ def answer(options: argparse.Namespace) -> None:
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )
         if results is not None and loaded.args.rank == 0:
-            print(make_table(results))
-            if results.get("groups"):
-                print(make_table(results, "groups"))
-            if options.json:
-                write_results(options.json, results)
-            if options.log_samples:
-                write_samples(options.log_samples, results)
+            report_answers(options, results)
+
+
+def report_answers(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Writes the results of tasks to --json and --log-samples, and then prints them.
+
+    A print may fail, since the tables have arrows, which not every terminal can show.
+
+    Args:
+        options: values of the command line.
+        results: what `ask` returns.
+    """
+    from lm_eval.utils import make_table
+
+    from megatron_mdm.lm_eval.tasks import write_results, write_samples
+
+    if options.json:
+        write_results(options.json, results)
+    if options.log_samples:
+        write_samples(options.log_samples, results)
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
 
 
 def report(
@@ -321,7 +333,7 @@ def report(
     tokens_per_byte: float | None,
     block_size: int | None,
 ) -> None:
-    """Prints the results, and writes them to --json.
+    """Writes the results to --json, and then prints them.
 
     Args:
         options: values of the command line.
@@ -360,9 +372,9 @@ def report(
             bins.append(
                 {"low": low, "high": high, "value": estimate.value, "stderr": estimate.stderr}
             )
-    print("\n".join(lines))
     if options.json:
         write_json(options.json, {**figures, "bins": bins})
+    print("\n".join(lines))
 
 
 def _text(estimate: "Estimate", factor: float = 1.0) -> str:

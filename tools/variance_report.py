@@ -195,8 +195,8 @@ def main() -> None:
         if first:
             result = variance_report.report(state, settings, texts)
             result["autoregressive"]["checkpoint"] = options.autoregressive
-            print(variance_figure.as_text(result))
             write_json(options.output, result)
+            print(variance_figure.as_text(result))
             variance_figure.draw_figure(result, figure)
             os.unlink(partial)
 

@@ -23,13 +23,16 @@
 # limit. Without CONTAINER activate an environment with Transformer Engine first; README.md, section Install, explains how
 # to install it.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}"
 FILES=examples/pretrain
 
 stop() {
     echo "error: ${1//[[:cntrl:]]/?}" >&2
     exit 2
 }
+checkout=$(dirname "$0")/../..
+[ -d "$checkout/$FILES" ] || checkout=${SLURM_SUBMIT_DIR:-.} # sbatch runs a copy of this script
+[ -d "$checkout/$FILES" ] || stop "$checkout has no $FILES: run sbatch in the checkout's directory"
+cd "$checkout"
 [ $# -ge 3 ] || stop "three arguments are needed, MODEL DATA TOKENIZER: see $FILES/launch.sh"
 MODEL=$1 DATA=$2 TOKENIZER=$3
 shift 3
@@ -64,7 +67,7 @@ gpus=${GPUS:-8}
 nodes=${NODES:-1}
 launch=(python -m megatron_mdm.launch --nproc-per-node "$gpus")
 rendezvous=(--rdzv-backend c10d --rdzv-endpoint)
-if [ -n "${SLURM_JOB_ID:-}" ]; then
+if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${REHEARSE:-}" ]; then
     nodes=$SLURM_JOB_NUM_NODES
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     host=${hosts%%$'\n'*} # not "scontrol | head": head ends early, and scontrol fails if it has more to write

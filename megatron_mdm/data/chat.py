@@ -513,9 +513,9 @@ def template_digest(directory: str) -> str:
     return digest([tokenizer.chat_template, tokens])
 
 
-def undated(template: str) -> str:
-    """Changes a chat template so that it writes `TEMPLATE_DATE` for today's date."""
-    return _with_date(template, TEMPLATE_DATE.strftime)
+def undated(template: str, date: datetime.date) -> str:
+    """Changes a chat template so that it writes `date` for today's date."""
+    return _with_date(template, date.strftime)
 
 
 def _another(value: Any) -> Any:

@@ -26,7 +26,8 @@ def add_token_arguments(group: argparse._ActionsContainer) -> None:
         type=int,
         nargs="+",
         metavar="ID",
-        help="ids of the tokens that end a text (default: the tokenizer's end of document, if any)",
+        help="ids of the tokens that end a text (default: the tokenizer's end of document, and the "
+        "token that its chat template writes after an answer)",
     )
 
 

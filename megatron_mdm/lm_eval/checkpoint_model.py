@@ -105,7 +105,7 @@ def adapter_arguments(
         max_gen_toks: tokens of a generated text if the task does not set the number.
         special_tokens: whether text that spells a special token becomes that token; default: as in
             the checkpoint's data, and True if that is not known.
-        eos_token_ids: tokens that end a generated text; default: the end-of-document token.
+        eos_token_ids: tokens that end a generated text; see `decoder_of`.
         steps: default of the decoder setting, which a task may override; see `Decoder`.
         block_length: like `steps`.
         remasking: like `steps`.
@@ -123,6 +123,7 @@ def adapter_arguments(
         decoding_logits,
         encoder,
         spells_special_tokens,
+        template_date,
     )
     from megatron_mdm.mcore.tokenizer import chat_template
 
@@ -130,7 +131,7 @@ def adapter_arguments(
     if max_length > loaded.max_length:
         raise UserError(f"max_length {max_length}: the model has {loaded.max_length} positions")
     special = spells_special_tokens(loaded.args, special_tokens)
-    chat = chat_template(loaded.tokenizer)
+    chat = chat_template(loaded.tokenizer, template_date(loaded.args))
 
     def render(messages: list[Message], add_generation_prompt: bool) -> str:
         if not special:

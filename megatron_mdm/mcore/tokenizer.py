@@ -1,10 +1,11 @@
 """Ids, fingerprint and chat template of a Megatron tokenizer, which wraps a library's tokenizer."""
 
+import datetime
 import functools
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_mdm.data.chat import undated
+from megatron_mdm.data.chat import TEMPLATE_DATE, undated
 from megatron_mdm.data.encoding import (
     TokenizerData,
     hugging_face_data,
@@ -56,9 +57,11 @@ class Chat:
 
     Attributes:
         tokenizer: a Hugging Face tokenizer, with one template or several named ones.
+        date: the date that the template gets for today's date.
     """
 
     tokenizer: Any
+    date: datetime.date = TEMPLATE_DATE
 
     @functools.cached_property
     def template(self) -> str:
@@ -74,7 +77,7 @@ class Chat:
                 "default, but only the default template is applied: rename one of them to default "
                 "in the tokenizer's directory, or drop --apply-chat-template"
             )
-        return undated(self.tokenizer.get_chat_template())
+        return undated(self.tokenizer.get_chat_template(), self.date)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """A conversation as one text.
@@ -87,14 +90,38 @@ class Chat:
         Raises:
             UserError: the template refuses the conversation, or no template is named default.
         """
+        return self._applied(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def answer_end_id(self) -> int | None:
+        """The first special token that the template writes after an answer; None if unknown.
+
+        It need not be the tokenizer's end of document: LLaDA's template ends answers with another
+        token.
+        """
+        question, answer = {"role": "user", "content": "Why?"}, "Because."
+        try:
+            text = self._applied([question, {"role": "assistant", "content": answer}])
+        except UserError:
+            return None  # the template is for other conversations, or there are several
+        _, found, tail = text.rpartition(answer)
+        special = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        ids = self.tokenizer.encode(tail if found else "", add_special_tokens=False)
+        return next((i for i in ids if i in special), None)
+
+    def _applied(self, messages: list[dict[str, str]], **settings: bool) -> str:
+        """A conversation as one text, with these settings of apply_chat_template.
+
+        Raises:
+            UserError: see `render`.
+        """
         template = self.template
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+                messages, chat_template=template, tokenize=False, **settings
             )
         except Exception as error:  # templates are programs and may raise anything
             reason = " ".join(str(error).split())
@@ -102,10 +129,15 @@ class Chat:
         return text
 
 
-def chat_template(tokenizer: Any) -> Chat | None:
-    """The chat template of a Hugging Face tokenizer; None if there is none."""
+def chat_template(tokenizer: Any, date: datetime.date = TEMPLATE_DATE) -> Chat | None:
+    """The chat template of a Hugging Face tokenizer; None if there is none.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+        date: the date that the template gets for today's date.
+    """
     inner = _of_library(tokenizer)
-    return Chat(inner) if getattr(inner, "chat_template", None) else None
+    return Chat(inner, date) if getattr(inner, "chat_template", None) else None
 
 
 def _wrapped(tokenizer: Any) -> Any:

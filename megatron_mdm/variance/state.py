@@ -5,6 +5,7 @@ import json
 import os
 import time
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,7 @@ class State:
             identity = str(columns.pop("identity"))
             rows = zip(*columns.values(), strict=True)
             self.rows = [dict(zip(columns, row, strict=True)) for row in rows]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, BadZipFile, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged: delete it to measure anew") from error
         if identity != self.identity:
             raise UserError(
@@ -66,13 +67,13 @@ class State:
         """Writes all rows to the file."""
         if not self.writes or self.path is None or not self.rows:
             return
-        columns = {name: self.column(name) for name in self.rows[0]}
+        columns: dict[str, Any] = {name: self.column(name) for name in self.rows[0]}
         with (
             complete_or_absent(self.path) as (temporary,),
             write_errors(self.path),
             open(temporary, "wb") as file,
         ):
-            np.savez(file, allow_pickle=False, identity=np.array(self.identity), **columns)
+            np.savez(file, identity=np.array(self.identity), **columns)
         self._saved = time.monotonic()
 
     def column(self, name: str) -> npt.NDArray[Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,34 @@ def slurm(directory):
         "SLURM_SUBMIT_DIR": str(ROOT),
         "PATH": f"{directory}:{PATH}",
     }
+
+
+def test_a_rehearsal_in_a_job_has_the_nodes_that_it_names(tmp_path):
+    environment = {**os.environ, **slurm(tmp_path), "REHEARSE": "1", "NODES": "160"}
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$*"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", str(FILES / "launch.sh"), "8b", "text", "my.model"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "-m megatron_mdm.rehearse --nodes 160 --gpus-per-node 8" in run.stdout, run.stderr
+
+
+def test_a_job_finds_the_checkout(tmp_path):
+    """sbatch runs a copy of the script, and other commands may start it from anywhere."""
+    elsewhere = {**slurm(tmp_path), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    assert "--nnodes" in launch_line("8b", **elsewhere)
+    copy = tmp_path / "spool/job99/slurm_script"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(FILES / "launch.sh", copy)
+    for environment, status in ((slurm(tmp_path), 0), (elsewhere, 2)):
+        run = subprocess.run(
+            ["bash", str(copy), "8b", "text", "my.model"],
+            env={**os.environ, **environment, "DRY_RUN": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == status, run.stderr
+    message = f"{tmp_path} has no examples/pretrain: run sbatch in the checkout's directory"
+    assert run.stderr == f"error: {message}\n"
 
 
 IMAGE = "nvcr.io#nvidia/nemo:26.08"

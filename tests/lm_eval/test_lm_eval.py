@@ -9,6 +9,7 @@ and ranks that share a model.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -373,6 +374,9 @@ def test_conversations_are_rendered_as_for_training(loaded):
     inner.chat_template = "{{ strftime_now('%Y') }}"
     dated = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
     assert dated.apply_chat_template(chat).strip() == "2024"
+    loaded.args.mdm_data = [{"template_date": "2031-05-06"}, {"template_date": None}]
+    dated = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
+    assert dated.apply_chat_template(chat).strip() == "2031"
     inner.chat_template = {"tool_use": TEMPLATE, "plain": TEMPLATE}
     named = HarnessModel(**adapter_arguments(loaded, special_tokens=True))
     assert named.chat_template(False) == ""
@@ -382,6 +386,31 @@ def test_conversations_are_rendered_as_for_training(loaded):
     inner.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         HarnessModel(**adapter_arguments(loaded)).apply_chat_template(chat)
+
+
+def test_an_answer_ends_where_the_template_ends_it(loaded):
+    """As LLaDA's template, which ends answers with a token that is not the end of document."""
+    inner = loaded.tokenizer._tokenizer.tokenizer
+    for template, ends in (
+        (TEMPLATE.replace("<end>", "<user>"), (END, 82)),
+        (TEMPLATE, (END,)),
+        (TEMPLATE.replace("<end>", "w5"), (END,)),  # not a special token
+        ("<user>", (END,)),
+        ("{{ raise_exception('no') }}", (END,)),
+        ({"tool_use": TEMPLATE}, (END,)),
+        (None, (END,)),
+    ):
+        inner.chat_template = template
+        assert adapter_arguments(loaded)["decoder"].end_token_ids == ends
+    inner.chat_template = TEMPLATE.replace("<end>", "<user>")
+
+    def answer(tokens):  # w7 <user> w7 <user> ...
+        row = torch.tensor([7, 82]).repeat(tokens.shape[1])[: tokens.shape[1]]
+        return torch.nn.functional.one_hot(row, 91).float().expand(len(tokens), -1, -1)
+
+    settings = {**adapter_arguments(loaded, max_gen_toks=5), "logits": answer, "decoded": None}
+    request = SimpleNamespace(args=("w1 w2", {"until": []}), request_type="generate_until")
+    assert HarnessModel(**settings).generate_until([request]) == [" w7"]
 
 
 def test_rows_are_no_longer_than_the_positions_of_the_model(loaded):

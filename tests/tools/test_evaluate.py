@@ -4,11 +4,14 @@ import gzip
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
+from megatron_mdm.evaluation.nelbo import Estimate, Evaluation
 from tests import ROOT, ranks
 
 COUNTS = ("num_tokens", "num_documents")
@@ -113,3 +116,23 @@ def test_missing_data_is_one_line(base, tmp_path):
     run = evaluate(base, tmp_path / "absent")
     assert run.returncode == 2
     assert "absent.bin does not exist" in run.stderr
+
+
+def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch):
+    """A print may fail after hours of work: a terminal may lack a letter of the table."""
+    monkeypatch.setattr("builtins.print", lambda *_: 1 / 0)
+    tool = runpy.run_path(str(ROOT / "tools/evaluate.py"))
+    paths = {name: str(tmp_path / name) for name in ("json", "log_samples")}
+    options = Namespace(**paths, seed=0)
+    nelbo = Estimate(1.5, 0.1, 0.1)
+    with pytest.raises(ZeroDivisionError):
+        tool["report"](options, Evaluation(nelbo, [nelbo], 2, 2, 10, 4), None, None)
+    assert json.loads((tmp_path / "json").read_text())["nelbo"]["value"] == 1.5
+
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: [eval]")
+    names = ("results", "versions", "n-shot", "higher_is_better")
+    results = {**{name: {} for name in names}, "samples": {"a": [{"doc_id": 3}]}}
+    with pytest.raises(ZeroDivisionError):
+        tool["report_answers"](options, results)
+    assert json.loads((tmp_path / "json").read_text())["versions"] == {}
+    assert json.loads((tmp_path / "log_samples").read_text()) == {"task": "a", "doc_id": 3}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -273,9 +274,31 @@ def test_an_interrupted_measurement_goes_on_where_it_was(step, causal, texts, tm
     assert sum(done) == 6 * few.work_per_row == 6 * 3 * 2 * 3
     with pytest.raises(UserError, match="other settings"):
         State(settings(rows=7), path)
-    (tmp_path / "partial").write_bytes(b"no archive")
+    content = (tmp_path / "partial").read_bytes()
+    for damaged in (b"no archive", b"", content[: len(content) // 2]):
+        (tmp_path / "partial").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            State(few, path)
+
+
+def test_a_file_of_measurements_is_the_same_under_numpy_1(tmp_path, monkeypatch):
+    """There savez writes every keyword as an array, also the name of a setting of NumPy 2."""
+    savez, path, few = np.savez, str(tmp_path / "partial"), settings(rows=2)
+
+    def old_savez(file, **arrays):
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, np.asanyarray(array))
+
+    monkeypatch.setattr(np, "savez", old_savez)
+    state = State(few, path)
+    state.add({"a": np.ones(3)})
+    state.save()
+    assert State(few, path).rows[0]["a"].tolist() == [1, 1, 1]
+    savez(path + ".npz", identity=np.array(state.identity), setting=np.array(False), a=np.ones(1))
     with pytest.raises(UserError, match="damaged"):
-        State(few, path)
+        State(few, path + ".npz")
 
 
 def test_what_is_kept_is_small(step, texts):

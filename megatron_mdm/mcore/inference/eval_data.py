@@ -29,7 +29,7 @@ from megatron_mdm.mcore.flags.data_files import check_data_files, has_several_se
 from megatron_mdm.mcore.flags.identities import other_tokenizer_of_data
 from megatron_mdm.mcore.inference.block_logits import BlockLogits
 from megatron_mdm.mcore.inference.loaded_model import LoadedModel
-from megatron_mdm.mcore.tokenizer import tokenizer_data, tokenizer_rows
+from megatron_mdm.mcore.tokenizer import chat_template, tokenizer_data, tokenizer_rows
 
 # Rows read for each row measured, so that the measured rows come from many documents even if
 # documents are long.
@@ -144,7 +144,7 @@ def encoder(loaded: LoadedModel, special: bool = False) -> Callable[[str], list[
 def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairEncoder:
     """An encoder of conversations that works like preprocessing for training.
 
-    A template that asks for today's date gets the date in the checkpoint's data, if it is known.
+    A template that asks for today's date gets that of `template_date`.
 
     Args:
         loaded: the checkpoint.
@@ -158,11 +158,22 @@ def chat_encoder(loaded: LoadedModel, key: str, ignored: Sequence[str]) -> PairE
     is_chat = loaded.args.tokenizer_type == "HuggingFaceTokenizer" and has_chat_template(directory)
     if not is_chat:
         raise UserError("--messages needs a checkpoint whose tokenizer has a chat template")
-    data = getattr(loaded.args, "mdm_data", None) or ()
-    dates = {part.get("template_date") for part in data} - {None}
-    date = datetime.date.fromisoformat(dates.pop()) if len(dates) == 1 else TEMPLATE_DATE
+    date = template_date(loaded.args)
     keys = PairKeys(messages=key, template=directory, ignored=tuple(ignored), date=date)
     return PairEncoder(load_hugging_face(directory), keys, append_eod=False)
+
+
+def template_date(args: Namespace) -> datetime.date:
+    """The date that a chat template wrote for today's date in the data of a checkpoint.
+
+    Args:
+        args: arguments of the checkpoint, which record how its data were encoded.
+
+    Returns:
+        The date; `TEMPLATE_DATE` if none is known, or if there are several.
+    """
+    dates = {data.get("template_date") for data in getattr(args, "mdm_data", None) or ()} - {None}
+    return datetime.date.fromisoformat(dates.pop()) if len(dates) == 1 else TEMPLATE_DATE
 
 
 def spells_special_tokens(args: Namespace, asked: bool | None = None) -> bool:
@@ -194,14 +205,19 @@ def decoder_of(
 
     Args:
         loaded: the checkpoint.
-        eos_token_ids: tokens that end a text; default: the end-of-document token, if there is one.
+        eos_token_ids: tokens that end a text; default: the end-of-document token, and the token
+            that the chat template writes after an answer, as far as there are such tokens.
         settings: other arguments of `Decoder`.
 
     Raises:
         UserError: a value is out of range, or the model has no mask token.
     """
-    end = loaded.end_token_id if eos_token_ids is None else eos_token_ids
-    ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
+    if eos_token_ids is None:
+        chat = chat_template(loaded.tokenizer)
+        found = (loaded.end_token_id, chat.answer_end_id() if chat else None)
+        ends = tuple(dict.fromkeys(end for end in found if end is not None))
+    else:
+        ends = (eos_token_ids,) if isinstance(eos_token_ids, int) else tuple(eos_token_ids)
     return Decoder(
         loaded.mask_token_id,
         end_token_ids=ends,
