@@ -75,7 +75,8 @@ train() { # FLAGS: runs the command of the conversion's launch.txt, followed by 
         -e 's#--nproc-per-node [0-9]*#--standalone --local-addr 127.0.0.1 --nproc-per-node "$GPUS"#' \
         "$RUN/megatron/launch.txt")
     command+=' --split 95,5,0 --data-cache-path "$RUN/cache" "${HARDWARE[@]}" "$@"'
-    if [ -n "$REAL" ]; then
+    if [ -n "$REAL" ]; then # of all checkpoints the last one stays, and one in 10000 iterations
+        set -- --save-retain-interval 10000 "$@"
         eval "$command"
     else
         local iters=${ITERS:-60}

@@ -173,6 +173,8 @@ def test_real_flags_are_accepted_at_full_size(case, example):
     assert training[:4] == ["torchrun", "--standalone", "--local-addr", "127.0.0.1"]
     assert training[4:6] == ["--nproc-per-node", "8"]
     assert value(back, "--input") == value(training, "--save") == value(training, "--load")
+    every = int(training[len(training) - 1 - training[::-1].index("--save-interval") + 1])
+    assert int(value(training, "--save-retain-interval")) % every == 0
 
     shutil.rmtree(value(training, "--save"))  # as before the training
     argv = training[training.index("megatron_mdm.pretrain") + 1 :]
