@@ -76,7 +76,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
             --mdm-allow-flag-change is missing.
     """
     is_resumed = args.load is not None and not args.finetune
-    saved = _with_equal_units(args, saved)
+    saved = _with_equal_rate_unit(args, saved)
     fits = bool(args.mdm_ppots_refit_interval and saved.get("mdm_ppots_refit_interval"))
     other = changes(args, saved, list(MEASURED)) if is_resumed and fits else []
     if is_resumed and fits and args.mdm_bell_fade not in (None, saved.get("mdm_bell_fade")):
@@ -212,7 +212,7 @@ def _finished_phases(
     return list((mdm.blocks or BlockSchedule.constant(None)).until(finished))
 
 
-def _with_equal_units(args: Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+def _with_equal_rate_unit(args: Namespace, saved: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's arguments, with this run's --mdm-rate-per if both have acted alike.
 
     A whole row is one block, unless --mdm-isolate-documents divides it.

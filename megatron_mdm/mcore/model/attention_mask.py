@@ -102,7 +102,8 @@ def dense_attention_mask(
         mask = mask | (_later(tokens) & ~visible_ahead[:, None, None, :])
     if segments is not None:
         mask = mask | _elsewhere(segments)
-    if mask.shape[2] == 1:  # one row of the mask for all positions
+    # Without hidden tokens every position sees itself. Without parts, all have one row of the mask.
+    if everywhere or mask.shape[2] == 1:
         return mask
     return showing_itself(mask, torch.arange(tokens.shape[1], device=tokens.device))
 
