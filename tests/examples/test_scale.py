@@ -20,7 +20,7 @@ from tests.ranks.gathering_attention import gathered_attention
 
 ROW_LENGTH, BINS, RATE_BINS = 32, 30, 10
 REFIT = [("all_reduce", 32 * (4 * BINS + 1)), ("all_reduce", 16)]
-LOG = [("all_reduce", 8 * 3 * (2 * RATE_BINS + 6)), ("all_reduce", 8)]
+LOG = [("all_reduce", 8 * 3 * (3 * RATE_BINS + 6)), ("all_reduce", 8)]
 STOP = [("all_reduce", 4)]  # whether a rank was asked to stop, after each step
 
 
