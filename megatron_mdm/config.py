@@ -40,13 +40,15 @@ class MDMConfig:
     device: Literal["cuda", "cpu"] = "cuda"
     """Device to train on. `cpu` runs the same program with the gloo backend, without a GPU."""
 
-    recipe: Literal["standard", "paper", "clipped", "recommended"] | None = None
+    recipe: Literal["standard", "paper", "clipped", "ppots", "recommended"] | None = None
     """Sets several flags together: `standard` uses none of the methods; `paper` uses P-POTS, fitted
     to the loss, and MIRROR; `clipped` draws rates from 0.3 to 0.8, so that its loss is no bound on
-    the negative log-likelihood; `recommended` uses P-POTS, fitted to the gradient, lattice
-    quantiles and exact-count masks. This recipe trained best at equal compute among those whose
-    loss is a bound. Flags on the command line win over the recipe. The run prints what its recipe
-    stands for. Default: none; every flag has its own default."""
+    the negative log-likelihood; `ppots` uses P-POTS, fitted to the gradient, lattice quantiles and
+    exact-count masks; `recommended` draws rates from a bell, which fades between 70% and 90% of the
+    run, so that its loss is no bound before, and uses lattice quantiles and exact-count masks. This
+    recipe trained best at equal compute among those that end with a bound. Flags on the command
+    line win over the recipe. The run prints what its recipe stands for. Default: none; every flag
+    has its own default."""
 
     model: Literal["gpt", "hybrid"] | None = None
     """Megatron's class of the model: `gpt`, GPTModel, or `hybrid`, its successor HybridModel.

@@ -38,8 +38,10 @@ def test_recipes_stand_for_these_flags():
         "standard": f"--mdm-rate-sampler uniform, {plain} 1",
         "paper": f"{fit} loss, {plain} 2",
         "clipped": f"--mdm-rate-sampler clipped, --mdm-clip 0.3 0.8, {plain} 1",
-        "recommended": f"{fit} gradient, --mdm-quantiles lattice, --mdm-mask exact-count, "
-        "--mdm-views 1",
+        "ppots": f"{fit} gradient, --mdm-quantiles lattice, --mdm-mask exact-count, --mdm-views 1",
+        "recommended": "--mdm-rate-sampler logit-normal, --mdm-logit-normal 0.0 0.5, "
+        "--mdm-bell-uniform-share 0.01, --mdm-bell-fade 0.7 0.9, --mdm-quantiles lattice, "
+        "--mdm-mask exact-count, --mdm-views 1",
     }
     for name, settings in RECIPES.items():
         given = {destination(key): value for key, value in settings.items()}
@@ -61,8 +63,8 @@ def test_the_help_says_whose_loss_is_no_bound():
 
 def test_methods_are_joined_in_any_order():
     joined = settings_of("exact-count+ppots-gradient+lattice")
-    assert joined == settings_of("recommended") == RECIPES["recommended"]
-    assert list(joined) == list(RECIPES["recommended"])
+    assert joined == settings_of("ppots") == RECIPES["ppots"]
+    assert list(joined) == list(RECIPES["ppots"])
     for name in METHODS:
         MDMConfig(**settings_of(name))
     for name in ("ppots-gradient+bell-fade", "bell-fade+ppots-gradient"):
@@ -84,7 +86,7 @@ def test_flags_given_by_hand_win(monkeypatch, tmp_path):
     assert (config.views, config.clip) == (2, [0.0, 0.5])
     # The same holds for a density that is not refitted.
     fixed = "--mdm-ppots-refit-interval 0 --mdm-ppots-file x.json".split()
-    config = parse(monkeypatch, "--mdm-recipe", "recommended", *fixed)
+    config = parse(monkeypatch, "--mdm-recipe", "ppots", *fixed)
     assert (config.rate_sampler, config.ppots_target) == ("ppots", "loss")
     assert (config.mask, config.ppots_refit_interval) == ("exact-count", 0)
 
@@ -103,8 +105,10 @@ def test_a_recipe_says_what_is_used_of_it(monkeypatch):
 
 
 def test_contradictions_are_named_with_the_recipe(monkeypatch):
-    with pytest.raises(UserError, match="needs --mdm-mask bernoulli.*--mdm-recipe recommended: "):
-        parse(monkeypatch, "--mdm-recipe", "recommended", "--mdm-isad-token-ids", "3")
+    for recipe in ("ppots", "recommended"):
+        message = f"needs --mdm-mask bernoulli.*--mdm-recipe {recipe}: "
+        with pytest.raises(UserError, match=message):
+            parse(monkeypatch, "--mdm-recipe", recipe, "--mdm-isad-token-ids", "3")
     with pytest.raises(UserError, match="needs --mdm-rate-sampler ppots.*--mdm-recipe clipped: "):
         parse(monkeypatch, "--mdm-recipe", "clipped", "--mdm-ppots-file", "x.json")
     views = "--micro-batch-size 1 is not a multiple of --mdm-views 2.*--mdm-recipe paper: "

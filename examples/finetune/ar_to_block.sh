@@ -17,13 +17,13 @@ source examples/finetune/common.sh
 convert --add-mask-token
 preprocess
 if [ -n "$REAL" ]; then # 20 billion tokens, in batches of 2 million
-    train --mdm-recipe recommended --mdm-block-size-schedule "0:1 500:4 1500:32" \
+    train --mdm-recipe ppots --mdm-block-size-schedule "0:1 500:4 1500:32" \
         --seq-length 4096 --micro-batch-size 2 --global-batch-size 512 --train-iters "${ITERS:-10000}" --lr 1e-5 \
         --lr-warmup-iters 500 --lr-decay-style cosine --min-lr 1e-6 --save-interval 1000 --eval-interval 500
     GENERATE=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$TP" tools/generate.py)
 else
     ITERS=${ITERS:-200}
-    train --mdm-recipe recommended --mdm-block-size-schedule "0:1 20:4 60:8" --lr 3e-3
+    train --mdm-recipe ppots --mdm-block-size-schedule "0:1 20:4 60:8" --lr 3e-3
     GENERATE=(python tools/generate.py --device cpu)
 fi
 echo "== a text, block by block"

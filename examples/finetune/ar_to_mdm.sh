@@ -18,10 +18,10 @@ source examples/finetune/common.sh
 convert --add-mask-token
 preprocess
 if [ -n "$REAL" ]; then # 20 billion tokens, in batches of 2 million
-    train --mdm-recipe recommended --seq-length 4096 --micro-batch-size 4 --global-batch-size 512 \
+    train --mdm-recipe ppots --seq-length 4096 --micro-batch-size 4 --global-batch-size 512 \
         --train-iters "${ITERS:-10000}" --lr 1e-5 --lr-warmup-iters 500 --lr-decay-style cosine --min-lr 1e-6 \
         --save-interval 1000 --eval-interval 500
 else
-    train --mdm-recipe recommended --mdm-anneal-attention-iters 20
+    train --mdm-recipe ppots --mdm-anneal-attention-iters 20
 fi
 convert_back

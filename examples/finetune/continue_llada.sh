@@ -16,10 +16,10 @@ source examples/finetune/common.sh
 convert
 preprocess
 if [ -n "$REAL" ]; then
-    train --mdm-recipe recommended --seq-length 4096 --micro-batch-size 4 --global-batch-size 256 \
+    train --mdm-recipe ppots --seq-length 4096 --micro-batch-size 4 --global-batch-size 256 \
         --train-iters "${ITERS:-5000}" --lr 1e-5 --lr-warmup-iters 200 --lr-decay-style cosine --min-lr 1e-6 \
         --save-interval 500 --eval-interval 250
 else
-    train --mdm-recipe recommended
+    train --mdm-recipe ppots
 fi
 convert_back

@@ -32,7 +32,7 @@ PYTHON
     echo "$RUN/chats.jsonl" >"$TEXT"
 fi
 
-ROWS=(--mdm-sft --mdm-normalization rows --mdm-recipe recommended)
+ROWS=(--mdm-sft --mdm-normalization rows --mdm-recipe ppots)
 if [ "${PACK:-no}" = no ]; then
     ROWS+=(--mdm-pad-eligible)
     CANVAS=(--length 32)

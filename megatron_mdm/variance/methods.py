@@ -154,7 +154,7 @@ IMPORTANT = (
     "exact-count+mirror",
     "exact-count+mirror (texts)",
     "lattice+exact-count",
-    COMBINATIONS["recommended"],
+    COMBINATIONS["ppots"],
     "ema",
     "isad",
     *DENSITIES,

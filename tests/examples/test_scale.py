@@ -82,7 +82,7 @@ def calls_of(directory, data, world, *flags, entry=traffic):
         directory,
         world,
         *["--data-path", str(data), "--data-cache-path", str(directory / "cache")],
-        *"--mdm-recipe recommended --mdm-ppots-refit-interval 2".split(),
+        *"--mdm-recipe ppots --mdm-ppots-refit-interval 2".split(),
         *f"--mdm-ppots-bins {BINS} --global-batch-size 64 --train-iters 4".split(),
         *"--log-interval 4".split(),
         *flags,

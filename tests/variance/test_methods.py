@@ -202,7 +202,7 @@ def test_densities_are_those_that_the_recipes_name():
             if name == "proposal":
                 assert sampler.density(t).max() > 1.5 and sampler.density(t).min() > 0.1
             torch.testing.assert_close(sampler.density(t) * sampler.weight(t), objective)
-    assert Method.of("recommended") == METHODS["ppots-gradient+lattice+exact-count"]
+    assert Method.of("ppots") == METHODS["ppots-gradient+lattice+exact-count"]
     for name in ("bell-fade", "lattice+bell"):  # for a density that fades, the first one
         assert Method.of(name).density == name.split("+")[-1] and not Method.of(name).unbiased
 

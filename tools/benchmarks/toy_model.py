@@ -188,6 +188,6 @@ def measured(
 
 def fitted_densities(model: Model, texts: torch.Tensor, seed: int) -> FittedDensities:
     """Fits a density of t to the model, for each target of P-POTS and kind of mask."""
-    methods = ("ppots-loss", COMBINATIONS["recommended"])
+    methods = ("ppots-loss", COMBINATIONS["ppots"])
     state, what, _ = measured(model, texts, settings(200, 2, methods, seed))
     return densities(state, what, texts.shape[1])

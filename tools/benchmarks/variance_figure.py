@@ -14,7 +14,7 @@ LABELS = {
     "exact-count": "exact counts",
     "mirror (texts)": "MIRROR, twice the rows",
     "ppots-gradient": "P-POTS on the gradient",
-    COMBINATIONS["recommended"]: "recipe recommended",
+    COMBINATIONS["ppots"]: "recipe ppots",
     "clipped": "recipe clipped",
     "bell": "bell",
 }

@@ -188,7 +188,7 @@ train() {
         --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights \
         --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 4 --global-batch-size 8 \
         --tokenizer-type NullTokenizer --vocab-size 257 --null-tokenizer-eod-id 0 \
-        --mdm-mask-token-id 256 --make-vocab-size-divisible-by 128 --mdm-recipe recommended \
+        --mdm-mask-token-id 256 --make-vocab-size-divisible-by 128 --mdm-recipe ppots \
         --data-path "$STATE/data/text" --data-cache-path "$STATE/cache$port" --split 95,5,0 \
         --num-workers 1 --train-iters 20 --eval-interval 20 --eval-iters 2 --log-interval 1 \
         --lr 1e-3 --lr-warmup-iters 2 --lr-decay-style constant --clip-grad 1.0 "$@"

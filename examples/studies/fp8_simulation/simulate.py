@@ -91,7 +91,7 @@ SETTINGS = {
     "standard, eps 0.05": Setting("standard", eps=5e-2),
     "exact-count": Setting("exact-count"),
     "paper": Setting("paper"),
-    "recommended": Setting("recommended"),
+    "ppots": Setting("ppots"),
     "ppots-gradient+lattice": Setting("ppots-gradient+lattice"),
     "clipped": Setting("clipped"),
     "uneven rows, tokens": Setting("standard", normalization="tokens"),

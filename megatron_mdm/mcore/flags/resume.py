@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_mdm.config import MDMConfig, destinations
+from megatron_mdm.config import MDMConfig, destination, destinations
 from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.argument_groups import Group, changes, group, names
 from megatron_mdm.mcore.flags.schedule import last_step, samples_that_acted
 from megatron_mdm.mcore.ranks import notice
 from megatron_mdm.objective.block_schedule import BlockSchedule
 from megatron_mdm.objective.ppots.fit_file import load_sampler
+from megatron_mdm.recipes import RECIPES
 
 # Prefixes of the arguments that --use-checkpoint-opt_param-scheduler takes from the checkpoint.
 _SCHEDULE = ("lr", "min_lr", "decoupled_", "weight_decay", "start_weight_", "end_weight_")
@@ -145,7 +146,8 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     if found and not args.mdm_allow_flag_change:
         raise UserError(
             f"the checkpoint in {args.load} was trained with other settings: {'; '.join(found)}. "
-            "Give its values, or add --mdm-allow-flag-change (or --finetune for a new run)"
+            f"Give its values{_recipe_of(args, saved)}, or add --mdm-allow-flag-change (or "
+            "--finetune for a new run)"
         )
     if other:
         notice(
@@ -158,6 +160,18 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
     how = [] if args.skip_train else changes(args, saved, _training(args))
     for change in [*found, *how]:
         notice(f"the run resumes with another {change}")
+
+
+def _recipe_of(args: Namespace, saved: Mapping[str, Any]) -> str:
+    """Names the recipe that has the checkpoint's settings, if this run has another recipe.
+
+    The meaning of a recipe may have changed since the run began.
+    """
+    for name, settings in RECIPES.items():
+        is_its = all(saved.get(destination(key)) == value for key, value in settings.items())
+        if is_its and args.mdm_recipe not in (None, name):
+            return f" (--mdm-recipe {name})"
+    return ""
 
 
 def _say_other_order(args: Namespace, saved: Mapping[str, Any]) -> None:
@@ -285,12 +299,17 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
         return None
     unit = _unit(vars(args))
     length = getattr(args, f"train_{unit}")
-    fade = [*(round(fraction * length) for fraction in args.mdm_bell_fade), unit]
+    last = length if args.skip_train else last_step(args)
+    # In a short run, a fraction below 1 may be rounded up to the end. It leaves the last step.
+    fade = [
+        *(min(round(x * length), length if x == 1.0 else last) for x in args.mdm_bell_fade),
+        unit,
+    ]
     if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
         fade = saved["mdm_bell_fade_at"]
     _, end, its_unit = fade
     # Steps are not compared with samples, in a run that counted in the other unit when it began.
-    if not args.skip_train and its_unit == unit and end > (last := last_step(args)):
+    if not args.skip_train and its_unit == unit and end > last:
         raise UserError(
             f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends after {end} "
             f"{_UNITS[unit]} of the run, and its last step begins after {last}, so no step trains "

@@ -75,7 +75,7 @@ def test_layouts_are_equal(base, tmp_path):
 
 OWN_RATES = [
     *"--mdm-isolate-documents --mdm-rate-per document --mdm-views 2 --train-iters 4".split(),
-    *"--mdm-recipe recommended --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
+    *"--mdm-recipe ppots --mdm-ppots-refit-interval 2 --mdm-ppots-bins 4".split(),
     *"--no-mdm-eod-eligible --mdm-random-length-fraction 0.3 --eval-iters 1".split(),
 ]
 

@@ -10,6 +10,7 @@ from megatron_mdm.errors import UserError
 from megatron_mdm.mcore.flags import arguments
 from megatron_mdm.mcore.flags.resume import last_block_size, plan_resume
 from megatron_mdm.mcore.training.state import TrainingState
+from megatron_mdm.recipes import settings_of
 from tests.mcore.flags.parsing import parsed
 
 
@@ -265,6 +266,27 @@ def test_megatrons_order_of_rows_follows_from_the_length_of_the_run(length, rows
     assert "--mdm-row-order" not in capsys.readouterr().out
 
 
+def test_the_recipe_that_fades_leaves_the_last_step_of_a_short_run():
+    for iterations, fade in ((1, [0, 0]), (2, [1, 1]), (4, [3, 3]), (10, [7, 9])):
+        config = MDMConfig(**settings_of("recommended"))
+        plan = plan_resume(resumed(config, load=None, train_iters=iterations), {})
+        assert plan.bell_fade_at == [*fade, "iters"]
+
+
+def test_a_resume_names_the_recipe_whose_settings_the_checkpoint_has():
+    """The meaning of `recommended` has changed."""
+    was = MDMConfig(**settings_of("ppots"), recipe="recommended")
+    saved = {**vars(resumed(was)), "mdm_bell_fade_at": None}
+    now = MDMConfig(**settings_of("recommended"), recipe="recommended")
+    with pytest.raises(UserError, match=r"Give its values \(--mdm-recipe ppots\), or add"):
+        plan_resume(resumed(now), saved)
+    by_hand = MDMConfig(**settings_of("recommended"))
+    with pytest.raises(UserError, match="Give its values, or add"):
+        plan_resume(resumed(by_hand), saved)
+    same = MDMConfig(**settings_of("ppots"), recipe="ppots")
+    plan_resume(resumed(same), saved)
+
+
 @pytest.mark.parametrize(
     "length, last",
     [
@@ -287,10 +309,12 @@ def test_a_fade_ends_before_the_last_step_begins(length, last):
 
     args, fade = fade_at(last, load=None)
     assert fade[1] == last
-    message = rf"--mdm-bell-fade 0.5 \S+: the fade ends after {last + 1} .* last step begins after"
-    with pytest.raises(UserError, match=f"{message} {last}, so no step trains on the bound. Give"):
-        fade_at(last + 1, load=None)
-    assert fade_at(last + 1, load=None, skip_train=True)[1][1] == last + 1
+    if last + 1 < size[unit]:  # END below 1 leaves the last step
+        assert fade_at(last + 1, load=None)[1][1] == last
+        assert fade_at(last + 1, load=None, skip_train=True)[1][1] == last + 1
+    message = rf"--mdm-bell-fade 0.5 1.0: the fade ends after {size[unit]} .* last step begins"
+    with pytest.raises(UserError, match=f"{message} after {last}, so no step trains on the bound"):
+        fade_at(size[unit], load=None)
     # A run that resumes keeps its fade, and may have become too short for it.
     saved = {**vars(args), "mdm_bell_fade_at": fade}
     shorter = {unit: size[unit] - 10}

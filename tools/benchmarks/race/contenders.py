@@ -54,12 +54,7 @@ MAIN = {
     "clipped": Contender("t from 0.3 to 0.8", f"clipped+{_QUIET}", False),
     "bell": Contender("logit of t normal (0, 0.5), share 0.01 uniform", f"bell+{_QUIET}", False),
     "bell-fade": Contender("bell, uniform from 70% of the steps on", f"bell-fade+{_QUIET}", True),
-    "bell-late": Contender(
-        "bell, uniform from 90% of the steps on",
-        f"bell-fade+{_QUIET}",
-        True,
-        {"bell_fade": [0.7, 0.9]},
-    ),
+    "bell-late": Contender("bell, uniform from 90% of the steps on", f"bell-late+{_QUIET}", True),
 }
 # The settings that `recommended` had when the race began; the winner may replace them.
 INCUMBENT = {

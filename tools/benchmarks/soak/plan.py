@@ -103,7 +103,7 @@ def flags_of(plan: Plan, directory: pathlib.Path, seed: int) -> list[str]:
     """
     interval = plan.interval
     return [
-        *f"--mdm-device cpu --seed {seed} --mdm-recipe recommended".split(),
+        *f"--mdm-device cpu --seed {seed} --mdm-recipe ppots".split(),
         *f"--mdm-ppots-refit-interval {interval['save']}".split(),
         *"--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32".split(),
         *"--seq-length 16 --max-position-embeddings 16 --position-embedding-type rope".split(),
