@@ -98,11 +98,11 @@ class MDMConfig:
     because its weights go up to one over the share."""
 
     bell_fade: list[float] | None = field(default=None, metadata=_shown_as("START", "END"))
-    """Fractions of the run, 0 <= START <= END <= 1, between which the uniform share of a bell rises
-    linearly to 1. From END on, rates are uniform and the objective is exact. The run must be longer
-    than that. It converts both to iterations, or to samples with --train-samples, when it begins; a
-    longer run keeps these. With --mdm-ppots-refit-interval, P-POTS takes over at END. Needs
-    --mdm-bell-role objective. Default: the share stays constant."""
+    """Fractions of the run, 0 <= START <= END < 1, between which the uniform share of a bell rises
+    linearly to 1. From END on, which leaves at least the last step, rates are uniform and the
+    objective is exact. The run converts both to iterations, or to samples with --train-samples,
+    when it begins; a longer run keeps these. With --mdm-ppots-refit-interval, P-POTS takes over at
+    END. Needs --mdm-bell-role objective. Default: the share stays constant."""
 
     ppots_file: str | None = field(default=None, metadata=_shown_as("FILE"))
     """Density of t that tools/fit_ppots.py has fitted, a JSON file. With --mdm-ppots-refit-interval
@@ -537,9 +537,9 @@ class MDMConfig:
                 f"--mdm-bell-fade needs --mdm-bell-role objective, got {self.bell_role}: another "
                 "role leaves nothing to fade"
             )
-        if not (len(self.bell_fade) == 2 and 0.0 <= self.bell_fade[0] <= self.bell_fade[1] <= 1.0):
+        if not (len(self.bell_fade) == 2 and 0.0 <= self.bell_fade[0] <= self.bell_fade[1] < 1.0):
             ends = " ".join(map(str, self.bell_fade))
-            raise UserError(f"--mdm-bell-fade takes 0 <= START <= END <= 1, got {ends}")
+            raise UserError(f"--mdm-bell-fade takes 0 <= START <= END < 1, got {ends}")
 
     def _refuse_idle(self, needed: str, *names: str) -> None:
         """Refuses settings that do nothing without the flag `needed`, which is missing."""

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_mdm.config import MDMConfig, destination, flag_of
+from megatron_mdm.objective.bell_limits import BELLS
 
 # Iterations between fits of P-POTS if the run fits its own density. Early in training the second
 # moments change fast, and a fit costs about as much as a log line.
@@ -89,34 +90,46 @@ RECIPES = {name: settings_of(name) for name in COMBINATIONS}
 def set_recipe_defaults(parser: ArgumentParser) -> None:
     """Makes the flags that the recipe on the command line stands for the parser's defaults.
 
-    Flags on the command line win over defaults. If they name another sampler of t, or no fits
-    during training, the recipe's settings of the sampler or of the fits are left out too.
+    Flags on the command line win over defaults. If they name another sampler of t, no fits during
+    training, or another role of a bell, the recipe's settings of the sampler, of the fits or of the
+    fade are left out too.
     """
     peek = ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--mdm-recipe")
     peek.add_argument("--mdm-rate-sampler")
     peek.add_argument("--mdm-ppots-refit-interval")
+    peek.add_argument("--mdm-bell-role", default="objective")
     given = peek.parse_known_args(sys.argv[1:])[0]
     settings = RECIPES.get(given.mdm_recipe, {})  # the real parser refuses an unknown name
-    sampler = given.mdm_rate_sampler or settings.get("rate_sampler")
-    left = _left_behind(settings, sampler, given.mdm_ppots_refit_interval != "0")
+    given.mdm_rate_sampler = given.mdm_rate_sampler or settings.get("rate_sampler")
+    left = _left_behind(settings, given, given.mdm_ppots_refit_interval != "0")
     parser.set_defaults(**{destination(k): v for k, v in settings.items() if k not in left})
 
 
-def _left_behind(settings: dict[str, Any], sampler: object, is_fitted: bool) -> set[str]:
-    """Settings of a recipe that do nothing with another sampler of t, or without fits."""
-    prefixes: tuple[str, ...] = ()
-    if sampler != settings.get("rate_sampler"):
-        prefixes = ("ppots_", "clip", "logit_normal", "beta", "bell_")
+def _left_behind(settings: dict[str, Any], given: Namespace, is_fitted: bool) -> set[str]:
+    """Settings of a recipe that do nothing, or are refused, beside the settings in use.
+
+    Args:
+        settings: settings of the recipe.
+        given: the sampler of t and the role of a bell in use.
+        is_fitted: whether the run fits its density.
+    """
+    prefixes: list[str] = []
+    if given.mdm_rate_sampler != settings.get("rate_sampler"):
+        prefixes += ["ppots_", "clip", "logit_normal", "beta"]
+        if given.mdm_rate_sampler not in BELLS:
+            prefixes.append("bell_")
     elif not is_fitted:
-        prefixes = ("ppots_target",)
-    return {name for name in settings if name.startswith(prefixes)}
+        prefixes.append("ppots_target")
+    if given.mdm_bell_role != "objective":
+        prefixes.append("bell_")  # only the objective fades, and a proposal needs a larger share
+    return {name for name in settings if name.startswith(tuple(prefixes))}
 
 
 def expansion(args: Namespace) -> str:
     """The flags that the recipe of these arguments stands for, with the values in use."""
     settings = RECIPES[args.mdm_recipe]
-    left = _left_behind(settings, args.mdm_rate_sampler, args.mdm_ppots_refit_interval != 0)
+    left = _left_behind(settings, args, args.mdm_ppots_refit_interval != 0)
     words = []
     for name, value in settings.items():
         if name in left:

@@ -45,7 +45,8 @@ def test_recipes_stand_for_these_flags():
     }
     for name, settings in RECIPES.items():
         given = {destination(key): value for key, value in settings.items()}
-        args = {"mdm_ppots_refit_interval": 0, **given, "mdm_recipe": name}
+        args = {"mdm_ppots_refit_interval": 0, "mdm_bell_role": "objective"}
+        args |= {**given, "mdm_recipe": name}
         assert expansion(Namespace(**args)) == flags[name]
     assert set(flags) == set(RECIPES)
 
@@ -89,6 +90,26 @@ def test_flags_given_by_hand_win(monkeypatch, tmp_path):
     config = parse(monkeypatch, "--mdm-recipe", "ppots", *fixed)
     assert (config.rate_sampler, config.ppots_target) == ("ppots", "loss")
     assert (config.mask, config.ppots_refit_interval) == ("exact-count", 0)
+
+
+def test_flags_given_by_hand_win_over_a_bell_that_fades(monkeypatch):
+    def parsed(*flags):
+        return parse(monkeypatch, "--mdm-recipe", "recommended", *flags)
+
+    for refits in ([], ["--mdm-ppots-refit-interval", "0"]):
+        file = ["--mdm-rate-sampler", "ppots", "--mdm-ppots-file", "x.json"]
+        config = parsed(*file, *refits)
+        assert (config.rate_sampler, config.bell_fade) == ("ppots", None)
+        assert (config.mask, config.ppots_target) == ("exact-count", "loss")
+    config = parsed("--mdm-ppots-refit-interval", "50")  # P-POTS takes over
+    assert (config.rate_sampler, config.bell_fade) == ("logit-normal", [0.7, 0.9])
+    assert parsed("--mdm-bell-fade", "0.5", "0.5").bell_fade == [0.5, 0.5]
+    config = parsed("--mdm-rate-sampler", "beta", "--mdm-beta", "3", "3")
+    assert (config.logit_normal, config.bell_fade) == (None, [0.7, 0.9])
+    for role in ("proposal", "weight"):
+        config = parsed("--mdm-bell-role", role)
+        assert (config.bell_fade, config.bell_uniform_share) == (None, 0.1)
+        assert config.logit_normal == [0.0, 0.5]
 
 
 def test_a_recipe_says_what_is_used_of_it(monkeypatch):

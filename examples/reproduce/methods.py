@@ -80,7 +80,7 @@ class Method:
 BOTH, BOTH_EPOCHS = "P-POTS + MIRROR", "P-POTS + MIRROR, equal epochs"
 QUIET = "P-POTS gradient + lattice + exact-count"
 DOUBLED, STOPPED = "standard, rows x 2", "autoregressive, stopped"
-BELL = "bell, then exact"
+BELL = "bell that fades late + lattice + exact-count"
 # The keys are the names in tables and results. With "equal epochs" every text is used as often as
 # by `standard`, as in the paper; all other methods train on as many rows as `standard`.
 METHODS = {
@@ -96,7 +96,6 @@ METHODS = {
     DOUBLED: Method(rows=2),
     "autoregressive": Method(causal=True),
     STOPPED: Method(causal=True, stopped=True),
-    # Rates from a bell-shaped density that changes into the uniform one.
     BELL: Method("bell-late+lattice+exact-count"),
 }
 

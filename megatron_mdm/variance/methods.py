@@ -57,6 +57,7 @@ WINDOWS = 1000  # number of batches from which Cov(N) is estimated
 CURVE_DEGREE = 3
 # Methods with a density of t that is neither uniform nor fitted.
 DENSITIES = ("proposal", "clipped", "flat", "bell")
+QUIET_BELL = "bell+lattice+exact-count"  # the recipe `recommended` before its fade
 ISAD_DELTA: float = settings_of("isad")["isad_delta"]
 
 
@@ -127,7 +128,7 @@ def _all_methods() -> Iterator[tuple[str, Method]]:
         ("", "mirror"),
     )
     combinations = ["+".join(filter(None, parts)) or "standard" for parts in product]
-    for name in [*combinations, "4-views", "isad", *DENSITIES, "ema"]:
+    for name in [*combinations, "4-views", "isad", *DENSITIES, QUIET_BELL, "ema"]:
         method = Method.of(name)
         yield name, method
         if method.views > 1:
@@ -158,6 +159,7 @@ IMPORTANT = (
     "ema",
     "isad",
     *DENSITIES,
+    QUIET_BELL,
 )
 
 

@@ -12,6 +12,7 @@ from tests.gpu.conftest import DEVICE, STILL, errors
     "flags",
     [
         "--mdm-recipe standard",
+        "--mdm-recipe recommended",
         "--mdm-mask exact-count --mdm-views 2 --mdm-quantiles strata",
         "--mdm-rate-sampler ppots --mdm-ppots-file FILE --mdm-isad-token-ids 5 9",
     ],

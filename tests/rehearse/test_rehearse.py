@@ -108,6 +108,8 @@ LAUNCHES = [("1b", 20), ("8b", 4), ("170m", 1), ("moe", 8)]
 @pytest.mark.parametrize(("name", "nodes"), LAUNCHES)
 def test_recipes_start_at_their_numbers_of_nodes(tmp_path, name, nodes):
     words = recipe(name)
+    if name == "170m":  # also with fits during training
+        words += ["--mdm-recipe", "ppots"]
     found = play(tmp_path, words, nodes)
     assert "refusal" not in found and "failure" not in found, found
     file = (RECIPES / f"{name}.flags").read_text()

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatron_mdm.pictures import COLORS, blank_figure, legend_below, save
 from megatron_mdm.recipes import COMBINATIONS
+from megatron_mdm.variance.methods import QUIET_BELL
 
 # What a reader calls the methods; a method that has no entry is not drawn.
 LABELS = {
@@ -17,6 +18,7 @@ LABELS = {
     COMBINATIONS["ppots"]: "recipe ppots",
     "clipped": "recipe clipped",
     "bell": "bell",
+    QUIET_BELL: "recipe recommended, before its fade",
 }
 ROW = 0.42  # inches, of a method
 

@@ -101,7 +101,7 @@ def plan_resume(args: Namespace, saved: dict[str, Any]) -> ResumePlan:
         bell_fade_at=_bell_fade_at(args, saved if is_resumed else {}),
     )
     _check(Namespace(**{**vars(args), **plan.arguments()}), saved, is_resumed, other)
-    if plan.bell_fade_at is not None:
+    if plan.bell_fade_at is not None and not args.skip_train:
         start, end, unit = plan.bell_fade_at
         notice(
             f"the bell of --mdm-rate-sampler {args.mdm_rate_sampler} fades between {start} and "
@@ -163,15 +163,21 @@ def _check(args: Namespace, saved: dict[str, Any], is_resumed: bool, other: list
 
 
 def _recipe_of(args: Namespace, saved: Mapping[str, Any]) -> str:
-    """Names the recipe that has the checkpoint's settings, if this run has another recipe.
+    """Names the recipe that comes closest to the checkpoint's settings, if this run has another.
 
     The meaning of a recipe may have changed since the run began.
     """
-    for name, settings in RECIPES.items():
-        is_its = all(saved.get(destination(key)) == value for key, value in settings.items())
-        if is_its and args.mdm_recipe not in (None, name):
-            return f" (--mdm-recipe {name})"
-    return ""
+    keys = map(destination, RECIPES.get(args.mdm_recipe, ()))
+    if all(saved.get(key) == getattr(args, key) for key in keys):
+        return ""
+
+    def differing(name: str) -> int:
+        settings = RECIPES[name]
+        return sum(saved.get(destination(key)) != value for key, value in settings.items())
+
+    closest = min(RECIPES, key=differing)
+    by_hand = " and flags by hand" if differing(closest) else ""
+    return "" if closest == args.mdm_recipe else f" (--mdm-recipe {closest}{by_hand})"
 
 
 def _say_other_order(args: Namespace, saved: Mapping[str, Any]) -> None:
@@ -291,29 +297,29 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
 
     A run that resumes keeps its old values, even if the run has become longer. If
     --mdm-allow-flag-change allows new fractions, they refer to the whole run with its new length.
+    An END that falls into the last step becomes the begin of that step.
 
     Raises:
         UserError: the fade leaves no step with the uniform density.
     """
-    if args.mdm_bell_fade is None:
+    fractions = args.mdm_bell_fade
+    if fractions is None:
         return None
     unit = _unit(vars(args))
     length = getattr(args, f"train_{unit}")
     last = length if args.skip_train else last_step(args)
-    # In a short run, a fraction below 1 may be rounded up to the end. It leaves the last step.
-    fade = [
-        *(min(round(x * length), length if x == 1.0 else last) for x in args.mdm_bell_fade),
-        unit,
-    ]
-    if args.mdm_bell_fade == saved.get("mdm_bell_fade"):
+    fade = [*(min(round(x * length), max(0, last)) for x in fractions), unit]
+    if fractions == saved.get("mdm_bell_fade"):
         fade = saved["mdm_bell_fade_at"]
     _, end, its_unit = fade
     # Steps are not compared with samples, in a run that counted in the other unit when it began.
     if not args.skip_train and its_unit == unit and end > last:
+        is_of_recipe = RECIPES.get(args.mdm_recipe, {}).get("bell_fade") == fractions
         raise UserError(
-            f"--mdm-bell-fade {' '.join(map(str, args.mdm_bell_fade))}: the fade ends after {end} "
-            f"{_UNITS[unit]} of the run, and its last step begins after {last}, so no step trains "
-            "on the bound. Give a smaller END or a longer run"
+            f"--mdm-bell-fade {' '.join(map(str, fractions))}"
+            f"{f' of --mdm-recipe {args.mdm_recipe}' if is_of_recipe else ''}: the fade ends after "
+            f"{end} {_UNITS[unit]} of the run, and its last step begins after {last}, so no step "
+            "trains on the bound. Give a longer run, or a smaller END with --mdm-allow-flag-change"
         )
     return fade
 

@@ -271,6 +271,10 @@ def test_the_recipe_that_fades_leaves_the_last_step_of_a_short_run():
         config = MDMConfig(**settings_of("recommended"))
         plan = plan_resume(resumed(config, load=None, train_iters=iterations), {})
         assert plan.bell_fade_at == [*fade, "iters"]
+    config = MDMConfig(**settings_of("recommended"), recipe="recommended")
+    saved = {**vars(resumed(config)), "mdm_bell_fade_at": [700, 900, "iters"]}
+    with pytest.raises(UserError, match="--mdm-bell-fade 0.7 0.9 of --mdm-recipe recommended: the"):
+        plan_resume(resumed(config, train_iters=900), saved)
 
 
 def test_a_resume_names_the_recipe_whose_settings_the_checkpoint_has():
@@ -280,11 +284,15 @@ def test_a_resume_names_the_recipe_whose_settings_the_checkpoint_has():
     now = MDMConfig(**settings_of("recommended"), recipe="recommended")
     with pytest.raises(UserError, match=r"Give its values \(--mdm-recipe ppots\), or add"):
         plan_resume(resumed(now), saved)
-    by_hand = MDMConfig(**settings_of("recommended"))
-    with pytest.raises(UserError, match="Give its values, or add"):
-        plan_resume(resumed(by_hand), saved)
-    same = MDMConfig(**settings_of("ppots"), recipe="ppots")
-    plan_resume(resumed(same), saved)
+    more = {**saved, "mdm_ppots_refit_interval": 500}
+    with pytest.raises(UserError, match=r"\(--mdm-recipe ppots and flags by hand\), or add"):
+        plan_resume(resumed(now), more)
+    # No recipe, or one whose settings do not differ.
+    without, same = (MDMConfig(**settings_of("ppots"), recipe=x) for x in (None, "ppots"))
+    for config in (without, same):
+        plan_resume(resumed(config), saved)
+        with pytest.raises(UserError, match="--mdm-views 1.* Give its values, or add"):
+            plan_resume(resumed(config), {**saved, "mdm_views": 2, "consumed_train_samples": 0})
 
 
 @pytest.mark.parametrize(
@@ -312,13 +320,10 @@ def test_a_fade_ends_before_the_last_step_begins(length, last):
     if last + 1 < size[unit]:  # END below 1 leaves the last step
         assert fade_at(last + 1, load=None)[1][1] == last
         assert fade_at(last + 1, load=None, skip_train=True)[1][1] == last + 1
-    message = rf"--mdm-bell-fade 0.5 1.0: the fade ends after {size[unit]} .* last step begins"
-    with pytest.raises(UserError, match=f"{message} after {last}, so no step trains on the bound"):
-        fade_at(size[unit], load=None)
     # A run that resumes keeps its fade, and may have become too short for it.
     saved = {**vars(args), "mdm_bell_fade_at": fade}
     shorter = {unit: size[unit] - 10}
-    with pytest.raises(UserError, match=f"the fade ends after {last} .* or a longer run$"):
+    with pytest.raises(UserError, match=f"the fade ends after {last} .* Give a longer run, or"):
         plan_resume(Namespace(**{**vars(args), **shorter, "load": "somewhere"}), saved)
 
 

@@ -14,7 +14,7 @@ METHODS = "--mdm-sft --mdm-pad-eligible --mdm-normalization rows --mdm-views 2".
 def runs(base, pairs, tmp_path_factory):
     """Runs with all methods at once, under three layouts, and one run without SyRM."""
     directory = tmp_path_factory.mktemp("sft")
-    flags = [*base, *METHODS, "--data-path", str(pairs), "--mdm-recipe", "recommended"]
+    flags = [*base, *METHODS, "--data-path", str(pairs), "--mdm-recipe", "ppots"]
     flags += ["--mdm-ppots-refit-interval", "3", "--mdm-ppots-bins", "4", "--eval-iters", "1"]
     flags += ["--train-iters", "8"]
     layouts = {

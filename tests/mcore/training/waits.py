@@ -28,7 +28,7 @@ ISAD = {"mdm_isad_token_ids": list(range(60)), "mdm_isad_delta": 0.1}
 DOCUMENTS = {"mdm_isolate_documents": True, "mdm_rate_per": "document"}
 FIT = {"mdm_rate_sampler": "ppots", "mdm_ppots_refit_interval": 2}
 BELL = {"mdm_rate_sampler": "logit-normal", "mdm_logit_normal": [0.0, 0.5]}
-FADE = {"mdm_bell_fade": [0.0, 1.0], "mdm_bell_fade_at": [0, 100, "iters"]}
+FADE = {"mdm_bell_fade": [0.0, 0.9], "mdm_bell_fade_at": [0, 100, "iters"]}
 SETTINGS = {
     "defaults": {},
     "rows": {"mdm_normalization": "rows"},

@@ -207,7 +207,7 @@ def test_the_claims_are_said_to_be_reached_or_not(results):
     (table,) = decide.summary(results)
     expected = ["reached", "not reached", "reached", "reached", "reached"]
     assert [row[3] for row in table.rows] == expected * 3
-    assert table.notes[0] == "`recommended` becomes bell-late."
+    assert table.notes[0] == "By the rules, `recommended` is bell-late."
     # It reaches the final loss of `standard` between 0.45 and 0.6 of its steps.
     shares = [row[2] for row in table.rows if "steps" in row[1]]
     assert [share[:3] for share in shares] == ["0.5"] * 3
@@ -230,12 +230,12 @@ def test_a_difference_that_seeds_do_not_bear_out_is_no_claim():
 
     (table,) = decide.summary(raced(LAPTOP, final))
     assert "reached" not in [row[3] for row in table.rows]
-    assert table.notes[0] == "`recommended` stays as it is."
+    assert table.notes[0] == "By the rules, `recommended` is ppots."
 
 
 @pytest.mark.parametrize(
     ("known", "place", "expected"),
-    [(True, 1.0, "becomes bell-late"), (True, -1.0, "stays as it is"), (False, 0.0, "is not dec")],
+    [(True, 1.0, "is bell-late."), (True, -1.0, "is ppots."), (False, 0.0, "is not decided")],
 )
 def test_recommended_is_replaced_by_what_beats_its_own_settings(results, known, place, expected):
     """Runs of its own settings end above or below the winner, or do not exist."""

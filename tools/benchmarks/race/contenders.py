@@ -56,7 +56,7 @@ MAIN = {
     "bell-fade": Contender("bell, uniform from 70% of the steps on", f"bell-fade+{_QUIET}", True),
     "bell-late": Contender("bell, uniform from 90% of the steps on", f"bell-late+{_QUIET}", True),
 }
-# The settings that `recommended` had when the race began; the winner may replace them.
+# The settings that `recommended` had when the race began. They are the recipe `ppots` now.
 INCUMBENT = {
     "ppots": Contender("P-POTS on the gradient", f"ppots-gradient+{_QUIET}", True),
 }

@@ -70,14 +70,14 @@ def summary(results: Results) -> list[Table]:
                 ]
             )
     if not all(below):
-        verdict = "stays as it is"
+        verdict = f"is {incumbent.CONTENDER}"
     elif is_compared:
-        verdict = f"becomes {winner}"
+        verdict = f"is {winner}"
     else:
         verdict = f"is not decided before the stage {incumbent.NAME} is finished"
     header = [f"claim on {winner}", "", "value [95%, where no level is named]", ""]
     notes = [
-        f"`recommended` {verdict}.",
+        f"By the rules, `recommended` {verdict}.",
         "values: shares of the steps, and differences of final NELBO, below 0 where the winner is "
         "better",
     ]
