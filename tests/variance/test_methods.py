@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -196,13 +197,15 @@ def test_densities_are_those_that_the_recipes_name():
                 objective = Clipped(0.3, 0.8).density(t)
             if name == "flat":
                 objective = 2 * t
-            if name == "bell":
+            if method.density == "bell":
                 objective = sampler.density(t)
                 assert objective.max() > 1.5 and objective.min() < 0.05
             if name == "proposal":
                 assert sampler.density(t).max() > 1.5 and sampler.density(t).min() > 0.1
             torch.testing.assert_close(sampler.density(t) * sampler.weight(t), objective)
     assert Method.of("ppots") == METHODS["ppots-gradient+lattice+exact-count"]
+    before_its_fade = METHODS["bell+lattice+exact-count"]
+    assert Method.of("recommended") == replace(before_its_fade, density="bell-late")
     for name in ("bell-fade", "lattice+bell"):  # for a density that fades, the first one
         assert Method.of(name).density == name.split("+")[-1] and not Method.of(name).unbiased
 
