@@ -77,11 +77,12 @@ def _differences(finals: Finals) -> dict[str, list[float]]:
 
 
 def _draw_differences(axes: Any, found: dict[str, list[float]]) -> None:
-    finite = [x for values in found.values() for x in values if math.isfinite(x)]
-    axes.set_xlim(limits([*finite, 0.0]))
+    means = {name: mean_interval(values) for name, values in found.items()}
+    drawn = [x for name, mean in means.items() for x in (*found[name], mean.low, mean.high)]
+    axes.set_xlim(limits([*filter(math.isfinite, drawn), 0.0]))
     for place, (name, values) in enumerate(found.items()):
         look = _look(name)
-        mean = mean_interval(values)
+        mean = means[name]
         ys = [0.3 * (0.5 - (i + 0.5) / len(values)) - place for i in range(len(values))]
         axes.plot(values, ys, look["marker"], color=look["color"], alpha=0.6)
         axes.plot([mean.low, mean.high], [-place - 0.3] * 2, color=look["color"], lw=2)
