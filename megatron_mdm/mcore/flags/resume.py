@@ -314,12 +314,13 @@ def _bell_fade_at(args: Namespace, saved: dict[str, Any]) -> list[Any] | None:
     _, end, its_unit = fade
     # Steps are not compared with samples, in a run that counted in the other unit when it began.
     if not args.skip_train and its_unit == unit and end > last:
-        is_of_recipe = RECIPES.get(args.mdm_recipe, {}).get("bell_fade") == fractions
+        flag = f"--mdm-bell-fade {' '.join(map(str, fractions))}"
+        if RECIPES.get(args.mdm_recipe, {}).get("bell_fade") == fractions:
+            flag += f" of --mdm-recipe {args.mdm_recipe}"
         raise UserError(
-            f"--mdm-bell-fade {' '.join(map(str, fractions))}"
-            f"{f' of --mdm-recipe {args.mdm_recipe}' if is_of_recipe else ''}: the fade ends after "
-            f"{end} {_UNITS[unit]} of the run, and its last step begins after {last}, so no step "
-            "trains on the bound. Give a longer run, or a smaller END with --mdm-allow-flag-change"
+            f"{flag}: the fade ends after {end} {_UNITS[unit]} of the run, and its last step "
+            f"begins after {last}, so no step trains on the bound. Give a longer run, or a smaller "
+            "END with --mdm-allow-flag-change"
         )
     return fade
 
