@@ -1,10 +1,11 @@
 """Trains a tiny model for thousands of steps, stops and kills it, and checks what that changes.
 
-There are two runs of the same flags, each with half of --steps, with evaluations, refits of P-POTS
-and saves. The first one is not interrupted. The second one is struck at random moments: SIGKILL
-for one rank, for the launcher or for all processes, and SIGTERM to the launcher. It resumes by the
-same command, and after half of its iterations it goes through the other --layouts. Some of its
-starts save with --async-save and load rows in worker processes, as the first run does.
+There are two runs of the same flags, each with half of --steps, with evaluations and saves. Their
+rates come from a bell. It fades, and then P-POTS fits the density. The first run is not
+interrupted. The second one is struck at random moments: SIGKILL for one rank, for the launcher or
+for all processes, and SIGTERM to the launcher. It resumes by the same command, and after half of
+its iterations it goes through the other --layouts. Some of its starts save with --async-save and
+load rows in worker processes, as the first run does.
 
 The soak fails if losses, gradient norms, evaluations or fitted densities differ by a bit where the
 layout is the same; if losses after a change of layout differ by more than 1e-5 of their value from

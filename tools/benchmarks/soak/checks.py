@@ -9,8 +9,9 @@ import numpy as np
 from benchmarks.soak.plan import COMPARED
 from megatron_mdm.experiments.runs import read_scalars
 
-# Scalars that may not depend on interruptions: the loss of each step, and what P-POTS fits.
-_TAGS = re.compile(r"mdm loss|grad-norm|mdm/validation NELBO|mdm/density.*")
+# Scalars that may not depend on interruptions: the loss of each step, the share that a bell which
+# fades leaves to the uniform density, and what P-POTS fits.
+_TAGS = re.compile(r"mdm loss|grad-norm|mdm/validation NELBO|mdm/uniform share|mdm/density.*")
 LOSS = "mdm loss"
 CLOSE = 1e-5  # relative difference of two layouts
 # Anonymous memory of a process over the last half of the uninterrupted run, in KiB per 1,000 steps.

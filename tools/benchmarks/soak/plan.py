@@ -103,7 +103,9 @@ def flags_of(plan: Plan, directory: pathlib.Path, seed: int) -> list[str]:
     """
     interval = plan.interval
     return [
-        *f"--mdm-device cpu --seed {seed} --mdm-recipe ppots".split(),
+        *f"--mdm-device cpu --seed {seed} --mdm-recipe recommended".split(),
+        # The bell fades, and then P-POTS takes over, both while the run has its first layout.
+        *"--mdm-bell-fade 0.1 0.25 --mdm-ppots-target gradient".split(),
         *f"--mdm-ppots-refit-interval {interval['save']}".split(),
         *"--num-layers 2 --hidden-size 16 --num-attention-heads 2 --ffn-hidden-size 32".split(),
         *"--seq-length 16 --max-position-embeddings 16 --position-embedding-type rope".split(),
